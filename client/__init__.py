@@ -1,0 +1,1 @@
+"""One owner's side: the only code that sees private rows."""

@@ -1,0 +1,66 @@
+"""The owner's Flower ClientApp: decode, one step, encode, nothing else.
+
+Which owner this is comes from the node's own configuration, never from the coordinator: `settings` in the node config,
+or, where Flower's simulation engine plays all owners on one machine, the list of settings files in the environment.
+An error leaves as a code; its text stays in the owner's state folder.
+"""
+
+import json
+import logging
+import os
+import traceback
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+
+from client.owner import Owner
+from common.errors import AmalgramError, SettingsError
+from common.flower_records import from_record, to_record
+from common.messages import Message, Refusal
+
+SIMULATED_OWNERS = "AMALGRAM_SIMULATED_OWNERS"
+log = logging.getLogger("amalgram.owner")
+app = ClientApp()
+
+
+@app.train("step")
+def step(message: FlowerMessage, context: Context) -> FlowerMessage:
+    """Answer one message."""
+    return FlowerMessage(to_record(_answer(message, context)), reply_to=message)
+
+
+def _answer(message: FlowerMessage, context: Context) -> Message:
+    owner = None
+    try:
+        owner = Owner(_settings_path(context))
+        reply = owner.answer(from_record(message.content))
+        owner.state.clear_error()
+    except AmalgramError as error:
+        _keep(owner, str(error))
+        return Refusal(code=error.code)
+    except Exception as error:  # an exception's text may quote a row; it must not reach the coordinator
+        _keep(owner, traceback.format_exc())
+        return Refusal(code=AmalgramError.code if not isinstance(error, OSError) else SettingsError.code)
+    return reply
+
+
+def _keep(owner: Owner | None, text: str) -> None:
+    if owner is None:
+        log.error("refused: %s", text)
+    else:
+        log.error("owner %s refused: %s", owner.name, text.strip().splitlines()[-1])
+        owner.state.write_error(text)
+
+
+def _settings_path(context: Context) -> Path:
+    settings = context.node_config.get("settings")
+    if isinstance(settings, str):
+        return Path(settings)
+    simulated = os.environ.get(SIMULATED_OWNERS)
+    if simulated is None:
+        raise SettingsError(
+            "this node does not know its owner: start it with --node-config 'settings=\"/abs/owner.toml\"'"
+        )
+    return Path(json.loads(simulated)[int(context.node_config["partition-id"])])

@@ -1,0 +1,325 @@
+"""One owner: checks what the coordinator asks for against its own agreement, measures, and answers.
+
+Everything an answer rests on comes from the owner's own files. The coordinator's messages choose only which agreed step
+comes next; a step that was not agreed is refused before anything is computed.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from client import evaluate, finetune
+from client.fisher import measure_fisher
+from client.gram import measure_grams
+from client.private_data import PrivateData, Rows
+from client.settings import OwnerSettings
+from client.state import OwnerState
+from common import metrics
+from common.agreement import Agreement
+from common.errors import ConsentError, RemoteProtocolError
+from common.merge_methods import candidates, contribution, contribution_layout, measurements
+from common.merge_methods.terms import OwnerTerms
+from common.messages import (
+    PROTOCOL_VERSION,
+    CandidatePart,
+    CandidateReceived,
+    Finish,
+    Finished,
+    Message,
+    OpenSum,
+    Present,
+    RollCall,
+)
+from common.metrics import Score
+from common.models import (
+    MergePlan,
+    add_delta,
+    check_base,
+    delta_layout,
+    delta_of,
+    load_base,
+    load_fine_tuned,
+    load_tokenizer,
+    merge_plan,
+    model_folder,
+)
+from common.settings_file import load_settings
+from common.summation import SUMMATIONS
+from common.tensor_layout import TensorLayout
+
+BASE, OWN = "base", "own_at_home"  # the models every evaluation has, beside the merged candidates
+
+
+class Owner:
+    """One owner, built anew for each message from its settings file and its state folder."""
+
+    def __init__(self, settings_path: Path) -> None:
+        self._home = settings_path.resolve().parent
+        self.settings = load_settings(settings_path, OwnerSettings)
+        self.name = self.settings.name
+        self.state = OwnerState(self._home / self.settings.state)
+
+    def answer(self, message: Message) -> Message:
+        """One step. Raises an AmalgramError; then nothing has left."""
+        if isinstance(message, RollCall):
+            return self._answer_roll_call(message)
+        if isinstance(message, OpenSum):
+            return self._open_sum(message)
+        if isinstance(message, CandidatePart):
+            return self._take_candidate(message)
+        if isinstance(message, Finish):
+            self.state.check_run(message.run)
+            self.state.end_run()
+            return Finished(run=message.run, owner=self.name)
+        return self._continue_sum(message)
+
+    def check(self) -> None:
+        """Look at everything this owner brings. Raises the error that a run would meet; nothing is computed."""
+        if self.name not in self.agreement.owner_names:
+            raise ConsentError(f"owner {self.name} is not on the agreement's roster: {self.agreement.owner_names}")
+        if self.settings.fine_tuned is not None:
+            self.own_model()
+        self.data.label_set()
+        for read in (self.data.train, self.data.validation, self.data.test):
+            read()
+
+    # --- steps ---
+
+    def _answer_roll_call(self, message: RollCall) -> Message:
+        if message.version != PROTOCOL_VERSION:
+            raise RemoteProtocolError(f"the coordinator speaks version {message.version}, we speak {PROTOCOL_VERSION}")
+        self._check_agreement(message.agreement_digest)
+        self.check()
+        self.state.start_run(message.run)
+        return Present(run=message.run, owner=self.name)
+
+    def _open_sum(self, message: OpenSum) -> Message:
+        self._check_step(message.run, message.agreement_digest)
+        layout = self._layout(message)
+        if layout.digest() != message.layout_digest:
+            raise ConsentError(f"the coordinator's layout for {message.statistic} is not the one that was agreed")
+        vector = self.state.create_array("vector", layout.size, "<f8")
+        if message.statistic == "contribution":
+            tensors = contribution(self.agreement, self._plan, self._measure())
+        else:
+            scores = self._scores(message.statistic, message.models.split(","))
+            tensors = metrics.contribution(self.agreement, self.name, scores)
+        layout.flatten(tensors, vector)
+        side, reply = SUMMATIONS[self.agreement.summation.kind].owner.open(message, self.name, layout)
+        self.state.write_json("sum", {"statistic": message.statistic, "models": message.models, "side": side.to_json()})
+        return reply
+
+    def _continue_sum(self, message: Message) -> Message:
+        kept = self.state.read_json("sum")
+        if kept is None:
+            raise RemoteProtocolError(f"the coordinator sent {type(message).__name__} before a sum was opened")
+        layout = self._layout_of(kept["statistic"], kept["models"])
+        side = SUMMATIONS[self.agreement.summation.kind].owner.from_json(kept["side"], layout)
+        vector = self.state.open_array("vector", layout.size, "<f8")
+        side, reply = side.answer(message, vector)
+        self.state.write_json("sum", {**kept, "side": side.to_json()})
+        if side.is_done:
+            self.state.delete_array("vector")
+        return reply
+
+    def _take_candidate(self, message: CandidatePart) -> Message:
+        self._check_step(message.run, message.agreement_digest)
+        if message.model not in self._candidates:
+            raise ConsentError(f"the coordinator sent a model {message.model!r} that was not agreed")
+        layout = delta_layout(self._plan)
+        slices = layout.part_slices(bytes_per_number=4)
+        kept = self.state.read_json("candidate") or {}
+        expected = kept["next_part"] if (kept.get("model"), kept.get("split")) == (message.model, message.split) else 0
+        position = slices[expected]
+        if (
+            (message.part, message.parts) != (expected, len(slices))
+            or message.payload.shape != (position.stop - position.start,)
+            or message.payload.dtype != np.dtype("<f4")
+        ):
+            raise RemoteProtocolError(
+                f"the coordinator sent part {message.part} of {message.model} out of turn or shape"
+            )
+        if expected == 0:
+            array = self.state.create_array("candidate", layout.size, "<f4")
+        else:
+            array = self.state.open_array("candidate", layout.size, "<f4", writable=True)
+        array[position] = message.payload
+        following = {"model": message.model, "split": message.split, "next_part": expected + 1}
+        if expected + 1 == len(slices):
+            self._score_candidate(message, layout, array)
+            self.state.delete_array("candidate")
+            following = {}
+        self.state.write_json("candidate", following)
+        return CandidateReceived(run=message.run, owner=self.name, model=message.model, part=message.part)
+
+    def _score_candidate(self, message: CandidatePart, layout: TensorLayout, array: np.ndarray) -> None:
+        if not np.isfinite(array).all():
+            raise RemoteProtocolError(f"the coordinator sent a model {message.model} that is not finite")
+        model = self.load_base()
+        delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
+        add_delta(model, delta | {name: torch.zeros(()) for name in self._plan.left_alone})
+        scores = self.state.read_json("scores") or {}
+        score = self.score(model, message.split)
+        scores.setdefault(message.split, {})[message.model] = asdict(score)
+        self.state.write_json("scores", scores)
+
+    # --- checks ---
+
+    def _check_agreement(self, digest: str) -> None:
+        if digest != self.agreement.digest():
+            raise ConsentError(
+                f"the coordinator's agreement is {digest[:16]}..., ours is {self.agreement.digest()[:16]}...: "
+                "compare the two files"
+            )
+
+    def _check_step(self, run: str, digest: str) -> None:
+        self.state.check_run(run)
+        self._check_agreement(digest)
+
+    def _layout(self, message: OpenSum) -> TensorLayout:
+        return self._layout_of(message.statistic, message.models)
+
+    def _layout_of(self, statistic: str, models: str) -> TensorLayout:
+        if statistic == "contribution":
+            return contribution_layout(self.agreement, self._plan)
+        names = models.split(",")
+        unknown = [name for name in names if name not in (BASE, OWN, *self._candidates)]
+        if unknown or len(set(names)) != len(names):
+            raise ConsentError("the coordinator asked for the figures of a model that was not agreed")
+        return metrics.metrics_layout(self.agreement, names)
+
+    # --- measuring ---
+
+    def _measure(self) -> OwnerTerms:
+        agreement, wanted = self.agreement, measurements(self.agreement)
+        train = self.data.train()
+        model = self.own_model()
+        gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
+        fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
+        batches = (batch for _, batch in gram_rows.batches(self.settings.batch_size))
+        return OwnerTerms(
+            examples=len(train),
+            delta=delta_of(model, self._base),
+            grams=measure_grams(model, self._plan, batches) if "grams" in wanted else {},
+            gram_examples=len(gram_rows),
+            fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
+            fisher_examples=len(fisher_rows),
+        )
+
+    def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
+        kept = (self.state.read_json("scores") or {}).get(split, {})
+        scores = {}
+        for name in models:
+            if name == BASE:
+                scores[name] = self.score(self._base, split)
+            elif name == OWN:
+                scores[name] = self.score(self.own_model(), split)
+            elif name in kept:
+                scores[name] = Score(**kept[name])
+            else:
+                raise RemoteProtocolError(f"the coordinator asked for the figures of {name} before it sent the model")
+        return scores
+
+    def score(self, model: PreTrainedModel, split: str) -> Score:
+        """How `model` does on this owner's rows of a split."""
+        rows = self.data.validation() if split == "validation" else self.data.test()
+        logits = evaluate.predict_logits(model, rows, self.settings.batch_size)
+        return evaluate.score_logits(logits, rows.labels, self.data.label_set())
+
+    # --- what the owner has ---
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        return load_settings(self._home / self.settings.agreement, Agreement)
+
+    @cached_property
+    def _candidates(self) -> dict[str, float | None]:
+        return {
+            name: knob for method in self.agreement.methods for name, knob in candidates(self.agreement, method).items()
+        }
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        if self.settings.base is not None:
+            return model_folder(self.settings.base, self._home)
+        return model_folder(self.agreement.base, (self._home / self.settings.agreement).parent)
+
+    def load_base(self) -> PreTrainedModel:
+        """A fresh copy of the agreed base model."""
+        base = load_base(self._base_folder, self.agreement.task, self.agreement.seed)
+        check_base(base, self.agreement, self._base_folder)
+        return base
+
+    @cached_property
+    def _base(self) -> PreTrainedModel:
+        return self.load_base()
+
+    @cached_property
+    def _plan(self) -> MergePlan:
+        return merge_plan(self._base, self.agreement.tensors)
+
+    @cached_property
+    def data(self) -> PrivateData:
+        is_text = self.agreement.task.kind == "text-classification"
+        return PrivateData(
+            data=self.settings.data,
+            task=self.agreement.task,
+            model=self._base,
+            tokenizer=load_tokenizer(self._base_folder) if is_text else None,
+            folder=self._home,
+            seed=self.agreement.seed,
+        )
+
+    def own_model(self) -> PreTrainedModel:
+        """The owner's fine-tuned model: the one it brings, or one made here from its training rows."""
+        if self.settings.fine_tuned is None:
+            folder = self._make_own_model()
+        else:
+            folder = model_folder(self.settings.fine_tuned, self._home)
+        return load_fine_tuned(folder, self.agreement.task, self._base)
+
+    def _make_own_model(self) -> Path:
+        folder = self.state.fine_tuned_folder
+        made_from = folder / "made_from.json"
+        recipe = self._recipe()
+        if made_from.is_file() and made_from.read_text() == recipe:
+            return folder
+        training = self.settings.training
+        assert training is not None  # the settings have one or the other
+        model = self.load_base()
+        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        if self.agreement.task.kind == "text-classification":
+            load_tokenizer(self._base_folder).save_pretrained(partial)
+        (partial / "made_from.json").write_text(recipe)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        return folder
+
+    def _recipe(self) -> str:
+        """All that a fine-tuned model depends on: when it is the same, the model need not be made again."""
+        data = self.settings.data
+        files = [path for path in (data.train, data.validation) if path is not None]
+        parts = {
+            "agreement": self.agreement.digest(),
+            "training": self.settings.training and self.settings.training.model_dump(),
+            "data": data.model_dump(mode="json"),
+            "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],
+        }
+        return json.dumps(parts, sort_keys=True)
+
+
+def _sample(rows: Rows, limit: int, seed: int) -> Rows:
+    """At most `limit` rows, drawn without replacement."""
+    if len(rows) <= limit:
+        return rows
+    return rows.take(np.random.default_rng(seed).permutation(len(rows))[:limit])

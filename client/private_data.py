@@ -1,0 +1,239 @@
+"""An owner's private rows: read, checked, tokenised, batched. No other file opens them.
+
+An error names the file and row, never what the row says.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from client.settings import Data
+from common.agreement import Task
+from common.errors import DataError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Inputs and labels of one split. Text is tokenised but not padded; images are (n, channels, h, w) float32."""
+
+    features: tuple[Mapping[str, Any], ...] | NDArray[np.float32]
+    labels: NDArray[np.int64]  # (n,)
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> "Rows":
+        """The rows at `indices`, in that order."""
+        if isinstance(self.features, np.ndarray):
+            features: Any = self.features[indices]
+        else:
+            features = tuple(self.features[index] for index in indices)
+        return Rows(features=features, labels=self.labels[indices], tokenizer=self.tokenizer)
+
+    def batch(self, indices: NDArray[np.int64]) -> Batch:
+        """The model's inputs for these rows, padded to the longest; labels are not among them."""
+        rows = self.take(indices)
+        if isinstance(rows.features, np.ndarray):
+            return {"pixel_values": torch.from_numpy(rows.features)}
+        assert self.tokenizer is not None
+        return dict(self.tokenizer.pad(list(rows.features), return_tensors="pt"))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+        """All rows as (indices, inputs), rows of like length together so that little is padded."""
+        order = np.arange(len(self))
+        if not isinstance(self.features, np.ndarray):
+            lengths = [len(row["input_ids"]) for row in self.features]
+            order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            yield indices, self.batch(indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateData:
+    """An owner's files, relative to `folder`. Reading raises DataError with one line."""
+
+    data: Data
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    folder: Path
+    seed: int
+
+    def train(self) -> Rows:
+        """The rows that are measured, and trained on."""
+        rows = self._read(self.data.train, self.data.max_train_rows)
+        return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
+
+    def validation(self) -> Rows:
+        """The rows that decide a sweep."""
+        if self.data.validation is not None:
+            return self._read(self.data.validation, self.data.max_validation_rows)
+        rows = self._read(self.data.train, self.data.max_train_rows)
+        return rows.take(self._set_aside(rows)[0])
+
+    def test(self) -> Rows:
+        """The rows that give the figures."""
+        return self._read(self.data.test, self.data.max_test_rows)
+
+    def label_set(self) -> NDArray[np.int64]:
+        """The labels among which this owner's rows are judged: those that occur in its files, or all."""
+        if self.task.label_set == "all":
+            return np.arange(len(self.task.labels))
+        limits = {
+            self.data.train: self.data.max_train_rows,
+            self.data.validation: self.data.max_validation_rows,
+            self.data.test: self.data.max_test_rows,
+        }
+        return np.unique(np.concatenate([self._read_labels(path, limits[path]) for path in limits if path is not None]))
+
+    def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A tenth of the training rows for validation, and the rest."""
+        if len(rows) < 10:
+            raise DataError(
+                f"{self.folder / self.data.train}: {len(rows)} rows; without a validation file at least 10 are needed, "
+                "of which a tenth is set aside"
+            )
+        order = np.random.default_rng(self.seed).permutation(len(rows))
+        return order[: len(rows) // 10], order[len(rows) // 10 :]
+
+    def _read(self, path: Path, max_rows: int | None) -> Rows:
+        if self.task.kind == "image-classification":
+            return _read_images(self.folder / path, self.data, self.task, self.model, max_rows)
+        assert self.tokenizer is not None
+        return _read_texts(self.folder / path, self.data, self.task, self.model, self.tokenizer, max_rows)
+
+    def _read_labels(self, path: Path, max_rows: int | None) -> NDArray[np.int64]:
+        if self.task.kind == "image-classification":
+            return self._read(path, max_rows).labels
+        table = _select(self.folder / path, _read_table(self.folder / path), [self.data.label], max_rows)
+        return _labels(self.folder / path, table.column(self.data.label).to_pylist(), self.task)
+
+
+def _read_texts(
+    path: Path, data: Data, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int | None
+) -> Rows:
+    columns = [data.text, data.label] + ([data.text_pair] if data.text_pair else [])
+    table = _select(path, _read_table(path), columns, max_rows)
+    texts = _texts(path, table, data.text)
+    pairs = _texts(path, table, data.text_pair) if data.text_pair else None
+    labels = _labels(path, table.column(data.label).to_pylist(), task)
+    positions = getattr(model.config, "max_position_embeddings", None) or task.max_tokens
+    max_tokens = min(task.max_tokens, positions, tokenizer.model_max_length)
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    features = []
+    for index in range(len(texts)):
+        row = {name: values[index] for name, values in encoded.items()}
+        if not row["input_ids"] or max(row["input_ids"]) >= vocabulary:
+            raise DataError(
+                f"{path}: row {index + 1} gives no token, or one beyond the model's {vocabulary}; "
+                "is this the base model's tokenizer?"
+            )
+        features.append(row)
+    return Rows(features=tuple(features), labels=labels, tokenizer=tokenizer)
+
+
+def _read_table(path: Path) -> pa.Table:
+    readers = {
+        ".jsonl": pyarrow.json.read_json,
+        ".json": pyarrow.json.read_json,
+        ".csv": pyarrow.csv.read_csv,
+        ".parquet": pyarrow.parquet.read_table,
+    }
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file; allowed are .jsonl, .csv, .parquet and, for images, .npz")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: holds no rows")
+    try:
+        if path.suffix == ".csv":
+            return reader(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+        if path.suffix in (".jsonl", ".json"):
+            # One block, so that a column that is empty for long still gets one type.
+            block = min(max(path.stat().st_size, 1 << 20), 2**31 - 1)
+            return reader(path, read_options=pyarrow.json.ReadOptions(block_size=block))
+        return reader(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        raise DataError(
+            f"{path}: cannot be read as {path.suffix[1:]}; is it complete, UTF-8, one row per line?"
+        ) from None
+
+
+def _select(path: Path, table: pa.Table, columns: list[str], max_rows: int | None) -> pa.Table:
+    for column in columns:
+        if column not in table.column_names:
+            raise DataError(f"{path}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
+    table = table.select(columns).slice(0, max_rows)
+    if table.num_rows == 0:
+        raise DataError(f"{path}: holds no rows")
+    return table
+
+
+def _texts(path: Path, table: pa.Table, column: str) -> list[str]:
+    values: list[str] = table.column(column).to_pylist()
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(f"{path}: row {index + 1}: column {column!r} is {type(value).__name__}, text is needed")
+    return values
+
+
+def _labels(path: Path, values: list[Any], task: Task) -> NDArray[np.int64]:
+    """A label is one of the agreement's label names, or else its number."""
+    numbers = {label: index for index, label in enumerate(task.labels)}
+    labels = np.empty(len(values), dtype=np.int64)
+    for index, value in enumerate(values):
+        number = numbers.get(str(value))
+        if number is None and not isinstance(value, bool) and str(value).isdecimal() and int(value) < len(numbers):
+            number = int(value)
+        if number is None:
+            raise DataError(f"{path}: row {index + 1}: its label is not among {', '.join(task.labels)}")
+        labels[index] = number
+    return labels
+
+
+def _read_images(path: Path, data: Data, task: Task, model: PreTrainedModel, max_rows: int | None) -> Rows:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{path}: cannot be read as a NumPy .npz file") from None
+    for column in (data.image, data.label):
+        if column not in found:
+            raise DataError(f"{path}: has no array {column!r}; its arrays are {', '.join(found)}")
+    images, labels = found[data.image][:max_rows], found[data.label][:max_rows]
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / 255
+    if images.ndim == 3:  # (n, height, width): one channel
+        images = images[:, None]
+    size = getattr(model.config, "image_size", None)
+    height, width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
+    expected = (getattr(model.config, "num_channels", 1), height, width)
+    if len(images) == 0:
+        raise DataError(f"{path}: holds no rows")
+    if len(images) != len(labels) or images.shape[1:] != expected:
+        raise DataError(
+            f"{path}: images have shape {images.shape} and labels {labels.shape}; the model needs (n, "
+            f"{', '.join(map(str, expected))}) and as many labels"
+        )
+    if not np.isfinite(images).all():
+        raise DataError(f"{path}: an image holds a number that is not finite")
+    return Rows(features=images.astype(np.float32), labels=_labels(path, labels.tolist(), task))

@@ -1,0 +1,60 @@
+"""One owner's settings file: who it is, its model, its rows. Nothing in it ever leaves the owner's machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from common.settings_file import Name, Positive, Settings
+
+Column = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Training(Settings):
+    """How to fine-tune from the base, for an owner that brings no model. The seed is the agreement's."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    learning_rate: Positive = 1e-4
+    batch_size: Count = 32
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+
+
+class Data(Settings):
+    """The owner's rows: JSON Lines, CSV or Parquet for text, .npz arrays for images. Paths relative to the file.
+
+    `train` is measured (and trained on), `validation` decides a sweep, `test` gives the figures. Without a validation
+    file a tenth of the training rows is set aside for it.
+    """
+
+    train: Path
+    test: Path
+    validation: Path | None = None
+    text: Column = "text"
+    text_pair: Column | None = None
+    label: Column = "label"
+    image: Column = "image"
+    # Use only the first rows of a file.
+    max_train_rows: Count | None = None
+    max_validation_rows: Count | None = None
+    max_test_rows: Count | None = None
+
+
+class OwnerSettings(Settings):
+    """`owner.toml`. Paths are relative to the file."""
+
+    name: Name
+    data: Data
+    agreement: Path = Path("agreement.toml")
+    state: Path = Path("state")
+    # The owner's copy of the base model, where it is not what the agreement names.
+    base: str | None = None
+    fine_tuned: str | None = None
+    training: Training | None = None
+    batch_size: Count = 32
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "OwnerSettings":
+        if (self.fine_tuned is None) == (self.training is None):
+            raise ValueError("give either fine_tuned (a model you have) or a [training] table (to make one), not both")
+        return self

@@ -1,0 +1,100 @@
+"""What an owner keeps between two messages: files in its own state folder, readable by nobody else.
+
+Bound to one run; a new run, or the end of this one, deletes it. Nothing is kept in the framework's own context, which
+outlives a run and which other processes of the machine can read.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import RemoteProtocolError
+
+
+class OwnerState:
+    """The state folder: `run/` for the run in progress, `fine_tuned/` for a model made here, `error.txt`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._make_private(folder)
+
+    # --- the run in progress ---
+
+    def start_run(self, run: str) -> None:
+        """Forget any earlier run and begin this one."""
+        self.end_run()
+        self._make_private(self._run_folder)
+        self.write_json("run", run)
+
+    def check_run(self, run: str) -> None:
+        """Raise RemoteProtocolError unless `run` is the one in progress."""
+        if self.read_json("run") != run:
+            raise RemoteProtocolError("the coordinator speaks of another run than the one that was opened")
+
+    def end_run(self) -> None:
+        shutil.rmtree(self._run_folder, ignore_errors=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small value, whole or not at all."""
+        path = self._run_folder / f"{name}.json"
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        with self._create(partial) as file:
+            file.write(json.dumps(value).encode())
+        partial.replace(path)
+
+    def read_json(self, name: str) -> Any:
+        """A value written before, or None."""
+        path = self._run_folder / f"{name}.json"
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def create_array(self, name: str, size: int, dtype: str) -> NDArray:
+        """A new array (size,) on disk, of zeros."""
+        path = self._run_folder / f"{name}.bin"
+        path.unlink(missing_ok=True)
+        self._create(path).close()
+        return np.memmap(path, dtype=dtype, mode="r+", shape=(size,)) if size else np.empty(0, dtype)
+
+    def open_array(self, name: str, size: int, dtype: str, *, writable: bool = False) -> NDArray:
+        path = self._run_folder / f"{name}.bin"
+        if not path.is_file():
+            raise RemoteProtocolError(f"the coordinator asked for the {name} before it was made, or twice")
+        return np.memmap(path, dtype=dtype, mode="r+" if writable else "r", shape=(size,))
+
+    def delete_array(self, name: str) -> None:
+        (self._run_folder / f"{name}.bin").unlink(missing_ok=True)
+
+    # --- beyond a run ---
+
+    @property
+    def fine_tuned_folder(self) -> Path:
+        return self.folder / "fine_tuned"
+
+    def write_error(self, text: str) -> None:
+        """Keep, for the owner alone, what went wrong; the coordinator gets a code."""
+        path = self.folder / "error.txt"
+        path.unlink(missing_ok=True)
+        with self._create(path) as file:
+            file.write(text.encode() + b"\n")
+
+    def clear_error(self) -> None:
+        (self.folder / "error.txt").unlink(missing_ok=True)
+
+    @property
+    def _run_folder(self) -> Path:
+        return self.folder / "run"
+
+    @staticmethod
+    def _make_private(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+
+    @staticmethod
+    def _create(path: Path) -> Any:
+        """A new file, 0600, never one that is already there."""
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b")

@@ -1,0 +1,1 @@
+"""What every party must agree on to the byte. Imports nothing of client, server or deploy."""

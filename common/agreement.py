@@ -1,0 +1,180 @@
+"""The agreement: the one file that all parties hold identically.
+
+People write a draft (`agreement.toml`); against the base model it is completed to an `Agreement`, whose digest is what
+an owner consents to. Everything that the result or its privacy rests on is in here and nowhere else: nothing of it is
+ever taken from a message.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.settings_file import Name, Positive, Probability, Settings
+
+CANONICAL_LABEL = b"amalgram agreement v1\n"
+
+MethodName = Literal["average", "task_arithmetic", "fisher", "regmean"]
+Weighting = Literal["rows", "owners"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+class OwnerEntry(Settings):
+    """One owner of the roster; `figures` says whether its own test figures may be shown singly."""
+
+    name: Name
+    figures: Literal["shown", "summed"] = "shown"
+
+
+class Task(Settings):
+    """What the model does. Labels left empty are taken from the base model's configuration."""
+
+    kind: Literal["text-classification", "image-classification"] = "text-classification"
+    labels: tuple[str, ...] = ()
+    max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 128
+    # "own": an owner's rows are judged among the labels that occur in its files; "all": among all labels.
+    label_set: Literal["own", "all"] = "own"
+
+
+class RegMean(Settings):
+    """Knobs of `common/merge_methods/regmean.py`; several alphas are a sweep, chosen by the owners' summed metric."""
+
+    alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
+    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    measured_examples: Count = 1000
+
+
+class TaskArithmetic(Settings):
+    """Knobs of `common/merge_methods/task_arithmetic.py`; several scales are a sweep."""
+
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=20)] = (0.3, 0.5, 1.0)
+
+
+class Fisher(Settings):
+    """Knobs of `common/merge_methods/fisher.py`."""
+
+    floor: Annotated[float, Field(ge=0, le=1)] = 1e-12
+    measured_examples: Count = 256
+
+
+class Summation(Settings):
+    """How the owners' vectors are added up. `plain`: the coordinator sees every vector."""
+
+    kind: Literal["plain"] = "plain"
+    reply_timeout_seconds: Positive = 3600.0
+
+
+class Evaluation(Settings):
+    """The metric by which a sweep is decided, on validation rows."""
+
+    choose_by: Literal["accuracy", "macro_f1"] = "accuracy"
+
+
+class TensorRoles(Settings):
+    """What happens to every tensor of the model, by parameter name; together they name each exactly once."""
+
+    # Weights of linear layers that are merged in closed form; those in one group multiply the same input tensor.
+    merged: tuple[tuple[str, ...], ...]
+    averaged: tuple[str, ...]
+    left_alone: tuple[str, ...]
+
+
+class AgreementDraft(Settings):
+    """What people write. `base` names the base model: a Hugging Face folder (relative to the file) or hub name."""
+
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    base: Annotated[str, Field(min_length=1)]
+    owners: Annotated[tuple[OwnerEntry, ...], Field(min_length=2)]
+    min_owners: Annotated[int, Field(ge=2)] | None = None
+    method: MethodName = "regmean"
+    compare_with: tuple[MethodName, ...] = ()
+    # "rows": an owner counts by its rows; "owners": every owner counts alike.
+    weighting: Weighting = "rows"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    task: Task = Task()
+    task_arithmetic: TaskArithmetic = TaskArithmetic()
+    fisher: Fisher = Fisher()
+    regmean: RegMean = RegMean()
+    summation: Summation = Summation()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AgreementDraft":
+        names = self.owner_names
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"owners: two owners are named {name!r}; each name stands once")
+        if self.min_owners is not None and self.min_owners > len(names):
+            raise ValueError(f"min_owners = {self.min_owners}: there are {len(names)} owners")
+        hidden = [owner.name for owner in self.owners if owner.figures == "summed"]
+        if len(hidden) == 1:
+            raise ValueError(
+                f'owners: {hidden[0]} alone has figures = "summed", so total minus the others would show its figures; '
+                "let no owner or at least two have it"
+            )
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
+        if len(set(self.task.labels)) != len(self.task.labels):
+            raise ValueError(f"task.labels = {list(self.task.labels)}: a label stands twice")
+        for table, key, knobs in (
+            ("regmean", "alphas", self.regmean.alphas),
+            ("task_arithmetic", "scales", self.task_arithmetic.scales),
+        ):
+            if len(set(knobs)) != len(knobs):
+                raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")
+        return self
+
+    @property
+    def owner_names(self) -> tuple[str, ...]:
+        return tuple(owner.name for owner in self.owners)
+
+    @property
+    def methods(self) -> tuple[MethodName, ...]:
+        """The method whose model is published, then those it is compared with."""
+        return (self.method, *self.compare_with)
+
+    @property
+    def needed_owners(self) -> int:
+        """The fewest owners whose sum may be opened: all of them unless the agreement says otherwise."""
+        return len(self.owners) if self.min_owners is None else self.min_owners
+
+    @property
+    def shown_owners(self) -> tuple[str, ...]:
+        return tuple(owner.name for owner in self.owners if owner.figures == "shown")
+
+
+class Agreement(AgreementDraft):
+    """A draft completed against its base model: nothing is left open."""
+
+    base_digest: Digest
+    tensors: TensorRoles
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Agreement":
+        if len(self.task.labels) < 2:
+            raise ValueError(f"task.labels = {list(self.task.labels)}: at least two are needed")
+        names = list(self.tensors_by_name())
+        if len(set(names)) != len(names):
+            raise ValueError("tensors: a parameter is named twice")
+        return self
+
+    def tensors_by_name(self) -> Iterator[str]:
+        for group in self.tensors.merged:
+            yield from group
+        yield from self.tensors.averaged
+        yield from self.tensors.left_alone
+
+    def canonical_bytes(self) -> bytes:
+        """The same bytes at every party: labelled, sorted keys, shortest floats, UTF-8."""
+        fields = self.model_dump(mode="json")
+        return (
+            CANONICAL_LABEL
+            + json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hexadecimal."""
+        return hashlib.sha256(self.canonical_bytes()).hexdigest()

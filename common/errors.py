@@ -1,0 +1,100 @@
+"""Every error that a person, a file or a peer can cause, in one tree.
+
+    AmalgramError
+    ├── SettingsError            a settings file says something that cannot be         exit 2
+    ├── DataError                an owner's rows cannot be used                        exit 2
+    ├── ModelError               a model cannot be used, or is not the agreed one      exit 2
+    ├── ConsentError             what was asked for is not what was agreed             exit 3
+    ├── ProtocolError
+    │   ├── LocalProtocolError   we asked for a step that our state does not allow     exit 3
+    │   └── RemoteProtocolError  a peer sent what the protocol does not allow          exit 3
+    ├── TooFewOwners             fewer owners are left than the agreement demands      exit 4
+    ├── NumericalError           a number that should be finite is not                 exit 5
+    ├── EngineError              the Flower engine did not do its part                 exit 1
+    └── OwnerRefused             an owner answered with one of the codes above         that code's exit
+
+A message is one line: what, where, the value, the bound, what to do. `code` is all of an error that ever crosses
+the wire: an exception's text may quote a private row.
+"""
+
+
+class AmalgramError(Exception):
+    """Base of all; `exit_code` is what the command ends with."""
+
+    code = "unexpected"
+    exit_code = 1
+
+
+class SettingsError(AmalgramError):
+    code = "settings"
+    exit_code = 2
+
+
+class DataError(AmalgramError):
+    code = "data"
+    exit_code = 2
+
+
+class ModelError(AmalgramError):
+    code = "model"
+    exit_code = 2
+
+
+class ConsentError(AmalgramError):
+    code = "consent"
+    exit_code = 3
+
+
+class ProtocolError(AmalgramError):
+    code = "protocol"
+    exit_code = 3
+
+
+class LocalProtocolError(ProtocolError):
+    pass
+
+
+class RemoteProtocolError(ProtocolError):
+    pass
+
+
+class TooFewOwners(AmalgramError):  # noqa: N818 - the name is the sentence
+    code = "too-few-owners"
+    exit_code = 4
+
+
+class NumericalError(AmalgramError):
+    code = "numerical"
+    exit_code = 5
+
+
+class EngineError(AmalgramError):
+    code = "engine"
+
+
+EXIT_CODES: dict[str, int] = {
+    kind.code: kind.exit_code
+    for kind in (
+        AmalgramError,
+        SettingsError,
+        DataError,
+        ModelError,
+        ConsentError,
+        ProtocolError,
+        TooFewOwners,
+        NumericalError,
+        EngineError,
+    )
+}
+
+
+class OwnerRefused(AmalgramError):  # noqa: N818 - the name is the sentence
+    """An owner answered with a refusal: the coordinator learns its code, never its text."""
+
+    def __init__(self, owner: str, refusal_code: str) -> None:
+        super().__init__(
+            f"owner {owner} refused: {refusal_code}. The reason stays with the owner; its log and error.txt tell it"
+        )
+        self.owner = owner
+        self.code = refusal_code
+        self.exit_code = EXIT_CODES.get(refusal_code, AmalgramError.exit_code)

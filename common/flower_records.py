@@ -1,0 +1,37 @@
+"""Amalgram's messages in Flower's records, and back: the only place in common that imports flwr."""
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from common.errors import RemoteProtocolError
+from common.messages import Envelope, Message, decode, encode
+
+HEADER, PAYLOAD, KIND = "header", "payload", "kind"
+
+
+def to_record(message: Message) -> RecordDict:
+    """One message as a RecordDict: a header of small fields and, where there is one, a payload array."""
+    envelope = encode(message)
+    header = ConfigRecord({KIND: envelope.kind, **envelope.fields})
+    if envelope.payload is None:
+        return RecordDict({HEADER: header})
+    return RecordDict({HEADER: header, PAYLOAD: ArrayRecord({PAYLOAD: Array(envelope.payload)})})
+
+
+def from_record(record: RecordDict) -> Message:
+    """The message in a RecordDict. Raises RemoteProtocolError on anything that is not exactly one."""
+    header, payload = record.get(HEADER), record.get(PAYLOAD)
+    if not isinstance(header, ConfigRecord) or not set(record) <= {HEADER, PAYLOAD}:
+        raise RemoteProtocolError("a message has no header, or records that do not belong")
+    values = dict(header)
+    kind = values.pop(KIND, None)
+    if not isinstance(kind, str):
+        raise RemoteProtocolError("a message does not say its kind")
+    array = None
+    if payload is not None:
+        if not isinstance(payload, ArrayRecord) or set(payload) != {PAYLOAD}:
+            raise RemoteProtocolError(f"{kind[:40]}: the payload is not exactly one array")
+        try:
+            array = payload[PAYLOAD].numpy()
+        except (ValueError, TypeError, EOFError):
+            raise RemoteProtocolError(f"{kind[:40]}: the payload cannot be read") from None
+    return decode(Envelope(kind=kind, fields=values, payload=array))

@@ -1,0 +1,103 @@
+"""The words that all merge methods share: what an owner brings, what a solve gives back, the weighted mean."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.agreement import Agreement
+from common.errors import NumericalError
+from common.models import MergePlan
+from common.summation.protocol import Total
+from common.tensor_layout import TensorEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gram:
+    """`matrix` = sum over rows of x x^T, (d_in, d_in) float64; `rows` = how many rows that were."""
+
+    matrix: Tensor
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerTerms:
+    """What one owner knows: its delta, and sums that it measured over `measured_*` of its `examples`."""
+
+    examples: int
+    delta: Mapping[str, Tensor]
+    grams: Mapping[str, Gram] = field(default_factory=dict)
+    gram_examples: int = 1
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    fisher_examples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNote:
+    """How the solve of one Gram went. `status`: solved, singular, indefinite or empty (see regmean.py)."""
+
+    name: str
+    status: str
+    d_in: int
+    rows: int
+    condition: float | None
+    effective_rank: float | None
+    unseen_directions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A merged delta by parameter name (float32), and what there is to say about it."""
+
+    delta: Mapping[str, Tensor]
+    layers: tuple[LayerNote, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.delta.items():
+            if not torch.isfinite(tensor).all():
+                raise NumericalError(f"merge: the solution for {name} is not finite; the sums are unusable")
+
+
+def owner_weight(agreement: Agreement, owner: OwnerTerms) -> float:
+    """How much an owner counts: by its examples, or like every other."""
+    return float(owner.examples) if agreement.weighting == "rows" else 1.0
+
+
+def weight_entries() -> list[TensorEntry]:
+    return [TensorEntry(name="weight", shape=(1,)), TensorEntry(name="examples", shape=(1,))]
+
+
+def weight_tensors(agreement: Agreement, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+    yield "weight", np.array([owner_weight(agreement, owner)])
+    yield "examples", np.array([float(owner.examples)])
+
+
+def weighted_delta_entries(plan: MergePlan, names: Iterable[str]) -> list[TensorEntry]:
+    return [TensorEntry(name=f"weighted_delta/{name}", shape=plan.shapes[name]) for name in names]
+
+
+def weighted_delta_tensors(
+    agreement: Agreement, owner: OwnerTerms, names: Iterable[str]
+) -> Iterator[tuple[str, NDArray]]:
+    weight = owner_weight(agreement, owner)
+    for name in names:
+        yield f"weighted_delta/{name}", weight * to_array(owner.delta[name])
+
+
+def mean_delta(total: Total, name: str) -> Tensor:
+    """sum n_i delta_i / sum n_i, float64."""
+    return torch.from_numpy(total[f"weighted_delta/{name}"] / total["weight"][0])
+
+
+def unchanged(plan: MergePlan) -> dict[str, Tensor]:
+    """Zero deltas for what is left alone."""
+    return {name: torch.zeros(plan.shapes[name]) for name in plan.left_alone}
+
+
+def to_array(tensor: Tensor) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = tensor.detach().cpu().to(torch.float64).numpy()
+    return array

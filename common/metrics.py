@@ -1,0 +1,81 @@
+"""Metrics travel as sums and counts, through the same sum as everything else; one division at the end.
+
+Per model, an owner adds:
+    mean      (3,)      its accuracy, its macro F1, and 1: the total gives means in which every owner counts alike
+    pooled    (2,)      its correct rows and its rows: the total gives the accuracy in which every row counts alike
+    shown     (S, 3)    correct, rows, macro F1, in the row of each of the S owners whose figures may be shown singly
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.agreement import Agreement
+from common.tensor_layout import TensorEntry, TensorLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How one model did on one owner's rows."""
+
+    correct: int
+    rows: int
+    macro_f1: float
+
+
+def metrics_layout(agreement: Agreement, models: Sequence[str]) -> TensorLayout:
+    """The layout of a metrics sum over `models`."""
+    entries = []
+    for model in models:
+        entries.append(TensorEntry(name=f"{model}/mean", shape=(3,)))
+        entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,)))
+        if agreement.shown_owners:
+            entries.append(TensorEntry(name=f"{model}/shown", shape=(len(agreement.shown_owners), 3)))
+    return TensorLayout(tuple(entries))
+
+
+def contribution(agreement: Agreement, owner: str, scores: Mapping[str, Score]) -> Iterator[tuple[str, NDArray]]:
+    """One owner's named tensors, in the order of `metrics_layout(agreement, list(scores))`."""
+    for model, score in scores.items():
+        yield f"{model}/mean", np.array([score.correct / score.rows, score.macro_f1, 1.0])
+        yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
+        if agreement.shown_owners:
+            shown = np.zeros((len(agreement.shown_owners), 3))
+            if owner in agreement.shown_owners:
+                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, score.macro_f1
+            yield f"{model}/shown", shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanScore:
+    """A model's figures over all owners, and singly where an owner agreed."""
+
+    accuracy: float
+    macro_f1: float
+    pooled_accuracy: float
+    rows: int
+    by_owner: Mapping[str, Score]
+
+
+def read_total(agreement: Agreement, models: Sequence[str], total: NDArray) -> dict[str, MeanScore]:
+    """Turn the summed vector into figures: the only division of a metric."""
+    layout = metrics_layout(agreement, models)
+    scores = {}
+    for model in models:
+        accuracy, macro_f1, owners = layout.read(total, f"{model}/mean")
+        correct, rows = layout.read(total, f"{model}/pooled")
+        shown = layout.read(total, f"{model}/shown") if agreement.shown_owners else np.empty((0, 3))
+        scores[model] = MeanScore(
+            accuracy=float(accuracy / owners),
+            macro_f1=float(macro_f1 / owners),
+            pooled_accuracy=float(correct / rows),
+            rows=round(rows),
+            by_owner={
+                owner: Score(correct=round(row[0]), rows=round(row[1]), macro_f1=float(row[2]))
+                for owner, row in zip(agreement.shown_owners, shown, strict=True)
+                if row[1] > 0  # an owner that dropped out left its row empty
+            },
+        )
+    return scores

@@ -1,0 +1,275 @@
+"""Hugging Face folders in and out: the base model and its digest, an owner's delta, the plan of what is merged.
+
+Weights are read from safetensors only; a pickle is refused, because loading one runs whatever code it holds.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from common.agreement import Agreement, Task, TensorRoles
+from common.errors import ModelError
+from common.tensor_layout import TensorEntry, TensorLayout
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+AUTO_CLASSES = {
+    "text-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+
+
+def model_folder(location: str, relative_to: Path) -> Path:
+    """The folder of a model named by a path (absolute, or relative to a settings file's folder) or by a hub name."""
+    folder = Path(location) if Path(location).is_absolute() else relative_to / location
+    if folder.is_dir():
+        _check_weights(folder)
+        return folder
+    if folder.exists():
+        raise ModelError(f"model {location}: {folder} is no folder; a Hugging Face model folder is needed")
+    try:
+        folder = Path(snapshot_download(location, allow_patterns=HUB_PATTERNS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        raise ModelError(
+            f"model {location}: no folder {folder}, and no model of this name could be fetched from the hub"
+        ) from None
+    _check_weights(folder)
+    return folder
+
+
+def _check_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {folder}: has no config.json; a Hugging Face model folder is needed")
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise ModelError(
+            f"model {folder}: holds pickled weights only, and loading a pickle runs its code; "
+            "save it again with safe_serialization (model.safetensors)"
+        )
+    raise ModelError(f"model {folder}: holds no weights (*.safetensors)")
+
+
+def base_labels(folder: Path) -> tuple[str, ...]:
+    """The labels that the base model's configuration names, in order."""
+    config = _config(folder)
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+
+
+def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
+    """The base model in float32, ready for evaluation.
+
+    A head that the folder does not hold is initialised from `seed`, hence alike at every party.
+    """
+    return _load(folder, task, seed)
+
+
+def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
+    """An owner's model in float32. Raises ModelError unless it has exactly the base's parameters and labels."""
+    labels = base_labels(folder)
+    generic = all(label.startswith("LABEL_") for label in labels)
+    if not generic and labels != task.labels:
+        raise ModelError(f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}")
+    model = _load(folder, task, seed=0)
+    expected, found = parameter_shapes(base), parameter_shapes(model)
+    for name in sorted(set(expected) | set(found)):
+        if expected.get(name) != found.get(name):
+            raise ModelError(
+                f"model {folder}: parameter {name} has shape {found.get(name, 'none')}, "
+                f"in the base it has {expected.get(name, 'none')}; it was not fine-tuned from this base"
+            )
+    return model
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {folder}: its config.json cannot be used: {_first_line(error)}") from None
+
+
+def _load(folder: Path, task: Task, seed: int) -> PreTrainedModel:
+    _config(folder)
+    labels = dict(enumerate(task.labels))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = AUTO_CLASSES[task.kind].from_pretrained(
+                folder,
+                num_labels=len(labels),
+                id2label=labels,
+                label2id={label: index for index, label in labels.items()},
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
+            raise ModelError(
+                f"model {folder}: cannot be loaded for {task.kind} with {len(labels)} labels: {_first_line(error)}"
+            ) from None
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"model {folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter by name; one that is tied to another stands once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer as loaded: names, shapes, types and bytes; file formats do not matter."""
+    digest = hashlib.sha256(b"amalgram model v1\n")
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_base(model: nn.Module, agreement: Agreement, folder: Path) -> None:
+    """Raise ModelError unless `model` is the agreed base model."""
+    digest = digest_of(model)
+    if digest != agreement.base_digest:
+        raise ModelError(
+            f"model {folder}: its digest is {digest[:16]}..., the agreement's base is {agreement.base_digest[:16]}...; "
+            "this is another base model"
+        )
+
+
+def delta_of(fine_tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """What fine-tuning changed: W_i - W_0 by parameter name, float32."""
+    start = dict(base.named_parameters())
+    return {name: (parameter - start[name]).detach() for name, parameter in fine_tuned.named_parameters()}
+
+
+@torch.no_grad()
+def add_delta(base: nn.Module, delta: Mapping[str, Tensor]) -> None:
+    """Turn `base` into W_0 + delta, in place."""
+    for name, parameter in base.named_parameters():
+        parameter.add_(delta[name].to(parameter.dtype))
+
+
+# --- what is merged ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """The weight of a linear layer y = W x. Conv1D (GPT-2) stores it as (inputs, outputs), Linear the other way."""
+
+    weight: str
+    d_in: int
+    d_out: int
+    stored_input_first: bool
+
+    def to_input_first(self, tensor: Tensor) -> Tensor:
+        """(stored) -> (d_in, d_out): the orientation of `delta^T` in the papers."""
+        return tensor if self.stored_input_first else tensor.T
+
+    def from_input_first(self, tensor: Tensor) -> Tensor:
+        """(d_in, d_out) -> (stored)."""
+        return tensor if self.stored_input_first else tensor.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedInput:
+    """One distinct input tensor, hence one Gram matrix, and the layers it feeds. Named after the first of them."""
+
+    name: str
+    d_in: int
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """What happens to each parameter, with shapes: the agreement's tensor roles on the base model."""
+
+    inputs: tuple[SharedInput, ...]
+    averaged: tuple[str, ...]
+    left_alone: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Every parameter that a merge may change, in the model's own order."""
+        fixed = set(self.left_alone)
+        return tuple(name for name in self.shapes if name not in fixed)
+
+    def layers(self) -> Iterator[Layer]:
+        for shared_input in self.inputs:
+            yield from shared_input.layers
+
+
+def delta_layout(plan: MergePlan) -> TensorLayout:
+    """How a merged delta travels back to the owners, as float32."""
+    return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name]) for name in plan.changed))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of the model whose weight is its own, by module name."""
+    parameters = parameter_shapes(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" in parameters
+    }
+
+
+def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
+    """The roles with this model's shapes. Raises ModelError unless they name exactly the model's parameters."""
+    shapes = parameter_shapes(model)
+    modules = linear_layers(model)
+    named = [*(name for group in roles.merged for name in group), *roles.averaged, *roles.left_alone]
+    for name in sorted(set(named) ^ set(shapes)):
+        missing_in = "the agreement's tensors" if name in shapes else "the base model"
+        raise ModelError(f"parameter {name} is missing in {missing_in}")
+    inputs = []
+    for group in roles.merged:
+        layers = []
+        for weight in group:
+            module = modules.get(weight.removesuffix(".weight"))
+            if module is None:
+                raise ModelError(f"parameter {weight} is to be merged, but it is no linear layer's weight")
+            layers.append(_layer(weight, module))
+        if len({layer.d_in for layer in layers}) != 1:
+            raise ModelError(f"parameters {', '.join(group)} cannot share an input: their input sizes differ")
+        inputs.append(SharedInput(name=group[0].removesuffix(".weight"), d_in=layers[0].d_in, layers=tuple(layers)))
+    return MergePlan(inputs=tuple(inputs), averaged=roles.averaged, left_alone=roles.left_alone, shapes=shapes)
+
+
+def _layer(weight: str, module: nn.Module) -> Layer:
+    input_first = isinstance(module, Conv1D)
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    d_in, d_out = (rows, columns) if input_first else (columns, rows)
+    return Layer(weight=weight, d_in=d_in, d_out=d_out, stored_input_first=input_first)

@@ -1,0 +1,91 @@
+"""Read a TOML settings file into a frozen, validated object; say in one line what is wrong with it.
+
+Used for the agreement and for every party's own settings. Strict: an unknown key is an error, a string is never read
+as a number, and every message names file, key, value and what is allowed.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import SettingsError
+
+MAX_FILE_BYTES = 16_000_000
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """Base of every settings object: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(path: Path, kind: type[S]) -> S:
+    """Read `path` as TOML into `kind`. Raises SettingsError with one line."""
+    return parse_settings(read_toml(path), kind, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises SettingsError when it is missing, too large, or no TOML."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise SettingsError(f"{path}: {len(content)} bytes, a settings file may have {MAX_FILE_BYTES}")
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_settings(tables: dict[str, Any], kind: type[S], where: str) -> S:
+    """Validate the tables of a file (named `where` in messages). Raises SettingsError with one line."""
+    try:
+        # Through JSON, because strict JSON reads an array as a tuple and a string as a path, and nothing else loosely.
+        return kind.model_validate_json(json.dumps(tables, default=str))
+    except ValidationError as error:
+        raise SettingsError(_one_line(error, kind, where)) from None
+
+
+def _one_line(error: ValidationError, kind: type[Settings], where: str) -> str:
+    problems = error.errors(include_url=False)
+    # An unknown key first: a misspelt one is both unknown and missing, and the misspelling is what to mend.
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    key = _dotted(first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        allowed = ", ".join(sorted(_settings_at(kind, first["loc"][:-1]).model_fields))
+        return f"{where}: {key} is no known key; allowed: {allowed}{more}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing{more}"
+    reason = first["msg"].removeprefix("Value error, ")
+    if not key:  # a rule about several keys together
+        return f"{where}: {reason}{more}"
+    value = repr(first["input"])
+    return f"{where}: {key} = {value if len(value) <= 80 else value[:77] + '...'}: {reason}{more}"
+
+
+def _dotted(location: tuple[str | int, ...]) -> str:
+    key = ""
+    for step in location:
+        key += f"[{step}]" if isinstance(step, int) else f".{step}" if key else step
+    return key
+
+
+def _settings_at(kind: type[Settings], location: tuple[str | int, ...]) -> type[Settings]:
+    """The settings class that the key at `location` belongs to."""
+    for step in location:
+        if isinstance(step, str):
+            annotation: Any = kind.model_fields[step].annotation
+            candidates = [annotation, *get_args(annotation)]
+            kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Settings))
+    return kind

@@ -1,0 +1,152 @@
+"""Named tensors to one flat vector and back.
+
+A sum knows nothing of tensors: it adds flat vectors. A layout fixes, for all parties alike, which tensor lies where.
+Symmetric matrices travel as their upper triangle, row by row. A vector is cut into parts small enough for one message.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import LocalProtocolError
+
+PART_BYTES = 64_000_000  # one message's payload: larger ones cost every process of the framework memory and time
+
+Packing = Literal["full", "symmetric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a layout. `symmetric` means a (d, d) matrix kept as its d (d + 1) / 2 upper entries."""
+
+    name: str
+    shape: tuple[int, ...]
+    packing: Packing = "full"
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise LocalProtocolError("layout: a tensor has no name")
+        if any(length < 1 for length in self.shape):
+            raise LocalProtocolError(f"layout: {self.name} has shape {self.shape}; every length must be at least 1")
+        if self.packing == "symmetric" and (len(self.shape) != 2 or self.shape[0] != self.shape[1]):
+            raise LocalProtocolError(f"layout: {self.name} has shape {self.shape}; a symmetric matrix is square")
+
+    @property
+    def size(self) -> int:
+        """How many numbers travel."""
+        if self.packing == "symmetric":
+            return self.shape[0] * (self.shape[0] + 1) // 2
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """An ordered list of named tensors. Equal layouts have equal digests; any difference changes the digest."""
+
+    entries: tuple[TensorEntry, ...]
+
+    def __post_init__(self) -> None:
+        if len({entry.name for entry in self.entries}) != len(self.entries):
+            raise LocalProtocolError("layout: a tensor is named twice")
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(entry.size for entry in self.entries)
+
+    @cached_property
+    def _slices(self) -> dict[str, tuple[TensorEntry, slice]]:
+        slices = {}
+        start = 0
+        for entry in self.entries:
+            slices[entry.name] = (entry, slice(start, start + entry.size))
+            start += entry.size
+        return slices
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, packings and order, in hexadecimal."""
+        description = [[entry.name, list(entry.shape), entry.packing] for entry in self.entries]
+        canonical = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
+        return hashlib.sha256(b"amalgram layout v1\n" + canonical).hexdigest()
+
+    def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:
+        """Write every tensor into `vector` (size,), in the layout's order, so that a generator need hold only one.
+
+        Raises LocalProtocolError on a missing, unexpected, misplaced or misshapen tensor, or a vector of other length.
+        """
+        self._check_length(vector)
+        produced = iter(tensors)
+        for entry, position in self._slices.values():
+            name, tensor = next(produced, ("nothing", np.empty(0)))
+            if name != entry.name or tensor.shape != entry.shape:
+                raise LocalProtocolError(
+                    f"layout: expected {entry.name} of shape {entry.shape}, got {name} of shape {tensor.shape}"
+                )
+            if entry.packing == "symmetric":
+                _pack(tensor, vector[position])
+            else:
+                vector[position] = tensor.reshape(-1)
+        extra = next(produced, None)
+        if extra is not None:
+            raise LocalProtocolError(f"layout: unexpected tensor {extra[0]} after the last one")
+
+    def read(self, vector: NDArray, name: str) -> NDArray:
+        """The tensor `name` of a flat vector: a view where nothing had to be unpacked."""
+        self._check_length(vector)
+        if name not in self._slices:
+            raise LocalProtocolError(f"layout: no tensor is named {name}")
+        entry, position = self._slices[name]
+        if entry.packing == "symmetric":
+            return _unpack(vector[position], entry.shape[0])
+        return vector[position].reshape(entry.shape)
+
+    def unflatten(self, vector: NDArray) -> Iterator[tuple[str, NDArray]]:
+        """Every (name, tensor), in order."""
+        for entry in self.entries:
+            yield entry.name, self.read(vector, entry.name)
+
+    def part_slices(self, bytes_per_number: int, part_bytes: int = PART_BYTES) -> list[slice]:
+        """Where the flat vector is cut: at least one part, each of at most `part_bytes`."""
+        step = max(1, part_bytes // bytes_per_number)
+        return [slice(start, min(start + step, self.size)) for start in range(0, max(self.size, 1), step)]
+
+    def _check_length(self, vector: NDArray) -> None:
+        if vector.shape != (self.size,):
+            raise LocalProtocolError(f"layout: the vector has shape {vector.shape}, the layout needs ({self.size},)")
+
+
+def union(layouts: Iterable[TensorLayout]) -> TensorLayout:
+    """All entries in order of first appearance; a name that stands in several must mean the same everywhere."""
+    entries: dict[str, TensorEntry] = {}
+    for layout in layouts:
+        for entry in layout.entries:
+            if entries.setdefault(entry.name, entry) != entry:
+                raise LocalProtocolError(f"layout: {entry.name} has two different shapes or packings")
+    return TensorLayout(tuple(entries.values()))
+
+
+def _pack(matrix: NDArray, packed: NDArray) -> None:
+    # Row by row: index arrays for a (d, d) triangle would need more memory than the matrix.
+    start = 0
+    for row in range(len(matrix)):
+        width = len(matrix) - row
+        packed[start : start + width] = matrix[row, row:]
+        start += width
+
+
+def _unpack(packed: NDArray, dimension: int) -> NDArray:
+    matrix = np.empty((dimension, dimension), dtype=packed.dtype)
+    start = 0
+    for row in range(dimension):
+        width = dimension - row
+        matrix[row, row:] = packed[start : start + width]
+        matrix[row:, row] = packed[start : start + width]
+        start += width
+    return matrix

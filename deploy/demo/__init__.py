@@ -1,0 +1,1 @@
+"""The embedded default: real handwritten digits, a tiny vision transformer, five owners."""

@@ -1,0 +1,1 @@
+"""The consortium that `amalgram simulate --init` writes."""

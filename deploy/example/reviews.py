@@ -1,0 +1,199 @@
+"""A small consortium of three owners with text, as a pattern for one's own: made up, so that it runs anywhere.
+
+A hotel, a cinema and a phone shop each classify their own reviews as positive or negative. Each has its own words for
+it, and its rows in another file format. The base model, a tiny BERT, knows only a few words that all share.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from client.finetune import fine_tune
+from client.private_data import Rows
+from client.settings import Training
+from common.errors import SettingsError
+
+SEED = 0
+LABELS = ("negative", "positive")
+ROWS = {"train": 200, "validation": 60, "test": 120}
+OPENINGS = ("the", "this", "our", "honestly the", "i think the", "we found the")
+Vocabulary = tuple[tuple[str, ...], Mapping[str, tuple[str, ...]]]  # things, words per label
+SHARED: Vocabulary = (("film", "room", "phone", "place"), {"negative": ("bad", "poor"), "positive": ("good", "nice")})
+OWNERS = {  # name: (file format, things it talks about, words per label)
+    "hotel": (
+        "jsonl",
+        ("room", "bed", "breakfast", "staff", "view", "lobby"),
+        {"negative": ("dirty", "noisy", "rude", "cold"), "positive": ("clean", "quiet", "friendly", "cosy")},
+    ),
+    "cinema": (
+        "csv",
+        ("film", "plot", "actor", "ending", "score", "scene"),
+        {
+            "negative": ("dull", "predictable", "wooden", "endless"),
+            "positive": ("gripping", "moving", "witty", "fresh"),
+        },
+    ),
+    "phones": (
+        "parquet",
+        ("phone", "battery", "screen", "camera", "case", "speaker"),
+        {"negative": ("slow", "dim", "fragile", "blurry"), "positive": ("fast", "bright", "sturdy", "sharp")},
+    ),
+}
+
+AGREEMENT = """\
+# What all parties agree on; everybody holds this file identically.
+title = "Reviews of three shops"
+
+# The model that everybody fine-tuned: a Hugging Face folder (relative to this file) or a hub name.
+base = "base"
+
+# The published model is merged with `method`; the others are only evaluated, for comparison.
+# Known: average, task_arithmetic, fisher, regmean.
+method = "regmean"
+compare_with = ["average", "task_arithmetic", "fisher"]
+
+# "rows": an owner counts by its rows. "owners": every owner counts alike.
+weighting = "rows"
+
+# The run stops if fewer owners than this remain. Left out: all must.
+# min_owners = 3
+
+[task]
+kind = "text-classification"  # or "image-classification"
+max_tokens = 32               # longer texts are cut
+# labels = ["negative", "positive"]   # left out: as in the base model's configuration
+
+[regmean]
+# How much of a Gram's off-diagonal counts; several values are tried on the owners' validation rows.
+alphas = [0.1, 0.5, 0.9, 0.95, 0.99]
+measured_examples = 1000      # an owner measures at most this many of its training rows
+
+[task_arithmetic]
+scales = [0.3, 0.5, 1.0]
+
+[evaluation]
+choose_by = "accuracy"        # or "macro_f1"
+
+# One entry per owner. figures = "summed" keeps an owner's own test figures out of the report (let two or more have it).
+[[owners]]
+name = "hotel"
+
+[[owners]]
+name = "cinema"
+
+[[owners]]
+name = "phones"
+"""
+
+OWNER = """\
+# One owner's side: nothing in this file leaves its machine. Paths are relative to this file.
+name = "{name}"
+
+# An owner that has a fine-tuned model names it (a Hugging Face folder or a hub name) and leaves [training] out:
+# fine_tuned = "models/{name}"
+# An owner that has none makes one here, from the base and its training rows:
+[training]
+epochs = 6
+learning_rate = 1e-3
+batch_size = 32
+
+[data]
+train = "data/{name}/train.{suffix}"            # measured, and trained on; .jsonl, .csv or .parquet
+validation = "data/{name}/validation.{suffix}"  # decides between candidates; left out: a tenth of the training rows
+test = "data/{name}/test.{suffix}"              # gives the figures
+text = "text"                                   # column names
+label = "label"                                 # a label's name, or its number
+# text_pair = "answer"                          # a second text, for pairs
+# max_train_rows = 5000                         # use only the first rows of a file
+"""
+
+
+def write_consortium(folder: Path) -> None:
+    """Write the example. Raises SettingsError rather than touch a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"{folder}: is there already and not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "agreement.toml").write_text(AGREEMENT)
+    random_source = random.Random(SEED)
+    for name, (suffix, things, words) in OWNERS.items():
+        (folder / f"{name}.toml").write_text(OWNER.format(name=name, suffix=suffix))
+        (folder / "data" / name).mkdir(parents=True)
+        for split, count in ROWS.items():
+            rows = [_review(random_source, things, words) for _ in range(count)]
+            _write_rows(folder / "data" / name / f"{split}.{suffix}", rows)
+    _write_base(folder / "base", random_source)
+
+
+def _review(
+    random_source: random.Random, things: tuple[str, ...], words: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    label = random_source.choice(LABELS)
+    opening, thing, word = (random_source.choice(choices) for choices in (OPENINGS, things, words[label]))
+    return {"text": f"{opening} {thing} was {word}", "label": label}
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".csv":
+        pyarrow.csv.write_csv(pa.Table.from_pylist(rows), path)
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def _write_base(folder: Path, random_source: random.Random) -> None:
+    tokenizer = make_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: index for index, label in enumerate(LABELS)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = BertForSequenceClassification(config)
+    reviews = [_review(random_source, *SHARED) for _ in range(200)]
+    rows = Rows(
+        features=tuple(dict(tokenizer(review["text"])) for review in reviews),
+        labels=np.array([LABELS.index(review["label"]) for review in reviews]),
+        tokenizer=tokenizer,
+    )
+    fine_tune(model, rows, Training(epochs=5, learning_rate=1e-3), SEED, "base model: training")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows whole words: all that can occur in the example's reviews."""
+    groups: list[Vocabulary] = [SHARED, *((things, by_label) for _, things, by_label in OWNERS.values())]
+    words = {word for opening in OPENINGS for word in opening.split()} | {"was"}
+    for things, by_label in groups:
+        words |= {word for choices in (things, *by_label.values()) for word in choices}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    )

@@ -1,0 +1,91 @@
+"""Flower's grid in one process: real messages, really serialised, handled by the real ClientApp.
+
+For simulations and tests. A message is answered when its answer is pulled, so that at most one is in hand. Nothing of
+one node reaches another: every node has its own context, and every message its own bytes.
+"""
+
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+
+SERVER_NODE_ID = 1
+RUN_ID = 1
+
+
+class InProcessGrid(Grid):
+    """A grid of nodes 2, 3, ..., each with the node config given for it."""
+
+    def __init__(self, client_app: ClientApp, node_configs: Iterable[Mapping[str, Any]]) -> None:
+        self._client_app = client_app
+        self._contexts = {
+            node_id: _context(node_id, node_config)
+            for node_id, node_config in enumerate(node_configs, SERVER_NODE_ID + 1)
+        }
+        self._pending: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        message_ids = []
+        for message in messages:
+            message_id = secrets.token_hex(16)
+            _name(message, message_id)
+            self._pending[message_id] = message
+            message_ids.append(message_id)
+        return message_ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [
+            self._handle(self._pending.pop(message_id)) for message_id in message_ids if message_id in self._pending
+        ]
+
+    def _handle(self, message: Message) -> Message:
+        delivered = through_serialisation(message)
+        _name(delivered, message.metadata.message_id)
+        reply = self._client_app(delivered, self._contexts[message.metadata.dst_node_id])
+        return through_serialisation(reply)
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError("the in-process grid has one run")
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError("the in-process grid has one run")
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError("build a Message instead")
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+
+def through_serialisation(item: Any) -> Any:
+    """What arrives at the other end of the wire: every object deflated to bytes, and inflated again."""
+    children = {object_id: through_serialisation(child) for object_id, child in (item.children or {}).items()}
+    return type(item).inflate(item.deflate(), children)
+
+
+def run_in_process(
+    server_app: ServerApp, client_app: ClientApp, node_configs: Iterable[Mapping[str, Any]], run_config: dict[str, Any]
+) -> None:
+    """Run the two apps against each other until the server app returns. Its exceptions pass through."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
+    grid = InProcessGrid(client_app, node_configs)
+    server_app(grid, _context(SERVER_NODE_ID, {}, run_config))
+
+
+def _context(node_id: int, node_config: Mapping[str, Any], run_config: dict[str, Any] | None = None) -> Context:
+    return Context(
+        run_id=RUN_ID, node_id=node_id, node_config=dict(node_config), state=RecordDict(), run_config=run_config or {}
+    )
+
+
+def _name(message: Message, message_id: str) -> None:
+    # The SuperLink's part: a message gets its id when it is sent, and the public metadata is read-only.
+    message.metadata.__dict__["_message_id"] = message_id

@@ -1,0 +1,155 @@
+"""All parties of a consortium on one machine: the real apps and messages, every owner with its own settings and state.
+
+from deploy.simulate import simulate
+report = simulate(Path("my-consortium"), Path("my-output"))
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from client.app import app as client_app
+from client.owner import Owner
+from client.settings import OwnerSettings
+from common.agreement import Agreement, AgreementDraft
+from common.errors import AmalgramError, OwnerRefused, SettingsError
+from common.models import model_folder
+from common.settings_file import Settings, load_settings
+from deploy import references
+from deploy.complete import complete_agreement
+from deploy.in_process_grid import run_in_process
+from deploy.launch import run_with_ray
+from server.app import app as server_app
+from server.merge import clear_results
+from server.report import own_figures, read_report, render_report, save_report
+
+Engine = Literal["in-process", "ray"]
+log = logging.getLogger("amalgram.simulate")
+
+
+def simulate(
+    folder: Path, output: Path, *, engine: Engine = "in-process", with_references: bool = True
+) -> dict[str, Any]:
+    """Merge the consortium in `folder` and write model and report to `output`.
+
+    `folder` holds `agreement.toml` (a draft is enough) and one settings file per owner: `<name>.toml` or
+    `<name>/owner.toml`. With references, what only a simulation can know is added to the report (references.py).
+    Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written.
+    """
+    folder, output = folder.resolve(), output.resolve()
+    clear_results(output)
+    draft = load_settings(folder / "agreement.toml", AgreementDraft)
+    owner_files = find_owner_files(folder, draft)
+    log.info("completing the agreement against %s", draft.base)
+    base_folder = model_folder(draft.base, folder)
+    agreement = complete_agreement(draft, base_folder)
+    with _parties(output, agreement, base_folder, owner_files) as (coordinator_file, party_files):
+        for path in party_files:
+            Owner(path).check()
+        _run(engine, coordinator_file, party_files)
+        report = read_report(output)
+        if with_references:
+            log.info("computing references")
+            _add_references(report, [Owner(path) for path in party_files])
+            save_report(report, output)
+    render_report(output)
+    return report
+
+
+def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
+    """The settings file of every owner on the roster, in its order. Raises SettingsError if they do not match it."""
+    files: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.toml"), *folder.glob("*/owner.toml")]):
+        if path.name in ("agreement.toml", "coordinator.toml"):
+            continue
+        name = load_settings(path, OwnerSettings).name
+        if name not in draft.owner_names:
+            raise SettingsError(f"{path}: owner {name!r} is not on the roster of agreement.toml: {draft.owner_names}")
+        if name in files:
+            raise SettingsError(f"{path}: owner {name!r} has a settings file already, {files[name]}")
+        files[name] = path
+    for name in draft.owner_names:
+        if name not in files:
+            raise SettingsError(f"{folder}: owner {name!r} of agreement.toml has no settings file, {name}.toml")
+    return {name: files[name] for name in draft.owner_names}
+
+
+@contextmanager
+def _parties(
+    output: Path, agreement: Agreement, base_folder: Path, owner_files: dict[str, Path]
+) -> Iterator[tuple[Path, list[Path]]]:
+    """Give every party its settings file and the one agreement; take the owners' state away afterwards."""
+    parties = output / "parties"
+    shutil.rmtree(parties, ignore_errors=True)
+    parties.mkdir(parents=True)
+    write_settings(parties / "agreement.toml", agreement)
+    coordinator_file = parties / "coordinator.toml"
+    coordinator_file.write_text(
+        tomli_w.dumps({"agreement": "agreement.toml", "output": str(output), "base": str(base_folder)})
+    )
+    party_files = []
+    for name, path in owner_files.items():
+        settings = load_settings(path, OwnerSettings)
+        party_files.append(parties / f"{name}.toml")
+        write_settings(party_files[-1], _placed(settings, path.parent, base_folder))
+    try:
+        yield coordinator_file, party_files
+    finally:
+        shutil.rmtree(parties / "state", ignore_errors=True)
+
+
+def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSettings:
+    """An owner's settings as they read from the simulation's own folder: absolute paths, its own state."""
+    data = settings.data
+    fine_tuned = settings.fine_tuned
+    placed_data = data.model_copy(
+        update={
+            split: home / path
+            for split, path in (("train", data.train), ("validation", data.validation), ("test", data.test))
+            if path is not None
+        }
+    )
+    return settings.model_copy(
+        update={
+            "agreement": Path("agreement.toml"),
+            "state": Path("state") / settings.name,
+            "base": settings.base or str(base_folder),
+            "fine_tuned": str(home / fine_tuned) if fine_tuned and (home / fine_tuned).exists() else fine_tuned,
+            "data": placed_data,
+        }
+    )
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Write settings as TOML, which reads back to the same settings."""
+    path.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+
+
+def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> None:
+    try:
+        if engine == "ray":
+            run_with_ray(coordinator_file, party_files)
+        else:
+            node_configs = [{"settings": str(path)} for path in party_files]
+            run_in_process(server_app, client_app, node_configs, {"coordinator": str(coordinator_file)})
+    except OwnerRefused as refusal:
+        # Everybody is on this machine, so the reason that stays with the owner can be told.
+        reason = coordinator_file.parent / "state" / refusal.owner / "error.txt"
+        if not reason.is_file():
+            raise
+        error = AmalgramError(f"owner {refusal.owner}: {reason.read_text().strip().splitlines()[-1]}")
+        error.code, error.exit_code = refusal.code, refusal.exit_code
+        raise error from None
+
+
+def _add_references(report: dict[str, Any], owners: list[Owner]) -> None:
+    taking_part = [owner for owner in owners if owner.name in report["owners"]]
+    for model, scores in references.reference_scores(taking_part).items():
+        report["evaluation"]["mean"][model] = references.mean_figures(scores)
+        for owner, figures in report["evaluation"]["by_owner"].items():
+            figures[model] = own_figures(scores[owner])

@@ -1,0 +1,1 @@
+"""The coordinator's side: the only code that sees totals."""

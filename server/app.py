@@ -1,0 +1,83 @@
+"""The coordinator's Flower ServerApp: a channel over Flower's grid, then the merge."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.app import Message as FlowerMessage
+from flwr.serverapp import Grid, ServerApp
+
+from common.errors import AmalgramError, OwnerRefused, RemoteProtocolError
+from common.flower_records import from_record, to_record
+from common.messages import Message
+from common.settings_file import load_settings
+from server.merge import run_merge
+from server.settings import CoordinatorSettings
+
+POLL_SECONDS = 0.3
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the merge that the coordinator's settings file (absolute path in the run config) describes."""
+    settings_path = Path(str(context.run_config["coordinator"]))
+    try:
+        run_merge(settings_path, FlowerChannel(grid))
+    except AmalgramError as error:
+        _keep(settings_path, error)
+        raise
+
+
+class FlowerChannel:
+    """Messages over a Flower grid. Pulls one answer at a time, so that one part per node is held at most."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
+        deadline = time.monotonic() + timeout_seconds
+        while len(nodes := sorted(self._grid.get_node_ids())) < count and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return nodes
+
+    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
+        node_of = {}
+        for node, request in requests.items():
+            message = FlowerMessage(
+                to_record(request), dst_node_id=node, message_type="train.step", ttl=timeout_seconds
+            )
+            (message_id,) = self._grid.push_messages([message])
+            node_of[message_id] = node
+        deadline = time.monotonic() + timeout_seconds
+        while node_of and time.monotonic() < deadline:
+            arrived = False
+            for message_id in list(node_of):
+                for reply in self._grid.pull_messages([message_id]):
+                    arrived = True
+                    yield node_of.pop(message_id), _read(reply)
+            if node_of and not arrived:
+                time.sleep(POLL_SECONDS)
+        for node in node_of.values():
+            yield node, None
+
+
+def _read(reply: FlowerMessage) -> Message | None:
+    """The answer in a Flower reply; None where Flower itself reports that the node is gone or broke down."""
+    if reply.has_error():
+        return None
+    try:
+        return from_record(reply.content)
+    except RemoteProtocolError:
+        return None  # an owner that does not speak the protocol counts as lost, and cannot stop the others
+
+
+def _keep(settings_path: Path, error: AmalgramError) -> None:
+    """Leave the reason where the command that started this app finds it: Flower does not pass it on."""
+    output = settings_path.parent / load_settings(settings_path, CoordinatorSettings).output
+    output.mkdir(parents=True, exist_ok=True)
+    owner = error.owner if isinstance(error, OwnerRefused) else None
+    failure = {"code": error.code, "exit_code": error.exit_code, "message": str(error), "owner": owner}
+    (output / "failure.json").write_text(json.dumps(failure) + "\n")

@@ -1,0 +1,160 @@
+"""Runs the agreed methods over sums and writes the merged model.
+
+sum of contributions -> solve every candidate -> owners evaluate the candidates of a sweep -> sum of validation
+figures -> choose -> owners evaluate the chosen -> sum of test figures -> model folder and report
+"""
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from common import metrics
+from common.agreement import Agreement
+from common.errors import NumericalError
+from common.merge_methods import candidates, contribution_layout, solve
+from common.merge_methods.terms import Solution
+from common.metrics import MeanScore
+from common.models import (
+    MergePlan,
+    add_delta,
+    check_base,
+    delta_layout,
+    load_base,
+    load_tokenizer,
+    merge_plan,
+    model_folder,
+)
+from common.settings_file import load_settings
+from common.summation.protocol import Total
+from server.coordinator import Channel, Coordinator
+from server.report import write_report
+from server.settings import CoordinatorSettings
+
+log = logging.getLogger("amalgram.coordinator")
+ALWAYS_EVALUATED = ("base", "own_at_home")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The candidate of one method that its sweep chose, and the whole sweep on validation rows."""
+
+    name: str
+    knob: float | None
+    sweep: dict[str, MeanScore]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that the report tells."""
+
+    agreement: Agreement
+    plan: MergePlan
+    coordinator: Coordinator
+    choices: dict[str, Choice]
+    solutions: dict[str, Solution]
+    total: Total
+    test: dict[str, MeanScore]
+    seconds: float
+
+
+def run_merge(settings_path: Path, channel: Channel) -> None:
+    """The whole run of one agreement. Raises an AmalgramError; then no result was written."""
+    started = time.monotonic()
+    home = settings_path.resolve().parent
+    settings = load_settings(settings_path, CoordinatorSettings)
+    output = home / settings.output
+    clear_results(output)
+    agreement = load_settings(home / settings.agreement, Agreement)
+    base_folder = (
+        model_folder(settings.base, home)
+        if settings.base is not None
+        else model_folder(agreement.base, (home / settings.agreement).parent)
+    )
+    base = load_base(base_folder, agreement.task, agreement.seed)
+    check_base(base, agreement, base_folder)
+    plan = merge_plan(base, agreement.tensors)
+
+    coordinator = Coordinator(channel=channel, agreement=agreement)
+    coordinator.roll_call()
+    total = coordinator.sum("contribution", contribution_layout(agreement, plan))
+    choices = _choose(coordinator, plan, total)
+    solutions = {}
+    for method, choice in choices.items():
+        log.info("solving %s", choice.name)
+        solutions[method] = solve(agreement, plan, method, total, choice.knob)
+        _send(coordinator, plan, choice.name, "test", solutions[method])
+    models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
+    test = _figures(coordinator, "test", models)
+    coordinator.finish()
+
+    outcome = Outcome(
+        agreement=agreement,
+        plan=plan,
+        coordinator=coordinator,
+        choices=choices,
+        solutions=solutions,
+        total=total,
+        test=test,
+        seconds=time.monotonic() - started,
+    )
+    add_delta(base, solutions[agreement.method].delta)
+    _write_model(base, base_folder, agreement, output / "model")
+    write_report(outcome, base, output)
+
+
+def clear_results(output: Path) -> None:
+    """Remove an earlier run's results, so that what is there afterwards is this run's."""
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / "model", ignore_errors=True)
+    for name in ("report.json", "report.html", "failure.json"):
+        (output / name).unlink(missing_ok=True)
+
+
+def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str, Choice]:
+    """Per method, the candidate with the best summed metric on validation rows; the first of equals."""
+    agreement = coordinator.agreement
+    tried = {method: candidates(agreement, method) for method in agreement.methods}
+    swept = [name for names in tried.values() if len(names) > 1 for name in names]
+    for method, names in tried.items():
+        if len(names) > 1:
+            for name, knob in names.items():
+                log.info("solving %s", name)
+                _send(coordinator, plan, name, "validation", solve(agreement, plan, method, total, knob))
+    figures = _figures(coordinator, "validation", tuple(swept)) if swept else {}
+    choices: dict[str, Choice] = {}
+    for method, names in tried.items():
+        sweep = {name: figures[name] for name in names if name in figures}
+        chosen = max(sweep, key=lambda name: getattr(figures[name], agreement.evaluation.choose_by), default=None)
+        name = chosen or next(iter(names))
+        choices[method] = Choice(name=name, knob=names[name], sweep=sweep)
+    return choices
+
+
+def _send(coordinator: Coordinator, plan: MergePlan, model: str, split: str, solution: Solution) -> None:
+    layout = delta_layout(plan)
+    vector = np.empty(layout.size, dtype=np.float32)
+    layout.flatten(((name, solution.delta[name].numpy()) for name in plan.changed), vector)
+    if not np.isfinite(vector).all():
+        raise NumericalError(f"merge: {model} is not finite")
+    coordinator.send_candidate(model, split, layout, vector)
+
+
+def _figures(coordinator: Coordinator, split: str, models: tuple[str, ...]) -> dict[str, MeanScore]:
+    layout = metrics.metrics_layout(coordinator.agreement, models)
+    total = coordinator.sum(split, layout, models)
+    return metrics.read_total(coordinator.agreement, models, total.vector)
+
+
+def _write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement, folder: Path) -> None:
+    """A Hugging Face folder, whole or not at all."""
+    partial = folder.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    if agreement.task.kind == "text-classification":
+        load_tokenizer(base_folder).save_pretrained(partial)
+    partial.replace(folder)

@@ -1,0 +1,145 @@
+"""What a run tells: `report.json`, and `report.html` made from it alone.
+
+report.json, `report_version` 1:
+    title, method, summation, seconds          what was run, how it was summed, how long the run took
+    owners, lost                               names of those in the result; of those lost, with the step
+    chosen.<method>                            candidate and knob that the sweep chose
+    evaluation.mean.<model>                    accuracy, macro_f1: means over owners, every owner counts alike;
+                                               pooled_accuracy, rows: every row counts alike; on test rows
+    evaluation.by_owner.<owner>.<model>        accuracy, macro_f1, rows; owners with figures = "summed" are not here
+    evaluation.sweep.<method>                  candidate, knob, accuracy, macro_f1 on validation rows
+    layers[]                                   per Gram of the published model: name, status, d_in, rows, condition,
+                                               effective_rank, unseen_directions
+    tensors                                    merged (groups that share an input), averaged, left_alone, by name
+    notes[]                                    what a reader should know about the solves
+    steps[]                                    name, seconds, bytes_sent, bytes_received (payloads, all owners)
+    examples                                   training rows, summed over owners
+    digests                                    agreement, base, model
+    versions                                   of the libraries that computed this
+
+Models: `base`; `own_at_home`, each owner's own model on its own rows; one per method, under the method's name. A
+simulation, which has everything in one place, adds references that no real run can have: `own`, each owner's own model
+on every owner's rows; `ensemble`, the mean of the own models' probabilities; `multi_task`, the base fine-tuned on the
+pooled rows.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import nn
+
+from common.errors import SettingsError
+from common.metrics import MeanScore, Score
+from common.models import digest_of
+
+if TYPE_CHECKING:
+    from server.merge import Outcome
+
+REPORT_VERSION = 1
+LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
+
+
+def write_report(outcome: Outcome, merged: nn.Module, output: Path) -> None:
+    """Write OUT/report.json, last of all: where it stands, the run is done."""
+    save_report(_report(outcome, merged), output)
+
+
+def save_report(report: dict[str, Any], output: Path) -> None:
+    """Write OUT/report.json whole or not at all."""
+    partial = output / "report.json.partial"
+    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    partial.replace(output / "report.json")
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """OUT/report.json. Raises SettingsError when there is none, or one of another version."""
+    path = output / "report.json"
+    if not path.is_file():
+        raise SettingsError(f"{path}: no such file; a run that ended well writes it")
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report.get("report_version") != REPORT_VERSION:
+        raise SettingsError(f"{path}: report_version is {report.get('report_version')}, this reads {REPORT_VERSION}")
+    return report
+
+
+def render_report(output: Path) -> Path:
+    """Make OUT/report.html from OUT/report.json: one file, no script, nothing fetched."""
+    report = read_report(output)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = output / "report.html"
+    page.write_text(environment.get_template("report.html.jinja").render(report=report))
+    return page
+
+
+def mean_figures(score: MeanScore) -> dict[str, Any]:
+    return {
+        "accuracy": score.accuracy,
+        "macro_f1": score.macro_f1,
+        "pooled_accuracy": score.pooled_accuracy,
+        "rows": score.rows,
+    }
+
+
+def own_figures(score: Score) -> dict[str, Any]:
+    return {"accuracy": score.correct / score.rows, "macro_f1": score.macro_f1, "rows": score.rows}
+
+
+def _report(outcome: Outcome, merged: nn.Module) -> dict[str, Any]:
+    agreement = outcome.agreement
+    method_of = {choice.name: method for method, choice in outcome.choices.items()}
+    test = {method_of.get(name, name): score for name, score in outcome.test.items()}
+    published = outcome.solutions[agreement.method]
+    notes = [f"{method}: {note}" for method, solution in outcome.solutions.items() for note in solution.notes]
+    return {
+        "report_version": REPORT_VERSION,
+        "title": agreement.title,
+        "method": agreement.method,
+        "summation": agreement.summation.kind,
+        "seconds": round(outcome.seconds, 3),
+        "owners": list(outcome.coordinator.owners),
+        "lost": outcome.coordinator.lost,
+        "chosen": {
+            method: {"candidate": choice.name, "knob": choice.knob} for method, choice in outcome.choices.items()
+        },
+        "evaluation": {
+            "choose_by": agreement.evaluation.choose_by,
+            "label_set": agreement.task.label_set,
+            "mean": {name: mean_figures(score) for name, score in test.items()},
+            "by_owner": {
+                owner: {name: own_figures(score.by_owner[owner]) for name, score in test.items()}
+                for owner in agreement.shown_owners
+                if all(owner in score.by_owner for score in test.values())
+            },
+            "sweep": {
+                method: [
+                    {"candidate": name, "accuracy": score.accuracy, "macro_f1": score.macro_f1}
+                    for name, score in choice.sweep.items()
+                ]
+                for method, choice in outcome.choices.items()
+                if choice.sweep
+            },
+        },
+        "layers": [vars(layer) for layer in published.layers],
+        "tensors": agreement.tensors.model_dump(mode="json"),
+        "notes": notes,
+        "steps": [{**vars(step), "seconds": round(step.seconds, 3)} for step in outcome.coordinator.steps],
+        "examples": round(outcome.total["examples"][0]) if _has_examples(outcome) else None,
+        "digests": {
+            "agreement": agreement.digest(),
+            "base": agreement.base_digest,
+            "model": digest_of(merged),
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _has_examples(outcome: Outcome) -> bool:
+    return any(entry.name == "examples" for entry in outcome.total.layout.entries)

@@ -1,0 +1,75 @@
+"""Things that many tests need: agreements and tiny models, made here, so that nothing is fetched."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from transformers import BertConfig, BertForSequenceClassification
+
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
+from common.models import MergePlan, merge_plan
+from deploy.complete import complete_agreement
+from deploy.example import reviews
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+settings.register_profile("amalgram", deadline=None, max_examples=60)
+settings.load_profile("amalgram")
+
+
+@pytest.fixture(scope="session")
+def reviews_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The consortium that `amalgram simulate --init` writes; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("reviews") / "consortium"
+    reviews.write_consortium(folder)
+    return folder
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    """A BERT of two blocks with random weights."""
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
+        label2id={"a": 0, "b": 1, "c": 2},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    tiny_bert().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def agreement(bert_folder: Path) -> Agreement:
+    """Three owners, every method, over the tiny BERT."""
+    draft = AgreementDraft(
+        title="Test",
+        base=str(bert_folder),
+        owners=tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd")),
+        method="regmean",
+        compare_with=("average", "task_arithmetic", "fisher"),
+        task=Task(labels=("a", "b", "c")),
+    )
+    return complete_agreement(draft, bert_folder)
+
+
+@pytest.fixture(scope="session")
+def plan(agreement: Agreement) -> MergePlan:
+    return merge_plan(tiny_bert(), agreement.tensors)

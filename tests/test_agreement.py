@@ -1,0 +1,112 @@
+"""Settings files: what is refused, and in which words; the digest that consent rests on."""
+
+from pathlib import Path
+
+import pytest
+
+from common.agreement import Agreement, AgreementDraft, MethodName
+from common.errors import SettingsError
+from common.merge_methods import METHODS
+from common.settings_file import load_settings
+from deploy.simulate import write_settings
+
+GOOD = """
+title = "Test"
+base = "base"
+method = "regmean"
+compare_with = ["average"]
+[[owners]]
+name = "ada"
+[[owners]]
+name = "bea"
+"""
+
+
+def load(tmp_path: Path, text: str) -> AgreementDraft:
+    path = tmp_path / "agreement.toml"
+    path.write_text(text)
+    return load_settings(path, AgreementDraft)
+
+
+def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
+    draft = load(tmp_path, GOOD)
+    assert draft.owner_names == ("ada", "bea")
+    assert draft.methods == ("regmean", "average")
+    assert draft.needed_owners == 2
+    assert draft.summation.kind == "plain"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("title =", "titel ="), "titel is no known key; allowed: base, compare_with"),
+        (('"regmean"', '"regmeen"'), "method = 'regmeen': Input should be 'average', 'task_arithmetic', 'fisher' or"),
+        (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
+        (('["average"]', '["regmean"]'), "names 'regmean' or a method twice"),
+        (('title = "Test"', "title = 3"), "title = 3: Input should be a valid string"),
+        (('base = "base"\n', ""), "base is missing"),
+        (('name = "bea"', 'name = "ada"'), "two owners are named 'ada'"),
+        (('name = "bea"', 'name = "Bea Ltd"'), "owners[1].name = 'Bea Ltd'"),
+        (('base = "base"', 'base = "base"\nmin_owners = 3'), "min_owners = 3: there are 2 owners"),
+        (
+            ('base = "base"', 'base = "base"\nmin_owners = 1'),
+            "min_owners = 1: Input should be greater than or equal to 2",
+        ),
+        (("[[owners]]", "[regmean]\nalphas = [1.5]\n[[owners]]"), "regmean.alphas[0] = 1.5: Input should be less than"),
+        (("[[owners]]", "[regmean]\nalphas = []\n[[owners]]"), "regmean.alphas = []"),
+        (("[[owners]]", "[regmean]\nalphas = [0.5, 0.5]\n[[owners]]"), "regmean.alphas = [0.5, 0.5]: a value stands"),
+        (("[[owners]]", "[regmean]\nridge = nan\n[[owners]]"), "regmean.ridge"),
+        (("[[owners]]", "[regmean]\nbeta = 1\n[[owners]]"), "regmean.beta is no known key; allowed: alphas,"),
+        (
+            ("[[owners]]", "[summation]\nkind = 'secret'\n[[owners]]"),
+            "summation.kind = 'secret': Input should be 'plain'",
+        ),
+        (('name = "bea"', 'name = "bea"\nfigures = "summed"'), "bea alone has figures"),
+        (("title", "= title"), "not valid TOML"),
+    ],
+)
+def test_a_wrong_draft_is_refused_in_one_line_with_file_key_and_value(
+    tmp_path: Path, change: tuple[str, str], says: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, GOOD.replace(*change, 1))
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "agreement.toml"))
+    assert says in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nothing\.toml: cannot be read"):
+        load_settings(tmp_path / "nothing.toml", AgreementDraft)
+
+
+def test_every_method_of_the_agreement_exists_and_the_other_way_round() -> None:
+    assert set(MethodName.__args__) == set(METHODS)  # type: ignore[attr-defined]
+
+
+def test_a_written_agreement_reads_back_with_the_same_digest(agreement: Agreement, tmp_path: Path) -> None:
+    write_settings(tmp_path / "agreement.toml", agreement)
+    assert load_settings(tmp_path / "agreement.toml", Agreement).digest() == agreement.digest()
+
+
+def test_a_draft_is_no_agreement(tmp_path: Path) -> None:
+    (tmp_path / "agreement.toml").write_text(GOOD)
+    with pytest.raises(SettingsError, match="base_digest is missing"):
+        load_settings(tmp_path / "agreement.toml", Agreement)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"title": "Other"},
+        {"seed": 1},
+        {"weighting": "owners"},
+        {"min_owners": 2},
+        {"method": "average", "compare_with": ("regmean", "task_arithmetic", "fisher")},
+        {"base_digest": "0" * 64},
+    ],
+    ids=lambda update: next(iter(update)),
+)
+def test_any_change_changes_the_digest(agreement: Agreement, update: dict[str, object]) -> None:
+    assert agreement.model_copy(update=update).digest() != agreement.digest()

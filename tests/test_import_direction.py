@@ -1,0 +1,45 @@
+"""The walls of the house: who may import whom."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"common", "client", "server", "deploy"}
+ALLOWED = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}, "deploy": OURS}
+IMPORT_FLOWER = {"common/flower_records.py", "client/app.py", "server/app.py"}
+SOURCES = [path.relative_to(ROOT) for package in OURS for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_flow_from_deploy_to_server_and_client_to_common(path: Path) -> None:
+    forbidden = (set(imported_packages(path)) & OURS) - ALLOWED[path.parts[0]]
+    assert not forbidden, f"{path} imports {forbidden}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_only_the_apps_the_records_and_deploy_import_flower(path: Path) -> None:
+    if path.parts[0] != "deploy" and str(path) not in IMPORT_FLOWER:
+        assert "flwr" not in set(imported_packages(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
+    readers = {"pyarrow"} & set(imported_packages(path))
+    assert not readers or path.parts[0] == "client" or path.parts[:2] == ("deploy", "example")
+
+
+def test_forward_hooks_are_in_one_place() -> None:
+    users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
+    assert users == ["client/gram.py"]
