@@ -117,6 +117,8 @@ class AgreementDraft(Settings):
             )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
+        if len(self.task.labels) == 1:
+            raise ValueError(f"task.labels = {list(self.task.labels)}: at least two are needed")
         if len(set(self.task.labels)) != len(self.task.labels):
             raise ValueError(f"task.labels = {list(self.task.labels)}: a label stands twice")
         for table, key, knobs in (

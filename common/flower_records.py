@@ -1,9 +1,11 @@
 """Amalgram's messages in Flower's records, and back: the only place in common that imports flwr."""
 
+from typing import cast
+
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from common.errors import RemoteProtocolError
-from common.messages import Envelope, Message, decode, encode
+from common.messages import Envelope, Field, Message, decode, encode
 
 HEADER, PAYLOAD, KIND = "header", "payload", "kind"
 
@@ -34,4 +36,5 @@ def from_record(record: RecordDict) -> Message:
             array = payload[PAYLOAD].numpy()
         except (ValueError, TypeError, EOFError):
             raise RemoteProtocolError(f"{kind[:40]}: the payload cannot be read") from None
-    return decode(Envelope(kind=kind, fields=values, payload=array))
+    fields = cast(dict[str, Field], values)  # decode looks at every type
+    return decode(Envelope(kind=kind, fields=fields, payload=array))

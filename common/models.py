@@ -119,8 +119,11 @@ def _load(folder: Path, task: Task, seed: int) -> PreTrainedModel:
                 local_files_only=True,
             )
         except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
+            reason = _first_line(error)
+            if "ignore_mismatched_sizes" in reason:
+                reason = "its head, or another weight, has another shape; do task.labels fit this model?"
             raise ModelError(
-                f"model {folder}: cannot be loaded for {task.kind} with {len(labels)} labels: {_first_line(error)}"
+                f"model {folder}: cannot be loaded for {task.kind} with {len(labels)} labels: {reason}"
             ) from None
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

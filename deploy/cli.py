@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -90,11 +91,15 @@ def main() -> None:
     """Entry point: one line per error, and an honest exit code."""
     signal.signal(signal.SIGTERM, _terminate)  # so that what was started is stopped
     try:
-        cli()
+        exit_code = cli(standalone_mode=False)  # otherwise typer turns every exception into its own
+        if exit_code == INTERRUPTED:
+            _fail("interrupted; nothing was published. The same command begins again", INTERRUPTED)
+        sys.exit(exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except AmalgramError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was published. The same command begins again", INTERRUPTED)
     except OSError as error:
         hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         where = f"{error.filename}: " if error.filename else ""

@@ -49,7 +49,8 @@ class InProcessGrid(Grid):
         delivered = through_serialisation(message)
         _name(delivered, message.metadata.message_id)
         reply = self._client_app(delivered, self._contexts[message.metadata.dst_node_id])
-        return through_serialisation(reply)
+        arrived: Message = through_serialisation(reply)
+        return arrived
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError("the in-process grid has one run")

@@ -25,7 +25,6 @@ from deploy.complete import complete_agreement
 from deploy.in_process_grid import run_in_process
 from deploy.launch import run_with_ray
 from server.app import app as server_app
-from server.merge import clear_results
 from server.report import own_figures, read_report, render_report, save_report
 
 Engine = Literal["in-process", "ray"]
@@ -42,13 +41,12 @@ def simulate(
     Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written.
     """
     folder, output = folder.resolve(), output.resolve()
-    clear_results(output)
     draft = load_settings(folder / "agreement.toml", AgreementDraft)
     owner_files = find_owner_files(folder, draft)
     log.info("completing the agreement against %s", draft.base)
     base_folder = model_folder(draft.base, folder)
     agreement = complete_agreement(draft, base_folder)
-    with _parties(output, agreement, base_folder, owner_files) as (coordinator_file, party_files):
+    with set_up_parties(output, agreement, base_folder, owner_files) as (coordinator_file, party_files):
         for path in party_files:
             Owner(path).check()
         _run(engine, coordinator_file, party_files)
@@ -80,7 +78,7 @@ def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
 
 
 @contextmanager
-def _parties(
+def set_up_parties(
     output: Path, agreement: Agreement, base_folder: Path, owner_files: dict[str, Path]
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Give every party its settings file and the one agreement; take the owners' state away afterwards."""

@@ -6,11 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Models in the order of the columns, as (name in report.json, heading).
-COLUMNS = (
+# Models in the order of the rows, as (name in report.json, heading).
+ROWS = (
     ("base", "base"),
-    ("own_at_home", "own at home"),
     ("own", "own"),
+    ("own_at_home", "own at home"),
     ("average", "average"),
     ("task_arithmetic", "task arithmetic"),
     ("fisher", "Fisher"),
@@ -18,32 +18,44 @@ COLUMNS = (
     ("ensemble", "ensemble *"),
     ("multi_task", "multi-task *"),
 )
+MAX_OWNER_COLUMNS = 6  # of more, the report has the figures
 
 
 def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
-    """Accuracy by owner and model, the means, what was chosen, and where everything is."""
+    """Accuracy by model and owner, the means, what was chosen, and where everything is."""
     evaluation = report["evaluation"]
-    columns = [(model, heading) for model, heading in COLUMNS if model in evaluation["mean"]]
+    owners = list(evaluation["by_owner"]) if len(evaluation["by_owner"]) <= MAX_OWNER_COLUMNS else []
     table = Table(title=f"{report['title']}: accuracy on test rows", title_style="bold", title_justify="left")
-    table.add_column("owner's rows")
-    for model, heading in columns:
-        table.add_column(heading, justify="right", style="bold" if model == report["method"] else "")
-    for owner, figures in evaluation["by_owner"].items():
-        table.add_row(owner, *(f"{figures[model]['accuracy']:.3f}" for model, _ in columns))
-    table.add_section()
-    for figure, heading in (("accuracy", "mean"), ("macro_f1", "mean macro F1")):
-        table.add_row(heading, *(f"{evaluation['mean'][model][figure]:.3f}" for model, _ in columns))
+    table.add_column("model", no_wrap=True)
+    for heading in ("mean", "mean macro F1", *owners):
+        table.add_column(heading, justify="right", overflow="fold")
+    for model, heading in ROWS:
+        if model in evaluation["mean"]:
+            mean = evaluation["mean"][model]
+            figures = [mean["accuracy"], mean["macro_f1"]]
+            figures += [evaluation["by_owner"][owner][model]["accuracy"] for owner in owners]
+            style = "bold" if model == report["method"] else ""
+            table.add_row(heading, *(f"{figure:.3f}" for figure in figures), style=style)
     console.print(table)
-    notes = ["own at home: each owner's own model on its own rows"]
-    if "own" in evaluation["mean"]:
-        notes.append("own: the owners' own models on everybody's rows")
-        notes.append("* a reference: needs every model, or all data, in one place")
-    console.print("; ".join(notes), style="dim")
-    for method, chosen in report["chosen"].items():
-        if chosen["knob"] is not None and method in evaluation["sweep"]:
-            console.print(f"{chosen['candidate']} was chosen on validation rows", style="dim")
+    for line in _notes(report):
+        console.print(line, style="dim", highlight=False)
     for owner, step in report["lost"].items():
         console.print(f"owner {owner} was lost at: {step}", style="yellow")
     if report["summation"] == "plain":
         console.print("plain sum: the coordinator saw each owner's vector", style="yellow")
-    console.print(f"merged model  {out / 'model'}\nreport        {out / 'report.html'}", highlight=False)
+    console.print(
+        f"merged model  {out / 'model'}\nreport        {out / 'report.html'}", highlight=False, soft_wrap=True
+    )
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    notes = []
+    if "own" in report["evaluation"]["mean"]:
+        notes.append("own: the owners' own models on everybody's rows; own at home: each on its owner's rows")
+        notes.append("* needs every model, or all data, in one place: a reference, in simulations only")
+    else:
+        notes.append("own at home: each owner's own model on its own rows")
+    chosen = [report["chosen"][method]["candidate"] for method in report["evaluation"]["sweep"]]
+    if chosen:
+        notes.append(f"chosen on validation rows: {', '.join(chosen)}")
+    return notes

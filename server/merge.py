@@ -4,7 +4,6 @@ sum of contributions -> solve every candidate -> owners evaluate the candidates 
 figures -> choose -> owners evaluate the chosen -> sum of test figures -> model folder and report
 """
 
-import logging
 import shutil
 import time
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from server.coordinator import Channel, Coordinator
 from server.report import write_report
 from server.settings import CoordinatorSettings
 
-log = logging.getLogger("amalgram.coordinator")
 ALWAYS_EVALUATED = ("base", "own_at_home")
 
 
@@ -68,7 +66,6 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     home = settings_path.resolve().parent
     settings = load_settings(settings_path, CoordinatorSettings)
     output = home / settings.output
-    clear_results(output)
     agreement = load_settings(home / settings.agreement, Agreement)
     base_folder = (
         model_folder(settings.base, home)
@@ -78,6 +75,7 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     base = load_base(base_folder, agreement.task, agreement.seed)
     check_base(base, agreement, base_folder)
     plan = merge_plan(base, agreement.tensors)
+    _clear_results(output)
 
     coordinator = Coordinator(channel=channel, agreement=agreement)
     coordinator.roll_call()
@@ -85,7 +83,6 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     choices = _choose(coordinator, plan, total)
     solutions = {}
     for method, choice in choices.items():
-        log.info("solving %s", choice.name)
         solutions[method] = solve(agreement, plan, method, total, choice.knob)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
@@ -107,7 +104,7 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     write_report(outcome, base, output)
 
 
-def clear_results(output: Path) -> None:
+def _clear_results(output: Path) -> None:
     """Remove an earlier run's results, so that what is there afterwards is this run's."""
     output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / "model", ignore_errors=True)
@@ -123,7 +120,6 @@ def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str
     for method, names in tried.items():
         if len(names) > 1:
             for name, knob in names.items():
-                log.info("solving %s", name)
                 _send(coordinator, plan, name, "validation", solve(agreement, plan, method, total, knob))
     figures = _figures(coordinator, "validation", tuple(swept)) if swept else {}
     choices: dict[str, Choice] = {}

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from hypothesis import settings
 from transformers import BertConfig, BertForSequenceClassification
 
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
-from common.models import MergePlan, merge_plan
+from common.models import MergePlan, load_base, merge_plan
+from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from deploy.example import reviews
+from deploy.simulate import find_owner_files, set_up_parties
+from tests.parties import Parties
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -29,6 +33,25 @@ def reviews_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reviews") / "consortium"
     reviews.write_consortium(folder)
     return folder
+
+
+@pytest.fixture
+def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+    """The example's parties, each with its settings file and the one agreement; nothing has run yet."""
+    draft = load_settings(reviews_folder / "agreement.toml", AgreementDraft)
+    base = reviews_folder / "base"
+    agreement = complete_agreement(draft, base)
+    files = find_owner_files(reviews_folder, draft)
+    with set_up_parties(tmp_path, agreement, base, files) as (coordinator, party_files):
+        yield Parties(
+            folder=coordinator.parent,
+            output=tmp_path,
+            base=base,
+            coordinator=coordinator,
+            files=dict(zip(files, party_files, strict=True)),
+            agreement=agreement,
+            plan=merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors),
+        )
 
 
 def tiny_bert() -> BertForSequenceClassification:

@@ -148,8 +148,7 @@ def two_owners(gram_1: list, delta_1: list, gram_2: list, delta_2: list) -> tupl
 
 def test_a_2x2_case_solved_by_hand() -> None:
     # (diag(1,3) + diag(3,1)) d = diag(1,3) (1,1) + diag(3,1) (-1,2)  ->  4 d = (-2, 5)
-    plan, owners = two_owners([[1, 0], [0, 3]], [1, 1], [[3, 0], [0, 1]], [-1, 2])
-    (shared,) = plan.inputs
+    _, owners = two_owners([[1, 0], [0, 3]], [1, 1], [[3, 0], [0, 1]], [-1, 2])
     left = sum(owner.grams["l0"].matrix for owner in owners.values())
     right = sum(owner.grams["l0"].matrix @ owner.delta["l0.weight"].T for owner in owners.values())
     solution, status, _ = regmean.solve_symmetric(left, right)

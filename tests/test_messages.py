@@ -1,12 +1,14 @@
 """Messages: exact over the wire and through Flower's records; anything else is refused with a typed error."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import AmalgramError, RemoteProtocolError
+from common.errors import RemoteProtocolError
 from common.flower_records import from_record, to_record
 from common.messages import (
     KINDS,
@@ -100,10 +102,8 @@ def test_bad_messages_are_refused(envelope: Envelope) -> None:
     st.one_of(st.none(), st.integers(0, 3).map(np.zeros)),
 )
 def test_garbage_gives_a_message_or_a_typed_error(kind: str, fields: dict, payload: np.ndarray | None) -> None:
-    try:
+    with suppress(RemoteProtocolError):
         decode(Envelope(kind=kind, fields=fields, payload=payload))
-    except AmalgramError as error:
-        assert isinstance(error, RemoteProtocolError)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""The command as a person runs it: what it prints, and what it exits with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
+
+
+def amalgram(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [*AMALGRAM, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_example_is_written_runs_and_is_reported(tmp_path: Path) -> None:
+    written = amalgram("simulate", "--init", "reviews", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert "wrote an example of three owners to reviews" in written.stderr
+    ran = amalgram("simulate", "reviews", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    for shown in ("Reviews of three shops", "RegMean", "multi-task *", "plain sum", "reviews/output/model"):
+        assert shown in ran.stdout
+    assert "sum of contribution" in ran.stderr
+    (tmp_path / "reviews" / "output" / "report.html").unlink()
+    shown = amalgram("report", "reviews/output", "--json", cwd=tmp_path)
+    assert json.loads(shown.stdout)["owners"] == ["hotel", "cinema", "phones"]
+    assert (tmp_path / "reviews" / "output" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "says"),
+    [
+        (["simulate", "nowhere"], 2, "error: {cwd}/nowhere/agreement.toml: cannot be read (No such file or directory)"),
+        (["simulate", "--init"], 2, "error: --init needs a FOLDER"),
+        (["simulate", "--init", "."], 2, "error: .: is there already and not empty"),
+        (["report", "nowhere"], 2, "error: nowhere/report.json: no such file"),
+        (["simulate", "--engine", "warp"], 2, "Invalid value for '--engine'"),
+        (["merge"], 2, "No such command 'merge'"),
+    ],
+)
+def test_errors_are_one_line_with_an_honest_exit_code(
+    arguments: list[str], exit_code: int, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "something").touch()
+    done = amalgram(*arguments, cwd=tmp_path)
+    assert done.returncode == exit_code
+    assert says.format(cwd=tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_run_says_so_publishes_nothing_and_begins_again(reviews_folder: Path, tmp_path: Path) -> None:
+    command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "sum of contribution" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert "interrupted; nothing was published" in errors
+    assert not (tmp_path / "output" / "report.json").exists()
+    assert not (tmp_path / "output" / "parties" / "state").exists()
+
+
+@pytest.mark.slow
+def test_a_terminated_run_on_flower_s_engine_leaves_no_process_behind(reviews_folder: Path, tmp_path: Path) -> None:
+    command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output", "--engine", "ray"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "submitting the run" in line:
+            break
+    time.sleep(15)  # the engine is at work
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    marker = f'AMALGRAM_SIMULATED_OWNERS=["{tmp_path}'
+    deadline = time.monotonic() + 20
+    while (left := processes_with(marker)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == []
+
+
+def processes_with(marker: str) -> list[int]:
+    """The ids of running processes whose environment holds `marker`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

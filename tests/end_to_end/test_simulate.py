@@ -1,0 +1,180 @@
+"""All parties on one machine: real models, real Flower messages, real files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from common.errors import AmalgramError, SettingsError
+from common.models import digest_of
+from deploy.simulate import simulate
+
+
+@pytest.fixture(scope="module")
+def result(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    output = tmp_path_factory.mktemp("output")
+    return simulate(reviews_folder, output), output
+
+
+@pytest.fixture
+def consortium(reviews_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_the_merged_model_is_better_for_everybody_than_what_sharing_nothing_gives(result: tuple[dict, Path]) -> None:
+    mean = result[0]["evaluation"]["mean"]
+    assert mean["regmean"]["accuracy"] > mean["own"]["accuracy"] + 0.1
+    assert mean["regmean"]["accuracy"] > mean["base"]["accuracy"] + 0.1
+
+
+def test_the_report_has_what_its_schema_names(result: tuple[dict, Path]) -> None:
+    report, output = result
+    assert report == json.loads((output / "report.json").read_text())
+    assert report["summation"] == "plain"
+    assert report["owners"] == ["hotel", "cinema", "phones"]
+    assert report["seconds"] > 0
+    assert report["examples"] == 600
+    assert set(report["evaluation"]["mean"]) == {
+        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "ensemble", "multi_task"
+    }  # fmt: skip
+    assert {layer["status"] for layer in report["layers"]} == {"solved"}
+    assert (output / "report.html").is_file()
+
+
+def test_the_model_folder_loads_and_classifies(result: tuple[dict, Path]) -> None:
+    report, output = result
+    model = AutoModelForSequenceClassification.from_pretrained(output / "model")
+    assert digest_of(model) == report["digests"]["model"]
+    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(output / "model"))
+    assert classify("the staff was rude")[0]["label"] == "negative"
+    assert classify("the film was gripping")[0]["label"] == "positive"
+
+
+def test_no_owner_s_state_is_left_behind(result: tuple[dict, Path]) -> None:
+    assert not (result[1] / "parties" / "state").exists()
+
+
+def test_the_report_s_figures_are_those_of_the_published_model(result: tuple[dict, Path], reviews_folder: Path) -> None:
+    report, output = result
+    model = AutoModelForSequenceClassification.from_pretrained(output / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    rows = [json.loads(line) for line in (reviews_folder / "data" / "hotel" / "test.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = model(**tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)).logits
+    correct = np.mean(
+        [model.config.id2label[int(i)] == row["label"] for i, row in zip(logits.argmax(-1), rows, strict=True)]
+    )
+    assert report["evaluation"]["by_owner"]["hotel"]["regmean"]["accuracy"] == pytest.approx(correct)
+
+
+def test_the_same_seed_gives_the_same_model(result: tuple[dict, Path], reviews_folder: Path, tmp_path: Path) -> None:
+    again = simulate(reviews_folder, tmp_path, with_references=False)
+    assert again["digests"] == result[0]["digests"]
+    assert "own" not in again["evaluation"]["mean"]
+
+
+@pytest.mark.slow
+def test_flower_s_own_engine_gives_the_same_model_bit_for_bit(
+    result: tuple[dict, Path], reviews_folder: Path, tmp_path: Path
+) -> None:
+    report = simulate(reviews_folder, tmp_path, engine="ray", with_references=False)
+    assert report["digests"] == result[0]["digests"]
+
+
+def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: Path) -> None:
+    for name in ("hotel", "cinema", "phones"):
+        settings = consortium / f"{name}.toml"
+        change(settings, "[training]\nepochs = 6\nlearning_rate = 1e-3\nbatch_size = 32\n", 'fine_tuned = "base"\n')
+    report = simulate(consortium, tmp_path / "output")
+    mean = report["evaluation"]["mean"]
+    assert mean["regmean"] == mean["average"] == mean["base"] == mean["own_at_home"]  # nobody changed anything
+    assert "multi_task" not in mean
+
+
+def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Path) -> None:
+    for name in ("hotel", "cinema"):
+        change(consortium / "agreement.toml", f'name = "{name}"', f'name = "{name}"\nfigures = "summed"')
+    report = simulate(consortium, tmp_path / "output")
+    assert list(report["evaluation"]["by_owner"]) == ["phones"]
+
+
+def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_path: Path) -> None:
+    (consortium / "hotel").mkdir()
+    (consortium / "hotel.toml").rename(consortium / "hotel" / "owner.toml")
+    change(consortium / "hotel" / "owner.toml", '"data/', '"../data/')
+    report = simulate(consortium, tmp_path / "output", with_references=False)
+    assert len(report["owners"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says", "exit_code"),
+    [
+        ("hotel.toml", 'name = "hotel"', 'name = "motel"', "owner 'motel' is not on the roster", 2),
+        ("hotel.toml", 'name = "hotel"', 'name = "cinema"', "owner 'cinema' has a settings file already", 2),
+        ("hotel.toml", "\n[training]", "\n[trainin]", "trainin is no known key", 2),
+        (
+            "hotel.toml",
+            "epochs = 6",
+            "epochs = 0",
+            "training.epochs = 0: Input should be greater than or equal to 1",
+            2,
+        ),
+        ("hotel.toml", "\n[training]", '\nfine_tuned = "base"\n[training]', "either fine_tuned", 2),
+        ("hotel.toml", 'label = "label"', 'label = "stars"', "has no column 'stars'; its columns are text, label", 2),
+        ("hotel.toml", "train.jsonl", "tram.jsonl", "tram.jsonl: no such file", 2),
+        ("agreement.toml", 'base = "base"', 'base = "nowhere"', "no model of this name could be fetched", 2),
+        ("agreement.toml", '"text-classification"', '"text-generation"', "task.kind = 'text-generation'", 2),
+        ("agreement.toml", "# labels =", "labels = ['one']  #", "at least two are needed", 2),
+        ("agreement.toml", "# labels =", "labels = ['a', 'b', 'c']  #", "do task.labels fit this model?", 2),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_published(
+    file: str, old: str, new: str, says: str, exit_code: int, consortium: Path, tmp_path: Path
+) -> None:
+    change(consortium / file, old, new)
+    with pytest.raises(AmalgramError) as caught:
+        simulate(consortium, tmp_path / "output")
+    assert says in str(caught.value)
+    assert caught.value.exit_code == exit_code
+    assert not (tmp_path / "output" / "report.json").exists()
+    assert not (tmp_path / "output" / "model").exists()
+
+
+def test_a_missing_owner_is_named(consortium: Path, tmp_path: Path) -> None:
+    (consortium / "phones.toml").unlink()
+    with pytest.raises(SettingsError, match=r"owner 'phones' of agreement\.toml has no settings file, phones\.toml"):
+        simulate(consortium, tmp_path / "output")
+
+
+def test_a_refusal_in_the_middle_tells_the_owner_s_reason(
+    consortium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client import finetune
+    from common.errors import NumericalError
+
+    def diverge(*_: object) -> None:
+        raise NumericalError("fine-tuning: the loss became nan; lower learning_rate")
+
+    monkeypatch.setattr(finetune, "fine_tune", diverge)
+    with pytest.raises(AmalgramError, match="owner hotel: fine-tuning: the loss became nan") as caught:
+        simulate(consortium, tmp_path / "output")
+    assert caught.value.exit_code == 5
+
+
+def test_an_earlier_result_survives_a_run_that_cannot_start(consortium: Path, tmp_path: Path) -> None:
+    simulate(consortium, tmp_path / "output", with_references=False)
+    change(consortium / "hotel.toml", "train.jsonl", "tram.jsonl")
+    with pytest.raises(AmalgramError):
+        simulate(consortium, tmp_path / "output")
+    assert (tmp_path / "output" / "report.json").exists()

@@ -1,0 +1,63 @@
+"""The diagonal Fisher against what can be computed by other means."""
+
+import numpy as np
+import pytest
+import torch
+
+from client.fisher import measure_fisher
+from client.private_data import Rows
+from tests.conftest import tiny_bert
+
+
+class Padder:
+    """Rows of one length need no padding."""
+
+    def pad(self, rows: list[dict[str, list[int]]], return_tensors: str) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def rows_of(count: int) -> Rows:
+    random = np.random.default_rng(0)
+    features = tuple({"input_ids": random.integers(1, 50, 6).tolist(), "attention_mask": [1] * 6} for _ in range(count))
+    return Rows(features=features, labels=np.zeros(count, np.int64), tokenizer=Padder())  # type: ignore[arg-type]
+
+
+def test_the_head_s_fisher_is_the_squared_error_times_the_squared_features() -> None:
+    # d loss / d bias = p - onehot(y), with y drawn from p: its square can be recomputed from the logits alone.
+    model, rows = tiny_bert(), rows_of(12)
+    fisher = measure_fisher(model, rows, seed=3)
+    random, expected = torch.Generator().manual_seed(3), torch.zeros(3)
+    with torch.no_grad():
+        for index in range(12):
+            p = model(**rows.batch(np.array([index]))).logits.softmax(-1)[0]
+            drawn = torch.multinomial(p, 1, generator=random)
+            expected += (p - torch.nn.functional.one_hot(drawn[0], 3)) ** 2
+    torch.testing.assert_close(fisher["classifier.bias"], expected)
+
+
+def test_squares_are_taken_per_example_before_they_are_added() -> None:
+    model, rows = tiny_bert(), rows_of(5)
+    together = measure_fisher(model, rows, seed=0)
+    weights = dict(model.named_parameters())
+    random = torch.Generator().manual_seed(0)
+    expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for index in range(5):
+        logits = model(**rows.batch(np.array([index]))).logits
+        drawn = torch.multinomial(logits.detach().softmax(-1)[0], 1, generator=random)
+        model.zero_grad()
+        logits.log_softmax(-1)[0, drawn[0]].backward()
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            expected[name] += weight.grad**2
+    for name, value in together.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_the_same_seed_gives_the_same_fisher() -> None:
+    one, other = (measure_fisher(tiny_bert(), rows_of(4), seed=1) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.self.query.weight", "classifier.weight"])
+def test_fisher_is_never_negative(name: str) -> None:
+    assert (measure_fisher(tiny_bert(), rows_of(4), seed=0)[name] >= 0).all()

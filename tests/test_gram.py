@@ -1,0 +1,120 @@
+"""Grams against explicit rows; sharing seen by identity; padding is no row."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, ViTForImageClassification
+
+from client.gram import find_shared_inputs, measure_grams
+from common.agreement import Agreement, TensorRoles
+from common.errors import ModelError
+from common.models import MergePlan, linear_layers, merge_plan, parameter_shapes
+from tests.conftest import tiny_bert
+
+
+def batch_of(lengths: list[int], padded_to: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 50, (len(lengths), padded_to), generator=random)
+    mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
+    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
+
+
+def explicit_rows(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The slow way: one example at a time, unpadded, every input row of one layer written down."""
+    rows: list[torch.Tensor] = []
+    hook = linear_layers(model)[name].register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].reshape(-1, args[0].shape[-1]).double())
+    )
+    with torch.no_grad():
+        for tokens, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            model(input_ids=tokens[mask][None], attention_mask=torch.ones_like(tokens[mask])[None])
+    hook.remove()
+    return torch.cat(rows)
+
+
+def test_grams_equal_explicit_rows_without_padding(plan: MergePlan) -> None:
+    model = tiny_bert()
+    batches = [batch_of([3, 7, 5], 7), batch_of([2, 9], 9, seed=1)]
+    grams = measure_grams(model, plan, batches)
+    for shared in plan.inputs:
+        rows = torch.cat([explicit_rows(model, batch, shared.name) for batch in batches])
+        assert grams[shared.name].rows == len(rows)
+        torch.testing.assert_close(grams[shared.name].matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_neither_grams_nor_counts(plan: MergePlan) -> None:
+    narrow, wide = batch_of([3, 5], 5), batch_of([3, 5], 12)
+    wide["input_ids"][:, :5] = narrow["input_ids"]
+    one, other = (measure_grams(tiny_bert(), plan, [batch]) for batch in (narrow, wide))
+    for name, gram in one.items():
+        assert gram.rows == other[name].rows
+        torch.testing.assert_close(gram.matrix, other[name].matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_query_key_and_value_share_one_gram(agreement: Agreement) -> None:
+    groups = agreement.tensors.merged
+    for block in range(2):
+        prefix = f"bert.encoder.layer.{block}.attention.self"
+        assert (f"{prefix}.query.weight", f"{prefix}.key.weight", f"{prefix}.value.weight") in groups
+    # per block: attention input, attention output, feed-forward input and output; then pooler and classifier
+    assert len(groups) == 4 * 2 + 2
+    assert sum(map(len, groups)) == 6 * 2 + 2
+
+
+def test_every_parameter_has_exactly_one_role(agreement: Agreement) -> None:
+    assert sorted(agreement.tensors_by_name()) == sorted(parameter_shapes(tiny_bert()))
+
+
+def test_a_vision_transformer_shares_inputs_too() -> None:
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    groups = find_shared_inputs(ViTForImageClassification(config), {"pixel_values": torch.zeros(2, 3, 8, 8)})
+    assert [len(group) for group in groups] == [3, 1, 1, 1, 1]
+
+
+def test_a_conv1d_layer_is_stored_input_first() -> None:
+    config = GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=16, num_labels=3, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config).eval()
+    merged = find_shared_inputs(model, batch_of([4, 6], 6))
+    names = {name for group in merged for name in group}
+    roles = TensorRoles(
+        merged=merged, averaged=tuple(name for name in parameter_shapes(model) if name not in names), left_alone=()
+    )
+    layers = {layer.weight: layer for layer in merge_plan(model, roles).layers()}
+    fused = layers["transformer.h.0.attn.c_attn.weight"]
+    assert (fused.d_in, fused.d_out, fused.stored_input_first) == (8, 24, True)
+    assert not layers["score.weight"].stored_input_first
+
+
+def test_layers_that_do_not_share_an_input_are_refused_a_common_gram(agreement: Agreement) -> None:
+    model = tiny_bert()
+    prefix = "bert.encoder.layer"
+    wrong = (f"{prefix}.0.attention.self.query.weight", f"{prefix}.1.attention.self.query.weight")
+    rest = tuple(name for name in parameter_shapes(model) if name not in wrong)
+    plan = merge_plan(model, TensorRoles(merged=(wrong,), averaged=rest, left_alone=()))
+    with pytest.raises(ModelError, match=r"layer\.1\.attention\.self\.query was fed another input"):
+        measure_grams(model, plan, [batch_of([4], 4)])
+
+
+def test_sums_over_many_batches_are_float64() -> None:
+    # 2^24 + 1 is no float32: a sum kept in float32 would stop growing there.
+    class Ones(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    model = Ones()
+    plan = merge_plan(model, TensorRoles(merged=(("layer.weight",),), averaged=(), left_alone=()))
+    batches = [{"x": torch.full((1, 1), 4096.0)}, {"x": torch.ones(1, 1)}]
+    grams = measure_grams(model, plan, batches)  # type: ignore[arg-type]
+    assert grams["layer"].matrix.item() == 2**24 + 1
+
+
+def test_measuring_leaves_no_hook_behind(plan: MergePlan) -> None:
+    model = tiny_bert()
+    measure_grams(model, plan, [batch_of([4], 4)])
+    assert not any(module._forward_pre_hooks for module in model.modules())

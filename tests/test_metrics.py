@@ -1,0 +1,64 @@
+"""Metrics as sums and counts."""
+
+import numpy as np
+import pytest
+
+from client.evaluate import score_logits
+from common.agreement import Agreement, OwnerEntry
+from common.metrics import Score, contribution, metrics_layout, read_total
+
+SCORES = {
+    "ada": Score(correct=8, rows=10, macro_f1=0.5),
+    "bea": Score(correct=30, rows=60, macro_f1=0.25),
+    "cyd": Score(correct=1, rows=4, macro_f1=0.75),
+}
+
+
+def total_for(agreement: Agreement, owners: dict[str, Score]) -> np.ndarray:
+    layout = metrics_layout(agreement, ["m"])
+    total = np.zeros(layout.size)
+    for owner, score in owners.items():
+        vector = np.empty(layout.size)
+        layout.flatten(contribution(agreement, owner, {"m": score}), vector)
+        total += vector
+    return total
+
+
+def test_means_come_from_one_division_of_sums(agreement: Agreement) -> None:
+    figures = read_total(agreement, ["m"], total_for(agreement, SCORES))["m"]
+    assert figures.accuracy == pytest.approx((0.8 + 0.5 + 0.25) / 3)
+    assert figures.macro_f1 == pytest.approx(0.5)
+    assert figures.pooled_accuracy == pytest.approx(39 / 74)
+    assert figures.rows == 74
+    assert figures.by_owner == SCORES
+
+
+def test_an_owner_that_dropped_out_has_no_figures_of_its_own(agreement: Agreement) -> None:
+    figures = read_total(agreement, ["m"], total_for(agreement, {"bea": SCORES["bea"]}))["m"]
+    assert figures.by_owner == {"bea": SCORES["bea"]}
+    assert figures.accuracy == 0.5
+
+
+def test_owners_that_refuse_appear_only_in_the_sums(agreement: Agreement) -> None:
+    hiding = tuple(OwnerEntry(name=name, figures="shown" if name == "bea" else "summed") for name in SCORES)
+    hidden = agreement.model_copy(update={"owners": hiding})
+    total = total_for(hidden, SCORES)
+    figures = read_total(hidden, ["m"], total)["m"]
+    assert figures.by_owner == {"bea": SCORES["bea"]}
+    assert figures.rows == 74
+    # what travelled for the two others is their sum alone: swapping them changes nothing
+    swapped = total_for(hidden, {"ada": SCORES["cyd"], "cyd": SCORES["ada"], "bea": SCORES["bea"]})
+    np.testing.assert_allclose(total, swapped)
+
+
+def test_predictions_are_judged_among_the_allowed_labels_only() -> None:
+    logits = np.array([[9, 1, 0], [9, 0, 1]], dtype=np.float32)
+    labels = np.array([1, 2])
+    assert score_logits(logits, labels, np.arange(3)).correct == 0
+    assert score_logits(logits, labels, np.array([1, 2])).correct == 2
+
+
+def test_macro_f1_is_the_mean_over_the_labels_that_occur() -> None:
+    logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
+    score = score_logits(logits, np.array([0, 0, 1, 0]), np.arange(3))
+    assert score.macro_f1 == pytest.approx((0.8 + 2 / 3) / 2)

@@ -1,0 +1,156 @@
+"""Model folders: what is loaded, what is refused and why."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.agreement import Agreement, Task
+from common.errors import ModelError
+from common.models import (
+    add_delta,
+    base_labels,
+    check_base,
+    delta_of,
+    digest_of,
+    load_base,
+    load_fine_tuned,
+    merge_plan,
+    model_folder,
+)
+from tests.conftest import tiny_bert
+
+TASK = Task(labels=("a", "b", "c"))
+
+
+@pytest.fixture
+def folder(bert_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bert_folder, tmp_path / "model"))
+
+
+def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        if tensor is None:
+            del weights[name.replace("__", ".")]
+        else:
+            weights[name.replace("__", ".")] = tensor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_digest_is_of_the_weights_not_of_the_files(folder: Path, tmp_path: Path) -> None:
+    model = load_base(folder, TASK, seed=0)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert digest_of(load_base(tmp_path / "sharded", TASK, seed=0)) == digest_of(model)
+
+
+def test_one_changed_weight_is_another_base(folder: Path, agreement: Agreement) -> None:
+    check_base(load_base(folder, TASK, seed=0), agreement, folder)
+    change_weights(folder, classifier__bias=torch.tensor([0.0, 0.0, 1e-7]))
+    with pytest.raises(ModelError, match="this is another base model"):
+        check_base(load_base(folder, TASK, seed=0), agreement, folder)
+
+
+def test_a_head_that_the_base_lacks_is_made_alike_at_every_party(folder: Path) -> None:
+    change_weights(folder, classifier__bias=None, classifier__weight=None)
+    torch.manual_seed(1)
+    one = load_base(folder, TASK, seed=5)
+    torch.manual_seed(2)
+    assert digest_of(load_base(folder, TASK, seed=5)) == digest_of(one)
+    assert digest_of(load_base(folder, TASK, seed=6)) != digest_of(one)
+
+
+def test_base_and_delta_give_the_fine_tuned_model_again() -> None:
+    base, tuned = tiny_bert(), tiny_bert()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.25
+    delta = delta_of(tuned, base)
+    add_delta(base, delta)
+    for one, other in zip(base.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_labels_come_from_the_configuration_in_order(folder: Path) -> None:
+    assert base_labels(folder) == ("a", "b", "c")
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+
+
+def make_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def remove_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def make_nan(folder: Path) -> None:
+    change_weights(folder, classifier__bias=torch.tensor([0.0, float("nan"), 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_config, "its config.json cannot be used"),
+        (break_weights, "cannot be loaded for text-classification with 3 labels"),
+        (make_pickle, "holds pickled weights only, and loading a pickle runs its code"),
+        (remove_weights, "holds no weights"),
+        (remove_config, "has no config.json"),
+        (make_nan, "parameter classifier.bias holds a number that is not finite"),
+    ],
+)
+def test_a_damaged_model_is_refused_in_one_line(damage, says: str, folder: Path) -> None:
+    damage(folder)
+    with pytest.raises(ModelError) as caught:
+        load_base(model_folder(str(folder), Path()), TASK, seed=0)
+    assert says in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ModelError, match="no model of this name could be fetched"):
+        model_folder("nobody/nothing", Path("/nowhere"))
+
+
+def test_a_fine_tuned_model_of_another_shape_or_other_labels_is_refused(folder: Path) -> None:
+    base = tiny_bert()
+    load_fine_tuned(folder, TASK, base)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"], config["label2id"] = {0: "c", 1: "b", 2: "a"}, {"c": 0, "b": 1, "a": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"its labels are \['c', 'b', 'a'\], the agreement's are"):
+        load_fine_tuned(folder, TASK, base)
+    config["num_hidden_layers"], config["id2label"] = 1, {0: "a", 1: "b", 2: "c"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="was not fine-tuned from this base"):
+        load_fine_tuned(folder, TASK, base)
+
+
+def test_roles_must_name_exactly_the_model_s_parameters(agreement: Agreement) -> None:
+    roles = agreement.tensors
+    with pytest.raises(ModelError, match="is missing in the agreement's tensors"):
+        merge_plan(tiny_bert(), roles.model_copy(update={"averaged": roles.averaged[1:]}))
+    with pytest.raises(ModelError, match=r"parameter made\.up is missing in the base model"):
+        merge_plan(tiny_bert(), roles.model_copy(update={"averaged": (*roles.averaged, "made.up")}))
+    with pytest.raises(ModelError, match="it is no linear layer's weight"):
+        merge_plan(
+            tiny_bert(),
+            roles.model_copy(update={"averaged": roles.averaged[1:], "merged": (*roles.merged, (roles.averaged[0],))}),
+        )

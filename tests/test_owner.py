@@ -1,0 +1,229 @@
+"""One owner, message by message: it answers what was agreed, refuses the rest, and keeps its files to itself."""
+
+import shutil
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import app
+from client.owner import Owner
+from common.errors import AmalgramError, ConsentError, DataError, RemoteProtocolError
+from common.flower_records import from_record, to_record
+from common.merge_methods import contribution_layout
+from common.messages import (
+    PROTOCOL_VERSION,
+    CandidatePart,
+    CandidateReceived,
+    Finish,
+    Finished,
+    Message,
+    OpenSum,
+    PartRequest,
+    Present,
+    Refusal,
+    RollCall,
+    SumOpened,
+    VectorPart,
+)
+from common.metrics import metrics_layout
+from common.models import delta_layout
+from common.tensor_layout import TensorLayout
+from tests.parties import Parties
+
+RUN, OTHER, SESSION = "ab" * 32, "cd" * 32, "ef" * 32
+
+
+@pytest.fixture
+def party(parties: Parties) -> Path:
+    """The settings file of an owner that has answered the roll call."""
+    Owner(parties.files["hotel"]).answer(roll_call(parties))
+    return parties.files["hotel"]
+
+
+def roll_call(parties: Parties) -> RollCall:
+    return RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=parties.agreement.digest())
+
+
+def open_sum(parties: Parties, statistic: str, layout: TensorLayout, models: str = "") -> OpenSum:
+    return OpenSum(
+        run=RUN,
+        agreement_digest=parties.agreement.digest(),
+        session=SESSION,
+        statistic=statistic,
+        models=models,
+        layout_digest=layout.digest(),
+    )
+
+
+def candidate(parties: Parties, model: str = "average") -> CandidatePart:
+    return CandidatePart(
+        run=RUN,
+        agreement_digest=parties.agreement.digest(),
+        model=model,
+        split="test",
+        part=0,
+        parts=1,
+        payload=np.zeros(delta_layout(parties.plan).size, dtype=np.float32),
+    )
+
+
+def test_an_owner_answers_a_whole_run_one_process_per_message(parties: Parties) -> None:
+    def answer(message: Message) -> Message:
+        return Owner(parties.files["hotel"]).answer(message)  # built anew: nothing may live in memory
+
+    assert answer(roll_call(parties)) == Present(run=RUN, owner="hotel")
+    layout = contribution_layout(parties.agreement, parties.plan)
+    assert answer(open_sum(parties, "contribution", layout)) == SumOpened(session=SESSION, owner="hotel")
+    part = answer(PartRequest(session=SESSION, part=0))
+    assert isinstance(part, VectorPart)
+    assert part.payload.shape == (layout.size,)
+    assert layout.read(part.payload, "examples")[0] == 200
+    assert isinstance(answer(candidate(parties)), CandidateReceived)
+    layout = metrics_layout(parties.agreement, ["base", "average"])
+    answer(open_sum(parties, "test", layout, "base,average"))
+    figures = answer(PartRequest(session=SESSION, part=0))
+    assert isinstance(figures, VectorPart)
+    # a candidate of zero change is the base
+    assert (layout.read(figures.payload, "base/mean") == layout.read(figures.payload, "average/mean")).all()
+    assert answer(Finish(run=RUN)) == Finished(run=RUN, owner="hotel")
+    assert not (parties.folder / "state" / "hotel" / "run").exists()
+
+
+def test_state_is_readable_by_the_owner_alone(parties: Parties, party: Path) -> None:
+    layout = contribution_layout(parties.agreement, parties.plan)
+    Owner(party).answer(open_sum(parties, "contribution", layout))
+    state = parties.folder / "state" / "hotel"
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    files = [path for path in (state / "run").iterdir() if path.is_file()]
+    assert {path.name for path in files} >= {"vector.bin", "sum.json", "run.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_the_vector_is_deleted_once_its_last_part_was_answered(parties: Parties, party: Path) -> None:
+    layout = contribution_layout(parties.agreement, parties.plan)
+    Owner(party).answer(open_sum(parties, "contribution", layout))
+    Owner(party).answer(PartRequest(session=SESSION, part=0))
+    assert not (parties.folder / "state" / "hotel" / "run" / "vector.bin").exists()
+    with pytest.raises(RemoteProtocolError):
+        Owner(party).answer(PartRequest(session=SESSION, part=0))
+
+
+@pytest.mark.parametrize("what", ["digest", "run", "layout", "statistic models", "model name", "finish", "unopened"])
+def test_what_was_not_agreed_is_refused_before_anything_is_computed(
+    what: str, parties: Parties, party: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("_measure", "score"):
+        monkeypatch.setattr(Owner, work, lambda *_: pytest.fail("computed something"))
+    layout = contribution_layout(parties.agreement, parties.plan)
+    good = open_sum(parties, "contribution", layout)
+    bad: dict[str, Message] = {
+        "digest": replace(good, agreement_digest=OTHER),
+        "run": replace(good, run=OTHER),
+        "layout": replace(good, layout_digest=OTHER),
+        "statistic models": replace(good, statistic="test", models="base,secret"),
+        "model name": candidate(parties, "regmean@0.123"),
+        "finish": Finish(run=OTHER),
+        "unopened": PartRequest(session=SESSION, part=0),
+    }
+    with pytest.raises((ConsentError, RemoteProtocolError)):
+        Owner(party).answer(bad[what])
+
+
+@pytest.mark.parametrize("field", ["version", "agreement_digest"])
+def test_a_roll_call_of_another_version_or_agreement_is_refused(field: str, parties: Parties) -> None:
+    changed = replace(roll_call(parties), **{field: 99 if field == "version" else OTHER})
+    with pytest.raises((ConsentError, RemoteProtocolError)):
+        Owner(parties.files["hotel"]).answer(changed)
+
+
+@pytest.mark.parametrize(
+    "change", [{"part": 1}, {"parts": 2}, {"payload": np.zeros(3, np.float32)}, {"payload": np.zeros(3)}]
+)
+def test_a_candidate_out_of_turn_or_shape_is_refused(change: dict, parties: Parties, party: Path) -> None:
+    with pytest.raises(RemoteProtocolError, match="out of turn or shape"):
+        Owner(party).answer(replace(candidate(parties), **change))
+
+
+def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, party: Path) -> None:
+    broken = candidate(parties)
+    broken.payload[5] = np.nan
+    with pytest.raises(RemoteProtocolError, match="not finite"):
+        Owner(party).answer(broken)
+
+
+def test_figures_of_a_candidate_that_was_never_sent_are_refused(parties: Parties, party: Path) -> None:
+    layout = metrics_layout(parties.agreement, ["average"])
+    with pytest.raises(RemoteProtocolError, match="before it sent the model"):
+        Owner(party).answer(open_sum(parties, "test", layout, "average"))
+
+
+def test_an_owner_with_another_base_model_refuses(parties: Parties, tmp_path: Path) -> None:
+    other = Owner(parties.files["hotel"]).load_base()
+    next(other.parameters()).data[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    for path in parties.base.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "other")
+    settings = parties.files["hotel"].read_text().replace(str(parties.base), str(tmp_path / "other"))
+    parties.files["hotel"].write_text(settings)
+    with pytest.raises(AmalgramError, match="this is another base model"):
+        Owner(parties.files["hotel"]).answer(roll_call(parties))
+
+
+def test_a_model_made_here_is_kept_and_remade_only_when_its_recipe_changes(parties: Parties, party: Path) -> None:
+    owner = Owner(party)
+    one = owner.own_model()
+    made = (owner.state.fine_tuned_folder / "model.safetensors").stat().st_mtime_ns
+    Owner(party).own_model()
+    assert (owner.state.fine_tuned_folder / "model.safetensors").stat().st_mtime_ns == made
+    party.write_text(party.read_text().replace("epochs = 6", "epochs = 1"))
+    other = Owner(party).own_model()
+    assert any((a != b).any() for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# --- through the Flower app -------------------------------------------------------------------------------------------
+
+
+def through_app(settings: Path, message: Message) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    context = Context(run_id=1, node_id=2, node_config={"settings": str(settings)}, state=RecordDict(), run_config={})
+    reply = app(FlowerMessage(to_record(message), dst_node_id=2, message_type="train.step"), context)
+    assert not context.state  # nothing is kept where Flower, and whoever reads it, could see it
+    return from_record(reply.content)
+
+
+def test_an_error_leaves_as_a_code_and_stays_as_a_text(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise DataError("row 7 says Mrs Smith")
+
+    monkeypatch.setattr(Owner, "check", fail)
+    assert through_app(parties.files["hotel"], roll_call(parties)) == Refusal(code="data")
+    error = parties.folder / "state" / "hotel" / "error.txt"
+    assert error.read_text() == "row 7 says Mrs Smith\n"
+    assert stat.S_IMODE(error.stat().st_mode) == 0o600
+
+
+def test_an_unexpected_exception_leaves_as_a_code_too(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("Mrs Smith")
+
+    monkeypatch.setattr(Owner, "check", fail)
+    assert through_app(parties.files["hotel"], roll_call(parties)) == Refusal(code="unexpected")
+    assert "Mrs Smith" in (parties.folder / "state" / "hotel" / "error.txt").read_text()
+
+
+def test_a_node_without_an_owner_refuses(parties: Parties, tmp_path: Path) -> None:
+    assert through_app(tmp_path / "nothing.toml", roll_call(parties)) == Refusal(code="settings")
+
+
+def test_a_message_that_is_none_is_refused(parties: Parties) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    settings = str(parties.files["hotel"])
+    context = Context(run_id=1, node_id=2, node_config={"settings": settings}, state=RecordDict(), run_config={})
+    reply = app(FlowerMessage(RecordDict(), dst_node_id=2, message_type="train.step"), context)
+    assert from_record(reply.content) == Refusal(code="protocol")

@@ -1,0 +1,154 @@
+"""Private rows: what is read, and in which words what cannot be used is refused. Never with the row's own words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from client.private_data import PrivateData
+from client.settings import Data
+from common.agreement import Task
+from common.errors import DataError
+from common.models import load_base, load_tokenizer
+from deploy.demo.digits import train_base
+from deploy.example.reviews import LABELS
+
+TASK = Task(labels=LABELS, max_tokens=8)
+ROWS = [
+    {"text": f"the room was {word}", "label": label} for word, label in (("clean", "positive"), ("rude", "negative"))
+] * 10
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def data_of(folder: Path, reviews_folder: Path, train: str, *, task: Task = TASK, **settings: object) -> PrivateData:
+    data = Data(**{"train": Path(train), "test": Path(train), "validation": Path(train), **settings})  # type: ignore[arg-type]
+    base = load_base(reviews_folder / "base", TASK, seed=0)
+    tokenizer = load_tokenizer(reviews_folder / "base")
+    return PrivateData(data=data, task=task, model=base, tokenizer=tokenizer, folder=folder, seed=0)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path, reviews_folder: Path) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, ROWS)
+    elif suffix == "csv":
+        pyarrow.csv.write_csv(pa.Table.from_pylist(ROWS), path)
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path)
+    rows = data_of(tmp_path, reviews_folder, path.name).train()
+    assert rows.labels.tolist() == [1, 0] * 10
+    assert len(rows.features[0]["input_ids"]) == 6  # [CLS] the room was clean [SEP]
+
+
+def test_columns_may_have_other_names_labels_may_be_numbers_and_texts_may_be_pairs(
+    tmp_path: Path, reviews_folder: Path
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"q": "the room", "a": "was clean", "stars": 1}] * 3)
+    rows = data_of(tmp_path, reviews_folder, "rows.jsonl", text="q", text_pair="a", label="stars").train()
+    assert rows.labels.tolist() == [1, 1, 1]
+    assert len(rows.features[0]["input_ids"]) == 7
+
+
+def test_long_texts_are_cut_and_rows_limited(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * 500, "label": "positive"}] * 5)
+    rows = data_of(tmp_path, reviews_folder, "rows.jsonl", max_train_rows=2).train()
+    assert len(rows) == 2
+    assert len(rows.features[0]["input_ids"]) == 8
+
+
+def test_without_a_validation_file_a_tenth_is_set_aside(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * (index + 1), "label": "positive"} for index in range(20)])
+    data = data_of(tmp_path, reviews_folder, "rows.jsonl", validation=None, task=Task(labels=LABELS, max_tokens=60))
+    lengths = [sorted(len(row["input_ids"]) for row in rows.features) for rows in (data.train(), data.validation())]
+    assert [len(kept) for kept in lengths] == [18, 2]
+    assert sorted(lengths[0] + lengths[1]) == list(range(3, 23))
+
+
+def test_an_owner_is_judged_among_the_labels_that_occur_or_among_all(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[:1] * 3)
+    assert data_of(tmp_path, reviews_folder, "rows.jsonl").label_set().tolist() == [1]
+    every = Task(labels=LABELS, label_set="all")
+    assert data_of(tmp_path, reviews_folder, "rows.jsonl", task=every).label_set().tolist() == [0, 1]
+
+
+def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": "room " * (1 + index % 5), "label": "positive"} for index in range(11)]
+    )
+    batches = list(data_of(tmp_path, reviews_folder, "rows.jsonl").train().batches(4))
+    assert sorted(np.concatenate([indices for indices, _ in batches]).tolist()) == list(range(11))
+    assert [batch["input_ids"].shape[1] for _, batch in batches] == [4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.jsonl", '{"text": "SECRET", "stars": 1}\n', "has no column 'label'; its columns are text, stars"),
+        ("rows.jsonl", '{"txt": "SECRET", "label": 1}\n', "has no column 'text'"),
+        ("rows.jsonl", '{"text": "SECRET", "label": "SECRET"}\n', "row 1: its label is not among negative, positive"),
+        ("rows.jsonl", '{"text": "SECRET", "label": 2}\n', "row 1: its label is not among"),
+        ("rows.jsonl", '{"text": "SECRET", "label": true}\n', "row 1: its label is not among"),
+        ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": null, "label": 1}\n', "row 2: column 'text' is NoneType"),
+        ("rows.jsonl", '{"text": "SECRET"', "cannot be read as jsonl"),
+        ("rows.jsonl", "", "holds no rows"),
+        ("rows.csv", "text,label\n", "holds no rows"),
+        ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as csv"),
+        ("rows.csv", "text,label\na,1,SECRET\n", "cannot be read as csv"),
+        ("rows.parquet", "SECRET", "cannot be read as parquet"),
+        ("rows.xlsx", "SECRET", "unknown kind of file; allowed are .jsonl, .csv, .parquet and, for images, .npz"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused_without_quoting_them(
+    name: str, content: str, says: str, tmp_path: Path, reviews_folder: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    data = data_of(tmp_path, reviews_folder, name)
+    with pytest.raises(DataError) as caught:
+        data.train()
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert says in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path, reviews_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.jsonl: no such file"):
+        data_of(tmp_path, reviews_folder, "nothing.jsonl").train()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"image": np.zeros((4, 16, 16)), "label": np.arange(4)}, None),
+        ({"image": np.full((4, 16, 16), 255, np.uint8), "label": np.arange(4)}, None),
+        ({"image": np.zeros((4, 8, 8)), "label": np.arange(4)}, "the model needs .n, 1, 16, 16."),
+        ({"image": np.zeros((4, 16, 16)), "label": np.arange(3)}, "as many labels"),
+        ({"picture": np.zeros((4, 16, 16)), "label": np.arange(4)}, "has no array 'image'; its arrays are picture"),
+        ({"image": np.full((4, 16, 16), np.nan), "label": np.arange(4)}, "not finite"),
+        ({"image": np.zeros((4, 16, 16)), "label": np.arange(8, 12)}, "row 3: its label is not among"),
+        ({"image": np.zeros((0, 16, 16)), "label": np.arange(0)}, "holds no rows"),
+        ({"image": np.array([{}], dtype=object), "label": np.arange(1)}, "cannot be read as a NumPy"),
+    ],
+)
+def test_image_arrays_are_checked(arrays: dict[str, np.ndarray], says: str | None, tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
+    model = train_base(np.zeros((1, 16, 16), np.float32), np.zeros(1, np.int64), seed=0)
+    task = Task(kind="image-classification", labels=tuple(map(str, range(10))))
+    path = Path("rows.npz")
+    data = PrivateData(
+        data=Data(train=path, test=path), task=task, model=model, tokenizer=None, folder=tmp_path, seed=0
+    )
+    if says is None:
+        assert data.test().features.max() <= 1  # type: ignore[union-attr]
+        assert data.test().features.shape == (4, 1, 16, 16)  # type: ignore[union-attr]
+    else:
+        with pytest.raises(DataError, match=says):
+            data.test()
