@@ -1,6 +1,6 @@
 """The demo over several seeds: how far its figures spread. Writes benchmarks/results/demo_seeds.{json,md}.
 
-    python -m benchmarks.demo_seeds [--seeds 5] [--json]
+python -m benchmarks.demo_seeds [--seeds 5] [--json]
 """
 
 import argparse
@@ -12,8 +12,7 @@ from typing import Any
 
 import transformers
 
-from deploy.demo.digits import write_consortium
-from deploy.simulate import simulate
+from deploy.demo.run import run_demo
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,8 +34,7 @@ def main() -> None:
 def run_seed(seed: int) -> dict[str, Any]:
     """The demo's report for one seed."""
     with tempfile.TemporaryDirectory() as folder:
-        write_consortium(Path(folder) / "consortium", seed)
-        return simulate(Path(folder) / "consortium", Path(folder) / "output")
+        return run_demo(Path(folder), seed)
 
 
 def summarise(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -58,16 +58,16 @@ def simulate(
         write_example(folder)
         messages.print(f"wrote an example of three owners to {folder}; run it: [bold]amalgram simulate {folder}[/]")
         return
-    from deploy.demo.digits import write_consortium as write_demo
+    from deploy.demo.run import run_demo
     from deploy.simulate import simulate as run_simulation
 
     _show_progress()
     if folder is None:
         out = out or Path("demo-output")
-        folder = out / "consortium"
-        write_demo(folder, seed)
-    out = out or folder / "output"
-    report = run_simulation(folder, out, engine=engine.value, with_references=references)
+        report = run_demo(out, seed, engine=engine.value, with_references=references)
+    else:
+        out = out or folder / "output"
+        report = run_simulation(folder, out, engine=engine.value, with_references=references)
     _show(report, out, as_json)
 
 

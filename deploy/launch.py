@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from client.app import SIMULATED_OWNERS
 from common.errors import AmalgramError, EngineError, OwnerRefused
@@ -53,7 +54,7 @@ def _environment(home: Path, party_files: list[Path]) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as many as in-process, so that the last bits agree
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         SIMULATED_OWNERS: json.dumps([str(path) for path in party_files]),
     }

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,10 +26,11 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     """Accuracy by model and owner, the means, what was chosen, and where everything is."""
     evaluation = report["evaluation"]
     owners = list(evaluation["by_owner"]) if len(evaluation["by_owner"]) <= MAX_OWNER_COLUMNS else []
-    table = Table(title=f"{report['title']}: accuracy on test rows", title_style="bold", title_justify="left")
+    title = f"{report['title']}: accuracy on test rows"
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in ("mean", "mean macro F1", *owners):
-        table.add_column(heading, justify="right", overflow="fold")
+    for heading in ("mean", "macro F1", *owners):
+        table.add_column(heading.replace("-", "-\n"), justify="right", overflow="fold")
     for model, heading in ROWS:
         if model in evaluation["mean"]:
             mean = evaluation["mean"][model]
@@ -51,7 +53,7 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
 def _notes(report: dict[str, Any]) -> list[str]:
     notes = []
     if "own" in report["evaluation"]["mean"]:
-        notes.append("own: the owners' own models on everybody's rows; own at home: each on its owner's rows")
+        notes.append("own: the owners' own models on everybody's rows; own at home: on its own")
         notes.append("* needs every model, or all data, in one place: a reference, in simulations only")
     else:
         notes.append("own at home: each owner's own model on its own rows")

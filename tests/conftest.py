@@ -23,6 +23,7 @@ from tests.parties import Parties
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # models this small gain nothing from a second thread, and a busy machine makes it dear
 settings.register_profile("amalgram", deadline=None, max_examples=60)
 settings.load_profile("amalgram")
 

@@ -1,0 +1,20 @@
+"""The demo from end to end, for the command line and the benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy.demo.digits import write_consortium
+from deploy.simulate import Engine, simulate
+
+
+def run_demo(
+    output: Path, seed: int = 0, *, engine: Engine = "in-process", with_references: bool = True
+) -> dict[str, Any]:
+    """Make the consortium in OUT/consortium and merge it. Returns the report."""
+    # A model this small gains nothing from a second thread, and where another program wants the core, threads that
+    # wait for each other cost ten times as long as one alone.
+    torch.set_num_threads(1)
+    write_consortium(output / "consortium", seed)
+    return simulate(output / "consortium", output, engine=engine, with_references=with_references)
