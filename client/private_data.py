@@ -1,7 +1,4 @@
-"""An owner's private rows: read, checked, tokenised, batched. No other file opens them.
-
-An error names the file and row, never what the row says.
-"""
+"""An owner's private rows: checked, tokenised, batched. `row_files.py` opens the files, nothing else does."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from client.row_files import read_arrays, read_columns
 from client.settings import Data
 from common.agreement import Task
 from common.errors import DataError
@@ -120,18 +114,18 @@ class PrivateData:
     def _read_labels(self, path: Path, max_rows: int | None) -> NDArray[np.int64]:
         if self.task.kind == "image-classification":
             return self._read(path, max_rows).labels
-        table = _select(self.folder / path, _read_table(self.folder / path), [self.data.label], max_rows)
-        return _labels(self.folder / path, table.column(self.data.label).to_pylist(), self.task)
+        values = read_columns(self.folder / path, [self.data.label], max_rows)[self.data.label]
+        return _labels(self.folder / path, values, self.task)
 
 
 def _read_texts(
     path: Path, data: Data, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int | None
 ) -> Rows:
     columns = [data.text, data.label] + ([data.text_pair] if data.text_pair else [])
-    table = _select(path, _read_table(path), columns, max_rows)
-    texts = _texts(path, table, data.text)
-    pairs = _texts(path, table, data.text_pair) if data.text_pair else None
-    labels = _labels(path, table.column(data.label).to_pylist(), task)
+    found = read_columns(path, columns, max_rows)
+    texts = _check_texts(path, data.text, found[data.text])
+    pairs = _check_texts(path, data.text_pair, found[data.text_pair]) if data.text_pair else None
+    labels = _labels(path, found[data.label], task)
     positions = getattr(model.config, "max_position_embeddings", None) or task.max_tokens
     max_tokens = min(task.max_tokens, positions, tokenizer.model_max_length)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
@@ -148,46 +142,7 @@ def _read_texts(
     return Rows(features=tuple(features), labels=labels, tokenizer=tokenizer)
 
 
-def _read_table(path: Path) -> pa.Table:
-    readers = {
-        ".jsonl": pyarrow.json.read_json,
-        ".json": pyarrow.json.read_json,
-        ".csv": pyarrow.csv.read_csv,
-        ".parquet": pyarrow.parquet.read_table,
-    }
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; allowed are .jsonl, .csv, .parquet and, for images, .npz")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: holds no rows")
-    try:
-        if path.suffix == ".csv":
-            return reader(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
-        if path.suffix in (".jsonl", ".json"):
-            # One block, so that a column that is empty for long still gets one type.
-            block = min(max(path.stat().st_size, 1 << 20), 2**31 - 1)
-            return reader(path, read_options=pyarrow.json.ReadOptions(block_size=block))
-        return reader(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
-        raise DataError(
-            f"{path}: cannot be read as {path.suffix[1:]}; is it complete, UTF-8, one row per line?"
-        ) from None
-
-
-def _select(path: Path, table: pa.Table, columns: list[str], max_rows: int | None) -> pa.Table:
-    for column in columns:
-        if column not in table.column_names:
-            raise DataError(f"{path}: has no column {column!r}; its columns are {', '.join(table.column_names)}")
-    table = table.select(columns).slice(0, max_rows)
-    if table.num_rows == 0:
-        raise DataError(f"{path}: holds no rows")
-    return table
-
-
-def _texts(path: Path, table: pa.Table, column: str) -> list[str]:
-    values: list[str] = table.column(column).to_pylist()
+def _check_texts(path: Path, column: str, values: list[Any]) -> list[str]:
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise DataError(f"{path}: row {index + 1}: column {column!r} is {type(value).__name__}, text is needed")
@@ -197,29 +152,22 @@ def _texts(path: Path, table: pa.Table, column: str) -> list[str]:
 def _labels(path: Path, values: list[Any], task: Task) -> NDArray[np.int64]:
     """A label is one of the agreement's label names, or else its number."""
     numbers = {label: index for index, label in enumerate(task.labels)}
+    numbers = {str(index): index for index in range(len(numbers))} | numbers
     labels = np.empty(len(values), dtype=np.int64)
     for index, value in enumerate(values):
-        number = numbers.get(str(value))
-        if number is None and not isinstance(value, bool) and str(value).isdecimal() and int(value) < len(numbers):
-            number = int(value)
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        number = numbers.get(str(whole))
         if number is None:
-            raise DataError(f"{path}: row {index + 1}: its label is not among {', '.join(task.labels)}")
+            raise DataError(
+                f"{path}: row {index + 1}: its label is none of {', '.join(task.labels)}, "
+                f"nor a number from 0 to {len(task.labels) - 1}"
+            )
         labels[index] = number
     return labels
 
 
 def _read_images(path: Path, data: Data, task: Task, model: PreTrainedModel, max_rows: int | None) -> Rows:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError):
-        raise DataError(f"{path}: cannot be read as a NumPy .npz file") from None
-    for column in (data.image, data.label):
-        if column not in found:
-            raise DataError(f"{path}: has no array {column!r}; its arrays are {', '.join(found)}")
-    images, labels = found[data.image][:max_rows], found[data.label][:max_rows]
+    images, labels = read_arrays(path, [data.image, data.label], max_rows)
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 255
     if images.ndim == 3:  # (n, height, width): one channel
@@ -227,12 +175,10 @@ def _read_images(path: Path, data: Data, task: Task, model: PreTrainedModel, max
     size = getattr(model.config, "image_size", None)
     height, width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
     expected = (getattr(model.config, "num_channels", 1), height, width)
-    if len(images) == 0:
-        raise DataError(f"{path}: holds no rows")
-    if len(images) != len(labels) or images.shape[1:] != expected:
+    if images.shape[1:] != expected or labels.ndim != 1:
         raise DataError(
-            f"{path}: images have shape {images.shape} and labels {labels.shape}; the model needs (n, "
-            f"{', '.join(map(str, expected))}) and as many labels"
+            f"{path}: images have shape {images.shape} and labels {labels.shape}; the model needs "
+            f"(n, {', '.join(map(str, expected))}) and (n,)"
         )
     if not np.isfinite(images).all():
         raise DataError(f"{path}: an image holds a number that is not finite")

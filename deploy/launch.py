@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def _superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
             yield
         finally:
             _stop_group(process)
+            _stop_strays(home)
 
 
 def _wait_for_port(port: int, process: subprocess.Popen[bytes], log_file: Path) -> None:
@@ -151,6 +152,19 @@ def _stop_group(process: subprocess.Popen[bytes]) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
+
+
+def _stop_strays(home: Path) -> None:
+    """End what left the process group (Ray's helpers do): whatever was started with our private Flower home.
+
+    Linux only; elsewhere they end by themselves once the engine is gone.
+    """
+    marker = f"FLWR_HOME={home}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        # A process that is gone by now, or is somebody else's, is none of ours.
+        with suppress(OSError):
+            if marker in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def _free_port() -> int:

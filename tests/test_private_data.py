@@ -58,6 +58,16 @@ def test_columns_may_have_other_names_labels_may_be_numbers_and_texts_may_be_pai
     assert len(rows.features[0]["input_ids"]) == 7
 
 
+def test_csv_values_are_text_whatever_they_look_like(tmp_path: Path, reviews_folder: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text,label\n2026-01-01,1\n12,0\n"a, ""quoted""\nroom",positive\n')
+    assert data_of(tmp_path, reviews_folder, "rows.csv").train().labels.tolist() == [1, 0, 1]
+
+
+def test_whole_numbers_written_as_fractions_are_labels_too(tmp_path: Path, reviews_folder: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": ["room", "bed"], "label": [1.0, 0.0]}), tmp_path / "rows.parquet")
+    assert data_of(tmp_path, reviews_folder, "rows.parquet").train().labels.tolist() == [1, 0]
+
+
 def test_long_texts_are_cut_and_rows_limited(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * 500, "label": "positive"}] * 5)
     rows = data_of(tmp_path, reviews_folder, "rows.jsonl", max_train_rows=2).train()
@@ -92,18 +102,24 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("rows.jsonl", '{"text": "SECRET", "stars": 1}\n', "has no column 'label'; its columns are text, stars"),
+        ("rows.jsonl", '{"text": "SECRET", "stars": 1}\n', "line 1 has no column 'label'; its columns are text, stars"),
         ("rows.jsonl", '{"txt": "SECRET", "label": 1}\n', "has no column 'text'"),
-        ("rows.jsonl", '{"text": "SECRET", "label": "SECRET"}\n', "row 1: its label is not among negative, positive"),
-        ("rows.jsonl", '{"text": "SECRET", "label": 2}\n', "row 1: its label is not among"),
-        ("rows.jsonl", '{"text": "SECRET", "label": true}\n', "row 1: its label is not among"),
+        (
+            "rows.jsonl",
+            '{"text": "SECRET", "label": "SECRET"}\n',
+            "row 1: its label is none of negative, positive, nor a number from 0 to 1",
+        ),
+        ("rows.jsonl", '{"text": "SECRET", "label": 2}\n', "row 1: its label is none of"),
+        ("rows.jsonl", '{"text": "SECRET", "label": true}\n', "row 1: its label is none of"),
         ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": null, "label": 1}\n', "row 2: column 'text' is NoneType"),
-        ("rows.jsonl", '{"text": "SECRET"', "cannot be read as jsonl"),
+        ("rows.jsonl", '{"text": "SECRET"', "line 1 is not one JSON object"),
         ("rows.jsonl", "", "holds no rows"),
+        ("rows.jsonl", '{"text": "a", "label": 1}\n[1]\n', "line 2 is list, a JSON object is needed"),
+        ("rows.csv", "", "holds no rows"),
         ("rows.csv", "text,label\n", "holds no rows"),
-        ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as csv"),
-        ("rows.csv", "text,label\na,1,SECRET\n", "cannot be read as csv"),
-        ("rows.parquet", "SECRET", "cannot be read as parquet"),
+        ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as CSV"),
+        ("rows.csv", "text,label\na,1,SECRET\n", "cannot be read as CSV"),
+        ("rows.parquet", "SECRET", "cannot be read as Parquet"),
         ("rows.xlsx", "SECRET", "unknown kind of file; allowed are .jsonl, .csv, .parquet and, for images, .npz"),
     ],
 )
@@ -130,10 +146,10 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path, reviews_folder: Path)
         ({"image": np.zeros((4, 16, 16)), "label": np.arange(4)}, None),
         ({"image": np.full((4, 16, 16), 255, np.uint8), "label": np.arange(4)}, None),
         ({"image": np.zeros((4, 8, 8)), "label": np.arange(4)}, "the model needs .n, 1, 16, 16."),
-        ({"image": np.zeros((4, 16, 16)), "label": np.arange(3)}, "as many labels"),
-        ({"picture": np.zeros((4, 16, 16)), "label": np.arange(4)}, "has no array 'image'; its arrays are picture"),
+        ({"image": np.zeros((4, 16, 16)), "label": np.arange(3)}, "its arrays have 4 and 3 rows"),
+        ({"picture": np.zeros((4, 16, 16)), "label": np.arange(4)}, "has no column 'image'; its columns are picture"),
         ({"image": np.full((4, 16, 16), np.nan), "label": np.arange(4)}, "not finite"),
-        ({"image": np.zeros((4, 16, 16)), "label": np.arange(8, 12)}, "row 3: its label is not among"),
+        ({"image": np.zeros((4, 16, 16)), "label": np.arange(8, 12)}, "row 3: its label is none of"),
         ({"image": np.zeros((0, 16, 16)), "label": np.arange(0)}, "holds no rows"),
         ({"image": np.array([{}], dtype=object), "label": np.arange(1)}, "cannot be read as a NumPy"),
     ],

@@ -56,14 +56,14 @@ def test_errors_are_one_line_with_an_honest_exit_code(
 
 def test_an_interrupted_run_says_so_publishes_nothing_and_begins_again(reviews_folder: Path, tmp_path: Path) -> None:
     command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "sum of contribution" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    errors = process.stderr.read()
-    assert process.wait(timeout=60) == 130
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "sum of contribution" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130
     assert "interrupted; nothing was published" in errors
     assert not (tmp_path / "output" / "report.json").exists()
     assert not (tmp_path / "output" / "parties" / "state").exists()
@@ -72,14 +72,14 @@ def test_an_interrupted_run_says_so_publishes_nothing_and_begins_again(reviews_f
 @pytest.mark.slow
 def test_a_terminated_run_on_flower_s_engine_leaves_no_process_behind(reviews_folder: Path, tmp_path: Path) -> None:
     command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output", "--engine", "ray"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "submitting the run" in line:
-            break
-    time.sleep(15)  # the engine is at work
-    process.terminate()
-    process.communicate(timeout=60)
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "submitting the run" in line:
+                break
+        time.sleep(15)  # the engine is at work
+        process.terminate()
+        process.stderr.read()
     assert process.returncode == 143
     marker = f'AMALGRAM_SIMULATED_OWNERS=["{tmp_path}'
     deadline = time.monotonic() + 20
