@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context
@@ -36,7 +37,6 @@ def _answer(message: FlowerMessage, context: Context) -> Message:
     try:
         owner = Owner(_settings_path(context))
         reply = owner.answer(from_record(message.content))
-        owner.state.clear_error()
     except AmalgramError as error:
         _keep(owner, str(error))
         return Refusal(code=error.code)
@@ -47,10 +47,12 @@ def _answer(message: FlowerMessage, context: Context) -> Message:
 
 
 def _keep(owner: Owner | None, text: str) -> None:
+    """Leave the text where only the owner reads it. Logs get none of it: an engine may keep them for all to read."""
     if owner is None:
-        log.error("refused: %s", text)
-    else:
-        log.error("owner %s refused: %s", owner.name, text.strip().splitlines()[-1])
+        log.error("refused: this node's settings cannot be used")
+        return
+    log.error("owner %s refused; its error.txt says why", owner.name)
+    with suppress(OSError):  # a full disk must not turn into an exception that Flower would pass on
         owner.state.write_error(text)
 
 

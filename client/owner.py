@@ -301,6 +301,7 @@ class Owner:
         if self.agreement.task.kind == "text-classification":
             load_tokenizer(self._base_folder).save_pretrained(partial)
         (partial / "made_from.json").write_text(recipe)
+        self.state.seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
         return folder

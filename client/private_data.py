@@ -1,5 +1,6 @@
 """An owner's private rows: checked, tokenised, batched. `row_files.py` opens the files, nothing else does."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,14 @@ class PrivateData:
         """The labels among which this owner's rows are judged: those that occur in its files, or all."""
         if self.task.label_set == "all":
             return np.arange(len(self.task.labels))
-        limits = {
-            self.data.train: self.data.max_train_rows,
-            self.data.validation: self.data.max_validation_rows,
-            self.data.test: self.data.max_test_rows,
-        }
-        return np.unique(np.concatenate([self._read_labels(path, limits[path]) for path in limits if path is not None]))
+        splits = (
+            (self.data.train, self.data.max_train_rows),
+            (self.data.validation, self.data.max_validation_rows),
+            (self.data.test, self.data.max_test_rows),
+        )
+        return np.unique(
+            np.concatenate([self._read_labels(path, max_rows) for path, max_rows in splits if path is not None])
+        )
 
     def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """A tenth of the training rows for validation, and the rest."""
@@ -126,8 +129,8 @@ def _read_texts(
     texts = _check_texts(path, data.text, found[data.text])
     pairs = _check_texts(path, data.text_pair, found[data.text_pair]) if data.text_pair else None
     labels = _labels(path, found[data.label], task)
-    positions = getattr(model.config, "max_position_embeddings", None) or task.max_tokens
-    max_tokens = min(task.max_tokens, positions, tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    max_tokens = min(task.max_tokens, tokenizer.model_max_length, positions if positions > 0 else task.max_tokens)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_tokens)
     vocabulary = model.get_input_embeddings().num_embeddings
     features = []
@@ -150,18 +153,19 @@ def _check_texts(path: Path, column: str, values: list[Any]) -> list[str]:
 
 
 def _labels(path: Path, values: list[Any], task: Task) -> NDArray[np.int64]:
-    """A label is one of the agreement's label names, or else its number."""
+    """A label is one of the agreement's label names; or its number, unless a name is itself a number."""
     numbers = {label: index for index, label in enumerate(task.labels)}
-    numbers = {str(index): index for index in range(len(numbers))} | numbers
+    by_number = not any(label.isdecimal() for label in numbers)
+    if by_number:
+        numbers |= {str(index): index for index in range(len(numbers))}
     labels = np.empty(len(values), dtype=np.int64)
     for index, value in enumerate(values):
         whole = int(value) if isinstance(value, float) and value.is_integer() else value
-        number = numbers.get(str(whole))
+        name = json.dumps(whole) if isinstance(whole, bool) else str(whole)
+        number = None if whole is None else numbers.get(name)
         if number is None:
-            raise DataError(
-                f"{path}: row {index + 1}: its label is none of {', '.join(task.labels)}, "
-                f"nor a number from 0 to {len(task.labels) - 1}"
-            )
+            or_number = f", nor a number from 0 to {len(task.labels) - 1}" if by_number else ""
+            raise DataError(f"{path}: row {index + 1}: its label is none of {', '.join(task.labels)}{or_number}")
         labels[index] = number
     return labels
 

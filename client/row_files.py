@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,7 @@ def read_arrays(path: Path, columns: Sequence[str], max_rows: int | None) -> lis
         with np.load(path, allow_pickle=False) as arrays:
             _check_columns(path, columns, arrays.files)
             found = [arrays[column][:max_rows] for column in columns]
-    except (OSError, ValueError, EOFError, AttributeError):
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile):
         raise DataError(f"{path}: cannot be read as a NumPy .npz file") from None
     if len(found[0]) == 0:
         raise DataError(f"{path}: holds no rows")
@@ -102,6 +103,8 @@ def _check_columns(path: Path, columns: Sequence[str], found: Sequence[str], whe
     for column in columns:
         if column not in found:
             raise DataError(f"{path}: {where}has no column {column!r}; its columns are {', '.join(found) or 'none'}")
+        if list(found).count(column) > 1:
+            raise DataError(f"{path}: {where}has two columns {column!r}")
 
 
 READERS: dict[str, Callable[[Path, Sequence[str], int | None], Columns]] = {

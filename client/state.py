@@ -28,6 +28,7 @@ class OwnerState:
     def start_run(self, run: str) -> None:
         """Forget any earlier run and begin this one."""
         self.end_run()
+        (self.folder / "error.txt").unlink(missing_ok=True)
         self._make_private(self._run_folder)
         self.write_json("run", run)
 
@@ -75,15 +76,19 @@ class OwnerState:
     def fine_tuned_folder(self) -> Path:
         return self.folder / "fine_tuned"
 
+    @staticmethod
+    def seal(folder: Path) -> None:
+        """Let nobody else read what a library wrote to `folder`."""
+        folder.chmod(0o700)
+        for path in folder.iterdir():
+            path.chmod(0o600)
+
     def write_error(self, text: str) -> None:
         """Keep, for the owner alone, what went wrong; the coordinator gets a code."""
         path = self.folder / "error.txt"
         path.unlink(missing_ok=True)
         with self._create(path) as file:
             file.write(text.encode() + b"\n")
-
-    def clear_error(self) -> None:
-        (self.folder / "error.txt").unlink(missing_ok=True)
 
     @property
     def _run_folder(self) -> Path:

@@ -109,11 +109,12 @@ class AgreementDraft(Settings):
                 raise ValueError(f"owners: two owners are named {name!r}; each name stands once")
         if self.min_owners is not None and self.min_owners > len(names):
             raise ValueError(f"min_owners = {self.min_owners}: there are {len(names)} owners")
-        hidden = [owner.name for owner in self.owners if owner.figures == "summed"]
-        if len(hidden) == 1:
+        hidden = len(names) - len(self.shown_owners)
+        may_drop = len(names) - self.needed_owners
+        if hidden and hidden - may_drop < 2:
             raise ValueError(
-                f'owners: {hidden[0]} alone has figures = "summed", so total minus the others would show its figures; '
-                "let no owner or at least two have it"
+                f'owners: {hidden} have figures = "summed" and {may_drop} may drop out; were one of them left alone, '
+                f"total minus the others would show its figures: let none have it, or at least {may_drop + 2}"
             )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")

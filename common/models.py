@@ -74,18 +74,27 @@ def base_labels(folder: Path) -> tuple[str, ...]:
 def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     """The base model in float32, ready for evaluation.
 
-    A head that the folder does not hold is initialised from `seed`, hence alike at every party.
+    A head that the folder does not hold is initialised from `seed`, hence alike at every party; anything else that is
+    missing, or another order of labels, is a ModelError.
     """
-    return _load(folder, task, seed)
+    _check_labels(folder, task)
+    model, missing = _load(folder, task, seed)
+    body = f"{model.base_model_prefix}."
+    for name in missing:
+        if name.startswith(body) and "pooler" not in name:
+            raise ModelError(f"model {folder}: its weights lack {name}; are they of the model that config.json names?")
+    if task.kind == "text-classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+    return model
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
     """An owner's model in float32. Raises ModelError unless it has exactly the base's parameters and labels."""
-    labels = base_labels(folder)
-    generic = all(label.startswith("LABEL_") for label in labels)
-    if not generic and labels != task.labels:
-        raise ModelError(f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}")
-    model = _load(folder, task, seed=0)
+    _check_labels(folder, task)
+    model, missing = _load(folder, task, seed=0)
+    if missing:
+        raise ModelError(f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all); it is no such model")
+    model.config.pad_token_id = base.config.pad_token_id
     expected, found = parameter_shapes(base), parameter_shapes(model)
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):
@@ -96,6 +105,14 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
     return model
 
 
+def _check_labels(folder: Path, task: Task) -> None:
+    """A model's own labels, where its configuration names any, must be the agreement's, in the same order."""
+    labels = base_labels(folder)
+    generic = all(label.startswith("LABEL_") for label in labels)
+    if not generic and labels != task.labels:
+        raise ModelError(f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}")
+
+
 def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -103,13 +120,14 @@ def _config(folder: Path) -> Any:
         raise ModelError(f"model {folder}: its config.json cannot be used: {_first_line(error)}") from None
 
 
-def _load(folder: Path, task: Task, seed: int) -> PreTrainedModel:
+def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of the parameters that its files lack."""
     _config(folder)
     labels = dict(enumerate(task.labels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AUTO_CLASSES[task.kind].from_pretrained(
+            model, found = AUTO_CLASSES[task.kind].from_pretrained(
                 folder,
                 num_labels=len(labels),
                 id2label=labels,
@@ -117,6 +135,7 @@ def _load(folder: Path, task: Task, seed: int) -> PreTrainedModel:
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                output_loading_info=True,
             )
         except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
             reason = _first_line(error)
@@ -129,7 +148,7 @@ def _load(folder: Path, task: Task, seed: int) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
     model.eval()
-    return model
+    return model, sorted(found["missing_keys"])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from common.errors import AmalgramError, SettingsError
 
@@ -56,7 +57,9 @@ def simulate(
         from deploy.example.reviews import write_consortium as write_example
 
         write_example(folder)
-        messages.print(f"wrote an example of three owners to {folder}; run it: [bold]amalgram simulate {folder}[/]")
+        messages.print(
+            f"wrote an example of three owners to {folder}; run it: amalgram simulate {folder}", markup=False
+        )
         return
     from deploy.demo.run import run_demo
     from deploy.simulate import simulate as run_simulation
@@ -111,7 +114,7 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    messages.print(f"[red]error:[/] {' '.join(message.split())}", soft_wrap=True, highlight=False)
+    messages.print("[red]error:[/]", escape(" ".join(message.split())), soft_wrap=True, highlight=False)
     sys.exit(exit_code)
 
 

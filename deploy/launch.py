@@ -28,21 +28,22 @@ from common.settings_file import load_settings
 from server.settings import CoordinatorSettings
 
 APP_FOLDER = Path(__file__).resolve().parent.parent  # holds pyproject.toml, server/, client/, common/
-CONNECTION = "simulation"
-START_SECONDS, STOP_SECONDS, POLL_SECONDS = 60.0, 20.0, 0.5
+CONNECTION, FAILURE = "simulation", "failure.json"
+START_SECONDS, STOP_SECONDS, ANSWER_SECONDS, POLL_SECONDS = 60.0, 20.0, 120.0, 0.5
 log = logging.getLogger("amalgram.launch")
 
 
 def run_with_ray(coordinator_file: Path, party_files: list[Path]) -> None:
     """Run the merge on Flower's simulation engine, every owner a virtual node. Raises the error that the run met."""
-    coordinator = load_settings(coordinator_file, CoordinatorSettings)
+    output = coordinator_file.parent / load_settings(coordinator_file, CoordinatorSettings).output
+    (output / FAILURE).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="amalgram-flower-") as home:
         environment = _environment(Path(home), party_files)
         with _superlink(Path(home), environment):
             log.info("Flower's simulation engine is up, submitting the run")
             run_id = _submit(environment, coordinator_file, len(party_files))
             status = _wait(environment, run_id)
-    _raise_failure(coordinator_file.parent / coordinator.output)
+    _raise_failure(output)
     if status != "finished:completed":
         raise EngineError(f"Flower reports the run as {status}, and the coordinator left no reason")
 
@@ -114,6 +115,8 @@ def _wait(environment: dict[str, str], run_id: int) -> str:
     """The run's status once it has ended."""
     while True:
         answer = _flwr(environment, "list", CONNECTION, "--run-id", str(run_id))
+        if not answer.get("runs"):
+            raise EngineError(f"Flower no longer knows the run: {answer.get('error-message', answer)}")
         status = str(answer["runs"][0]["status"])
         if status.startswith("finished"):
             return status
@@ -122,9 +125,13 @@ def _wait(environment: dict[str, str], run_id: int) -> str:
 
 def _flwr(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
     command = ["flwr", *arguments, "--format", "json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+        )
         answer: dict[str, Any] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"flwr {arguments[0]} gave no answer in {ANSWER_SECONDS:.0f} seconds") from None
     except json.JSONDecodeError:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise EngineError(f"flwr {arguments[0]} failed: {' '.join(reason) or f'exit code {done.returncode}'}") from None
@@ -132,7 +139,7 @@ def _flwr(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
 
 
 def _raise_failure(output: Path) -> None:
-    path = output / "failure.json"
+    path = output / FAILURE
     if not path.is_file():
         return
     failure = json.loads(path.read_text())

@@ -25,6 +25,7 @@ from deploy.complete import complete_agreement
 from deploy.in_process_grid import run_in_process
 from deploy.launch import run_with_ray
 from server.app import app as server_app
+from server.merge import claim_output
 from server.report import own_figures, read_report, render_report, save_report
 
 Engine = Literal["in-process", "ray"]
@@ -41,6 +42,9 @@ def simulate(
     Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written.
     """
     folder, output = folder.resolve(), output.resolve()
+    if not (folder / "agreement.toml").is_file():
+        raise SettingsError(f"{folder}: has no agreement.toml; `amalgram simulate --init {folder.name}-new` writes one")
+    claim_output(output)
     draft = load_settings(folder / "agreement.toml", AgreementDraft)
     owner_files = find_owner_files(folder, draft)
     log.info("completing the agreement against %s", draft.base)
@@ -104,7 +108,6 @@ def set_up_parties(
 def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSettings:
     """An owner's settings as they read from the simulation's own folder: absolute paths, its own state."""
     data = settings.data
-    fine_tuned = settings.fine_tuned
     placed_data = data.model_copy(
         update={
             split: home / path
@@ -116,11 +119,16 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSett
         update={
             "agreement": Path("agreement.toml"),
             "state": Path("state") / settings.name,
-            "base": settings.base or str(base_folder),
-            "fine_tuned": str(home / fine_tuned) if fine_tuned and (home / fine_tuned).exists() else fine_tuned,
+            "base": str(base_folder) if settings.base is None else _place_model(settings.base, home),
+            "fine_tuned": None if settings.fine_tuned is None else _place_model(settings.fine_tuned, home),
             "data": placed_data,
         }
     )
+
+
+def _place_model(location: str, home: Path) -> str:
+    """A folder as an absolute path; a hub name as it is."""
+    return str(home / location) if (home / location).exists() else location
 
 
 def write_settings(path: Path, settings: Settings) -> None:
@@ -150,4 +158,5 @@ def _add_references(report: dict[str, Any], owners: list[Owner]) -> None:
     for model, scores in references.reference_scores(taking_part).items():
         report["evaluation"]["mean"][model] = references.mean_figures(scores)
         for owner, figures in report["evaluation"]["by_owner"].items():
-            figures[model] = own_figures(scores[owner])
+            if owner in scores:
+                figures[model] = own_figures(scores[owner])

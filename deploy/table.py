@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # Models in the order of the rows, as (name in report.json, heading).
@@ -26,7 +27,7 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     """Accuracy by model and owner, the means, what was chosen, and where everything is."""
     evaluation = report["evaluation"]
     owners = list(evaluation["by_owner"]) if len(evaluation["by_owner"]) <= MAX_OWNER_COLUMNS else []
-    title = f"{report['title']}: accuracy on test rows"
+    title = f"{escape(report['title'])}: accuracy on test rows"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for heading in ("mean", "macro F1", *owners):
@@ -40,13 +41,16 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
             table.add_row(heading, *(f"{figure:.3f}" for figure in figures), style=style)
     console.print(table)
     for line in _notes(report):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, markup=False)
     for owner, step in report["lost"].items():
         console.print(f"owner {owner} was lost at: {step}", style="yellow")
     if report["summation"] == "plain":
         console.print("plain sum: the coordinator saw each owner's vector", style="yellow")
     console.print(
-        f"merged model  {out / 'model'}\nreport        {out / 'report.html'}", highlight=False, soft_wrap=True
+        f"merged model  {out / 'model'}\nreport        {out / 'report.html'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -29,6 +29,7 @@ from common.summation import SUMMATIONS
 from common.summation.protocol import SessionBroken, SumTerms, Total, drive
 from common.tensor_layout import TensorLayout
 
+FINISH_TIMEOUT_SECONDS = 60.0
 log = logging.getLogger("amalgram.coordinator")
 
 
@@ -116,7 +117,9 @@ class Coordinator:
             try:
                 return drive(kind.coordinator(terms), self._ask)
             except SessionBroken as broken:
-                log.warning("%s; begun again without it", broken)
+                self._lose(broken.owner, broken.reason)
+                if broken.__cause__ is not None and len(self._nodes) < self.agreement.needed_owners:
+                    raise broken.__cause__ from None
                 self._check_enough()
 
     def send_candidate(self, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
@@ -141,11 +144,13 @@ class Coordinator:
             self._check_enough()
 
     def finish(self) -> None:
-        """Tell the owners to forget this run."""
-        self._start("finish")
-        for owner, reply in self._ask(dict.fromkeys(self.owners, Finish(run=self.run))):
+        """Tell the owners to forget this run. Whoever does not confirm it is named, and nothing else changes."""
+        log.info("finish")
+        owner_of = {node: owner for owner, node in self._nodes.items()}
+        requests = dict.fromkeys(owner_of, Finish(run=self.run))
+        for node, reply in self.channel.exchange(requests, FINISH_TIMEOUT_SECONDS):
             if not isinstance(reply, Finished):
-                log.warning("owner %s did not confirm that it has forgotten the run", owner)
+                log.warning("owner %s did not confirm that it has forgotten the run", owner_of[node])
 
     def _ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:
         """Send each owner its message; yield each answer as it arrives, None for an owner that is lost."""
@@ -162,13 +167,16 @@ class Coordinator:
                 log.warning("owner %s refused (%s) at %s", owner, reply.code, step.name)
                 reply = None
             if reply is None:
-                self.lost[owner] = step.name
-                del self._nodes[owner]
-                log.warning("owner %s is lost at %s", owner, step.name)
+                self._lose(owner, "no answer")
             else:
                 step.bytes_received += _payload_bytes(reply)
             yield owner, reply
         step.seconds += time.monotonic() - started
+
+    def _lose(self, owner: str, reason: str) -> None:
+        if self._nodes.pop(owner, None) is not None:
+            self.lost[owner] = self.steps[-1].name
+            log.warning("owner %s is lost at %s: %s", owner, self.steps[-1].name, reason)
 
     def _start(self, name: str) -> None:
         log.info("%s", name)

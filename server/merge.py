@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from common import metrics
 from common.agreement import Agreement
-from common.errors import NumericalError
+from common.errors import NumericalError, SettingsError
 from common.merge_methods import candidates, contribution_layout, solve
 from common.merge_methods.terms import Solution
 from common.metrics import MeanScore
@@ -57,7 +57,6 @@ class Outcome:
     solutions: dict[str, Solution]
     total: Total
     test: dict[str, MeanScore]
-    seconds: float
 
 
 def run_merge(settings_path: Path, channel: Channel) -> None:
@@ -75,10 +74,22 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     base = load_base(base_folder, agreement.task, agreement.seed)
     check_base(base, agreement, base_folder)
     plan = merge_plan(base, agreement.tensors)
+    claim_output(output)
     _clear_results(output)
 
     coordinator = Coordinator(channel=channel, agreement=agreement)
-    coordinator.roll_call()
+    try:
+        coordinator.roll_call()
+        outcome = _merge(coordinator, plan)
+    finally:
+        coordinator.finish()
+    add_delta(base, outcome.solutions[agreement.method].delta)
+    _write_model(base, base_folder, agreement, output / "model")
+    write_report(outcome, base, time.monotonic() - started, output)
+
+
+def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
+    agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
     choices = _choose(coordinator, plan, total)
     solutions = {}
@@ -86,27 +97,28 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
         solutions[method] = solve(agreement, plan, method, total, choice.knob)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
-    test = _figures(coordinator, "test", models)
-    coordinator.finish()
-
-    outcome = Outcome(
+    return Outcome(
         agreement=agreement,
         plan=plan,
         coordinator=coordinator,
         choices=choices,
         solutions=solutions,
         total=total,
-        test=test,
-        seconds=time.monotonic() - started,
+        test=_figures(coordinator, "test", models),
     )
-    add_delta(base, solutions[agreement.method].delta)
-    _write_model(base, base_folder, agreement, output / "model")
-    write_report(outcome, base, output)
+
+
+def claim_output(output: Path) -> None:
+    """Make `output` a folder of ours. Raises SettingsError rather than touch a folder that holds something else."""
+    marker = output / ".amalgram"
+    if output.exists() and not marker.is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise SettingsError(f"{output}: is there already and is no output of amalgram; name a new folder")
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 def _clear_results(output: Path) -> None:
     """Remove an earlier run's results, so that what is there afterwards is this run's."""
-    output.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output / "model", ignore_errors=True)
     for name in ("report.json", "report.html", "failure.json"):
         (output / name).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 report.json, `report_version` 1:
     title, method, summation, seconds          what was run, how it was summed, how long the run took
-    owners, lost                               names of those in the result; of those lost, with the step
+    owners, lost                               names of those in the merged model; of those lost, with the step
     chosen.<method>                            candidate and knob that the sweep chose
     evaluation.mean.<model>                    accuracy, macro_f1: means over owners, every owner counts alike;
                                                pooled_accuracy, rows: every row counts alike; on test rows
@@ -45,9 +45,9 @@ REPORT_VERSION = 1
 LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
 
 
-def write_report(outcome: Outcome, merged: nn.Module, output: Path) -> None:
+def write_report(outcome: Outcome, merged: nn.Module, seconds: float, output: Path) -> None:
     """Write OUT/report.json, last of all: where it stands, the run is done."""
-    save_report(_report(outcome, merged), output)
+    save_report(_report(outcome, merged, seconds), output)
 
 
 def save_report(report: dict[str, Any], output: Path) -> None:
@@ -92,7 +92,7 @@ def own_figures(score: Score) -> dict[str, Any]:
     return {"accuracy": score.correct / score.rows, "macro_f1": score.macro_f1, "rows": score.rows}
 
 
-def _report(outcome: Outcome, merged: nn.Module) -> dict[str, Any]:
+def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, Any]:
     agreement = outcome.agreement
     method_of = {choice.name: method for method, choice in outcome.choices.items()}
     test = {method_of.get(name, name): score for name, score in outcome.test.items()}
@@ -103,8 +103,8 @@ def _report(outcome: Outcome, merged: nn.Module) -> dict[str, Any]:
         "title": agreement.title,
         "method": agreement.method,
         "summation": agreement.summation.kind,
-        "seconds": round(outcome.seconds, 3),
-        "owners": list(outcome.coordinator.owners),
+        "seconds": round(seconds, 3),
+        "owners": list(outcome.total.owners),
         "lost": outcome.coordinator.lost,
         "chosen": {
             method: {"candidate": choice.name, "knob": choice.knob} for method, choice in outcome.choices.items()

@@ -58,7 +58,7 @@ def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
 def tiny_bert() -> BertForSequenceClassification:
     """A BERT of two blocks with random weights."""
     config = BertConfig(
-        vocab_size=50,
+        vocab_size=80,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -77,6 +77,7 @@ def tiny_bert() -> BertForSequenceClassification:
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-bert")
     tiny_bert().save_pretrained(folder)
+    reviews.make_tokenizer().save_pretrained(folder)
     return folder
 
 

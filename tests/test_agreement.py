@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.agreement import Agreement, AgreementDraft, MethodName
+from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry
 from common.errors import SettingsError
 from common.merge_methods import METHODS
 from common.settings_file import load_settings
@@ -61,7 +61,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
             ("[[owners]]", "[summation]\nkind = 'secret'\n[[owners]]"),
             "summation.kind = 'secret': Input should be 'plain'",
         ),
-        (('name = "bea"', 'name = "bea"\nfigures = "summed"'), "bea alone has figures"),
+        (('name = "bea"', 'name = "bea"\nfigures = "summed"'), '1 have figures = "summed" and 0 may drop out'),
         (("title", "= title"), "not valid TOML"),
     ],
 )
@@ -110,3 +110,15 @@ def test_a_draft_is_no_agreement(tmp_path: Path) -> None:
 )
 def test_any_change_changes_the_digest(agreement: Agreement, update: dict[str, object]) -> None:
     assert agreement.model_copy(update=update).digest() != agreement.digest()
+
+
+def test_hidden_figures_stay_hidden_after_every_dropout_the_agreement_allows() -> None:
+    def draft(hidden: int, shown: int, needed: int) -> AgreementDraft:
+        figures = ["summed"] * hidden + ["shown"] * shown
+        owners = tuple(OwnerEntry(name=f"o{index}", figures=kind) for index, kind in enumerate(figures))  # type: ignore[arg-type]
+        return AgreementDraft(title="t", base="b", owners=owners, min_owners=needed)
+
+    draft(hidden=2, shown=1, needed=3)
+    draft(hidden=3, shown=1, needed=3)
+    with pytest.raises(ValueError, match="let none have it, or at least 3"):
+        draft(hidden=2, shown=1, needed=2)

@@ -145,6 +145,28 @@ def test_a_refusal_stops_the_run_with_its_code_when_the_owner_is_needed(
     np.testing.assert_array_equal(run_all(coordinator_of(agreement, refuse, needed=2)), np.full(7, 6.0))
 
 
+def test_an_owner_that_breaks_the_rules_cannot_stop_the_others(agreement: Agreement) -> None:
+    def poison(owner: str, request: Message, reply: Message) -> Message:
+        if owner == "bea" and isinstance(reply, VectorPart):
+            return replace(reply, payload=np.full(7, np.nan))
+        return reply
+
+    coordinator = coordinator_of(agreement, poison, needed=2)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 6.0))
+    assert coordinator.lost == {"bea": "sum of contribution"}
+    with pytest.raises(RemoteProtocolError, match="owner bea sent a number that is not finite"):
+        run_all(coordinator_of(agreement, poison, needed=3))
+
+
+def test_a_refusal_to_finish_spoils_nothing(agreement: Agreement) -> None:
+    def refuse(owner: str, request: Message, reply: Message) -> Message:
+        return Refusal(code="protocol") if isinstance(request, Finish) else reply
+
+    coordinator = coordinator_of(agreement, refuse, needed=3)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 9.0))
+    assert coordinator.lost == {}
+
+
 def test_a_stranger_and_a_double_are_refused_at_the_roll_call(agreement: Agreement) -> None:
     for owners, says in ((("ada", "bea", "eve"), "not on the roster"), (("ada", "bea", "bea"), "two nodes")):
         with pytest.raises(RemoteProtocolError, match=says):

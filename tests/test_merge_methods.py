@@ -352,6 +352,6 @@ def test_a_tensor_that_several_methods_need_is_sent_once(agreement: Agreement) -
 
 
 def test_a_sweep_names_its_candidates_and_a_single_value_needs_no_name(agreement: Agreement) -> None:
-    assert list(candidates(agreement, "task_arithmetic")) == [f"task_arithmetic@{s}" for s in ("0.3", "0.5", "1")]
+    assert list(candidates(agreement, "task_arithmetic")) == [f"task_arithmetic@{s}" for s in ("0.3", "0.5", "1.0")]
     single = agreement.model_copy(update={"task_arithmetic": TaskArithmetic(scales=(0.4,))})
     assert candidates(single, "task_arithmetic") == {"task_arithmetic": 0.4}

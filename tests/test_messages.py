@@ -1,6 +1,7 @@
 """Messages: exact over the wire and through Flower's records; anything else is refused with a typed error."""
 
 from contextlib import suppress
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -77,6 +78,7 @@ def test_a_message_survives_flower_s_own_serialisation(message: Message) -> None
         Envelope(kind="PartRequest", fields={"session": HEX, "part": True}, payload=None),
         Envelope(kind="PartRequest", fields={"session": HEX, "part": 10**9}, payload=None),
         Envelope(kind="Refusal", fields={"code": "row 3 says: Mrs Smith"}, payload=None),
+        Envelope(kind="Refusal", fields={"code": ["data"]}, payload=None),  # type: ignore[dict-item]
         Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=None),
         Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros((2, 2))),
         Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros(2, np.int64)),
@@ -106,6 +108,14 @@ def test_garbage_gives_a_message_or_a_typed_error(kind: str, fields: dict, paylo
         decode(Envelope(kind=kind, fields=fields, payload=payload))
 
 
+def claiming(length: int) -> bytes:
+    """A NumPy file whose header promises `length` numbers and that holds two."""
+    content = BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(content, header)  # type: ignore[arg-type]
+    return content.getvalue() + bytes(16)
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -119,6 +129,12 @@ def test_garbage_gives_a_message_or_a_typed_error(kind: str, fields: dict, paylo
             {
                 "header": ConfigRecord({"kind": "VectorPart", "session": HEX, "owner": "ada", "part": 0}),
                 "payload": ArrayRecord({"payload": Array("float64", (9,), "numpy.ndarray", b"no array")}),
+            }
+        ),
+        RecordDict(
+            {
+                "header": ConfigRecord({"kind": "VectorPart", "session": HEX, "owner": "ada", "part": 0}),
+                "payload": ArrayRecord({"payload": Array("float64", (9,), "numpy.ndarray", claiming(10**14))}),
             }
         ),
     ],

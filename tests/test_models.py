@@ -64,6 +64,23 @@ def test_a_head_that_the_base_lacks_is_made_alike_at_every_party(folder: Path) -
     assert digest_of(load_base(folder, TASK, seed=6)) != digest_of(one)
 
 
+def test_a_fine_tuned_model_that_lacks_a_weight_is_refused_not_filled_with_noise(folder: Path) -> None:
+    change_weights(folder, classifier__weight=None)
+    with pytest.raises(ModelError, match=r"its weights lack classifier\.weight"):
+        load_fine_tuned(folder, TASK, tiny_bert())
+
+
+def test_a_base_that_lacks_more_than_a_head_is_refused(folder: Path) -> None:
+    change_weights(folder, bert__embeddings__LayerNorm__bias=None)
+    with pytest.raises(ModelError, match=r"its weights lack bert\.embeddings\.LayerNorm\.bias"):
+        load_base(folder, TASK, seed=0)
+
+
+def test_a_base_with_its_labels_in_another_order_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"its labels are \['a', 'b', 'c'\]"):
+        load_base(folder, Task(labels=("c", "b", "a")), seed=0)
+
+
 def test_base_and_delta_give_the_fine_tuned_model_again() -> None:
     base, tuned = tiny_bert(), tiny_bert()
     with torch.no_grad():

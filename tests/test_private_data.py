@@ -68,6 +68,26 @@ def test_whole_numbers_written_as_fractions_are_labels_too(tmp_path: Path, revie
     assert data_of(tmp_path, reviews_folder, "rows.parquet").train().labels.tolist() == [1, 0]
 
 
+def test_numbers_are_no_labels_where_a_label_s_name_is_a_number(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": 1}, {"text": "bed", "label": 0}])
+    stars = Task(labels=("1", "2"))
+    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2$"):
+        data_of(tmp_path, reviews_folder, "rows.jsonl", task=stars).train()
+
+
+def test_true_false_and_null_are_no_surprises(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": True}, {"text": "bed", "label": None}])
+    data = data_of(tmp_path, reviews_folder, "rows.jsonl", task=Task(labels=("true", "None")), max_train_rows=1)
+    assert data.train().labels.tolist() == [0]
+    with pytest.raises(DataError, match="row 2: its label is none of"):
+        data.test()
+
+
+def test_one_file_for_two_splits_keeps_both_limits(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}] * 5 + [{"text": "b", "label": 1}])
+    assert data_of(tmp_path, reviews_folder, "rows.jsonl", max_test_rows=2).label_set().tolist() == [0, 1]
+
+
 def test_long_texts_are_cut_and_rows_limited(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * 500, "label": "positive"}] * 5)
     rows = data_of(tmp_path, reviews_folder, "rows.jsonl", max_train_rows=2).train()
@@ -117,6 +137,7 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
         ("rows.jsonl", '{"text": "a", "label": 1}\n[1]\n', "line 2 is list, a JSON object is needed"),
         ("rows.csv", "", "holds no rows"),
         ("rows.csv", "text,label\n", "holds no rows"),
+        ("rows.csv", "text,label,label\na,1,0\n", "has two columns 'label'"),
         ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as CSV"),
         ("rows.csv", "text,label\na,1,SECRET\n", "cannot be read as CSV"),
         ("rows.parquet", "SECRET", "cannot be read as Parquet"),

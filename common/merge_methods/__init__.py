@@ -53,7 +53,7 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
 def candidates(agreement: Agreement, method: str) -> dict[str, float | None]:
     """The merged models of one method by name, with the value of its knob: `regmean@0.9`, or just `average`."""
     values = METHODS[method].knobs(agreement)
-    return {method if value is None or len(values) == 1 else f"{method}@{value:g}": value for value in values}
+    return {method if value is None or len(values) == 1 else f"{method}@{value!r}": value for value in values}
 
 
 def solve(agreement: Agreement, plan: MergePlan, method: str, total: Total, knob: float | None) -> Solution:

@@ -99,11 +99,12 @@ class SumKind:
 
 
 class SessionBroken(LocalProtocolError):  # noqa: N818 - the name is the sentence
-    """This session cannot end without an owner that is gone; a new session without it can."""
+    """This session cannot end, because of one owner; a new session without it can."""
 
-    def __init__(self, owner: str) -> None:
-        super().__init__(f"sum: owner {owner} was lost in the middle of its upload")
+    def __init__(self, owner: str, reason: str = "lost in the middle of its upload") -> None:
+        super().__init__(f"sum: owner {owner}: {reason}")
         self.owner = owner
+        self.reason = reason
 
 
 def next_phase(transitions: Transitions, phase: str, message: Message, sender: str) -> str:
@@ -124,13 +125,19 @@ def check_enough(participants: tuple[str, ...], needed_owners: int, step: str) -
 
 
 def drive(side: CoordinatorSide, exchange: Exchange) -> Total:
-    """Run one sum to its end. `exchange` sends requests and yields each answer as it arrives, None for a lost owner."""
+    """Run one sum to its end. `exchange` sends requests and yields each answer as it arrives, None for a lost owner.
+
+    Raises SessionBroken, with the violation as its cause, when an owner breaks the rules.
+    """
     while requests := side.requests():
         for owner, reply in exchange(requests):
             if reply is None:
                 side.lose(owner)
             else:
-                side.receive(owner, reply)
+                try:
+                    side.receive(owner, reply)
+                except RemoteProtocolError as violation:
+                    raise SessionBroken(owner, str(violation)) from violation
         side.end_step()
     return side.total()
 

@@ -7,6 +7,7 @@ import torch
 
 from deploy.demo.digits import write_consortium
 from deploy.simulate import Engine, simulate
+from server.merge import claim_output
 
 
 def run_demo(
@@ -16,5 +17,6 @@ def run_demo(
     # A model this small gains nothing from a second thread, and where another program wants the core, threads that
     # wait for each other cost ten times as long as one alone.
     torch.set_num_threads(1)
+    claim_output(output)
     write_consortium(output / "consortium", seed)
     return simulate(output / "consortium", output, engine=engine, with_references=with_references)

@@ -36,10 +36,11 @@ def test_example_is_written_runs_and_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "says"),
     [
-        (["simulate", "nowhere"], 2, "error: {cwd}/nowhere/agreement.toml: cannot be read (No such file or directory)"),
+        (["simulate", "nowhere"], 2, "error: {cwd}/nowhere: has no agreement.toml; `amalgram simulate --init"),
         (["simulate", "--init"], 2, "error: --init needs a FOLDER"),
         (["simulate", "--init", "."], 2, "error: .: is there already and not empty"),
         (["report", "nowhere"], 2, "error: nowhere/report.json: no such file"),
+        (["simulate", "--out", ".."], 2, "is there already and is no output of amalgram"),
         (["simulate", "--engine", "warp"], 2, "Invalid value for '--engine'"),
         (["merge"], 2, "No such command 'merge'"),
     ],

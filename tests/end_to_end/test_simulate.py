@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    pipeline,
+)
 
 from common.errors import AmalgramError, SettingsError
 from common.models import digest_of
+from deploy.example.reviews import make_tokenizer
 from deploy.simulate import simulate
 
 
@@ -136,7 +143,13 @@ def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_pat
         ("agreement.toml", 'base = "base"', 'base = "nowhere"', "no model of this name could be fetched", 2),
         ("agreement.toml", '"text-classification"', '"text-generation"', "task.kind = 'text-generation'", 2),
         ("agreement.toml", "# labels =", "labels = ['one']  #", "at least two are needed", 2),
-        ("agreement.toml", "# labels =", "labels = ['a', 'b', 'c']  #", "do task.labels fit this model?", 2),
+        (
+            "agreement.toml",
+            "# labels =",
+            "labels = ['a', 'b', 'c']  #",
+            "its labels are ['negative', 'positive']",
+            2,
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_is_published(
@@ -149,6 +162,33 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_published(
     assert caught.value.exit_code == exit_code
     assert not (tmp_path / "output" / "report.json").exists()
     assert not (tmp_path / "output" / "model").exists()
+
+
+def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -> None:
+    config = GPT2Config(
+        vocab_size=80, n_embd=16, n_layer=1, n_head=2, n_positions=32, id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1}, bos_token_id=3, eos_token_id=3
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    change(consortium / "agreement.toml", 'base = "base"', f'base = "{tmp_path / "gpt2"}"')
+    report = simulate(consortium, tmp_path / "output", with_references=False)
+    merged = {name for group in report["tensors"]["merged"] for name in group}
+    assert {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_proj.weight", "score.weight"} <= merged
+
+
+def test_an_owner_may_name_its_own_copy_of_the_base(consortium: Path, tmp_path: Path) -> None:
+    shutil.copytree(consortium / "base", consortium / "copy")
+    change(consortium / "hotel.toml", 'name = "hotel"', 'name = "hotel"\nbase = "copy"')
+    assert simulate(consortium, tmp_path / "output", with_references=False)["owners"][0] == "hotel"
+
+
+def test_a_folder_that_holds_something_else_is_not_touched(consortium: Path) -> None:
+    with pytest.raises(SettingsError, match="is there already and is no output of amalgram"):
+        simulate(consortium, consortium)
+    assert (consortium / "base" / "model.safetensors").is_file()
 
 
 def test_a_missing_owner_is_named(consortium: Path, tmp_path: Path) -> None:
@@ -178,3 +218,12 @@ def test_an_earlier_result_survives_a_run_that_cannot_start(consortium: Path, tm
     with pytest.raises(AmalgramError):
         simulate(consortium, tmp_path / "output")
     assert (tmp_path / "output" / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_flower_s_own_engine_passes_on_why_a_run_failed(consortium: Path, tmp_path: Path) -> None:
+    change(consortium / "hotel.toml", "learning_rate = 1e-3", "learning_rate = 1e30")
+    with pytest.raises(AmalgramError, match="owner hotel: fine-tuning: the loss became nan; lower") as caught:
+        simulate(consortium, tmp_path / "output", engine="ray")
+    assert caught.value.exit_code == 5
+    assert not (tmp_path / "output" / "report.json").exists()
