@@ -6,6 +6,7 @@ comes next; a step that was not agreed is refused before anything is computed.
 
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import asdict
 from functools import cached_property
@@ -54,6 +55,7 @@ from common.settings_file import load_settings
 from common.summation import SUMMATIONS
 from common.tensor_layout import TensorLayout
 
+log = logging.getLogger("amalgram.owner")
 BASE, OWN = "base", "own_at_home"  # the models every evaluation has, beside the merged candidates
 
 
@@ -201,6 +203,7 @@ class Owner:
         agreement, wanted = self.agreement, measurements(self.agreement)
         train = self.data.train()
         model = self.own_model()
+        log.info("  %s: measuring", self.name)
         gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
         fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
         batches = (batch for _, batch in gram_rows.batches(self.settings.batch_size))
@@ -293,6 +296,7 @@ class Owner:
             return folder
         training = self.settings.training
         assert training is not None  # the settings have one or the other
+        log.info("  %s: fine-tuning", self.name)
         model = self.load_base()
         finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
         partial = folder.with_suffix(".partial")

@@ -1,6 +1,7 @@
 """An owner's private rows: checked, tokenised, batched. `row_files.py` opens the files, nothing else does."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,8 @@ def _check_texts(path: Path, column: str, values: list[Any]) -> list[str]:
     for index, value in enumerate(values):
         if not isinstance(value, str):
             raise DataError(f"{path}: row {index + 1}: column {column!r} is {type(value).__name__}, text is needed")
+    if not any(value.strip() for value in values):
+        raise DataError(f"{path}: column {column!r} is empty in every row")
     return values
 
 
@@ -160,12 +163,16 @@ def _labels(path: Path, values: list[Any], task: Task) -> NDArray[np.int64]:
         numbers |= {str(index): index for index in range(len(numbers))}
     labels = np.empty(len(values), dtype=np.int64)
     for index, value in enumerate(values):
-        whole = int(value) if isinstance(value, float) and value.is_integer() else value
-        name = json.dumps(whole) if isinstance(whole, bool) else str(whole)
-        number = None if whole is None else numbers.get(name)
+        name = json.dumps(value) if isinstance(value, bool) else str(value).strip()
+        if by_number:
+            name = re.sub(r"^(\d+)\.0+$", r"\1", name)  # what pandas makes of whole numbers beside an empty cell
+        number = None if value is None else numbers.get(name)
         if number is None:
             or_number = f", nor a number from 0 to {len(task.labels) - 1}" if by_number else ""
-            raise DataError(f"{path}: row {index + 1}: its label is none of {', '.join(task.labels)}{or_number}")
+            raise DataError(
+                f"{path}: row {index + 1}: its label is none of {', '.join(task.labels)}{or_number}; "
+                "task.labels of the agreement names others"
+            )
         labels[index] = number
     return labels
 

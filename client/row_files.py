@@ -4,6 +4,7 @@ An error names the file and the row, never what the row says.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def _read_csv(path: Path, columns: Sequence[str], max_rows: int | None) -> Colum
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())),
         )
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError) as error:
+        if "UTF8" in str(error):
+            raise DataError(f"{path}: is not UTF-8; save it as UTF-8") from None
         raise DataError(
             f"{path}: cannot be read as CSV; has every line as many values, is text with commas or quotes quoted?"
         ) from None
@@ -102,7 +105,12 @@ def _from_table(path: Path, table: pa.Table, columns: Sequence[str], max_rows: i
 def _check_columns(path: Path, columns: Sequence[str], found: Sequence[str], where: str = "") -> None:
     for column in columns:
         if column not in found:
-            raise DataError(f"{path}: {where}has no column {column!r}; its columns are {', '.join(found) or 'none'}")
+            # A file without a header line has a row for names: show only what looks like a name.
+            names = [name for name in found if re.fullmatch(r"[\w.-]{1,40}", name)]
+            hint = "" if len(names) == len(found) else "; is the header line missing?"
+            raise DataError(
+                f"{path}: {where}has no column {column!r}; its columns are {', '.join(names) or 'none'}{hint}"
+            )
         if list(found).count(column) > 1:
             raise DataError(f"{path}: {where}has two columns {column!r}")
 

@@ -55,6 +55,8 @@ class OwnerSettings(Settings):
 
     @model_validator(mode="after")
     def _one_model(self) -> "OwnerSettings":
-        if (self.fine_tuned is None) == (self.training is None):
-            raise ValueError("give either fine_tuned (a model you have) or a [training] table (to make one), not both")
+        if self.fine_tuned is None and self.training is None:
+            raise ValueError("has no model: give fine_tuned (a model you have) or a [training] table (to make one)")
+        if self.fine_tuned is not None and self.training is not None:
+            raise ValueError("has both fine_tuned and a [training] table; keep one")
         return self

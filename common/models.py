@@ -88,6 +88,11 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     return model
 
 
+def head_made_here(folder: Path, task: Task) -> str:
+    """The weights that the base's folder lacks and `load_base` makes, as a list to read; empty for a whole model."""
+    return ", ".join(_load(folder, task, seed=0)[1])
+
+
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
     """An owner's model in float32. Raises ModelError unless it has exactly the base's parameters and labels."""
     _check_labels(folder, task)
@@ -110,7 +115,10 @@ def _check_labels(folder: Path, task: Task) -> None:
     labels = base_labels(folder)
     generic = all(label.startswith("LABEL_") for label in labels)
     if not generic and labels != task.labels:
-        raise ModelError(f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}")
+        raise ModelError(
+            f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}; "
+            "for a new head, save the model without one (AutoModel) and name that as the base"
+        )
 
 
 def _config(folder: Path) -> Any:

@@ -66,7 +66,10 @@ def simulate(
 
     _show_progress()
     if folder is None:
+        if Path("agreement.toml").is_file():
+            raise SettingsError("this folder holds a consortium; to run it: amalgram simulate .")
         out = out or Path("demo-output")
+        messages.print(f"no FOLDER given: the demo, into {out}", markup=False)
         report = run_demo(out, seed, engine=engine.value, with_references=references)
     else:
         out = out or folder / "output"

@@ -18,7 +18,7 @@ from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import Agreement, AgreementDraft
 from common.errors import AmalgramError, OwnerRefused, SettingsError
-from common.models import model_folder
+from common.models import head_made_here, model_folder
 from common.settings_file import Settings, load_settings
 from deploy import references
 from deploy.complete import complete_agreement
@@ -33,7 +33,7 @@ log = logging.getLogger("amalgram.simulate")
 
 
 def simulate(
-    folder: Path, output: Path, *, engine: Engine = "in-process", with_references: bool = True
+    folder: Path | str, output: Path | str, *, engine: Engine = "in-process", with_references: bool = True
 ) -> dict[str, Any]:
     """Merge the consortium in `folder` and write model and report to `output`.
 
@@ -41,7 +41,7 @@ def simulate(
     `<name>/owner.toml`. With references, what only a simulation can know is added to the report (references.py).
     Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written.
     """
-    folder, output = folder.resolve(), output.resolve()
+    folder, output = Path(folder).resolve(), Path(output).resolve()
     if not (folder / "agreement.toml").is_file():
         raise SettingsError(f"{folder}: has no agreement.toml; `amalgram simulate --init {folder.name}-new` writes one")
     claim_output(output)
@@ -50,6 +50,9 @@ def simulate(
     log.info("completing the agreement against %s", draft.base)
     base_folder = model_folder(draft.base, folder)
     agreement = complete_agreement(draft, base_folder)
+    made = head_made_here(base_folder, agreement.task)
+    if made:
+        log.warning("the base model has no %s: made from the seed, alike at every owner; all must start there", made)
     with set_up_parties(output, agreement, base_folder, owner_files) as (coordinator_file, party_files):
         for path in party_files:
             Owner(path).check()
@@ -101,6 +104,9 @@ def set_up_parties(
         write_settings(party_files[-1], _placed(settings, path.parent, base_folder))
     try:
         yield coordinator_file, party_files
+    except BaseException:
+        shutil.rmtree(parties, ignore_errors=True)
+        raise
     finally:
         shutil.rmtree(parties / "state", ignore_errors=True)
 
@@ -119,16 +125,11 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSett
         update={
             "agreement": Path("agreement.toml"),
             "state": Path("state") / settings.name,
-            "base": str(base_folder) if settings.base is None else _place_model(settings.base, home),
-            "fine_tuned": None if settings.fine_tuned is None else _place_model(settings.fine_tuned, home),
+            "base": str(base_folder if settings.base is None else model_folder(settings.base, home)),
+            "fine_tuned": None if settings.fine_tuned is None else str(model_folder(settings.fine_tuned, home)),
             "data": placed_data,
         }
     )
-
-
-def _place_model(location: str, home: Path) -> str:
-    """A folder as an absolute path; a hub name as it is."""
-    return str(home / location) if (home / location).exists() else location
 
 
 def write_settings(path: Path, settings: Settings) -> None:

@@ -42,6 +42,8 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     console.print(table)
     for line in _notes(report):
         console.print(line, style="dim", highlight=False, markup=False)
+    for line in report["advice"]:
+        console.print(line, style="yellow", highlight=False, markup=False)
     for owner, step in report["lost"].items():
         console.print(f"owner {owner} was lost at: {step}", style="yellow")
     if report["summation"] == "plain":
@@ -64,4 +66,6 @@ def _notes(report: dict[str, Any]) -> list[str]:
     chosen = [report["chosen"][method]["candidate"] for method in report["evaluation"]["sweep"]]
     if chosen:
         notes.append(f"chosen on validation rows: {', '.join(chosen)}")
+    if report["evaluation"]["label_set"] == "own":
+        notes.append("predictions are judged among the labels that occur at each owner (task.label_set)")
     return notes

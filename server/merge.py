@@ -165,4 +165,6 @@ def _write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement
     model.save_pretrained(partial)
     if agreement.task.kind == "text-classification":
         load_tokenizer(base_folder).save_pretrained(partial)
+    for weights in partial.glob("*.safetensors"):
+        weights.chmod((partial / "config.json").stat().st_mode)  # it is there to be read
     partial.replace(folder)

@@ -12,6 +12,7 @@ report.json, `report_version` 1:
                                                effective_rank, unseen_directions
     tensors                                    merged (groups that share an input), averaged, left_alone, by name
     notes[]                                    what a reader should know about the solves
+    advice[]                                   what a reader might do differently next time
     steps[]                                    name, seconds, bytes_sent, bytes_received (payloads, all owners)
     examples                                   training rows, summed over owners
     digests                                    agreement, base, model
@@ -98,6 +99,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
     test = {method_of.get(name, name): score for name, score in outcome.test.items()}
     published = outcome.solutions[agreement.method]
     notes = [f"{method}: {note}" for method, solution in outcome.solutions.items() for note in solution.notes]
+    mean = {name: mean_figures(score) for name, score in test.items()}
     return {
         "report_version": REPORT_VERSION,
         "title": agreement.title,
@@ -112,7 +114,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         "evaluation": {
             "choose_by": agreement.evaluation.choose_by,
             "label_set": agreement.task.label_set,
-            "mean": {name: mean_figures(score) for name, score in test.items()},
+            "mean": mean,
             "by_owner": {
                 owner: {name: own_figures(score.by_owner[owner]) for name, score in test.items()}
                 for owner in agreement.shown_owners
@@ -130,6 +132,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         "layers": [vars(layer) for layer in published.layers],
         "tensors": agreement.tensors.model_dump(mode="json"),
         "notes": notes,
+        "advice": _advice(outcome, mean),
         "steps": [{**vars(step), "seconds": round(step.seconds, 3)} for step in outcome.coordinator.steps],
         "examples": round(outcome.total["examples"][0]) if _has_examples(outcome) else None,
         "digests": {
@@ -139,6 +142,23 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
+
+
+def _advice(outcome: Outcome, mean: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader would do differently next time."""
+    agreement, figure = outcome.agreement, outcome.agreement.evaluation.choose_by
+    published, advice = mean[agreement.method][figure], []
+    best = max(agreement.methods, key=lambda method: mean[method][figure])
+    if mean[best][figure] > published:
+        advice.append(
+            f"{best} did better than {agreement.method} on the test rows ({figure.replace('_', ' ')} "
+            f'{mean[best][figure]:.3f} to {published:.3f}); method = "{best}" would publish it'
+        )
+    for choice in outcome.choices.values():
+        tried = list(choice.sweep)
+        if len(tried) > 2 and choice.name in (tried[0], tried[-1]):
+            advice.append(f"{choice.name} is at the end of its sweep; values beyond it may do better")
+    return advice
 
 
 def _has_examples(outcome: Outcome) -> bool:

@@ -58,20 +58,26 @@ def test_columns_may_have_other_names_labels_may_be_numbers_and_texts_may_be_pai
     assert len(rows.features[0]["input_ids"]) == 7
 
 
+def test_a_csv_file_in_another_encoding_is_refused_as_such(tmp_path: Path, reviews_folder: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        data_of(tmp_path, reviews_folder, "rows.csv").train()
+
+
 def test_csv_values_are_text_whatever_they_look_like(tmp_path: Path, reviews_folder: Path) -> None:
     (tmp_path / "rows.csv").write_text('text,label\n2026-01-01,1\n12,0\n"a, ""quoted""\nroom",positive\n')
     assert data_of(tmp_path, reviews_folder, "rows.csv").train().labels.tolist() == [1, 0, 1]
 
 
-def test_whole_numbers_written_as_fractions_are_labels_too(tmp_path: Path, reviews_folder: Path) -> None:
-    pyarrow.parquet.write_table(pa.table({"text": ["room", "bed"], "label": [1.0, 0.0]}), tmp_path / "rows.parquet")
+def test_fractions_and_blanks_around_a_numbered_label_do_no_harm(tmp_path: Path, reviews_folder: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": ["room", "bed"], "label": ["1.0 ", "0"]}), tmp_path / "rows.parquet")
     assert data_of(tmp_path, reviews_folder, "rows.parquet").train().labels.tolist() == [1, 0]
 
 
 def test_numbers_are_no_labels_where_a_label_s_name_is_a_number(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": 1}, {"text": "bed", "label": 0}])
     stars = Task(labels=("1", "2"))
-    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2$"):
+    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2;"):
         data_of(tmp_path, reviews_folder, "rows.jsonl", task=stars).train()
 
 
@@ -136,6 +142,9 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
         ("rows.jsonl", "", "holds no rows"),
         ("rows.jsonl", '{"text": "a", "label": 1}\n[1]\n', "line 2 is list, a JSON object is needed"),
         ("rows.csv", "", "holds no rows"),
+        ("rows.csv", "text,label\n ,1\n ,1\n", "column 'text' is empty in every row"),
+        ("rows.csv", "this is SECRET,positive\nb,negative\n", "its columns are positive; is the header line missing?"),
+        ("rows.csv", "text;label\na;1\n", "has no column 'text'"),
         ("rows.csv", "text,label\n", "holds no rows"),
         ("rows.csv", "text,label,label\na,1,0\n", "has two columns 'label'"),
         ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as CSV"),

@@ -40,6 +40,7 @@ REPORT: dict[str, Any] = {
     ],
     "tensors": {"merged": [["l0.weight"]], "averaged": ["bias"], "left_alone": []},
     "notes": ["l0: empty"],
+    "advice": ["fisher did better"],
     "steps": [{"name": "roll call", "seconds": 0.1, "bytes_sent": 0, "bytes_received": 10**7}],
     "examples": 100,
     "digests": {"agreement": "a" * 64, "base": "b" * 64, "model": "c" * 64},
@@ -75,7 +76,14 @@ def test_the_page_fetches_nothing_and_runs_nothing(page: Page) -> None:
 
 
 def test_the_page_shows_what_the_report_says_and_escapes_names(page: Page) -> None:
-    for shown in ("Ward <b>7</b> & others", "0.750", "regmean@0.9 (chosen)", "cyd was lost at: roll call", "10.0"):
+    for shown in (
+        "Ward <b>7</b> & others",
+        "0.750",
+        "regmean@0.9 (chosen)",
+        "cyd was lost at: roll call",
+        "10.0",
+        "fisher did better",
+    ):
         assert shown in page.text
 
 

@@ -71,6 +71,7 @@ weighting = "rows"
 kind = "text-classification"  # or "image-classification"
 max_tokens = 32               # longer texts are cut
 # labels = ["negative", "positive"]   # left out: as in the base model's configuration
+# label_set = "all"           # left out, "own": an owner's rows are judged among the labels that occur in its files
 
 [regmean]
 # How much of a Gram's off-diagonal counts; several values are tried on the owners' validation rows.
