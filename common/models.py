@@ -83,7 +83,7 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     for name in missing:
         if name.startswith(body) and "pooler" not in name:
             raise ModelError(f"model {folder}: its weights lack {name}; are they of the model that config.json names?")
-    if task.kind == "text-classification" and model.config.pad_token_id is None:
+    if task.kind == "text-classification" and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     return model
 
@@ -99,7 +99,8 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
     model, missing = _load(folder, task, seed=0)
     if missing:
         raise ModelError(f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all); it is no such model")
-    model.config.pad_token_id = base.config.pad_token_id
+    if task.kind == "text-classification":
+        model.config.pad_token_id = base.config.pad_token_id
     expected, found = parameter_shapes(base), parameter_shapes(model)
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):

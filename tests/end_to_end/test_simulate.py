@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
@@ -15,8 +16,11 @@ from transformers import (
     pipeline,
 )
 
+from client.settings import Training
 from common.errors import AmalgramError, SettingsError
 from common.models import digest_of
+from deploy.demo import digits
+from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
 from deploy.simulate import simulate
 
@@ -168,6 +172,20 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_published(
     assert caught.value.exit_code == exit_code
     assert not (tmp_path / "output" / "report.json").exists()
     assert not (tmp_path / "output" / "model").exists()
+
+
+def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The demo itself, with owners that train less and measure fewer rows; `make demo` runs it in full.
+    monkeypatch.setattr(digits, "OWNER_TRAINING", Training(epochs=2, learning_rate=1e-3))
+    monkeypatch.setattr(digits, "AGREEMENT", digits.AGREEMENT + "[fisher]\nmeasured_examples = 20\n")
+    report = run_demo(tmp_path / "demo")
+    assert report["owners"] == list(digits.SCANNERS)
+    assert set(report["evaluation"]["mean"]) == {
+        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "ensemble", "multi_task"
+    }  # fmt: skip
+    assert {figures["regmean"]["rows"] for figures in report["evaluation"]["by_owner"].values()} == {300}
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "demo" / "model")
+    assert digest_of(model) == report["digests"]["model"]
 
 
 def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -> None:
