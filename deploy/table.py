@@ -43,7 +43,7 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     for line in _notes(report):
         console.print(line, style="dim", highlight=False, markup=False)
     for line in report["advice"]:
-        console.print(line, style="yellow", highlight=False, markup=False)
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for owner, step in report["lost"].items():
         console.print(f"owner {owner} was lost at: {step}", style="yellow")
     if report["summation"] == "plain":
@@ -67,5 +67,5 @@ def _notes(report: dict[str, Any]) -> list[str]:
     if chosen:
         notes.append(f"chosen on validation rows: {', '.join(chosen)}")
     if report["evaluation"]["label_set"] == "own":
-        notes.append("predictions are judged among the labels that occur at each owner (task.label_set)")
+        notes.append("judged among the labels that occur at each owner (task.label_set)")
     return notes
