@@ -42,6 +42,7 @@ from common.metrics import Score
 from common.models import (
     MergePlan,
     add_delta,
+    base_model_folder,
     check_base,
     delta_layout,
     delta_of,
@@ -250,9 +251,8 @@ class Owner:
 
     @cached_property
     def _base_folder(self) -> Path:
-        if self.settings.base is not None:
-            return model_folder(self.settings.base, self._home)
-        return model_folder(self.agreement.base, (self._home / self.settings.agreement).parent)
+        agreement_path = self._home / self.settings.agreement
+        return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy of the agreed base model."""

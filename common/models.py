@@ -52,6 +52,13 @@ def model_folder(location: str, relative_to: Path) -> Path:
     return folder
 
 
+def base_model_folder(own_copy: str | None, home: Path, agreement: Agreement, agreement_path: Path) -> Path:
+    """A party's copy of the base model (relative to its own settings in `home`), or what the agreement names."""
+    if own_copy is not None:
+        return model_folder(own_copy, home)
+    return model_folder(agreement.base, agreement_path.parent)
+
+
 def _check_weights(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {folder}: has no config.json; a Hugging Face model folder is needed")

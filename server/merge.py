@@ -21,12 +21,12 @@ from common.metrics import MeanScore
 from common.models import (
     MergePlan,
     add_delta,
+    base_model_folder,
     check_base,
     delta_layout,
     load_base,
     load_tokenizer,
     merge_plan,
-    model_folder,
 )
 from common.settings_file import load_settings
 from common.summation.protocol import Total
@@ -66,11 +66,7 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     settings = load_settings(settings_path, CoordinatorSettings)
     output = home / settings.output
     agreement = load_settings(home / settings.agreement, Agreement)
-    base_folder = (
-        model_folder(settings.base, home)
-        if settings.base is not None
-        else model_folder(agreement.base, (home / settings.agreement).parent)
-    )
+    base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
     base = load_base(base_folder, agreement.task, agreement.seed)
     check_base(base, agreement, base_folder)
     plan = merge_plan(base, agreement.tensors)

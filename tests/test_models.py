@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from common.agreement import Agreement, Task
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
 from common.models import (
     add_delta,
@@ -21,6 +22,7 @@ from common.models import (
     merge_plan,
     model_folder,
 )
+from deploy.complete import complete_agreement
 from tests.conftest import tiny_bert
 
 TASK = Task(labels=("a", "b", "c"))
@@ -79,6 +81,19 @@ def test_a_base_that_lacks_more_than_a_head_is_refused(folder: Path) -> None:
 def test_a_base_with_its_labels_in_another_order_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"its labels are \['a', 'b', 'c'\]"):
         load_base(folder, Task(labels=("c", "b", "a")), seed=0)
+
+
+def test_a_model_with_running_statistics_is_refused(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=2)
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    draft = AgreementDraft(
+        title="t",
+        base=str(tmp_path),
+        owners=(OwnerEntry(name="ada"), OwnerEntry(name="bea")),
+        task=Task(kind="image-classification"),
+    )
+    with pytest.raises(ModelError, match="is a running statistic"):
+        complete_agreement(draft, tmp_path)
 
 
 def test_base_and_delta_give_the_fine_tuned_model_again() -> None:

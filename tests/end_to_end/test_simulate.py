@@ -63,6 +63,13 @@ def test_the_report_has_what_its_schema_names(result: tuple[dict, Path]) -> None
     assert (output / "report.html").is_file()
 
 
+def test_the_report_says_when_another_method_did_better(result: tuple[dict, Path]) -> None:
+    mean, advice = result[0]["evaluation"]["mean"], " ".join(result[0]["advice"])
+    best = max(("regmean", "average", "task_arithmetic", "fisher"), key=lambda method: mean[method]["accuracy"])
+    better = mean[best]["accuracy"] > mean["regmean"]["accuracy"]
+    assert (f"{best} did better than regmean" in advice) == better
+
+
 def test_the_model_folder_loads_and_classifies(result: tuple[dict, Path]) -> None:
     report, output = result
     model = AutoModelForSequenceClassification.from_pretrained(output / "model")
