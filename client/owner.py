@@ -7,6 +7,7 @@ comes next; a step that was not agreed is refused before anything is computed.
 import hashlib
 import json
 import logging
+import secrets
 import shutil
 from dataclasses import asdict
 from functools import cached_property
@@ -19,24 +20,35 @@ from transformers import PreTrainedModel
 from client import evaluate, finetune
 from client.fisher import measure_fisher
 from client.gram import measure_grams
+from client.ledger import Ledger
 from client.private_data import PrivateData, Rows
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import metrics
 from common.agreement import Agreement
 from common.errors import ConsentError, RemoteProtocolError
+from common.identity import Identity, read_identity
+from common.labels import Label
 from common.merge_methods import candidates, contribution, contribution_layout, measurements
-from common.merge_methods.terms import OwnerTerms
+from common.merge_methods.terms import Gram, OwnerTerms
 from common.messages import (
     PROTOCOL_VERSION,
+    BurnCertificate,
+    BurnSession,
     CandidatePart,
     CandidateReceived,
+    CertificateKept,
     Finish,
     Finished,
     Message,
     OpenSum,
     Present,
+    Receipts,
+    ReceiptsKept,
+    Result,
+    ResultReceived,
     RollCall,
+    SessionBurned,
 )
 from common.metrics import Score
 from common.models import (
@@ -46,14 +58,18 @@ from common.models import (
     check_base,
     delta_layout,
     delta_of,
+    digest_of,
     load_base,
     load_fine_tuned,
     load_tokenizer,
     merge_plan,
     model_folder,
 )
+from common.result import body_of, candidates_digest, check_receipts, check_result
 from common.settings_file import load_settings
-from common.summation import SUMMATIONS
+from common.summation import SUMMATIONS, fixed_point
+from common.summation.protocol import OwnerSide, SessionOver, SumTerms
+from common.summation.recovery import check_burned, sign_burned
 from common.tensor_layout import TensorLayout
 
 log = logging.getLogger("amalgram.owner")
@@ -71,12 +87,24 @@ class Owner:
 
     def answer(self, message: Message) -> Message:
         """One step. Raises an AmalgramError; then nothing has left."""
+        with self.state.locked():
+            return self._answer(message)
+
+    def _answer(self, message: Message) -> Message:
         if isinstance(message, RollCall):
             return self._answer_roll_call(message)
+        if isinstance(message, BurnSession):
+            return self._burn_session(message)
+        if isinstance(message, BurnCertificate):
+            return self._keep_certificate(message)
         if isinstance(message, OpenSum):
             return self._open_sum(message)
         if isinstance(message, CandidatePart):
             return self._take_candidate(message)
+        if isinstance(message, Result):
+            return self._take_result(message)
+        if isinstance(message, Receipts):
+            return self._keep_receipts(message)
         if isinstance(message, Finish):
             self.state.check_run(message.run)
             self.state.end_run()
@@ -89,6 +117,7 @@ class Owner:
             raise ConsentError(f"owner {self.name} is not on the agreement's roster: {self.agreement.owner_names}")
         if self.settings.fine_tuned is not None:
             self.own_model()
+        self._check_identity()
         self.data.label_set()
         for read in (self.data.train, self.data.validation, self.data.test):
             read()
@@ -99,38 +128,107 @@ class Owner:
         if message.version != PROTOCOL_VERSION:
             raise RemoteProtocolError(f"the coordinator speaks version {message.version}, we speak {PROTOCOL_VERSION}")
         self._check_agreement(message.agreement_digest)
+        if self.agreement.digest() not in self.state.consents():
+            raise ConsentError(
+                f"nobody has consented to agreement {self.agreement.digest()[:16]}... for {self.name}; "
+                "read it and consent: amalgram agree OWNER.toml"
+            )
         self.check()
         self.state.start_run(message.run)
-        return Present(run=message.run, owner=self.name)
+        pending = self._ledger.pending
+        body = bytes.fromhex(message.agreement_digest) + pending.encode()
+        signature = self._identity.sign(Label.SIGN_PRESENT, bytes.fromhex(message.run), body)
+        return Present(run=message.run, owner=self.name, pending=pending, signature=signature)
+
+    def _burn_session(self, message: BurnSession) -> Message:
+        self.state.check_run(message.run)
+        self._ledger.burn(message.session)
+        self.state.forget_sum()
+        signature = sign_burned(self._identity, message.session)
+        return SessionBurned(session=message.session, owner=self.name, signature=signature)
+
+    def _keep_certificate(self, message: BurnCertificate) -> Message:
+        self.state.check_run(message.run)
+        check_burned(self.agreement.roster, self.agreement.colluders, message.session, message.signatures)
+        ledger = self._ledger
+        ledger.burn(message.session)
+        self.state.forget_sum()
+        ledger.release(message.session)
+        return CertificateKept(session=message.session, owner=self.name)
 
     def _open_sum(self, message: OpenSum) -> Message:
         self._check_step(message.run, message.agreement_digest)
-        layout = self._layout(message)
-        if layout.digest() != message.layout_digest:
-            raise ConsentError(f"the coordinator's layout for {message.statistic} is not the one that was agreed")
-        vector = self.state.create_array("vector", layout.size, "<f8")
+        terms = self._terms(message)
+        self._ledger.begin(message.round, message.session, _statistics(message))
+        self.state.forget_sum()
+        vector = self.state.create_array("vector", terms.layout.size, "<f8")
         if message.statistic == "contribution":
             tensors = contribution(self.agreement, self._plan, self._measure())
         else:
             scores = self._scores(message.statistic, message.models.split(","))
             tensors = metrics.contribution(self.agreement, self.name, scores)
-        layout.flatten(tensors, vector)
-        side, reply = SUMMATIONS[self.agreement.summation.kind].owner.open(message, self.name, layout)
-        self.state.write_json("sum", {"statistic": message.statistic, "models": message.models, "side": side.to_json()})
+        terms.layout.flatten(tensors, vector)
+        fixed_point.encode(terms.layout, vector, len(terms.roster))
+        side, reply = self._sum_kind.open(terms, self._identity, secrets.token_bytes)
+        self.state.write_json("sum", {"request": asdict(message), "side": side.to_json()})
         return reply
 
     def _continue_sum(self, message: Message) -> Message:
         kept = self.state.read_json("sum")
         if kept is None:
             raise RemoteProtocolError(f"the coordinator sent {type(message).__name__} before a sum was opened")
-        layout = self._layout_of(kept["statistic"], kept["models"])
-        side = SUMMATIONS[self.agreement.summation.kind].owner.from_json(kept["side"], layout)
-        vector = self.state.open_array("vector", layout.size, "<f8")
-        side, reply = side.answer(message, vector)
+        request = OpenSum(**kept["request"])
+        terms = self._terms(request)
+        side = self._sum_kind.from_json(kept["side"], terms, self._identity)
+        encoded = self.state.open_array("vector", terms.layout.size, "<u8")
+        try:
+            side, reply = side.answer(message, encoded, secrets.token_bytes)
+        except SessionOver:
+            self.state.forget_sum()
+            raise
+        # All of this is on the disk before the reply leaves: whoever starts this process again finds the same latch.
+        if side.offers:
+            self._ledger.offer(_statistics(request), request.session)
+        if side.is_done:
+            self._ledger.reveal(request.session)
         self.state.write_json("sum", {**kept, "side": side.to_json()})
         if side.is_done:
             self.state.delete_array("vector")
         return reply
+
+    def _take_result(self, message: Result) -> Message:
+        self.state.check_run(message.run)
+        check_result(self.agreement, message)
+        received = self.state.read_json("candidates") or []
+        if message.candidates_digest != candidates_digest([tuple(each) for each in received]):
+            raise RemoteProtocolError("the result was reached with other candidates than those sent to this owner")
+        tested = self.state.read_json("tested") or {}
+        if message.model not in candidates(self.agreement, self.agreement.method):
+            raise ConsentError(f"the coordinator published {message.model!r}, which is not of the agreed method")
+        if tested.get(message.model) != message.model_digest:
+            raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
+        self.state.write_json("result", {**asdict(message), "signature": message.signature.hex()})
+        body = body_of(self.agreement, message)
+        signature = self._identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(message.run), body)
+        return ResultReceived(run=message.run, owner=self.name, signature=signature)
+
+    def _keep_receipts(self, message: Receipts) -> Message:
+        self.state.check_run(message.run)
+        kept = self.state.read_json("result")
+        if kept is None:
+            raise RemoteProtocolError("the coordinator sent receipts before a result")
+        result = Result(**{**kept, "signature": bytes.fromhex(kept["signature"])})
+        owners = check_receipts(self.agreement, result, message.signatures)
+        self.state.write_receipt(
+            message.run,
+            {
+                "agreement_digest": self.agreement.digest(),
+                **kept,
+                "owners": owners,
+                "receipts": message.signatures.hex(),
+            },
+        )
+        return ReceiptsKept(run=message.run, owner=self.name)
 
     def _take_candidate(self, message: CandidatePart) -> Message:
         self._check_step(message.run, message.agreement_digest)
@@ -169,6 +267,12 @@ class Owner:
         delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
         add_delta(model, delta | {name: torch.zeros(()) for name in self._plan.left_alone})
         scores = self.state.read_json("scores") or {}
+        received = self.state.read_json("candidates") or []
+        digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        self.state.write_json("candidates", [*received, [message.model, message.split, digest]])
+        if message.split == "test":
+            tested = self.state.read_json("tested") or {}
+            self.state.write_json("tested", tested | {message.model: digest_of(model)})
         score = self.score(model, message.split)
         scores.setdefault(message.split, {})[message.model] = asdict(score)
         self.state.write_json("scores", scores)
@@ -186,11 +290,30 @@ class Owner:
         self.state.check_run(run)
         self._check_agreement(digest)
 
-    def _layout(self, message: OpenSum) -> TensorLayout:
-        return self._layout_of(message.statistic, message.models)
+    def _check_identity(self) -> None:
+        if self._identity.name != self.name or self._identity.public_key != self.agreement.roster[self.name]:
+            raise ConsentError(
+                f"{self._identity_path}: is not the identity that the agreement names for {self.name}; "
+                "name the right file as identity, or make a new agreement with this one's .pub file"
+            )
 
-    def _layout_of(self, statistic: str, models: str) -> TensorLayout:
+    def _terms(self, request: OpenSum) -> SumTerms:
+        """What the sum is about, from the owner's own agreement; `request` is checked, not believed."""
+        layout = self._layout(request.statistic, request.models)
+        if layout.digest() != request.layout_digest:
+            raise ConsentError(f"the coordinator's layout for {request.statistic} is not the one that was agreed")
+        return SumTerms(
+            request=request,
+            layout=layout,
+            roster=self.agreement.roster,
+            needed_owners=self.agreement.needed_owners,
+            colluders=self.agreement.colluders,
+        )
+
+    def _layout(self, statistic: str, models: str) -> TensorLayout:
         if statistic == "contribution":
+            if models:
+                raise ConsentError("the coordinator asked for a contribution about models, which nobody agreed on")
             return contribution_layout(self.agreement, self._plan)
         names = models.split(",")
         unknown = [name for name in names if name not in (BASE, OWN, *self._candidates)]
@@ -211,11 +334,26 @@ class Owner:
         return OwnerTerms(
             examples=len(train),
             delta=delta_of(model, self._base),
-            grams=measure_grams(model, self._plan, batches) if "grams" in wanted else {},
+            grams=self._withhold(measure_grams(model, self._plan, batches)) if "grams" in wanted else {},
             gram_examples=len(gram_rows),
             fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
             fisher_examples=len(fisher_rows),
         )
+
+    def _withhold(self, grams: dict[str, Gram]) -> dict[str, Gram]:
+        """Empty every Gram of so few rows that it would tell which rows they are."""
+        least = self.agreement.privacy.min_rows_per_dimension
+        shown = {}
+        for name, gram in grams.items():
+            dimension = len(gram.matrix)
+            shown[name] = gram
+            if gram.rows < least * dimension:
+                log.warning(
+                    "  %s: keeps the Gram of %s: %d rows for %d dimensions, the agreement demands %g per dimension",
+                    *(self.name, name, gram.rows, dimension, least),
+                )
+                shown[name] = Gram(matrix=torch.zeros_like(gram.matrix), rows=0)
+        return shown
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})
@@ -242,6 +380,22 @@ class Owner:
     @cached_property
     def agreement(self) -> Agreement:
         return load_settings(self._home / self.settings.agreement, Agreement)
+
+    @property
+    def _identity_path(self) -> Path:
+        return self._home / (self.settings.identity or f"{self.name}.key")
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return read_identity(self._identity_path)
+
+    @property
+    def _ledger(self) -> Ledger:
+        return self.state.ledger(self.agreement.digest())
+
+    @property
+    def _sum_kind(self) -> type[OwnerSide]:
+        return SUMMATIONS[self.agreement.summation.kind].owner
 
     @cached_property
     def _candidates(self) -> dict[str, float | None]:
@@ -321,6 +475,13 @@ class Owner:
             "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],
         }
         return json.dumps(parts, sort_keys=True)
+
+
+def _statistics(request: OpenSum) -> list[str]:
+    """What a sum is about, as the ledger counts it: each model's figures are a statistic of their own."""
+    if request.statistic == "contribution":
+        return [request.statistic]
+    return [f"{request.statistic}/{model}" for model in request.models.split(",")]
 
 
 def _sample(rows: Rows, limit: int, seed: int) -> Rows:

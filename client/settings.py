@@ -46,6 +46,8 @@ class OwnerSettings(Settings):
     name: Name
     data: Data
     agreement: Path = Path("agreement.toml")
+    # The secret identity that `amalgram keys new` made; left out, <name>.key.
+    identity: Path | None = None
     state: Path = Path("state")
     # The owner's copy of the base model, where it is not what the agreement names.
     base: str | None = None

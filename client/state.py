@@ -1,27 +1,42 @@
 """What an owner keeps between two messages: files in its own state folder, readable by nobody else.
 
-Bound to one run; a new run, or the end of this one, deletes it. Nothing is kept in the framework's own context, which
-outlives a run and which other processes of the machine can read.
+`run/` is bound to one run; a new run, or the end of this one, deletes it. Nothing is kept in the framework's own
+context, which outlives a run and which other processes of the machine can read.
 """
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.ledger import Ledger
+from client.private_file import write_whole
 from common.errors import RemoteProtocolError
 
 
 class OwnerState:
-    """The state folder: `run/` for the run in progress, `fine_tuned/` for a model made here, `error.txt`."""
+    """The state folder: `run/`, and what outlives a run: ledger, consent, receipts, a model made here, `error.txt`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._make_private(folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One message at a time: two processes that both read the same step could each take another next one."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     # --- the run in progress ---
 
@@ -41,24 +56,24 @@ class OwnerState:
         shutil.rmtree(self._run_folder, ignore_errors=True)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small value, whole or not at all."""
-        path = self._run_folder / f"{name}.json"
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        with self._create(partial) as file:
-            file.write(json.dumps(value).encode())
-        partial.replace(path)
+        """Write a small value, whole or not at all; on the disk before this returns."""
+        write_whole(self._run_folder / f"{name}.json", json.dumps(value).encode())
 
     def read_json(self, name: str) -> Any:
         """A value written before, or None."""
         path = self._run_folder / f"{name}.json"
         return json.loads(path.read_bytes()) if path.is_file() else None
 
+    def forget_sum(self) -> None:
+        """Wipe the secrets and the vector of the sum in progress."""
+        (self._run_folder / "sum.json").unlink(missing_ok=True)
+        self.delete_array("vector")
+
     def create_array(self, name: str, size: int, dtype: str) -> NDArray:
         """A new array (size,) on disk, of zeros."""
         path = self._run_folder / f"{name}.bin"
         path.unlink(missing_ok=True)
-        self._create(path).close()
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         return np.memmap(path, dtype=dtype, mode="r+", shape=(size,)) if size else np.empty(0, dtype)
 
     def open_array(self, name: str, size: int, dtype: str, *, writable: bool = False) -> NDArray:
@@ -71,6 +86,25 @@ class OwnerState:
         (self._run_folder / f"{name}.bin").unlink(missing_ok=True)
 
     # --- beyond a run ---
+
+    def ledger(self, agreement_digest: str) -> Ledger:
+        """What this owner has given away under this agreement."""
+        return Ledger(self.folder / "ledger.json", agreement_digest)
+
+    def consents(self) -> dict[str, str]:
+        """Agreement digest -> when this owner consented to it."""
+        path = self.folder / "consent.json"
+        consents: dict[str, str] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return consents
+
+    def write_consent(self, agreement_digest: str, when: str) -> None:
+        consents = self.consents() | {agreement_digest: when}
+        write_whole(self.folder / "consent.json", json.dumps(consents, indent=1).encode())
+
+    def write_receipt(self, run: str, receipt: dict[str, Any]) -> None:
+        """Keep what the coordinator published in a run, with everybody's signatures."""
+        self._make_private(self.folder / "receipts")
+        write_whole(self.folder / "receipts" / f"{run}.json", json.dumps(receipt, indent=1).encode())
 
     @property
     def fine_tuned_folder(self) -> Path:
@@ -85,10 +119,7 @@ class OwnerState:
 
     def write_error(self, text: str) -> None:
         """Keep, for the owner alone, what went wrong; the coordinator gets a code."""
-        path = self.folder / "error.txt"
-        path.unlink(missing_ok=True)
-        with self._create(path) as file:
-            file.write(text.encode() + b"\n")
+        write_whole(self.folder / "error.txt", text.encode() + b"\n")
 
     @property
     def _run_folder(self) -> Path:
@@ -98,8 +129,3 @@ class OwnerState:
     def _make_private(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-
-    @staticmethod
-    def _create(path: Path) -> Any:
-        """A new file, 0600, never one that is already there."""
-        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+b")

@@ -13,12 +13,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from common.settings_file import Name, Positive, Probability, Settings
+from common.summation.neighbours import quorum
+from common.summation.records import MAX_OWNERS
 
-CANONICAL_LABEL = b"amalgram agreement v1\n"
+CANONICAL_LABEL = b"amalgram agreement v2\n"
+COORDINATOR = "coordinator"  # the name of the party that no owner may have
 
 MethodName = Literal["average", "task_arithmetic", "fisher", "regmean"]
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -26,7 +30,14 @@ class OwnerEntry(Settings):
     """One owner of the roster; `figures` says whether its own test figures may be shown singly."""
 
     name: Name
+    public_key: PublicKey | None = None
     figures: Literal["shown", "summed"] = "shown"
+
+
+class CoordinatorEntry(Settings):
+    """Who signs the result."""
+
+    public_key: PublicKey
 
 
 class Task(Settings):
@@ -61,10 +72,42 @@ class Fisher(Settings):
 
 
 class Summation(Settings):
-    """How the owners' vectors are added up. `plain`: the coordinator sees every vector."""
+    """How the owners' vectors are added up. `masked`: the coordinator learns the total; `plain`: it sees every vector.
 
-    kind: Literal["plain"] = "plain"
+    `colluders`: so many owners may conspire with the coordinator. `quorum`: so many must sign a survivor list before
+    anything is opened. Left out, they follow from the number of owners and min_owners.
+    """
+
+    kind: Literal["masked", "plain"] = "masked"
+    colluders: Annotated[int, Field(ge=0)] | None = None
+    quorum: Annotated[int, Field(ge=1)] | None = None
     reply_timeout_seconds: Positive = 3600.0
+
+
+class Bounds(Settings):
+    """The largest absolute values that one owner may add to a sum; the fixed-point encoding rests on them.
+
+    `grams`, one for each group of merged tensors, and `fisher`, one for each tensor that changes, are for one example;
+    they are measured on the base model with made-up inputs, times `headroom`, when a draft is completed.
+    """
+
+    examples: Count = 1_000_000
+    delta: Positive = 4.0
+    headroom: Positive = 1024.0
+    grams: tuple[Positive, ...] = ()
+    fisher: tuple[Positive, ...] = ()
+
+
+class Privacy(Settings):
+    """What is held back because even a sum of it would say too much (SECURITY.md).
+
+    `min_rows_per_dimension`: an owner with fewer rows than this times the dimension of a Gram keeps that Gram. At 1 or
+    more no Gram tells members from non-members outright; from 10 on only outliers stand out. `merge_token_inputs`:
+    merge layers in closed form even if their input depends on the token alone; their Gram is a table of token counts.
+    """
+
+    min_rows_per_dimension: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    merge_token_inputs: bool = False
 
 
 class Evaluation(Settings):
@@ -87,7 +130,8 @@ class AgreementDraft(Settings):
 
     title: Annotated[str, Field(min_length=1, max_length=200)]
     base: Annotated[str, Field(min_length=1)]
-    owners: Annotated[tuple[OwnerEntry, ...], Field(min_length=2)]
+    owners: Annotated[tuple[OwnerEntry, ...], Field(min_length=2, max_length=MAX_OWNERS)]
+    coordinator: CoordinatorEntry | None = None
     min_owners: Annotated[int, Field(ge=2)] | None = None
     method: MethodName = "regmean"
     compare_with: tuple[MethodName, ...] = ()
@@ -99,6 +143,8 @@ class AgreementDraft(Settings):
     fisher: Fisher = Fisher()
     regmean: RegMean = RegMean()
     summation: Summation = Summation()
+    bounds: Bounds = Bounds()
+    privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -109,6 +155,11 @@ class AgreementDraft(Settings):
                 raise ValueError(f"owners: two owners are named {name!r}; each name stands once")
         if self.min_owners is not None and self.min_owners > len(names):
             raise ValueError(f"min_owners = {self.min_owners}: there are {len(names)} owners")
+        if COORDINATOR in names:
+            raise ValueError(f"owners: {COORDINATOR!r} is the coordinator's name; call the owner something else")
+        self._check_keys()
+        if self.summation.kind == "masked":
+            self._check_masked()
         hidden = len(names) - len(self.shown_owners)
         may_drop = len(names) - self.needed_owners
         if hidden and hidden - may_drop < 2:
@@ -130,6 +181,40 @@ class AgreementDraft(Settings):
                 raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")
         return self
 
+    def _check_keys(self) -> None:
+        keys = [owner.public_key for owner in self.owners if owner.public_key is not None]
+        keys += [] if self.coordinator is None else [self.coordinator.public_key]
+        if len(set(keys)) != len(keys):
+            raise ValueError("owners: a public key stands twice; every party has its own")
+
+    def _check_masked(self) -> None:
+        """At least three honest inputs in any sum that is opened, and one survivor list at most that a quorum signs."""
+        count, needed, colluders = len(self.owners), self.needed_owners, self.colluders
+        if needed < 3:
+            raise ValueError(
+                f"owners: a masked sum needs at least 3 of them, min_owners would be {needed}; of two, each knows the "
+                'other\'s part of any total. Where both agree to that: summation.kind = "plain"'
+            )
+        least = max(quorum(count, colluders), colluders + 3)
+        if needed < least:
+            raise ValueError(
+                f"min_owners = {needed}: with {count} owners of whom {colluders} may collude, at least {least} must "
+                f"take part (the quorum {quorum(count, colluders)}, and three honest ones)"
+            )
+        if self.summation.quorum not in (None, quorum(count, colluders)):
+            raise ValueError(
+                f"summation.quorum = {self.summation.quorum}: with {count} owners of whom {colluders} may collude it "
+                f"is {quorum(count, colluders)}; leave it out"
+            )
+
+    @property
+    def colluders(self) -> int:
+        """How many owners may conspire with the coordinator: as many as min_owners allows, or as the draft says."""
+        if self.summation.colluders is not None:
+            return self.summation.colluders
+        count, needed = len(self.owners), self.needed_owners
+        return max((c for c in range(count) if max(quorum(count, c), c + 3) <= needed), default=0)
+
     @property
     def owner_names(self) -> tuple[str, ...]:
         return tuple(owner.name for owner in self.owners)
@@ -145,6 +230,16 @@ class AgreementDraft(Settings):
         return len(self.owners) if self.min_owners is None else self.min_owners
 
     @property
+    def quorum(self) -> int:
+        """How many owners must sign a survivor list before anything is opened."""
+        return quorum(len(self.owners), self.colluders)
+
+    @property
+    def roster(self) -> dict[str, bytes]:
+        """Every owner's public key, in the agreed order."""
+        return {owner.name: bytes.fromhex(owner.public_key or "") for owner in self.owners}
+
+    @property
     def shown_owners(self) -> tuple[str, ...]:
         return tuple(owner.name for owner in self.owners if owner.figures == "shown")
 
@@ -154,9 +249,21 @@ class Agreement(AgreementDraft):
 
     base_digest: Digest
     tensors: TensorRoles
+    coordinator: CoordinatorEntry
 
     @model_validator(mode="after")
     def _complete(self) -> "Agreement":
+        for owner in self.owners:
+            if owner.public_key is None:
+                raise ValueError(
+                    f"owners: {owner.name} has no public_key; `amalgram draft` puts it in from its .pub file"
+                )
+        if None in (self.min_owners, self.summation.colluders, self.summation.quorum):
+            raise ValueError("min_owners, summation.colluders and summation.quorum must stand in an agreement")
+        if len(self.bounds.grams) != len(self.tensors.merged):
+            raise ValueError(
+                f"bounds.grams: has {len(self.bounds.grams)} values, there are {len(self.tensors.merged)} merged groups"
+            )
         if len(self.task.labels) < 2:
             raise ValueError(f"task.labels = {list(self.task.labels)}: at least two are needed")
         names = list(self.tensors_by_name())

@@ -2,9 +2,19 @@
 
     coordinator -> owner    owner -> coordinator
     RollCall                Present
-    OpenSum                 SumOpened            the owner computes its vector and keeps it; nothing of it leaves yet
-    PartRequest             VectorPart           plain sum: one part of the vector
+    BurnSession             SessionBurned        after a crash: an earlier session will never be opened (recovery.py)
+    BurnCertificate         CertificateKept
+    OpenSum                 KeysAdvertised       masked sum; the owner computes its vector, nothing of it leaves yet
+    KeyBook                 SharesSealed
+    KeyShares               MaskedPart           part 0
+    PartRequest             MaskedPart           parts 1, 2, ...
+    SurvivorList            SurvivorsSigned
+    Acknowledgements        SharesRevealed
+    OpenSum                 SumOpened            plain sum
+    PartRequest             VectorPart
     CandidatePart           CandidateReceived    a merged candidate, in parts; after the last it is evaluated
+    Result                  ResultReceived       what was published, signed by the coordinator
+    Receipts                ReceiptsKept         everybody's signature under the same result
     Finish                  Finished             the owner deletes what it kept for this run
     (any)                   Refusal              a code, never an exception's text
 
@@ -12,7 +22,10 @@ A message is frozen and checked when it is built, so one that exists is well for
 unknown kinds, missing or additional fields, wrong types or ranges are refused.
 """
 
+import hashlib
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -20,17 +33,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import EXIT_CODES, RemoteProtocolError
+from common.labels import Label
 from common.tensor_layout import PART_BYTES
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STATISTICS = ("contribution", "validation", "test")
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
+MAX_ROUND = 2**62
+MAX_LIST_BYTES = 16_000_000
 
 Split = Literal["validation", "test"]
-Field = str | int
+Field = str | int | bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +70,97 @@ class RollCall(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Present(Message):
+    """`pending`: an earlier session in which this owner offered its vector and that may be open; empty if none is."""
+
     run: str
+    owner: str
+    pending: str
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BurnSession(Message):
+    run: str
+    session: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionBurned(Message):
+    session: str
+    owner: str
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BurnCertificate(Message):
+    """`signatures`: `records.Signed` of the owners that will never reveal anything of `session`."""
+
+    run: str
+    session: str
+    signatures: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateKept(Message):
+    session: str
     owner: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSum(Message):
-    """`session` is fresh for every attempt; `models` names, comma-separated, the models a metrics sum is about."""
+    """`models` names, comma-separated, the models a metrics sum is about. The session is the hash of all of this."""
 
     run: str
     agreement_digest: str
-    session: str
+    round: int
+    nonce: str
     statistic: str
     models: str
     layout_digest: str
 
+    @property
+    def session(self) -> str:
+        """64 hexadecimal digits: SHA-256(label | everything in this message)."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        canonical = json.dumps(values, separators=(",", ":"), ensure_ascii=True).encode()
+        return hashlib.sha256(Label.SESSION.value + canonical).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True)
-class SumOpened(Message):
+class KeysAdvertised(Message):
     session: str
     owner: str
+    channel_key: bytes
+    mask_key: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyBook(Message):
+    """`entries`: `records.KeyEntry` of everybody who advertised keys."""
+
+    session: str
+    entries: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesSealed(Message):
+    """`shares`: a `records.SealedShare` for each neighbour."""
+
+    session: str
+    owner: str
+    commitment: bytes
+    shares: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyShares(Message):
+    """`deliveries`: a `records.ShareDelivery` from each neighbour; `manifests`: what each signed, hashed."""
+
+    session: str
+    deliveries: bytes
+    manifests: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +170,59 @@ class PartRequest(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskedPart(Message):
+    session: str
+    owner: str
+    part: int
+    payload: NDArray  # (part size,) uint64
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivorList(Message):
+    """`survivors`: a `records.Survivor` for everybody whose whole vector arrived."""
+
+    session: str
+    survivors: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivorsSigned(Message):
+    session: str
+    owner: str
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acknowledgements(Message):
+    """`signatures`: `records.Signed` over the survivor list."""
+
+    session: str
+    signatures: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesRevealed(Message):
+    """`shares`: a `records.RevealedShare` for each neighbour, of one kind each."""
+
+    session: str
+    owner: str
+    shares: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumOpened(Message):
+    session: str
+    owner: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class VectorPart(Message):
     session: str
     owner: str
     part: int
-    payload: NDArray  # (part size,) float64
+    payload: NDArray  # (part size,) uint64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +247,38 @@ class CandidateReceived(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Result(Message):
+    """What was published: the candidate's name, the model's digest, the digest of all candidates that were sent."""
+
+    run: str
+    model: str
+    model_digest: str
+    candidates_digest: str
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultReceived(Message):
+    run: str
+    owner: str
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipts(Message):
+    """`signatures`: `records.Signed` over the result."""
+
+    run: str
+    signatures: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptsKept(Message):
+    run: str
+    owner: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finish(Message):
     run: str
 
@@ -132,12 +299,29 @@ KINDS: dict[str, type[Message]] = {
     for kind in (
         RollCall,
         Present,
+        BurnSession,
+        SessionBurned,
+        BurnCertificate,
+        CertificateKept,
         OpenSum,
-        SumOpened,
+        KeysAdvertised,
+        KeyBook,
+        SharesSealed,
+        KeyShares,
         PartRequest,
+        MaskedPart,
+        SurvivorList,
+        SurvivorsSigned,
+        Acknowledgements,
+        SharesRevealed,
+        SumOpened,
         VectorPart,
         CandidatePart,
         CandidateReceived,
+        Result,
+        ResultReceived,
+        Receipts,
+        ReceiptsKept,
         Finish,
         Finished,
         Refusal,
@@ -202,15 +386,38 @@ def _is_payload(value: object) -> bool:
     return (
         isinstance(value, np.ndarray)
         and value.ndim == 1
-        and value.dtype in (np.dtype("<f8"), np.dtype("<f4"))
+        and value.dtype in (np.dtype("<u8"), np.dtype("<f4"))
         and value.nbytes <= PART_BYTES
     )
 
 
-_CHECKS = {
+def _is_bytes(length: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, bytes) and len(value) == length
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES
+
+
+_CHECKS: dict[str, Callable[[object], bool]] = {
     "version": lambda value: type(value) is int and 0 <= value < 2**31,
     "run": _is_hex_64,
     "session": _is_hex_64,
+    "pending": lambda value: value == "" or _is_hex_64(value),
+    "round": lambda value: type(value) is int and 0 <= value < MAX_ROUND,
+    "nonce": _is_hex_64,
+    "model_digest": _is_hex_64,
+    "candidates_digest": _is_hex_64,
+    "channel_key": _is_bytes(32),
+    "mask_key": _is_bytes(32),
+    "commitment": _is_bytes(32),
+    "signature": _is_bytes(64),
+    "entries": _is_list,
+    "shares": _is_list,
+    "deliveries": _is_list,
+    "manifests": _is_list,
+    "survivors": _is_list,
+    "signatures": _is_list,
     "agreement_digest": _is_hex_64,
     "layout_digest": _is_hex_64,
     "owner": _is_owner,

@@ -29,10 +29,11 @@ def metrics_layout(agreement: Agreement, models: Sequence[str]) -> TensorLayout:
     """The layout of a metrics sum over `models`."""
     entries = []
     for model in models:
-        entries.append(TensorEntry(name=f"{model}/mean", shape=(3,)))
-        entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,)))
+        rows = float(agreement.bounds.examples)
+        entries.append(TensorEntry(name=f"{model}/mean", shape=(3,), bound=1.0))
+        entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
         if agreement.shown_owners:
-            entries.append(TensorEntry(name=f"{model}/shown", shape=(len(agreement.shown_owners), 3)))
+            entries.append(TensorEntry(name=f"{model}/shown", shape=(len(agreement.shown_owners), 3), bound=rows))
     return TensorLayout(tuple(entries))
 
 

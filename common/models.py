@@ -6,6 +6,7 @@ Weights are read from safetensors only; a pickle is refused, because loading one
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ class MergePlan:
 
 def delta_layout(plan: MergePlan) -> TensorLayout:
     """How a merged delta travels back to the owners, as float32."""
-    return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name]) for name in plan.changed))
+    return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in plan.changed))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,10 +24,15 @@ Packing = Literal["full", "symmetric"]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One tensor of a layout. `symmetric` means a (d, d) matrix kept as its d (d + 1) / 2 upper entries."""
+    """One tensor of a layout. `symmetric` means a (d, d) matrix kept as its d (d + 1) / 2 upper entries.
+
+    `bound` is the largest absolute value that one owner may add, on which the fixed-point encoding of a sum rests;
+    infinite where a tensor is never summed.
+    """
 
     name: str
     shape: tuple[int, ...]
+    bound: float
     packing: Packing = "full"
 
     def __post_init__(self) -> None:
@@ -35,6 +40,8 @@ class TensorEntry:
             raise LocalProtocolError("layout: a tensor has no name")
         if any(length < 1 for length in self.shape):
             raise LocalProtocolError(f"layout: {self.name} has shape {self.shape}; every length must be at least 1")
+        if not self.bound > 0:
+            raise LocalProtocolError(f"layout: {self.name} has the bound {self.bound}; it must be positive")
         if self.packing == "symmetric" and (len(self.shape) != 2 or self.shape[0] != self.shape[1]):
             raise LocalProtocolError(f"layout: {self.name} has shape {self.shape}; a symmetric matrix is square")
 
@@ -70,9 +77,13 @@ class TensorLayout:
             start += entry.size
         return slices
 
+    def positions(self) -> Iterable[tuple[TensorEntry, slice]]:
+        """Every tensor, in order, with the numbers of the flat vector that are its own."""
+        return self._slices.values()
+
     def digest(self) -> str:
-        """SHA-256 over names, shapes, packings and order, in hexadecimal."""
-        description = [[entry.name, list(entry.shape), entry.packing] for entry in self.entries]
+        """SHA-256 over names, shapes, bounds, packings and order, in hexadecimal."""
+        description = [[entry.name, list(entry.shape), entry.bound, entry.packing] for entry in self.entries]
         canonical = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
         return hashlib.sha256(b"amalgram layout v1\n" + canonical).hexdigest()
 
@@ -107,6 +118,10 @@ class TensorLayout:
             return _unpack(vector[position], entry.shape[0])
         return vector[position].reshape(entry.shape)
 
+    def bound(self, name: str) -> float:
+        """The largest absolute value that one owner may add to the tensor `name`."""
+        return self._slices[name][0].bound
+
     def unflatten(self, vector: NDArray) -> Iterator[tuple[str, NDArray]]:
         """Every (name, tensor), in order."""
         for entry in self.entries:
@@ -128,7 +143,7 @@ def union(layouts: Iterable[TensorLayout]) -> TensorLayout:
     for layout in layouts:
         for entry in layout.entries:
             if entries.setdefault(entry.name, entry) != entry:
-                raise LocalProtocolError(f"layout: {entry.name} has two different shapes or packings")
+                raise LocalProtocolError(f"layout: {entry.name} has two different shapes, bounds or packings")
     return TensorLayout(tuple(entries.values()))
 
 

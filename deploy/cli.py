@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 from enum import StrEnum
@@ -17,9 +18,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from common.errors import AmalgramError, SettingsError
+from common.errors import AmalgramError, ConsentError, SettingsError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+keys = typer.Typer(no_args_is_help=True, help="Make and show a party's identity.")
+cli.add_typer(keys, name="keys")
 console = Console()
 messages = Console(stderr=True)
 
@@ -75,6 +78,111 @@ def simulate(
         out = out or folder / "output"
         report = run_simulation(folder, out, engine=engine.value, with_references=references)
     _show(report, out, as_json)
+
+
+@keys.command("new")
+def keys_new(
+    name: Annotated[str, typer.Argument(help="The party's name: an owner's, or `coordinator`.")],
+    folder: Annotated[Path, typer.Option(help="Where the two files go.")] = Path(),
+) -> None:
+    """Make an identity: NAME.key, which never leaves this machine, and NAME.pub for the agreement.
+
+    Example: amalgram keys new hotel
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from common.identity import Identity, write_identity
+    from common.settings_file import Name
+
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise SettingsError(
+            f"{name!r} is no name: lower-case letters, digits, - and _, at most 32, beginning with a letter or digit"
+        ) from None
+    path = folder / f"{name}.key"
+    write_identity(path, Identity(name=name, seed=secrets.token_bytes(32)))
+    _show_identity(path.with_suffix(".pub"))
+    messages.print(
+        f"{path} is secret and stays here. Send {path.with_suffix('.pub')} to whoever drafts the agreement.",
+        soft_wrap=True,
+    )
+
+
+@keys.command("show")
+def keys_show(path: Annotated[Path, typer.Argument(help="A .pub or .key file.")]) -> None:
+    """Show an identity's public key and fingerprint. Compare it by phone with the party it belongs to.
+
+    Example: amalgram keys show hotel.pub
+    """
+    _show_identity(path)
+
+
+def _show_identity(path: Path) -> None:
+    from common.identity import fingerprint, read_identity, read_public_identity
+
+    if path.suffix == ".pub":
+        name, public_key = read_public_identity(path)
+    else:
+        identity = read_identity(path)
+        name, public_key = identity.name, identity.public_key
+    print(f"name         {name}\npublic key   {public_key.hex()}\nfingerprint  {fingerprint(public_key)}")
+
+
+@cli.command()
+def draft(
+    short: Annotated[Path, typer.Argument(help="What people write: see `amalgram simulate --init`.")],
+    public: Annotated[list[Path], typer.Argument(help="Everybody's .pub file, the coordinator's among them.")],
+    out: Annotated[Path, typer.Option(help="The agreement that all parties then hold.")] = Path("agreement.toml"),
+) -> None:
+    """Complete a short file to an agreement: keys, base model, role of every tensor, bounds, thresholds.
+
+    Example: amalgram draft short.toml hotel.pub cinema.pub phones.pub coordinator.pub
+    """
+    _quiet_libraries()
+    from common.agreement import AgreementDraft
+    from common.identity import fingerprint, read_public_identity
+    from common.models import model_folder
+    from common.settings_file import load_settings
+    from deploy.complete import complete_agreement
+    from deploy.simulate import write_settings
+
+    if out.exists():
+        raise SettingsError(f"{out}: is there already; name another file with --out")
+    written = load_settings(short, AgreementDraft)
+    found = dict(read_public_identity(path) for path in public)
+    if len(found) != len(public):
+        raise SettingsError("two of the .pub files are of one name")
+    agreement = complete_agreement(written, model_folder(written.base, short.resolve().parent), found)
+    write_settings(out, agreement)
+    print(f"agreement    {out}\nfingerprint  {fingerprint(bytes.fromhex(agreement.digest()))}")
+    messages.print(
+        "give this file to every party; each owner reads it and consents: amalgram agree OWNER.toml", soft_wrap=True
+    )
+
+
+@cli.command()
+def agree(
+    owner_file: Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Consent without being asked, as scripts do.")] = False,
+) -> None:
+    """Show what would leave this machine, who could read it and what it reveals; then ask for consent.
+
+    Example: amalgram agree hotel.toml
+    """
+    _quiet_libraries()
+    from client.owner import Owner
+    from deploy.agree import consent_text, give_consent
+
+    owner = Owner(owner_file)
+    print(consent_text(owner))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise SettingsError("consent is asked for at a terminal; in a script, --yes gives it")
+        if not typer.confirm(f"Does {owner.name} consent?"):
+            raise ConsentError("no consent was given, so nothing will leave")
+    give_consent(owner)
+    messages.print(f"consent stored in {owner.state.folder / 'consent.json'}", markup=False, soft_wrap=True)
 
 
 @cli.command()

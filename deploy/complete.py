@@ -1,25 +1,71 @@
-"""Complete a draft of an agreement against its base model: labels, digest, and the role of every tensor."""
+"""Complete a draft of an agreement against its base model: labels, digest, tensor roles, thresholds, bounds.
 
+What is measured here is measured on the public base model with made-up inputs; no owner's row is needed or seen.
+"""
+
+from collections.abc import Mapping
+from math import ceil, log2
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.gram import find_shared_inputs
-from common.agreement import Agreement, AgreementDraft, Task, TensorRoles
-from common.errors import ModelError
-from common.models import base_labels, digest_of, load_base, load_tokenizer, parameter_shapes
+from client.fisher import measure_fisher
+from client.gram import find_shared_inputs, layer_inputs
+from client.private_data import Rows
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
+from common.errors import ModelError, SettingsError
+from common.merge_methods import measurements
+from common.models import (
+    base_labels,
+    digest_of,
+    linear_layers,
+    load_base,
+    load_tokenizer,
+    merge_plan,
+    parameter_shapes,
+)
 
-PROBE_TEXT = "a short text"
+PROBE_EXAMPLES = 8
+PROBE_TOKENS = 32  # of a text; longer ones are accounted for by the rule of three
 
 
-def complete_agreement(draft: AgreementDraft, base_folder: Path) -> Agreement:
-    """The agreement that all parties then hold. Raises ModelError if the base model cannot be used."""
+def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Mapping[str, bytes]) -> Agreement:
+    """The agreement that all parties then hold; `public_keys` by party name, the coordinator's among them.
+
+    Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
+    """
     task = draft.task.model_copy(update={"labels": draft.task.labels or base_labels(base_folder)})
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
-    roles = _tensor_roles(base, task, base_folder)
-    return Agreement(**{**dict(draft), "task": task}, base_digest=digest_of(base), tensors=roles)
+    probe = _probe(base, task, base_folder, draft.seed)
+    roles = _tensor_roles(base, probe, base_folder, merge_token_inputs=draft.privacy.merge_token_inputs)
+    with_keys = _with_keys(draft, public_keys)
+    return Agreement(
+        **{
+            **dict(with_keys),
+            "task": task,
+            "min_owners": draft.needed_owners,
+            "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
+            "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, roles)),
+        },
+        base_digest=digest_of(base),
+        tensors=roles,
+    )
+
+
+def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes]) -> AgreementDraft:
+    for name in (*draft.owner_names, COORDINATOR):
+        if name not in public_keys:
+            raise SettingsError(f"no public key of {name}; ask for its .pub file (`amalgram keys new {name}` makes it)")
+    for name in public_keys:
+        if name not in (*draft.owner_names, COORDINATOR):
+            raise SettingsError(f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}")
+    owners = tuple(owner.model_copy(update={"public_key": public_keys[owner.name].hex()}) for owner in draft.owners)
+    coordinator = CoordinatorEntry(public_key=public_keys[COORDINATOR].hex())
+    return draft.model_copy(update={"owners": owners, "coordinator": coordinator})
 
 
 def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
@@ -31,20 +77,88 @@ def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _tensor_roles(base: PreTrainedModel, task: Task, folder: Path) -> TensorRoles:
+def _tensor_roles(base: PreTrainedModel, probe: Rows, folder: Path, *, merge_token_inputs: bool) -> TensorRoles:
     try:
-        merged = find_shared_inputs(base, _probe(base, task, folder))
+        ((_, batch),) = probe.take(np.arange(2)).batches(batch_size=2)
+        merged = find_shared_inputs(base, batch)
+        told_apart = frozenset() if merge_token_inputs else _token_inputs(base, batch)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
-    in_a_group = {weight for group in merged for weight in group}
+    kept = tuple(group for group in merged if not told_apart & set(group))
+    in_a_group = {weight for group in kept for weight in group}
     averaged = tuple(name for name in parameter_shapes(base) if name not in in_a_group)
-    return TensorRoles(merged=merged, averaged=averaged, left_alone=())
+    return TensorRoles(merged=kept, averaged=averaged, left_alone=())
 
 
-def _probe(base: PreTrainedModel, task: Task, folder: Path) -> dict[str, torch.Tensor]:
-    """Inputs that reach the layers; what they say does not matter."""
+def _token_inputs(base: PreTrainedModel, batch: Mapping[str, Tensor]) -> frozenset[str]:
+    """Weights whose input rows depend on the token alone, not on its place or neighbours.
+
+    The Gram of such rows is a linear system in the token counts: the exact histogram of everybody's tokens comes out
+    of the sum. So with rotary or relative positions for the first block's attention. Seen by turning texts round.
+    """
+    if "input_ids" not in batch:
+        return frozenset()
+    tokens = batch["input_ids"][:1, : int(batch["attention_mask"][0].sum())]  # (1, length), no padding
+    forward, backward = (_layer_inputs(base, ids) for ids in (tokens, tokens.flip(1)))
+    return frozenset(
+        f"{name}.weight"
+        for name, rows in forward.items()
+        if rows.shape[:2] == tokens.shape and torch.allclose(rows, backward[name].flip(1), atol=1e-6, rtol=1e-5)
+    )
+
+
+def _layer_inputs(base: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """The first input of every linear layer."""
+    seen: dict[str, Tensor] = {}
+    modules = linear_layers(base)
+    with layer_inputs(modules, lambda name, tensor: seen.setdefault(name, tensor)), torch.inference_mode():  # type: ignore[arg-type]
+        base(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    return seen
+
+
+def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
+    """Made-up examples that reach the layers: random tokens, or noise."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros(PROBE_EXAMPLES, dtype=np.int64)
     if task.kind == "image-classification":
         size = base.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(2, base.config.num_channels, height, width)}
-    return dict(load_tokenizer(folder)([PROBE_TEXT] * 2, return_tensors="pt"))
+        shape = (PROBE_EXAMPLES, base.config.num_channels, height, width)
+        return Rows(features=random.standard_normal(shape).astype(np.float32), labels=labels)
+    tokenizer = load_tokenizer(folder)
+    length = min(PROBE_TOKENS, task.max_tokens)
+    tokens = random.integers(0, len(tokenizer), (PROBE_EXAMPLES, length)).tolist()
+    encoded = tokenizer(tokenizer.batch_decode(tokens), truncation=True, max_length=length)
+    features = tuple({name: values[index] for name, values in encoded.items()} for index in range(PROBE_EXAMPLES))
+    return Rows(features=features, labels=labels, tokenizer=tokenizer)
+
+
+def _measured_bounds(
+    draft: AgreementDraft, task: Task, base: PreTrainedModel, probe: Rows, roles: TensorRoles
+) -> dict[str, tuple[float, ...]]:
+    headroom = draft.bounds.headroom
+    if task.kind == "text-classification":
+        headroom *= max(1.0, task.max_tokens / PROBE_TOKENS)
+    plan = merge_plan(base, roles)
+    largest = dict.fromkeys((shared.name for shared in plan.inputs), 0.0)
+
+    def observe(name: str, tensor: Tensor) -> None:
+        rows = tensor.reshape(len(tensor), -1, tensor.shape[-1]).float()  # (examples, rows, d_in)
+        largest[name] = max(largest[name], float(rows.shape[1] * rows.abs().max() ** 2))
+
+    modules = {name: module for name, module in linear_layers(base).items() if name in largest}
+    with layer_inputs(modules, observe), torch.inference_mode():
+        for _, batch in probe.batches(batch_size=PROBE_EXAMPLES):
+            base(**batch)
+    fisher: tuple[float, ...] = ()
+    if "fisher" in measurements(draft):
+        squares = measure_fisher(base, probe, draft.seed)
+        highest = {name: float(squares[name].max()) for name in plan.changed}
+        everywhere = max(highest.values())  # for a tensor that the probe did not reach
+        fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)
+    return {"grams": tuple(_power_of_two(headroom * value) for value in largest.values()), "fisher": fisher}
+
+
+def _power_of_two(value: float) -> float:
+    """The next power of two: easy to read, and the same on a machine that rounds otherwise."""
+    return 2.0 ** ceil(log2(value)) if value > 0 else 1.0

@@ -5,8 +5,9 @@ report = simulate(Path("my-consortium"), Path("my-output"))
 """
 
 import logging
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,13 @@ import tomli_w
 from client.app import app as client_app
 from client.owner import Owner
 from client.settings import OwnerSettings
-from common.agreement import Agreement, AgreementDraft
+from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.errors import AmalgramError, OwnerRefused, SettingsError
+from common.identity import Identity, write_identity
 from common.models import head_made_here, model_folder
 from common.settings_file import Settings, load_settings
 from deploy import references
+from deploy.agree import give_consent
 from deploy.complete import complete_agreement
 from deploy.in_process_grid import run_in_process
 from deploy.launch import run_with_ray
@@ -49,11 +52,13 @@ def simulate(
     owner_files = find_owner_files(folder, draft)
     log.info("completing the agreement against %s", draft.base)
     base_folder = model_folder(draft.base, folder)
-    agreement = complete_agreement(draft, base_folder)
+    identities = make_identities(draft)
+    keys = {name: identity.public_key for name, identity in identities.items()}
+    agreement = complete_agreement(draft, base_folder, keys)
     made = head_made_here(base_folder, agreement.task)
     if made:
         log.warning("the base model has no %s: made from the seed, alike at every owner; all must start there", made)
-    with set_up_parties(output, agreement, base_folder, owner_files) as (coordinator_file, party_files):
+    with set_up_parties(output, agreement, base_folder, owner_files, identities) as (coordinator_file, party_files):
         for path in party_files:
             Owner(path).check()
         _run(engine, coordinator_file, party_files)
@@ -64,6 +69,12 @@ def simulate(
             save_report(report, output)
     render_report(output)
     return report
+
+
+def make_identities(draft: AgreementDraft) -> dict[str, Identity]:
+    """Fresh identities for all parties of a simulation."""
+    names = (*draft.owner_names, COORDINATOR)
+    return {name: Identity(name=name, seed=secrets.token_bytes(32)) for name in names}
 
 
 def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
@@ -86,9 +97,15 @@ def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
 
 @contextmanager
 def set_up_parties(
-    output: Path, agreement: Agreement, base_folder: Path, owner_files: dict[str, Path]
+    output: Path,
+    agreement: Agreement,
+    base_folder: Path,
+    owner_files: dict[str, Path],
+    identities: Mapping[str, Identity],
 ) -> Iterator[tuple[Path, list[Path]]]:
-    """Give every party its settings file and the one agreement; take the owners' state away afterwards."""
+    """Give every party its settings, its identity and the one agreement, and consent to it for each owner: whoever
+    runs a simulation has everything in hand. Take the owners' state and the identities away afterwards.
+    """
     parties = output / "parties"
     shutil.rmtree(parties, ignore_errors=True)
     parties.mkdir(parents=True)
@@ -98,17 +115,22 @@ def set_up_parties(
         tomli_w.dumps({"agreement": "agreement.toml", "output": str(output), "base": str(base_folder)})
     )
     party_files = []
-    for name, path in owner_files.items():
-        settings = load_settings(path, OwnerSettings)
-        party_files.append(parties / f"{name}.toml")
-        write_settings(party_files[-1], _placed(settings, path.parent, base_folder))
     try:
+        for name, identity in identities.items():
+            write_identity(parties / f"{name}.key", identity)
+        for name, path in owner_files.items():
+            settings = load_settings(path, OwnerSettings)
+            party_files.append(parties / f"{name}.toml")
+            write_settings(party_files[-1], _placed(settings, path.parent, base_folder))
+            give_consent(Owner(party_files[-1]))
         yield coordinator_file, party_files
     except BaseException:
         shutil.rmtree(parties, ignore_errors=True)
         raise
     finally:
         shutil.rmtree(parties / "state", ignore_errors=True)
+        for name in identities:
+            (parties / f"{name}.key").unlink(missing_ok=True)
 
 
 def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSettings:
@@ -125,6 +147,7 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSett
         update={
             "agreement": Path("agreement.toml"),
             "state": Path("state") / settings.name,
+            "identity": Path(f"{settings.name}.key"),
             "base": str(base_folder if settings.base is None else model_folder(settings.base, home)),
             "fine_tuned": None if settings.fine_tuned is None else str(model_folder(settings.fine_tuned, home)),
             "data": placed_data,

@@ -48,6 +48,8 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
         console.print(f"owner {owner} was lost at: {step}", style="yellow")
     if report["summation"] == "plain":
         console.print("plain sum: the coordinator saw each owner's vector", style="yellow")
+    else:
+        console.print("masked sum: the coordinator saw totals over the owners, and nothing else", style="dim")
     console.print(
         f"merged model  {out / 'model'}\nreport        {out / 'report.html'}",
         highlight=False,

@@ -1,5 +1,6 @@
 """Drives sums over owners: send, wait, who is left, next step. Generic over the kind of sum and over the channel."""
 
+import hashlib
 import logging
 import secrets
 import time
@@ -12,8 +13,12 @@ from numpy.typing import NDArray
 
 from common.agreement import Agreement
 from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners
+from common.identity import Identity, verify
+from common.labels import Label
 from common.messages import (
     PROTOCOL_VERSION,
+    BurnCertificate,
+    BurnSession,
     CandidatePart,
     CandidateReceived,
     Finish,
@@ -21,12 +26,18 @@ from common.messages import (
     Message,
     OpenSum,
     Present,
+    Receipts,
     Refusal,
+    Result,
+    ResultReceived,
     RollCall,
+    SessionBurned,
     encode,
 )
+from common.result import Candidate, candidates_digest, result_body
 from common.summation import SUMMATIONS
-from common.summation.protocol import SessionBroken, SumTerms, Total, drive
+from common.summation.protocol import SumTerms, Total, drive
+from common.summation.records import Signed
 from common.tensor_layout import TensorLayout
 
 FINISH_TIMEOUT_SECONDS = 60.0
@@ -59,9 +70,12 @@ class Coordinator:
 
     channel: Channel
     agreement: Agreement
+    identity: Identity
     run: str = field(default_factory=lambda: secrets.token_hex(32))
     steps: list[Step] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)  # owner -> where it was lost
+    candidates: list[Candidate] = field(default_factory=list)  # everything that was sent to the owners
+    _round: int = -1
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
 
     @property
@@ -75,7 +89,7 @@ class Coordinator:
         timeout = self.agreement.summation.reply_timeout_seconds
         nodes = self.channel.wait_for_nodes(len(self.agreement.owners), timeout)
         request = RollCall(version=PROTOCOL_VERSION, run=self.run, agreement_digest=self.agreement.digest())
-        refusals = []
+        refusals, pending = [], set()
         for node, reply in self.channel.exchange(dict.fromkeys(nodes, request), timeout):
             if isinstance(reply, Refusal):
                 refusals.append((node, reply.code))
@@ -84,7 +98,9 @@ class Coordinator:
                     raise RemoteProtocolError(f"roll call: a node calls itself {reply.owner}, who is not on the roster")
                 if reply.owner in self._nodes:
                     raise RemoteProtocolError(f"roll call: two nodes call themselves {reply.owner}")
+                self._check_present(reply)
                 self._nodes[reply.owner] = node
+                pending |= {reply.pending} - {""}
             elif reply is not None:
                 raise RemoteProtocolError(f"roll call: a node answered {type(reply).__name__}")
         missing = [name for name in self.agreement.owner_names if name not in self._nodes]
@@ -94,37 +110,65 @@ class Coordinator:
             who = missing[0] if len(missing) == 1 else f"among {', '.join(missing)}"
             raise OwnerRefused(who, refusals[0][1])
         self._check_enough()
+        for session in sorted(pending):
+            self._certify_as_over(session)
+
+    def _check_present(self, reply: Present) -> None:
+        body = bytes.fromhex(self.agreement.digest()) + reply.pending.encode()
+        key = self.agreement.roster[reply.owner]
+        verify(key, Label.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature)
+
+    def _certify_as_over(self, session: str) -> None:
+        """An earlier run ended inside `session`: have the owners sign that it will never be opened, so that those who
+        offered their vectors to it may offer them again. Owners that helped to open it refuse, and rightly.
+        """
+        self._start("certify that an interrupted session is over")
+        owner_of = {node: owner for owner, node in self._nodes.items()}
+        requests = dict.fromkeys(owner_of, BurnSession(run=self.run, session=session))
+        signed = []
+        for node, reply in self.channel.exchange(requests, self.agreement.summation.reply_timeout_seconds):
+            if isinstance(reply, SessionBurned) and reply.session == session:
+                signed.append(Signed(self.agreement.owner_names.index(owner_of[node]), reply.signature))
+        certificate = BurnCertificate(run=self.run, session=session, signatures=Signed.pack_all(signed))
+        for _ in self._ask(dict.fromkeys(self.owners, certificate)):
+            pass
+        self._check_enough()
 
     def sum(self, statistic: str, layout: TensorLayout, models: tuple[str, ...] = ()) -> Total:
-        """The total of one statistic over the owners; begins again without an owner that is lost midway."""
+        """The total of one statistic over the owners; goes on without those that are lost or break the rules."""
         self._start(f"sum of {statistic}")
+        # Owners accept a round once only, in ascending order, also across restarts of this process: so the clock.
+        self._round = max(self._round + 1, time.time_ns() // 1_000_000)
+        request = OpenSum(
+            run=self.run,
+            agreement_digest=self.agreement.digest(),
+            round=self._round,
+            nonce=secrets.token_hex(32),
+            statistic=statistic,
+            models=",".join(models),
+            layout_digest=layout.digest(),
+        )
+        terms = SumTerms(
+            request=request,
+            layout=layout,
+            roster=self.agreement.roster,
+            needed_owners=self.agreement.needed_owners,
+            colluders=self.agreement.colluders,
+        )
         kind = SUMMATIONS[self.agreement.summation.kind]
-        while True:
-            request = OpenSum(
-                run=self.run,
-                agreement_digest=self.agreement.digest(),
-                session=secrets.token_hex(32),
-                statistic=statistic,
-                models=",".join(models),
-                layout_digest=layout.digest(),
-            )
-            terms = SumTerms(
-                request=request,
-                layout=layout,
-                participants=self.owners,
-                needed_owners=self.agreement.needed_owners,
-            )
-            try:
-                return drive(kind.coordinator(terms), self._ask)
-            except SessionBroken as broken:
-                self._lose(broken.owner, broken.reason)
-                if broken.__cause__ is not None and len(self._nodes) < self.agreement.needed_owners:
-                    raise broken.__cause__ from None
-                self._check_enough()
+        return drive(kind.coordinator(terms, self.owners), self._ask, self._exclude)
+
+    def _exclude(self, owner: str, violation: RemoteProtocolError) -> None:
+        """An owner broke the rules: the others go on without it, where enough remain."""
+        self._lose(owner, str(violation))
+        if len(self._nodes) < self.agreement.needed_owners:
+            raise violation
 
     def send_candidate(self, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
         """Hand every owner a merged candidate, in parts; each evaluates it on its own rows when it is whole."""
         self._start(f"candidate {model} on {split}")
+        digest = hashlib.sha256(np.ascontiguousarray(delta).data).hexdigest()
+        self.candidates.append((model, split, digest))
         slices = layout.part_slices(bytes_per_number=4)
         for part, position in enumerate(slices):
             message = CandidatePart(
@@ -142,6 +186,30 @@ class Coordinator:
                 ):
                     raise RemoteProtocolError(f"owner {owner} answered a candidate with {type(reply).__name__}")
             self._check_enough()
+
+    def confirm_result(self, model: str, model_digest: str) -> None:
+        """Sign what is published, and give every owner everybody's signature under the same. Raises TooFewOwners."""
+        self._start("result")
+        digest = candidates_digest(self.candidates)
+        body = result_body(self.agreement, model, model_digest, digest)
+        run = bytes.fromhex(self.run)
+        result = Result(
+            run=self.run,
+            model=model,
+            model_digest=model_digest,
+            candidates_digest=digest,
+            signature=self.identity.sign(Label.SIGN_RESULT, run, body),
+        )
+        signed = []
+        for owner, reply in self._ask(dict.fromkeys(self.owners, result)):
+            if isinstance(reply, ResultReceived):
+                verify(self.agreement.roster[owner], Label.SIGN_RECEIPT, run, owner, body, reply.signature)
+                signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
+        self._check_enough()
+        receipts = Receipts(run=self.run, signatures=Signed.pack_all(signed))
+        for _ in self._ask(dict.fromkeys(self.owners, receipts)):
+            pass
+        self._check_enough()
 
     def finish(self) -> None:
         """Tell the owners to forget this run. Whoever does not confirm it is named, and nothing else changes."""
@@ -192,5 +260,7 @@ class Coordinator:
 
 
 def _payload_bytes(message: Message) -> int:
-    payload = encode(message).payload
-    return 0 if payload is None else payload.nbytes
+    """Everything of a message that grows: the array, and lists of records."""
+    envelope = encode(message)
+    lists = sum(len(value) for value in envelope.fields.values() if isinstance(value, bytes))
+    return lists + (0 if envelope.payload is None else envelope.payload.nbytes)

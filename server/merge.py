@@ -13,8 +13,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from common import metrics
-from common.agreement import Agreement
+from common.agreement import COORDINATOR, Agreement
 from common.errors import NumericalError, SettingsError
+from common.identity import Identity, read_identity
 from common.merge_methods import candidates, contribution_layout, solve
 from common.merge_methods.terms import Solution
 from common.metrics import MeanScore
@@ -24,6 +25,7 @@ from common.models import (
     base_model_folder,
     check_base,
     delta_layout,
+    digest_of,
     load_base,
     load_tokenizer,
     merge_plan,
@@ -55,7 +57,8 @@ class Outcome:
     coordinator: Coordinator
     choices: dict[str, Choice]
     solutions: dict[str, Solution]
-    total: Total
+    owners: tuple[str, ...]
+    examples: int | None
     test: dict[str, MeanScore]
 
 
@@ -66,6 +69,7 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     settings = load_settings(settings_path, CoordinatorSettings)
     output = home / settings.output
     agreement = load_settings(home / settings.agreement, Agreement)
+    identity = _read_identity(home / settings.identity, agreement)
     base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
     base = load_base(base_folder, agreement.task, agreement.seed)
     check_base(base, agreement, base_folder)
@@ -73,13 +77,14 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     claim_output(output)
     _clear_results(output)
 
-    coordinator = Coordinator(channel=channel, agreement=agreement)
+    coordinator = Coordinator(channel=channel, agreement=agreement, identity=identity)
     try:
         coordinator.roll_call()
         outcome = _merge(coordinator, plan)
+        add_delta(base, outcome.solutions[agreement.method].delta)
+        coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base))
     finally:
         coordinator.finish()
-    add_delta(base, outcome.solutions[agreement.method].delta)
     _write_model(base, base_folder, agreement, output / "model")
     write_report(outcome, base, time.monotonic() - started, output)
 
@@ -92,6 +97,8 @@ def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
     for method, choice in choices.items():
         solutions[method] = solve(agreement, plan, method, total, choice.knob)
         _send(coordinator, plan, choice.name, "test", solutions[method])
+    owners, examples = total.owners, _examples(total)
+    total.destroy()
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
     return Outcome(
         agreement=agreement,
@@ -99,9 +106,23 @@ def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
         coordinator=coordinator,
         choices=choices,
         solutions=solutions,
-        total=total,
+        owners=owners,
+        examples=examples,
         test=_figures(coordinator, "test", models),
     )
+
+
+def _examples(total: Total) -> int | None:
+    """All owners' training rows, where a method has them summed."""
+    known = any(entry.name == "examples" for entry in total.layout.entries)
+    return round(total["examples"][0]) if known else None
+
+
+def _read_identity(path: Path, agreement: Agreement) -> Identity:
+    identity = read_identity(path)
+    if identity.name != COORDINATOR or identity.public_key.hex() != agreement.coordinator.public_key:
+        raise SettingsError(f"{path}: is not the identity that the agreement names for the coordinator")
+    return identity
 
 
 def claim_output(output: Path) -> None:

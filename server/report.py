@@ -106,7 +106,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         "method": agreement.method,
         "summation": agreement.summation.kind,
         "seconds": round(seconds, 3),
-        "owners": list(outcome.total.owners),
+        "owners": list(outcome.owners),
         "lost": outcome.coordinator.lost,
         "chosen": {
             method: {"candidate": choice.name, "knob": choice.knob} for method, choice in outcome.choices.items()
@@ -134,7 +134,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         "notes": notes,
         "advice": _advice(outcome, mean),
         "steps": [{**vars(step), "seconds": round(step.seconds, 3)} for step in outcome.coordinator.steps],
-        "examples": round(outcome.total["examples"][0]) if _has_examples(outcome) else None,
+        "examples": outcome.examples,
         "digests": {
             "agreement": agreement.digest(),
             "base": agreement.base_digest,
@@ -159,7 +159,3 @@ def _advice(outcome: Outcome, mean: dict[str, dict[str, Any]]) -> list[str]:
         if len(tried) > 2 and choice.name in (tried[0], tried[-1]):
             advice.append(f"{choice.name} is at the end of its sweep; values beyond it may do better")
     return advice
-
-
-def _has_examples(outcome: Outcome) -> bool:
-    return any(entry.name == "examples" for entry in outcome.total.layout.entries)

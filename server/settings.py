@@ -10,5 +10,6 @@ class CoordinatorSettings(Settings):
 
     agreement: Path
     output: Path
+    identity: Path = Path("coordinator.key")
     # The coordinator's copy of the base model, where it is not what the agreement names.
     base: str | None = None

@@ -18,8 +18,8 @@ from common.models import MergePlan, load_base, merge_plan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from deploy.example import reviews
-from deploy.simulate import find_owner_files, set_up_parties
-from tests.parties import Parties
+from deploy.simulate import find_owner_files, make_identities, set_up_parties
+from tests.parties import IDENTITIES, Parties
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -41,9 +41,10 @@ def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     """The example's parties, each with its settings file and the one agreement; nothing has run yet."""
     draft = load_settings(reviews_folder / "agreement.toml", AgreementDraft)
     base = reviews_folder / "base"
-    agreement = complete_agreement(draft, base)
+    identities = make_identities(draft)
+    agreement = complete_agreement(draft, base, {name: each.public_key for name, each in identities.items()})
     files = find_owner_files(reviews_folder, draft)
-    with set_up_parties(tmp_path, agreement, base, files) as (coordinator, party_files):
+    with set_up_parties(tmp_path, agreement, base, files, identities) as (coordinator, party_files):
         yield Parties(
             folder=coordinator.parent,
             output=tmp_path,
@@ -51,6 +52,7 @@ def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
             coordinator=coordinator,
             files=dict(zip(files, party_files, strict=True)),
             agreement=agreement,
+            identities=identities,
             plan=merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors),
         )
 
@@ -83,7 +85,7 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def agreement(bert_folder: Path) -> Agreement:
-    """Three owners, every method, over the tiny BERT."""
+    """Three owners, every method, over the tiny BERT; their identities are `tests.parties.IDENTITIES`."""
     draft = AgreementDraft(
         title="Test",
         base=str(bert_folder),
@@ -92,7 +94,7 @@ def agreement(bert_folder: Path) -> Agreement:
         compare_with=("average", "task_arithmetic", "fisher"),
         task=Task(labels=("a", "b", "c")),
     )
-    return complete_agreement(draft, bert_folder)
+    return complete_agreement(draft, bert_folder, {name: each.public_key for name, each in IDENTITIES.items()})
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.agreement import Agreement
+from common.identity import Identity
 from common.models import MergePlan
+
+NAMES = ("ada", "bea", "cyd", "coordinator")
+# The parties of the `agreement` fixture, with keys that are the same in every run.
+IDENTITIES = {name: Identity(name=name, seed=bytes([number]) * 32) for number, name in enumerate(NAMES, 1)}
 
 
 @dataclass(frozen=True)
@@ -18,4 +23,5 @@ class Parties:
     coordinator: Path
     files: Mapping[str, Path]
     agreement: Agreement
+    identities: Mapping[str, Identity]
     plan: MergePlan

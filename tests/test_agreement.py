@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry
+from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry, Summation
 from common.errors import SettingsError
 from common.merge_methods import METHODS
 from common.settings_file import load_settings
@@ -19,6 +19,8 @@ compare_with = ["average"]
 name = "ada"
 [[owners]]
 name = "bea"
+[[owners]]
+name = "cyd"
 """
 
 
@@ -30,16 +32,17 @@ def load(tmp_path: Path, text: str) -> AgreementDraft:
 
 def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
     draft = load(tmp_path, GOOD)
-    assert draft.owner_names == ("ada", "bea")
+    assert draft.owner_names == ("ada", "bea", "cyd")
     assert draft.methods == ("regmean", "average")
-    assert draft.needed_owners == 2
-    assert draft.summation.kind == "plain"
+    assert draft.needed_owners == 3
+    assert draft.summation.kind == "masked"
+    assert (draft.colluders, draft.quorum) == (0, 2)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("title =", "titel ="), "titel is no known key; allowed: base, compare_with"),
+        (("title =", "titel ="), "titel is no known key; allowed: base, bounds, compare_with"),
         (('"regmean"', '"regmeen"'), "method = 'regmeen': Input should be 'average', 'task_arithmetic', 'fisher' or"),
         (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
         (('["average"]', '["regmean"]'), "names 'regmean' or a method twice"),
@@ -47,7 +50,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         (('base = "base"\n', ""), "base is missing"),
         (('name = "bea"', 'name = "ada"'), "two owners are named 'ada'"),
         (('name = "bea"', 'name = "Bea Ltd"'), "owners[1].name = 'Bea Ltd'"),
-        (('base = "base"', 'base = "base"\nmin_owners = 3'), "min_owners = 3: there are 2 owners"),
+        (('base = "base"', 'base = "base"\nmin_owners = 4'), "min_owners = 4: there are 3 owners"),
         (
             ('base = "base"', 'base = "base"\nmin_owners = 1'),
             "min_owners = 1: Input should be greater than or equal to 2",
@@ -59,8 +62,25 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         (("[[owners]]", "[regmean]\nbeta = 1\n[[owners]]"), "regmean.beta is no known key; allowed: alphas,"),
         (
             ("[[owners]]", "[summation]\nkind = 'secret'\n[[owners]]"),
-            "summation.kind = 'secret': Input should be 'plain'",
+            "summation.kind = 'secret': Input should be 'masked' or 'plain'",
         ),
+        (('name = "bea"', 'name = "coordinator"'), "'coordinator' is the coordinator's name"),
+        (('[[owners]]\nname = "cyd"\n', ""), "a masked sum needs at least 3 of them, min_owners would be 2"),
+        (('base = "base"', 'base = "base"\nmin_owners = 2'), "a masked sum needs at least 3 of them"),
+        (
+            ("[[owners]]", "[summation]\ncolluders = 1\n[[owners]]"),
+            "min_owners = 3: with 3 owners of whom 1 may collude, at least 4 must take part",
+        ),
+        (
+            ("[[owners]]", "[summation]\nquorum = 1\n[[owners]]"),
+            "summation.quorum = 1: with 3 owners of whom 0 may collude it is 2",
+        ),
+        (
+            ('name = "bea"', f'name = "bea"\npublic_key = "{"a" * 64}"\n[coordinator]\npublic_key = "{"a" * 64}"'),
+            "a public key stands twice",
+        ),
+        (('name = "bea"', 'name = "bea"\npublic_key = "123"'), "owners[1].public_key = '123'"),
+        (("[[owners]]", "[bounds]\ndelta = 0\n[[owners]]"), "bounds.delta = 0"),
         (('name = "bea"', 'name = "bea"\nfigures = "summed"'), '1 have figures = "summed" and 0 may drop out'),
         (("title", "= title"), "not valid TOML"),
     ],
@@ -92,7 +112,7 @@ def test_a_written_agreement_reads_back_with_the_same_digest(agreement: Agreemen
 
 def test_a_draft_is_no_agreement(tmp_path: Path) -> None:
     (tmp_path / "agreement.toml").write_text(GOOD)
-    with pytest.raises(SettingsError, match="base_digest is missing"):
+    with pytest.raises(SettingsError, match=r"coordinator is missing \(and 2 more\)"):
         load_settings(tmp_path / "agreement.toml", Agreement)
 
 
@@ -116,7 +136,8 @@ def test_hidden_figures_stay_hidden_after_every_dropout_the_agreement_allows() -
     def draft(hidden: int, shown: int, needed: int) -> AgreementDraft:
         figures = ["summed"] * hidden + ["shown"] * shown
         owners = tuple(OwnerEntry(name=f"o{index}", figures=kind) for index, kind in enumerate(figures))  # type: ignore[arg-type]
-        return AgreementDraft(title="t", base="b", owners=owners, min_owners=needed)
+        plain = Summation(kind="plain")
+        return AgreementDraft(title="t", base="b", owners=owners, min_owners=needed, summation=plain)
 
     draft(hidden=2, shown=1, needed=3)
     draft(hidden=3, shown=1, needed=3)

@@ -3,40 +3,55 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_bytes
 
 import numpy as np
 import pytest
 
 from common.agreement import Agreement
 from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners
+from common.labels import Label
 from common.messages import (
+    Acknowledgements,
     CandidatePart,
     CandidateReceived,
     Finish,
     Finished,
+    KeyBook,
+    KeyShares,
+    MaskedPart,
     Message,
     OpenSum,
     PartRequest,
     Present,
+    Receipts,
+    ReceiptsKept,
     Refusal,
+    Result,
+    ResultReceived,
     RollCall,
-    SumOpened,
-    VectorPart,
+    SurvivorList,
 )
+from common.result import body_of
+from common.summation import SUMMATIONS, fixed_point
+from common.summation.protocol import OwnerSide, SumTerms
 from common.tensor_layout import TensorEntry, TensorLayout
 from server.coordinator import Coordinator
+from tests.parties import IDENTITIES
 
-LAYOUT = TensorLayout((TensorEntry(name="t", shape=(7,)),))
+LAYOUT = TensorLayout((TensorEntry(name="t", shape=(7,), bound=8.0),))
+MODEL = "cd" * 32
 Fault = Callable[[str, Message, Message], Message | None]
 
 
 class ScriptedChannel:
-    """Nodes 10, 11, ... are honest owners, whose answers a fault may replace."""
+    """Nodes 10, 11, ... are honest owners, each with a vector of threes; a fault may replace their answers."""
 
-    def __init__(self, owners: tuple[str, ...], fault: Fault) -> None:
+    def __init__(self, agreement: Agreement, owners: tuple[str, ...], fault: Fault) -> None:
+        self.agreement = agreement
         self.owners = dict(enumerate(owners, 10))
         self.fault = fault
-        self.log: list[tuple[str, str]] = []
+        self.sides: dict[str, OwnerSide] = {}
 
     def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
         return list(self.owners)
@@ -44,35 +59,61 @@ class ScriptedChannel:
     def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
         for node, request in requests.items():
             owner = self.owners[node]
-            self.log.append((owner, type(request).__name__))
-            yield node, self.fault(owner, request, honest_answer(owner, request))
+            yield node, self.fault(owner, request, self.honest_answer(owner, request))
 
+    def honest_answer(self, owner: str, request: Message) -> Message:
+        identity = IDENTITIES.get(owner, IDENTITIES["ada"])
+        if isinstance(request, RollCall):
+            body = bytes.fromhex(request.agreement_digest)
+            signature = identity.sign(Label.SIGN_PRESENT, bytes.fromhex(request.run), body)
+            return Present(run=request.run, owner=owner, pending="", signature=signature)
+        if isinstance(request, CandidatePart):
+            return CandidateReceived(run=request.run, owner=owner, model=request.model, part=request.part)
+        if isinstance(request, Result):
+            body = body_of(self.agreement, request)
+            signature = identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(request.run), body)
+            return ResultReceived(run=request.run, owner=owner, signature=signature)
+        if isinstance(request, Receipts):
+            return ReceiptsKept(run=request.run, owner=owner)
+        if isinstance(request, Finish):
+            return Finished(run=request.run, owner=owner)
+        return self._sum_answer(owner, request)
 
-def honest_answer(owner: str, request: Message) -> Message:
-    if isinstance(request, RollCall):
-        return Present(run=request.run, owner=owner)
-    if isinstance(request, OpenSum):
-        return SumOpened(session=request.session, owner=owner)
-    if isinstance(request, PartRequest):
-        payload = np.full(7, float(len(owner)))
-        return VectorPart(session=request.session, owner=owner, part=request.part, payload=payload)
-    if isinstance(request, CandidatePart):
-        return CandidateReceived(run=request.run, owner=owner, model=request.model, part=request.part)
-    assert isinstance(request, Finish)
-    return Finished(run=request.run, owner=owner)
+    def _sum_answer(self, owner: str, request: Message) -> Message:
+        if isinstance(request, OpenSum):
+            terms = SumTerms(
+                request=request,
+                layout=LAYOUT,
+                roster=self.agreement.roster,
+                needed_owners=self.agreement.needed_owners,
+                colluders=self.agreement.colluders,
+            )
+            kind = SUMMATIONS[self.agreement.summation.kind].owner
+            self.sides[owner], reply = kind.open(terms, IDENTITIES[owner], token_bytes)
+            return reply
+        encoded = fixed_point.encode(LAYOUT, np.full(7, 3.0), 3)
+        self.sides[owner], reply = self.sides[owner].answer(request, encoded, token_bytes)
+        return reply
 
 
 def coordinator_of(
-    agreement: Agreement, fault: Fault, needed: int, owners: tuple[str, ...] = ("ada", "bea", "cyd")
+    agreement: Agreement,
+    fault: Fault,
+    needed: int,
+    owners: tuple[str, ...] = ("ada", "bea", "cyd"),
+    kind: str = "masked",
 ) -> Coordinator:
-    agreement = agreement.model_copy(update={"min_owners": needed})
-    return Coordinator(channel=ScriptedChannel(owners, fault), agreement=agreement)
+    summation = agreement.summation.model_copy(update={"kind": kind})
+    agreement = agreement.model_copy(update={"min_owners": needed, "summation": summation})
+    channel = ScriptedChannel(agreement, owners, fault)
+    return Coordinator(channel=channel, agreement=agreement, identity=IDENTITIES["coordinator"])
 
 
 def run_all(coordinator: Coordinator) -> np.ndarray:
     coordinator.roll_call()
     total = coordinator.sum("contribution", LAYOUT)
     coordinator.send_candidate("average", "test", LAYOUT, np.zeros(7, dtype=np.float32))
+    coordinator.confirm_result("average", MODEL)
     coordinator.finish()
     return total.vector
 
@@ -90,35 +131,46 @@ def test_an_honest_run_adds_everybody_up(agreement: Agreement) -> None:
     np.testing.assert_array_equal(run_all(coordinator), np.full(7, 9.0))
     assert coordinator.lost == {}
     assert [step.name for step in coordinator.steps][:2] == ["roll call", "sum of contribution"]
-    assert coordinator.steps[1].bytes_received == 3 * 7 * 8
+    assert coordinator.steps[1].bytes_received > 3 * 7 * 8
 
 
-@pytest.mark.parametrize("kind", [RollCall, OpenSum, PartRequest])
-def test_the_sum_goes_on_without_a_lost_owner_while_enough_remain(agreement: Agreement, kind: type[Message]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "total"),
+    [
+        (RollCall, 6.0),
+        (OpenSum, 6.0),
+        (KeyBook, 6.0),
+        (KeyShares, 6.0),
+        (SurvivorList, 9.0),
+        (Acknowledgements, 9.0),
+        (CandidatePart, 9.0),
+        (Result, 9.0),
+        (Receipts, 9.0),
+    ],
+)
+def test_the_run_goes_on_without_a_lost_owner_while_enough_remain(
+    agreement: Agreement, kind: type[Message], total: float
+) -> None:
     coordinator = coordinator_of(agreement, lost_at(kind), needed=2)
-    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 6.0))
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, total))
     assert set(coordinator.lost) == {"bea"}
 
 
-def test_an_owner_lost_in_its_upload_is_in_no_part_of_the_total(agreement: Agreement, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["plain", "masked"])
+def test_an_owner_lost_in_its_upload_is_in_no_part_of_the_total(agreement: Agreement, kind: str, monkeypatch) -> None:
     cut = TensorLayout.part_slices
     monkeypatch.setattr(TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, 24))
 
     def fault(owner: str, request: Message, reply: Message) -> Message | None:
-        if not isinstance(request, PartRequest):
-            return reply
-        assert isinstance(reply, VectorPart)
-        if owner == "bea" and request.part == 2:
-            return None
-        size = 3 if request.part < 2 else 1
-        return replace(reply, payload=reply.payload[:size])
+        return None if owner == "bea" and isinstance(request, PartRequest) and request.part == 2 else reply
 
-    coordinator = coordinator_of(agreement, fault, needed=2)
+    coordinator = coordinator_of(agreement, fault, needed=2, kind=kind)
     coordinator.roll_call()
     np.testing.assert_array_equal(coordinator.sum("contribution", LAYOUT).vector, np.full(7, 6.0))
+    assert coordinator.lost == {"bea": "sum of contribution"}
 
 
-@pytest.mark.parametrize("kind", [RollCall, OpenSum, PartRequest, CandidatePart])
+@pytest.mark.parametrize("kind", [RollCall, OpenSum, KeyBook, KeyShares, SurvivorList, Acknowledgements, CandidatePart])
 def test_too_few_owners_stop_the_run_and_say_who_was_lost_where(agreement: Agreement, kind: type[Message]) -> None:
     coordinator = coordinator_of(agreement, lost_at(kind), needed=3)
     with pytest.raises(TooFewOwners) as caught:
@@ -132,7 +184,7 @@ def test_an_owner_that_forgets_to_confirm_the_end_spoils_nothing(agreement: Agre
     np.testing.assert_array_equal(run_all(coordinator_of(agreement, lost_at(Finish), needed=3)), np.full(7, 9.0))
 
 
-@pytest.mark.parametrize("kind", [RollCall, OpenSum, PartRequest])
+@pytest.mark.parametrize("kind", [RollCall, OpenSum, KeyBook, KeyShares])
 def test_a_refusal_stops_the_run_with_its_code_when_the_owner_is_needed(
     agreement: Agreement, kind: type[Message]
 ) -> None:
@@ -147,14 +199,14 @@ def test_a_refusal_stops_the_run_with_its_code_when_the_owner_is_needed(
 
 def test_an_owner_that_breaks_the_rules_cannot_stop_the_others(agreement: Agreement) -> None:
     def poison(owner: str, request: Message, reply: Message) -> Message:
-        if owner == "bea" and isinstance(reply, VectorPart):
-            return replace(reply, payload=np.full(7, np.nan))
+        if owner == "bea" and isinstance(reply, MaskedPart):
+            return replace(reply, payload=np.zeros(7, "<u8"))
         return reply
 
     coordinator = coordinator_of(agreement, poison, needed=2)
     np.testing.assert_array_equal(run_all(coordinator), np.full(7, 6.0))
     assert coordinator.lost == {"bea": "sum of contribution"}
-    with pytest.raises(RemoteProtocolError, match="owner bea sent a number that is not finite"):
+    with pytest.raises(RemoteProtocolError, match="the signature of bea does not hold"):
         run_all(coordinator_of(agreement, poison, needed=3))
 
 
@@ -173,6 +225,14 @@ def test_a_stranger_and_a_double_are_refused_at_the_roll_call(agreement: Agreeme
             coordinator_of(agreement, honest, needed=2, owners=owners).roll_call()
 
 
+def test_a_node_that_only_claims_to_be_an_owner_is_refused_at_the_roll_call(agreement: Agreement) -> None:
+    def claim(owner: str, request: Message, reply: Message) -> Message:
+        return replace(reply, owner="bea") if owner == "cyd" and isinstance(reply, Present) else reply
+
+    with pytest.raises(RemoteProtocolError, match="the signature of bea does not hold"):
+        coordinator_of(agreement, claim, needed=2, owners=("ada", "cyd")).roll_call()
+
+
 def test_an_answer_of_the_wrong_kind_is_refused(agreement: Agreement) -> None:
     def confuse(owner: str, request: Message, reply: Message) -> Message:
         return Finished(run=request.run, owner=owner) if isinstance(request, CandidatePart) else reply
@@ -181,16 +241,21 @@ def test_an_answer_of_the_wrong_kind_is_refused(agreement: Agreement) -> None:
         run_all(coordinator_of(agreement, confuse, needed=3))
 
 
-def test_every_attempt_at_a_sum_is_a_session_of_its_own(agreement: Agreement) -> None:
-    sessions = []
+def test_every_sum_is_a_session_and_a_later_round_of_its_own(agreement: Agreement) -> None:
+    rounds, sessions = [], []
 
-    def fault(owner: str, request: Message, reply: Message) -> Message | None:
-        if isinstance(request, OpenSum):
+    def watch(owner: str, request: Message, reply: Message) -> Message:
+        if isinstance(request, OpenSum) and owner == "ada":
+            rounds.append(request.round)
             sessions.append(request.session)
-        return None if owner == "bea" and isinstance(request, PartRequest) else reply
+        return reply
 
-    run_all(coordinator_of(agreement, fault, needed=2))
-    assert len(set(sessions)) == 2
+    coordinator = coordinator_of(agreement, watch, needed=3)
+    coordinator.roll_call()
+    for _ in range(3):
+        coordinator.sum("contribution", LAYOUT)
+    assert rounds == sorted(set(rounds))
+    assert len(set(sessions)) == 3
 
 
 def test_settings_of_the_coordinator_are_checked(tmp_path: Path) -> None:

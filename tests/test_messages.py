@@ -12,31 +12,72 @@ from hypothesis import strategies as st
 from common.errors import RemoteProtocolError
 from common.flower_records import from_record, to_record
 from common.messages import (
+    _CHECKS,
     KINDS,
+    Acknowledgements,
+    BurnCertificate,
+    BurnSession,
     CandidatePart,
+    CandidateReceived,
+    CertificateKept,
     Envelope,
     Finish,
+    Finished,
+    KeyBook,
+    KeysAdvertised,
+    KeyShares,
+    MaskedPart,
     Message,
     OpenSum,
     PartRequest,
     Present,
+    Receipts,
+    ReceiptsKept,
     Refusal,
+    Result,
+    ResultReceived,
     RollCall,
+    SessionBurned,
+    SharesRevealed,
+    SharesSealed,
     SumOpened,
+    SurvivorList,
+    SurvivorsSigned,
     VectorPart,
     decode,
     encode,
 )
 from deploy.in_process_grid import through_serialisation
 
-HEX = "ab" * 32
+HEX, KEY, SIGNATURE = "ab" * 32, b"k" * 32, b"s" * 64
 EXAMPLES: list[Message] = [
     RollCall(version=1, run=HEX, agreement_digest=HEX),
-    Present(run=HEX, owner="ada"),
-    OpenSum(run=HEX, agreement_digest=HEX, session=HEX, statistic="test", models="base,regmean@0.9", layout_digest=HEX),
+    Present(run=HEX, owner="ada", pending="", signature=SIGNATURE),
+    BurnSession(run=HEX, session=HEX),
+    SessionBurned(session=HEX, owner="ada", signature=SIGNATURE),
+    BurnCertificate(run=HEX, session=HEX, signatures=b"12"),
+    CertificateKept(session=HEX, owner="ada"),
+    OpenSum(
+        run=HEX,
+        agreement_digest=HEX,
+        round=7,
+        nonce=HEX,
+        statistic="test",
+        models="base,regmean@0.9",
+        layout_digest=HEX,
+    ),
+    KeysAdvertised(session=HEX, owner="ada", channel_key=KEY, mask_key=KEY, signature=SIGNATURE),
+    KeyBook(session=HEX, entries=b"12"),
+    SharesSealed(session=HEX, owner="ada", commitment=KEY, shares=b"12", signature=SIGNATURE),
+    KeyShares(session=HEX, deliveries=b"12", manifests=b""),
+    MaskedPart(session=HEX, owner="ada", part=0, payload=np.array([1, 2**64 - 1], "<u8"), signature=SIGNATURE),
+    SurvivorList(session=HEX, survivors=b"12"),
+    SurvivorsSigned(session=HEX, owner="ada", signature=SIGNATURE),
+    Acknowledgements(session=HEX, signatures=b"12"),
+    SharesRevealed(session=HEX, owner="ada", shares=b"12", signature=SIGNATURE),
     SumOpened(session=HEX, owner="ada"),
     PartRequest(session=HEX, part=3),
-    VectorPart(session=HEX, owner="ada", part=3, payload=np.array([1.5, -2.0, 5e-324])),
+    VectorPart(session=HEX, owner="ada", part=3, payload=np.array([1, 2, 2**63], "<u8")),
     CandidatePart(
         run=HEX,
         agreement_digest=HEX,
@@ -46,9 +87,19 @@ EXAMPLES: list[Message] = [
         parts=1,
         payload=np.array([1.0], dtype=np.float32),
     ),
+    CandidateReceived(run=HEX, owner="ada", model="average", part=0),
+    Result(run=HEX, model="average", model_digest=HEX, candidates_digest=HEX, signature=SIGNATURE),
+    ResultReceived(run=HEX, owner="ada", signature=SIGNATURE),
+    Receipts(run=HEX, signatures=b"12"),
+    ReceiptsKept(run=HEX, owner="ada"),
     Finish(run=HEX),
+    Finished(run=HEX, owner="ada"),
     Refusal(code="data"),
 ]
+
+
+def test_there_is_an_example_of_every_message() -> None:
+    assert {type(message).__name__ for message in EXAMPLES} == set(KINDS)
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
@@ -78,12 +129,19 @@ def test_a_message_survives_flower_s_own_serialisation(message: Message) -> None
         Envelope(kind="PartRequest", fields={"session": HEX, "part": True}, payload=None),
         Envelope(kind="PartRequest", fields={"session": HEX, "part": 10**9}, payload=None),
         Envelope(kind="Refusal", fields={"code": "row 3 says: Mrs Smith"}, payload=None),
+        Envelope(kind="KeyBook", fields={"session": HEX, "entries": "12"}, payload=None),
+        Envelope(kind="KeyBook", fields={"session": HEX, "entries": bytes(16_000_001)}, payload=None),
+        Envelope(kind="SurvivorsSigned", fields={"session": HEX, "owner": "a", "signature": b"x" * 63}, payload=None),
         Envelope(kind="Refusal", fields={"code": ["data"]}, payload=None),  # type: ignore[dict-item]
         Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=None),
-        Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros((2, 2))),
+        Envelope(
+            kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros((2, 2), "<u8")
+        ),
         Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros(2, np.int64)),
-        Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros(2, ">f8")),
-        Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros(8_000_001)),
+        Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros(2, ">u8")),
+        Envelope(
+            kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0}, payload=np.zeros(8_000_001, "<u8")
+        ),
         Envelope(kind="VectorPart", fields={"session": HEX, "owner": "ada", "part": 0, "payload": 1}, payload=None),
     ],
     ids=lambda envelope: f"{envelope.kind}-{len(envelope.fields)}",
@@ -96,10 +154,8 @@ def test_bad_messages_are_refused(envelope: Envelope) -> None:
 @given(
     st.sampled_from([*KINDS, "x"]),
     st.dictionaries(
-        st.sampled_from(
-            ["run", "session", "owner", "part", "parts", "code", "model", "models", "version", "payload", "z"]
-        ),
-        st.one_of(st.text(max_size=70), st.integers(), st.just(HEX)),
+        st.sampled_from([*sorted(_CHECKS), "z"]),
+        st.one_of(st.text(max_size=70), st.integers(), st.just(HEX), st.binary(max_size=70)),
     ),
     st.one_of(st.none(), st.integers(0, 3).map(np.zeros)),
 )

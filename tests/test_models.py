@@ -89,11 +89,11 @@ def test_a_model_with_running_statistics_is_refused(tmp_path: Path) -> None:
     draft = AgreementDraft(
         title="t",
         base=str(tmp_path),
-        owners=(OwnerEntry(name="ada"), OwnerEntry(name="bea")),
+        owners=(OwnerEntry(name="ada"), OwnerEntry(name="bea"), OwnerEntry(name="cyd")),
         task=Task(kind="image-classification"),
     )
     with pytest.raises(ModelError, match="is a running statistic"):
-        complete_agreement(draft, tmp_path)
+        complete_agreement(draft, tmp_path, {})
 
 
 def test_base_and_delta_give_the_fine_tuned_model_again() -> None:

@@ -1,7 +1,9 @@
 """One owner, message by message: it answers what was agreed, refuses the rest, and keeps its files to itself."""
 
+import json
 import shutil
 import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from client.app import app
 from client.owner import Owner
 from common.errors import AmalgramError, ConsentError, DataError, RemoteProtocolError
 from common.flower_records import from_record, to_record
+from common.identity import Identity, write_identity
 from common.merge_methods import contribution_layout
 from common.messages import (
     PROTOCOL_VERSION,
@@ -28,15 +31,17 @@ from common.messages import (
     Present,
     Refusal,
     RollCall,
-    SumOpened,
-    VectorPart,
 )
 from common.metrics import metrics_layout
 from common.models import delta_layout
+from common.summation.masked import MaskedCoordinator
+from common.summation.protocol import SumTerms, Total, drive
 from common.tensor_layout import TensorLayout
+from deploy.simulate import write_settings
 from tests.parties import Parties
 
-RUN, OTHER, SESSION = "ab" * 32, "cd" * 32, "ef" * 32
+RUN, OTHER, NONCE = "ab" * 32, "cd" * 32, "ef" * 32
+SESSION = OTHER  # of a request that belongs to no sum
 
 
 @pytest.fixture
@@ -50,11 +55,14 @@ def roll_call(parties: Parties) -> RollCall:
     return RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=parties.agreement.digest())
 
 
-def open_sum(parties: Parties, statistic: str, layout: TensorLayout, models: str = "") -> OpenSum:
+def open_sum(
+    parties: Parties, statistic: str, layout: TensorLayout, models: str = "", round_number: int = 1
+) -> OpenSum:
     return OpenSum(
         run=RUN,
         agreement_digest=parties.agreement.digest(),
-        session=SESSION,
+        round=round_number,
+        nonce=NONCE,
         statistic=statistic,
         models=models,
         layout_digest=layout.digest(),
@@ -73,26 +81,44 @@ def candidate(parties: Parties, model: str = "average") -> CandidatePart:
     )
 
 
-def test_an_owner_answers_a_whole_run_one_process_per_message(parties: Parties) -> None:
-    def answer(message: Message) -> Message:
-        return Owner(parties.files["hotel"]).answer(message)  # built anew: nothing may live in memory
+def answer(parties: Parties, owner: str, message: Message) -> Message:
+    return Owner(parties.files[owner]).answer(message)  # built anew: nothing may live in memory
 
-    assert answer(roll_call(parties)) == Present(run=RUN, owner="hotel")
+
+def test_owners_answer_a_whole_run_one_process_per_message(parties: Parties) -> None:
+    for owner in parties.files:
+        assert isinstance(answer(parties, owner, roll_call(parties)), Present)
     layout = contribution_layout(parties.agreement, parties.plan)
-    assert answer(open_sum(parties, "contribution", layout)) == SumOpened(session=SESSION, owner="hotel")
-    part = answer(PartRequest(session=SESSION, part=0))
-    assert isinstance(part, VectorPart)
-    assert part.payload.shape == (layout.size,)
-    assert layout.read(part.payload, "examples")[0] == 200
-    assert isinstance(answer(candidate(parties)), CandidateReceived)
+    total = masked_sum(parties, open_sum(parties, "contribution", layout), layout)
+    assert total["examples"][0] == 3 * 200
+    for owner in parties.files:
+        assert isinstance(answer(parties, owner, candidate(parties)), CandidateReceived)
     layout = metrics_layout(parties.agreement, ["base", "average"])
-    answer(open_sum(parties, "test", layout, "base,average"))
-    figures = answer(PartRequest(session=SESSION, part=0))
-    assert isinstance(figures, VectorPart)
+    figures = masked_sum(parties, open_sum(parties, "test", layout, "base,average", round_number=2), layout)
     # a candidate of zero change is the base
-    assert (layout.read(figures.payload, "base/mean") == layout.read(figures.payload, "average/mean")).all()
-    assert answer(Finish(run=RUN)) == Finished(run=RUN, owner="hotel")
+    assert (figures["base/mean"] == figures["average/mean"]).all()
+    assert answer(parties, "hotel", Finish(run=RUN)) == Finished(run=RUN, owner="hotel")
     assert not (parties.folder / "state" / "hotel" / "run").exists()
+
+
+def masked_sum(parties: Parties, request: OpenSum, layout: TensorLayout) -> Total:
+    """Drive one sum over the real owners."""
+    terms = SumTerms(
+        request=request,
+        layout=layout,
+        roster=parties.agreement.roster,
+        needed_owners=parties.agreement.needed_owners,
+        colluders=parties.agreement.colluders,
+    )
+
+    def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+        for owner, message in requests.items():
+            yield owner, answer(parties, owner, message)
+
+    def exclude(owner: str, violation: RemoteProtocolError) -> None:
+        raise violation
+
+    return drive(MaskedCoordinator(terms, terms.names), exchange, exclude)
 
 
 def test_state_is_readable_by_the_owner_alone(parties: Parties, party: Path) -> None:
@@ -105,16 +131,51 @@ def test_state_is_readable_by_the_owner_alone(parties: Parties, party: Path) -> 
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
-def test_the_vector_is_deleted_once_its_last_part_was_answered(parties: Parties, party: Path) -> None:
+def test_vector_and_secrets_are_gone_once_the_sum_is_open(parties: Parties) -> None:
+    for owner in parties.files:
+        answer(parties, owner, roll_call(parties))
     layout = contribution_layout(parties.agreement, parties.plan)
-    Owner(party).answer(open_sum(parties, "contribution", layout))
-    Owner(party).answer(PartRequest(session=SESSION, part=0))
-    assert not (parties.folder / "state" / "hotel" / "run" / "vector.bin").exists()
-    with pytest.raises(RemoteProtocolError):
-        Owner(party).answer(PartRequest(session=SESSION, part=0))
+    masked_sum(parties, open_sum(parties, "contribution", layout), layout)
+    state = parties.folder / "state" / "hotel" / "run"
+    assert not (state / "vector.bin").exists()
+    side = json.loads((state / "sum.json").read_text())["side"]
+    assert not any(side[secret] for secret in ("channel_seed", "mask_seed", "self_seed", "own_shares", "masks", "held"))
 
 
-@pytest.mark.parametrize("what", ["digest", "run", "layout", "statistic models", "model name", "finish", "unopened"])
+def test_an_owner_without_consent_refuses_before_it_reads_a_row(
+    parties: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Owner, "check", lambda *_: pytest.fail("looked at the rows"))
+    (parties.folder / "state" / "hotel" / "consent.json").unlink()
+    with pytest.raises(ConsentError, match=r"nobody has consented to agreement .* amalgram agree"):
+        answer(parties, "hotel", roll_call(parties))
+
+
+def test_an_owner_with_another_identity_refuses(parties: Parties) -> None:
+    key = parties.folder / "hotel.key"
+    key.unlink()
+    (parties.folder / "hotel.pub").unlink()
+    write_identity(key, Identity(name="hotel", seed=b"7" * 32))
+    with pytest.raises(ConsentError, match="is not the identity that the agreement names for hotel"):
+        answer(parties, "hotel", roll_call(parties))
+
+
+def test_a_gram_of_too_few_rows_stays_at_home(parties: Parties, party: Path) -> None:
+    grams = Owner(party)._measure().grams
+    dimension = {name: len(gram.matrix) for name, gram in grams.items()}
+    assert all(gram.rows >= dimension[name] for name, gram in grams.items())
+    privacy = parties.agreement.privacy.model_copy(update={"min_rows_per_dimension": 10.0})
+    write_settings(parties.folder / "agreement.toml", parties.agreement.model_copy(update={"privacy": privacy}))
+    strict = Owner(party)._measure().grams
+    kept = {name for name, gram in strict.items() if gram.rows == 0}
+    assert kept == {name for name, gram in grams.items() if gram.rows < 10 * dimension[name]} != set()
+    assert not any(strict[name].matrix.any() for name in kept)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["digest", "run", "layout", "statistic models", "models of a contribution", "model name", "finish", "unopened"],
+)
 def test_what_was_not_agreed_is_refused_before_anything_is_computed(
     what: str, parties: Parties, party: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +188,7 @@ def test_what_was_not_agreed_is_refused_before_anything_is_computed(
         "run": replace(good, run=OTHER),
         "layout": replace(good, layout_digest=OTHER),
         "statistic models": replace(good, statistic="test", models="base,secret"),
+        "models of a contribution": replace(good, models="base"),
         "model name": candidate(parties, "regmean@0.123"),
         "finish": Finish(run=OTHER),
         "unopened": PartRequest(session=SESSION, part=0),
@@ -143,7 +205,7 @@ def test_a_roll_call_of_another_version_or_agreement_is_refused(field: str, part
 
 
 @pytest.mark.parametrize(
-    "change", [{"part": 1}, {"parts": 2}, {"payload": np.zeros(3, np.float32)}, {"payload": np.zeros(3)}]
+    "change", [{"part": 1}, {"parts": 2}, {"payload": np.zeros(3, np.float32)}, {"payload": np.zeros(3, "<u8")}]
 )
 def test_a_candidate_out_of_turn_or_shape_is_refused(change: dict, parties: Parties, party: Path) -> None:
     with pytest.raises(RemoteProtocolError, match="out of turn or shape"):

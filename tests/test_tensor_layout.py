@@ -15,10 +15,10 @@ def layouts(draw: st.DrawFn) -> TensorLayout:
     for index in range(draw(st.integers(1, 6))):
         if draw(st.booleans()):
             side = draw(st.integers(1, 7))
-            entries.append(TensorEntry(name=f"t{index}", shape=(side, side), packing="symmetric"))
+            entries.append(TensorEntry(name=f"t{index}", shape=(side, side), bound=9.0, packing="symmetric"))
         else:
             shape = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
-            entries.append(TensorEntry(name=f"t{index}", shape=shape))
+            entries.append(TensorEntry(name=f"t{index}", shape=shape, bound=9.0))
     return TensorLayout(tuple(entries))
 
 
@@ -61,12 +61,12 @@ def test_parts_cover_the_vector_once_and_keep_the_limit(layout: TensorLayout, pa
 
 
 def test_symmetric_matrices_travel_as_their_upper_triangle_row_by_row() -> None:
-    layout = TensorLayout((TensorEntry(name="g", shape=(3, 3), packing="symmetric"),))
+    layout = TensorLayout((TensorEntry(name="g", shape=(3, 3), bound=9.0, packing="symmetric"),))
     matrix = np.array([[1.0, 2, 3], [2, 4, 5], [3, 5, 6]])
     np.testing.assert_array_equal(flatten(layout, {"g": matrix}), [1, 2, 3, 4, 5, 6])
 
 
-A, B = TensorEntry(name="a", shape=(2,)), TensorEntry(name="b", shape=(2, 2))
+A, B = TensorEntry(name="a", shape=(2,), bound=9.0), TensorEntry(name="b", shape=(2, 2), bound=9.0)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,14 @@ def test_a_vector_of_another_length_is_refused() -> None:
 
 
 def test_any_difference_changes_the_digest() -> None:
-    symmetric = TensorEntry(name="b", shape=(2, 2), packing="symmetric")
+    symmetric = TensorEntry(name="b", shape=(2, 2), bound=9.0, packing="symmetric")
     others = [
         (B, A),
         (A,),
         (A, symmetric),
-        (A, TensorEntry(name="c", shape=(2, 2))),
-        (A, TensorEntry(name="b", shape=(4,))),
+        (A, TensorEntry(name="c", shape=(2, 2), bound=9.0)),
+        (A, TensorEntry(name="b", shape=(4,), bound=9.0)),
+        (A, TensorEntry(name="b", shape=(2, 2), bound=8.0)),
     ]
     digests = {TensorLayout(entries).digest() for entries in [(A, B), *others]}
     assert len(digests) == 1 + len(others)
@@ -106,12 +107,18 @@ def test_any_difference_changes_the_digest() -> None:
 def test_a_union_has_every_name_once_and_refuses_a_contradiction() -> None:
     assert union([TensorLayout((A,)), TensorLayout((B, A))]).entries == (A, B)
     with pytest.raises(LocalProtocolError, match="two different shapes"):
-        union([TensorLayout((A,)), TensorLayout((TensorEntry(name="a", shape=(3,)),))])
+        union([TensorLayout((A,)), TensorLayout((TensorEntry(name="a", shape=(3,), bound=9.0),))])
 
 
 @pytest.mark.parametrize(
     "entry",
-    [{"name": "", "shape": (1,)}, {"name": "x", "shape": (0,)}, {"name": "x", "shape": (2, 3), "packing": "symmetric"}],
+    [
+        {"name": "", "shape": (1,), "bound": 1.0},
+        {"name": "x", "shape": (0,), "bound": 1.0},
+        {"name": "x", "shape": (1,), "bound": 0.0},
+        {"name": "x", "shape": (1,), "bound": float("nan")},
+        {"name": "x", "shape": (2, 3), "bound": 1.0, "packing": "symmetric"},
+    ],
 )
 def test_an_impossible_entry_cannot_be_built(entry: dict) -> None:
     with pytest.raises(LocalProtocolError):

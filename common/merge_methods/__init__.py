@@ -15,7 +15,7 @@ from types import ModuleType
 
 from numpy.typing import NDArray
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods import average, fisher, regmean, task_arithmetic
 from common.merge_methods.terms import OwnerTerms, Solution
 from common.models import MergePlan
@@ -30,7 +30,7 @@ METHODS: dict[str, ModuleType] = {
 }
 
 
-def measurements(agreement: Agreement) -> frozenset[str]:
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
     """What an owner must measure for all agreed methods together."""
     return frozenset().union(*(METHODS[method].MEASUREMENTS for method in agreement.methods))
 

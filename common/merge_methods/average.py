@@ -30,7 +30,7 @@ def knobs(agreement: Agreement) -> tuple[None]:
 
 
 def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    return TensorLayout((*weight_entries(), *weighted_delta_entries(plan, plan.changed)))
+    return TensorLayout((*weight_entries(agreement), *weighted_delta_entries(agreement, plan, plan.changed)))
 
 
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:

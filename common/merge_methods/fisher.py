@@ -20,6 +20,7 @@ from common.merge_methods.terms import (
     owner_weight,
     to_array,
     unchanged,
+    weight_bound,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
@@ -37,10 +38,11 @@ def knobs(agreement: Agreement) -> tuple[None]:
 
 
 def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    entries = [*weight_entries(), *weighted_delta_entries(plan, plan.changed)]
-    for name in plan.changed:
-        entries.append(TensorEntry(name=f"fisher/{name}", shape=plan.shapes[name]))
-        entries.append(TensorEntry(name=f"fisher_delta/{name}", shape=plan.shapes[name]))
+    entries = [*weight_entries(agreement), *weighted_delta_entries(agreement, plan, plan.changed)]
+    for name, squared_gradient in zip(plan.changed, agreement.bounds.fisher, strict=True):
+        bound, shape = weight_bound(agreement) * squared_gradient, plan.shapes[name]
+        entries.append(TensorEntry(name=f"fisher/{name}", shape=shape, bound=bound))
+        entries.append(TensorEntry(name=f"fisher_delta/{name}", shape=shape, bound=bound * agreement.bounds.delta))
     return TensorLayout(tuple(entries))
 
 

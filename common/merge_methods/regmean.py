@@ -37,6 +37,7 @@ from common.merge_methods.terms import (
     mean_delta,
     to_array,
     unchanged,
+    weight_bound,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
@@ -47,6 +48,7 @@ from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
 MEASUREMENTS = frozenset({"grams"})
+MAX_ROWS_PER_EXAMPLE = 100_000  # tokens of the longest text that an agreement allows
 
 
 def knobs(agreement: Agreement) -> tuple[float, ...]:
@@ -58,15 +60,20 @@ def is_sweep(agreement: Agreement) -> bool:
 
 
 def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    entries = weight_entries()
-    for shared in plan.inputs:
-        entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,)))
-        entries.append(TensorEntry(name=f"gram/{shared.name}", shape=(shared.d_in, shared.d_in), packing="symmetric"))
+    entries = weight_entries(agreement)
+    for shared, one_example in zip(plan.inputs, agreement.bounds.grams, strict=True):
+        # Of the products too: fine-tuning changes what a layer puts out by less than the largest that goes in.
+        bound = weight_bound(agreement) * one_example
+        square = (shared.d_in, shared.d_in)
+        most_rows = agreement.bounds.examples * MAX_ROWS_PER_EXAMPLE
+        entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,), bound=most_rows))
+        entries.append(TensorEntry(name=f"gram/{shared.name}", shape=square, bound=bound, packing="symmetric"))
         for layer in shared.layers:
-            entries.append(TensorEntry(name=f"gram_delta/{layer.weight}", shape=(layer.d_in, layer.d_out)))
+            shape = (layer.d_in, layer.d_out)
+            entries.append(TensorEntry(name=f"gram_delta/{layer.weight}", shape=shape, bound=bound))
             if is_sweep(agreement):
-                entries.append(TensorEntry(name=f"diagonal_delta/{layer.weight}", shape=(layer.d_in, layer.d_out)))
-    return TensorLayout((*entries, *weighted_delta_entries(plan, plan.averaged)))
+                entries.append(TensorEntry(name=f"diagonal_delta/{layer.weight}", shape=shape, bound=bound))
+    return TensorLayout((*entries, *weighted_delta_entries(agreement, plan, plan.averaged)))
 
 
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
@@ -127,7 +134,8 @@ def _solve_input(
         if is_sweep(agreement):
             product = alpha * product + (1 - alpha) * torch.from_numpy(total[f"diagonal_delta/{layer.weight}"])
         products.append(product)
-    solution, status, unseen = solve_symmetric(gram, torch.cat(products, dim=1))  # (d_in, sum of d_out)
+    error = shared.d_in * total.rounding_error(f"gram/{shared.name}")  # of the matrix, in the spectral norm
+    solution, status, unseen = solve_symmetric(gram, torch.cat(products, dim=1), error)  # (d_in, sum of d_out)
     condition, effective_rank = spectrum(gram)
     note = LayerNote(
         name=shared.name,
@@ -146,12 +154,12 @@ def _solve_input(
     return merged, note
 
 
-def solve_symmetric(matrix: Tensor, right: Tensor) -> tuple[Tensor, str, int]:
+def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[Tensor, str, int]:
     """Solve matrix @ x = right, float64, and say how it went: (x, status, directions left out).
 
     One Cholesky factorisation where the matrix is numerically positive definite. Otherwise the minimum norm solution
     over the directions whose eigenvalue is clearly positive: exact for a singular sum of Grams, whose products lie in
-    those directions, and harmless for anything else.
+    those directions, and harmless for anything else. `error`: how far the matrix may be from the true one (2-norm).
     """
     dimension = len(matrix)
     tolerance = dimension * torch.finfo(matrix.dtype).eps
@@ -160,12 +168,12 @@ def solve_symmetric(matrix: Tensor, right: Tensor) -> tuple[Tensor, str, int]:
         return torch.zeros_like(right), "empty", dimension
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # L_jj^2 is what of direction j the directions before it leave unexplained.
-    if not failed and (factor.diagonal() ** 2 > tolerance * diagonal).all():
+    if not failed and (factor.diagonal() ** 2 > tolerance * diagonal + error).all():
         return torch.cholesky_solve(right, factor), "solved", 0
     values, vectors = torch.linalg.eigh(matrix)
-    largest = values.abs().max()
-    kept = values > 10 * tolerance * largest
-    indefinite = bool((values < -10 * tolerance * largest).any())
+    noise = 10 * tolerance * values.abs().max() + error
+    kept = values > noise
+    indefinite = bool((values < -noise).any())
     basis = vectors[:, kept]
     solution = basis @ ((basis.T @ right) / values[kept, None])
     return solution, "indefinite" if indefinite else "singular", int((~kept).sum())

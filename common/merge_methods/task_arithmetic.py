@@ -22,7 +22,9 @@ def knobs(agreement: Agreement) -> tuple[float, ...]:
 
 
 def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    return TensorLayout(tuple(TensorEntry(name=f"delta/{name}", shape=plan.shapes[name]) for name in plan.changed))
+    bound = agreement.bounds.delta
+    entries = (TensorEntry(name=f"delta/{name}", shape=plan.shapes[name], bound=bound) for name in plan.changed)
+    return TensorLayout(tuple(entries))
 
 
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:

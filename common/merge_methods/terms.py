@@ -67,8 +67,16 @@ def owner_weight(agreement: Agreement, owner: OwnerTerms) -> float:
     return float(owner.examples) if agreement.weighting == "rows" else 1.0
 
 
-def weight_entries() -> list[TensorEntry]:
-    return [TensorEntry(name="weight", shape=(1,)), TensorEntry(name="examples", shape=(1,))]
+def weight_bound(agreement: Agreement) -> float:
+    """The most that `owner_weight` can be."""
+    return float(agreement.bounds.examples) if agreement.weighting == "rows" else 1.0
+
+
+def weight_entries(agreement: Agreement) -> list[TensorEntry]:
+    return [
+        TensorEntry(name="weight", shape=(1,), bound=weight_bound(agreement)),
+        TensorEntry(name="examples", shape=(1,), bound=agreement.bounds.examples),
+    ]
 
 
 def weight_tensors(agreement: Agreement, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
@@ -76,8 +84,9 @@ def weight_tensors(agreement: Agreement, owner: OwnerTerms) -> Iterator[tuple[st
     yield "examples", np.array([float(owner.examples)])
 
 
-def weighted_delta_entries(plan: MergePlan, names: Iterable[str]) -> list[TensorEntry]:
-    return [TensorEntry(name=f"weighted_delta/{name}", shape=plan.shapes[name]) for name in names]
+def weighted_delta_entries(agreement: Agreement, plan: MergePlan, names: Iterable[str]) -> list[TensorEntry]:
+    bound = weight_bound(agreement) * agreement.bounds.delta
+    return [TensorEntry(name=f"weighted_delta/{name}", shape=plan.shapes[name], bound=bound) for name in names]
 
 
 def weighted_delta_tensors(

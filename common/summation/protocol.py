@@ -1,38 +1,72 @@
 """What every kind of sum has in common: its terms, its two sides, and the loop that drives them.
 
-Each side is (state, inbound) -> (state, outbound), without sockets, files or clocks. `drive` is the whole flow; the
-coordinator runs it over the network and `run_in_memory` over owners in this process, so that the specification, the
-tests' oracle and the product are the same lines.
+Each side is (state, inbound, randomness) -> (state, outbound), without sockets, files or clocks. `drive` is the whole
+flow; the coordinator runs it over the network and `run_in_memory` over owners in this process, so that the
+specification, the tests' oracle and the product are the same lines.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
+from common.identity import Identity
 from common.messages import Message, OpenSum
+from common.summation import fixed_point
+from common.summation.neighbours import Neighbourhood, neighbourhood, quorum
 from common.tensor_layout import TensorLayout
 
 # (phase, message type) -> next phase. What is not in a side's table is not allowed.
 Transitions = Mapping[tuple[str, type[Message]], str]
 Exchange = Callable[[Mapping[str, Message]], Iterator[tuple[str, Message | None]]]
+RandomBytes = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SumTerms:
-    """What one sum is about. Security rests only on what each party takes from its own copy of the agreement."""
+    """What one sum is about. All but `request` a party takes from its own copy of the agreement."""
 
     request: OpenSum
     layout: TensorLayout
-    participants: tuple[str, ...]
+    roster: Mapping[str, bytes]  # owner -> Ed25519 public key, in the agreement's order
     needed_owners: int
+    colluders: int = 0
 
     def __post_init__(self) -> None:
         if self.request.layout_digest != self.layout.digest():
             raise LocalProtocolError("sum: the request names another layout than the terms")
+
+    @cached_property
+    def session(self) -> bytes:
+        """32 bytes that no other sum has."""
+        return bytes.fromhex(self.request.session)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The roster; an owner's place on it is its number in every record."""
+        return tuple(self.roster)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
+    @property
+    def quorum(self) -> int:
+        return quorum(len(self.roster), self.colluders)
+
+    @property
+    def neighbourhood(self) -> Neighbourhood:
+        return neighbourhood(len(self.roster), self.colluders, len(self.roster) - self.needed_owners)
+
+    def name_of(self, place: int) -> str:
+        """Raises RemoteProtocolError for a place that the roster does not have."""
+        if place >= len(self.names):
+            raise RemoteProtocolError(f"sum: there is no owner {place} on a roster of {len(self.names)}")
+        return self.names[place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +76,40 @@ class Total:
     layout: TensorLayout
     vector: NDArray[np.float64]  # (layout.size,)
     owners: tuple[str, ...]
+    roster_size: int
 
     @property
     def num_owners(self) -> int:
         return len(self.owners)
 
+    def rounding_error(self, name: str) -> float:
+        """How far a number of tensor `name` can be from the sum of the owners' real numbers."""
+        return self.num_owners * 0.5 ** (fixed_point.fraction_bits(self.layout.bound(name), self.roster_size) + 1)
+
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         return self.layout.read(self.vector, name)
+
+    def destroy(self) -> None:
+        """Overwrite the sums: with the single models known, sums of Grams can be taken apart (SECURITY.md)."""
+        self.vector[:] = np.nan
 
 
 class OwnerSide(Protocol):
     """One owner in one sum. Frozen, and small enough to be written down between two messages."""
 
     @classmethod
-    def open(cls, request: OpenSum, owner: str, layout: TensorLayout) -> tuple[Self, Message]:
+    def open(cls, terms: SumTerms, identity: Identity, random_bytes: RandomBytes) -> tuple[Self, Message]:
         """Begin: the first answer."""
 
-    def answer(self, request: Message, vector: NDArray) -> tuple[Self, Message]:
-        """One step. On an error nothing has happened: the old state still stands."""
+    def answer(self, request: Message, encoded: NDArray, random_bytes: RandomBytes) -> tuple[Self, Message]:
+        """One step; `encoded` (layout.size,) uint64 is the owner's vector in fixed point.
+
+        On SessionOver the state must be forgotten; on any other error nothing has happened and it still stands.
+        """
+
+    @property
+    def offers(self) -> bool:
+        """Whether something of the vector has left, so that others could open a sum with it."""
 
     @property
     def is_done(self) -> bool:
@@ -68,13 +118,13 @@ class OwnerSide(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
     @classmethod
-    def from_json(cls, state: dict[str, Any], layout: TensorLayout) -> Self: ...
+    def from_json(cls, state: Mapping[str, Any], terms: SumTerms, identity: Identity) -> Self: ...
 
 
 class CoordinatorSide(Protocol):
     """The coordinator in one sum."""
 
-    def __init__(self, terms: SumTerms) -> None: ...
+    def __init__(self, terms: SumTerms, participants: tuple[str, ...]) -> None: ...
 
     def requests(self) -> Mapping[str, Message]:
         """The next message to each owner that must answer; empty when the total is ready."""
@@ -83,7 +133,7 @@ class CoordinatorSide(Protocol):
         """Take one owner's answer. Raises RemoteProtocolError if it is not the one asked for."""
 
     def lose(self, owner: str) -> None:
-        """The owner did not answer. Raises SessionBroken if this session cannot end without it."""
+        """The owner did not answer, or broke the rules; this sum goes on without it."""
 
     def end_step(self) -> None:
         """Every answer of this step is in, or lost. Raises TooFewOwners."""
@@ -98,13 +148,8 @@ class SumKind:
     coordinator: type[CoordinatorSide]
 
 
-class SessionBroken(LocalProtocolError):  # noqa: N818 - the name is the sentence
-    """This session cannot end, because of one owner; a new session without it can."""
-
-    def __init__(self, owner: str, reason: str = "lost in the middle of its upload") -> None:
-        super().__init__(f"sum: owner {owner}: {reason}")
-        self.owner = owner
-        self.reason = reason
+class SessionOver(RemoteProtocolError):  # noqa: N818 - the name is the sentence
+    """The coordinator broke a rule that privacy rests on: this session's secrets are to be wiped, and it is over."""
 
 
 def next_phase(transitions: Transitions, phase: str, message: Message, sender: str) -> str:
@@ -115,29 +160,30 @@ def next_phase(transitions: Transitions, phase: str, message: Message, sender: s
     return following
 
 
-def check_enough(participants: tuple[str, ...], needed_owners: int, step: str) -> None:
-    """Raise TooFewOwners unless enough take part."""
-    if len(participants) < needed_owners:
+def check_enough(remaining: int, terms: SumTerms, step: str, last_heard: Mapping[str, str]) -> None:
+    """Raise TooFewOwners, saying where the others were heard last, unless enough remain."""
+    if remaining < terms.needed_owners:
+        gone = ", ".join(f"{owner} (last heard: {where})" for owner, where in last_heard.items())
         raise TooFewOwners(
-            f"{len(participants)} owners are left at step {step} ({', '.join(participants) or 'none'}); "
-            f"the agreement needs {needed_owners}. Nothing was opened; bring the others back and run again"
+            f"{remaining} owners are left at step {step}, the agreement needs {terms.needed_owners}; "
+            f"lost: {gone or 'none'}. Nothing was opened; bring them back and run again"
         )
 
 
-def drive(side: CoordinatorSide, exchange: Exchange) -> Total:
-    """Run one sum to its end. `exchange` sends requests and yields each answer as it arrives, None for a lost owner.
-
-    Raises SessionBroken, with the violation as its cause, when an owner breaks the rules.
+def drive(side: CoordinatorSide, exchange: Exchange, exclude: Callable[[str, RemoteProtocolError], None]) -> Total:
+    """Run one sum to its end. `exchange` sends requests and yields each answer as it arrives, None for a lost owner;
+    `exclude` hears of owners that broke the rules and were left out for it.
     """
     while requests := side.requests():
         for owner, reply in exchange(requests):
             if reply is None:
                 side.lose(owner)
-            else:
-                try:
-                    side.receive(owner, reply)
-                except RemoteProtocolError as violation:
-                    raise SessionBroken(owner, str(violation)) from violation
+                continue
+            try:
+                side.receive(owner, reply)
+            except RemoteProtocolError as violation:
+                exclude(owner, violation)
+                side.lose(owner)
         side.end_step()
     return side.total()
 
@@ -145,11 +191,16 @@ def drive(side: CoordinatorSide, exchange: Exchange) -> Total:
 def run_in_memory(
     kind: SumKind,
     terms: SumTerms,
-    vectors: Mapping[str, NDArray],
+    identities: Mapping[str, Identity],
+    vectors: Mapping[str, NDArray[np.float64]],
+    random_bytes: RandomBytes,
     lost_at: Mapping[str, int] | None = None,
 ) -> Total:
     """The whole protocol in one process: every owner of `terms` with its vector; `lost_at` drops owners at a step."""
     owners: dict[str, OwnerSide] = {}
+    encoded = {
+        name: fixed_point.encode(terms.layout, vector.copy(), len(terms.roster)) for name, vector in vectors.items()
+    }
     step = -1
 
     def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:
@@ -159,10 +210,13 @@ def run_in_memory(
             if lost_at is not None and lost_at.get(name, step + 1) <= step:
                 yield name, None
             elif isinstance(request, OpenSum):
-                owners[name], reply = kind.owner.open(request, name, terms.layout)
+                owners[name], reply = kind.owner.open(terms, identities[name], random_bytes)
                 yield name, reply
             else:
-                owners[name], reply = owners[name].answer(request, vectors[name])
+                owners[name], reply = owners[name].answer(request, encoded[name], random_bytes)
                 yield name, reply
 
-    return drive(kind.coordinator(terms), exchange)
+    def exclude(owner: str, violation: RemoteProtocolError) -> None:
+        raise LocalProtocolError(f"sum: honest owner {owner} was found to break the rules") from violation
+
+    return drive(kind.coordinator(terms, terms.names), exchange, exclude)

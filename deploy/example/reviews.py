@@ -64,7 +64,7 @@ compare_with = ["average", "task_arithmetic", "fisher"]
 # "rows": an owner counts by its rows. "owners": every owner counts alike.
 weighting = "rows"
 
-# The run stops if fewer owners than this remain. Left out: all must.
+# The run stops if fewer owners than this remain. Left out: all must. A masked sum needs at least 3.
 # min_owners = 3
 
 [task]
@@ -80,6 +80,13 @@ measured_examples = 1000      # an owner measures at most this many of its train
 
 [task_arithmetic]
 scales = [0.3, 0.5, 1.0]
+
+[summation]
+kind = "masked"               # the coordinator learns totals only; "plain": it sees every owner's vector
+# colluders = 0               # so many owners may conspire with it; left out: as many as min_owners allows
+
+[privacy]
+min_rows_per_dimension = 1.0  # an owner keeps a Gram of fewer rows than this times its dimension
 
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"

@@ -1,0 +1,92 @@
+"""What this owner has given into a sum, once and for all. Kept for good, beyond runs, restarts and aborted sessions.
+
+The same vector, opened with two different groups of owners, gives away a difference: somebody's vector. So a statistic
+is offered to one session only. From the first masked part on, the others may be able to open that session without this
+owner, so it counts as given until enough of them have signed that they never will (`release`).
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from client.private_file import write_whole
+from common.errors import ConsentError, SettingsError
+
+
+class Ledger:
+    """`ledger.json` of an owner's state folder. Every change is on the disk before the method returns."""
+
+    def __init__(self, path: Path, agreement_digest: str) -> None:
+        self._path = path
+        try:
+            self._everything: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+            page = self._everything.get(agreement_digest, {})
+            self._round: int = page.get("round", -1)
+            self._offered: dict[str, str] = dict(page.get("offered", {}))  # statistic -> session
+            self._revealed: set[str] = set(page.get("revealed", ()))
+            self._burned: set[str] = set(page.get("burned", ()))
+        except (ValueError, AttributeError, TypeError):
+            raise SettingsError(
+                f"{path}: is damaged, so what was given before is not known; make a new agreement and state folder"
+            ) from None
+        self._agreement_digest = agreement_digest
+
+    @property
+    def earlier_contributions(self) -> int:
+        """Under how many other agreements this owner has offered something."""
+        return sum(bool(page.get("offered")) for key, page in self._everything.items() if key != self._agreement_digest)
+
+    @property
+    def pending(self) -> str:
+        """A session that something was offered to and that this owner never helped to open; empty if there is none."""
+        return next((session for session in self._offered.values() if session not in self._revealed), "")
+
+    def begin(self, round_number: int, session: str, statistics: Iterable[str]) -> None:
+        """A sum is asked for. Raises ConsentError unless it is a new one, about what was never offered."""
+        if round_number <= self._round:
+            raise ConsentError(f"the coordinator opened round {round_number}, the last one here was {self._round}")
+        if session in self._burned:
+            raise ConsentError("the coordinator opened a session that this owner has declared over")
+        given = [statistic for statistic in statistics if statistic in self._offered]
+        if given:
+            raise ConsentError(
+                f"{given[0]} was given into a sum under this agreement before, and the same again, summed with others, "
+                "would show somebody's part; a new run needs a new agreement"
+            )
+        self._round = round_number
+        self._write()
+
+    def offer(self, statistics: Iterable[str], session: str) -> None:
+        """Something of these statistics is about to leave, in `session`."""
+        new = {statistic: session for statistic in statistics if self._offered.get(statistic) != session}
+        if new:
+            self._offered |= new
+            self._write()
+
+    def reveal(self, session: str) -> None:
+        """This owner is about to help open `session`."""
+        self._revealed.add(session)
+        self._write()
+
+    def burn(self, session: str) -> None:
+        """This owner will never help to open `session`. Raises ConsentError if it has."""
+        if session in self._revealed:
+            raise ConsentError("the coordinator asked to declare a session over that this owner has helped to open")
+        self._burned.add(session)
+        self._write()
+
+    def release(self, session: str) -> None:
+        """Nobody can open `session` any more: what was offered to it may be offered again."""
+        self._offered = {statistic: where for statistic, where in self._offered.items() if where != session}
+        self._write()
+
+    def _write(self) -> None:
+        page: Mapping[str, Any] = {
+            "round": self._round,
+            "offered": self._offered,
+            "revealed": sorted(self._revealed),
+            "burned": sorted(self._burned),
+        }
+        self._everything[self._agreement_digest] = page
+        write_whole(self._path, json.dumps(self._everything).encode())

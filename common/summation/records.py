@@ -1,0 +1,99 @@
+"""Lists of small fixed-size records in bytes: one owner's line in a key book, a survivor list and so on.
+
+Canonical: every list stands in strictly ascending order of its first field, the owner's place on the roster. So two
+lists are equal exactly when their bytes are, and no owner stands in one twice.
+"""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from struct import Struct
+from typing import ClassVar, Self
+
+from common.errors import RemoteProtocolError
+
+MAX_OWNERS = 65_535  # an owner's place is two bytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of the records below; `FORMAT` is the `struct` format of their fields."""
+
+    FORMAT: ClassVar[Struct]
+
+    owner: int
+
+    @classmethod
+    def pack_all(cls, records: Iterable[Self]) -> bytes:
+        return b"".join(cls.FORMAT.pack(*astuple(record)) for record in sorted(records, key=lambda each: each.owner))
+
+    @classmethod
+    def unpack_all(cls, data: bytes) -> list[Self]:
+        """Exactly whole records, ascending. Raises RemoteProtocolError."""
+        if len(data) % cls.FORMAT.size:
+            raise RemoteProtocolError(
+                f"{cls.__name__}: {len(data)} bytes are no whole number of {cls.FORMAT.size}-byte records"
+            )
+        records = [cls(*values) for values in cls.FORMAT.iter_unpack(data)]
+        if any(later.owner <= earlier.owner for earlier, later in pairwise(records)):
+            raise RemoteProtocolError(f"{cls.__name__}: the owners do not stand once each in ascending order")
+        return records
+
+
+@dataclass(frozen=True)
+class KeyEntry(Record):
+    """An owner's line in the key book: its two public keys, and its signature over them."""
+
+    FORMAT = Struct(">H32s32s64s")
+
+    channel_key: bytes
+    mask_key: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class SealedShare(Record):
+    """For one recipient: its shares of the sender's two seeds, sealed. `owner` is the recipient."""
+
+    FORMAT = Struct(">H84s")
+
+    sealed: bytes
+
+
+@dataclass(frozen=True)
+class ShareDelivery(Record):
+    """From one sender (`owner`) to one recipient: its sealed share, the sender's commitment and signature."""
+
+    FORMAT = Struct(">H32s84s64s")
+
+    commitment: bytes
+    sealed: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class Survivor(Record):
+    """An owner whose whole upload arrived, and the digest of that upload."""
+
+    FORMAT = Struct(">H32s")
+
+    upload: bytes
+
+
+@dataclass(frozen=True)
+class Signed(Record):
+    """An owner's signature; what it signs, the message says that carries the list."""
+
+    FORMAT = Struct(">H64s")
+
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class RevealedShare(Record):
+    """One share of one owner's secret: `kind` is b"s" for its self-mask seed, b"m" for its mask-key seed."""
+
+    FORMAT = Struct(">Hc33s")
+
+    kind: bytes
+    share: bytes

@@ -1,0 +1,40 @@
+"""After a crash: certify that a session can never be opened, so that what was offered to it may be offered again.
+
+An owner that burns a session signs that it never revealed, and never will reveal, a share in it. Of b signatures up to
+c may be lies; with b > N - t + c, fewer than t owners are left who could reveal, and t shares are needed.
+"""
+
+from collections.abc import Mapping
+
+from common.errors import ConsentError, RemoteProtocolError
+from common.identity import Identity, verify
+from common.labels import Label
+from common.summation.neighbours import MAX_COMPLETE, quorum
+from common.summation.records import Signed
+
+
+def burn_quorum(num_owners: int, colluders: int) -> int:
+    """How many owners must have burned a session. At most the quorum t, so those who can sum can also recover."""
+    return num_owners - quorum(num_owners, colluders) + colluders + 1
+
+
+def sign_burned(identity: Identity, session: str) -> bytes:
+    return identity.sign(Label.SIGN_BURNED, bytes.fromhex(session), b"")
+
+
+def check_burned(roster: Mapping[str, bytes], colluders: int, session: str, signatures: bytes) -> None:
+    """Raise RemoteProtocolError unless `signatures` prove that nobody can open `session`."""
+    names = tuple(roster)
+    if len(names) > MAX_COMPLETE:
+        raise ConsentError(
+            f"above {MAX_COMPLETE} owners a session cannot be certified as over; a new run needs a new agreement"
+        )
+    signed = Signed.unpack_all(signatures)
+    for each in signed:
+        if each.owner >= len(names):
+            raise RemoteProtocolError(f"certificate: there is no owner {each.owner} on a roster of {len(names)}")
+        name = names[each.owner]
+        verify(roster[name], Label.SIGN_BURNED, bytes.fromhex(session), name, b"", each.signature)
+    needed = burn_quorum(len(names), colluders)
+    if len(signed) < needed:
+        raise RemoteProtocolError(f"certificate: {len(signed)} owners burned the session, {needed} must have")

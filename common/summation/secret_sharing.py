@@ -1,0 +1,69 @@
+"""Shamir's secret sharing (Communications of the ACM, 1979) of 32-byte seeds over a prime field.
+
+Any `threshold` shares give the seed back, fewer say nothing about it. The field is that of the smallest prime above
+2^256, so that every 32-byte seed is one element. The dealer's randomness is an argument, so that known answers need no
+mock; the coefficients at zero depend on who answered, not on the secret, so one set serves every secret of a group.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from common.errors import LocalProtocolError, RemoteProtocolError
+
+PRIME = 2**256 + 297
+SECRET_BYTES = 32
+SHARE_BYTES = 33
+
+RandomBytes = Callable[[int], bytes]
+
+
+def split(secret: bytes, threshold: int, points: Sequence[int], random_bytes: RandomBytes) -> dict[int, bytes]:
+    """The share of `secret` at each of `points` (distinct, from 1): a polynomial of degree threshold - 1."""
+    if len(secret) != SECRET_BYTES:
+        raise LocalProtocolError(f"secret sharing: the secret has {len(secret)} bytes, {SECRET_BYTES} are needed")
+    if not 1 <= threshold <= len(points) or len(set(points)) != len(points) or min(points) < 1:
+        raise LocalProtocolError(f"secret sharing: threshold {threshold} does not fit {len(points)} points from 1")
+    # 16 bytes more than the field has: the remainder is uniform to within 2^-128.
+    coefficients = [int.from_bytes(random_bytes(SECRET_BYTES + 16)) % PRIME for _ in range(threshold - 1)]
+    return {
+        point: evaluate([int.from_bytes(secret), *coefficients], point, PRIME).to_bytes(SHARE_BYTES) for point in points
+    }
+
+
+def evaluate(coefficients: Sequence[int], point: int, prime: int) -> int:
+    """The polynomial with these coefficients (constant first) at `point`, modulo `prime` (Horner's rule)."""
+    value = 0
+    for coefficient in reversed(coefficients):
+        value = (value * point + coefficient) % prime
+    return value
+
+
+def coefficients_at_zero(points: Sequence[int], prime: int = PRIME) -> dict[int, int]:
+    """Lagrange's: f(0) = sum over points of coefficient * f(point), for any f of degree below len(points)."""
+    result = {}
+    for point in points:
+        numerator = denominator = 1
+        for other in points:
+            if other != point:
+                numerator = numerator * other % prime
+                denominator = denominator * (other - point) % prime
+        result[point] = numerator * pow(denominator, -1, prime) % prime
+    return result
+
+
+def reconstruct(shares: Mapping[int, bytes], coefficients: Mapping[int, int]) -> bytes:
+    """The secret, from the shares at exactly the points of `coefficients`.
+
+    Wrong shares give a wrong secret, or RemoteProtocolError: what comes out must be checked against a commitment.
+    """
+    value = sum(coefficients[point] * read_share(shares[point]) for point in coefficients) % PRIME
+    if value >= 2 ** (8 * SECRET_BYTES):
+        raise RemoteProtocolError("the shares of a secret do not fit together")
+    return value.to_bytes(SECRET_BYTES)
+
+
+def read_share(share: bytes) -> int:
+    """A share as a field element. Raises RemoteProtocolError unless it is exactly one."""
+    value = int.from_bytes(share)
+    if len(share) != SHARE_BYTES or value >= PRIME:
+        raise RemoteProtocolError("a share is no element of the field")
+    return value

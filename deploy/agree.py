@@ -1,0 +1,68 @@
+"""What an owner consents to, in plain words, for whoever says yes or no: what leaves, who sees it, what it reveals."""
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from client.owner import Owner
+from common.identity import fingerprint
+from common.merge_methods import candidates, contribution_layout
+from common.metrics import metrics_layout
+from common.models import delta_layout, merge_plan
+from common.summation.accumulator import BYTES_PER_NUMBER
+
+MEANINGS = {
+    "gram": "Gram matrices: sums over your rows of products of a layer's inputs",
+    "gram_delta": "Gram matrices times your weight changes",
+    "diagonal_delta": "diagonals of Gram matrices times your weight changes",
+    "weighted_delta": "your weight changes times your number of rows",
+    "delta": "your weight changes",
+    "fisher": "squared gradients, summed over your rows (Fisher information)",
+    "fisher_delta": "squared gradients times your weight changes",
+    "rows": "the number of rows behind each Gram matrix",
+    "weight": "your weight in the mean",
+    "examples": "your number of training rows",
+}
+
+
+def consent_text(owner: Owner) -> str:
+    """All that there is to know before saying yes. Raises the AmalgramError that a run would meet as things are."""
+    owner.check()
+    agreement = owner.agreement
+    plan = merge_plan(owner.load_base(), agreement.tensors)
+    layout = contribution_layout(agreement, plan)
+    numbers: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
+    for entry in layout.entries:
+        kind = entry.name.split("/")[0]
+        numbers[kind] += entry.size
+        tensors[kind] += 1
+    names = [model for method in agreement.methods for model in candidates(agreement, method)]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("consent.txt.jinja").render(
+        agreement=agreement,
+        owner=owner.name,
+        fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
+        numbers=layout.size,
+        vector_bytes=_bytes(layout.size * BYTES_PER_NUMBER),
+        kinds=[
+            {"numbers": numbers[kind], "tensors": tensors[kind], "meaning": MEANINGS[kind]} for kind in sorted(numbers)
+        ],
+        candidates=len(names),
+        figures_bytes=_bytes(metrics_layout(agreement, ["base", "own_at_home", *names]).size * BYTES_PER_NUMBER),
+        model_bytes=_bytes(delta_layout(plan).size * 4),
+        earlier=owner.state.ledger(agreement.digest()).earlier_contributions,
+    )
+
+
+def give_consent(owner: Owner) -> None:
+    """Write down that this owner agreed to its agreement's digest."""
+    owner.state.write_consent(owner.agreement.digest(), datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
