@@ -27,7 +27,7 @@ refusing to go on; anything if more than c owners collude with the coordinator. 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import combinations, islice
 from typing import Any
 
@@ -452,6 +452,16 @@ def _two_shares(both: bytes) -> tuple[bytes, bytes]:
 # --- the coordinator ---
 
 
+@dataclass(frozen=True)
+class Sealed:
+    """What one owner sent to its neighbours."""
+
+    commitment: bytes
+    shares: Mapping[int, bytes]
+    manifest: bytes
+    signature: bytes
+
+
 class MaskedCoordinator:
     """The coordinator in one masked sum. It checks what owners send, so that none can spoil the others' sum."""
 
@@ -464,7 +474,7 @@ class MaskedCoordinator:
         self._last_heard: dict[str, str] = {}
         self._entries: dict[int, KeyEntry] = {}
         self._book = Book(terms, b"")
-        self._sealed: dict[int, SharesSealed] = {}
+        self._sealed: dict[int, Sealed] = {}
         self._accumulator = Accumulator(terms.layout)
         self._first_upload = True
         self._part_digests: dict[int, dict[int, bytes]] = {}
@@ -500,11 +510,10 @@ class MaskedCoordinator:
         deliveries, manifests = [], []
         for sender in self._book.neighbours[recipient]:
             if sender in self._sealed:
-                message = self._sealed[sender]
-                shares = SealedShare.unpack_all(message.shares)
-                mine = next(share.sealed for share in shares if share.owner == recipient)
-                deliveries.append(ShareDelivery(sender, message.commitment, mine, message.signature))
-                manifests.append(_manifest(shares))
+                sealed = self._sealed[sender]
+                share = sealed.shares[recipient]
+                deliveries.append(ShareDelivery(sender, sealed.commitment, share, sealed.signature))
+                manifests.append(sealed.manifest)
         return KeyShares(
             session=self._terms.request.session,
             deliveries=ShareDelivery.pack_all(deliveries),
@@ -579,9 +588,11 @@ class MaskedCoordinator:
         shares = SealedShare.unpack_all(reply.shares)
         recipients = tuple(share.owner for share in shares)
         _require(recipients == self._book.neighbours[place], "key shares: not one for each neighbour")
-        body = _shares_body(self._book, reply.commitment, _manifest(shares))
+        manifest = b"".join(hashlib.sha256(share.sealed).digest() for share in shares)
+        body = _shares_body(self._book, reply.commitment, manifest)
         _verify(self._terms, place, Label.SIGN_SHARES, body, reply.signature)
-        self._sealed[place] = reply
+        by_recipient = {share.owner: share.sealed for share in shares}
+        self._sealed[place] = Sealed(reply.commitment, by_recipient, manifest, reply.signature)
 
     def _fold(self, place: int, reply: MaskedPart) -> None:
         digest = hashlib.sha256(np.ascontiguousarray(reply.payload).data).digest()
@@ -656,11 +667,7 @@ class MaskedCoordinator:
         raise RemoteProtocolError(f"reveal: the shares of {name}'s secret do not fit what it committed to")
 
 
-def _manifest(shares: Sequence[SealedShare]) -> bytes:
-    return b"".join(hashlib.sha256(share.sealed).digest() for share in shares)
-
-
-@cache
+@lru_cache(maxsize=1000)
 def _coefficients(points: tuple[int, ...]) -> dict[int, int]:
     """One set for all the secrets that the same owners reveal."""
     return secret_sharing.coefficients_at_zero(points)

@@ -24,7 +24,13 @@ def test_example_is_written_runs_and_is_reported(tmp_path: Path) -> None:
     assert "wrote an example of three owners to reviews" in written.stderr
     ran = amalgram("simulate", "reviews", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    for shown in ("Reviews of three shops", "RegMean", "multi-task *", "masked sum: the coordinator saw totals", "reviews/output/model"):
+    for shown in (
+        "Reviews of three shops",
+        "RegMean",
+        "multi-task *",
+        "masked sum: the coordinator saw totals",
+        "reviews/output/model",
+    ):
         assert shown in ran.stdout
     assert "sum of contribution" in ran.stderr
     (tmp_path / "reviews" / "output" / "report.html").unlink()
