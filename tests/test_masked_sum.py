@@ -1,4 +1,4 @@
-"""The masked sum: the same integers as the plain one, over whoever survives every dropout; what an upload looks like."""
+"""The masked sum: the same integers as the plain one, over whoever survives; every dropout; how an upload looks."""
 
 from itertools import combinations, product
 from secrets import token_bytes

@@ -119,7 +119,10 @@ class Book:
         return neighbours(self.digest, list(self.entries), self.terms.neighbourhood.degree)
 
     def check(self) -> None:
-        """Signatures under the pinned keys, no key twice, no weak key. Raises RemoteProtocolError."""
+        """Signatures under the pinned keys, and no key twice. Raises RemoteProtocolError.
+
+        A weak key shows as soon as it is used, in `seal_key` or `pair_masks`.
+        """
         keys = [key for entry in self.entries.values() for key in (entry.channel_key, entry.mask_key)]
         if len(set(keys)) != len(keys):
             raise RemoteProtocolError("key book: a key stands in it twice")
@@ -154,10 +157,8 @@ class Book:
 
 
 def check_entry(terms: SumTerms, entry: KeyEntry) -> None:
-    """One owner's line of the key book: signed under its pinned key, for this session, over two usable keys."""
+    """One owner's line of the key book: signed under its pinned key, for this session."""
     _verify(terms, entry.owner, Label.SIGN_KEYS, entry.channel_key + entry.mask_key, entry.signature)
-    for key in (entry.channel_key, entry.mask_key):
-        key_agreement.check_public_key(key)
 
 
 def upload_digest(terms: SumTerms, part_digests: Sequence[bytes]) -> bytes:
@@ -530,6 +531,8 @@ class MaskedCoordinator:
         if isinstance(reply, KeysAdvertised):
             entry = KeyEntry(place, reply.channel_key, reply.mask_key, reply.signature)
             check_entry(self._terms, entry)
+            for key in (entry.channel_key, entry.mask_key):
+                key_agreement.check_public_key(key)
             self._entries[place] = entry
         elif isinstance(reply, SharesSealed):
             self._take_shares(place, reply)

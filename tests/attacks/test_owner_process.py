@@ -1,0 +1,467 @@
+"""Attacks 8 to 11, 16, 17, 28, 29 and 33: the owner's own process, with its files, ledger and agreement on disk."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.owner import Owner
+from client.state import OwnerState
+from common.errors import AmalgramError, ConsentError, ModelError, RemoteProtocolError, SettingsError
+from common.labels import Label
+from common.merge_methods import contribution_layout
+from common.messages import (
+    PROTOCOL_VERSION,
+    Acknowledgements,
+    BurnCertificate,
+    BurnSession,
+    CandidatePart,
+    CertificateKept,
+    KeyShares,
+    Message,
+    OpenSum,
+    Present,
+    Receipts,
+    ReceiptsKept,
+    Result,
+    ResultReceived,
+    RollCall,
+    SessionBurned,
+    SurvivorList,
+    SurvivorsSigned,
+)
+from common.metrics import metrics_layout
+from common.models import delta_layout, digest_of
+from common.result import candidates_digest, result_body
+from common.summation.masked import MaskedCoordinator
+from common.summation.protocol import SumTerms
+from common.summation.records import Signed
+from common.summation.recovery import burn_quorum, sign_burned
+from deploy.simulate import write_settings
+from tests.parties import Parties
+
+RUN, OTHER = "ab" * 32, "cd" * 32
+
+
+class Process:
+    """Three owners, each a new process per message, and a coordinator that plays by the book until asked not to."""
+
+    def __init__(self, parties: Parties) -> None:
+        self.parties = parties
+        self.layout = contribution_layout(parties.agreement, parties.plan)
+        self.side: MaskedCoordinator
+        self.roll_call()
+
+    def send(self, owner: str, message: Message) -> Message:
+        return Owner(self.parties.files[owner]).answer(message)
+
+    def roll_call(self, run: str = RUN) -> dict[str, Present]:
+        digest = self.parties.agreement.digest()
+        request = RollCall(version=PROTOCOL_VERSION, run=run, agreement_digest=digest)
+        return {owner: self.send(owner, request) for owner in self.parties.files}  # type: ignore[misc]
+
+    def open_sum(self, round_number: int, *, statistic: str = "contribution", models: str = "") -> OpenSum:
+        agreement = self.parties.agreement
+        layout = self.layout if not models else metrics_layout(agreement, models.split(","))
+        return OpenSum(
+            run=RUN,
+            agreement_digest=agreement.digest(),
+            round=round_number,
+            nonce=OTHER,
+            statistic=statistic,
+            models=models,
+            layout_digest=layout.digest(),
+        )
+
+    def begin(self, request: OpenSum) -> None:
+        agreement = self.parties.agreement
+        layout = self.layout if not request.models else metrics_layout(agreement, request.models.split(","))
+        self.terms = SumTerms(
+            request=request, layout=layout, roster=agreement.roster, needed_owners=agreement.needed_owners
+        )
+        self.side = MaskedCoordinator(self.terms, self.terms.names)
+
+    def until(self, kind: type[Message] | None) -> Mapping[str, Message]:
+        while requests := self.side.requests():
+            if kind is not None and isinstance(next(iter(requests.values())), kind):
+                break
+            for owner, request in requests.items():
+                self.side.receive(owner, self.send(owner, request))
+            self.side.end_step()
+        return requests
+
+    def sum(self, request: OpenSum) -> None:
+        self.begin(request)
+        self.until(None)
+
+
+@pytest.fixture
+def process(parties: Parties) -> Process:
+    return Process(parties)
+
+
+# --- rounds and agreements ---
+
+
+@pytest.mark.parametrize("later", [5, 4, 0])
+def test_8_9_a_reused_nonce_or_an_old_round(process: Process, later: int) -> None:
+    process.send("hotel", process.open_sum(5))
+    with pytest.raises(ConsentError, match=f"opened round {later}, the last one here was 5"):
+        process.send("hotel", process.open_sum(later))
+
+
+def test_9_an_old_round_after_the_owner_s_run_was_reset(process: Process) -> None:
+    process.send("hotel", process.open_sum(5))
+    process.roll_call(OTHER)
+    with pytest.raises(ConsentError, match="the last one here was 5"):
+        process.send("hotel", replace(process.open_sum(5), run=OTHER))
+
+
+CHANGES = {
+    "title": "Another",
+    "min_owners": 2,
+    "weighting": "owners",
+    "method": "average",
+    "base_digest": "0" * 64,
+    "seed": 9,
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_10_any_field_of_the_agreement_differs(process: Process, field: str) -> None:
+    """The coordinator's agreement is another: its digest is, and so nothing is answered."""
+    other = process.parties.agreement.model_copy(update={field: CHANGES[field], "compare_with": ()})
+    for message in (
+        RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=other.digest()),
+        replace(process.open_sum(1), agreement_digest=other.digest()),
+    ):
+        with pytest.raises(ConsentError, match="the coordinator's agreement is"):
+            process.send("hotel", message)
+
+
+def test_10_an_owner_s_file_that_was_changed_after_consent(process: Process) -> None:
+    changed = process.parties.agreement.model_copy(update={"title": "Another"})
+    write_settings(process.parties.folder / "agreement.toml", changed)
+    with pytest.raises(ConsentError, match="nobody has consented"):
+        process.send("hotel", RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=changed.digest()))
+
+
+def test_10_another_base_model_at_one_owner(process: Process, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(process.parties.base, other)
+    model = Owner(process.parties.files["hotel"]).load_base()
+    next(model.parameters()).data[0] += 1
+    model.save_pretrained(other)
+    path = process.parties.files["hotel"]
+    path.write_text(path.read_text().replace(str(process.parties.base), str(other)))
+    with pytest.raises(ModelError, match="this is another base model"):
+        process.roll_call()
+
+
+@pytest.mark.parametrize("quorum", [1, 3])
+def test_11_an_agreement_with_another_threshold_cannot_be_loaded(process: Process, quorum: int) -> None:
+    path = process.parties.folder / "agreement.toml"
+    path.write_text(path.read_text().replace("quorum = 2", f"quorum = {quorum}"))
+    with pytest.raises(SettingsError, match=f"summation.quorum = {quorum}"):
+        process.send("hotel", process.open_sum(1))
+
+
+def test_10_two_owners_asked_for_two_statistics_under_one_nonce_are_in_two_sessions(process: Process) -> None:
+    """The session is the hash of everything in the request, so nothing of one fits the other."""
+    one = process.open_sum(1)
+    sessions = {
+        one.session,
+        replace(one, statistic="test", models="base").session,
+        replace(one, models="base").session,
+        replace(one, run=OTHER).session,
+        replace(one, layout_digest=OTHER).session,
+        replace(one, round=2).session,
+        replace(one, nonce=RUN).session,
+    }
+    assert len(sessions) == 7
+
+
+# --- the latch ---
+
+
+def test_17_a_second_survivor_list_after_the_owner_s_process_restarts(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    requests = process.until(SurvivorList)
+    request = requests["hotel"]
+    assert isinstance(request, SurvivorList)
+    assert isinstance(process.send("hotel", request), SurvivorsSigned)
+    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase signed"):
+        process.send("hotel", request)
+
+
+def test_17_a_second_reveal_after_the_owner_s_process_restarts(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    request = process.until(Acknowledgements)["hotel"]
+    process.send("hotel", request)
+    with pytest.raises(RemoteProtocolError, match=r"or twice|in phase revealed"):
+        process.send("hotel", request)
+
+
+def test_17_the_latch_is_on_the_disk_before_the_signature_leaves(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine dies between writing and answering: the signature is lost, and no second one is ever given."""
+    process.begin(process.open_sum(1))
+    request = process.until(SurvivorList)["hotel"]
+    write = OwnerState.write_json
+
+    def write_and_die(self: OwnerState, name: str, value: object) -> None:
+        write(self, name, value)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnerState, "write_json", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            process.send("hotel", request)
+    with pytest.raises(RemoteProtocolError, match="in phase signed"):
+        process.send("hotel", request)
+
+
+def test_17_two_processes_at_once_sign_one_list_only(process: Process) -> None:
+    """Two survivor lists that arrive in the same moment, each read by a process of its own."""
+    process.begin(process.open_sum(1))
+    request = process.until(SurvivorList)["hotel"]
+    assert isinstance(request, SurvivorList)
+
+    def ask(_: int) -> Message | AmalgramError:
+        try:
+            return process.send("hotel", request)
+        except AmalgramError as refusal:
+            return refusal
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert sum(isinstance(answer, SurvivorsSigned) for answer in answers) == 1
+
+
+def test_a_session_whose_rules_were_broken_is_over_for_good(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    requests = process.until(KeyShares)
+    request = requests["hotel"]
+    assert isinstance(request, KeyShares)
+    with pytest.raises(RemoteProtocolError, match="its secrets are wiped"):
+        process.send("hotel", replace(request, manifests=b""))
+    run = process.parties.folder / "state" / "hotel" / "run"
+    assert not (run / "sum.json").exists()
+    assert not (run / "vector.bin").exists()
+    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+        process.send("hotel", request)
+
+
+# --- the ledger ---
+
+
+def test_28_the_same_statistic_twice(process: Process) -> None:
+    process.sum(process.open_sum(1))
+    with pytest.raises(ConsentError, match="contribution was given into a sum under this agreement before"):
+        process.send("hotel", process.open_sum(2))
+    process.roll_call(OTHER)
+    with pytest.raises(ConsentError, match="contribution was given into a sum under this agreement before"):
+        process.send("hotel", replace(process.open_sum(3), run=OTHER))
+
+
+def test_29_all_owners_and_then_all_but_one(process: Process) -> None:
+    """The others could open a session in which an owner's upload arrived, even if it never signed or revealed."""
+    process.begin(process.open_sum(1))
+    process.until(SurvivorList)
+    for owner in process.parties.files:
+        with pytest.raises(ConsentError, match="was given into a sum"):
+            process.send(owner, process.open_sum(2))
+
+
+def test_29_figures_of_one_model_asked_for_in_two_groupings(process: Process) -> None:
+    process.sum(process.open_sum(1, statistic="test", models="base"))
+    for models in ("base", "base,own_at_home", "own_at_home,base"):
+        with pytest.raises(ConsentError, match="test/base was given into a sum"):
+            process.send("hotel", process.open_sum(2, statistic="test", models=models))
+    process.send("hotel", process.open_sum(3, statistic="test", models="own_at_home"))
+
+
+def test_an_offer_is_in_the_ledger_before_the_first_part_leaves(process: Process) -> None:
+    ledger = process.parties.folder / "state" / "hotel" / "ledger.json"
+    process.begin(process.open_sum(1))
+    process.until(KeyShares)
+    assert "contribution" not in ledger.read_text()
+    process.send("hotel", process.side.requests()["hotel"])
+    assert json.loads(ledger.read_text())[process.parties.agreement.digest()]["offered"] == {
+        "contribution": process.terms.request.session
+    }
+
+
+def test_nothing_is_offered_where_nothing_left(process: Process) -> None:
+    """A session that fails before any upload may be tried again: nobody is locked out by a dropout."""
+    process.begin(process.open_sum(1))
+    process.until(KeyShares)
+    process.sum(process.open_sum(2))
+
+
+def test_a_damaged_ledger_stops_the_owner(process: Process) -> None:
+    (process.parties.folder / "state" / "hotel" / "ledger.json").write_text("{")
+    with pytest.raises(SettingsError, match="is damaged"):
+        process.send("hotel", process.open_sum(1))
+
+
+# --- after a crash ---
+
+
+def interrupted(process: Process) -> str:
+    """A run that ended after everybody's upload; the session that it leaves behind."""
+    process.begin(process.open_sum(1))
+    process.until(SurvivorList)
+    return process.terms.request.session
+
+
+def certificate(process: Process, session: str, owners: list[str]) -> BurnCertificate:
+    places = {name: place for place, name in enumerate(process.parties.agreement.owner_names)}
+    signed = [Signed(places[name], sign_burned(process.parties.identities[name], session)) for name in owners]
+    return BurnCertificate(run=RUN, session=session, signatures=Signed.pack_all(signed))
+
+
+def test_an_interrupted_sum_is_offered_again_once_a_quorum_has_burned_it(process: Process) -> None:
+    session = interrupted(process)
+    assert {present.pending for present in process.roll_call().values()} == {session}
+    replies = {owner: process.send(owner, BurnSession(run=RUN, session=session)) for owner in process.parties.files}
+    assert all(isinstance(reply, SessionBurned) for reply in replies.values())
+    for owner in process.parties.files:
+        kept = process.send(owner, certificate(process, session, list(process.parties.files)))
+        assert isinstance(kept, CertificateKept)
+    process.sum(process.open_sum(2))
+
+
+def test_too_few_forged_or_foreign_burn_signatures_release_nothing(process: Process) -> None:
+    session = interrupted(process)
+    assert burn_quorum(3, 0) == 2
+    good = certificate(process, session, ["hotel", "cinema"])
+    bad = {
+        "1 owners burned the session, 2 must have": certificate(process, session, ["hotel"]),
+        "the signature of hotel does not hold": replace(
+            certificate(process, OTHER, ["hotel", "cinema"]), session=session
+        ),
+        "ascending order": replace(good, signatures=good.signatures[:66] * 2),
+    }
+    for why, message in bad.items():
+        with pytest.raises(RemoteProtocolError, match=why):
+            process.send("hotel", message)
+        with pytest.raises(ConsentError, match="was given into a sum"):
+            process.send("hotel", process.open_sum(7))
+
+
+def test_an_owner_that_has_revealed_neither_burns_nor_releases(process: Process) -> None:
+    process.sum(process.open_sum(1))
+    session = process.terms.request.session
+    for message in (BurnSession(run=RUN, session=session), certificate(process, session, ["cinema", "phones"])):
+        with pytest.raises(ConsentError, match="that this owner has helped to open"):
+            process.send("hotel", message)
+    with pytest.raises(ConsentError, match="was given into a sum"):
+        process.send("hotel", process.open_sum(2))
+
+
+def test_a_burned_session_is_never_opened_signed_or_revealed(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    request = process.until(Acknowledgements)["hotel"]
+    process.send("hotel", BurnSession(run=RUN, session=process.terms.request.session))
+    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+        process.send("hotel", request)
+    later = process.open_sum(9)
+    process.send("hotel", BurnSession(run=RUN, session=later.session))
+    with pytest.raises(ConsentError, match="declared over"):
+        process.send("hotel", later)
+
+
+def test_a_certificate_alone_makes_the_owner_forget_the_session_too(process: Process) -> None:
+    """Otherwise it could be released, offered again, and still be helped to open."""
+    process.begin(process.open_sum(1))
+    request = process.until(Acknowledgements)["hotel"]
+    process.send("hotel", certificate(process, process.terms.request.session, ["cinema", "phones"]))
+    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+        process.send("hotel", request)
+
+
+# --- results ---
+
+
+def with_a_candidate(process: Process) -> tuple[Result, np.ndarray]:
+    """Every owner gets the same candidate; the honest result about it, signed."""
+    agreement, plan = process.parties.agreement, process.parties.plan
+    layout = delta_layout(plan)
+    delta = np.zeros(layout.size, dtype=np.float32)
+    (name, *_) = [f"regmean@{alpha!r}" for alpha in agreement.regmean.alphas]
+    message = CandidatePart(
+        run=RUN, agreement_digest=agreement.digest(), model=name, split="test", part=0, parts=1, payload=delta
+    )
+    for owner in process.parties.files:
+        process.send(owner, message)
+    digest = candidates_digest([(name, "test", hashlib.sha256(delta.data).hexdigest())])
+    model = digest_of(Owner(process.parties.files["hotel"]).load_base())
+    return sign_result(process, name, model, digest), delta
+
+
+def sign_result(process: Process, name: str, model: str, digest: str) -> Result:
+    body = result_body(process.parties.agreement, name, model, digest)
+    signature = process.parties.identities["coordinator"].sign(Label.SIGN_RESULT, bytes.fromhex(RUN), body)
+    return Result(run=RUN, model=name, model_digest=model, candidates_digest=digest, signature=signature)
+
+
+def receipts(process: Process, result: Result, owners: list[str]) -> Receipts:
+    signed = []
+    for place, owner in enumerate(process.parties.agreement.owner_names):
+        if owner in owners:
+            reply = process.send(owner, result)
+            assert isinstance(reply, ResultReceived)
+            signed.append(Signed(place, reply.signature))
+    return Receipts(run=RUN, signatures=Signed.pack_all(signed))
+
+
+def test_the_same_result_for_everybody_is_kept_with_everybody_s_signature(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    everybody = receipts(process, result, list(process.parties.files))
+    assert isinstance(process.send("hotel", everybody), ReceiptsKept)
+    receipt = json.loads((process.parties.folder / "state" / "hotel" / "receipts" / f"{RUN}.json").read_text())
+    assert receipt["owners"] == ["hotel", "cinema", "phones"]
+    assert receipt["model_digest"] == result.model_digest
+
+
+def test_33_different_results_to_different_owners(process: Process) -> None:
+    """The coordinator signs two results; each group's signatures are missing under the other's."""
+    result, _ = with_a_candidate(process)
+    with pytest.raises(RemoteProtocolError, match="another model than the one that this owner tested"):
+        process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
+    with pytest.raises(RemoteProtocolError, match="other candidates than those sent to this owner"):
+        process.send("hotel", sign_result(process, result.model, result.model_digest, OTHER))
+    some = receipts(process, result, ["hotel", "cinema"])
+    with pytest.raises(RemoteProtocolError, match="2 owners signed the result that was given here, 3 must"):
+        process.send("hotel", some)
+
+
+def test_33_receipts_under_another_result_do_not_count(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    good = receipts(process, result, list(process.parties.files))
+    body = result_body(process.parties.agreement, result.model, OTHER, result.candidates_digest)
+    other = process.parties.identities["phones"].sign(Label.SIGN_RECEIPT, bytes.fromhex(RUN), body)
+    *signed, last = Signed.unpack_all(good.signatures)
+    with pytest.raises(RemoteProtocolError, match="the signature of phones does not hold"):
+        process.send("hotel", replace(good, signatures=Signed.pack_all([*signed, replace(last, signature=other)])))
+
+
+def test_33_a_result_that_the_agreement_s_coordinator_did_not_sign(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    with pytest.raises(RemoteProtocolError, match="the signature of coordinator does not hold"):
+        process.send("hotel", replace(result, signature=bytes(64)))
+
+
+def test_33_a_result_of_a_method_that_was_not_agreed_on(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    changed = sign_result(process, "average", result.model_digest, result.candidates_digest)
+    with pytest.raises(ConsentError, match="'average', which is not of the agreed method"):
+        process.send("hotel", changed)

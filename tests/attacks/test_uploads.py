@@ -1,0 +1,143 @@
+"""Attacks 23 to 25: owners that upload twice, something else, or what is no number; values at the bound and beyond."""
+
+import hashlib
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import NumericalError, RemoteProtocolError, SettingsError
+from common.labels import Label
+from common.messages import KeyShares, MaskedPart, PartRequest, SurvivorList
+from common.summation import fixed_point
+from common.summation.masked import _part_body
+from common.tensor_layout import TensorLayout
+from tests.attacks.malicious import MaliciousCoordinator
+from tests.sums import layout_of
+
+
+def first_part(evil: MaliciousCoordinator) -> MaskedPart:
+    reply = evil.send("o0", evil.honest_until(KeyShares)["o0"])
+    assert isinstance(reply, MaskedPart)
+    return reply
+
+
+def signed(evil: MaliciousCoordinator, part: MaskedPart) -> MaskedPart:
+    """The malicious owner signs whatever it sends."""
+    digest = hashlib.sha256(np.ascontiguousarray(part.payload).data).digest()
+    body = _part_body(part.part, digest)
+    return replace(part, signature=evil.identities["o0"].sign(Label.SIGN_PART, evil.terms.session, body))
+
+
+def test_23_a_second_upload() -> None:
+    evil = MaliciousCoordinator()
+    part = first_part(evil)
+    evil.side.receive("o0", part)
+    for again in (part, signed(evil, replace(part, payload=part.payload + np.uint64(1)))):
+        with pytest.raises(RemoteProtocolError, match="answered twice"):
+            evil.side.receive("o0", again)
+
+
+def test_23_another_upload_when_the_first_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = TensorLayout.part_slices
+    monkeypatch.setattr(TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, 24))
+    evil = MaliciousCoordinator()
+    requests = evil.honest_until(PartRequest)  # part 1; then o4 is lost, and part 0 is asked for again
+    for owner in ("o0", "o1", "o2", "o3"):
+        evil.side.receive(owner, evil.send(owner, requests[owner]))
+    evil.side.lose("o4")
+    evil.side.end_step()
+    again = evil.send("o0", evil.side.requests()["o0"])
+    assert isinstance(again, MaskedPart)
+    assert again.part == 0
+    with pytest.raises(RemoteProtocolError, match="another than the one that was sent before"):
+        evil.side.receive("o0", signed(evil, replace(again, payload=again.payload + np.uint64(1))))
+    evil.side.receive("o0", again)
+
+
+def test_24_an_upload_of_another_shape_type_or_part() -> None:
+    evil = MaliciousCoordinator()
+    part = first_part(evil)
+    wrong = [
+        replace(part, payload=part.payload[:-1]),
+        replace(part, payload=np.zeros(7, "<u8")),
+        replace(part, payload=np.zeros(6, "<f4")),
+        replace(part, payload=np.zeros(12, "<f4")),  # as many bytes, another type
+        replace(part, part=1),
+    ]
+    for each in wrong:
+        with pytest.raises(RemoteProtocolError, match="as part"):
+            evil.side.receive("o0", signed(evil, each))
+    with pytest.raises(RemoteProtocolError, match="payload is malformed"):
+        replace(part, payload=part.payload.astype(">u8"))
+    with pytest.raises(RemoteProtocolError, match="payload is malformed"):
+        replace(part, payload=part.payload.reshape(2, 3))
+    evil.side.receive("o0", part)
+
+
+def test_24_an_upload_altered_on_the_way() -> None:
+    evil = MaliciousCoordinator()
+    part = first_part(evil)
+    with pytest.raises(RemoteProtocolError, match="the signature of o0 does not hold"):
+        evil.side.receive("o0", replace(part, payload=part.payload + np.uint64(1)))
+
+
+@pytest.mark.parametrize("part", [1, 2, 999_999])
+def test_24_a_part_that_does_not_exist_is_not_given(part: int) -> None:
+    evil = MaliciousCoordinator()
+    first_part(evil)
+    with pytest.raises(RemoteProtocolError):
+        evil.send("o0", PartRequest(session=evil.terms.request.session, part=part))
+
+
+def test_24_after_the_survivor_list_no_part_is_given_again() -> None:
+    evil = MaliciousCoordinator()
+    requests = evil.honest_until(SurvivorList)
+    evil.send("o0", requests["o0"])
+    with pytest.raises(RemoteProtocolError, match="in phase signed"):
+        evil.send("o0", PartRequest(session=evil.terms.request.session, part=0))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 8.000001, -8.000001, 1e300, 2.0**63])
+@pytest.mark.parametrize("place", [0, 3, 5])
+def test_25_a_value_that_is_no_number_or_beyond_the_bound_never_leaves(value: float, place: int) -> None:
+    layout = layout_of(2, 4)
+    vector = np.zeros(6)
+    vector[place] = value
+    with pytest.raises(NumericalError, match=f"t{0 if place < 2 else 1}: .*nothing has left"):
+        fixed_point.encode(layout, vector, 5)
+
+
+@given(bound=st.floats(1e-12, 2.0**58), count=st.integers(1, 2000))
+def test_25_at_the_bound_no_sum_wraps_around_and_one_more_bit_would(bound: float, count: int) -> None:
+    try:
+        bits = fixed_point.fraction_bits(bound, count)
+    except SettingsError:
+        assert count * (Fraction(bound) + 1) > 2**63
+        return
+    assert count * (Fraction(bound) * 2**bits + 1) <= 2**63
+    if bits < fixed_point.MAX_FRACTION_BITS:
+        assert count * (Fraction(bound) * 2 ** (bits + 1) + 1) > 2**63
+    layout = layout_of(2, bound=bound)
+    encoded = fixed_point.encode(layout, np.array([bound, -bound]), count)
+    with np.errstate(over="ignore"):
+        total = encoded * np.uint64(count)
+    decoded = fixed_point.decode(layout, total, count, count)
+    np.testing.assert_allclose(decoded, [bound * count, -bound * count], rtol=1e-12, atol=count * 2.0**-bits)
+
+
+@given(st.lists(st.floats(-8, 8), min_size=1, max_size=20))
+def test_an_encoded_number_is_the_nearest(values: list[float]) -> None:
+    layout = layout_of(len(values))
+    encoded = fixed_point.encode(layout, np.array(values), 3)
+    bits = fixed_point.fraction_bits(8.0, 3)
+    assert [int(each) for each in encoded.view("<i8")] == [round(Fraction(value) * 2**bits) for value in values]
+
+
+def test_a_bound_without_room_or_without_an_end_is_refused() -> None:
+    for bound in (2.0**63, float("inf")):
+        with pytest.raises(SettingsError):
+            fixed_point.fraction_bits(bound, 3)

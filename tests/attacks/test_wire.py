@@ -1,0 +1,190 @@
+"""Attacks 32, 34 and 35: garbage on the wire, silence, and what stands in logs."""
+
+import json
+import logging
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from client.app import app
+from common.errors import RemoteProtocolError
+from common.flower_records import from_record, to_record
+from common.messages import KINDS, Finish, Refusal, SurvivorList
+from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
+from deploy.in_process_grid import InProcessGrid
+from server.app import FlowerChannel
+from tests.attacks.malicious import MaliciousCoordinator
+from tests.attacks.test_owner_process import Process
+from tests.parties import Parties
+
+RECORDS = (KeyEntry, SealedShare, ShareDelivery, Survivor, Signed, RevealedShare)
+
+
+# --- 32: malformed, oversized, unknown ---
+
+
+@given(st.sampled_from(RECORDS), st.binary(max_size=600))
+def test_32_a_list_is_read_exactly_or_refused(kind: type, data: bytes) -> None:
+    try:
+        records = kind.unpack_all(data)
+    except RemoteProtocolError:
+        return
+    assert kind.pack_all(records) == data
+
+
+values = st.one_of(
+    st.text(max_size=70),
+    st.integers(-(2**63), 2**63 - 1),
+    st.binary(max_size=200),
+    st.booleans(),
+    st.floats(),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+field_names = st.sampled_from(
+    [*sorted({name for kind in KINDS.values() for name in kind.__dataclass_fields__}), "kind"]
+)
+payloads = st.sampled_from(
+    [
+        None,
+        Array(np.zeros(3, "<u8")),
+        Array(np.zeros((2, 2))),
+        Array("float64", (9,), "numpy.ndarray", b"\x93NUMPY\x01\x00"),
+        Array("float64", (9,), "numpy.ndarray", b""),
+    ]
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in ("error.txt",)
+    }
+
+
+def through_app(settings_file: Path, record: RecordDict) -> Any:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    node_config = {"settings": str(settings_file)}
+    context = Context(run_id=1, node_id=2, node_config=node_config, state=RecordDict(), run_config={})
+    return from_record(app(FlowerMessage(record, dst_node_id=2, message_type="train.step"), context).content)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from([*KINDS, "Sesame", ""]),
+    fields=st.dictionaries(field_names, values, max_size=8),
+    array=payloads,
+)
+def test_32_garbage_is_refused_with_a_code_and_changes_nothing(
+    waiting: Parties, kind: str, fields: dict[str, Any], array: Array | None
+) -> None:
+    """In the middle of a sum, through the owner's real app."""
+    state = waiting.folder / "state" / "hotel"
+    before = contents(state)
+    record = RecordDict({"header": ConfigRecord({**fields, "kind": kind})})
+    if array is not None:
+        record["payload"] = ArrayRecord({"payload": array})
+    assert through_app(waiting.files["hotel"], record) in (Refusal(code="protocol"), Refusal(code="consent"))
+    assert contents(state) == before
+
+
+@pytest.fixture
+def waiting(parties: Parties) -> Parties:
+    """Owners that have sent their masked vectors and wait for the survivor list."""
+    process = Process(parties)
+    process.begin(process.open_sum(1))
+    process.until(SurvivorList)
+    return parties
+
+
+def test_32_an_oversized_list_is_refused_before_it_is_read() -> None:
+    with pytest.raises(RemoteProtocolError, match="survivors is malformed"):
+        SurvivorList(session="ab" * 32, survivors=bytes(16_000_001))
+
+
+# --- 34: silence ---
+
+
+class SilentGrid(InProcessGrid):
+    """Node 3 never answers."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[FlowerMessage]:
+        ids = [
+            each for each in message_ids if self._pending.get(each) and self._pending[each].metadata.dst_node_id != 3
+        ]
+        return super().pull_messages(ids)
+
+
+def test_34_a_silent_owner_counts_as_lost_after_the_timeout_and_delays_nobody_longer(parties: Parties) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    grid = SilentGrid(app, [{"settings": str(path)} for path in parties.files.values()])
+    started = monotonic()
+    answers = dict(FlowerChannel(grid).exchange(dict.fromkeys((2, 3, 4), Finish(run="ab" * 32)), timeout_seconds=1.0))
+    assert answers[3] is None
+    assert answers[2] == answers[4] == Refusal(code="protocol")
+    assert monotonic() - started < 10
+
+
+# --- 35: secrets ---
+
+
+def test_35_no_secret_in_any_log_error_or_answer(parties: Parties, caplog: pytest.LogCaptureFixture) -> None:
+    """Everything is logged that can be, and a whole sum is run, with an attack in it."""
+    caplog.set_level(logging.DEBUG)
+    process = Process(parties)
+    process.begin(process.open_sum(1))
+    process.until(SurvivorList)
+    run = parties.folder / "state" / "hotel" / "run"
+    side = json.loads((run / "sum.json").read_text())["side"]
+    secrets = [key for key, _ in side["masks"]] + list(side["held"].values())
+    secrets += [identity.seed.hex() for identity in parties.identities.values()]
+    assert len(secrets) > 5
+    bad = SurvivorList(session=process.terms.request.session, survivors=b"")
+
+    assert through_app(parties.files["hotel"], to_record(bad)) == Refusal(code="protocol")
+    told = caplog.text + (parties.folder / "state" / "hotel" / "error.txt").read_text()
+    for secret in secrets:
+        assert secret not in told
+        assert repr(bytes.fromhex(secret)) not in told
+
+
+def test_35_files_with_secrets_are_the_owner_s_alone(waiting: Parties) -> None:
+    state = waiting.folder / "state" / "hotel"
+    for path in [*state.rglob("*"), waiting.folder / "hotel.key"]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> None:
+    """All bytes that o0 sends in a whole sum, searched for every secret it ever had."""
+    evil = MaliciousCoordinator()
+    secrets: set[bytes] = set()
+    send = evil.send
+
+    def watch(owner: str, message: Any) -> Any:
+        reply = send(owner, message)
+        state = evil.owners["o0"]
+        secrets.update([state.channel_seed, state.mask_seed, state.self_seed, *(key for key, _ in state.masks)])
+        return reply
+
+    evil.send = watch  # type: ignore[method-assign]
+    with suppress(StopIteration):  # the sum is done
+        evil.honest_until(Finish)
+    sent = b"".join(
+        value if isinstance(value, bytes) else value.tobytes() if isinstance(value, np.ndarray) else str(value).encode()
+        for message in evil.received["o0"]
+        for value in vars(message).values()
+    )
+    secrets.discard(b"")
+    assert len(secrets) >= 3 + 5
+    assert not any(secret in sent for secret in secrets)
+    assert evil.encoded["o0"].tobytes() not in sent
