@@ -6,7 +6,7 @@ owner, so it counts as given until enough of them have signed that they never wi
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +42,27 @@ class Ledger:
         """A session that something was offered to and that this owner never helped to open; empty if there is none."""
         return next((session for session in self._offered.values() if session not in self._revealed), "")
 
-    def begin(self, round_number: int, session: str, statistics: Iterable[str]) -> None:
-        """A sum is asked for. Raises ConsentError unless it is a new one, about what was never offered."""
+    def begin(self, round_number: int, session: str, statistic: str) -> None:
+        """A sum is asked for. Raises ConsentError unless it is a new one, about what was never offered.
+
+        All figures on one split are one statistic, for one sum: two sums would have the row counts in common.
+        """
         if round_number <= self._round:
             raise ConsentError(f"the coordinator opened round {round_number}, the last one here was {self._round}")
         if session in self._burned:
             raise ConsentError("the coordinator opened a session that this owner has declared over")
-        given = [statistic for statistic in statistics if statistic in self._offered]
-        if given:
+        if statistic in self._offered:
             raise ConsentError(
-                f"{given[0]} was given into a sum under this agreement before, and the same again, summed with others, "
+                f"{statistic} was given into a sum under this agreement before, and the same again, summed with others, "
                 "would show somebody's part; a new run needs a new agreement"
             )
         self._round = round_number
         self._write()
 
-    def offer(self, statistics: Iterable[str], session: str) -> None:
-        """Something of these statistics is about to leave, in `session`."""
-        new = {statistic: session for statistic in statistics if self._offered.get(statistic) != session}
-        if new:
-            self._offered |= new
+    def offer(self, statistic: str, session: str) -> None:
+        """Something of this statistic is about to leave, in `session`."""
+        if self._offered.get(statistic) != session:
+            self._offered[statistic] = session
             self._write()
 
     def reveal(self, session: str) -> None:

@@ -65,7 +65,7 @@ from common.models import (
     merge_plan,
     model_folder,
 )
-from common.result import body_of, candidates_digest, check_receipts, check_result
+from common.result import Candidate, body_of, candidates_digest, check_receipts, check_result
 from common.settings_file import load_settings
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SessionOver, SumTerms
@@ -106,7 +106,7 @@ class Owner:
         if isinstance(message, Receipts):
             return self._keep_receipts(message)
         if isinstance(message, Finish):
-            self.state.check_run(message.run)
+            self._check_run(message.run)
             self.state.end_run()
             return Finished(run=message.run, owner=self.name)
         return self._continue_sum(message)
@@ -118,6 +118,11 @@ class Owner:
         if self.settings.fine_tuned is not None:
             self.own_model()
         self._check_identity()
+        for layout in (
+            contribution_layout(self.agreement, self._plan),
+            metrics.metrics_layout(self.agreement, "test", [BASE]),
+        ):
+            fixed_point.check_layout(layout, len(self.agreement.owners))
         self.data.label_set()
         for read in (self.data.train, self.data.validation, self.data.test):
             read()
@@ -128,28 +133,23 @@ class Owner:
         if message.version != PROTOCOL_VERSION:
             raise RemoteProtocolError(f"the coordinator speaks version {message.version}, we speak {PROTOCOL_VERSION}")
         self._check_agreement(message.agreement_digest)
-        if self.agreement.digest() not in self.state.consents():
-            raise ConsentError(
-                f"nobody has consented to agreement {self.agreement.digest()[:16]}... for {self.name}; "
-                "read it and consent: amalgram agree OWNER.toml"
-            )
         self.check()
-        self.state.start_run(message.run)
+        self.state.start_run(message.run, message.agreement_digest)
         pending = self._ledger.pending
         body = bytes.fromhex(message.agreement_digest) + pending.encode()
         signature = self._identity.sign(Label.SIGN_PRESENT, bytes.fromhex(message.run), body)
         return Present(run=message.run, owner=self.name, pending=pending, signature=signature)
 
     def _burn_session(self, message: BurnSession) -> Message:
-        self.state.check_run(message.run)
+        self._check_run(message.run)
         self._ledger.burn(message.session)
         self.state.forget_sum()
-        signature = sign_burned(self._identity, message.session)
+        signature = sign_burned(self._identity, self.agreement.digest(), message.session)
         return SessionBurned(session=message.session, owner=self.name, signature=signature)
 
     def _keep_certificate(self, message: BurnCertificate) -> Message:
-        self.state.check_run(message.run)
-        check_burned(self.agreement.roster, self.agreement.colluders, message.session, message.signatures)
+        self._check_run(message.run)
+        check_burned(self.agreement, message.session, message.signatures)
         ledger = self._ledger
         ledger.burn(message.session)
         self.state.forget_sum()
@@ -159,14 +159,14 @@ class Owner:
     def _open_sum(self, message: OpenSum) -> Message:
         self._check_step(message.run, message.agreement_digest)
         terms = self._terms(message)
-        self._ledger.begin(message.round, message.session, _statistics(message))
+        self._ledger.begin(message.round, message.session, message.statistic)
         self.state.forget_sum()
         vector = self.state.create_array("vector", terms.layout.size, "<f8")
         if message.statistic == "contribution":
             tensors = contribution(self.agreement, self._plan, self._measure())
         else:
             scores = self._scores(message.statistic, message.models.split(","))
-            tensors = metrics.contribution(self.agreement, self.name, scores)
+            tensors = metrics.contribution(self.agreement, self.name, message.statistic, scores)
         terms.layout.flatten(tensors, vector)
         fixed_point.encode(terms.layout, vector, len(terms.roster))
         side, reply = self._sum_kind.open(terms, self._identity, secrets.token_bytes)
@@ -178,9 +178,11 @@ class Owner:
         if kept is None:
             raise RemoteProtocolError(f"the coordinator sent {type(message).__name__} before a sum was opened")
         request = OpenSum(**kept["request"])
+        self._check_step(request.run, request.agreement_digest)
         terms = self._terms(request)
         side = self._sum_kind.from_json(kept["side"], terms, self._identity)
-        encoded = self.state.open_array("vector", terms.layout.size, "<u8")
+        # Once the survivors are signed for, no part is given any more, and the vector is deleted.
+        encoded = np.empty(0, "<u8") if side.is_done else self.state.open_array("vector", terms.layout.size, "<u8")
         try:
             side, reply = side.answer(message, encoded, secrets.token_bytes)
         except SessionOver:
@@ -188,8 +190,8 @@ class Owner:
             raise
         # All of this is on the disk before the reply leaves: whoever starts this process again finds the same latch.
         if side.offers:
-            self._ledger.offer(_statistics(request), request.session)
-        if side.is_done:
+            self._ledger.offer(request.statistic, request.session)
+        if side.reveals:
             self._ledger.reveal(request.session)
         self.state.write_json("sum", {**kept, "side": side.to_json()})
         if side.is_done:
@@ -197,10 +199,9 @@ class Owner:
         return reply
 
     def _take_result(self, message: Result) -> Message:
-        self.state.check_run(message.run)
+        self._check_run(message.run)
         check_result(self.agreement, message)
-        received = self.state.read_json("candidates") or []
-        if message.candidates_digest != candidates_digest([tuple(each) for each in received]):
+        if message.candidates_digest != candidates_digest(self._received):
             raise RemoteProtocolError("the result was reached with other candidates than those sent to this owner")
         tested = self.state.read_json("tested") or {}
         if message.model not in candidates(self.agreement, self.agreement.method):
@@ -213,7 +214,7 @@ class Owner:
         return ResultReceived(run=message.run, owner=self.name, signature=signature)
 
     def _keep_receipts(self, message: Receipts) -> Message:
-        self.state.check_run(message.run)
+        self._check_run(message.run)
         kept = self.state.read_json("result")
         if kept is None:
             raise RemoteProtocolError("the coordinator sent receipts before a result")
@@ -267,9 +268,8 @@ class Owner:
         delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
         add_delta(model, delta | {name: torch.zeros(()) for name in self._plan.left_alone})
         scores = self.state.read_json("scores") or {}
-        received = self.state.read_json("candidates") or []
         digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-        self.state.write_json("candidates", [*received, [message.model, message.split, digest]])
+        self.state.write_json("candidates", [*self._received, [message.model, message.split, digest]])
         if message.split == "test":
             tested = self.state.read_json("tested") or {}
             self.state.write_json("tested", tested | {message.model: digest_of(model)})
@@ -280,15 +280,25 @@ class Owner:
     # --- checks ---
 
     def _check_agreement(self, digest: str) -> None:
+        """The coordinator's agreement is ours, and the owner has consented to it."""
         if digest != self.agreement.digest():
             raise ConsentError(
                 f"the coordinator's agreement is {digest[:16]}..., ours is {self.agreement.digest()[:16]}...: "
                 "compare the two files"
             )
+        if digest not in self.state.consents():
+            raise ConsentError(
+                f"nobody has consented to agreement {digest[:16]}... for {self.name}; "
+                "read it and consent: amalgram agree OWNER.toml"
+            )
+
+    def _check_run(self, run: str) -> None:
+        """The run in progress, under the agreement that it began with."""
+        self.state.check_run(run, self.agreement.digest())
 
     def _check_step(self, run: str, digest: str) -> None:
-        self.state.check_run(run)
         self._check_agreement(digest)
+        self._check_run(run)
 
     def _check_identity(self) -> None:
         if self._identity.name != self.name or self._identity.public_key != self.agreement.roster[self.name]:
@@ -299,7 +309,7 @@ class Owner:
 
     def _terms(self, request: OpenSum) -> SumTerms:
         """What the sum is about, from the owner's own agreement; `request` is checked, not believed."""
-        layout = self._layout(request.statistic, request.models)
+        layout = self._layout(request)
         if layout.digest() != request.layout_digest:
             raise ConsentError(f"the coordinator's layout for {request.statistic} is not the one that was agreed")
         return SumTerms(
@@ -310,16 +320,18 @@ class Owner:
             colluders=self.agreement.colluders,
         )
 
-    def _layout(self, statistic: str, models: str) -> TensorLayout:
-        if statistic == "contribution":
-            if models:
+    def _layout(self, request: OpenSum) -> TensorLayout:
+        if request.statistic == "contribution":
+            if request.models or request.candidates_digest != candidates_digest([]):
                 raise ConsentError("the coordinator asked for a contribution about models, which nobody agreed on")
             return contribution_layout(self.agreement, self._plan)
-        names = models.split(",")
+        if request.candidates_digest != candidates_digest(self._received):
+            raise RemoteProtocolError("the coordinator asked for figures of other models than those sent to this owner")
+        names = request.models.split(",")
         unknown = [name for name in names if name not in (BASE, OWN, *self._candidates)]
         if unknown or len(set(names)) != len(names):
             raise ConsentError("the coordinator asked for the figures of a model that was not agreed")
-        return metrics.metrics_layout(self.agreement, names)
+        return metrics.metrics_layout(self.agreement, request.statistic, names)
 
     # --- measuring ---
 
@@ -348,10 +360,8 @@ class Owner:
             dimension = len(gram.matrix)
             shown[name] = gram
             if gram.rows < least * dimension:
-                log.warning(
-                    "  %s: keeps the Gram of %s: %d rows for %d dimensions, the agreement demands %g per dimension",
-                    *(self.name, name, gram.rows, dimension, least),
-                )
+                # Not how many rows: logs may be kept for others to read.
+                log.warning("  %s: keeps the Gram of %s: fewer than %g rows per dimension", self.name, name, least)
                 shown[name] = Gram(matrix=torch.zeros_like(gram.matrix), rows=0)
         return shown
 
@@ -388,6 +398,11 @@ class Owner:
     @cached_property
     def _identity(self) -> Identity:
         return read_identity(self._identity_path)
+
+    @property
+    def _received(self) -> list[Candidate]:
+        """Every candidate that this owner was sent in this run."""
+        return [(model, split, digest) for model, split, digest in self.state.read_json("candidates") or []]
 
     @property
     def _ledger(self) -> Ledger:
@@ -475,13 +490,6 @@ class Owner:
             "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],
         }
         return json.dumps(parts, sort_keys=True)
-
-
-def _statistics(request: OpenSum) -> list[str]:
-    """What a sum is about, as the ledger counts it: each model's figures are a statistic of their own."""
-    if request.statistic == "contribution":
-        return [request.statistic]
-    return [f"{request.statistic}/{model}" for model in request.models.split(",")]
 
 
 def _sample(rows: Rows, limit: int, seed: int) -> Rows:

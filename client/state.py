@@ -40,17 +40,17 @@ class OwnerState:
 
     # --- the run in progress ---
 
-    def start_run(self, run: str) -> None:
-        """Forget any earlier run and begin this one."""
+    def start_run(self, run: str, agreement_digest: str) -> None:
+        """Forget any earlier run and begin this one, under this agreement and no other."""
         self.end_run()
         (self.folder / "error.txt").unlink(missing_ok=True)
         self._make_private(self._run_folder)
-        self.write_json("run", run)
+        self.write_json("run", {"run": run, "agreement_digest": agreement_digest})
 
-    def check_run(self, run: str) -> None:
-        """Raise RemoteProtocolError unless `run` is the one in progress."""
-        if self.read_json("run") != run:
-            raise RemoteProtocolError("the coordinator speaks of another run than the one that was opened")
+    def check_run(self, run: str, agreement_digest: str) -> None:
+        """Raise RemoteProtocolError unless `run` is the one in progress, and under this agreement."""
+        if self.read_json("run") != {"run": run, "agreement_digest": agreement_digest}:
+            raise RemoteProtocolError("the coordinator speaks of another run or agreement than those that were opened")
 
     def end_run(self) -> None:
         shutil.rmtree(self._run_folder, ignore_errors=True)

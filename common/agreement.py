@@ -162,10 +162,11 @@ class AgreementDraft(Settings):
             self._check_masked()
         hidden = len(names) - len(self.shown_owners)
         may_drop = len(names) - self.needed_owners
-        if hidden and hidden - may_drop < 2:
+        least = may_drop + self.colluders + 3
+        if 0 < hidden < least:
             raise ValueError(
-                f'owners: {hidden} have figures = "summed" and {may_drop} may drop out; were one of them left alone, '
-                f"total minus the others would show its figures: let none have it, or at least {may_drop + 2}"
+                f'owners: {hidden} have figures = "summed", {may_drop} may drop out and {self.colluders} collude; the '
+                f"total minus the known figures would show too much: let none have it, or at least {least}"
             )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")

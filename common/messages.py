@@ -108,7 +108,10 @@ class CertificateKept(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSum(Message):
-    """`models` names, comma-separated, the models a metrics sum is about. The session is the hash of all of this."""
+    """`models` names, comma-separated, the models a metrics sum is about, `candidates_digest` everything that was sent
+    to be evaluated before it. The session is the hash of all of this, so owners that are told different things are in
+    different sessions.
+    """
 
     run: str
     agreement_digest: str
@@ -116,6 +119,7 @@ class OpenSum(Message):
     nonce: str
     statistic: str
     models: str
+    candidates_digest: str
     layout_digest: str
 
     @property

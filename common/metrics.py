@@ -1,9 +1,11 @@
 """Metrics travel as sums and counts, through the same sum as everything else; one division at the end.
 
 Per model, an owner adds:
-    mean      (3,)      its accuracy, its macro F1, and 1: the total gives means in which every owner counts alike
+    mean      (3,)      its accuracy, its macro F1, and 1: the total gives means in which every owner counts alike.
+                        Both are rounded to thousandths: a sum of exact fractions tells each one's denominator
     pooled    (2,)      its correct rows and its rows: the total gives the accuracy in which every row counts alike
-    shown     (S, 3)    correct, rows, macro F1, in the row of each of the S owners whose figures may be shown singly
+    shown     (S, 3)    on test rows only: correct, rows, macro F1, in the row of each of the S owners whose figures
+                        may be shown singly
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,24 +27,31 @@ class Score:
     macro_f1: float
 
 
-def metrics_layout(agreement: Agreement, models: Sequence[str]) -> TensorLayout:
-    """The layout of a metrics sum over `models`."""
+def metrics_layout(agreement: Agreement, split: str, models: Sequence[str]) -> TensorLayout:
+    """The layout of a metrics sum over `models` on the rows of a split."""
     entries = []
     for model in models:
         rows = float(agreement.bounds.examples)
         entries.append(TensorEntry(name=f"{model}/mean", shape=(3,), bound=1.0))
         entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
-        if agreement.shown_owners:
+        if shows_single(agreement, split):
             entries.append(TensorEntry(name=f"{model}/shown", shape=(len(agreement.shown_owners), 3), bound=rows))
     return TensorLayout(tuple(entries))
 
 
-def contribution(agreement: Agreement, owner: str, scores: Mapping[str, Score]) -> Iterator[tuple[str, NDArray]]:
-    """One owner's named tensors, in the order of `metrics_layout(agreement, list(scores))`."""
+def shows_single(agreement: Agreement, split: str) -> bool:
+    """Whether figures of single owners are in the sums of this split: of test rows, where somebody agreed."""
+    return split == "test" and bool(agreement.shown_owners)
+
+
+def contribution(
+    agreement: Agreement, owner: str, split: str, scores: Mapping[str, Score]
+) -> Iterator[tuple[str, NDArray]]:
+    """One owner's named tensors, in the order of `metrics_layout(agreement, split, list(scores))`."""
     for model, score in scores.items():
-        yield f"{model}/mean", np.array([score.correct / score.rows, score.macro_f1, 1.0])
+        yield f"{model}/mean", np.array([_thousandths(score.correct / score.rows), _thousandths(score.macro_f1), 1.0])
         yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
-        if agreement.shown_owners:
+        if shows_single(agreement, split):
             shown = np.zeros((len(agreement.shown_owners), 3))
             if owner in agreement.shown_owners:
                 shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, score.macro_f1
@@ -60,14 +69,18 @@ class MeanScore:
     by_owner: Mapping[str, Score]
 
 
-def read_total(agreement: Agreement, models: Sequence[str], total: NDArray) -> dict[str, MeanScore]:
+def _thousandths(share: float) -> float:
+    return round(1000 * share) / 1000
+
+
+def read_total(agreement: Agreement, split: str, models: Sequence[str], total: NDArray) -> dict[str, MeanScore]:
     """Turn the summed vector into figures: the only division of a metric."""
-    layout = metrics_layout(agreement, models)
+    layout = metrics_layout(agreement, split, models)
     scores = {}
     for model in models:
         accuracy, macro_f1, owners = layout.read(total, f"{model}/mean")
         correct, rows = layout.read(total, f"{model}/pooled")
-        shown = layout.read(total, f"{model}/shown") if agreement.shown_owners else np.empty((0, 3))
+        shown = layout.read(total, f"{model}/shown") if shows_single(agreement, split) else np.empty((0, 3))
         scores[model] = MeanScore(
             accuracy=float(accuracy / owners),
             macro_f1=float(macro_f1 / owners),
@@ -75,7 +88,7 @@ def read_total(agreement: Agreement, models: Sequence[str], total: NDArray) -> d
             rows=round(rows),
             by_owner={
                 owner: Score(correct=round(row[0]), rows=round(row[1]), macro_f1=float(row[2]))
-                for owner, row in zip(agreement.shown_owners, shown, strict=True)
+                for owner, row in zip(agreement.shown_owners, shown, strict=False)
                 if row[1] > 0  # an owner that dropped out left its row empty
             },
         )

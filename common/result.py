@@ -1,4 +1,4 @@
-"""What a run published, signed by the coordinator and by every owner, so that no owner can be told another story.
+"""What owners were sent and what was published, signed by all, so that no owner can be told another story.
 
 Each owner compares the result with the candidates that it was sent, signs it, and then sees everybody's signatures
 under the very same result. Two groups that were given different results would each lack the other's signatures.

@@ -53,7 +53,9 @@ def consent_text(owner: Owner) -> str:
             {"numbers": numbers[kind], "tensors": tensors[kind], "meaning": MEANINGS[kind]} for kind in sorted(numbers)
         ],
         candidates=len(names),
-        figures_bytes=_bytes(metrics_layout(agreement, ["base", "own_at_home", *names]).size * BYTES_PER_NUMBER),
+        figures_bytes=_bytes(
+            metrics_layout(agreement, "test", ["base", "own_at_home", *names]).size * BYTES_PER_NUMBER
+        ),
         model_bytes=_bytes(delta_layout(plan).size * 4),
         earlier=owner.state.ledger(agreement.digest()).earlier_contributions,
     )

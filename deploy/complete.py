@@ -17,7 +17,8 @@ from client.gram import find_shared_inputs, layer_inputs
 from client.private_data import Rows
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
 from common.errors import ModelError, SettingsError
-from common.merge_methods import measurements
+from common.merge_methods import contribution_layout, measurements
+from common.metrics import metrics_layout
 from common.models import (
     base_labels,
     digest_of,
@@ -27,6 +28,7 @@ from common.models import (
     merge_plan,
     parameter_shapes,
 )
+from common.summation.fixed_point import check_layout
 
 PROBE_EXAMPLES = 8
 PROBE_TOKENS = 32  # of a text; longer ones are accounted for by the rule of three
@@ -43,7 +45,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     probe = _probe(base, task, base_folder, draft.seed)
     roles = _tensor_roles(base, probe, base_folder, merge_token_inputs=draft.privacy.merge_token_inputs)
     with_keys = _with_keys(draft, public_keys)
-    return Agreement(
+    agreement = Agreement(
         **{
             **dict(with_keys),
             "task": task,
@@ -54,6 +56,12 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
         base_digest=digest_of(base),
         tensors=roles,
     )
+    for layout in (
+        contribution_layout(agreement, merge_plan(base, roles)),
+        metrics_layout(agreement, "test", ["base"]),
+    ):
+        check_layout(layout, len(agreement.owners))
+    return agreement
 
 
 def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes]) -> AgreementDraft:

@@ -146,6 +146,7 @@ class Coordinator:
             nonce=secrets.token_hex(32),
             statistic=statistic,
             models=",".join(models),
+            candidates_digest=candidates_digest(self.candidates),
             layout_digest=layout.digest(),
         )
         terms = SumTerms(

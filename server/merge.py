@@ -170,9 +170,9 @@ def _send(coordinator: Coordinator, plan: MergePlan, model: str, split: str, sol
 
 
 def _figures(coordinator: Coordinator, split: str, models: tuple[str, ...]) -> dict[str, MeanScore]:
-    layout = metrics.metrics_layout(coordinator.agreement, models)
+    layout = metrics.metrics_layout(coordinator.agreement, split, models)
     total = coordinator.sum(split, layout, models)
-    return metrics.read_total(coordinator.agreement, models, total.vector)
+    return metrics.read_total(coordinator.agreement, split, models, total.vector)
 
 
 def _write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement, folder: Path) -> None:

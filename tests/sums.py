@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from common.identity import Identity
 from common.messages import OpenSum
+from common.result import candidates_digest
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import RandomBytes, SumTerms, Total, run_in_memory
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -55,6 +56,7 @@ def terms_of(
         nonce=NONCE,
         statistic="contribution",
         models="",
+        candidates_digest=candidates_digest([]),
         layout_digest=layout.digest(),
     )
     return SumTerms(

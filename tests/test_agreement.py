@@ -81,7 +81,10 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         ),
         (('name = "bea"', 'name = "bea"\npublic_key = "123"'), "owners[1].public_key = '123'"),
         (("[[owners]]", "[bounds]\ndelta = 0\n[[owners]]"), "bounds.delta = 0"),
-        (('name = "bea"', 'name = "bea"\nfigures = "summed"'), '1 have figures = "summed" and 0 may drop out'),
+        (
+            ('name = "bea"', 'name = "bea"\nfigures = "summed"'),
+            '1 have figures = "summed", 0 may drop out and 0 collude',
+        ),
         (("title", "= title"), "not valid TOML"),
     ],
 )
@@ -136,10 +139,17 @@ def test_hidden_figures_stay_hidden_after_every_dropout_the_agreement_allows() -
     def draft(hidden: int, shown: int, needed: int) -> AgreementDraft:
         figures = ["summed"] * hidden + ["shown"] * shown
         owners = tuple(OwnerEntry(name=f"o{index}", figures=kind) for index, kind in enumerate(figures))  # type: ignore[arg-type]
-        plain = Summation(kind="plain")
-        return AgreementDraft(title="t", base="b", owners=owners, min_owners=needed, summation=plain)
+        summation = Summation(kind="plain", colluders=0)
+        return AgreementDraft(title="t", base="b", owners=owners, min_owners=needed, summation=summation)
 
-    draft(hidden=2, shown=1, needed=3)
-    draft(hidden=3, shown=1, needed=3)
-    with pytest.raises(ValueError, match="let none have it, or at least 3"):
-        draft(hidden=2, shown=1, needed=2)
+    draft(hidden=3, shown=0, needed=3)
+    draft(hidden=4, shown=1, needed=4)
+    with pytest.raises(ValueError, match="let none have it, or at least 4"):
+        draft(hidden=3, shown=2, needed=4)
+
+
+def test_hidden_figures_stay_hidden_from_colluders_too() -> None:
+    owners = tuple(OwnerEntry(name=f"o{i}", figures="summed" if i < 4 else "shown") for i in range(6))
+    AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=1))
+    with pytest.raises(ValueError, match=r"4 have figures = .*, 0 may drop out and 2 collude"):
+        AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=2))

@@ -64,6 +64,7 @@ EXAMPLES: list[Message] = [
         nonce=HEX,
         statistic="test",
         models="base,regmean@0.9",
+        candidates_digest=HEX,
         layout_digest=HEX,
     ),
     KeysAdvertised(session=HEX, owner="ada", channel_key=KEY, mask_key=KEY, signature=SIGNATURE),

@@ -14,18 +14,18 @@ SCORES = {
 }
 
 
-def total_for(agreement: Agreement, owners: dict[str, Score]) -> np.ndarray:
-    layout = metrics_layout(agreement, ["m"])
+def total_for(agreement: Agreement, owners: dict[str, Score], split: str = "test") -> np.ndarray:
+    layout = metrics_layout(agreement, split, ["m"])
     total = np.zeros(layout.size)
     for owner, score in owners.items():
         vector = np.empty(layout.size)
-        layout.flatten(contribution(agreement, owner, {"m": score}), vector)
+        layout.flatten(contribution(agreement, owner, split, {"m": score}), vector)
         total += vector
     return total
 
 
 def test_means_come_from_one_division_of_sums(agreement: Agreement) -> None:
-    figures = read_total(agreement, ["m"], total_for(agreement, SCORES))["m"]
+    figures = read_total(agreement, "test", ["m"], total_for(agreement, SCORES))["m"]
     assert figures.accuracy == pytest.approx((0.8 + 0.5 + 0.25) / 3)
     assert figures.macro_f1 == pytest.approx(0.5)
     assert figures.pooled_accuracy == pytest.approx(39 / 74)
@@ -34,7 +34,7 @@ def test_means_come_from_one_division_of_sums(agreement: Agreement) -> None:
 
 
 def test_an_owner_that_dropped_out_has_no_figures_of_its_own(agreement: Agreement) -> None:
-    figures = read_total(agreement, ["m"], total_for(agreement, {"bea": SCORES["bea"]}))["m"]
+    figures = read_total(agreement, "test", ["m"], total_for(agreement, {"bea": SCORES["bea"]}))["m"]
     assert figures.by_owner == {"bea": SCORES["bea"]}
     assert figures.accuracy == 0.5
 
@@ -43,12 +43,26 @@ def test_owners_that_refuse_appear_only_in_the_sums(agreement: Agreement) -> Non
     hiding = tuple(OwnerEntry(name=name, figures="shown" if name == "bea" else "summed") for name in SCORES)
     hidden = agreement.model_copy(update={"owners": hiding})
     total = total_for(hidden, SCORES)
-    figures = read_total(hidden, ["m"], total)["m"]
+    figures = read_total(hidden, "test", ["m"], total)["m"]
     assert figures.by_owner == {"bea": SCORES["bea"]}
     assert figures.rows == 74
     # what travelled for the two others is their sum alone: swapping them changes nothing
     swapped = total_for(hidden, {"ada": SCORES["cyd"], "cyd": SCORES["ada"], "bea": SCORES["bea"]})
     np.testing.assert_allclose(total, swapped)
+
+
+def test_figures_on_validation_rows_are_never_shown_singly(agreement: Agreement) -> None:
+    total = total_for(agreement, SCORES, "validation")
+    assert len(total) == 5
+    assert read_total(agreement, "validation", ["m"], total)["m"].by_owner == {}
+
+
+def test_ratios_travel_in_thousandths_so_that_no_sum_tells_a_denominator(agreement: Agreement) -> None:
+    """Exact: a sum of three fractions, known to 50 bits, has one solution in correct rows and rows of each owner."""
+    thirds = {"ada": Score(correct=137, rows=412, macro_f1=1 / 3), "bea": SCORES["bea"], "cyd": SCORES["cyd"]}
+    total = total_for(agreement, thirds, "validation")
+    for ratio in total[:2]:
+        assert ratio == pytest.approx(round(ratio * 1000) / 1000, abs=1e-15)
 
 
 def test_predictions_are_judged_among_the_allowed_labels_only() -> None:

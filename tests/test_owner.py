@@ -1,9 +1,10 @@
 """One owner, message by message: it answers what was agreed, refuses the rest, and keeps its files to itself."""
 
+import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from common.messages import (
 )
 from common.metrics import metrics_layout
 from common.models import delta_layout
+from common.result import Candidate, candidates_digest
 from common.summation.masked import MaskedCoordinator
 from common.summation.protocol import SumTerms, Total, drive
 from common.tensor_layout import TensorLayout
@@ -56,7 +58,12 @@ def roll_call(parties: Parties) -> RollCall:
 
 
 def open_sum(
-    parties: Parties, statistic: str, layout: TensorLayout, models: str = "", round_number: int = 1
+    parties: Parties,
+    statistic: str,
+    layout: TensorLayout,
+    models: str = "",
+    round_number: int = 1,
+    candidates: Sequence[Candidate] = (),
 ) -> OpenSum:
     return OpenSum(
         run=RUN,
@@ -65,6 +72,7 @@ def open_sum(
         nonce=NONCE,
         statistic=statistic,
         models=models,
+        candidates_digest=candidates_digest(candidates),
         layout_digest=layout.digest(),
     )
 
@@ -93,8 +101,10 @@ def test_owners_answer_a_whole_run_one_process_per_message(parties: Parties) -> 
     assert total["examples"][0] == 3 * 200
     for owner in parties.files:
         assert isinstance(answer(parties, owner, candidate(parties)), CandidateReceived)
-    layout = metrics_layout(parties.agreement, ["base", "average"])
-    figures = masked_sum(parties, open_sum(parties, "test", layout, "base,average", round_number=2), layout)
+    layout = metrics_layout(parties.agreement, "test", ["base", "average"])
+    sent = [("average", "test", hashlib.sha256(candidate(parties).payload.data).hexdigest())]
+    request = open_sum(parties, "test", layout, "base,average", round_number=2, candidates=sent)
+    figures = masked_sum(parties, request, layout)
     # a candidate of zero change is the base
     assert (figures["base/mean"] == figures["average/mean"]).all()
     assert answer(parties, "hotel", Finish(run=RUN)) == Finished(run=RUN, owner="hotel")
@@ -220,7 +230,7 @@ def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, party: Path
 
 
 def test_figures_of_a_candidate_that_was_never_sent_are_refused(parties: Parties, party: Path) -> None:
-    layout = metrics_layout(parties.agreement, ["average"])
+    layout = metrics_layout(parties.agreement, "test", ["average"])
     with pytest.raises(RemoteProtocolError, match="before it sent the model"):
         Owner(party).answer(open_sum(parties, "test", layout, "average"))
 

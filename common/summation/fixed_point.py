@@ -36,6 +36,15 @@ def fraction_bits(bound: float, num_owners: int) -> int:
     return min(bits, MAX_FRACTION_BITS)
 
 
+def check_layout(layout: TensorLayout, num_owners: int) -> None:
+    """Prove that no sum of this layout can wrap around. Raises SettingsError, naming the tensor."""
+    for entry in layout.entries:
+        try:
+            fraction_bits(entry.bound, num_owners)
+        except SettingsError as error:
+            raise SettingsError(f"{entry.name}: {error}; see [bounds] of the agreement") from None
+
+
 def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -> NDArray[np.uint64]:
     """Encode (layout.size,) float64 in place; the same memory is returned as uint64.
 

@@ -410,8 +410,12 @@ class MaskedOwner:
         return bool(self.part_digests)
 
     @property
-    def is_done(self) -> bool:
+    def reveals(self) -> bool:
         return self.phase == REVEALED
+
+    @property
+    def is_done(self) -> bool:
+        return self.phase in (SIGNED, REVEALED)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,14 +1,18 @@
 """Who masks with whom: everybody with everybody up to 150 owners, a sparse random graph above.
 
 The sparse graph is Bell et al.'s (CCS 2020, ePrint 2020/704): a Harary graph, every owner linked to the k nearest on a
-ring, after a random permutation. The permutation is seeded by the hash of the signed key book, in which every owner
-has fresh keys, so the coordinator does not choose who is next to whom.
+ring, after a permutation that is seeded by the hash of the signed key book. A neighbourhood is an owner and its k
+neighbours; each holds one share of the owner's secrets and `threshold` of them open one. With N owners, of whom c
+collude and d may drop, and m the most colluders among any k places of the ring:
 
-A neighbourhood is an owner and its k neighbours; each holds one share of the owner's secrets and `threshold` of them
-open one. What k and the threshold must do, with N owners of whom c collude and d may drop:
-    not reach   colluders and half of the honest cannot open both secrets of an owner: threshold > (k + 1 + colluders)/2
-    not fail    enough neighbours of everybody stay
-Both hold for all N neighbourhoods together but for a chance below 2^-40 and 2^-30 (hypergeometric tails).
+    threshold > (k + 1 + m) / 2     colluders and half of the honest neighbours cannot open both secrets of an owner;
+                                    nor can the ring be cut in two, so that each piece's sum opens: both gaps, of k / 2
+                                    places each, would need more than m / 2 colluders to leave their edges openable
+    threshold <= k + 1 - dropped    enough neighbours of everybody stay
+
+The first holds for all pairs of gaps but for a chance of 2^-128 over the permutation, the second for all owners but for
+2^-30. So many bits, because the coordinator and colluders can re-draw their keys until the permutation suits them: 2^60
+tries leave 2^-68. Where no sparse graph keeps both, the graph is complete.
 """
 
 import hashlib
@@ -17,11 +21,10 @@ from dataclasses import dataclass
 from functools import cache
 from math import comb
 
-from common.errors import SettingsError
 from common.labels import Label
 
 MAX_COMPLETE = 150
-SECURITY_BITS, CORRECTNESS_BITS = 40, 30
+SECURITY_BITS, CORRECTNESS_BITS = 128, 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +42,15 @@ def quorum(num_owners: int, colluders: int) -> int:
 
 @cache
 def neighbourhood(num_owners: int, colluders: int, dropouts: int) -> Neighbourhood:
-    """The complete graph with its quorum, or the smallest sparse one that keeps both promises."""
-    if num_owners <= MAX_COMPLETE:
-        return Neighbourhood(degree=num_owners - 1, threshold=quorum(num_owners, colluders))
-    for degree in range(2, num_owners - 1, 2):
-        inside = _tail(num_owners - 1, colluders, degree, SECURITY_BITS, num_owners)
+    """The smallest graph that keeps both promises; the complete one where no sparse one does."""
+    degrees = range(2, num_owners - 1, 2) if num_owners > MAX_COMPLETE else ()
+    for degree in degrees:
+        inside = _tail(num_owners - 1, colluders, degree, SECURITY_BITS, num_owners**2)
         gone = _tail(num_owners - 1, dropouts, degree, CORRECTNESS_BITS, num_owners)
-        threshold = quorum(degree + 1, inside)
+        threshold = (degree + inside + 2) // 2 + 1
         if threshold <= degree + 1 - gone:
             return Neighbourhood(degree=degree, threshold=threshold)
-    raise SettingsError(
-        f"{num_owners} owners of whom {colluders} may collude and {dropouts} may drop out: no graph keeps both "
-        "promises; let fewer collude or raise min_owners"
-    )
+    return Neighbourhood(degree=num_owners - 1, threshold=quorum(num_owners, colluders))
 
 
 def neighbours(book_digest: bytes, owners: Sequence[int], degree: int) -> Mapping[int, tuple[int, ...]]:

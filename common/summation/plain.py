@@ -64,6 +64,10 @@ class PlainOwner:
         return False  # the coordinator sees the vector itself: to give it again tells it nothing more
 
     @property
+    def reveals(self) -> bool:
+        return False
+
+    @property
     def is_done(self) -> bool:
         return False  # any part may be asked for again, so the vector stays until the next sum or the end of the run
 

@@ -112,6 +112,10 @@ class OwnerSide(Protocol):
         """Whether something of the vector has left, so that others could open a sum with it."""
 
     @property
+    def reveals(self) -> bool:
+        """Whether this owner has helped to open the sum."""
+
+    @property
     def is_done(self) -> bool:
         """Whether the vector is no longer needed."""
 

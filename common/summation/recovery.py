@@ -4,8 +4,7 @@ An owner that burns a session signs that it never revealed, and never will revea
 c may be lies; with b > N - t + c, fewer than t owners are left who could reveal, and t shares are needed.
 """
 
-from collections.abc import Mapping
-
+from common.agreement import Agreement
 from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity, verify
 from common.labels import Label
@@ -18,13 +17,13 @@ def burn_quorum(num_owners: int, colluders: int) -> int:
     return num_owners - quorum(num_owners, colluders) + colluders + 1
 
 
-def sign_burned(identity: Identity, session: str) -> bytes:
-    return identity.sign(Label.SIGN_BURNED, bytes.fromhex(session), b"")
+def sign_burned(identity: Identity, agreement_digest: str, session: str) -> bytes:
+    return identity.sign(Label.SIGN_BURNED, bytes.fromhex(session), bytes.fromhex(agreement_digest))
 
 
-def check_burned(roster: Mapping[str, bytes], colluders: int, session: str, signatures: bytes) -> None:
+def check_burned(agreement: Agreement, session: str, signatures: bytes) -> None:
     """Raise RemoteProtocolError unless `signatures` prove that nobody can open `session`."""
-    names = tuple(roster)
+    names, body = agreement.owner_names, bytes.fromhex(agreement.digest())
     if len(names) > MAX_COMPLETE:
         raise ConsentError(
             f"above {MAX_COMPLETE} owners a session cannot be certified as over; a new run needs a new agreement"
@@ -34,7 +33,7 @@ def check_burned(roster: Mapping[str, bytes], colluders: int, session: str, sign
         if each.owner >= len(names):
             raise RemoteProtocolError(f"certificate: there is no owner {each.owner} on a roster of {len(names)}")
         name = names[each.owner]
-        verify(roster[name], Label.SIGN_BURNED, bytes.fromhex(session), name, b"", each.signature)
-    needed = burn_quorum(len(names), colluders)
+        verify(agreement.roster[name], Label.SIGN_BURNED, bytes.fromhex(session), name, body, each.signature)
+    needed = burn_quorum(len(names), agreement.colluders)
     if len(signed) < needed:
         raise RemoteProtocolError(f"certificate: {len(signed)} owners burned the session, {needed} must have")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,11 +38,12 @@ from common.messages import (
 )
 from common.metrics import metrics_layout
 from common.models import delta_layout, digest_of
-from common.result import candidates_digest, result_body
+from common.result import Candidate, candidates_digest, result_body
 from common.summation.masked import MaskedCoordinator
 from common.summation.protocol import SumTerms
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, sign_burned
+from deploy.agree import give_consent
 from deploy.simulate import write_settings
 from tests.parties import Parties
 
@@ -66,9 +67,16 @@ class Process:
         request = RollCall(version=PROTOCOL_VERSION, run=run, agreement_digest=digest)
         return {owner: self.send(owner, request) for owner in self.parties.files}  # type: ignore[misc]
 
-    def open_sum(self, round_number: int, *, statistic: str = "contribution", models: str = "") -> OpenSum:
+    def open_sum(
+        self,
+        round_number: int,
+        *,
+        statistic: str = "contribution",
+        models: str = "",
+        candidates: Sequence[Candidate] = (),
+    ) -> OpenSum:
         agreement = self.parties.agreement
-        layout = self.layout if not models else metrics_layout(agreement, models.split(","))
+        layout = self.layout if not models else metrics_layout(agreement, statistic, models.split(","))
         return OpenSum(
             run=RUN,
             agreement_digest=agreement.digest(),
@@ -76,12 +84,14 @@ class Process:
             nonce=OTHER,
             statistic=statistic,
             models=models,
+            candidates_digest=candidates_digest(candidates),
             layout_digest=layout.digest(),
         )
 
     def begin(self, request: OpenSum) -> None:
         agreement = self.parties.agreement
-        layout = self.layout if not request.models else metrics_layout(agreement, request.models.split(","))
+        models = request.models.split(",")
+        layout = metrics_layout(agreement, request.statistic, models) if request.models else self.layout
         self.terms = SumTerms(
             request=request, layout=layout, roster=agreement.roster, needed_owners=agreement.needed_owners
         )
@@ -180,11 +190,58 @@ def test_10_two_owners_asked_for_two_statistics_under_one_nonce_are_in_two_sessi
         replace(one, statistic="test", models="base").session,
         replace(one, models="base").session,
         replace(one, run=OTHER).session,
+        replace(one, candidates_digest=OTHER).session,
         replace(one, layout_digest=OTHER).session,
         replace(one, round=2).session,
         replace(one, nonce=RUN).session,
     }
-    assert len(sessions) == 7
+    assert len(sessions) == 8
+
+
+def test_37_another_agreement_is_put_in_place_in_the_middle_of_a_run(process: Process) -> None:
+    """The owner lays a second agreement beside the first to read it; the coordinator goes on under that one."""
+    plain = process.parties.agreement.summation.model_copy(update={"kind": "plain"})
+    second = process.parties.agreement.model_copy(update={"summation": plain})
+    write_settings(process.parties.folder / "agreement.toml", second)
+    request = replace(process.open_sum(1), agreement_digest=second.digest())
+    with pytest.raises(ConsentError, match="nobody has consented"):
+        process.send("hotel", request)
+    give_consent(Owner(process.parties.files["hotel"]))
+    with pytest.raises(RemoteProtocolError, match="another run or agreement"):
+        process.send("hotel", request)
+
+
+def test_37_a_sum_that_began_under_one_agreement_does_not_go_on_under_another(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    request = process.until(KeyShares)["hotel"]
+    second = process.parties.agreement.model_copy(update={"title": "Another"})
+    write_settings(process.parties.folder / "agreement.toml", second)
+    give_consent(Owner(process.parties.files["hotel"]))
+    with pytest.raises(ConsentError, match="the coordinator's agreement is"):
+        process.send("hotel", request)
+
+
+def test_38_a_candidate_of_its_own_for_every_owner_opens_no_sum_of_figures(process: Process) -> None:
+    """With one model for the victim and another for the others, sums of figures would tell the victim's apart."""
+    agreement, layout = process.parties.agreement, delta_layout(process.parties.plan)
+    names = {}
+    for owner in process.parties.files:
+        delta = np.full(layout.size, 0.5 if owner == "hotel" else 0.0, dtype=np.float32)
+        message = CandidatePart(
+            run=RUN, agreement_digest=agreement.digest(), model="average", split="test", part=0, parts=1, payload=delta
+        )
+        process.send(owner, message)
+        names[owner] = [("average", "test", hashlib.sha256(delta.data).hexdigest())]
+    for owner in process.parties.files:
+        request = process.open_sum(1, statistic="test", models="average", candidates=names["cinema"])
+        if owner == "hotel":
+            with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
+                process.send(owner, request)
+        else:
+            process.send(owner, request)
+    # Telling the victim what it wants to hear puts it into another session.
+    told = process.open_sum(2, statistic="test", models="average", candidates=names["hotel"])
+    assert told.session != replace(told, candidates_digest=candidates_digest(names["cinema"])).session
 
 
 # --- the latch ---
@@ -280,12 +337,13 @@ def test_29_all_owners_and_then_all_but_one(process: Process) -> None:
             process.send(owner, process.open_sum(2))
 
 
-def test_29_figures_of_one_model_asked_for_in_two_groupings(process: Process) -> None:
+@pytest.mark.parametrize("models", ["base", "base,own_at_home", "own_at_home"])
+def test_29_figures_asked_for_in_two_groupings(process: Process, models: str) -> None:
+    """Of another model too: the row counts behind them are the same, and a model of zero change is the base again."""
     process.sum(process.open_sum(1, statistic="test", models="base"))
-    for models in ("base", "base,own_at_home", "own_at_home,base"):
-        with pytest.raises(ConsentError, match="test/base was given into a sum"):
-            process.send("hotel", process.open_sum(2, statistic="test", models=models))
-    process.send("hotel", process.open_sum(3, statistic="test", models="own_at_home"))
+    with pytest.raises(ConsentError, match="test was given into a sum"):
+        process.send("hotel", process.open_sum(2, statistic="test", models=models))
+    process.send("hotel", process.open_sum(3, statistic="validation", models=models))
 
 
 def test_an_offer_is_in_the_ledger_before_the_first_part_leaves(process: Process) -> None:
@@ -323,8 +381,9 @@ def interrupted(process: Process) -> str:
 
 
 def certificate(process: Process, session: str, owners: list[str]) -> BurnCertificate:
+    digest = process.parties.agreement.digest()
     places = {name: place for place, name in enumerate(process.parties.agreement.owner_names)}
-    signed = [Signed(places[name], sign_burned(process.parties.identities[name], session)) for name in owners]
+    signed = [Signed(places[name], sign_burned(process.parties.identities[name], digest, session)) for name in owners]
     return BurnCertificate(run=RUN, session=session, signatures=Signed.pack_all(signed))
 
 
@@ -343,7 +402,14 @@ def test_too_few_forged_or_foreign_burn_signatures_release_nothing(process: Proc
     session = interrupted(process)
     assert burn_quorum(3, 0) == 2
     good = certificate(process, session, ["hotel", "cinema"])
+    other = process.parties.agreement.model_copy(update={"title": "Another"})
+    places = {name: place for place, name in enumerate(other.owner_names)}
+    elsewhere = [
+        Signed(places[name], sign_burned(process.parties.identities[name], other.digest(), session))
+        for name in ("hotel", "cinema")
+    ]
     bad = {
+        "(?s)the signature of hotel does not hold.*": replace(good, signatures=Signed.pack_all(elsewhere)),
         "1 owners burned the session, 2 must have": certificate(process, session, ["hotel"]),
         "the signature of hotel does not hold": replace(
             certificate(process, OTHER, ["hotel", "cinema"]), session=session
