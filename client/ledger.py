@@ -53,8 +53,8 @@ class Ledger:
             raise ConsentError("the coordinator opened a session that this owner has declared over")
         if statistic in self._offered:
             raise ConsentError(
-                f"{statistic} was given into a sum under this agreement before; the same again, summed with others, would "
-                "show somebody's part. A new run needs a new agreement"
+                f"{statistic} was given into a sum under this agreement before; the same again, summed with others, "
+                "would show somebody's part. A new run needs a new agreement"
             )
         self._round = round_number
         self._write()

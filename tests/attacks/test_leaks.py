@@ -1,0 +1,210 @@
+"""What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
+
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from client.app import app as client_app
+from client.gram import measure_grams
+from client.owner import Owner
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
+from common.merge_methods import contribution_layout
+from common.merge_methods.terms import Gram
+from common.models import delta_of, load_base, load_tokenizer, merge_plan
+from common.summation.protocol import Total
+from deploy.complete import complete_agreement
+from deploy.example import reviews
+from deploy.in_process_grid import InProcessGrid, run_in_process
+from server.app import app as server_app
+from server.coordinator import Coordinator
+from tests.parties import IDENTITIES, Parties
+
+# --- deltas in the clear, and sums that are kept ---
+
+
+def single_grams(total_gram: np.ndarray, total_product: np.ndarray, weights: list[np.ndarray]) -> list[np.ndarray]:
+    """Solve sum G_i = S1, sum G_i W_i = S2 for the single G_i, symmetric: linear equations, more than unknowns."""
+    d, n = len(total_gram), len(weights)
+    pairs = list(combinations_with_replacement(range(d), 2))
+    columns = []
+    for weight in weights:
+        for row, column in pairs:
+            unit = np.zeros((d, d))
+            unit[row, column] = unit[column, row] = 1
+            columns.append(np.concatenate([unit.ravel(), (unit @ weight).ravel()]))
+    right = np.concatenate([total_gram.ravel(), total_product.ravel()])
+    solution = np.linalg.lstsq(np.array(columns).T, right, rcond=None)[0].reshape(n, len(pairs))
+    grams = []
+    for values in solution:
+        gram = np.zeros((d, d))
+        for (row, column), value in zip(pairs, values, strict=True):
+            gram[row, column] = gram[column, row] = value
+        grams.append(gram)
+    return grams
+
+
+def test_with_single_deltas_known_single_grams_are_solved_for() -> None:
+    """Three owners, query, key and value share an input: the reason why no delta may leave, and sums are destroyed."""
+    random = np.random.default_rng(0)
+    rows = [random.standard_normal((50, 8)) for _ in range(3)]
+    grams = [x.T @ x for x in rows]
+    deltas = [random.standard_normal((8, 3 * 8)) for _ in range(3)]
+    total_gram = sum(grams, np.zeros((8, 8)))
+    total_product = sum((g @ d for g, d in zip(grams, deltas, strict=True)), np.zeros((8, 24)))
+    for solved, gram in zip(single_grams(total_gram, total_product, deltas), grams, strict=True):
+        np.testing.assert_allclose(solved, gram, atol=1e-8)
+    # Without the single deltas: the attacker knows the merged one at best, and finds nothing.
+    merged = np.linalg.solve(total_gram, total_product)
+    for solved, gram in zip(single_grams(total_gram, total_product, [merged] * 3), grams, strict=True):
+        assert np.abs(solved - gram).max() > 1
+
+
+def test_no_delta_leaves_an_owner_and_no_total_stays(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that a real run hands to the coordinator's node, searched for single deltas; its totals afterwards."""
+    totals: list[Total] = []
+    arrived: list[tuple[int, bytes]] = []
+    coordinator_sum, handle = Coordinator.sum, InProcessGrid._handle
+
+    def keep_total(self: Coordinator, *arguments: object) -> Total:
+        totals.append(coordinator_sum(self, *arguments))  # type: ignore[arg-type]
+        return totals[-1]
+
+    def keep_reply(self: InProcessGrid, message):  # type: ignore[no-untyped-def]
+        reply = handle(self, message)
+        arrived.extend(
+            (message.metadata.dst_node_id, array.data)
+            for record in reply.content.array_records.values()
+            for array in record.values()
+        )
+        return reply
+
+    monkeypatch.setattr(Coordinator, "sum", keep_total)
+    monkeypatch.setattr(InProcessGrid, "_handle", keep_reply)
+    (parties.output / ".amalgram").touch()
+    node_configs = [{"settings": str(path)} for path in parties.files.values()]
+    run_in_process(server_app, client_app, node_configs, {"coordinator": str(parties.coordinator)})
+
+    layout = contribution_layout(parties.agreement, parties.plan)
+    uploads = {node: data for node, data in arrived if len(data) > layout.size * 8}
+    assert set(uploads) == {2, 3, 4}
+    for node, path in zip(uploads, parties.files.values(), strict=True):
+        owner = Owner(path)
+        delta = delta_of(owner.own_model(), owner.load_base())
+        upload = np.frombuffer(uploads[node][-layout.size * 8 :], "<i8").astype(np.float64)
+        for name in parties.plan.changed:
+            seen = layout.read(upload, f"delta/{name}").ravel()
+            true = delta[name].double().numpy().ravel()
+            if len(true) > 100 and true.any():
+                correlation = np.corrcoef(seen, true)[0, 1]
+                assert abs(correlation) < 6 / np.sqrt(len(true))
+    contribution_total = totals[0]
+    assert contribution_total.layout.digest() == layout.digest()
+    assert np.isnan(contribution_total.vector).all()
+
+
+# --- the token histogram ---
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with rotary positions: its first attention sees a token's embedding, and nothing else."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = reviews.make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=2,
+        id2label={0: "a", 1: "b"},
+        label2id={"a": 0, "b": 1},
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def agreement_on(llama: Path, *, merge_token_inputs: bool) -> Agreement:
+    owners = tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd"))
+    draft = AgreementDraft(
+        title="t",
+        base=str(llama),
+        owners=owners,
+        task=Task(labels=("a", "b"), max_tokens=32),
+        privacy=Privacy(merge_token_inputs=merge_token_inputs),
+    )
+    return complete_agreement(draft, llama, {name: each.public_key for name, each in IDENTITIES.items()})
+
+
+def token_counts(gram: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+    """Solve gram = sum over tokens of count * e e^T for the counts."""
+    upper = np.triu_indices(len(gram))
+    columns = np.array([np.outer(e, e)[upper] for e in embeddings]).T  # (d (d + 1) / 2, tokens)
+    solution: np.ndarray = np.linalg.lstsq(columns, gram[upper], rcond=None)[0]
+    return solution
+
+
+def test_the_token_histogram_comes_out_of_a_first_gram_unless_the_rule_keeps_it(llama: Path) -> None:
+    off, on = (agreement_on(llama, merge_token_inputs=merge) for merge in (True, False))
+    base = load_base(llama, off.task, off.seed)
+    tokens = torch.from_numpy(np.random.default_rng(1).zipf(1.5, (40, 12)).clip(1, base.config.vocab_size - 5) + 4)
+    plan = merge_plan(base, off.tensors)
+    grams = measure_grams(base, plan, [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}])
+    first = next(group[0] for group in off.tensors.merged if "layers.0.self_attn.q_proj" in group[0])
+    gram = grams[first.removesuffix(".weight")].matrix.numpy()
+    block = base.model.layers[0]
+    with torch.inference_mode():
+        embeddings = block.input_layernorm(base.model.embed_tokens.weight).double().numpy()
+    true = np.bincount(tokens.ravel().numpy(), minlength=len(embeddings))
+    assert len(embeddings) < 16 * 17 / 2
+    np.testing.assert_allclose(token_counts(gram, embeddings), true, atol=1e-3)
+
+    kept = [group for group in on.tensors.merged if first in group]
+    assert kept == []
+    assert first in on.tensors.averaged
+    names = {entry.name for entry in contribution_layout(on, merge_plan(base, on.tensors)).entries}
+    assert f"gram/{first.removesuffix('.weight')}" not in names
+    # Of the same width, the next block's input has seen its neighbours: nothing comes out of it.
+    second = next(name for name in grams if "layers.1.self_attn.q_proj" in name)
+    assert f"gram/{second}" in names
+    assert np.abs(token_counts(grams[second].matrix.numpy(), embeddings) - true).max() > 5
+
+
+def test_models_with_absolute_positions_keep_all_their_grams(agreement: Agreement) -> None:
+    assert any("attention.self.query" in name for group in agreement.tensors.merged for name in group)
+    assert len([name for group in agreement.tensors.merged for name in group if "layer.0.attention" in name]) == 4
+
+
+# --- few rows ---
+
+
+def test_a_gram_of_few_rows_tells_members_from_strangers_and_stays_at_home(parties: Parties) -> None:
+    random = np.random.default_rng(2)
+    members, strangers = random.standard_normal((20, 32)), random.standard_normal((20, 32))
+    gram = members.T @ members
+
+    def looks_like_a_member(row: np.ndarray, gram: np.ndarray) -> bool:
+        """Whether the row lies in the space that the Gram's rows span."""
+        inside = gram @ np.linalg.pinv(gram) @ row
+        return bool(np.linalg.norm(inside - row) < 1e-6 * np.linalg.norm(row))
+
+    assert all(looks_like_a_member(row, gram) for row in members)
+    assert not any(looks_like_a_member(row, gram) for row in strangers)
+    owner = Owner(parties.files["hotel"])
+    withheld = owner._withhold({"layer": Gram(matrix=torch.from_numpy(gram), rows=20)})["layer"]
+    assert withheld.rows == 0
+    assert not any(looks_like_a_member(row, withheld.matrix.numpy()) for row in members)
+    many = Gram(matrix=torch.eye(32, dtype=torch.float64), rows=32)
+    assert owner._withhold({"layer": many})["layer"] is many
+
+
+def test_a_tokenizer_of_the_tests_is_that_of_the_model(llama: Path) -> None:
+    assert len(load_tokenizer(llama)) == load_base(llama, Task(labels=("a", "b")), 0).config.vocab_size

@@ -1,0 +1,198 @@
+# ruff: noqa: E501 - a table is read by its rows
+"""Every check, removed: the attack that it stops must then succeed, that is, its test must fail.
+
+Each row of the table names a test, a file, and one change to it that takes the check away. The change is made in a
+copy of the source tree. `make test-all` runs them; the unchanged copy must pass all the tests named here.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+MASKED, OWNER, LEDGER = "common/summation/masked.py", "client/owner.py", "client/ledger.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`test` is a part of the name of one or more tests, all of one file."""
+
+    file: str
+    test: str
+    source: str
+    find: str
+    replace: str = "pass"
+
+
+KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS = (
+    "attacks/test_keys.py",
+    "attacks/test_shares.py",
+    "attacks/test_survivors.py",
+    "attacks/test_uploads.py",
+    "attacks/test_owner_process.py",
+    "attacks/test_wire.py",
+    "test_masked_sum.py",
+    "attacks/test_leaks.py",
+)
+
+TABLE = [
+    # 1-7, 12, 13, 27: the key book
+    Mutation(KEYS, "test_1_", MASKED, "            check_entry(self.terms, entry)"),
+    Mutation(KEYS, "test_2_", MASKED, "            check_entry(self.terms, entry)"),
+    Mutation(KEYS, "test_3_", MASKED, "            check_entry(self.terms, entry)"),
+    Mutation(KEYS, "test_4_an_owner_twice", "common/summation/records.py", "later.owner <= earlier.owner", "False"),
+    Mutation(KEYS, "test_4_a_colluder", MASKED, "len(set(keys)) != len(keys)", "False"),
+    Mutation(KEYS, "test_5_", MASKED, "book.entries.get(self._me) == self._own_entry()", "self._me in book.entries"),
+    Mutation(KEYS, "test_6_", MASKED, "book.entries.get(self._me) == self._own_entry()", "True"),
+    Mutation(KEYS, "test_7_", "common/identity.py", "session + encoded + body", "encoded + body"),
+    Mutation(KEYS, "test_12_", "common/summation/protocol.py", "if place >= len(self.names):", "if False:"),
+    Mutation(KEYS, "test_13_too_few", MASKED, '        self._check_enough(len(book.entries), "key book")'),
+    Mutation(KEYS, "test_13_the_quorum", MASKED, "max(self.terms.quorum, self.terms.needed_owners)", "self.terms.needed_owners"),
+    Mutation(
+        KEYS,
+        "test_27_",
+        "common/summation/key_agreement.py",
+        'raise RemoteProtocolError("a public key is a point of low order") from None',
+        "return bytes(32)",
+    ),
+    # 8-11: rounds and agreements
+    Mutation(PROCESS, "test_8_9_", LEDGER, "if round_number <= self._round:", "if False:"),
+    Mutation(PROCESS, "test_9_an_old", LEDGER, "if round_number <= self._round:", "if False:"),
+    Mutation(PROCESS, "test_10_any_field", OWNER, "if digest != self.agreement.digest():", "if False:"),
+    Mutation(PROCESS, "test_10_an_owner_s_file", OWNER, "if digest not in self.state.consents():", "if False:"),
+    Mutation(PROCESS, "test_10_another_base", "common/models.py", "if digest != agreement.base_digest:", "if False:"),
+    Mutation(PROCESS, "test_10_two_owners", "common/messages.py", "for field in fields(self)]", 'for field in fields(self)[:4]]'),
+    Mutation(PROCESS, "test_11_", "common/agreement.py", "if self.summation.quorum not in (None, quorum(count, colluders)):", "if False:"),
+    Mutation(SURVIVORS, "test_11_19_", MASKED, "len(signed) >= self.terms.quorum", "True"),
+    # 13, 14, 18: survivors
+    Mutation(SHARES, "test_13_", MASKED, "        self._check_neighbourhood(len(senders) + 1)"),
+    Mutation(SURVIVORS, "test_13_", MASKED, "not strangers and not silent", "True"),
+    Mutation(SURVIVORS, "test_14_survivors_are", MASKED, '        self._check_enough(len(survivors), "survivors")'),
+    Mutation(SURVIVORS, "test_14_i_am", MASKED, "survivors.get(self._me) == mine", "True"),
+    Mutation(SURVIVORS, "test_14_my_upload", MASKED, "survivors.get(self._me) == mine", "self._me in survivors"),
+    Mutation(SURVIVORS, "test_18_", MASKED, "len(signed) >= self.terms.quorum", "True"),
+    Mutation(SURVIVORS, "test_36_exactly", "common/summation/neighbours.py", "return (num_owners + colluders) // 2 + 1", "return num_owners // 2"),
+    # 15-17: both secrets
+    Mutation(
+        SURVIVORS,
+        "test_15_",
+        MASKED,
+        "        revealed = RevealedShare.pack_all(shares)",
+        "        shares += [RevealedShare(o, MASK, _two_shares(b)[1]) for o, b in self.held.items()]\n"
+        "        revealed = RevealedShare.pack_all(shares)",
+    ),
+    Mutation(SURVIVORS, "test_16_both", MASKED, "(SIGNED, Acknowledgements): REVEALED,", "(SIGNED, Acknowledgements): SIGNED,"),
+    Mutation(SURVIVORS, "test_16_a_second", MASKED, "(UPLOADED, SurvivorList): SIGNED,", "(UPLOADED, SurvivorList): SIGNED,\n    (SIGNED, SurvivorList): SIGNED,"),
+    Mutation(PROCESS, "test_17_a_second_survivor", OWNER, '        self.state.write_json("sum", {**kept, "side": side.to_json()})'),
+    Mutation(PROCESS, "test_17_a_second_reveal", OWNER, '        self.state.write_json("sum", {**kept, "side": side.to_json()})'),
+    Mutation(PROCESS, "test_17_two_processes", "client/state.py", "            fcntl.flock(descriptor, fcntl.LOCK_EX)"),
+    Mutation(PROCESS, "test_a_session_whose", OWNER, "            self.state.forget_sum()\n            raise", "            raise"),
+    # 19: acknowledgements
+    Mutation(SURVIVORS, "test_19_one_signer", "common/summation/records.py", "later.owner <= earlier.owner", "False"),
+    Mutation(
+        SURVIVORS,
+        "test_19_a_signature_passed",
+        MASKED,
+        "            _verify(self.terms, each.owner, Label.SIGN_SURVIVORS, body, each.signature)",
+    ),
+    Mutation(
+        SURVIVORS,
+        "test_19_signatures_under",
+        MASKED,
+        "            _verify(self.terms, each.owner, Label.SIGN_SURVIVORS, body, each.signature)",
+    ),
+    Mutation(SURVIVORS, "test_19_a_signer", MASKED, "each.owner in survivors", "True"),
+    # 20, 21: shares
+    Mutation(SHARES, "test_20_a_forged_share and not manifest", MASKED, "hashlib.sha256(delivery.sealed).digest() == named", "True"),
+    Mutation(SHARES, "test_20_two_senders", MASKED, "hashlib.sha256(delivery.sealed).digest() == named", "True"),
+    Mutation(SHARES, "manifest_that_fits", MASKED, "        _verify(self.terms, sender, Label.SIGN_SHARES, body, delivery.signature)"),
+    Mutation(SHARES, "test_20_another_commitment", MASKED, "        _verify(self.terms, sender, Label.SIGN_SHARES, body, delivery.signature)"),
+    Mutation(SHARES, "test_20_another_recipient", MASKED, "set(senders) <= set(book.neighbours[self._me])", "True"),
+    Mutation(SHARES, "test_20_manifests", MASKED, 'rest == b""', "True"),
+    Mutation(SHARES, "test_20_truncated", "common/summation/records.py", "if len(data) % cls.FORMAT.size:", "data = data[: len(data) // cls.FORMAT.size * cls.FORMAT.size]\n        if False:"),
+    Mutation(SHARES, "test_20_a_share_at", MASKED, "plain[:2] == _place(self._me)", "True"),
+    Mutation(SHARES, "test_20_a_share_sealed", MASKED, "return self.digest + _direction(sender, recipient)", "return self.digest"),
+    Mutation(SHARES, "test_20_a_share_that_is_no", MASKED, "        for share in _two_shares(shares):\n            secret_sharing.read_share(share)\n", ""),
+    Mutation(SHARES, "test_21_one_wrong or test_21_wrong", MASKED, "if fits(seed):", "if True:"),
+    Mutation(SHARES, "test_21_a_share", MASKED, "record.kind == (SELF if record.owner in survivors else MASK)", "True"),
+    # 22-25: uploads
+    Mutation(SURVIVORS, "test_22_", MASKED, "(book.self_mask(self.self_seed), 1)]", "]"),
+    Mutation(UPLOADS, "test_23_a_second", MASKED, "owner in self._waiting", "True"),
+    Mutation(UPLOADS, "test_23_another", MASKED, "before == digest", "True"),
+    Mutation(UPLOADS, "test_24_an_upload_of", "common/summation/accumulator.py", 'if part != self.part or payload.shape != (expected,) or payload.dtype != np.dtype("<u8"):', "if False:"),
+    Mutation(UPLOADS, "test_24_an_upload_altered", MASKED, "        _verify(self._terms, place, Label.SIGN_PART, _part_body(reply.part, digest), reply.signature)"),
+    Mutation(UPLOADS, "test_24_after", MASKED, "(UPLOADED, PartRequest): UPLOADED,", "(UPLOADED, PartRequest): UPLOADED,\n    (SIGNED, PartRequest): SIGNED,"),
+    Mutation(UPLOADS, "test_25_a_value", "common/summation/fixed_point.py", "if not np.abs(chunk).max(initial=0.0) <= entry.bound:", "if False:"),
+    Mutation(UPLOADS, "test_25_at_the_bound", "common/summation/fixed_point.py", "int(ratio).bit_length() - 1", "int(ratio).bit_length()"),
+    Mutation(SUM, "test_a_total_beyond", "common/summation/fixed_point.py", "if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:", "if False:"),
+    Mutation(SUM, "test_a_vector_that_changed", MASKED, "sent_before and self.part_digests[part] != digest", "False"),
+    # 28, 29: contribute once
+    Mutation(PROCESS, "test_28_", LEDGER, "if statistic in self._offered:", "if False:"),
+    Mutation(PROCESS, "test_29_all", OWNER, "if side.offers:", "if side.reveals:"),
+    Mutation(PROCESS, "test_29_figures", OWNER, "self._ledger.begin(message.round, message.session, message.statistic)", "self._ledger.begin(message.round, message.session, message.statistic + message.models)"),
+    Mutation(PROCESS, "test_too_few_forged", "common/summation/recovery.py", "if len(signed) < needed:", "if False:"),
+    Mutation(PROCESS, "test_an_owner_that_has_revealed", LEDGER, "if session in self._revealed:", "if False:"),
+    Mutation(PROCESS, "test_a_burned_session", LEDGER, "if session in self._burned:", "if False:"),
+    Mutation(PROCESS, "test_a_certificate_alone", OWNER, "        ledger.burn(message.session)\n        self.state.forget_sum()\n        ledger.release", "        ledger.release"),
+    # 30, 31, 35
+    Mutation(SUM, "test_no_mask_is_used", "common/summation/mask_stream.py", "combine(chunk, keystream[: len(chunk)], out=chunk)", "combine(chunk, keystream[0], out=chunk)"),
+    Mutation(SUM, "test_the_same_keys", MASKED, "key_agreement.public_key(self.mask_seed, Label.MASK_KEY, session)", "key_agreement.public_key(self.mask_seed, Label.MASK_KEY, bytes(32))"),
+    Mutation(SUM, "test_an_all_zero", MASKED, "        mask_stream.add_masks(payload, self.masks, position.start)"),
+    Mutation(SUM, "test_secrets_do_not_show", MASKED, 'self_seed: bytes = field(default=b"", repr=False)', 'self_seed: bytes = b""'),
+    Mutation(WIRE, "test_35_files", "client/private_file.py", "0o600", "0o644"),
+    Mutation(WIRE, "test_35_no_secret", MASKED, '"survivors: my upload is missing or altered"', '"survivors" + str([k.hex() for k, _ in self.masks])'),
+    # 32, 34: the wire
+    Mutation(WIRE, "test_32_an_oversized", "common/messages.py", "isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES", "isinstance(value, bytes)"),
+    Mutation(WIRE, "test_32_garbage", "common/messages.py", "        if set(values) != expected:".strip(), "if False:"),
+    Mutation(WIRE, "test_34_", "server/app.py", "while node_of and time.monotonic() < deadline:", "while node_of and time.monotonic() < deadline + 60:"),
+    # 33, 37, 38: results, agreements, candidates
+    Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signed) < agreement.needed_owners:", "if False:"),
+    Mutation(PROCESS, "test_33_receipts_under", "common/result.py", "        verify(agreement.roster[name], Label.SIGN_RECEIPT, run, name, body, each.signature)"),
+    Mutation(PROCESS, "test_33_a_result_that", OWNER, "        check_result(self.agreement, message)"),
+    Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in candidates(self.agreement, self.agreement.method):", "if False:"),
+    Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
+    Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),
+    Mutation(PROCESS, "test_38_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree, in which every test of the table passes."""
+    copy = tmp_path_factory.mktemp("mutations") / "tree"
+    copy.mkdir()
+    for name in ("common", "client", "server", "deploy", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    done = run_tests(copy, sorted({row.file for row in TABLE}), "test_")
+    assert done.returncode == 0, done.stdout[-2000:]
+    return copy
+
+
+def run_tests(tree: Path, files: list[str], which: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", which]
+    command += [f"tests/{file}" for file in files]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.test}-{Path(row.source).stem}")
+def test_without_its_check_an_attack_succeeds(tree: Path, row: Mutation) -> None:
+    path = tree / row.source
+    original = path.read_text()
+    assert original.count(row.find) >= 1, f"{row.source} no longer has: {row.find}"
+    indent = row.find[: len(row.find) - len(row.find.lstrip())] if row.replace == "pass" else ""
+    path.write_text(original.replace(row.find, indent + row.replace))
+    try:
+        done = run_tests(tree, [row.file], row.test)
+    finally:
+        path.write_text(original)
+    # 1: tests were run and failed. 5 would mean that no test has this name, 2 that the mutation is no Python.
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert " error" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
