@@ -3,8 +3,8 @@
     delta = sum F_i delta_i / sum F_i        elementwise; F_i: the diagonal of the owner's Fisher information
 
 F_i is the owner's mean over its measured examples times its weight. Where sum F_i is not above `floor` times the
-largest entry of its tensor, nobody's loss depends on the parameter and the weighted mean is taken; how many entries
-that were is reported.
+largest entry of its tensor, nobody's loss depends on the parameter and the weighted mean is taken; likewise where it is
+so small that the sum's fixed point would show in the quotient. How many entries that were is reported.
 """
 
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
 MEASUREMENTS = frozenset({"fisher"})
+QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
 
 
 def knobs(agreement: Agreement) -> tuple[None]:
@@ -61,7 +62,8 @@ def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None) -> So
     below_floor = 0
     for name in plan.changed:
         fisher = torch.from_numpy(total[f"fisher/{name}"])
-        known = fisher > agreement.fisher.floor * fisher.max()
+        rounding = total.rounding_error(f"fisher_delta/{name}")
+        known = fisher > max(agreement.fisher.floor * float(fisher.max()), QUOTIENT_PRECISION * rounding)
         weighted = torch.from_numpy(total[f"fisher_delta/{name}"]) / torch.where(known, fisher, 1.0)
         delta[name] = torch.where(known, weighted, mean_delta(total, name)).float()
         below_floor += int((~known).sum())

@@ -19,7 +19,7 @@ KEY_BYTES = 16
 BLOCK_BYTES = 16
 BYTES_PER_NUMBER = 8
 # Vector and keystream chunk stay in the processor's second-level cache. A multiple of the block size.
-CHUNK_NUMBERS = 1 << 16
+CHUNK_NUMBERS = 1 << 15
 
 Mask = tuple[bytes, Literal[1, -1]]  # (key, sign)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -285,8 +286,14 @@ def test_17_the_latch_is_on_the_disk_before_the_signature_leaves(
         process.send("hotel", request)
 
 
-def test_17_two_processes_at_once_sign_one_list_only(process: Process) -> None:
-    """Two survivor lists that arrive in the same moment, each read by a process of its own."""
+def test_39_two_processes_at_once_sign_one_list_only(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Survivor lists that arrive in the same moment, each read by a process of its own before another has written."""
+    write = OwnerState.write_json
+
+    def slow_write(self: OwnerState, name: str, value: object) -> None:
+        sleep(0.2)
+        write(self, name, value)
+
     process.begin(process.open_sum(1))
     request = process.until(SurvivorList)["hotel"]
     assert isinstance(request, SurvivorList)
@@ -297,8 +304,9 @@ def test_17_two_processes_at_once_sign_one_list_only(process: Process) -> None:
         except AmalgramError as refusal:
             return refusal
 
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(ask, range(8)))
+    monkeypatch.setattr(OwnerState, "write_json", slow_write)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(4)))
     assert sum(isinstance(answer, SurvivorsSigned) for answer in answers) == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from common.agreement import Agreement
+from common.settings_file import load_settings
 
 AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
 
@@ -37,6 +41,54 @@ def test_example_is_written_runs_and_is_reported(tmp_path: Path) -> None:
     shown = amalgram("report", "reviews/output", "--json", cwd=tmp_path)
     assert json.loads(shown.stdout)["owners"] == ["hotel", "cinema", "phones"]
     assert (tmp_path / "reviews" / "output" / "report.html").is_file()
+
+
+def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_folder: Path, tmp_path: Path) -> None:
+    home = tmp_path / "consortium"
+    shutil.copytree(reviews_folder, home, ignore=shutil.ignore_patterns("output"))
+    parties = ("hotel", "cinema", "phones", "coordinator")
+    for name in parties:
+        made = amalgram("keys", "new", name, cwd=home)
+        assert made.returncode == 0, made.stderr
+        shown = amalgram("keys", "show", f"{name}.pub", cwd=home)
+        assert shown.stdout == made.stdout
+        assert "fingerprint" in shown.stdout
+    public = [f"{name}.pub" for name in parties]
+    drafted = amalgram("draft", "agreement.toml", *public, "--out", "agreed.toml", cwd=home)
+    assert drafted.returncode == 0, drafted.stderr
+    owner = home / "hotel.toml"
+    owner.write_text('agreement = "agreed.toml"\n' + owner.read_text())
+    agreed = amalgram("agree", "hotel.toml", "--yes", cwd=home)
+    assert agreed.returncode == 0, agreed.stderr
+    digits = drafted.stdout.split("fingerprint")[1].strip()
+    for says in (
+        f"Fingerprint:  {digits}",
+        "a vector of 490,388 numbers, 3.9 MB",
+        "Nobody: it leaves masked.",
+        "At least 3 of 3 owners in every sum.",
+        "Do not publish your own fine-tuned model later",
+    ):
+        assert says in agreed.stdout
+    assert list(json.loads((home / "state" / "consent.json").read_text())) == [
+        load_settings(home / "agreed.toml", Agreement).digest()
+    ]
+    plain = home / "agreed.toml"
+    plain.write_text(plain.read_text().replace('kind = "masked"', 'kind = "plain"'))
+    shown = amalgram("agree", "hotel.toml", "--yes", cwd=home)
+    assert "THE COORDINATOR SEES THIS OWNER'S VECTOR, NUMBER BY NUMBER." in shown.stdout
+    assert "Nobody: it leaves masked." not in shown.stdout
+    # what goes wrong says so in one line
+    for arguments, code, says in (
+        (["keys", "new", "hotel"], 2, "hotel.key: is there already, and a key is never overwritten"),
+        (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is no name"),
+        (["draft", "agreement.toml", *public], 2, "agreement.toml: is there already; name another file with --out"),
+        (["draft", "agreement.toml", *public[1:], "--out", "x.toml"], 2, "no public key of hotel; ask for its .pub"),
+        (["agree", "cinema.toml", "--yes"], 2, "is missing"),
+        (["agree", "hotel.toml"], 2, "consent is asked for at a terminal"),
+    ):
+        done = amalgram(*arguments, cwd=home)
+        assert (done.returncode, says in done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Masked against plain, and against a plain sum of real numbers, on the example's real models and rows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import client.owner
+from common.agreement import Agreement
+from common.merge_methods import candidates, solve
+from common.models import load_base, merge_plan
+from common.settings_file import load_settings
+from common.summation import fixed_point
+from common.summation.protocol import Total
+from common.tensor_layout import TensorLayout
+from deploy.simulate import simulate
+from server.coordinator import Coordinator
+
+
+@pytest.fixture(scope="module")
+def runs(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of each kind. Of the masked one also the owners' own vectors, and the total, before it was destroyed."""
+    folder = tmp_path_factory.mktemp("kinds")
+    seen: dict[str, Any] = {"vectors": [], "folder": folder}
+    encode, coordinator_sum = fixed_point.encode, Coordinator.sum
+
+    def keep_vector(layout: TensorLayout, vector: np.ndarray, num_owners: int) -> np.ndarray:
+        seen["vectors"].append((layout, vector.copy()))
+        return encode(layout, vector, num_owners)
+
+    def keep_total(self: Coordinator, statistic: str, *arguments: Any) -> Total:
+        total = coordinator_sum(self, statistic, *arguments)
+        if statistic == "contribution":
+            copy = total.vector.copy()
+            seen["total"] = Total(layout=total.layout, vector=copy, owners=total.owners, roster_size=total.roster_size)
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.owner.fixed_point, "encode", keep_vector)
+        patch.setattr(Coordinator, "sum", keep_total)
+        seen["masked"] = simulate(reviews_folder, folder / "masked", with_references=False)
+    shutil.copytree(reviews_folder, folder / "plain-consortium", ignore=shutil.ignore_patterns("output"))
+    path = folder / "plain-consortium" / "agreement.toml"
+    path.write_text(path.read_text().replace('kind = "masked"', 'kind = "plain"'))
+    seen["plain"] = simulate(folder / "plain-consortium", folder / "plain", with_references=False)
+    return seen
+
+
+def test_masked_and_plain_publish_the_same_model_bit_for_bit_and_the_same_figures(runs: dict[str, Any]) -> None:
+    masked, plain = runs["masked"], runs["plain"]
+    assert (masked["summation"], plain["summation"]) == ("masked", "plain")
+    assert masked["digests"]["model"] == plain["digests"]["model"]
+    assert masked["evaluation"] == plain["evaluation"]
+
+
+def test_every_method_s_model_differs_from_that_of_real_sums_by_less_than_a_millionth(runs: dict[str, Any]) -> None:
+    agreement = load_settings(runs["folder"] / "masked" / "parties" / "agreement.toml", Agreement)
+    total: Total = runs["total"]
+    vectors = [vector for layout, vector in runs["vectors"] if layout.digest() == total.layout.digest()]
+    assert len(vectors) == 3
+    real = Total(
+        layout=total.layout, vector=np.sum(vectors, axis=0), owners=total.owners, roster_size=total.roster_size
+    )
+    base = load_base(runs["folder"] / "plain-consortium" / "base", agreement.task, agreement.seed)
+    plan = merge_plan(base, agreement.tensors)
+    weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    for method in agreement.methods:
+        for knob in candidates(agreement, method).values():
+            masked_delta = solve(agreement, plan, method, total, knob).delta
+            real_delta = solve(agreement, plan, method, real, knob).delta
+            distance = sum(float((masked_delta[name] - real_delta[name]).norm() ** 2) for name in weights) ** 0.5
+            size = sum(float((weights[name] + real_delta[name]).norm() ** 2) for name in weights) ** 0.5
+            assert distance < 1e-6 * size, (method, knob)
+
+
+def test_a_plain_run_says_so(runs: dict[str, Any]) -> None:
+    page = (runs["folder"] / "plain" / "report.html").read_text()
+    assert "the coordinator saw each owner's vector" in " ".join(page.split())
