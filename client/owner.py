@@ -158,7 +158,7 @@ class Owner:
 
     def _open_sum(self, message: OpenSum) -> Message:
         self._check_step(message.run, message.agreement_digest)
-        terms = self._terms(message)
+        terms = self._terms(message, self._layout(message))
         self._ledger.begin(message.round, message.session, message.statistic)
         self.state.forget_sum()
         vector = self.state.create_array("vector", terms.layout.size, "<f8")
@@ -170,6 +170,7 @@ class Owner:
         terms.layout.flatten(tensors, vector)
         fixed_point.encode(terms.layout, vector, len(terms.roster))
         side, reply = self._sum_kind.open(terms, self._identity, secrets.token_bytes)
+        self.state.write_json("layout", terms.layout.to_json())  # spares the next messages loading the base model
         self.state.write_json("sum", {"request": asdict(message), "side": side.to_json()})
         return reply
 
@@ -179,7 +180,7 @@ class Owner:
             raise RemoteProtocolError(f"the coordinator sent {type(message).__name__} before a sum was opened")
         request = OpenSum(**kept["request"])
         self._check_step(request.run, request.agreement_digest)
-        terms = self._terms(request)
+        terms = self._terms(request, TensorLayout.from_json(self.state.read_json("layout")))
         side = self._sum_kind.from_json(kept["side"], terms, self._identity)
         # Once the survivors are signed for, no part is given any more, and the vector is deleted.
         encoded = np.empty(0, "<u8") if side.is_done else self.state.open_array("vector", terms.layout.size, "<u8")
@@ -307,9 +308,8 @@ class Owner:
                 "name the right file as identity, or make a new agreement with this one's .pub file"
             )
 
-    def _terms(self, request: OpenSum) -> SumTerms:
+    def _terms(self, request: OpenSum, layout: TensorLayout) -> SumTerms:
         """What the sum is about, from the owner's own agreement; `request` is checked, not believed."""
-        layout = self._layout(request)
         if layout.digest() != request.layout_digest:
             raise ConsentError(f"the coordinator's layout for {request.statistic} is not the one that was agreed")
         return SumTerms(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,10 +81,22 @@ class TensorLayout:
         """Every tensor, in order, with the numbers of the flat vector that are its own."""
         return self._slices.values()
 
+    def to_json(self) -> list[Any]:
+        """Names, shapes, bounds and packings, in order."""
+        return [[entry.name, list(entry.shape), entry.bound, entry.packing] for entry in self.entries]
+
+    @classmethod
+    def from_json(cls, description: list[Any]) -> "TensorLayout":
+        return cls(
+            tuple(
+                TensorEntry(name=name, shape=tuple(shape), bound=bound, packing=packing)
+                for name, shape, bound, packing in description
+            )
+        )
+
     def digest(self) -> str:
-        """SHA-256 over names, shapes, bounds, packings and order, in hexadecimal."""
-        description = [[entry.name, list(entry.shape), entry.bound, entry.packing] for entry in self.entries]
-        canonical = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
+        """SHA-256 over all of `to_json`, in hexadecimal."""
+        canonical = json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=False).encode()
         return hashlib.sha256(b"amalgram layout v1\n" + canonical).hexdigest()
 
     def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:

@@ -1,5 +1,7 @@
 """Named tensors and the flat vector: exact there and back, refused when anything differs."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,6 +52,13 @@ def test_adding_vectors_adds_tensors(layout: TensorLayout, seed: int) -> None:
     total = flatten(layout, one) + flatten(layout, other)
     for name, tensor in layout.unflatten(total):
         np.testing.assert_array_equal(tensor, one[name] + other[name])
+
+
+@given(layouts())
+def test_a_layout_survives_being_written_down(layout: TensorLayout) -> None:
+    again = TensorLayout.from_json(json.loads(json.dumps(layout.to_json())))
+    assert again == layout
+    assert again.digest() == layout.digest()
 
 
 @given(layouts(), st.integers(1, 200))

@@ -3,6 +3,8 @@
 import json
 import logging
 import stat
+import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -188,3 +190,14 @@ def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> Non
     assert len(secrets) >= 3 + 5
     assert not any(secret in sent for secret in secrets)
     assert evil.encoded["o0"].tobytes() not in sent
+
+
+@pytest.mark.slow
+def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing() -> None:
+    """With atheris, which exists for Linux on x86-64 only; elsewhere the tests above do what they can."""
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.attacks.fuzz", "-max_total_time=30", "-max_len=2000", "-seed=1"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done" in done.stderr
