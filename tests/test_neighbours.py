@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.summation import neighbours as module
-from common.summation.neighbours import MAX_COMPLETE, neighbourhood, neighbours, quorum
+from common.summation.neighbours import MAX_COMPLETE, NeighbourGraph, neighbourhood, quorum
 
 
 @pytest.mark.parametrize(("owners", "colluders", "t"), [(3, 0, 2), (5, 1, 4), (10, 3, 7), (150, 20, 86)])
@@ -62,7 +62,7 @@ def test_a_sparse_graph_keeps_its_promises(owners: int, data: st.DataObject) -> 
 @given(st.sets(st.integers(0, 999), min_size=30, max_size=60), st.integers(1, 12), st.binary(min_size=32, max_size=32))
 def test_neighbours_are_mutual_and_as_many_as_the_degree(owners: set[int], half: int, seed: bytes) -> None:
     degree = 2 * half
-    graph = neighbours(seed, list(owners), degree)
+    graph = NeighbourGraph(seed, list(owners), degree)
     assert set(graph) == owners
     for owner, others in graph.items():
         assert len(set(others)) == degree
@@ -73,9 +73,9 @@ def test_neighbours_are_mutual_and_as_many_as_the_degree(owners: set[int], half:
 
 def test_another_key_book_gives_another_ring() -> None:
     owners = list(range(40))
-    rings = [neighbours(bytes([seed]) * 32, owners, 4) for seed in range(5)]
+    rings = [dict(NeighbourGraph(bytes([seed]) * 32, owners, 4)) for seed in range(5)]
     assert all(one != other for one, other in combinations(rings, 2))
-    assert neighbours(b"x" * 32, owners, 4) == neighbours(b"x" * 32, owners[::-1], 4)
+    assert NeighbourGraph(b"x" * 32, owners, 4) == NeighbourGraph(b"x" * 32, owners[::-1], 4)
 
 
 def test_the_complete_graph_reaches_to_the_stated_size() -> None:

@@ -52,7 +52,7 @@ from common.messages import (
 )
 from common.summation import fixed_point, key_agreement, mask_stream, secret_sharing
 from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator
-from common.summation.neighbours import neighbours
+from common.summation.neighbours import NeighbourGraph
 from common.summation.protocol import (
     RandomBytes,
     SessionOver,
@@ -115,8 +115,8 @@ class Book:
         return hashlib.sha256(Label.KEY_BOOK.value + self.terms.session + self.data).digest()
 
     @cached_property
-    def neighbours(self) -> Mapping[int, tuple[int, ...]]:
-        return neighbours(self.digest, list(self.entries), self.terms.neighbourhood.degree)
+    def neighbours(self) -> NeighbourGraph:
+        return NeighbourGraph(self.digest, list(self.entries), self.terms.neighbourhood.degree)
 
     def check(self) -> None:
         """Signatures under the pinned keys, and no key twice. Raises RemoteProtocolError.

@@ -16,7 +16,7 @@ tries leave 2^-68. Where no sparse graph keeps both, the graph is complete.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import comb
@@ -53,17 +53,27 @@ def neighbourhood(num_owners: int, colluders: int, dropouts: int) -> Neighbourho
     return Neighbourhood(degree=num_owners - 1, threshold=quorum(num_owners, colluders))
 
 
-def neighbours(book_digest: bytes, owners: Sequence[int], degree: int) -> Mapping[int, tuple[int, ...]]:
-    """Each owner's neighbours, in ascending order; `owners` are roster indices."""
-    ordered = sorted(owners)
-    if degree >= len(ordered) - 1:
-        return {owner: tuple(other for other in ordered if other != owner) for owner in ordered}
-    ring = sorted(ordered, key=lambda owner: _rank(book_digest, owner))
-    size, reach = len(ring), degree // 2
-    return {
-        owner: tuple(sorted(ring[(place + step) % size] for step in range(-reach, reach + 1) if step))
-        for place, owner in enumerate(ring)
-    }
+class NeighbourGraph(Mapping[int, tuple[int, ...]]):
+    """Each owner's neighbours, in ascending order, computed when asked for; `owners` are places on the roster."""
+
+    def __init__(self, book_digest: bytes, owners: Sequence[int], degree: int) -> None:
+        self._is_complete = degree >= len(owners) - 1
+        self._reach = degree // 2
+        self._ring = sorted(owners) if self._is_complete else sorted(owners, key=lambda each: _rank(book_digest, each))
+        self._place = {owner: place for place, owner in enumerate(self._ring)}
+
+    def __getitem__(self, owner: int) -> tuple[int, ...]:
+        place, size = self._place[owner], len(self._ring)
+        if self._is_complete:
+            return (*self._ring[:place], *self._ring[place + 1 :])
+        steps = (step for step in range(-self._reach, self._reach + 1) if step)
+        return tuple(sorted(self._ring[(place + step) % size] for step in steps))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ring)
+
+    def __len__(self) -> int:
+        return len(self._ring)
 
 
 def _rank(book_digest: bytes, owner: int) -> bytes:

@@ -91,7 +91,7 @@ min_rows_per_dimension = 1.0  # an owner keeps a Gram of fewer rows than this ti
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"
 
-# One entry per owner. figures = "summed" keeps an owner's own test figures out of the report (let two or more have it).
+# One entry per owner. figures = "summed" keeps an owner's own test figures out of the report (of three, all or none).
 [[owners]]
 name = "hotel"
 
