@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from flwr.common.secure_aggregation import secaggplus_utils as flwr_masks
 
 from common.identity import Identity
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--most-owners", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     results = measure(arguments.numbers, arguments.most_owners)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "masking.json").write_text(json.dumps(results, indent=2) + "\n")
