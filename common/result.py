@@ -13,7 +13,7 @@ from common.errors import RemoteProtocolError
 from common.identity import verify
 from common.labels import Label
 from common.messages import Result
-from common.summation.records import Signed
+from common.signed_list import check_signed
 
 Candidate = tuple[str, str, str]  # (model, split, SHA-256 of its delta), in the order in which they were sent
 
@@ -43,17 +43,11 @@ def check_result(agreement: Agreement, result: Result) -> None:
 
 def check_receipts(agreement: Agreement, result: Result, signatures: bytes) -> list[str]:
     """The owners that signed the same result. Raises RemoteProtocolError if they are fewer than the agreement needs."""
-    body, names = body_of(agreement, result), agreement.owner_names
-    signed = Signed.unpack_all(signatures)
-    for each in signed:
-        if each.owner >= len(names):
-            raise RemoteProtocolError(f"receipts: there is no owner {each.owner} on a roster of {len(names)}")
-        name = names[each.owner]
-        run = bytes.fromhex(result.run)
-        verify(agreement.roster[name], Label.SIGN_RECEIPT, run, name, body, each.signature)
-    if len(signed) < agreement.needed_owners:
+    run, body = bytes.fromhex(result.run), body_of(agreement, result)
+    signers = check_signed(agreement.roster, Label.SIGN_RECEIPT, run, body, signatures)
+    if len(signers) < agreement.needed_owners:
         raise RemoteProtocolError(
-            f"receipts: {len(signed)} owners signed the result that was given here, {agreement.needed_owners} must "
+            f"receipts: {len(signers)} owners signed the result that was given here, {agreement.needed_owners} must "
             "have; others may have been given another one"
         )
-    return [names[each.owner] for each in signed]
+    return signers

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
-from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners
+from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, TooFewOwners
 from common.identity import Identity, verify
 from common.labels import Label
 from common.messages import (
@@ -38,6 +38,7 @@ from common.result import Candidate, candidates_digest, result_body
 from common.summation import SUMMATIONS
 from common.summation.protocol import SumTerms, Total, drive
 from common.summation.records import Signed
+from common.summation.recovery import burn_quorum
 from common.tensor_layout import TensorLayout
 
 FINISH_TIMEOUT_SECONDS = 60.0
@@ -129,6 +130,12 @@ class Coordinator:
         for node, reply in self.channel.exchange(requests, self.agreement.summation.reply_timeout_seconds):
             if isinstance(reply, SessionBurned) and reply.session == session:
                 signed.append(Signed(self.agreement.owner_names.index(owner_of[node]), reply.signature))
+        needed = burn_quorum(len(self.agreement.owners), self.agreement.colluders)
+        if len(signed) < needed:
+            raise ConsentError(
+                f"an earlier run broke off while its sum was being opened: {len(signed)} owners certify that it was "
+                f"not, {needed} must. What was given cannot be given again; a new run needs a new agreement"
+            )
         certificate = BurnCertificate(run=self.run, session=session, signatures=Signed.pack_all(signed))
         for _ in self._ask(dict.fromkeys(self.owners, certificate)):
             pass

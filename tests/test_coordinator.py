@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from common.agreement import Agreement
-from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners
+from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, TooFewOwners
 from common.labels import Label
 from common.messages import (
     Acknowledgements,
+    BurnCertificate,
+    BurnSession,
     CandidatePart,
     CandidateReceived,
+    CertificateKept,
     Finish,
     Finished,
     KeyBook,
@@ -30,11 +33,13 @@ from common.messages import (
     Result,
     ResultReceived,
     RollCall,
+    SessionBurned,
     SurvivorList,
 )
 from common.result import body_of
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SumTerms
+from common.summation.recovery import check_burned, sign_burned
 from common.tensor_layout import TensorEntry, TensorLayout
 from server.coordinator import Coordinator
 from tests.parties import IDENTITIES
@@ -73,10 +78,14 @@ class ScriptedChannel:
             body = body_of(self.agreement, request)
             signature = identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(request.run), body)
             return ResultReceived(run=request.run, owner=owner, signature=signature)
+        if isinstance(request, BurnCertificate):
+            return CertificateKept(session=request.session, owner=owner)
         if isinstance(request, Receipts):
             return ReceiptsKept(run=request.run, owner=owner)
         if isinstance(request, Finish):
             return Finished(run=request.run, owner=owner)
+        if isinstance(request, BurnSession):
+            return Refusal(code="consent")  # tests that need one give the answer
         return self._sum_answer(owner, request)
 
     def _sum_answer(self, owner: str, request: Message) -> Message:
@@ -231,6 +240,45 @@ def test_a_node_that_only_claims_to_be_an_owner_is_refused_at_the_roll_call(agre
 
     with pytest.raises(RemoteProtocolError, match="the signature of bea does not hold"):
         coordinator_of(agreement, claim, needed=2, owners=("ada", "cyd")).roll_call()
+
+
+def interrupted(reply_to_burn: Callable[[str, BurnSession], Message]) -> Fault:
+    """Owners that offered something to a session of an earlier run."""
+
+    def fault(owner: str, request: Message, reply: Message) -> Message:
+        if isinstance(request, RollCall):
+            body = bytes.fromhex(request.agreement_digest) + MODEL.encode()
+            signature = IDENTITIES[owner].sign(Label.SIGN_PRESENT, bytes.fromhex(request.run), body)
+            return Present(run=request.run, owner=owner, pending=MODEL, signature=signature)
+        return reply_to_burn(owner, request) if isinstance(request, BurnSession) else reply
+
+    return fault
+
+
+def test_an_interrupted_session_is_certified_as_over_before_the_run_goes_on(agreement: Agreement) -> None:
+    coordinator = coordinator_of(agreement, honest, needed=3)
+    digest = coordinator.agreement.digest()
+    certificates = []
+
+    def burn(owner: str, request: BurnSession) -> Message:
+        signature = sign_burned(IDENTITIES[owner], digest, request.session)
+        return SessionBurned(session=request.session, owner=owner, signature=signature)
+
+    def fault(owner: str, request: Message, reply: Message) -> Message | None:
+        if isinstance(request, BurnCertificate):
+            check_burned(coordinator.agreement, request.session, request.signatures)
+            certificates.append(owner)
+        return interrupted(burn)(owner, request, reply)
+
+    coordinator = coordinator_of(agreement, fault, needed=3)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 9.0))
+    assert certificates == ["ada", "bea", "cyd"]
+
+
+def test_a_session_that_owners_helped_to_open_ends_the_agreement_and_says_so(agreement: Agreement) -> None:
+    refuse = interrupted(lambda owner, request: Refusal(code="consent"))
+    with pytest.raises(ConsentError, match=r"0 owners certify that it was not, 2 must. .* needs a new agreement"):
+        coordinator_of(agreement, refuse, needed=3).roll_call()
 
 
 def test_an_answer_of_the_wrong_kind_is_refused(agreement: Agreement) -> None:

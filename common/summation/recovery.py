@@ -6,10 +6,10 @@ c may be lies; with b > N - t + c, fewer than t owners are left who could reveal
 
 from common.agreement import Agreement
 from common.errors import ConsentError, RemoteProtocolError
-from common.identity import Identity, verify
+from common.identity import Identity
 from common.labels import Label
+from common.signed_list import check_signed
 from common.summation.neighbours import MAX_COMPLETE, quorum
-from common.summation.records import Signed
 
 
 def burn_quorum(num_owners: int, colluders: int) -> int:
@@ -23,17 +23,12 @@ def sign_burned(identity: Identity, agreement_digest: str, session: str) -> byte
 
 def check_burned(agreement: Agreement, session: str, signatures: bytes) -> None:
     """Raise RemoteProtocolError unless `signatures` prove that nobody can open `session`."""
-    names, body = agreement.owner_names, bytes.fromhex(agreement.digest())
-    if len(names) > MAX_COMPLETE:
+    count, body = len(agreement.owners), bytes.fromhex(agreement.digest())
+    if count > MAX_COMPLETE:
         raise ConsentError(
             f"above {MAX_COMPLETE} owners a session cannot be certified as over; a new run needs a new agreement"
         )
-    signed = Signed.unpack_all(signatures)
-    for each in signed:
-        if each.owner >= len(names):
-            raise RemoteProtocolError(f"certificate: there is no owner {each.owner} on a roster of {len(names)}")
-        name = names[each.owner]
-        verify(agreement.roster[name], Label.SIGN_BURNED, bytes.fromhex(session), name, body, each.signature)
-    needed = burn_quorum(len(names), agreement.colluders)
-    if len(signed) < needed:
-        raise RemoteProtocolError(f"certificate: {len(signed)} owners burned the session, {needed} must have")
+    signers = check_signed(agreement.roster, Label.SIGN_BURNED, bytes.fromhex(session), body, signatures)
+    needed = burn_quorum(count, agreement.colluders)
+    if len(signers) < needed:
+        raise RemoteProtocolError(f"certificate: {len(signers)} owners burned the session, {needed} must have")
