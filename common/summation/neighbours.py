@@ -43,9 +43,10 @@ def quorum(num_owners: int, colluders: int) -> int:
 @cache
 def neighbourhood(num_owners: int, colluders: int, dropouts: int) -> Neighbourhood:
     """The smallest graph that keeps both promises; the complete one where no sparse one does."""
-    degrees = range(2, num_owners - 1, 2) if num_owners > MAX_COMPLETE else ()
+    degrees = range(2, num_owners - dropouts - 1, 2) if num_owners > MAX_COMPLETE else ()
     for degree in degrees:
-        inside = _tail(num_owners - 1, colluders, degree, SECURITY_BITS, num_owners**2)
+        # The coordinator may leave honest owners out of the book, down to the fewest: then colluders stand closest.
+        inside = _tail(num_owners - dropouts - 1, colluders, degree, SECURITY_BITS, num_owners**2)
         gone = _tail(num_owners - 1, dropouts, degree, CORRECTNESS_BITS, num_owners)
         threshold = (degree + inside + 2) // 2 + 1
         if threshold <= degree + 1 - gone:
