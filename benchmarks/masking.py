@@ -251,7 +251,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     if fraction is not None:
         floor = results["openssl_bytes_a_second"] / 1e9
         yield f"| of `openssl speed -evp aes-128-ctr`, {floor:.1f} GB/s | {fraction:.0%} |"
-    yield f"| over flwr's SecAgg+ generator, one core | {results['speedup_over_flwr_generator']:.0f} times |"
+    yield f"| over flwr's SecAgg+ generator, one core | {results['speedup_over_flwr_generator']:.1f} times |"
     for peers, seconds in results["owner_step_seconds"].items():
         yield f"| an owner's whole upload, {results['numbers']:,} numbers, {peers} peers | {seconds:.2f} s |"
     for share, seconds in results["unmasking_seconds"].items():
