@@ -26,6 +26,7 @@ class Ledger:
             self._offered: dict[str, str] = dict(page.get("offered", {}))  # statistic -> session
             self._revealed: set[str] = set(page.get("revealed", ()))
             self._burned: set[str] = set(page.get("burned", ()))
+            self._result: str = page.get("result", "")  # the one result that this owner signed
         except (ValueError, AttributeError, TypeError):
             raise SettingsError(
                 f"{path}: is damaged, so what was given before is not known; make a new agreement and state folder"
@@ -82,12 +83,20 @@ class Ledger:
         self._offered = {statistic: where for statistic, where in self._offered.items() if where != session}
         self._write()
 
+    def sign_result(self, body: str) -> None:
+        """This owner is about to sign a result. Raises ConsentError if it has signed another under this agreement."""
+        if self._result not in ("", body):
+            raise ConsentError("the coordinator published another result under this agreement than the one signed here")
+        self._result = body
+        self._write()
+
     def _write(self) -> None:
         page: Mapping[str, Any] = {
             "round": self._round,
             "offered": self._offered,
             "revealed": sorted(self._revealed),
             "burned": sorted(self._burned),
+            "result": self._result,
         }
         self._everything[self._agreement_digest] = page
         write_whole(self._path, json.dumps(self._everything).encode())

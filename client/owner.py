@@ -26,7 +26,7 @@ from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import metrics
 from common.agreement import Agreement
-from common.errors import ConsentError, RemoteProtocolError
+from common.errors import ConsentError, DataError, RemoteProtocolError
 from common.identity import Identity, read_identity
 from common.labels import Label
 from common.merge_methods import candidates, contribution, contribution_layout, measurements
@@ -209,8 +209,9 @@ class Owner:
             raise ConsentError(f"the coordinator published {message.model!r}, which is not of the agreed method")
         if tested.get(message.model) != message.model_digest:
             raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
-        self.state.write_json("result", {**asdict(message), "signature": message.signature.hex()})
         body = body_of(self.agreement, message)
+        self._ledger.sign_result(body.hex())
+        self.state.write_json("result", {**asdict(message), "signature": message.signature.hex()})
         signature = self._identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(message.run), body)
         return ResultReceived(run=message.run, owner=self.name, signature=signature)
 
@@ -346,24 +347,26 @@ class Owner:
         return OwnerTerms(
             examples=len(train),
             delta=delta_of(model, self._base),
-            grams=self._withhold(measure_grams(model, self._plan, batches)) if "grams" in wanted else {},
+            grams=self._checked(measure_grams(model, self._plan, batches)) if "grams" in wanted else {},
             gram_examples=len(gram_rows),
             fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
             fisher_examples=len(fisher_rows),
         )
 
-    def _withhold(self, grams: dict[str, Gram]) -> dict[str, Gram]:
-        """Empty every Gram of so few rows that it would tell which rows they are."""
+    def _checked(self, grams: dict[str, Gram]) -> dict[str, Gram]:
+        """Raise DataError for a Gram of so few rows that it would tell which rows they are.
+
+        The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
+        """
         least = self.agreement.privacy.min_rows_per_dimension
-        shown = {}
         for name, gram in grams.items():
-            dimension = len(gram.matrix)
-            shown[name] = gram
-            if gram.rows < least * dimension:
-                # Not how many rows: logs may be kept for others to read.
-                log.warning("  %s: keeps the Gram of %s: fewer than %g rows per dimension", self.name, name, least)
-                shown[name] = Gram(matrix=torch.zeros_like(gram.matrix), rows=0)
-        return shown
+            if gram.rows < least * len(gram.matrix):
+                raise DataError(
+                    f"{self.name}: the Gram of {name} has {gram.rows} rows for {len(gram.matrix)} dimensions, the "
+                    f"agreement demands {least:g} a dimension; nothing has left. Measure more rows "
+                    "(regmean.measured_examples), or agree on a lower privacy.min_rows_per_dimension"
+                )
+        return grams
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})

@@ -101,9 +101,10 @@ class Bounds(Settings):
 class Privacy(Settings):
     """What is held back because even a sum of it would say too much (SECURITY.md).
 
-    `min_rows_per_dimension`: an owner with fewer rows than this times the dimension of a Gram keeps that Gram. At 1 or
-    more no Gram tells members from non-members outright; from 10 on only outliers stand out. `merge_token_inputs`:
-    merge layers in closed form even if their input depends on the token alone; their Gram is a table of token counts.
+    `min_rows_per_dimension`: an owner with fewer rows than this times the dimension of some Gram takes no part. Below
+    1 a Gram tells members from non-members outright; above, less and less, also in a sum. `merge_token_inputs`:
+    merge layers in closed form even if their input depends on the token and its place alone; their Gram is a table of
+    token counts.
     """
 
     min_rows_per_dimension: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0

@@ -5,6 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,7 +39,7 @@ from common.result import Candidate, candidates_digest, result_body
 from common.summation import SUMMATIONS
 from common.summation.protocol import SumTerms, Total, drive
 from common.summation.records import Signed
-from common.summation.recovery import burn_quorum
+from common.summation.recovery import burn_quorum, check_burned_by
 from common.tensor_layout import TensorLayout
 
 FINISH_TIMEOUT_SECONDS = 60.0
@@ -128,8 +129,12 @@ class Coordinator:
         requests = dict.fromkeys(owner_of, BurnSession(run=self.run, session=session))
         signed = []
         for node, reply in self.channel.exchange(requests, self.agreement.summation.reply_timeout_seconds):
-            if isinstance(reply, SessionBurned) and reply.session == session:
-                signed.append(Signed(self.agreement.owner_names.index(owner_of[node]), reply.signature))
+            if not (isinstance(reply, SessionBurned) and reply.session == session):
+                continue
+            each = Signed(self.agreement.owner_names.index(owner_of[node]), reply.signature)
+            with suppress(RemoteProtocolError):  # one bad signature must not spoil the others' certificate
+                check_burned_by(self.agreement, session, [each])
+                signed.append(each)
         needed = burn_quorum(len(self.agreement.owners), self.agreement.colluders)
         if len(signed) < needed:
             raise ConsentError(
@@ -216,8 +221,7 @@ class Coordinator:
         self._check_enough()
         receipts = Receipts(run=self.run, signatures=Signed.pack_all(signed))
         for _ in self._ask(dict.fromkeys(self.owners, receipts)):
-            pass
-        self._check_enough()
+            pass  # whoever is lost here has no receipt, and that is all: every figure is in
 
     def finish(self) -> None:
         """Tell the owners to forget this run. Whoever does not confirm it is named, and nothing else changes."""

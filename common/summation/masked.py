@@ -662,7 +662,7 @@ class MaskedCoordinator:
         if len(shares) < threshold:
             raise TooFewOwners(
                 f"{len(shares)} of {name}'s neighbours revealed a share, {threshold} are needed; "
-                "nothing was opened. Bring the others back and run again"
+                "no total was computed. Bring the others back and run again"
             )
         for points in islice(combinations(sorted(shares), threshold), MAX_SHARE_SUBSETS):
             try:

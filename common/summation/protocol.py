@@ -170,7 +170,7 @@ def check_enough(remaining: int, terms: SumTerms, step: str, last_heard: Mapping
         gone = ", ".join(f"{owner} (last heard: {where})" for owner, where in last_heard.items())
         raise TooFewOwners(
             f"{remaining} owners are left at step {step}, the agreement needs {terms.needed_owners}; "
-            f"lost: {gone or 'none'}. Nothing was opened; bring them back and run again"
+            f"lost: {gone or 'none'}. No total was computed; bring them back and run again"
         )
 
 

@@ -4,12 +4,15 @@ An owner that burns a session signs that it never revealed, and never will revea
 c may be lies; with b > N - t + c, fewer than t owners are left who could reveal, and t shares are needed.
 """
 
+from collections.abc import Sequence
+
 from common.agreement import Agreement
 from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity
 from common.labels import Label
 from common.signed_list import check_signed
 from common.summation.neighbours import MAX_COMPLETE, quorum
+from common.summation.records import Signed
 
 
 def burn_quorum(num_owners: int, colluders: int) -> int:
@@ -21,14 +24,21 @@ def sign_burned(identity: Identity, agreement_digest: str, session: str) -> byte
     return identity.sign(Label.SIGN_BURNED, bytes.fromhex(session), bytes.fromhex(agreement_digest))
 
 
+def check_burned_by(agreement: Agreement, session: str, signed: Sequence[Signed]) -> list[str]:
+    """The owners that burned `session`. Raises RemoteProtocolError if one of the signatures does not hold."""
+    body = bytes.fromhex(agreement.digest())
+    packed = Signed.pack_all(signed)
+    return check_signed(agreement.roster, Label.SIGN_BURNED, bytes.fromhex(session), body, packed)
+
+
 def check_burned(agreement: Agreement, session: str, signatures: bytes) -> None:
     """Raise RemoteProtocolError unless `signatures` prove that nobody can open `session`."""
-    count, body = len(agreement.owners), bytes.fromhex(agreement.digest())
+    count = len(agreement.owners)
     if count > MAX_COMPLETE:
         raise ConsentError(
             f"above {MAX_COMPLETE} owners a session cannot be certified as over; a new run needs a new agreement"
         )
-    signers = check_signed(agreement.roster, Label.SIGN_BURNED, bytes.fromhex(session), body, signatures)
+    signers = check_burned_by(agreement, session, Signed.unpack_all(signatures))
     needed = burn_quorum(count, agreement.colluders)
     if len(signers) < needed:
         raise RemoteProtocolError(f"certificate: {len(signers)} owners burned the session, {needed} must have")

@@ -86,7 +86,7 @@ kind = "masked"               # the coordinator learns totals only; "plain": it 
 # colluders = 0               # so many owners may conspire with it; left out: as many as min_owners allows
 
 [privacy]
-min_rows_per_dimension = 1.0  # an owner keeps a Gram of fewer rows than this times its dimension
+min_rows_per_dimension = 1.0  # an owner with fewer rows than this for a Gram's dimension takes no part
 
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"

@@ -152,6 +152,10 @@ TABLE = [
     Mutation(WIRE, "test_34_", "server/app.py", "while node_of and time.monotonic() < deadline:", "while node_of and time.monotonic() < deadline + 60:"),
     # 33, 37, 38: results, agreements, candidates
     Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signers) < agreement.needed_owners:", "if False:"),
+    Mutation(PROCESS, "test_33_an_owner_signs", LEDGER, 'if self._result not in ("", body):', "if False:"),
+    Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if gram.rows < least * len(gram.matrix):", "if False:"),
+    Mutation(LEAKS, "test_no_delta", "server/merge.py", "    total.destroy()"),
+    Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "else _token_inputs(base, batch)", "else frozenset()"),
     Mutation(PROCESS, "test_33_receipts_under", "common/signed_list.py", "        verify(roster[name], label, session, name, body, signed.signature)"),
     Mutation(PROCESS, "test_33_a_result_that", OWNER, "        check_result(self.agreement, message)"),
     Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in candidates(self.agreement, self.agreement.method):", "if False:"),

@@ -518,6 +518,17 @@ def test_33_different_results_to_different_owners(process: Process) -> None:
         process.send("hotel", some)
 
 
+def test_33_an_owner_signs_one_result_under_one_agreement(process: Process) -> None:
+    """Two runs with two results, each with everybody's signature: either group would hold complete receipts."""
+    result, _ = with_a_candidate(process)
+    process.send("hotel", result)
+    process.send("hotel", result)
+    run = process.parties.folder / "state" / "hotel" / "run"
+    (run / "tested.json").write_text(json.dumps({result.model: OTHER}))
+    with pytest.raises(ConsentError, match="another result under this agreement than the one signed here"):
+        process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
+
+
 def test_33_receipts_under_another_result_do_not_count(process: Process) -> None:
     result, _ = with_a_candidate(process)
     good = receipts(process, result, list(process.parties.files))

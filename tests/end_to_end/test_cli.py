@@ -63,7 +63,7 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     digits = drafted.stdout.split("fingerprint")[1].strip()
     for says in (
         f"Fingerprint:  {digits}",
-        "a vector of 490,388 numbers, 3.9 MB",
+        "a vector of 463,731 numbers, 3.7 MB",
         "Nobody: it leaves masked.",
         "At least 3 of 3 owners in every sum.",
         "Do not publish your own fine-tuned model later",

@@ -208,7 +208,8 @@ def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -
     change(consortium / "agreement.toml", 'base = "base"', f'base = "{tmp_path / "gpt2"}"')
     report = simulate(consortium, tmp_path / "output", with_references=False)
     merged = {name for group in report["tensors"]["merged"] for name in group}
-    assert {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_proj.weight", "score.weight"} <= merged
+    assert {"transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_proj.weight", "score.weight"} <= merged
+    assert "transformer.h.0.attn.c_attn.weight" in report["tensors"]["averaged"]
 
 
 def test_an_owner_may_name_its_own_copy_of_the_base(consortium: Path, tmp_path: Path) -> None:
