@@ -30,7 +30,7 @@ import transformers
 from flwr.common.secure_aggregation import secaggplus_utils as flwr_masks
 
 from common.identity import Identity
-from common.messages import Acknowledgements, KeyShares, Message, OpenSum, PartRequest, encode
+from common.messages import Acknowledgements, KeyShares, Message, OpenSum, PartRequest
 from common.result import candidates_digest
 from common.summation import fixed_point, mask_stream
 from common.summation.accumulator import BYTES_PER_NUMBER
@@ -40,6 +40,7 @@ from common.summation.protocol import SumTerms
 from common.tensor_layout import TensorEntry, TensorLayout
 from deploy.demo.digits import write_consortium
 from deploy.simulate import simulate
+from server.coordinator import message_bytes
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = (2, 10, 20)
@@ -166,12 +167,6 @@ class Parties:
             if now is not Acknowledgements or kind is None:
                 self.side.end_step()
         return requests
-
-
-def message_bytes(message: Message) -> int:
-    envelope = encode(message)
-    lists = sum(len(value) for value in envelope.fields.values() if isinstance(value, bytes))
-    return lists + (0 if envelope.payload is None else envelope.payload.nbytes)
 
 
 def owner_step_seconds(peers: int, numbers: int) -> float:

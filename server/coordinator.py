@@ -238,7 +238,7 @@ class Coordinator:
         started = time.monotonic()
         owner_of = {self._nodes[owner]: owner for owner in requests}
         by_node = {self._nodes[owner]: request for owner, request in requests.items()}
-        step.bytes_sent += sum(_payload_bytes(request) for request in requests.values())
+        step.bytes_sent += sum(message_bytes(request) for request in requests.values())
         for node, reply in self.channel.exchange(by_node, self.agreement.summation.reply_timeout_seconds):
             owner = owner_of[node]
             if isinstance(reply, Refusal):
@@ -249,7 +249,7 @@ class Coordinator:
             if reply is None:
                 self._lose(owner, "no answer")
             else:
-                step.bytes_received += _payload_bytes(reply)
+                step.bytes_received += message_bytes(reply)
             yield owner, reply
         step.seconds += time.monotonic() - started
 
@@ -271,7 +271,7 @@ class Coordinator:
             )
 
 
-def _payload_bytes(message: Message) -> int:
+def message_bytes(message: Message) -> int:
     """Everything of a message that grows: the array, and lists of records."""
     envelope = encode(message)
     lists = sum(len(value) for value in envelope.fields.values() if isinstance(value, bytes))
