@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel
 
-from client.private_data import Rows
+from client.rows import IGNORED, Rows
 from client.settings import Training
 from common.errors import NumericalError
 
@@ -32,8 +32,9 @@ def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int,
             if len(order) == 0:
                 order = random.permutation(len(rows))
             indices, order = order[: training.batch_size], order[training.batch_size :]
-            logits = model(**rows.batch(indices)).logits
-            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(rows.labels[indices]))
+            batch, targets = rows.batch(indices)
+            judged = targets != IGNORED
+            loss = torch.nn.functional.cross_entropy(model(**batch).logits[judged], targets[judged])
             if not torch.isfinite(loss):
                 raise NumericalError(f"fine-tuning: the loss became {loss.item()}; lower learning_rate")
             optimizer.zero_grad()

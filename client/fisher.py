@@ -2,14 +2,16 @@
 
     F = sum over examples of (d log p(y | x) / d W)^2,    y drawn from the model's own p(y | x)
 
-The square stands inside the sum: gradients of a whole batch, squared, would be another quantity. Labels are not used.
+Where a model makes several predictions on an example (a tag for each word, the next token for each), log p(y | x) is
+the sum over them. The square stands inside the sum: gradients of a whole batch, squared, would be another quantity.
+Labels are not used.
 """
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.private_data import Rows
+from client.rows import IGNORED, Rows
 
 
 def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int) -> dict[str, Tensor]:
@@ -17,10 +19,12 @@ def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int) -> dict[str, T
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
-    for _, batch in rows.batches(batch_size=1):
-        logits = model(**batch).logits  # (1, labels)
-        label = torch.multinomial(logits.detach().softmax(-1)[0], 1, generator=generator)
-        loss = torch.nn.functional.cross_entropy(logits, label)
+    for _, batch, targets in rows.batches(batch_size=1):
+        logits = model(**batch).logits[targets != IGNORED]  # (predictions, labels)
+        if not len(logits):
+            continue
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

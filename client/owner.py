@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from client import evaluate, finetune
+from client import finetune
+from client.evaluate import evaluate
 from client.fisher import measure_fisher
 from client.gram import measure_grams
 from client.ledger import Ledger
-from client.private_data import PrivateData, Rows
+from client.private_data import PrivateData
+from client.rows import Rows
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import metrics
-from common.agreement import Agreement
+from common.agreement import Agreement, Task
 from common.errors import ConsentError, DataError, RemoteProtocolError
 from common.identity import Identity, read_identity
 from common.labels import Label
@@ -56,6 +58,7 @@ from common.models import (
     add_delta,
     base_model_folder,
     check_base,
+    copy_parameters,
     delta_layout,
     delta_of,
     digest_of,
@@ -64,6 +67,8 @@ from common.models import (
     load_tokenizer,
     merge_plan,
     model_folder,
+    named_labels,
+    private_head,
 )
 from common.result import Candidate, body_of, candidates_digest, check_receipts, check_result
 from common.settings_file import load_settings
@@ -274,7 +279,8 @@ class Owner:
         self.state.write_json("candidates", [*self._received, [message.model, message.split, digest]])
         if message.split == "test":
             tested = self.state.read_json("tested") or {}
-            self.state.write_json("tested", tested | {message.model: digest_of(model)})
+            self.state.write_json("tested", tested | {message.model: digest_of(model, self.task)})
+        self._put_on_own_head(model)
         score = self.score(model, message.split)
         scores.setdefault(message.split, {})[message.model] = asdict(score)
         self.state.write_json("scores", scores)
@@ -343,7 +349,7 @@ class Owner:
         log.info("  %s: measuring", self.name)
         gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
         fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
-        batches = (batch for _, batch in gram_rows.batches(self.settings.batch_size))
+        batches = (batch for _, batch, _ in gram_rows.batches(self.settings.batch_size))
         return OwnerTerms(
             examples=len(train),
             delta=delta_of(model, self._base),
@@ -373,7 +379,9 @@ class Owner:
         scores = {}
         for name in models:
             if name == BASE:
-                scores[name] = self.score(self._base, split)
+                base = self.load_base()
+                self._put_on_own_head(base)
+                scores[name] = self.score(base, split)
             elif name == OWN:
                 scores[name] = self.score(self.own_model(), split)
             elif name in kept:
@@ -385,14 +393,28 @@ class Owner:
     def score(self, model: PreTrainedModel, split: str) -> Score:
         """How `model` does on this owner's rows of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
-        logits = evaluate.predict_logits(model, rows, self.settings.batch_size)
-        return evaluate.score_logits(logits, rows.labels, self.data.label_set())
+        return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
 
     # --- what the owner has ---
 
     @cached_property
     def agreement(self) -> Agreement:
         return load_settings(self._home / self.settings.agreement, Agreement)
+
+    @cached_property
+    def task(self) -> Task:
+        """The agreed task; where heads are private, over this owner's own labels."""
+        task = self.agreement.task
+        if task.head == "shared":
+            return task
+        labels = self.settings.labels
+        if not labels and self.settings.fine_tuned is not None:
+            labels = named_labels(model_folder(self.settings.fine_tuned, self._home))
+        return task.model_copy(update={"labels": labels or task.labels})
+
+    def _put_on_own_head(self, model: PreTrainedModel) -> None:
+        if private_head(model, self.task):
+            copy_parameters(private_head(model, self.task), self.own_model(), model)
 
     @property
     def _identity_path(self) -> Path:
@@ -428,7 +450,7 @@ class Owner:
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy of the agreed base model."""
-        base = load_base(self._base_folder, self.agreement.task, self.agreement.seed)
+        base = load_base(self._base_folder, self.task, self.agreement.seed)
         check_base(base, self.agreement, self._base_folder)
         return base
 
@@ -442,12 +464,11 @@ class Owner:
 
     @cached_property
     def data(self) -> PrivateData:
-        is_text = self.agreement.task.kind == "text-classification"
         return PrivateData(
             data=self.settings.data,
-            task=self.agreement.task,
+            task=self.task,
             model=self._base,
-            tokenizer=load_tokenizer(self._base_folder) if is_text else None,
+            tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
             folder=self._home,
             seed=self.agreement.seed,
         )
@@ -458,7 +479,7 @@ class Owner:
             folder = self._make_own_model()
         else:
             folder = model_folder(self.settings.fine_tuned, self._home)
-        return load_fine_tuned(folder, self.agreement.task, self._base)
+        return load_fine_tuned(folder, self.task, self._base)
 
     def _make_own_model(self) -> Path:
         folder = self.state.fine_tuned_folder
@@ -474,7 +495,7 @@ class Owner:
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
-        if self.agreement.task.kind == "text-classification":
+        if self.task.is_text:
             load_tokenizer(self._base_folder).save_pretrained(partial)
         (partial / "made_from.json").write_text(recipe)
         self.state.seal(partial)
@@ -488,6 +509,7 @@ class Owner:
         files = [path for path in (data.train, data.validation) if path is not None]
         parts = {
             "agreement": self.agreement.digest(),
+            "labels": self.task.labels,
             "training": self.settings.training and self.settings.training.model_dump(),
             "data": data.model_dump(mode="json"),
             "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],

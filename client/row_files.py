@@ -1,4 +1,4 @@
-"""Columns out of an owner's files: JSON Lines, CSV, Parquet, NumPy arrays. Knows nothing of models.
+"""Columns out of an owner's files: JSON Lines, CSV, Parquet, CoNLL, NumPy arrays. Knows nothing of models.
 
 An error names the file and the row, never what the row says.
 """
@@ -115,8 +115,34 @@ def _check_columns(path: Path, columns: Sequence[str], found: Sequence[str], whe
             raise DataError(f"{path}: {where}has two columns {column!r}")
 
 
+def _read_conll(path: Path, columns: Sequence[str], max_rows: int | None) -> Columns:
+    """One word a line, first and last column its word and tag; a blank line, or -DOCSTART-, between sentences."""
+    sentences: list[list[tuple[str, str]]] = [[]]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8; save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        parts = line.split()
+        if not parts or parts[0] == "-DOCSTART-":
+            if sentences[-1]:
+                sentences.append([])
+        elif len(parts) == 1:
+            raise DataError(f"{path}: line {number} has one column; a word and its tag are needed")
+        else:
+            sentences[-1].append((parts[0], parts[-1]))
+    kept = [sentence for sentence in sentences if sentence][:max_rows]
+    words, tags = columns
+    return {
+        words: [[word for word, _ in sentence] for sentence in kept],
+        tags: [[tag for _, tag in sentence] for sentence in kept],
+    }
+
+
 READERS: dict[str, Callable[[Path, Sequence[str], int | None], Columns]] = {
     ".jsonl": _read_json_lines,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".txt": _read_conll,
+    ".conll": _read_conll,
 }

@@ -21,7 +21,11 @@ class Training(Settings):
 
 
 class Data(Settings):
-    """The owner's rows: JSON Lines, CSV or Parquet for text, .npz arrays for images. Paths relative to the file.
+    """The owner's rows: JSON Lines, CSV or Parquet for text, .npz arrays for images, CoNLL's .txt or .conll for tagged
+    words. Paths relative to the file. Of the columns, a task reads those it needs:
+
+    text-classification `text`, `text_pair` where named, `label`; image-classification `image`, `label`;
+    token-classification `tokens`, `tags`; causal-lm `text`; sequence-to-sequence `text`, `target`.
 
     `train` is measured (and trained on), `validation` decides a sweep, `test` gives the figures. Without a validation
     file a tenth of the training rows is set aside for it.
@@ -34,6 +38,9 @@ class Data(Settings):
     text_pair: Column | None = None
     label: Column = "label"
     image: Column = "image"
+    tokens: Column = "tokens"
+    tags: Column = "tags"
+    target: Column = "target"
     # Use only the first rows of a file.
     max_train_rows: Count | None = None
     max_validation_rows: Count | None = None
@@ -54,6 +61,8 @@ class OwnerSettings(Settings):
     fine_tuned: str | None = None
     training: Training | None = None
     batch_size: Count = 32
+    # The labels of this owner's own head, where heads are private; left out, those that its model names.
+    labels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_model(self) -> "OwnerSettings":

@@ -19,6 +19,18 @@ from common.summation.records import MAX_OWNERS
 CANONICAL_LABEL = b"amalgram agreement v2\n"
 COORDINATOR = "coordinator"  # the name of the party that no owner may have
 
+TaskKind = Literal[
+    "text-classification", "token-classification", "causal-lm", "sequence-to-sequence", "image-classification"
+]
+Figure = Literal["macro_f1", "entity_f1", "log_likelihood"]
+FIGURES: dict[TaskKind, Figure] = {
+    "text-classification": "macro_f1",
+    "image-classification": "macro_f1",
+    "token-classification": "entity_f1",
+    "causal-lm": "log_likelihood",
+    "sequence-to-sequence": "log_likelihood",
+}
+LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
 MethodName = Literal["average", "task_arithmetic", "fisher", "regmean"]
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -41,13 +53,39 @@ class CoordinatorEntry(Settings):
 
 
 class Task(Settings):
-    """What the model does. Labels left empty are taken from the base model's configuration."""
+    """What the model does. Labels left empty are the base model's own; a language model has none."""
 
-    kind: Literal["text-classification", "image-classification"] = "text-classification"
+    kind: TaskKind = "text-classification"
     labels: tuple[str, ...] = ()
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 128
     # "own": an owner's rows are judged among the labels that occur in its files; "all": among all labels.
     label_set: Literal["own", "all"] = "own"
+    # "private": every owner keeps its own head, over labels of its own; the body is merged and published without one.
+    head: Literal["shared", "private"] = "shared"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the model has a head over labels; a language model's is over its vocabulary."""
+        return self.kind not in LANGUAGE_MODELLING
+
+    @property
+    def figure(self) -> Figure:
+        """What is measured beside accuracy (metrics.py)."""
+        return FIGURES[self.kind]
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind != "image-classification"
+
+    @property
+    def judges_tokens(self) -> bool:
+        """Whether a row has many predictions, one a word or token of it."""
+        return self.kind in ("token-classification", *LANGUAGE_MODELLING)
+
+    @property
+    def predictions_per_row(self) -> int:
+        """The most predictions that are judged on one row."""
+        return self.max_tokens if self.judges_tokens else 1
 
 
 class RegMean(Settings):
@@ -114,7 +152,7 @@ class Privacy(Settings):
 class Evaluation(Settings):
     """The metric by which a sweep is decided, on validation rows."""
 
-    choose_by: Literal["accuracy", "macro_f1"] = "accuracy"
+    choose_by: Literal["accuracy"] | Figure = "accuracy"
 
 
 class TensorRoles(Settings):
@@ -171,10 +209,19 @@ class AgreementDraft(Settings):
             )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
+        if self.task.head == "private" and not self.task.has_labels:
+            raise ValueError(f'task.head = "private": a model of kind {self.task.kind} has no head over labels')
+        if not self.task.has_labels and self.task.labels:
+            raise ValueError(f"task.labels = {list(self.task.labels)}: a model of kind {self.task.kind} has none")
         if len(self.task.labels) == 1:
             raise ValueError(f"task.labels = {list(self.task.labels)}: at least two are needed")
         if len(set(self.task.labels)) != len(self.task.labels):
             raise ValueError(f"task.labels = {list(self.task.labels)}: a label stands twice")
+        if self.evaluation.choose_by not in ("accuracy", self.task.figure):
+            raise ValueError(
+                f"evaluation.choose_by = {self.evaluation.choose_by!r}: for {self.task.kind} it is accuracy or "
+                f"{self.task.figure}"
+            )
         for table, key, knobs in (
             ("regmean", "alphas", self.regmean.alphas),
             ("task_arithmetic", "scales", self.task_arithmetic.scales),
@@ -266,7 +313,7 @@ class Agreement(AgreementDraft):
             raise ValueError(
                 f"bounds.grams: has {len(self.bounds.grams)} values, there are {len(self.tensors.merged)} merged groups"
             )
-        if len(self.task.labels) < 2:
+        if self.task.has_labels and len(self.task.labels) < 2:
             raise ValueError(f"task.labels = {list(self.task.labels)}: at least two are needed")
         names = list(self.tensors_by_name())
         if len(set(names)) != len(names):

@@ -4,7 +4,7 @@ Weights are read from safetensors only; a pickle is refused, because loading one
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -16,8 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +34,9 @@ from common.tensor_layout import TensorEntry, TensorLayout
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 AUTO_CLASSES = {
     "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-to-sequence": AutoModelForSeq2SeqLM,
     "image-classification": AutoModelForImageClassification,
 }
 
@@ -79,25 +85,34 @@ def base_labels(folder: Path) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
+def named_labels(folder: Path) -> tuple[str, ...]:
+    """`base_labels`, or none where the configuration only numbers them."""
+    labels = base_labels(folder)
+    return () if all(label.startswith("LABEL_") for label in labels) else labels
+
+
 def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     """The base model in float32, ready for evaluation.
 
     A head that the folder does not hold is initialised from `seed`, hence alike at every party; anything else that is
     missing, or another order of labels, is a ModelError.
     """
-    _check_labels(folder, task)
+    if task.head == "shared":
+        _check_labels(folder, task)
     model, missing = _load(folder, task, seed)
     body = f"{model.base_model_prefix}."
     for name in missing:
         if name.startswith(body) and "pooler" not in name:
             raise ModelError(f"model {folder}: its weights lack {name}; are they of the model that config.json names?")
-    if task.kind == "text-classification" and getattr(model.config, "pad_token_id", None) is None:
+    if task.is_text and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     return model
 
 
 def head_made_here(folder: Path, task: Task) -> str:
     """The weights that the base's folder lacks and `load_base` makes, as a list to read; empty for a whole model."""
+    if task.head == "private":
+        return ""
     return ", ".join(_load(folder, task, seed=0)[1])
 
 
@@ -107,7 +122,7 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
     model, missing = _load(folder, task, seed=0)
     if missing:
         raise ModelError(f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all); it is no such model")
-    if task.kind == "text-classification":
+    if task.is_text:
         model.config.pad_token_id = base.config.pad_token_id
     expected, found = parameter_shapes(base), parameter_shapes(model)
     for name in sorted(set(expected) | set(found)):
@@ -121,9 +136,8 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
 
 def _check_labels(folder: Path, task: Task) -> None:
     """A model's own labels, where its configuration names any, must be the agreement's, in the same order."""
-    labels = base_labels(folder)
-    generic = all(label.startswith("LABEL_") for label in labels)
-    if not generic and labels != task.labels:
+    labels = named_labels(folder)
+    if task.has_labels and labels not in ((), task.labels):
         raise ModelError(
             f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}; "
             "for a new head, save the model without one (AutoModel) and name that as the base"
@@ -141,26 +155,29 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
     """The model, and the names of the parameters that its files lack."""
     _config(folder)
     labels = dict(enumerate(task.labels))
+    head = {"num_labels": len(labels), "id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model, found = AUTO_CLASSES[task.kind].from_pretrained(
                 folder,
-                num_labels=len(labels),
-                id2label=labels,
-                label2id={label: index for index, label in labels.items()},
+                **(head if task.has_labels else {}),
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=task.head == "private",  # an owner's head may have more labels than the base's
             )
         except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
             reason = _first_line(error)
             if "ignore_mismatched_sizes" in reason:
                 reason = "its head, or another weight, has another shape; do task.labels fit this model?"
             raise ModelError(
-                f"model {folder}: cannot be loaded for {task.kind} with {len(labels)} labels: {reason}"
+                f"model {folder}: cannot be loaded for {task.kind}"
+                f"{f' with {len(labels)} labels' if task.has_labels else ''}: {reason}"
             ) from None
+    for name in sorted({key for key, *_ in found["mismatched_keys"]} - set(private_head(model, task))):
+        raise ModelError(f"model {folder}: parameter {name} has another shape than config.json makes it")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
@@ -188,18 +205,44 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def digest_of(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer as loaded: names, shapes, types and bytes; file formats do not matter."""
+def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
+    """The parameters that stay with each owner: all outside the model's body where heads are private, else none."""
+    if task.head == "shared":
+        return ()
+    body = f"{model.base_model_prefix}."
+    head = tuple(name for name in parameter_shapes(model) if not name.startswith(body))
+    if not head or len(head) == len(parameter_shapes(model)):
+        raise ModelError(
+            f'{type(model).__name__}: its head cannot be told from its body; agree on task.head = "shared"'
+        )
+    return head
+
+
+@torch.no_grad()
+def copy_parameters(names: Iterable[str], source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the named parameters of `source`."""
+    found, to = dict(source.named_parameters()), dict(target.named_parameters())
+    for name in names:
+        to[name].copy_(found[name])
+
+
+def digest_of(model: PreTrainedModel, task: Task) -> str:
+    """SHA-256 over every parameter and buffer as loaded, without a private head: names, shapes, types and bytes; file
+    formats do not matter.
+    """
     digest = hashlib.sha256(b"amalgram model v1\n")
+    left_out = set(private_head(model, task))
     for name, tensor in sorted(model.state_dict().items()):
+        if name in left_out:
+            continue
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def check_base(model: nn.Module, agreement: Agreement, folder: Path) -> None:
+def check_base(model: PreTrainedModel, agreement: Agreement, folder: Path) -> None:
     """Raise ModelError unless `model` is the agreed base model."""
-    digest = digest_of(model)
+    digest = digest_of(model, agreement.task)
     if digest != agreement.base_digest:
         raise ModelError(
             f"model {folder}: its digest is {digest[:16]}..., the agreement's base is {agreement.base_digest[:16]}...; "

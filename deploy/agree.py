@@ -46,6 +46,7 @@ def consent_text(owner: Owner) -> str:
     return environment.get_template("consent.txt.jinja").render(
         agreement=agreement,
         owner=owner.name,
+        figure=agreement.task.figure.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         numbers=layout.size,
         vector_bytes=_bytes(layout.size * BYTES_PER_NUMBER),

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from client.fisher import measure_fisher
 from client.gram import find_shared_inputs, layer_inputs
-from client.private_data import Rows
+from client.row_readers import features, vision_config
+from client.rows import Rows
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, measurements
@@ -27,6 +28,7 @@ from common.models import (
     load_tokenizer,
     merge_plan,
     parameter_shapes,
+    private_head,
 )
 from common.summation.fixed_point import check_layout
 
@@ -39,11 +41,14 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
 
     Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
     """
-    task = draft.task.model_copy(update={"labels": draft.task.labels or base_labels(base_folder)})
+    labels = draft.task.labels or (base_labels(base_folder) if draft.task.has_labels else ())
+    task = draft.task.model_copy(update={"labels": labels})
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
     probe = _probe(base, task, base_folder, draft.seed)
-    roles = _tensor_roles(base, probe, base_folder, merge_token_inputs=draft.privacy.merge_token_inputs)
+    roles = _tensor_roles(
+        base, probe, base_folder, private_head(base, task), merge_token_inputs=draft.privacy.merge_token_inputs
+    )
     with_keys = _with_keys(draft, public_keys)
     agreement = Agreement(
         **{
@@ -53,7 +58,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
             "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
             "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, roles)),
         },
-        base_digest=digest_of(base),
+        base_digest=digest_of(base, task),
         tensors=roles,
     )
     for layout in (
@@ -85,17 +90,19 @@ def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _tensor_roles(base: PreTrainedModel, probe: Rows, folder: Path, *, merge_token_inputs: bool) -> TensorRoles:
+def _tensor_roles(
+    base: PreTrainedModel, probe: Rows, folder: Path, left_alone: tuple[str, ...], *, merge_token_inputs: bool
+) -> TensorRoles:
     try:
-        ((_, batch),) = probe.take(np.arange(2)).batches(batch_size=2)
+        ((_, batch, _),) = probe.take(np.arange(2)).batches(batch_size=2)
         merged = find_shared_inputs(base, batch)
         told_apart = frozenset() if merge_token_inputs else _token_inputs(base, batch)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
-    kept = tuple(group for group in merged if not told_apart & set(group))
-    in_a_group = {weight for group in kept for weight in group}
-    averaged = tuple(name for name in parameter_shapes(base) if name not in in_a_group)
-    return TensorRoles(merged=kept, averaged=averaged, left_alone=())
+    kept = tuple(group for group in merged if not (told_apart | set(left_alone)) & set(group))
+    elsewhere = {weight for group in kept for weight in group} | set(left_alone)
+    averaged = tuple(name for name in parameter_shapes(base) if name not in elsewhere)
+    return TensorRoles(merged=kept, averaged=averaged, left_alone=left_alone)
 
 
 def _token_inputs(base: PreTrainedModel, batch: Mapping[str, Tensor]) -> frozenset[str]:
@@ -106,51 +113,66 @@ def _token_inputs(base: PreTrainedModel, batch: Mapping[str, Tensor]) -> frozens
     """
     if "input_ids" not in batch:
         return frozenset()
-    tokens = batch["input_ids"][:1, : int(batch["attention_mask"][0].sum())]  # (1, length), no padding
+    tokens = {
+        name: batch[name][:1, : int(batch[mask][0].sum())]  # (1, length), no padding
+        for name, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+        if name in batch
+    }
+    changed = {name: _every_other_changed(ids, base) for name, ids in tokens.items()}
+    before, after = (_layer_inputs(base, inputs) for inputs in (tokens, changed))
+    shapes = {ids.shape for ids in tokens.values()}
+    return frozenset(
+        f"{name}.weight"
+        for name, rows in before.items()
+        if rows.shape[:2] in shapes and torch.allclose(rows[:, ::2], after[name][:, ::2], atol=1e-6, rtol=1e-5)
+    )
+
+
+def _every_other_changed(tokens: Tensor, base: PreTrainedModel) -> Tensor:
     vocabulary, padding = base.get_input_embeddings().num_embeddings, base.config.pad_token_id
     other = (tokens + 1) % vocabulary
     other = torch.where(other == (-1 if padding is None else padding), (tokens + 2) % vocabulary, other)
     changed = tokens.clone()
     changed[:, 1::2] = other[:, 1::2]
-    before, after = (_layer_inputs(base, ids) for ids in (tokens, changed))
-    return frozenset(
-        f"{name}.weight"
-        for name, rows in before.items()
-        if rows.shape[:2] == tokens.shape and torch.allclose(rows[:, ::2], after[name][:, ::2], atol=1e-6, rtol=1e-5)
-    )
+    return changed
 
 
-def _layer_inputs(base: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+def _layer_inputs(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first input of every linear layer."""
     seen: dict[str, Tensor] = {}
     modules = linear_layers(base)
     with layer_inputs(modules, lambda name, tensor: seen.setdefault(name, tensor)), torch.inference_mode():  # type: ignore[arg-type]
-        base(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        base(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
     return seen
 
 
 def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
     """Made-up examples that reach the layers: random tokens, or noise."""
     random = np.random.default_rng(seed)
-    labels = np.zeros(PROBE_EXAMPLES, dtype=np.int64)
-    if task.kind == "image-classification":
-        size = base.config.image_size
+    single = np.zeros(PROBE_EXAMPLES, dtype=np.int64)
+    if not task.is_text:
+        config = vision_config(base)
+        size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (PROBE_EXAMPLES, base.config.num_channels, height, width)
-        return Rows(features=random.standard_normal(shape).astype(np.float32), labels=labels)
+        shape = (PROBE_EXAMPLES, config.num_channels, height, width)
+        return Rows(features=random.standard_normal(shape).astype(np.float32), targets=single)
     tokenizer = load_tokenizer(folder)
     length = min(PROBE_TOKENS, task.max_tokens)
     tokens = random.integers(0, len(tokenizer), (PROBE_EXAMPLES, length)).tolist()
     encoded = tokenizer(tokenizer.batch_decode(tokens), truncation=True, max_length=length)
-    features = tuple({name: values[index] for name, values in encoded.items()} for index in range(PROBE_EXAMPLES))
-    return Rows(features=features, labels=labels, tokenizer=tokenizer)
+    rows = features(encoded)
+    if task.kind == "sequence-to-sequence":
+        start = base.config.decoder_start_token_id
+        rows = tuple(row | {"decoder_input_ids": [start, *row["input_ids"][:-1]]} for row in rows)
+    every = tuple(np.zeros(len(row["input_ids"]), dtype=np.int64) for row in rows)
+    return Rows(features=rows, targets=every if task.judges_tokens else single, tokenizer=tokenizer)
 
 
 def _measured_bounds(
     draft: AgreementDraft, task: Task, base: PreTrainedModel, probe: Rows, roles: TensorRoles
 ) -> dict[str, tuple[float, ...]]:
     headroom = draft.bounds.headroom
-    if task.kind == "text-classification":
+    if task.is_text:
         headroom *= max(1.0, task.max_tokens / PROBE_TOKENS)
     plan = merge_plan(base, roles)
     largest = dict.fromkeys((shared.name for shared in plan.inputs), 0.0)
@@ -161,7 +183,7 @@ def _measured_bounds(
 
     modules = {name: module for name, module in linear_layers(base).items() if name in largest}
     with layer_inputs(modules, observe), torch.inference_mode():
-        for _, batch in probe.batches(batch_size=PROBE_EXAMPLES):
+        for _, batch, _ in probe.batches(batch_size=PROBE_EXAMPLES):
             base(**batch)
     fisher: tuple[float, ...] = ()
     if "fisher" in measurements(draft):

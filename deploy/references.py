@@ -9,45 +9,57 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from client import evaluate, finetune
+from client import finetune
+from client.evaluate import evaluate, predict_logits, score_logits
 from client.owner import Owner
-from client.private_data import Rows
+from client.rows import pool
 from common.metrics import Score
 
 
 def reference_scores(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
-    """Scores by model and owner. `multi_task` only where all owners make their models from one recipe."""
-    tests = {owner.name: owner.data.test() for owner in owners}
-    labels = {owner.name: owner.data.label_set() for owner in owners}
-    own: dict[str, list[Score]] = {name: [] for name in tests}
-    probabilities = {
-        name: np.zeros((len(rows), len(owners[0].agreement.task.labels)), np.float32) for name, rows in tests.items()
-    }
-    for owner in owners:
-        model = owner.own_model()
-        for name, rows in tests.items():
-            logits = evaluate.predict_logits(model, rows, owner.settings.batch_size)
-            own[name].append(evaluate.score_logits(logits, rows.labels, labels[name]))
-            probabilities[name] += torch.from_numpy(logits).softmax(-1).numpy()
-    scores = {
-        "own": {name: _mean(own[name]) for name in tests},
-        "ensemble": {
-            name: evaluate.score_logits(probabilities[name], rows.labels, labels[name]) for name, rows in tests.items()
-        },
-    }
+    """Scores by model and owner. `ensemble` only of models with labels, whose probabilities fit in memory; `multi_task`
+    only where all owners make their models from one recipe; none of them where heads are private.
+    """
+    if owners[0].agreement.task.head == "private":
+        return {}  # no model has a head for another owner's rows
+    scores = _own_and_ensemble(owners)
     recipes = {owner.settings.training for owner in owners}
     if len(recipes) == 1 and None not in recipes:
         scores["multi_task"] = _multi_task(owners)
     return scores
 
 
-def mean_figures(scores: Mapping[str, Score]) -> dict[str, float]:
+def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
+    task = owners[0].agreement.task
+    tests = {owner.name: owner.data.test() for owner in owners}
+    labels = {owner.name: owner.data.label_set() for owner in owners}
+    own: dict[str, list[Score]] = {name: [] for name in tests}
+    probabilities: dict[str, NDArray[np.float32]] = {}
+    for owner in owners:
+        model, batch_size = owner.own_model(), owner.settings.batch_size
+        for name, rows in tests.items():
+            if task.has_labels:
+                logits = predict_logits(model, rows, batch_size)
+                own[name].append(score_logits(logits, rows, task, labels[name]))
+                probabilities[name] = probabilities.get(name, 0) + torch.from_numpy(logits).softmax(-1).numpy()
+            else:
+                own[name].append(evaluate(model, rows, batch_size, task, labels[name]))
+    scores = {"own": {name: _mean(own[name]) for name in tests}}
+    if probabilities:
+        scores["ensemble"] = {
+            name: score_logits(probabilities[name], rows, task, labels[name]) for name, rows in tests.items()
+        }
+    return scores
+
+
+def mean_figures(scores: Mapping[str, Score], figure: str) -> dict[str, float]:
     """Means over owners, in the form that report.json has for every model."""
     rows = sum(score.rows for score in scores.values())
     return {
         "accuracy": float(np.mean([score.correct / score.rows for score in scores.values()])),
-        "macro_f1": float(np.mean([score.macro_f1 for score in scores.values()])),
+        figure: float(np.mean([score.figure for score in scores.values()])),
         "pooled_accuracy": sum(score.correct for score in scores.values()) / rows,
         "rows": rows,
     }
@@ -58,7 +70,7 @@ def _mean(scores: Sequence[Score]) -> Score:
     return Score(
         correct=sum(score.correct for score in scores),
         rows=sum(score.rows for score in scores),
-        macro_f1=float(np.mean([score.macro_f1 for score in scores])),
+        figure=float(np.mean([score.figure for score in scores])),
     )
 
 
@@ -67,14 +79,6 @@ def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:
     training = first.settings.training
     assert training is not None  # the caller looked
     model = first.load_base()
-    pooled = _pool([owner.data.train() for owner in owners])
+    pooled = pool([owner.data.train() for owner in owners])
     finetune.fine_tune(model, pooled, training, first.agreement.seed, "reference: multi-task training")
     return {owner.name: owner.score(model, "test") for owner in owners}
-
-
-def _pool(parts: Sequence[Rows]) -> Rows:
-    labels = np.concatenate([rows.labels for rows in parts])
-    if isinstance(parts[0].features, np.ndarray):
-        return Rows(features=np.concatenate([rows.features for rows in parts]), labels=labels)
-    features = tuple(row for rows in parts for row in rows.features)
-    return Rows(features=features, labels=labels, tokenizer=parts[0].tokenizer)

@@ -178,9 +178,10 @@ def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> Non
 
 
 def _add_references(report: dict[str, Any], owners: list[Owner]) -> None:
+    figure = report["evaluation"]["figure"]
     taking_part = [owner for owner in owners if owner.name in report["owners"]]
     for model, scores in references.reference_scores(taking_part).items():
-        report["evaluation"]["mean"][model] = references.mean_figures(scores)
+        report["evaluation"]["mean"][model] = references.mean_figures(scores, figure)
         for owner, figures in report["evaluation"]["by_owner"].items():
             if owner in scores:
-                figures[model] = own_figures(scores[owner])
+                figures[model] = own_figures(scores[owner], figure)

@@ -30,12 +30,13 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     title = f"{escape(report['title'])}: accuracy on test rows"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in ("mean", "macro F1", *owners):
+    figure = evaluation["figure"].replace("_", " ").replace("f1", "F1")
+    for heading in ("mean", figure, *owners):
         table.add_column(heading.replace("-", "-\n"), justify="right", overflow="fold")
     for model, heading in ROWS:
         if model in evaluation["mean"]:
             mean = evaluation["mean"][model]
-            figures = [mean["accuracy"], mean["macro_f1"]]
+            figures = [mean["accuracy"], mean[evaluation["figure"]]]
             figures += [evaluation["by_owner"][owner][model]["accuracy"] for owner in owners]
             style = "bold" if model == report["method"] else ""
             table.add_row(heading, *(f"{figure:.3f}" for figure in figures), style=style)

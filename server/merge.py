@@ -29,6 +29,7 @@ from common.models import (
     load_base,
     load_tokenizer,
     merge_plan,
+    private_head,
 )
 from common.settings_file import load_settings
 from common.summation.protocol import Total
@@ -82,7 +83,7 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
         coordinator.roll_call()
         outcome = _merge(coordinator, plan)
         add_delta(base, outcome.solutions[agreement.method].delta)
-        coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base))
+        coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base, agreement.task))
     finally:
         coordinator.finish()
     _write_model(base, base_folder, agreement, output / "model")
@@ -154,7 +155,7 @@ def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str
     choices: dict[str, Choice] = {}
     for method, names in tried.items():
         sweep = {name: figures[name] for name in names if name in figures}
-        chosen = max(sweep, key=lambda name: getattr(figures[name], agreement.evaluation.choose_by), default=None)
+        chosen = max(sweep, key=lambda name: figures[name].chosen_by(agreement.evaluation.choose_by), default=None)
         name = chosen or next(iter(names))
         choices[method] = Choice(name=name, knob=names[name], sweep=sweep)
     return choices
@@ -179,8 +180,9 @@ def _write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement
     """A Hugging Face folder, whole or not at all."""
     partial = folder.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if agreement.task.kind == "text-classification":
+    published = model.base_model if private_head(model, agreement.task) else model
+    published.save_pretrained(partial)
+    if agreement.task.is_text:
         load_tokenizer(base_folder).save_pretrained(partial)
     for weights in partial.glob("*.safetensors"):
         weights.chmod((partial / "config.json").stat().st_mode)  # it is there to be read

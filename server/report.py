@@ -4,10 +4,11 @@ report.json, `report_version` 1:
     title, method, summation, seconds          what was run, how it was summed, how long the run took
     owners, lost                               names of those in the merged model; of those lost, with the step
     chosen.<method>                            candidate and knob that the sweep chose
-    evaluation.mean.<model>                    accuracy, macro_f1: means over owners, every owner counts alike;
-                                               pooled_accuracy, rows: every row counts alike; on test rows
-    evaluation.by_owner.<owner>.<model>        accuracy, macro_f1, rows; owners with figures = "summed" are not here
-    evaluation.sweep.<method>                  candidate, knob, accuracy, macro_f1 on validation rows
+    evaluation.figure                          what FIGURE is below: macro_f1, entity_f1 or log_likelihood
+    evaluation.mean.<model>                    accuracy, FIGURE: means over owners, every owner counts alike;
+                                               pooled_accuracy, rows: every prediction counts alike; on test rows
+    evaluation.by_owner.<owner>.<model>        accuracy, FIGURE, rows; owners with figures = "summed" are not here
+    evaluation.sweep.<method>                  candidate, accuracy, FIGURE on validation rows
     layers[]                                   per Gram of the published model: name, status, d_in, rows, condition,
                                                effective_rank, unseen_directions
     tensors                                    merged (groups that share an input), averaged, left_alone, by name
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torch import nn
+from transformers import PreTrainedModel
 
 from common.errors import SettingsError
 from common.metrics import MeanScore, Score
@@ -46,7 +47,7 @@ REPORT_VERSION = 1
 LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
 
 
-def write_report(outcome: Outcome, merged: nn.Module, seconds: float, output: Path) -> None:
+def write_report(outcome: Outcome, merged: PreTrainedModel, seconds: float, output: Path) -> None:
     """Write OUT/report.json, last of all: where it stands, the run is done."""
     save_report(_report(outcome, merged, seconds), output)
 
@@ -80,26 +81,26 @@ def render_report(output: Path) -> Path:
     return page
 
 
-def mean_figures(score: MeanScore) -> dict[str, Any]:
+def mean_figures(score: MeanScore, figure: str) -> dict[str, Any]:
     return {
         "accuracy": score.accuracy,
-        "macro_f1": score.macro_f1,
+        figure: score.figure,
         "pooled_accuracy": score.pooled_accuracy,
         "rows": score.rows,
     }
 
 
-def own_figures(score: Score) -> dict[str, Any]:
-    return {"accuracy": score.correct / score.rows, "macro_f1": score.macro_f1, "rows": score.rows}
+def own_figures(score: Score, figure: str) -> dict[str, Any]:
+    return {"accuracy": score.correct / score.rows, figure: score.figure, "rows": score.rows}
 
 
-def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, Any]:
-    agreement = outcome.agreement
+def _report(outcome: Outcome, merged: PreTrainedModel, seconds: float) -> dict[str, Any]:
+    agreement, figure = outcome.agreement, outcome.agreement.task.figure
     method_of = {choice.name: method for method, choice in outcome.choices.items()}
     test = {method_of.get(name, name): score for name, score in outcome.test.items()}
     published = outcome.solutions[agreement.method]
     notes = [f"{method}: {note}" for method, solution in outcome.solutions.items() for note in solution.notes]
-    mean = {name: mean_figures(score) for name, score in test.items()}
+    mean = {name: mean_figures(score, figure) for name, score in test.items()}
     return {
         "report_version": REPORT_VERSION,
         "title": agreement.title,
@@ -113,16 +114,17 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         },
         "evaluation": {
             "choose_by": agreement.evaluation.choose_by,
+            "figure": figure,
             "label_set": agreement.task.label_set,
             "mean": mean,
             "by_owner": {
-                owner: {name: own_figures(score.by_owner[owner]) for name, score in test.items()}
+                owner: {name: own_figures(score.by_owner[owner], figure) for name, score in test.items()}
                 for owner in agreement.shown_owners
                 if all(owner in score.by_owner for score in test.values())
             },
             "sweep": {
                 method: [
-                    {"candidate": name, "accuracy": score.accuracy, "macro_f1": score.macro_f1}
+                    {"candidate": name, "accuracy": score.accuracy, figure: score.figure}
                     for name, score in choice.sweep.items()
                 ]
                 for method, choice in outcome.choices.items()
@@ -138,7 +140,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
         "digests": {
             "agreement": agreement.digest(),
             "base": agreement.base_digest,
-            "model": digest_of(merged),
+            "model": digest_of(merged, agreement.task),
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from client.fisher import measure_fisher
-from client.private_data import Rows
+from client.rows import Rows
 from tests.conftest import tiny_bert
 
 
@@ -19,7 +19,7 @@ class Padder:
 def rows_of(count: int) -> Rows:
     random = np.random.default_rng(0)
     features = tuple({"input_ids": random.integers(1, 50, 6).tolist(), "attention_mask": [1] * 6} for _ in range(count))
-    return Rows(features=features, labels=np.zeros(count, np.int64), tokenizer=Padder())  # type: ignore[arg-type]
+    return Rows(features=features, targets=np.zeros(count, np.int64), tokenizer=Padder())  # type: ignore[arg-type]
 
 
 def test_the_head_s_fisher_is_the_squared_error_times_the_squared_features() -> None:

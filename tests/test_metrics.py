@@ -1,16 +1,19 @@
 """Metrics as sums and counts."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from client.evaluate import score_logits
-from common.agreement import Agreement, OwnerEntry
+from client.rows import IGNORED, Rows
+from common.agreement import Agreement, OwnerEntry, Task
 from common.metrics import Score, contribution, metrics_layout, read_total
 
 SCORES = {
-    "ada": Score(correct=8, rows=10, macro_f1=0.5),
-    "bea": Score(correct=30, rows=60, macro_f1=0.25),
-    "cyd": Score(correct=1, rows=4, macro_f1=0.75),
+    "ada": Score(correct=8, rows=10, figure=0.5),
+    "bea": Score(correct=30, rows=60, figure=0.25),
+    "cyd": Score(correct=1, rows=4, figure=0.75),
 }
 
 
@@ -27,7 +30,7 @@ def total_for(agreement: Agreement, owners: dict[str, Score], split: str = "test
 def test_means_come_from_one_division_of_sums(agreement: Agreement) -> None:
     figures = read_total(agreement, "test", ["m"], total_for(agreement, SCORES))["m"]
     assert figures.accuracy == pytest.approx((0.8 + 0.5 + 0.25) / 3)
-    assert figures.macro_f1 == pytest.approx(0.5)
+    assert figures.figure == pytest.approx(0.5)
     assert figures.pooled_accuracy == pytest.approx(39 / 74)
     assert figures.rows == 74
     assert figures.by_owner == SCORES
@@ -59,20 +62,34 @@ def test_figures_on_validation_rows_are_never_shown_singly(agreement: Agreement)
 
 def test_ratios_travel_in_thousandths_so_that_no_sum_tells_a_denominator(agreement: Agreement) -> None:
     """Exact: a sum of three fractions, known to 50 bits, has one solution in correct rows and rows of each owner."""
-    thirds = {"ada": Score(correct=137, rows=412, macro_f1=1 / 3), "bea": SCORES["bea"], "cyd": SCORES["cyd"]}
+    thirds = {"ada": Score(correct=137, rows=412, figure=1 / 3), "bea": SCORES["bea"], "cyd": SCORES["cyd"]}
     total = total_for(agreement, thirds, "validation")
     for ratio in total[:2]:
         assert ratio == pytest.approx(round(ratio * 1000) / 1000, abs=1e-15)
 
 
+def rows_of(targets: Any) -> Rows:
+    return Rows(features=np.zeros((len(targets), 1, 1, 1), np.float32), targets=targets)
+
+
+def test_entities_count_whole_as_conll_s_own_script_counts_them() -> None:
+    labels = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+    task = Task(kind="token-classification", labels=labels)
+    wanted = rows_of((np.array([1, 2, 0, 3]), np.array([IGNORED, 1, IGNORED, 1, 2])))
+    found = np.array([1, 2, 0, 4, 1, 2, 2])  # PER right; LOC begun by I-, right too; one PER of three words for two
+    score = score_logits(np.eye(5, dtype=np.float32)[found], wanted, task, np.arange(5))
+    assert (score.correct, score.rows) == (5, 7)
+    assert score.figure == pytest.approx(2 * 2 / (4 + 3))
+
+
 def test_predictions_are_judged_among_the_allowed_labels_only() -> None:
     logits = np.array([[9, 1, 0], [9, 0, 1]], dtype=np.float32)
-    labels = np.array([1, 2])
-    assert score_logits(logits, labels, np.arange(3)).correct == 0
-    assert score_logits(logits, labels, np.array([1, 2])).correct == 2
+    rows = rows_of(np.array([1, 2]))
+    assert score_logits(logits, rows, Task(), np.arange(3)).correct == 0
+    assert score_logits(logits, rows, Task(), np.array([1, 2])).correct == 2
 
 
 def test_macro_f1_is_the_mean_over_the_labels_that_occur() -> None:
     logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
-    score = score_logits(logits, np.array([0, 0, 1, 0]), np.arange(3))
-    assert score.macro_f1 == pytest.approx((0.8 + 2 / 3) / 2)
+    score = score_logits(logits, rows_of(np.array([0, 0, 1, 0])), Task(), np.arange(3))
+    assert score.figure == pytest.approx((0.8 + 2 / 3) / 2)

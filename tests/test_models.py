@@ -47,7 +47,7 @@ def test_the_digest_is_of_the_weights_not_of_the_files(folder: Path, tmp_path: P
     model = load_base(folder, TASK, seed=0)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert digest_of(load_base(tmp_path / "sharded", TASK, seed=0)) == digest_of(model)
+    assert digest_of(load_base(tmp_path / "sharded", TASK, seed=0), TASK) == digest_of(model, TASK)
 
 
 def test_one_changed_weight_is_another_base(folder: Path, agreement: Agreement) -> None:
@@ -62,8 +62,8 @@ def test_a_head_that_the_base_lacks_is_made_alike_at_every_party(folder: Path) -
     torch.manual_seed(1)
     one = load_base(folder, TASK, seed=5)
     torch.manual_seed(2)
-    assert digest_of(load_base(folder, TASK, seed=5)) == digest_of(one)
-    assert digest_of(load_base(folder, TASK, seed=6)) != digest_of(one)
+    assert digest_of(load_base(folder, TASK, seed=5), TASK) == digest_of(one, TASK)
+    assert digest_of(load_base(folder, TASK, seed=6), TASK) != digest_of(one, TASK)
 
 
 def test_a_fine_tuned_model_that_lacks_a_weight_is_refused_not_filled_with_noise(folder: Path) -> None:

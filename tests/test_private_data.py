@@ -45,7 +45,7 @@ def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path, rev
     else:
         pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path)
     rows = data_of(tmp_path, reviews_folder, path.name).train()
-    assert rows.labels.tolist() == [1, 0] * 10
+    assert rows.targets.tolist() == [1, 0] * 10
     assert len(rows.features[0]["input_ids"]) == 6  # [CLS] the room was clean [SEP]
 
 
@@ -54,7 +54,7 @@ def test_columns_may_have_other_names_labels_may_be_numbers_and_texts_may_be_pai
 ) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"q": "the room", "a": "was clean", "stars": 1}] * 3)
     rows = data_of(tmp_path, reviews_folder, "rows.jsonl", text="q", text_pair="a", label="stars").train()
-    assert rows.labels.tolist() == [1, 1, 1]
+    assert rows.targets.tolist() == [1, 1, 1]
     assert len(rows.features[0]["input_ids"]) == 7
 
 
@@ -66,12 +66,12 @@ def test_a_csv_file_in_another_encoding_is_refused_as_such(tmp_path: Path, revie
 
 def test_csv_values_are_text_whatever_they_look_like(tmp_path: Path, reviews_folder: Path) -> None:
     (tmp_path / "rows.csv").write_text('text,label\n2026-01-01,1\n12,0\n"a, ""quoted""\nroom",positive\n')
-    assert data_of(tmp_path, reviews_folder, "rows.csv").train().labels.tolist() == [1, 0, 1]
+    assert data_of(tmp_path, reviews_folder, "rows.csv").train().targets.tolist() == [1, 0, 1]
 
 
 def test_fractions_and_blanks_around_a_numbered_label_do_no_harm(tmp_path: Path, reviews_folder: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["room", "bed"], "label": ["1.0 ", "0"]}), tmp_path / "rows.parquet")
-    assert data_of(tmp_path, reviews_folder, "rows.parquet").train().labels.tolist() == [1, 0]
+    assert data_of(tmp_path, reviews_folder, "rows.parquet").train().targets.tolist() == [1, 0]
 
 
 def test_numbers_are_no_labels_where_a_label_s_name_is_a_number(tmp_path: Path, reviews_folder: Path) -> None:
@@ -84,7 +84,7 @@ def test_numbers_are_no_labels_where_a_label_s_name_is_a_number(tmp_path: Path, 
 def test_true_false_and_null_are_no_surprises(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": True}, {"text": "bed", "label": None}])
     data = data_of(tmp_path, reviews_folder, "rows.jsonl", task=Task(labels=("true", "None")), max_train_rows=1)
-    assert data.train().labels.tolist() == [0]
+    assert data.train().targets.tolist() == [0]
     with pytest.raises(DataError, match="row 2: its label is none of"):
         data.test()
 
@@ -121,8 +121,8 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
         tmp_path / "rows.jsonl", [{"text": "room " * (1 + index % 5), "label": "positive"} for index in range(11)]
     )
     batches = list(data_of(tmp_path, reviews_folder, "rows.jsonl").train().batches(4))
-    assert sorted(np.concatenate([indices for indices, _ in batches]).tolist()) == list(range(11))
-    assert [batch["input_ids"].shape[1] for _, batch in batches] == [4, 6, 7]
+    assert sorted(np.concatenate([indices for indices, _, _ in batches]).tolist()) == list(range(11))
+    assert [batch["input_ids"].shape[1] for _, batch, _ in batches] == [4, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,11 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
         ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as CSV"),
         ("rows.csv", "text,label\na,1,SECRET\n", "cannot be read as CSV"),
         ("rows.parquet", "SECRET", "cannot be read as Parquet"),
-        ("rows.xlsx", "SECRET", "unknown kind of file; allowed are .jsonl, .csv, .parquet and, for images, .npz"),
+        (
+            "rows.xlsx",
+            "SECRET",
+            "unknown kind of file; allowed are .jsonl, .csv, .parquet, .txt, .conll and, for images, .npz",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused_without_quoting_them(

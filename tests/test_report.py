@@ -22,6 +22,7 @@ REPORT: dict[str, Any] = {
     "chosen": {"regmean": {"candidate": "regmean@0.9", "knob": 0.9}},
     "evaluation": {
         "choose_by": "macro_f1",
+        "figure": "macro_f1",
         "label_set": "own",
         "mean": dict.fromkeys(("base", "own_at_home", "regmean"), FIGURES),
         "by_owner": {"ada": dict.fromkeys(("base", "own_at_home", "regmean"), FIGURES)},

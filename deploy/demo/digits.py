@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
 from client.finetune import fine_tune
-from client.private_data import Rows
+from client.rows import Rows
 from client.settings import Training
 
 FRAME = 16  # pixels
@@ -109,6 +109,6 @@ def train_base(images: NDArray[np.float32], labels: NDArray[np.int64], seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ViTForImageClassification(config)
-    rows = Rows(features=images[:, None], labels=labels.astype(np.int64))
+    rows = Rows(features=images[:, None], targets=labels.astype(np.int64))
     fine_tune(model, rows, BASE_TRAINING, seed, "public base model: training")
     return model

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from client.finetune import fine_tune
-from client.private_data import Rows
+from client.rows import Rows
 from client.settings import Training
 from common.errors import SettingsError
 
@@ -177,7 +177,7 @@ def _write_base(folder: Path, random_source: random.Random) -> None:
     reviews = [_review(random_source, *SHARED) for _ in range(200)]
     rows = Rows(
         features=tuple(dict(tokenizer(review["text"])) for review in reviews),
-        labels=np.array([LABELS.index(review["label"]) for review in reviews]),
+        targets=np.array([LABELS.index(review["label"]) for review in reviews]),
         tokenizer=tokenizer,
     )
     fine_tune(model, rows, Training(epochs=5, learning_rate=1e-3), SEED, "base model: training")

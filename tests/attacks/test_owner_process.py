@@ -477,7 +477,8 @@ def with_a_candidate(process: Process) -> tuple[Result, np.ndarray]:
     for owner in process.parties.files:
         process.send(owner, message)
     digest = candidates_digest([(name, "test", hashlib.sha256(delta.data).hexdigest())])
-    model = digest_of(Owner(process.parties.files["hotel"]).load_base())
+    hotel = Owner(process.parties.files["hotel"])
+    model = digest_of(hotel.load_base(), hotel.task)
     return sign_result(process, name, model, digest), delta
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from client.settings import Training
+from common.agreement import Task
 from common.errors import AmalgramError, SettingsError
 from common.models import digest_of
 from deploy.demo import digits
@@ -73,7 +74,7 @@ def test_the_report_says_when_another_method_did_better(result: tuple[dict, Path
 def test_the_model_folder_loads_and_classifies(result: tuple[dict, Path]) -> None:
     report, output = result
     model = AutoModelForSequenceClassification.from_pretrained(output / "model")
-    assert digest_of(model) == report["digests"]["model"]
+    assert digest_of(model, Task()) == report["digests"]["model"]
     classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(output / "model"))
     assert classify("the staff was rude")[0]["label"] == "negative"
     assert classify("the film was gripping")[0]["label"] == "positive"
@@ -193,7 +194,7 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
     }  # fmt: skip
     assert {figures["regmean"]["rows"] for figures in report["evaluation"]["by_owner"].values()} == {300}
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "demo" / "model")
-    assert digest_of(model) == report["digests"]["model"]
+    assert digest_of(model, Task()) == report["digests"]["model"]
 
 
 def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Rows ready for a model: tokenised text or images, with what is to be predicted, in batches.
+
+A *target* stands for each prediction that a model makes on a row: one for a classified text or image, one a word for
+token classification, one a token for language modelling. Positions that are not judged hold IGNORED.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+IGNORED = -100  # what torch's cross entropy ignores
+
+Features = tuple[Mapping[str, Any], ...] | NDArray[np.float32]
+Targets = NDArray[np.int64] | tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Inputs and targets of one split. Text is tokenised but not padded; images are (n, channels, h, w) float32.
+
+    `targets` is (n,), or per row one target for each position of the model's output.
+    """
+
+    features: Features
+    targets: Targets
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: NDArray[np.int64]) -> "Rows":
+        """The rows at `indices`, in that order."""
+        return Rows(
+            features=_take(self.features, indices), targets=_take(self.targets, indices), tokenizer=self.tokenizer
+        )
+
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor]:
+        """The model's inputs for these rows, padded to the longest, and the targets for its logits:
+        (rows,) or (rows, positions), IGNORED where nothing is judged.
+        """
+        rows = self.take(indices)
+        if isinstance(rows.features, np.ndarray):
+            return {"pixel_values": torch.from_numpy(rows.features)}, _single(rows.targets)
+        assert self.tokenizer is not None
+        encoder = [{name: row[name] for name in row if name != "decoder_input_ids"} for row in rows.features]
+        inputs = dict(self.tokenizer.pad(encoder, return_tensors="pt"))
+        if "decoder_input_ids" in rows.features[0]:
+            inputs |= _decoder_inputs(rows.features, self.tokenizer, other_than=inputs["input_ids"].shape[1])
+        if isinstance(rows.targets, np.ndarray):
+            return inputs, _single(rows.targets)
+        mask = inputs["decoder_attention_mask" if "decoder_attention_mask" in inputs else "attention_mask"].bool()
+        targets = torch.full(mask.shape, IGNORED)
+        targets[mask] = torch.from_numpy(np.concatenate(rows.targets))  # on whichever side the padding is
+        return inputs, targets
+
+    def batches(self, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Batch, Tensor]]:
+        """All rows as (indices, inputs, targets), rows of like length together so that little is padded."""
+        order = np.arange(len(self))
+        if not isinstance(self.features, np.ndarray):
+            lengths = [len(row["input_ids"]) for row in self.features]
+            order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            yield indices, *self.batch(indices)
+
+
+def pool(parts: list[Rows]) -> Rows:
+    """All rows of several owners; only a simulation has them in one place."""
+    first = parts[0]
+    if isinstance(first.features, np.ndarray):
+        features: Features = np.concatenate([rows.features for rows in parts])
+    else:
+        features = tuple(row for rows in parts for row in rows.features)
+    if isinstance(first.targets, np.ndarray):
+        targets: Targets = np.concatenate([rows.targets for rows in parts])
+    else:
+        targets = tuple(target for rows in parts for target in rows.targets)
+    return Rows(features=features, targets=targets, tokenizer=first.tokenizer)
+
+
+def _take(values: Any, indices: NDArray[np.int64]) -> Any:
+    return values[indices] if isinstance(values, np.ndarray) else tuple(values[index] for index in indices)
+
+
+def _single(targets: Targets) -> Tensor:
+    assert isinstance(targets, np.ndarray)
+    return torch.from_numpy(targets)
+
+
+def _decoder_inputs(
+    features: tuple[Mapping[str, Any], ...], tokenizer: PreTrainedTokenizerBase, other_than: int
+) -> Batch:
+    """What the decoder reads. Padded to another length than the encoder's input, so that by its shape every hidden
+    state tells which of the two it belongs to, and which mask says what of it is padding.
+    """
+    tokens = [torch.tensor(row["decoder_input_ids"]) for row in features]
+    length = max(map(len, tokens))
+    length += length == other_than
+    ids = torch.full((len(tokens), length), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for row, each in enumerate(tokens):
+        ids[row, : len(each)] = each
+        mask[row, : len(each)] = 1
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}

@@ -1,0 +1,259 @@
+"""Every kind of task through the whole product: files, a tiny model of the kind, a masked merge, a model folder."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from common.agreement import Task
+from common.models import digest_of
+from deploy.example.reviews import make_tokenizer
+from deploy.simulate import simulate
+
+OWNERS = {"ada": ("room", "bed", "staff"), "bea": ("film", "plot", "actor"), "cyd": ("phone", "screen", "case")}
+WORDS = {"negative": ("dull", "slow", "rude"), "positive": ("clean", "witty", "fast")}
+TAGS = ("O", "B-THING", "I-THING")
+ROWS = {"train": 60, "test": 24}
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+Row = dict[str, Any]
+
+
+def text_of(random_source: random.Random, owner: str) -> tuple[str, str]:
+    label = random_source.choice(sorted(WORDS))
+    return f"the {random_source.choice(OWNERS[owner])} was {random_source.choice(WORDS[label])}", label
+
+
+def tagged(random_source: random.Random, owner: str) -> Row:
+    words = text_of(random_source, owner)[0].split()
+    tags = ["O", "B-THING", "O", "O"]
+    if random_source.random() < 0.5:
+        words, tags = [*words[:2], random_source.choice(OWNERS[owner]), *words[2:]], ["O", *TAGS[1:], "O", "O"]
+    return {"tokens": words, "tags": tags}
+
+
+def plain_text(random_source: random.Random, owner: str) -> Row:
+    return {"text": text_of(random_source, owner)[0]}
+
+
+def shortened(random_source: random.Random, owner: str) -> Row:
+    text = text_of(random_source, owner)[0]
+    return {"text": text, "target": text.split()[-1]}
+
+
+def classified(random_source: random.Random, owner: str) -> Row:
+    text, label = text_of(random_source, owner)
+    return {"text": text, "label": label if owner != "bea" else f"{label} film"}
+
+
+def bert_for_tokens(words: int) -> PreTrainedModel:
+    return BertForTokenClassification(BertConfig(vocab_size=words, max_position_embeddings=32, num_labels=3, **SIZES))
+
+
+def headless_bert(words: int) -> PreTrainedModel:
+    return BertModel(BertConfig(vocab_size=words, max_position_embeddings=32, **SIZES))
+
+
+def llama(words: int) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=words, num_key_value_heads=1, max_position_embeddings=32, **SIZES))
+
+
+def t5(words: int) -> PreTrainedModel:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=words, decoder_start_token_id=0, pad_token_id=0, eos_token_id=3, **sizes)  # type: ignore[arg-type]
+    )
+
+
+AGREEMENT = """\
+title = "A test"
+base = "base"
+method = "regmean"
+compare_with = ["average", "task_arithmetic", "fisher"]
+[task]
+max_tokens = 16
+{task}
+[regmean]
+alphas = [0.5, 0.9]
+[fisher]
+measured_examples = 10
+[task_arithmetic]
+scales = [0.3]
+[privacy]
+min_rows_per_dimension = 0.1
+[bounds]
+headroom = 1e6
+{owners}
+"""
+OWNER = """\
+name = "{name}"
+{more}
+[training]
+epochs = {epochs}
+learning_rate = 3e-3
+[data]
+train = "{name}-train.{suffix}"
+test = "{name}-test.{suffix}"
+"""
+
+
+def write_consortium(folder: Path, task: str, model: Callable[[int], PreTrainedModel], epochs: int = 3) -> None:
+    """Everything but the rows."""
+    folder.mkdir()
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model(len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in OWNERS)
+    (folder / "agreement.toml").write_text(AGREEMENT.format(task=task, owners=owners))
+    for name in OWNERS:
+        text = OWNER.format(name=name, epochs=epochs, suffix="jsonl", more="")
+        (folder / f"{name}.toml").write_text(text)
+
+
+def write_rows(folder: Path, row_of: Callable[[random.Random, str], Row]) -> None:
+    random_source = random.Random(1)
+    for name in OWNERS:
+        for split, count in ROWS.items():
+            rows = [row_of(random_source, name) for _ in range(count)]
+            (folder / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_report(report: dict[str, Any], figure: str, references: set[str]) -> dict[str, dict[str, float]]:
+    mean: dict[str, dict[str, float]] = report["evaluation"]["mean"]
+    methods = {"base", "own_at_home", "average", "task_arithmetic", "fisher", "regmean"}
+    assert set(mean) == methods | references
+    assert all(figure in figures for figures in mean.values())
+    assert mean["own_at_home"]["accuracy"] > mean["base"]["accuracy"]
+    assert mean["regmean"]["accuracy"] > mean["base"]["accuracy"]
+    assert "regmean" in (Path(report["_output"]) / "report.html").read_text()
+    return mean
+
+
+def run(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return simulate(folder, tmp_path / "output") | {"_output": tmp_path / "output"}
+
+
+def test_words_are_tagged(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, f'kind = "token-classification"\nlabels = {json.dumps(TAGS)}', bert_for_tokens, epochs=8)
+    write_rows(folder, tagged)
+    # one owner keeps its rows the way CoNLL does
+    (folder / "ada.toml").write_text((folder / "ada.toml").read_text().replace(".jsonl", ".conll"))
+    for split in ROWS:
+        rows = [json.loads(line) for line in (folder / f"ada-{split}.jsonl").read_text().splitlines()]
+        sentences = (
+            "".join(f"{word} {tag}\n" for word, tag in zip(row["tokens"], row["tags"], strict=True)) for row in rows
+        )
+        (folder / f"ada-{split}.conll").write_text("-DOCSTART- O\n\n" + "\n".join(sentences))
+    report = run(folder, tmp_path)
+    check_report(report, "entity_f1", {"own", "ensemble", "multi_task"})
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "output" / "model")
+    assert model.config.id2label[1] == "B-THING"
+
+
+def test_the_next_word_is_predicted(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, 'kind = "causal-lm"', llama, epochs=6)
+    write_rows(folder, plain_text)
+    report = run(folder, tmp_path)
+    mean = check_report(report, "log_likelihood", {"own", "multi_task"})
+    assert mean["base"]["log_likelihood"] < mean["regmean"]["log_likelihood"] < 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "output" / "model")
+    assert digest_of(model, Task(kind="causal-lm")) == report["digests"]["model"]
+    assert "lm_head.weight" in {name for group in report["tensors"]["merged"] for name in group}
+
+
+def test_a_text_is_turned_into_another(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, 'kind = "sequence-to-sequence"', t5, epochs=8)
+    write_rows(folder, shortened)
+    report = run(folder, tmp_path)
+    check_report(report, "log_likelihood", {"own", "multi_task"})
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "output" / "model")
+    assert digest_of(model, Task(kind="sequence-to-sequence")) == report["digests"]["model"]
+
+
+def test_owners_with_labels_of_their_own_share_a_body_and_keep_their_heads(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, 'kind = "text-classification"\nhead = "private"', headless_bert, epochs=30)
+    write_rows(folder, classified)
+    labels = sorted(WORDS)
+    for name in OWNERS:
+        own = labels if name != "bea" else ["positive film", "negative film", "no film"]
+        path = folder / f"{name}.toml"
+        path.write_text(path.read_text().replace("[training]", f"labels = {json.dumps(own)}\n[training]"))
+    report = run(folder, tmp_path)
+    check_report(report, "macro_f1", set())
+    assert report["tensors"]["left_alone"] == ["classifier.weight", "classifier.bias"]
+    body = AutoModel.from_pretrained(tmp_path / "output" / "model")
+    assert type(body).__name__ == "BertModel"
+    assert "classifier" not in (tmp_path / "output" / "model" / "model.safetensors").read_bytes()[:20_000].decode(
+        "latin-1"
+    )
+
+
+def clip(_: int) -> PreTrainedModel:
+    vision = SIZES | {"image_size": 8, "patch_size": 4, "num_channels": 1}
+    text = SIZES | {"vocab_size": 10}
+    config = CLIPConfig(text_config=text, vision_config=vision, num_labels=2)
+    return CLIPForImageClassification(config)
+
+
+def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, 'kind = "image-classification"\nlabels = ["dark", "light"]', clip, epochs=10)
+    random_source = np.random.default_rng(0)
+    for name in OWNERS:
+        path = folder / f"{name}.toml"
+        path.write_text(path.read_text().replace(".jsonl", ".npz"))
+        for split, count in ROWS.items():
+            labels = random_source.integers(0, 2, count)
+            images = random_source.normal(labels[:, None, None] - 0.5, 0.5, (count, 8, 8)).astype(np.float32)
+            np.savez(folder / f"{name}-{split}.npz", image=images, label=labels)
+    report = run(folder, tmp_path)
+    check_report(report, "macro_f1", {"own", "ensemble", "multi_task"})
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "output" / "model")
+    assert digest_of(model, Task(kind="image-classification", labels=("dark", "light"))) == report["digests"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("token-classification", {"tokens": ["the", "room"], "tags": ["O"]}, "row 1 has 2 words and 1 tags"),
+        ("token-classification", {"tokens": "the room", "tags": ["O"]}, "must be a list of words"),
+        ("token-classification", {"tokens": ["room"], "tags": ["B-TOWN"]}, "row 1: its label is none of O, B-THING"),
+        ("token-classification", {"words": ["room"], "tags": ["O"]}, "has no column 'tokens'"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(kind: str, row: Row, expected: str, tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, f'kind = "{kind}"\nlabels = {json.dumps(TAGS)}', bert_for_tokens)
+    write_rows(folder, lambda *_: row)
+    with pytest.raises(Exception, match=expected) as raised:
+        run(folder, tmp_path)
+    assert "ada-train.jsonl" in str(raised.value)
+    assert not (tmp_path / "output" / "model").exists()
