@@ -104,7 +104,7 @@ scales = [0.3]
 [privacy]
 min_rows_per_dimension = 0.1
 [bounds]
-headroom = 1e6
+headroom = 1e7
 {owners}
 """
 OWNER = """\
