@@ -17,6 +17,7 @@ from client.row_files import read_arrays, read_columns
 from client.settings import Data
 from common.agreement import Task
 from common.errors import DataError
+from common.models import image_shape
 
 Batch = dict[str, Tensor]
 
@@ -183,9 +184,7 @@ def _read_images(path: Path, data: Data, task: Task, model: PreTrainedModel, max
         images = images.astype(np.float32) / 255
     if images.ndim == 3:  # (n, height, width): one channel
         images = images[:, None]
-    size = getattr(model.config, "image_size", None)
-    height, width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
-    expected = (getattr(model.config, "num_channels", 1), height, width)
+    expected = image_shape(model.config)
     if images.shape[1:] != expected or labels.ndim != 1:
         raise DataError(
             f"{path}: images have shape {images.shape} and labels {labels.shape}; the model needs "
