@@ -1,11 +1,13 @@
 """Gram matrices of the inputs of linear layers, measured in forward passes. The only forward hooks of the project.
 
 G = sum over rows of x x^T, where a row is one token of one example; padding is no row. Layers that are fed the same
-tensor share one Gram, and which those are is seen at run time by the tensor's identity, never guessed from names.
+tensor share one Gram, and which those are is seen at run time by the tensor's identity, never guessed from names. A
+layer that is called several times in a forward pass (ALBERT) has the rows of all its calls.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -15,17 +17,40 @@ from transformers import PreTrainedModel
 
 from common.errors import ModelError
 from common.merge_methods.terms import Gram
-from common.models import MergePlan, linear_layers
+from common.models import MergePlan, expert_parameters, fused_experts, linear_layers, merge_layers, parameter_of
 
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerInput:
+    """What one call of a linear layer was fed: (..., d_in). `routed`, of an expert: which tokens these are, (tokens,)
+    bool over the tokens of the whole batch, padding among them."""
+
+    rows: Tensor
+    routed: Tensor | None = None
+
+
+Observe = Callable[[str, LayerInput], None]
+
+
 @contextmanager
-def layer_inputs(modules: dict[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, call `observe(name, input)` before each forward of each module."""
+def layer_inputs(model: nn.Module, observe: Observe, weights: Collection[str]) -> Iterator[None]:
+    """While open, call `observe(weight, input)` at each forward of each layer, by the name of its weight."""
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-        for name, module in modules.items()
+        module.register_forward_pre_hook(
+            lambda _, args, weight=f"{name}.weight": observe(weight, LayerInput(rows=args[0]))
+        )
+        for name, module in linear_layers(model).items()
+        if f"{name}.weight" in weights
+    ]
+    parameters = {parameter_of(weight) for weight in weights}
+    handles += [
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: _observe_experts(name, module, args[0], args[1], observe)
+        )
+        for name, module in fused_experts(model).items()
+        if any(f"{name}.{parameter}" in parameters for parameter in expert_parameters(module))
     ]
     try:
         yield
@@ -34,18 +59,39 @@ def layer_inputs(modules: dict[str, nn.Module], observe: Callable[[str, Tensor],
             handle.remove()
 
 
+def _observe_experts(name: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, observe: Observe) -> None:
+    """What each expert's two layers are fed. Computed here, since a fused forward pass shows none of it.
+
+    `hidden` (tokens, d), `chosen` (tokens, k): the k experts of each token. All experts are observed, also idle ones.
+    """
+    first, second = expert_parameters(experts)
+    hidden, chosen = hidden.reshape(-1, hidden.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
+    for expert, weight in enumerate(getattr(experts, first)):
+        routed = (chosen == expert).any(dim=-1)
+        rows = hidden[routed]
+        observe(f"{name}.{first}[{expert}]", LayerInput(rows=rows, routed=routed))
+        outputs = rows @ (weight if experts.is_transposed else weight.T)
+        if experts.has_bias:
+            outputs = outputs + getattr(experts, f"{first}_bias")[expert]
+        rows = experts._apply_gate(outputs) if experts.has_gate else experts.act_fn(outputs)  # type: ignore[operator]
+        observe(f"{name}.{second}[{expert}]", LayerInput(rows=rows, routed=routed))
+
+
 def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str, ...], ...]:
-    """Groups of linear layers, by weight name, that were fed the very same tensors; in order of first use.
+    """Groups of layers, by weight name, that were fed the very same tensors; in order of first use.
 
     A layer that the batch never reaches is in no group.
     """
-    modules = linear_layers(model)
     seen: dict[str, list[Tensor]] = {}  # holds the tensors, so that no identity is given twice
-    with layer_inputs(modules, lambda name, tensor: seen.setdefault(name, []).append(tensor)), torch.inference_mode():
+
+    def observe(weight: str, fed: LayerInput) -> None:
+        seen.setdefault(weight, []).append(fed.rows)
+
+    with layer_inputs(model, observe, merge_layers(model)), torch.inference_mode():
         model(**batch)
     groups: dict[tuple[int, ...], list[str]] = {}
-    for name, tensors in seen.items():
-        groups.setdefault(tuple(id(tensor) for tensor in tensors), []).append(f"{name}.weight")
+    for weight, tensors in seen.items():
+        groups.setdefault(tuple(id(tensor) for tensor in tensors), []).append(weight)
     return tuple(tuple(group) for group in groups.values())
 
 
@@ -54,16 +100,47 @@ def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Bat
     """The Gram and row count of every distinct input of the plan, summed over `batches`.
 
     Each batch's product is float32, the sums are float64. Raises ModelError if layers that the plan says share an
-    input are fed different tensors.
+    input are fed different tensors, or if a batch's padding cannot be told from its shapes (`BatchTokens`).
     """
     collector = _Collector(plan)
-    modules = linear_layers(model)
-    wanted = {layer.weight.removesuffix(".weight") for layer in plan.layers()}
-    with layer_inputs({name: modules[name] for name in modules if name in wanted}, collector.observe):
+    with layer_inputs(model, collector.observe, {layer.weight for layer in plan.layers()}):
         for batch in batches:
-            collector.start_batch(batch.get("attention_mask"))
+            collector.start_batch(batch)
             model(**batch)
     return {name: Gram(matrix=collector.matrices[name], rows=collector.rows[name]) for name in collector.matrices}
+
+
+class BatchTokens:
+    """Which rows of a layer's input are tokens of the batch's examples, told by shape alone.
+
+    Invariant: a sequence-to-sequence batch is padded so that encoder and decoder differ in length; with equal lengths
+    it could not be told whose mask a layer's rows need. The constructor raises ModelError.
+    """
+
+    def __init__(self, batch: Mapping[str, Tensor]) -> None:
+        self.examples = len(next(iter(batch.values())))
+        names = [name for name in ("attention_mask", "decoder_attention_mask") if name in batch]
+        self._masks = [batch[name].bool() for name in names]
+        if len({mask.shape for mask in self._masks}) < len(self._masks):
+            raise ModelError(
+                f"a batch has inputs and targets of one padded length, {self._masks[0].shape[1]}, so that their "
+                "padding cannot be told apart; pad the targets by one more"
+            )
+
+    def rows(self, fed: LayerInput) -> Tensor:
+        """(rows, d_in), padding left out."""
+        rows = fed.rows.reshape(-1, fed.rows.shape[-1])
+        shape = fed.rows.shape[:-1] if fed.routed is None else fed.routed.shape
+        for mask in self._masks:
+            if shape in (mask.shape, (mask.numel(),)):
+                kept = mask.reshape(-1)
+                return rows[kept if fed.routed is None else kept[fed.routed]]
+        return rows
+
+    def times(self, fed: LayerInput) -> int:
+        """How often rows count that stand once for all examples (DeBERTa's relative embeddings): once per example."""
+        alone = fed.routed is None and fed.rows.ndim == 3 and len(fed.rows) == 1
+        return self.examples if alone else 1
 
 
 class _Collector:
@@ -74,35 +151,33 @@ class _Collector:
             shared.name: torch.zeros(shared.d_in, shared.d_in, dtype=torch.float64) for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
-        self._leader = {
-            layer.weight.removesuffix(".weight"): shared.name for shared in plan.inputs for layer in shared.layers
-        }
-        self._mask: Tensor | None = None
+        self._group = {layer.weight: shared for shared in plan.inputs for layer in shared.layers}
+        self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
         self._led: dict[str, list[ReferenceType[Any]]] = {}
 
-    def start_batch(self, mask: Tensor | None) -> None:
-        self._mask = None if mask is None else mask.bool()
-        self._calls = dict.fromkeys(self._leader, 0)
+    def start_batch(self, batch: Batch) -> None:
+        self._tokens = BatchTokens(batch)
+        self._calls = dict.fromkeys(self._group, 0)
         self._led = {name: [] for name in self.matrices}
 
-    def observe(self, name: str, tensor: Tensor) -> None:
-        leader = self._leader[name]
-        call = self._calls[name]
-        self._calls[name] += 1
-        if name == leader:
-            self._led[leader].append(ref(tensor))
-            self._add(leader, tensor)
-        elif call >= len(self._led[leader]) or self._led[leader][call]() is not tensor:
+    def observe(self, weight: str, fed: LayerInput) -> None:
+        if weight not in self._group:
+            return  # an expert's other layer, which is not merged
+        shared = self._group[weight]
+        call = self._calls[weight]
+        self._calls[weight] += 1
+        if weight == shared.layers[0].weight:
+            self._led[shared.name].append(ref(fed.rows))
+            self._add(shared.name, fed)
+        elif call >= len(self._led[shared.name]) or self._led[shared.name][call]() is not fed.rows:
             raise ModelError(
-                f"layer {name} was fed another input than {leader}, but the agreement has them share a Gram"
+                f"layer {weight.removesuffix('.weight')} was fed another input than {shared.name}, but the agreement "
+                "has them share a Gram"
             )
 
-    def _add(self, leader: str, tensor: Tensor) -> None:
-        if self._mask is not None and tensor.ndim == 3 and tensor.shape[:2] == self._mask.shape:
-            rows = tensor[self._mask]  # (tokens, d_in), padding left out
-        else:
-            rows = tensor.reshape(-1, tensor.shape[-1])  # (rows, d_in)
-        rows = rows.float()
-        self.matrices[leader] += rows.T @ rows
-        self.rows[leader] += len(rows)
+    def _add(self, name: str, fed: LayerInput) -> None:
+        rows = self._tokens.rows(fed).float()
+        times = self._tokens.times(fed)
+        self.matrices[name] += times * (rows.T @ rows)
+        self.rows[name] += times * len(rows)

@@ -363,10 +363,12 @@ class Owner:
         """Raise DataError for a Gram of so few rows that it would tell which rows they are.
 
         The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
+        How many rows reach an expert is not in its hands; whether experts have Grams is privacy.merge_routed_inputs.
         """
         least = self.agreement.privacy.min_rows_per_dimension
+        routed = {shared.name for shared in self._plan.inputs if shared.is_routed}
         for name, gram in grams.items():
-            if gram.rows < least * len(gram.matrix):
+            if name not in routed and gram.rows < least * len(gram.matrix):
                 raise DataError(
                     f"{self.name}: the Gram of {name} has {gram.rows} rows for {len(gram.matrix)} dimensions, the "
                     f"agreement demands {least:g} a dimension; nothing has left. Measure more rows "

@@ -17,6 +17,7 @@ from client.rows import IGNORED, Rows
 from client.settings import Data
 from common.agreement import Task
 from common.errors import DataError
+from common.models import image_shape
 
 MAX_ROW_CHARACTERS = 10_000_000  # beyond it a line break is missing, not a text long
 
@@ -86,10 +87,7 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
         images = images.astype(np.float32) / 255
     if images.ndim == 3:  # (n, height, width): one channel
         images = images[:, None]
-    config = vision_config(reader.model)
-    size = getattr(config, "image_size", None)
-    height, width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
-    expected = (getattr(config, "num_channels", 1), height, width)
+    expected = image_shape(reader.model.config)
     if images.shape[1:] != expected or labels.ndim != 1:
         raise DataError(
             f"{path}: images have shape {images.shape} and labels {labels.shape}; the model needs "
@@ -157,11 +155,6 @@ READERS: dict[str, Callable[[Reader, Path, int | None], Rows]] = {
     "causal-lm": _read_plain_texts,
     "sequence-to-sequence": _read_text_targets,
 }
-
-
-def vision_config(model: PreTrainedModel) -> Any:
-    """Where a model says how large its images are: CLIP has it beside the text's."""
-    return getattr(model.config, "vision_config", model.config)
 
 
 def _positions(model: PreTrainedModel) -> int | None:

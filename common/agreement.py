@@ -142,11 +142,13 @@ class Privacy(Settings):
     `min_rows_per_dimension`: an owner with fewer rows than this times the dimension of some Gram takes no part. Below
     1 a Gram tells members from non-members outright; above, less and less, also in a sum. `merge_token_inputs`:
     merge layers in closed form even if their input depends on the token and its place alone; their Gram is a table of
-    token counts.
+    token counts. `merge_routed_inputs`: merge the experts of a mixture in closed form; an expert's Gram is of the few
+    tokens that were routed to it, and the minimum of rows is not asked of it.
     """
 
     min_rows_per_dimension: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     merge_token_inputs: bool = False
+    merge_routed_inputs: bool = False
 
 
 class Evaluation(Settings):
@@ -159,6 +161,7 @@ class TensorRoles(Settings):
     """What happens to every tensor of the model, by parameter name; together they name each exactly once."""
 
     # Weights of linear layers that are merged in closed form; those in one group multiply the same input tensor.
+    # Where one parameter holds the weights of several experts, each slice stands by itself: `name[0]`, `name[1]`, ...
     merged: tuple[tuple[str, ...], ...]
     averaged: tuple[str, ...]
     left_alone: tuple[str, ...]

@@ -4,6 +4,7 @@ Weights are read from safetensors only; a pickle is refused, because loading one
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -200,6 +201,16 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model takes; CLIP's configuration has them one level down."""
+    vision = getattr(config, "vision_config", config)
+    if not hasattr(vision, "image_size") or not hasattr(vision, "num_channels"):
+        raise ModelError(f"model of type {config.model_type}: its config.json names no image_size or no num_channels")
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return vision.num_channels, height, width
+
+
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter by name; one that is tied to another stands once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -268,12 +279,24 @@ def add_delta(base: nn.Module, delta: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The weight of a linear layer y = W x. Conv1D (GPT-2) stores it as (inputs, outputs), Linear the other way."""
+    """The weight of a linear layer y = W x. Conv1D (GPT-2) stores it as (inputs, outputs), Linear the other way.
+
+    Experts are often fused into one parameter (experts, ., .); then each slice is a layer, named `parameter[expert]`.
+    """
 
     weight: str
     d_in: int
     d_out: int
     stored_input_first: bool
+
+    @property
+    def is_expert(self) -> bool:
+        return _parse(self.weight)[1] is not None
+
+    def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """This layer's part of `tensors`, which has whole parameters by name: (d_in, d_out)."""
+        parameter, expert = _parse(self.weight)
+        return self.to_input_first(tensors[parameter] if expert is None else tensors[parameter][expert])
 
     def to_input_first(self, tensor: Tensor) -> Tensor:
         """(stored) -> (d_in, d_out): the orientation of `delta^T` in the papers."""
@@ -291,6 +314,11 @@ class SharedInput:
     name: str
     d_in: int
     layers: tuple[Layer, ...]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether only the tokens that a router chose get here: their number depends on the data and may be zero."""
+        return any(layer.is_expert for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,39 +347,106 @@ def delta_layout(plan: MergePlan) -> TensorLayout:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of the model whose weight is its own, by module name."""
-    parameters = parameter_shapes(model)
+    """Every linear layer of the model whose weight is its own, by module name; a tied head's is an embedding's."""
+    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" in parameters
+        if isinstance(module, (nn.Linear, Conv1D)) and uses[id(module.weight)] == 1
+    }
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that keep all experts' weights in two parameters of three dimensions, by module name.
+
+    Only those that say how: `transformers.integrations.use_experts_implementation` notes orientation, bias and gate on
+    the module, and its own batched kernels rest on these notes. Other layouts are averaged.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if all(hasattr(module, note) for note in ("is_transposed", "has_bias", "has_gate", "_apply_gate"))
+    }
+
+
+def expert_parameters(experts: nn.Module) -> tuple[str, str]:
+    """The names of the parameters of the experts' first and second layer."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def merge_layers(model: nn.Module) -> dict[str, Layer]:
+    """All that could be merged in closed form, by name: linear layers, and the slices of fused experts."""
+    layers = {
+        f"{name}.weight": _layer(f"{name}.weight", module.weight, input_first=isinstance(module, Conv1D))
+        for name, module in linear_layers(model).items()
+    }
+    for name, experts in fused_experts(model).items():
+        for parameter in expert_parameters(experts):
+            for expert, weight in enumerate(getattr(experts, parameter)):
+                slice_name = f"{name}.{parameter}[{expert}]"
+                layers[slice_name] = _layer(slice_name, weight, input_first=bool(experts.is_transposed))
+    return layers
+
+
+def _layer(name: str, weight: Any, *, input_first: bool) -> Layer:
+    rows, columns = weight.shape
+    d_in, d_out = (rows, columns) if input_first else (columns, rows)
+    return Layer(weight=name, d_in=d_in, d_out=d_out, stored_input_first=input_first)
+
+
+def _parse(weight: str) -> tuple[str, int | None]:
+    parameter, _, expert = weight.removesuffix("]").partition("[")
+    return parameter, int(expert) if expert else None
+
+
+def parameter_of(weight: str) -> str:
+    """The parameter that holds a layer's weight: of an expert's slice, the fused one."""
+    return _parse(weight)[0]
+
+
+def join_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the name of their layer -> by the name of their parameter: experts' slices are put together."""
+    joined: dict[str, Tensor] = {}
+    slices: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, expert = _parse(name)
+        if expert is None:
+            joined[name] = tensor
+        else:
+            slices.setdefault(parameter, {})[expert] = tensor
+    return joined | {
+        name: torch.stack([experts[index] for index in range(len(experts))]) for name, experts in slices.items()
     }
 
 
 def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
     """The roles with this model's shapes. Raises ModelError unless they name exactly the model's parameters."""
     shapes = parameter_shapes(model)
-    modules = linear_layers(model)
+    layers = merge_layers(model)
     named = [*(name for group in roles.merged for name in group), *roles.averaged, *roles.left_alone]
-    for name in sorted(set(named) ^ set(shapes)):
-        missing_in = "the agreement's tensors" if name in shapes else "the base model"
+    for name in sorted(set(named) ^ _names_as_in(named, shapes, layers)):
+        missing_in = "the base model" if name in named else "the agreement's tensors"
         raise ModelError(f"parameter {name} is missing in {missing_in}")
-    inputs = []
-    for group in roles.merged:
-        layers = []
-        for weight in group:
-            module = modules.get(weight.removesuffix(".weight"))
-            if module is None:
-                raise ModelError(f"parameter {weight} is to be merged, but it is no linear layer's weight")
-            layers.append(_layer(weight, module))
-        if len({layer.d_in for layer in layers}) != 1:
-            raise ModelError(f"parameters {', '.join(group)} cannot share an input: their input sizes differ")
-        inputs.append(SharedInput(name=group[0].removesuffix(".weight"), d_in=layers[0].d_in, layers=tuple(layers)))
-    return MergePlan(inputs=tuple(inputs), averaged=roles.averaged, left_alone=roles.left_alone, shapes=shapes)
+    return MergePlan(
+        inputs=tuple(_shared_input(group, layers) for group in roles.merged),
+        averaged=roles.averaged,
+        left_alone=roles.left_alone,
+        shapes=shapes,
+    )
 
 
-def _layer(weight: str, module: nn.Module) -> Layer:
-    input_first = isinstance(module, Conv1D)
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    d_in, d_out = (rows, columns) if input_first else (columns, rows)
-    return Layer(weight=weight, d_in=d_in, d_out=d_out, stored_input_first=input_first)
+def _names_as_in(named: list[str], shapes: Mapping[str, Any], layers: Mapping[str, Layer]) -> set[str]:
+    """The model's parameters; one of which `named` has a slice, as all of its slices."""
+    sliced = {parameter_of(name) for name in named} - set(named)
+    slices = {name for name in layers if parameter_of(name) in sliced}
+    return (set(shapes) - sliced) | slices
+
+
+def _shared_input(group: tuple[str, ...], layers: Mapping[str, Layer]) -> SharedInput:
+    for weight in group:
+        if weight not in layers:
+            raise ModelError(f"parameter {weight} is to be merged, but it is no linear layer's weight")
+    fed = tuple(layers[weight] for weight in group)
+    if len({layer.d_in for layer in fed}) != 1:
+        raise ModelError(f"parameters {', '.join(group)} cannot share an input: their input sizes differ")
+    return SharedInput(name=group[0].removesuffix(".weight"), d_in=fed[0].d_in, layers=fed)

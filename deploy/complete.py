@@ -13,26 +13,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.fisher import measure_fisher
-from client.gram import find_shared_inputs, layer_inputs
-from client.row_readers import features, vision_config
+from client.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
+from client.row_readers import features
 from client.rows import Rows
-from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Privacy, Task, TensorRoles
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, measurements
 from common.metrics import metrics_layout
 from common.models import (
+    MergePlan,
     base_labels,
     digest_of,
-    linear_layers,
+    image_shape,
     load_base,
     load_tokenizer,
+    merge_layers,
     merge_plan,
+    parameter_of,
     parameter_shapes,
     private_head,
 )
 from common.summation.fixed_point import check_layout
 
 PROBE_EXAMPLES = 8
+TOKENS = ("input_ids", "decoder_input_ids")
 PROBE_TOKENS = 32  # of a text; longer ones are accounted for by the rule of three
 
 
@@ -46,9 +50,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
     probe = _probe(base, task, base_folder, draft.seed)
-    roles = _tensor_roles(
-        base, probe, base_folder, private_head(base, task), merge_token_inputs=draft.privacy.merge_token_inputs
-    )
+    roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft.privacy)
     with_keys = _with_keys(draft, public_keys)
     agreement = Agreement(
         **{
@@ -91,59 +93,117 @@ def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
 
 
 def _tensor_roles(
-    base: PreTrainedModel, probe: Rows, folder: Path, left_alone: tuple[str, ...], *, merge_token_inputs: bool
+    base: PreTrainedModel, probe: Rows, folder: Path, left_alone: tuple[str, ...], privacy: Privacy
 ) -> TensorRoles:
     try:
-        ((_, batch, _),) = probe.take(np.arange(2)).batches(batch_size=2)
-        merged = find_shared_inputs(base, batch)
-        told_apart = frozenset() if merge_token_inputs else _token_inputs(base, batch)
+        ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
+        groups = find_shared_inputs(base, batch)
+        held_back = _uncountable_inputs(base, batch) | set(left_alone)
+        if not privacy.merge_token_inputs:
+            held_back |= _token_inputs(base, batch)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
-    kept = tuple(group for group in merged if not (told_apart | set(left_alone)) & set(group))
-    elsewhere = {weight for group in kept for weight in group} | set(left_alone)
+    layers = merge_layers(base)
+    merged = tuple(
+        group
+        for group in groups
+        if not held_back & set(map(parameter_of, group))
+        and (privacy.merge_routed_inputs or not any(layers[weight].is_expert for weight in group))
+    )
+    elsewhere = {parameter_of(weight) for group in merged for weight in group} | set(left_alone)
     averaged = tuple(name for name in parameter_shapes(base) if name not in elsewhere)
-    return TensorRoles(merged=kept, averaged=averaged, left_alone=left_alone)
+    return TensorRoles(merged=merged, averaged=averaged, left_alone=left_alone)
 
 
-def _token_inputs(base: PreTrainedModel, batch: Mapping[str, Tensor]) -> frozenset[str]:
-    """Weights whose input rows depend on the token and its place alone, not on its neighbours.
+def _token_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
+    """Weights one of whose inputs has rows that depend on a token and its place alone, not on its neighbours.
 
     The Gram of such rows is a linear system in how often each token stands at each place: everybody's counts come out
-    of the sum. So for the first block's attention. Seen by changing every other token: the rest must not notice.
+    of the sum. So for the first block's attention. Seen by changing every other token of one unpadded example: if no
+    more rows notice than tokens were changed, no row saw a neighbour. (Rows, not places: a decoder shifts its tokens.)
     """
-    if "input_ids" not in batch:
-        return frozenset()
-    tokens = {
-        name: batch[name][:1, : int(batch[mask][0].sum())]  # (1, length), no padding
-        for name, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
-        if name in batch
+    if not set(TOKENS) & set(batch):
+        return set()
+    example = _first_example(batch)
+    changed = _with_other_tokens(base, example, step=1)
+    changed_tokens = {
+        example[name].shape[1]: int((example[name] != changed[name]).sum()) for name in TOKENS if name in example
     }
-    changed = {name: _every_other_changed(ids, base) for name, ids in tokens.items()}
-    before, after = (_layer_inputs(base, inputs) for inputs in (tokens, changed))
-    shapes = {ids.shape for ids in tokens.values()}
-    return frozenset(
-        f"{name}.weight"
-        for name, rows in before.items()
-        if rows.shape[:2] in shapes and torch.allclose(rows[:, ::2], after[name][:, ::2], atol=1e-6, rtol=1e-5)
-    )
+    after = _inputs_by_parameter(base, changed)
+    return {
+        parameter
+        for parameter, calls in _inputs_by_parameter(base, example).items()
+        for one, other in zip(calls, after[parameter], strict=True)
+        if len(one) in changed_tokens and 0 < _changed_rows(one, other) <= changed_tokens[len(one)]
+    }
 
 
-def _every_other_changed(tokens: Tensor, base: PreTrainedModel) -> Tensor:
-    vocabulary, padding = base.get_input_embeddings().num_embeddings, base.config.pad_token_id
-    other = (tokens + 1) % vocabulary
-    other = torch.where(other == (-1 if padding is None else padding), (tokens + 2) % vocabulary, other)
-    changed = tokens.clone()
-    changed[:, 1::2] = other[:, 1::2]
-    return changed
+def _changed_rows(one: Tensor, other: Tensor) -> int:
+    return int((~torch.isclose(one, other, atol=1e-6, rtol=1e-5)).any(dim=-1).sum())
 
 
-def _layer_inputs(base: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first input of every linear layer."""
-    seen: dict[str, Tensor] = {}
-    modules = linear_layers(base)
-    with layer_inputs(modules, lambda name, tensor: seen.setdefault(name, tensor)), torch.inference_mode():  # type: ignore[arg-type]
-        base(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+def _uncountable_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
+    """Weights that get another number of rows when the tokens change and the shapes do not: experts in single modules.
+
+    Which of their rows are padding cannot be told. (Fused experts are told apart otherwise, see `client/gram.py`.)
+    """
+    if not set(TOKENS) & set(batch):
+        return set()
+    counts = _row_counts(base, batch)
+    uncountable: set[str] = set()
+    for step in range(1, 4):  # by chance, one other text could send as many rows to an expert
+        others = _row_counts(base, _with_other_tokens(base, batch, step))
+        uncountable |= {name for name in set(counts) | set(others) if counts.get(name) != others.get(name)}
+    return uncountable
+
+
+def _row_counts(base: PreTrainedModel, batch: Batch) -> dict[str, int]:
+    return {name: sum(map(len, calls)) for name, calls in _inputs_by_parameter(base, batch).items()}
+
+
+def _inputs_by_parameter(base: PreTrainedModel, batch: Batch) -> dict[str, list[Tensor]]:
+    """Every input (rows, d_in) of every layer, in order; of fused experts, their sum, each row at its token's place."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def observe(weight: str, fed: LayerInput) -> None:
+        calls = seen.setdefault(parameter_of(weight), [])
+        if fed.routed is None:
+            calls.append(fed.rows.reshape(-1, fed.rows.shape[-1]))
+        else:
+            in_place = torch.zeros(len(fed.routed), fed.rows.shape[-1])
+            in_place[fed.routed] = fed.rows
+            calls[:] = [sum(calls, in_place)]
+
+    with layer_inputs(base, observe, merge_layers(base)), torch.inference_mode():
+        base(**batch)
     return seen
+
+
+def _first_example(batch: Batch) -> Batch:
+    """One example without padding."""
+    masks = {tensor.shape[1]: tensor[0].bool() for name, tensor in batch.items() if name.endswith("attention_mask")}
+    return {
+        name: tensor[:1, masks[tensor.shape[1]]] if tensor.shape[1] in masks else tensor[:1]
+        for name, tensor in batch.items()
+    }
+
+
+def _with_other_tokens(base: PreTrainedModel, batch: Batch, step: int) -> Batch:
+    """Another token at every second place. Special ones stay, and none is added: models look for some of them."""
+    keys = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
+    values = [getattr(base.config, key, None) for key in keys]
+    special = torch.tensor([i for value in values if value is not None for i in np.atleast_1d(value)], dtype=torch.long)
+    vocabulary = base.get_input_embeddings().num_embeddings
+    changed = dict(batch)
+    for name in TOKENS:
+        if name in batch:
+            other = (batch[name] + step) % vocabulary
+            while torch.isin(other, special).any():
+                other = torch.where(torch.isin(other, special), (other + 1) % vocabulary, other)
+            other = torch.where(torch.isin(batch[name], special), batch[name], other)
+            other[:, ::2] = batch[name][:, ::2]
+            changed[name] = other
+    return changed
 
 
 def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
@@ -151,14 +211,13 @@ def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
     random = np.random.default_rng(seed)
     single = np.zeros(PROBE_EXAMPLES, dtype=np.int64)
     if not task.is_text:
-        config = vision_config(base)
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (PROBE_EXAMPLES, config.num_channels, height, width)
+        shape = (PROBE_EXAMPLES, *image_shape(base.config))
         return Rows(features=random.standard_normal(shape).astype(np.float32), targets=single)
     tokenizer = load_tokenizer(folder)
     length = min(PROBE_TOKENS, task.max_tokens)
-    tokens = random.integers(0, len(tokenizer), (PROBE_EXAMPLES, length)).tolist()
+    # No special token in the middle: T5's classifier, for one, looks for the only end of the text.
+    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    tokens = random.choice(ordinary, (PROBE_EXAMPLES, length)).tolist()
     encoded = tokenizer(tokenizer.batch_decode(tokens), truncation=True, max_length=length)
     rows = features(encoded)
     if task.kind == "sequence-to-sequence":
@@ -175,23 +234,34 @@ def _measured_bounds(
     if task.is_text:
         headroom *= max(1.0, task.max_tokens / PROBE_TOKENS)
     plan = merge_plan(base, roles)
-    largest = dict.fromkeys((shared.name for shared in plan.inputs), 0.0)
-
-    def observe(name: str, tensor: Tensor) -> None:
-        rows = tensor.reshape(len(tensor), -1, tensor.shape[-1]).float()  # (examples, rows, d_in)
-        largest[name] = max(largest[name], float(rows.shape[1] * rows.abs().max() ** 2))
-
-    modules = {name: module for name, module in linear_layers(base).items() if name in largest}
-    with layer_inputs(modules, observe), torch.inference_mode():
-        for _, batch, _ in probe.batches(batch_size=PROBE_EXAMPLES):
-            base(**batch)
+    grams = [_power_of_two(headroom * value) for value in _largest_gram_entries(base, probe, plan)]
     fisher: tuple[float, ...] = ()
     if "fisher" in measurements(draft):
         squares = measure_fisher(base, probe, draft.seed)
         highest = {name: float(squares[name].max()) for name in plan.changed}
         everywhere = max(highest.values())  # for a tensor that the probe did not reach
         fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)
-    return {"grams": tuple(_power_of_two(headroom * value) for value in largest.values()), "fisher": fisher}
+    return {"grams": tuple(grams), "fisher": fisher}
+
+
+def _largest_gram_entries(base: PreTrainedModel, probe: Rows, plan: MergePlan) -> list[float]:
+    """Per Gram of the plan, what one example adds at most to an entry; an expert's, as if every token went to it."""
+    ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
+    tokens = BatchTokens(batch)
+    largest = {layer.weight: 0.0 for layer in plan.layers()}
+
+    def observe(weight: str, fed: LayerInput) -> None:
+        if weight in largest and fed.rows.numel() > 0:
+            rows = fed.rows.shape[:-1].numel() if fed.routed is None else len(fed.routed)
+            per_example = tokens.times(fed) * rows / tokens.examples
+            largest[weight] += per_example * float(fed.rows.float().abs().max() ** 2)
+
+    with layer_inputs(base, observe, largest), torch.inference_mode():
+        base(**batch)
+    highest: dict[str, float] = {}
+    for weight, value in largest.items():
+        highest[parameter_of(weight)] = max(value, highest.get(parameter_of(weight), 0.0))
+    return [highest[parameter_of(shared.layers[0].weight)] for shared in plan.inputs]
 
 
 def _power_of_two(value: float) -> float:

@@ -19,7 +19,7 @@ What a solve can meet, each reported per layer:
     solved       one Cholesky factorisation for all the layers that share the input
     singular     no owner's rows reach some directions: there the layer keeps the base's behaviour (minimum norm delta)
     indefinite   negative eigenvalues, which no honest sum of Grams has: those directions keep the base's behaviour
-    empty        no rows at all: the layer keeps the base's weights
+    empty        no rows at all, as of an expert that nobody's tokens reach: the layer keeps the base's weights
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import MergePlan, SharedInput
+from common.models import MergePlan, SharedInput, join_experts
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -85,7 +85,7 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
         yield f"rows/{shared.name}", to_array(torch.tensor([float(gram.rows)]))
         yield f"gram/{shared.name}", to_array(matrix)
         for layer in shared.layers:
-            delta = layer.to_input_first(owner.delta[layer.weight]).double()  # (d_in, d_out)
+            delta = layer.take(owner.delta).double()  # (d_in, d_out)
             if is_sweep(agreement):
                 yield f"gram_delta/{layer.weight}", to_array(matrix @ delta)
                 yield f"diagonal_delta/{layer.weight}", to_array(diagonal * delta)
@@ -107,12 +107,14 @@ def _weighted_gram(agreement: Agreement, owner: OwnerTerms, gram: Gram) -> Tenso
 
 
 def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> Solution:
-    delta = {name: mean_delta(total, name).float() for name in plan.averaged} | unchanged(plan)
+    merged: dict[str, Tensor] = {}
     layers = []
     for shared in plan.inputs:
-        merged, note = _solve_input(agreement, shared, total, knob)
-        delta |= merged
+        solved, note = _solve_input(agreement, shared, total, knob)
+        merged |= solved
         layers.append(note)
+    averaged = {name: mean_delta(total, name).float() for name in plan.averaged}
+    delta = averaged | unchanged(plan) | join_experts(merged)
     notes = tuple(
         f"{note.name}: {note.status}; {note.unseen_directions} of {note.d_in} directions keep the base's behaviour"
         for note in layers

@@ -1,5 +1,6 @@
 """What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
 
+from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Tas
 from common.errors import DataError
 from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
-from common.models import delta_of, load_base, load_tokenizer, merge_plan
+from common.models import Layer, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
 from common.summation.protocol import Total
 from deploy.complete import complete_agreement
 from deploy.example import reviews
@@ -207,6 +208,17 @@ def test_a_gram_of_few_rows_tells_members_from_strangers_and_never_leaves(partie
     with pytest.raises(DataError, match="20 rows for 32 dimensions"):
         owner._checked({"layer": Gram(matrix=torch.from_numpy(gram), rows=20)})
     owner._checked({"layer": Gram(matrix=torch.eye(32, dtype=torch.float64), rows=32)})
+
+
+def test_of_experts_alone_no_number_of_rows_is_asked(parties: Parties) -> None:
+    owner = Owner(parties.files["hotel"])
+    grams = {"experts.up_proj[0]": Gram(matrix=torch.zeros(8, 8, dtype=torch.float64), rows=0)}
+    with pytest.raises(DataError, match="0 rows for 8 dimensions"):
+        owner._checked(grams)
+    expert = Layer(weight="experts.up_proj[0]", d_in=8, d_out=8, stored_input_first=False)
+    routed = SharedInput(name="experts.up_proj[0]", d_in=8, layers=(expert,))
+    owner.__dict__["_plan"] = replace(parties.plan, inputs=(routed,))
+    owner._checked(grams)
 
 
 def test_a_tokenizer_of_the_tests_is_that_of_the_model(llama: Path) -> None:

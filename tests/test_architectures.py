@@ -1,0 +1,508 @@
+"""Architectures, tiny and with random weights: Grams and merged layers against explicit rows, one example at a time."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from client.gram import find_shared_inputs, measure_grams
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task, TensorRoles
+from common.errors import ModelError
+from common.merge_methods import solve
+from common.merge_methods.terms import Gram, OwnerTerms, Solution
+from common.models import MergePlan, delta_of, linear_layers, merge_layers, merge_plan, parameter_of, parameter_shapes
+from deploy.complete import complete_agreement
+from deploy.example import reviews
+from tests.conftest import tiny_bert
+from tests.parties import IDENTITIES
+from tests.test_merge_methods import exact, total_of
+
+Example = dict[str, Tensor]  # a model's inputs for one example, without padding and without a batch dimension
+TEXT = {"vocab_size": 80, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+TEXT |= {"intermediate_size": 12, "max_position_embeddings": 40, "pad_token_id": 0}
+ROTARY = {**TEXT, "num_key_value_heads": 1, "num_attention_heads": 2}
+T5 = {"vocab_size": 80, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
+T5 |= {"eos_token_id": 1, "decoder_start_token_id": 0, "num_labels": 3, "num_decoder_layers": 2}
+IMAGE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+IMAGE |= {"image_size": 8, "patch_size": 4, "num_channels": 1}
+
+
+def text(random: torch.Generator) -> Example:
+    length = int(torch.randint(3, 9, (), generator=random))
+    tokens = torch.randint(2, 50, (length + 1,), generator=random)
+    tokens[-1] = 1  # the end of the text, which T5 looks for
+    return {"input_ids": tokens}
+
+
+def text_to_text(random: torch.Generator) -> Example:
+    return text(random) | {"decoder_input_ids": text(random)["input_ids"]}
+
+
+def image(random: torch.Generator) -> Example:
+    return {"pixel_values": torch.randn(1, 8, 8, generator=random, dtype=torch.float64)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny model, an example of its inputs, and how many linear layers it has, fed by how many distinct inputs."""
+
+    make: Callable[[], nn.Module]
+    example: Callable[[torch.Generator], Example]
+    layers: int
+    inputs: int
+
+
+def model_of(name: str, config: str, **settings: object) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, name)(getattr(transformers, config)(**settings))
+
+
+def clip() -> nn.Module:
+    config = transformers.CLIPConfig(
+        vision_config=IMAGE, text_config={**TEXT, "num_hidden_layers": 1}, num_labels=3, projection_dim=8
+    )
+    return transformers.CLIPForImageClassification(config)
+
+
+def untied_t5() -> nn.Module:
+    config = transformers.T5Config(**T5, feed_forward_proj="gated-gelu")
+    config.tie_word_embeddings = False  # as an argument it would be overruled
+    return transformers.T5ForConditionalGeneration(config)
+
+
+# Per block: attention input, attention output, feed-forward input and output. BERT adds a pooler and a head.
+ARCHITECTURES = {
+    "bert": Architecture(model_of("BertForSequenceClassification", "BertConfig", **TEXT), text, 14, 10),
+    "roberta": Architecture(model_of("RobertaForSequenceClassification", "RobertaConfig", **TEXT), text, 14, 10),
+    "distilbert": Architecture(
+        model_of(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            **{**TEXT, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12},
+        ),
+        text,
+        14,
+        10,
+    ),
+    # Relative embeddings pass through query and key too, so value has a Gram of its own.
+    "deberta": Architecture(
+        model_of(
+            "DebertaV2ForSequenceClassification",
+            "DebertaV2Config",
+            **TEXT,
+            relative_attention=True,
+            position_buckets=4,
+            max_relative_positions=8,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            pooler_hidden_size=8,
+        ),
+        text,
+        14,
+        12,
+    ),
+    # One block, called twice, after a projection of the embeddings.
+    "albert": Architecture(
+        model_of("AlbertForSequenceClassification", "AlbertConfig", **TEXT, embedding_size=6), text, 9, 7
+    ),
+    "vit": Architecture(model_of("ViTForImageClassification", "ViTConfig", **IMAGE, num_labels=3), image, 13, 9),
+    "clip": Architecture(clip, image, 13, 9),
+    "gpt2": Architecture(
+        model_of(
+            "GPT2ForSequenceClassification",
+            "GPT2Config",
+            **{**TEXT, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 40, "n_inner": 12},
+        ),
+        text,
+        9,
+        9,
+    ),
+    "llama": Architecture(model_of("LlamaForSequenceClassification", "LlamaConfig", **ROTARY), text, 15, 9),
+    "qwen2": Architecture(model_of("Qwen2ForSequenceClassification", "Qwen2Config", **ROTARY), text, 15, 9),
+    # Two encoder blocks of six layers, two decoder blocks of ten; all cross-attentions share the k and v input. A tied
+    # head is the embedding's and no layer.
+    "t5 tied": Architecture(model_of("T5ForConditionalGeneration", "T5Config", **T5), text_to_text, 32, 21),
+    "t5 untied": Architecture(untied_t5, text_to_text, 37, 22),
+    "t5 classifier": Architecture(model_of("T5ForSequenceClassification", "T5Config", **T5), text, 34, 23),
+    # Of each block's layers, four are attention's; then two for each of four experts.
+    "mixtral": Architecture(
+        model_of(
+            "MixtralForSequenceClassification",
+            "MixtralConfig",
+            **ROTARY,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        text,
+        25,
+        21,
+    ),
+    # As before, and a shared expert with its gate.
+    "qwen2 moe": Architecture(
+        model_of(
+            "Qwen2MoeForSequenceClassification",
+            "Qwen2MoeConfig",
+            **ROTARY,
+            num_experts=4,
+            num_experts_per_tok=1,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=12,
+        ),
+        text,
+        33,
+        25,
+    ),
+}
+MIXTURES = ("mixtral", "qwen2 moe")
+
+
+@torch.no_grad()
+def shake(model: nn.Module, by: float, seed: int) -> None:
+    """Add noise to every parameter. A mixture's last expert scores the mean of the others, so it is never the best."""
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter += by * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter[-1] = parameter[:-1].mean(dim=0)
+
+
+def batch_of(examples: list[Example]) -> Example:
+    """Examples padded on the right; targets by one more where they would be as long as the inputs."""
+    if "pixel_values" in examples[0]:
+        return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    batch: Example = {}
+    for prefix in ("", "decoder_"):
+        rows = [example[f"{prefix}input_ids"] for example in examples if f"{prefix}input_ids" in example]
+        if rows:
+            tokens = pad_sequence(rows, batch_first=True)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            if prefix and tokens.shape == batch["input_ids"].shape:
+                tokens, mask = (nn.functional.pad(tensor, (0, 1)) for tensor in (tokens, mask))
+            batch |= {f"{prefix}input_ids": tokens, f"{prefix}attention_mask": mask}
+    return batch
+
+
+class ExpertRows(TorchFunctionMode):
+    """Sees each product with a slice of a fused parameter, by where the slice lies in memory."""
+
+    def __init__(self, model: nn.Module, rows: dict[str, list[Tensor]]) -> None:
+        super().__init__()
+        fused = {name: p for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name}
+        self.names = {p[index].data_ptr(): f"{name}[{index}]" for name, p in fused.items() for index in range(len(p))}
+        self.rows = rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is nn.functional.linear and args[1].data_ptr() in self.names:
+            self.rows.setdefault(self.names[args[1].data_ptr()], []).append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def explicit_rows(model: nn.Module, examples: list[Example]) -> dict[str, Tensor]:
+    """The slow way: each example by itself, unpadded; every input row of every linear layer, by weight name."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=f"{name}.weight": seen.setdefault(name, []).append(args[0])
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    with ExpertRows(model, seen):
+        for example in examples:
+            model(**{name: tensor[None] for name, tensor in example.items()})
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in calls]) for name, calls in seen.items()}
+
+
+def roles_of(model: nn.Module, batch: Example) -> TensorRoles:
+    merged = find_shared_inputs(model, batch)  # type: ignore[arg-type]
+    kept = {parameter_of(weight) for group in merged for weight in group}
+    averaged = tuple(name for name in parameter_shapes(model) if name not in kept)
+    return TensorRoles(merged=merged, averaged=averaged, left_alone=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What three owners measured, and the explicit rows of each."""
+
+    architecture: Architecture
+    base: nn.Module
+    plan: MergePlan
+    grams: list[dict[str, Gram]]
+    rows: list[dict[str, Tensor]]
+    deltas: list[dict[str, Tensor]]
+    solution: Solution
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def merge(request: pytest.FixtureRequest, agreement: Agreement) -> Merge:
+    """All in float64, so that only a wrong row makes a difference."""
+    architecture = ARCHITECTURES[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", lambda self: self)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            base = architecture.make().double().eval()
+        if request.param in MIXTURES:
+            base.set_experts_implementation("eager")  # type: ignore[operator]
+        shake(base, 0.3, seed=0)
+        random = torch.Generator().manual_seed(0)
+        plan = merge_plan(base, roles_of(base, batch_of([architecture.example(random) for _ in range(8)])))
+        grams, rows, deltas, owners = [], [], [], {}
+        for index in range(3):
+            tuned = deepcopy(base)
+            shake(tuned, 0.05, seed=index + 1)
+            examples = [architecture.example(random) for _ in range(11)]
+            batches = [batch_of(examples[:6]), batch_of(examples[6:10]), batch_of(examples[10:])]
+            grams.append(measure_grams(tuned, plan, batches))  # type: ignore[arg-type]
+            rows.append(explicit_rows(tuned, examples))
+            deltas.append(delta_of(tuned, base))
+            owners[f"o{index}"] = OwnerTerms(examples=11, delta=deltas[-1], grams=grams[-1], gram_examples=11)
+        alone = exact(agreement).model_copy(update={"compare_with": ()})
+        solution = solve(alone, plan, "regmean", total_of(alone, plan, owners), 1.0)
+    return Merge(
+        architecture=architecture,
+        base=base,
+        plan=plan,
+        grams=grams,
+        rows=rows,
+        deltas=deltas,
+        solution=solution,
+    )
+
+
+def no_rows(d_in: int) -> Tensor:
+    return torch.zeros(0, d_in, dtype=torch.float64)
+
+
+def test_grams_are_those_of_explicit_rows(merge: Merge) -> None:
+    for grams, rows in zip(merge.grams, merge.rows, strict=True):
+        for shared in merge.plan.inputs:
+            for layer in shared.layers:
+                explicit = rows.get(layer.weight, no_rows(layer.d_in))
+                assert grams[shared.name].rows == len(explicit), layer.weight
+                # Some models compute norms in float32 whatever their type.
+                torch.testing.assert_close(grams[shared.name].matrix, explicit.T @ explicit, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_layers_are_pooled_least_squares(merge: Merge) -> None:
+    """Compared by what they put out on all rows, which is unique also where the rows leave the weights open."""
+    for layer in merge.plan.layers():
+        rows = [rows.get(layer.weight, no_rows(layer.d_in)) for rows in merge.rows]
+        targets = torch.cat([own @ layer.take(delta) for own, delta in zip(rows, merge.deltas, strict=True)])
+        stacked = torch.cat(rows)
+        pooled = stacked @ torch.linalg.lstsq(stacked, targets, driver="gelsd").solution
+        outputs = stacked @ layer.take(merge.solution.delta)
+        assert (outputs - pooled).norm() <= 1e-5 * targets.norm(), layer.weight
+
+
+def test_layers_fed_the_same_tensor_share_one_gram(merge: Merge) -> None:
+    assert len(merge_layers(merge.base)) == merge.architecture.layers
+    assert len(merge.plan.inputs) == merge.architecture.inputs
+
+
+def test_every_parameter_of_every_architecture_is_named_once(merge: Merge) -> None:
+    names = [layer.weight for layer in merge.plan.layers()]
+    assert len(set(names)) == len(names) == merge.architecture.layers
+    whole = {parameter_of(name) for name in names}
+    assert whole.isdisjoint(merge.plan.averaged)
+    assert whole | set(merge.plan.averaged) == set(parameter_shapes(merge.base))
+    assert set(merge.solution.delta) == set(parameter_shapes(merge.base))
+
+
+def test_twelve_blocks_of_bert_have_50_grams_for_74_layers() -> None:
+    config = transformers.BertConfig(**{**TEXT, "num_hidden_layers": 12})
+    model = transformers.BertForSequenceClassification(config).eval()
+    assert len(linear_layers(model)) == 74
+    assert len(find_shared_inputs(model, batch_of([text(torch.Generator())]))) == 50
+
+
+@pytest.mark.parametrize("name", ["deberta", "t5 untied", "mixtral", "albert"])
+def test_grams_do_not_depend_on_the_size_of_batches(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.make().eval()
+    shake(model, 0.3, seed=0)
+    random = torch.Generator().manual_seed(0)
+    examples = [architecture.example(random) for _ in range(7)]
+    plan = merge_plan(model, roles_of(model, batch_of(examples)))  # type: ignore[arg-type]
+    whole, single = (
+        measure_grams(model, plan, [batch_of(examples[start : start + size]) for start in range(0, 7, size)])  # type: ignore[arg-type]
+        for size in (7, 1)
+    )
+    for input_name, gram in whole.items():
+        assert gram.rows == single[input_name].rows, input_name
+        torch.testing.assert_close(gram.matrix, single[input_name].matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_and_targets_of_one_padded_length_are_refused() -> None:
+    model = ARCHITECTURES["t5 tied"].make().eval()
+    tokens = torch.tensor([[5, 6, 1]])
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    plan = merge_plan(model, roles_of(model, {**batch, "decoder_input_ids": tokens}))
+    batch |= {f"decoder_{name}": tensor for name, tensor in batch.items()}
+    with pytest.raises(ModelError, match="one padded length, 3, so that their padding cannot be told apart"):
+        measure_grams(model, plan, [batch])  # type: ignore[arg-type]
+
+
+# --- tied heads -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tied_head_is_averaged_with_its_embedding_and_an_untied_one_is_merged() -> None:
+    for name, in_a_group in (("t5 tied", False), ("t5 untied", True)):
+        model = ARCHITECTURES[name].make()
+        assert ("lm_head.weight" in merge_layers(model)) == in_a_group
+        assert ("lm_head.weight" in parameter_shapes(model)) == in_a_group
+
+
+def test_a_weight_that_two_layers_have_in_common_is_averaged_whatever_it_is_called() -> None:
+    model = nn.ModuleDict({"a_head": nn.Linear(4, 5, bias=False), "embedding": nn.Embedding(5, 4)})
+    model["a_head"].weight = model["embedding"].weight
+    assert merge_layers(model) == {}
+    assert list(parameter_shapes(model)) == ["a_head.weight"]
+
+
+# --- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", ["qwen2 moe"], indirect=True)
+def test_an_expert_that_nobody_reached_keeps_the_base_and_is_said_to_be_empty(merge: Merge) -> None:
+    notes = {note.name: note for note in merge.solution.layers}
+    idle = [shared for shared in merge.plan.inputs if shared.name.endswith("_proj[3]")]
+    assert len(idle) == 4
+    for shared in idle:
+        assert (notes[shared.name].status, notes[shared.name].rows) == ("empty", 0)
+        assert not shared.layers[0].take(merge.solution.delta).any()
+        assert any(note.startswith(f"{shared.name}: empty") for note in merge.solution.notes)
+
+
+class Transposed(nn.Module):
+    """Experts that are stored input first and have biases, as in GPT-OSS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed, self.has_bias, self.has_gate = True, True, False
+        self.up_proj, self.up_proj_bias = nn.Parameter(torch.randn(2, 3, 4)), nn.Parameter(torch.randn(2, 4))
+        self.down_proj, self.down_proj_bias = nn.Parameter(torch.randn(2, 4, 3)), nn.Parameter(torch.randn(2, 3))
+        self.act_fn = torch.tanh
+        self._apply_gate = None
+
+    def forward(self, hidden: Tensor, chosen: Tensor) -> None:
+        pass
+
+
+def test_experts_stored_input_first_and_with_biases_are_read_that_way() -> None:
+    model = nn.ModuleDict({"experts": Transposed()})
+    experts = model["experts"]
+    model.forward = lambda x, chosen: experts(x, chosen)  # type: ignore[method-assign]
+    merged = tuple((f"experts.{name}[{index}]",) for name in ("up_proj", "down_proj") for index in range(2))
+    averaged = ("experts.up_proj_bias", "experts.down_proj_bias")
+    plan = merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
+    assert [(layer.d_in, layer.d_out) for layer in plan.layers()] == [(3, 4), (3, 4), (4, 3), (4, 3)]
+    x = torch.randn(5, 3)
+    grams = measure_grams(model, plan, [{"x": x, "chosen": torch.tensor([[0], [1], [1], [0], [1]])}])  # type: ignore[arg-type]
+    inner = torch.tanh(x[[1, 2, 4]] @ experts.up_proj[1] + experts.up_proj_bias[1]).detach()
+    assert grams["experts.down_proj[1]"].rows == 3
+    torch.testing.assert_close(grams["experts.down_proj[1]"].matrix.float(), inner.T @ inner)
+
+
+# --- completing a draft -----------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    model.save_pretrained(folder)  # type: ignore[operator]
+    reviews.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def completed(folder: Path, kind: str = "text-classification", **privacy: bool) -> Agreement:
+    draft = AgreementDraft(
+        title="t",
+        base=str(folder),
+        owners=tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd")),
+        task=Task(kind=kind, labels=("a", "b", "c"), max_tokens=16),  # type: ignore[arg-type]
+        privacy=Privacy(**privacy),
+    )
+    return complete_agreement(draft, folder, {name: each.public_key for name, each in IDENTITIES.items()})
+
+
+FIRST_ATTENTION = {
+    "bert": ["bert.encoder.layer.0.attention.self.{}.weight", "query", "key", "value"],
+    "distilbert": ["distilbert.transformer.layer.0.attention.{}.weight", "q_lin", "k_lin", "v_lin"],
+    "deberta": ["deberta.encoder.layer.0.attention.self.{}.weight", "query_proj", "key_proj", "value_proj"],
+    "gpt2": ["transformer.h.0.attn.{}.weight", "c_attn"],
+    "qwen2": ["model.layers.0.self_attn.{}.weight", "q_proj", "k_proj", "v_proj"],
+    "t5 classifier": [
+        "transformer.{}.weight",
+        *(f"{s}.block.0.layer.0.SelfAttention.q" for s in ("encoder", "decoder")),
+    ],
+    "mixtral": ["model.layers.0.self_attn.{}.weight", "q_proj", "k_proj", "v_proj"],
+}
+
+
+@pytest.mark.parametrize("name", [*FIRST_ATTENTION, "roberta", "albert", "vit", "clip", "qwen2 moe"])
+def test_a_draft_is_completed_on_every_architecture(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.make()
+    model.config.eos_token_id = reviews.make_tokenizer().sep_token_id  # type: ignore[union-attr]
+    kind = "image-classification" if architecture.example is image else "text-classification"
+    agreement = completed(save(model, tmp_path), kind)
+    merged = {weight for group in agreement.tensors.merged for weight in group}
+    assert len(merged) >= 2
+    assert merged | set(agreement.tensors.averaged) == set(parameter_shapes(model))
+    template, *layers = FIRST_ATTENTION.get(name, [""])
+    assert {template.format(layer) for layer in layers} <= set(agreement.tensors.averaged)
+    assert not {template.format(layer).replace(".0.", ".1.", 1) for layer in layers} & set(agreement.tensors.averaged)
+
+
+def test_experts_are_merged_only_where_the_agreement_says_so(tmp_path: Path) -> None:
+    folder = save(ARCHITECTURES["mixtral"].make(), tmp_path)
+    off, on = (completed(folder, merge_routed_inputs=merge) for merge in (False, True))
+    fused = {f"model.layers.{block}.mlp.experts.{name}" for block in (0, 1) for name in ("gate_up_proj", "down_proj")}
+    assert fused <= set(off.tensors.averaged)
+    slices = {f"{name}[{expert}]" for name in fused for expert in range(4)}
+    assert slices <= {weight for group in on.tensors.merged for weight in group}
+    assert all(bound > 0 for bound in on.bounds.grams)
+
+
+class SwitchBlock(nn.Module):
+    """A feed-forward block of experts that are modules of their own, fed only the tokens that are routed to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chosen = self.router(hidden).argmax(dim=-1)
+        result = torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            result[chosen == index] = expert(hidden[chosen == index])
+        return result
+
+
+def test_experts_that_are_single_modules_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_experts(folder: Path, *_: object) -> nn.Module:
+        model = tiny_bert()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.bert.encoder.layer[1].intermediate = nn.Sequential(nn.Linear(16, 8), SwitchBlock(), nn.Linear(8, 24))
+        return model.eval()
+
+    folder = save(tiny_bert(), tmp_path)
+    monkeypatch.setattr("deploy.complete.load_base", with_experts)
+    tensors = completed(folder, merge_routed_inputs=True).tensors
+    block = "bert.encoder.layer.1.intermediate"
+    assert {f"{block}.1.experts.{index}.weight" for index in (0, 1)} <= set(tensors.averaged)
+    assert (f"{block}.1.router.weight",) in tensors.merged
