@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs of linear layers, measured in forward passes. The only forward hooks of the project.
+"""Gram matrices of the inputs of linear layers, measured in forward passes. The only hooks on layers of the project.
 
 G = sum over rows of x x^T, where a row is one token of one example; padding is no row. Layers that are fed the same
 tensor share one Gram, and which those are is seen at run time by the tensor's identity, never guessed from names. A
@@ -59,6 +59,25 @@ def layer_inputs(model: nn.Module, observe: Observe, weights: Collection[str]) -
             handle.remove()
 
 
+@contextmanager
+def layer_outputs(model: nn.Module, observe: Callable[[str, Tensor], None], weights: Collection[str]) -> Iterator[None]:
+    """While open, call `observe(weight, output)` after each forward of each layer: (..., d_out), without its bias."""
+    handles = [
+        module.register_forward_hook(
+            lambda module, _, output, weight=f"{name}.weight": observe(
+                weight, output if module.bias is None else output - module.bias
+            )
+        )
+        for name, module in linear_layers(model).items()
+        if f"{name}.weight" in weights
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _observe_experts(name: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, observe: Observe) -> None:
     """What each expert's two layers are fed. Computed here, since a fused forward pass shows none of it.
 
@@ -102,12 +121,12 @@ def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Bat
     Each batch's product is float32, the sums are float64. Raises ModelError if layers that the plan says share an
     input are fed different tensors, or if a batch's padding cannot be told from its shapes (`BatchTokens`).
     """
-    collector = _Collector(plan)
+    collector = GramCollector(plan)
     with layer_inputs(model, collector.observe, {layer.weight for layer in plan.layers()}):
         for batch in batches:
             collector.start_batch(batch)
             model(**batch)
-    return {name: Gram(matrix=collector.matrices[name], rows=collector.rows[name]) for name in collector.matrices}
+    return collector.grams()
 
 
 class BatchTokens:
@@ -143,7 +162,7 @@ class BatchTokens:
         return self.examples if alone else 1
 
 
-class _Collector:
+class GramCollector:
     """Adds up Grams as the layers are called."""
 
     def __init__(self, plan: MergePlan) -> None:
@@ -155,6 +174,9 @@ class _Collector:
         self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
         self._led: dict[str, list[ReferenceType[Any]]] = {}
+
+    def grams(self) -> dict[str, Gram]:
+        return {name: Gram(matrix=matrix, rows=self.rows[name]) for name, matrix in self.matrices.items()}
 
     def start_batch(self, batch: Batch) -> None:
         self._tokens = BatchTokens(batch)

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,14 +24,25 @@ from client.gram import measure_grams
 from client.ledger import Ledger
 from client.private_data import PrivateData
 from client.rows import Rows
+from client.sequence import Models, measure_head, measure_step, put_merged_prefix
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import metrics
-from common.agreement import Agreement, Task
+from common.agreement import SEQUENTIAL, Agreement, Task
 from common.errors import ConsentError, DataError, RemoteProtocolError
 from common.identity import Identity, read_identity
 from common.labels import Label
-from common.merge_methods import candidates, contribution, contribution_layout, measurements
+from common.merge_methods import (
+    candidates,
+    contribution,
+    contribution_layout,
+    measurements,
+    step_contribution,
+    step_layout,
+    step_named,
+)
+from common.merge_methods.calibration import fits_labels
+from common.merge_methods.sequence import Step, merged_layout, steps
 from common.merge_methods.terms import Gram, OwnerTerms
 from common.messages import (
     PROTOCOL_VERSION,
@@ -167,8 +178,11 @@ class Owner:
         self._ledger.begin(message.round, message.session, message.statistic)
         self.state.forget_sum()
         vector = self.state.create_array("vector", terms.layout.size, "<f8")
+        named = step_named(self.agreement, self._plan, message.statistic)
         if message.statistic == "contribution":
             tensors = contribution(self.agreement, self._plan, self._measure())
+        elif named is not None:
+            tensors = step_contribution(self.agreement, self._plan, *named, self._measure_step(*named))
         else:
             scores = self._scores(message.statistic, message.models.split(","))
             tensors = metrics.contribution(self.agreement, self.name, message.statistic, scores)
@@ -240,9 +254,7 @@ class Owner:
 
     def _take_candidate(self, message: CandidatePart) -> Message:
         self._check_step(message.run, message.agreement_digest)
-        if message.model not in self._candidates:
-            raise ConsentError(f"the coordinator sent a model {message.model!r} that was not agreed")
-        layout = delta_layout(self._plan)
+        layout = self._candidate_layout(message)
         slices = layout.part_slices(bytes_per_number=4)
         kept = self.state.read_json("candidate") or {}
         expected = kept["next_part"] if (kept.get("model"), kept.get("split")) == (message.model, message.split) else 0
@@ -262,21 +274,41 @@ class Owner:
         array[position] = message.payload
         following = {"model": message.model, "split": message.split, "next_part": expected + 1}
         if expected + 1 == len(slices):
-            self._score_candidate(message, layout, array)
-            self.state.delete_array("candidate")
+            if not np.isfinite(array).all():
+                raise RemoteProtocolError(f"the coordinator sent a model {message.model} that is not finite")
+            digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+            self.state.write_json("candidates", [*self._received, [message.model, message.split, digest]])
+            if message.split == "prefix":
+                self.state.keep_array("candidate", under=message.model.replace(" ", "-"))
+            else:
+                self._score_candidate(message, layout, array)
+                self.state.delete_array("candidate")
             following = {}
         self.state.write_json("candidate", following)
         return CandidateReceived(run=message.run, owner=self.name, model=message.model, part=message.part)
 
+    def _candidate_layout(self, message: CandidatePart) -> TensorLayout:
+        if message.split != "prefix":
+            if message.model not in self._candidates:
+                raise ConsentError(f"the coordinator sent a model {message.model!r} that was not agreed")
+            return delta_layout(self._plan)
+        method, _, number = message.model.partition(" ")
+        if method not in SEQUENTIAL.intersection(self.agreement.methods):
+            raise ConsentError(f"the coordinator sent a step of {method!r}, which was not agreed")
+        due = self._merged_steps(method)
+        if number != str(due) or due >= len(steps(self._plan)):
+            raise RemoteProtocolError(f"the coordinator sent step {number[:10]!r} of {method}, step {due} is due")
+        return merged_layout(self._plan, due)
+
+    def _merged_steps(self, method: str) -> int:
+        """How many steps of a method this owner has been sent the outcome of; the first is number 0, the averages."""
+        return sum(split == "prefix" and model.startswith(f"{method} ") for model, split, _ in self._received)
+
     def _score_candidate(self, message: CandidatePart, layout: TensorLayout, array: np.ndarray) -> None:
-        if not np.isfinite(array).all():
-            raise RemoteProtocolError(f"the coordinator sent a model {message.model} that is not finite")
         model = self.load_base()
         delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
         add_delta(model, delta | {name: torch.zeros(()) for name in self._plan.left_alone})
         scores = self.state.read_json("scores") or {}
-        digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-        self.state.write_json("candidates", [*self._received, [message.model, message.split, digest]])
         if message.split == "test":
             tested = self.state.read_json("tested") or {}
             self.state.write_json("tested", tested | {message.model: digest_of(model, self.task)})
@@ -333,7 +365,19 @@ class Owner:
                 raise ConsentError("the coordinator asked for a contribution about models, which nobody agreed on")
             return contribution_layout(self.agreement, self._plan)
         if request.candidates_digest != candidates_digest(self._received):
-            raise RemoteProtocolError("the coordinator asked for figures of other models than those sent to this owner")
+            raise RemoteProtocolError(
+                "the coordinator asked for a sum about other models than those sent to this owner"
+            )
+        named = step_named(self.agreement, self._plan, request.statistic)
+        if named is not None:
+            method, step = named
+            if request.models or self._merged_steps(method) != step.number:
+                raise RemoteProtocolError(
+                    f"the coordinator asked for {request.statistic} before it sent what comes first"
+                )
+            return step_layout(self.agreement, self._plan, method, step)
+        if request.statistic not in ("validation", "test"):
+            raise ConsentError(f"the coordinator asked for {request.statistic}, which nobody agreed on")
         names = request.models.split(",")
         unknown = [name for name in names if name not in (BASE, OWN, *self._candidates)]
         if unknown or len(set(names)) != len(names):
@@ -358,6 +402,33 @@ class Owner:
             fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
             fisher_examples=len(fisher_rows),
         )
+
+    def _measure_step(self, method: str, step: Step) -> OwnerTerms:
+        agreement = self.agreement
+        train = self.data.train()
+        log.info("  %s: measuring %s %d", self.name, method, step.number)
+        rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
+        batches = [(batch, targets) for _, batch, targets in rows.batches(self.settings.batch_size)]
+        models = Models(base=self._base, own=self.own_model(), merged=self._merged_stream(method, step))
+        terms = OwnerTerms(examples=len(train), delta=delta_of(models.own, self._base), gram_examples=len(rows))
+        folder = self.state.activations_folder / method
+        if method == "calibration" and fits_labels(agreement, self._plan, step):
+            return replace(terms, head=measure_head(models, self._plan, batches, folder))
+        inputs = [batch for batch, _ in batches]
+        measured = measure_step(models, self._plan, step, inputs, folder, with_targets=method == "calibration")
+        return replace(terms, grams=self._checked(dict(measured.grams)), crosses=measured.crosses)
+
+    def _merged_stream(self, method: str, step: Step) -> PreTrainedModel:
+        merged = self.load_base()
+        delta = {name: torch.zeros(()) for name in self._plan.shapes}
+        for number in range(step.number):
+            layout = merged_layout(self._plan, number)
+            array = self.state.open_array(f"{method}-{number}", layout.size, "<f4")
+            delta |= {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
+        add_delta(merged, delta)
+        model = self.own_model()
+        put_merged_prefix(model, merged, self._plan, step)
+        return model
 
     def _checked(self, grams: dict[str, Gram]) -> dict[str, Gram]:
         """Raise DataError for a Gram of so few rows that it would tell which rows they are.

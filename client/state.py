@@ -82,6 +82,14 @@ class OwnerState:
             raise RemoteProtocolError(f"the coordinator asked for the {name} before it was made, or twice")
         return np.memmap(path, dtype=dtype, mode="r+" if writable else "r", shape=(size,))
 
+    def keep_array(self, name: str, under: str) -> None:
+        """Give a whole array the name under which later messages look for it."""
+        (self._run_folder / f"{name}.bin").rename(self._run_folder / f"{under}.bin")
+
+    @property
+    def activations_folder(self) -> Path:
+        return self._run_folder / "activations"
+
     def delete_array(self, name: str) -> None:
         (self._run_folder / f"{name}.bin").unlink(missing_ok=True)
 

@@ -31,7 +31,8 @@ FIGURES: dict[TaskKind, Figure] = {
     "sequence-to-sequence": "log_likelihood",
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
-MethodName = Literal["average", "task_arithmetic", "fisher", "regmean"]
+MethodName = Literal["average", "task_arithmetic", "fisher", "regmean", "regmean_plus_plus", "calibration"]
+SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_plus_plus", "calibration"})  # one sum a block
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -94,6 +95,25 @@ class RegMean(Settings):
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
     measured_examples: Count = 1000
+
+
+class RegMeanPlusPlus(Settings):
+    """Knobs of `common/merge_methods/regmean_plus_plus.py`; ridge and measured_examples are those of [regmean]."""
+
+    alpha: Probability = 0.9
+
+
+class Calibration(Settings):
+    """Knobs of `common/merge_methods/calibration.py`; ridge and measured_examples are those of [regmean].
+
+    `head`: the classifier is fitted to the owners' labels, or like every other layer to their models' outputs. Several
+    `balances` (0: a row is a row, 1: every class of an owner weighs the same) are a sweep.
+    """
+
+    alpha: Probability = 0.9
+    shrink: Probability = 0.99
+    head: Literal["labels", "outputs"] = "labels"
+    balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.0, 0.5, 1.0)
 
 
 class TaskArithmetic(Settings):
@@ -184,6 +204,8 @@ class AgreementDraft(Settings):
     task_arithmetic: TaskArithmetic = TaskArithmetic()
     fisher: Fisher = Fisher()
     regmean: RegMean = RegMean()
+    regmean_plus_plus: RegMeanPlusPlus = RegMeanPlusPlus()
+    calibration: Calibration = Calibration()
     summation: Summation = Summation()
     bounds: Bounds = Bounds()
     privacy: Privacy = Privacy()
@@ -210,6 +232,12 @@ class AgreementDraft(Settings):
                 f'owners: {hidden} have figures = "summed", {may_drop} may drop out and {self.colluders} collude; the '
                 f"total minus the known figures would show too much: let none have it, or at least {least}"
             )
+        sequential = [method for method in self.methods if method in SEQUENTIAL]
+        if sequential and self.needed_owners < len(names):
+            raise ValueError(
+                f"min_owners = {self.needed_owners}: {sequential[0]} sums again and again, and sums over different "
+                f"owners would show the difference; all {len(names)} must take part, so leave min_owners out"
+            )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
         if self.task.head == "private" and not self.task.has_labels:
@@ -228,6 +256,7 @@ class AgreementDraft(Settings):
         for table, key, knobs in (
             ("regmean", "alphas", self.regmean.alphas),
             ("task_arithmetic", "scales", self.task_arithmetic.scales),
+            ("calibration", "balances", self.calibration.balances),
         ):
             if len(set(knobs)) != len(knobs):
                 raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")

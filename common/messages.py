@@ -40,6 +40,7 @@ PROTOCOL_VERSION = 2
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STATISTICS = ("contribution", "validation", "test")
+STEP = re.compile(r"[a-z_]{1,40} [1-9][0-9]{0,3}")  # of a method that goes block by block: `calibration 3`
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
 MAX_ROUND = 2**62
@@ -231,7 +232,10 @@ class VectorPart(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class CandidatePart(Message):
-    """Part `part` of `parts` of the merged candidate `model`, to be evaluated on the rows of `split`."""
+    """Part `part` of `parts` of the merged candidate `model`, to be evaluated on the rows of `split`.
+
+    Where `split` is `prefix`: of what step `model`, `calibration 3`, gave, for the next step to be measured with.
+    """
 
     run: str
     agreement_digest: str
@@ -425,8 +429,8 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "agreement_digest": _is_hex_64,
     "layout_digest": _is_hex_64,
     "owner": _is_owner,
-    "statistic": lambda value: isinstance(value, str) and value in STATISTICS,
-    "split": lambda value: isinstance(value, str) and value in ("validation", "test"),
+    "statistic": lambda value: isinstance(value, str) and (value in STATISTICS or STEP.fullmatch(value) is not None),
+    "split": lambda value: isinstance(value, str) and value in ("validation", "test", "prefix"),
     "model": _is_text,
     "models": _is_model_list,
     "part": _is_index,

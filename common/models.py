@@ -329,6 +329,7 @@ class MergePlan:
     averaged: tuple[str, ...]
     left_alone: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    blocks: tuple[str, ...] = ()  # the names of the transformer blocks, in order
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -341,9 +342,10 @@ class MergePlan:
             yield from shared_input.layers
 
 
-def delta_layout(plan: MergePlan) -> TensorLayout:
-    """How a merged delta travels back to the owners, as float32."""
-    return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in plan.changed))
+def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorLayout:
+    """How a merged delta, or those of its tensors that are named, travels back to the owners, as float32."""
+    wanted = plan.changed if names is None else names
+    return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in wanted))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -432,7 +434,21 @@ def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
         averaged=roles.averaged,
         left_alone=roles.left_alone,
         shapes=shapes,
+        blocks=block_names(model),
     )
+
+
+def block_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's transformer blocks: the children, all of one class, of its largest list of modules."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    ]
+    if not lists:
+        return ()
+    largest, blocks = max(lists, key=lambda each: sum(parameter.numel() for parameter in each[1].parameters()))
+    return tuple(f"{largest}.{index}" for index in range(len(blocks)))
 
 
 def _names_as_in(named: list[str], shapes: Mapping[str, Any], layers: Mapping[str, Layer]) -> set[str]:

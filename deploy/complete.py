@@ -6,23 +6,35 @@ What is measured here is measured on the public base model with made-up inputs; 
 from collections.abc import Mapping
 from math import ceil, log2
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from client.block_stream import check_blocks
 from client.fisher import measure_fisher
 from client.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
 from client.row_readers import features
 from client.rows import Rows
-from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Privacy, Task, TensorRoles
+from common.agreement import (
+    COORDINATOR,
+    SEQUENTIAL,
+    Agreement,
+    AgreementDraft,
+    CoordinatorEntry,
+    Privacy,
+    Task,
+    TensorRoles,
+)
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, measurements
 from common.metrics import metrics_layout
 from common.models import (
     MergePlan,
     base_labels,
+    block_names,
     digest_of,
     image_shape,
     load_base,
@@ -50,6 +62,8 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
     probe = _probe(base, task, base_folder, draft.seed)
+    if set(draft.methods) & SEQUENTIAL:
+        check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
     roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft.privacy)
     with_keys = _with_keys(draft, public_keys)
     agreement = Agreement(
@@ -57,6 +71,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
             **dict(with_keys),
             "task": task,
             "min_owners": draft.needed_owners,
+            "calibration": draft.calibration.model_copy(update={"head": _calibrated_head(draft, base, probe, roles)}),
             "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
             "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, roles)),
         },
@@ -69,6 +84,24 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     ):
         check_layout(layout, len(agreement.owners))
     return agreement
+
+
+def _calibrated_head(
+    draft: AgreementDraft, base: PreTrainedModel, probe: Rows, roles: TensorRoles
+) -> Literal["labels", "outputs"]:
+    """`labels` only where the last layer that is merged is a classifier that is fed one row a prediction."""
+    plan = merge_plan(base, roles)
+    last = plan.inputs[-1]
+    if draft.calibration.head == "outputs" or draft.task.head == "private" or len(last.layers) != 1:
+        return "outputs"
+    ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
+    fed: list[Tensor] = []
+    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last.layers[0].weight}), torch.inference_mode():
+        logits = base(**batch).logits
+    per_prediction = [rows.shape[:-1] for rows in fed] == [targets.shape]
+    return (
+        "labels" if per_prediction and logits.shape[-1] == last.layers[0].d_out and draft.task.has_labels else "outputs"
+    )
 
 
 def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes]) -> AgreementDraft:

@@ -17,6 +17,8 @@ ROWS = (
     ("task_arithmetic", "task arithmetic"),
     ("fisher", "Fisher"),
     ("regmean", "RegMean"),
+    ("regmean_plus_plus", "RegMean++"),
+    ("calibration", "calibration"),
     ("ensemble", "ensemble *"),
     ("multi_task", "multi-task *"),
 )

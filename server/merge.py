@@ -1,23 +1,35 @@
 """Runs the agreed methods over sums and writes the merged model.
 
-sum of contributions -> solve every candidate -> owners evaluate the candidates of a sweep -> sum of validation
-figures -> choose -> owners evaluate the chosen -> sum of test figures -> model folder and report
+sum of contributions -> for methods that go block by block, a sum and a solve for each -> solve every candidate ->
+owners evaluate the candidates of a sweep -> sum of validation figures -> choose -> owners evaluate the chosen -> sum
+of test figures -> model folder and report
 """
 
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import metrics
-from common.agreement import COORDINATOR, Agreement
+from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
-from common.merge_methods import candidates, contribution_layout, solve
-from common.merge_methods.terms import Solution
+from common.merge_methods import (
+    candidates,
+    contribution_layout,
+    solve,
+    solve_step,
+    step_layout,
+    step_statistic,
+)
+from common.merge_methods.sequence import merged_layout, steps
+from common.merge_methods.terms import LayerNote, Solution, mean_delta, unchanged
 from common.metrics import MeanScore
 from common.models import (
     MergePlan,
@@ -37,6 +49,7 @@ from server.coordinator import Channel, Coordinator
 from server.report import write_report
 from server.settings import CoordinatorSettings
 
+SolutionOf = Callable[[float | None], Solution]  # a method's merged delta for a value of its knob
 ALWAYS_EVALUATED = ("base", "own_at_home")
 
 
@@ -93,10 +106,16 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
 def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
     agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
-    choices = _choose(coordinator, plan, total)
+    solutions_of: dict[str, SolutionOf] = {
+        method: _solve_block_by_block(coordinator, plan, method, total)
+        if method in SEQUENTIAL
+        else partial(solve, agreement, plan, method, total)
+        for method in agreement.methods
+    }
+    choices = _choose(coordinator, plan, solutions_of)
     solutions = {}
     for method, choice in choices.items():
-        solutions[method] = solve(agreement, plan, method, total, choice.knob)
+        solutions[method] = solutions_of[method](choice.knob)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     owners, examples = total.owners, _examples(total)
     total.destroy()
@@ -111,6 +130,42 @@ def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
         examples=examples,
         test=_figures(coordinator, "test", models),
     )
+
+
+def _solve_block_by_block(coordinator: Coordinator, plan: MergePlan, method: str, total: Total) -> SolutionOf:
+    """Step after step, each a sum of its own; what one gives goes to the owners, who measure the next one with it."""
+    agreement = coordinator.agreement
+    delta = {name: mean_delta(total, name).float() for name in plan.averaged} | unchanged(plan)
+    layers: list[LayerNote] = []
+    notes: list[str] = []
+    *before, last = steps(plan)
+    _send_merged(coordinator, plan, method, 0, delta)
+    for step in before:
+        step_total = coordinator.sum(step_statistic(method, step), step_layout(agreement, plan, method, step))
+        solved = solve_step(agreement, plan, method, step, step_total, None)
+        step_total.destroy()
+        delta.update(solved.delta)
+        layers += solved.layers
+        notes += solved.notes
+        _send_merged(coordinator, plan, method, step.number, delta)
+    last_total = coordinator.sum(step_statistic(method, last), step_layout(agreement, plan, method, last))
+    solutions = {}
+    for knob in candidates(agreement, method).values():
+        solved = solve_step(agreement, plan, method, last, last_total, knob)
+        solutions[knob] = Solution(
+            delta={**delta, **solved.delta}, layers=(*layers, *solved.layers), notes=(*notes, *solved.notes)
+        )
+    last_total.destroy()
+    return solutions.__getitem__
+
+
+def _send_merged(
+    coordinator: Coordinator, plan: MergePlan, method: str, number: int, delta: Mapping[str, Tensor]
+) -> None:
+    layout = merged_layout(plan, number)
+    vector = np.empty(layout.size, dtype=np.float32)
+    layout.flatten(((entry.name, delta[entry.name].numpy()) for entry in layout.entries), vector)
+    coordinator.send_candidate(f"{method} {number}", "prefix", layout, vector)
 
 
 def _examples(total: Total) -> int | None:
@@ -142,7 +197,7 @@ def _clear_results(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str, Choice]:
+def _choose(coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str, SolutionOf]) -> dict[str, Choice]:
     """Per method, the candidate with the best summed metric on validation rows; the first of equals."""
     agreement = coordinator.agreement
     tried = {method: candidates(agreement, method) for method in agreement.methods}
@@ -150,7 +205,7 @@ def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str
     for method, names in tried.items():
         if len(names) > 1:
             for name, knob in names.items():
-                _send(coordinator, plan, name, "validation", solve(agreement, plan, method, total, knob))
+                _send(coordinator, plan, name, "validation", solutions_of[method](knob))
     figures = _figures(coordinator, "validation", tuple(swept)) if swept else {}
     choices: dict[str, Choice] = {}
     for method, names in tried.items():

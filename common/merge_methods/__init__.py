@@ -1,10 +1,16 @@
-"""Merge methods. Each is one module with the same five names, and this is their registry.
+"""Merge methods. Each is one module with the same names, and this is their registry.
 
     MEASUREMENTS                          what the owner must measure on its rows: of "grams", "fisher"
     knobs(agreement)                      the values of its knob to be tried; (None,) for a method without one
     layout(agreement, plan)               the tensors that are summed over owners
     contribution(agreement, plan, owner)  one owner's tensors, in that order
     solve(agreement, plan, total, knob)   the merged delta from the sums
+
+A method that goes block by block (sequence.py) has, instead of `solve`, the same for each of its steps:
+
+    step_layout(agreement, plan, step)
+    step_contribution(agreement, plan, step, owner)
+    solve_step(agreement, plan, step, total, knob)    the knob matters in the last step
 
 An owner turns (its delta, its measurements) into named tensors; the coordinator sees only their total over the owners.
 A method knows nothing of how the sum is made. Where several methods are compared, tensors of one name are sent once.
@@ -15,8 +21,9 @@ from types import ModuleType
 
 from numpy.typing import NDArray
 
-from common.agreement import Agreement, AgreementDraft
-from common.merge_methods import average, fisher, regmean, task_arithmetic
+from common.agreement import SEQUENTIAL, Agreement, AgreementDraft
+from common.merge_methods import average, calibration, fisher, regmean, regmean_plus_plus, task_arithmetic
+from common.merge_methods.sequence import Step, steps
 from common.merge_methods.terms import OwnerTerms, Solution
 from common.models import MergePlan
 from common.summation.protocol import Total
@@ -27,6 +34,8 @@ METHODS: dict[str, ModuleType] = {
     "task_arithmetic": task_arithmetic,
     "fisher": fisher,
     "regmean": regmean,
+    "regmean_plus_plus": regmean_plus_plus,
+    "calibration": calibration,
 }
 
 
@@ -54,6 +63,41 @@ def candidates(agreement: Agreement, method: str) -> dict[str, float | None]:
     """The merged models of one method by name, with the value of its knob: `regmean@0.9`, or just `average`."""
     values = METHODS[method].knobs(agreement)
     return {method if value is None or len(values) == 1 else f"{method}@{value!r}": value for value in values}
+
+
+def step_named(agreement: Agreement, plan: MergePlan, statistic: str) -> tuple[str, Step] | None:
+    """The method and step that a statistic is about, `calibration 3`; None if it is no agreed one."""
+    method, _, number = statistic.partition(" ")
+    agreed = method in SEQUENTIAL and method in agreement.methods and number.isdecimal()
+    if not agreed or not 1 <= int(number) <= len(steps(plan)):
+        return None
+    return method, steps(plan)[int(number) - 1]
+
+
+def step_statistic(method: str, step: Step) -> str:
+    """What the sum of one step is called."""
+    return f"{method} {step.number}"
+
+
+def step_layout(agreement: Agreement, plan: MergePlan, method: str, step: Step) -> TensorLayout:
+    """The tensors that are summed in one step of a method that goes block by block."""
+    layout: TensorLayout = METHODS[method].step_layout(agreement, plan, step)
+    return layout
+
+
+def step_contribution(
+    agreement: Agreement, plan: MergePlan, method: str, step: Step, owner: OwnerTerms
+) -> Iterator[tuple[str, NDArray]]:
+    """One owner's tensors, in the order of `step_layout`."""
+    yield from METHODS[method].step_contribution(agreement, plan, step, owner)
+
+
+def solve_step(
+    agreement: Agreement, plan: MergePlan, method: str, step: Step, total: Total, knob: float | None
+) -> Solution:
+    """The merged delta of the parameters that one step is about."""
+    solution: Solution = METHODS[method].solve_step(agreement, plan, step, total, knob)
+    return solution
 
 
 def solve(agreement: Agreement, plan: MergePlan, method: str, total: Total, knob: float | None) -> Solution:

@@ -35,6 +35,7 @@ from common.merge_methods.terms import (
     OwnerTerms,
     Solution,
     mean_delta,
+    owner_scale,
     to_array,
     unchanged,
     weight_bound,
@@ -97,11 +98,7 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
 
 def _weighted_gram(agreement: Agreement, owner: OwnerTerms, gram: Gram) -> Tensor:
     """The owner's Gram on the scale on which owners are added up, with its ridge."""
-    if gram.rows == 0:
-        return gram.matrix
-    by_rows = agreement.weighting == "rows"
-    scale = owner.examples / owner.gram_examples if by_rows else 1 / gram.rows
-    matrix = scale * gram.matrix
+    matrix = owner_scale(agreement, owner, gram) * gram.matrix
     matrix.diagonal().add_(agreement.regmean.ridge * matrix.diagonal().mean())
     return matrix
 
@@ -127,9 +124,7 @@ def _solve_input(
     agreement: Agreement, shared: SharedInput, total: Total, alpha: float
 ) -> tuple[dict[str, Tensor], LayerNote]:
     gram = torch.from_numpy(total[f"gram/{shared.name}"])  # (d_in, d_in) float64
-    diagonal = gram.diagonal().clone()
-    gram.mul_(alpha)
-    gram.diagonal().copy_(diagonal)
+    gram = shrunk(gram, alpha)
     products = []
     for layer in shared.layers:
         product = torch.from_numpy(total[f"gram_delta/{layer.weight}"])  # (d_in, d_out)
@@ -154,6 +149,13 @@ def _solve_input(
         for layer, part in zip(shared.layers, parts, strict=True)
     }
     return merged, note
+
+
+def shrunk(gram: Tensor, alpha: float) -> Tensor:
+    """alpha G + (1 - alpha) diag(G), a new (d, d)."""
+    matrix = alpha * gram
+    matrix.diagonal().copy_(gram.diagonal())
+    return matrix
 
 
 def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[Tensor, str, int]:

@@ -24,6 +24,16 @@ class Gram:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadTerms:
+    """What the classifier is fitted to, row by row; only sums over the rows leave (calibration.py)."""
+
+    features: Tensor  # (rows, d_in, and one more that is 1 where the classifier has a bias) float64
+    targets: Tensor  # (rows,) int64
+    scores: Tensor  # (rows, classes) float64: the owner's own model's
+    start: Tensor  # (features, classes) float64: the base's classifier
+
+
+@dataclass(frozen=True, kw_only=True)
 class OwnerTerms:
     """What one owner knows: its delta, and sums that it measured over `measured_*` of its `examples`."""
 
@@ -33,6 +43,8 @@ class OwnerTerms:
     gram_examples: int = 1
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     fisher_examples: int = 1
+    crosses: Mapping[str, Tensor] = field(default_factory=dict)  # by layer: X^T (Y - X W_0^T), (d_in, d_out) float64
+    head: HeadTerms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,13 @@ class Solution:
 def owner_weight(agreement: Agreement, owner: OwnerTerms) -> float:
     """How much an owner counts: by its examples, or like every other."""
     return float(owner.examples) if agreement.weighting == "rows" else 1.0
+
+
+def owner_scale(agreement: Agreement, owner: OwnerTerms, gram: Gram) -> float:
+    """What turns sums over the measured rows into the owner's share of the sum over owners."""
+    if gram.rows == 0:
+        return 0.0
+    return owner.examples / owner.gram_examples if agreement.weighting == "rows" else 1 / gram.rows
 
 
 def weight_bound(agreement: Agreement) -> float:

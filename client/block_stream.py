@@ -1,0 +1,187 @@
+"""A model run block by block over an owner's rows, with what enters the block reached last kept on disk.
+
+Between two steps of a method only the blocks in between are run again, not the whole prefix. The model's own forward
+pass does it all: blocks that lie behind are passed over, the first one that is run is fed what was kept, and the pass
+is broken off where it has gone far enough. So masks, positions and whatever else a model hands its blocks are its own.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from client.rows import Batch
+from common.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class BlockStream:
+    """One model's activations on one set of batches, in a subfolder of `folder` named after the block last reached."""
+
+    folder: Path
+    blocks: tuple[str, ...]
+
+    @property
+    def reached(self) -> int | None:
+        """The block whose inputs are kept."""
+        return next((int(path.name) for path in sorted(self.folder.glob("[0-9]*")) if path.name.isdecimal()), None)
+
+    @contextmanager
+    def advancing(
+        self, model: PreTrainedModel, batches: list[Batch], block: int | None
+    ) -> Iterator[Callable[[int], None]]:
+        """While open, a call with a batch's number runs it through `block` (to the end, where that is None). Closed
+        without an error, what entered `block` is kept. Raises DataError where the disk has no room.
+        """
+        start = self.reached
+        if start is not None and block is not None and start > block:
+            start = None  # an earlier block than the one kept: from the beginning
+        partial = self.folder / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+        shape = BlockShape.of(model, self.blocks, batches[0])
+
+        def run(number: int) -> None:
+            kept = None if start is None else np.load(self.folder / str(start) / f"{number}.npy")
+            entered = run_blocks(model, shape, batches[number], start, kept, block)
+            if block is None:
+                return
+            if number == 0:
+                tokens = sum(map(_tokens, batches)) / _tokens(batches[0])
+                self._check_room(int(entered.nbytes * tokens))
+            _save(partial / f"{number}.npy", entered.numpy())
+
+        yield run
+        if block is None:
+            shutil.rmtree(partial)
+            return
+        old = self.reached
+        if old is not None:
+            shutil.rmtree(self.folder / str(old))
+        partial.rename(self.folder / str(block))
+
+    def _check_room(self, needed_bytes: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed_bytes:
+            raise DataError(
+                f"{self.folder}: {free / 1e6:.0f} MB are free, the activations between two steps need "
+                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, name another state folder, or agree on "
+                "fewer rows (regmean.measured_examples)"
+            )
+
+
+def check_blocks(model: PreTrainedModel, blocks: tuple[str, ...], batch: Batch) -> None:
+    """Raise ModelError unless the model is one chain of blocks, each of which runs once a pass."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or len(blocks) < 2:
+        raise ModelError(f"{name}: methods that go block by block need one chain of transformer blocks; use regmean")
+    calls: list[str] = []
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks, torch.inference_mode():
+        for block in blocks:
+            handle = modules[block].register_forward_pre_hook(lambda _, __, block=block: calls.append(block))
+            hooks.callback(handle.remove)
+        model(**batch)
+    if calls != list(blocks):
+        raise ModelError(f"{name}: its blocks do not run once each, in order; methods that go block by block need that")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The blocks of a model, and how many values each returns beside the hidden states; None for a bare tensor."""
+
+    names: tuple[str, ...]
+    extra: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, names: tuple[str, ...], batch: Batch) -> "BlockShape":
+        """Seen by running one example."""
+        returned: list[Any] = []
+        hook = model.get_submodule(names[0]).register_forward_hook(lambda _, __, output: returned.append(output))
+        with torch.inference_mode():
+            model(**{name: tensor[:1] for name, tensor in batch.items()})
+        hook.remove()
+        return cls(names, len(returned[0]) - 1 if isinstance(returned[0], tuple) else None)
+
+
+class _FarEnough(Exception):  # noqa: N818 - not an error: the way out of a forward pass
+    """What was wanted of this forward pass is there."""
+
+
+@torch.inference_mode()
+def run_blocks(
+    model: PreTrainedModel, shape: BlockShape, batch: Batch, start: int | None, kept: Any, stop: int | None
+) -> Tensor:
+    """One pass through `stop`, from `start` where its input `kept` is given. Returns what entered block `stop`,
+    (examples, tokens, d), or for no `stop` what entered the last block.
+    """
+    modules = [model.get_submodule(name) for name in shape.names]
+    wanted = len(modules) - 1 if stop is None else stop
+    entered: list[Tensor] = []
+    with ExitStack() as hooks:
+
+        def at(index: int, hook: Any) -> None:
+            hooks.callback(modules[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+        if start is not None:
+            for module in modules[:start]:
+                hooks.enter_context(_passed_over(module, shape))
+            at(start, lambda _, args, kwargs: _with_hidden(args, kwargs, torch.from_numpy(kept)))
+        at(wanted, lambda _, args, kwargs: entered.append(_hidden(args, kwargs)))
+        if stop is not None and stop + 1 < len(modules):
+
+            def leave(*_: Any) -> None:
+                raise _FarEnough
+
+            at(stop + 1, leave)
+        with suppress(_FarEnough):
+            model(**batch)
+    return entered[0].detach().clone()
+
+
+@contextmanager
+def _passed_over(block: nn.Module, shape: BlockShape) -> Iterator[None]:
+    """While open, the block gives back what it is given."""
+    forward = block.forward
+
+    def give_back(*args: Any, **kwargs: Any) -> Any:
+        hidden = _hidden(args, kwargs)
+        return hidden if shape.extra is None else (hidden, *[None] * shape.extra)
+
+    block.forward = give_back
+    try:
+        yield
+    finally:
+        block.forward = forward
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}
+
+
+def _tokens(batch: Batch) -> int:
+    """Positions of a batch, padding among them; for images, images."""
+    return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    try:
+        np.save(path, array)
+    except OSError as error:
+        raise DataError(f"{path}: the activations cannot be written ({error.strerror}); nothing has left") from None
