@@ -166,8 +166,8 @@ def _token_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
     return {
         parameter
         for parameter, calls in _inputs_by_parameter(base, example).items()
-        for one, other in zip(calls, after[parameter], strict=True)
-        if len(one) in changed_tokens and 0 < _changed_rows(one, other) <= changed_tokens[len(one)]
+        for one, other in zip(calls, after.get(parameter, []), strict=False)
+        if len(one) == len(other) in changed_tokens and 0 < _changed_rows(one, other) <= changed_tokens[len(one)]
     }
 
 
@@ -183,7 +183,7 @@ def _uncountable_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
     if not set(TOKENS) & set(batch):
         return set()
     counts = _row_counts(base, batch)
-    uncountable: set[str] = set()
+    uncountable = {name for name, count in counts.items() if count == 0}
     for step in range(1, 4):  # by chance, one other text could send as many rows to an expert
         others = _row_counts(base, _with_other_tokens(base, batch, step))
         uncountable |= {name for name in set(counts) | set(others) if counts.get(name) != others.get(name)}
@@ -248,9 +248,9 @@ def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
         return Rows(features=random.standard_normal(shape).astype(np.float32), targets=single)
     tokenizer = load_tokenizer(folder)
     length = min(PROBE_TOKENS, task.max_tokens)
-    # No special token in the middle: T5's classifier, for one, looks for the only end of the text.
-    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
-    tokens = random.choice(ordinary, (PROBE_EXAMPLES, length)).tolist()
+    drawn = random.integers(0, len(tokenizer), (PROBE_EXAMPLES, length)).tolist()
+    # No end in the middle: T5's classifier looks for the only one.
+    tokens = [[token for token in row if token != tokenizer.eos_token_id] for row in drawn]
     encoded = tokenizer(tokenizer.batch_decode(tokens), truncation=True, max_length=length)
     rows = features(encoded)
     if task.kind == "sequence-to-sequence":
