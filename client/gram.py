@@ -1,6 +1,7 @@
 """Gram matrices of the inputs of linear layers, measured in forward passes. The only hooks on layers of the project.
 
-G = sum over rows of x x^T, where a row is one token of one example; padding is no row. Layers that are fed the same
+G = sum over rows of x x^T, where a row is one token of one example; padding is no row. Where biases are solved too, x
+ends with a constant 1: the last row and column are the sum of the rows, and their number. Layers that are fed the same
 tensor share one Gram, and which those are is seen at run time by the tensor's identity, never guessed from names. A
 layer that is called several times in a forward pass (ALBERT) has the rows of all its calls.
 """
@@ -17,7 +18,15 @@ from transformers import PreTrainedModel
 
 from common.errors import ModelError
 from common.merge_methods.terms import Gram
-from common.models import MergePlan, expert_parameters, fused_experts, linear_layers, merge_layers, parameter_of
+from common.models import (
+    MergePlan,
+    SharedInput,
+    expert_parameters,
+    fused_experts,
+    linear_layers,
+    merge_layers,
+    parameter_of,
+)
 
 Batch = dict[str, Tensor]
 
@@ -61,13 +70,9 @@ def layer_inputs(model: nn.Module, observe: Observe, weights: Collection[str]) -
 
 @contextmanager
 def layer_outputs(model: nn.Module, observe: Callable[[str, Tensor], None], weights: Collection[str]) -> Iterator[None]:
-    """While open, call `observe(weight, output)` after each forward of each layer: (..., d_out), without its bias."""
+    """While open, call `observe(weight, output)` after each forward of each layer: (..., d_out)."""
     handles = [
-        module.register_forward_hook(
-            lambda module, _, output, weight=f"{name}.weight": observe(
-                weight, output if module.bias is None else output - module.bias
-            )
-        )
+        module.register_forward_hook(lambda _, __, output, weight=f"{name}.weight": observe(weight, output))
         for name, module in linear_layers(model).items()
         if f"{name}.weight" in weights
     ]
@@ -162,12 +167,17 @@ class BatchTokens:
         return self.examples if alone else 1
 
 
+def with_constant(rows: Tensor) -> Tensor:
+    """(rows, d) -> (rows, d + 1): a constant 1 after the features, whose weight is a bias."""
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
 class GramCollector:
     """Adds up Grams as the layers are called."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.matrices = {
-            shared.name: torch.zeros(shared.d_in, shared.d_in, dtype=torch.float64) for shared in plan.inputs
+            shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64) for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
         self._group = {layer.weight: shared for shared in plan.inputs for layer in shared.layers}
@@ -191,15 +201,17 @@ class GramCollector:
         self._calls[weight] += 1
         if weight == shared.layers[0].weight:
             self._led[shared.name].append(ref(fed.rows))
-            self._add(shared.name, fed)
+            self._add(shared, fed)
         elif call >= len(self._led[shared.name]) or self._led[shared.name][call]() is not fed.rows:
             raise ModelError(
                 f"layer {weight.removesuffix('.weight')} was fed another input than {shared.name}, but the agreement "
                 "has them share a Gram"
             )
 
-    def _add(self, name: str, fed: LayerInput) -> None:
+    def _add(self, shared: SharedInput, fed: LayerInput) -> None:
         rows = self._tokens.rows(fed).float()
+        if shared.has_constant:
+            rows = with_constant(rows)  # (rows, gram_size)
         times = self._tokens.times(fed)
-        self.matrices[name] += times * (rows.T @ rows)
-        self.rows[name] += times * len(rows)
+        self.matrices[shared.name] += times * (rows.T @ rows)
+        self.rows[shared.name] += times * len(rows)

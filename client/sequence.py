@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.block_stream import BlockStream
-from client.gram import BatchTokens, GramCollector, LayerInput, layer_inputs, layer_outputs
+from client.gram import BatchTokens, GramCollector, LayerInput, layer_inputs, layer_outputs, with_constant
 from client.rows import IGNORED, Batch
 from common.merge_methods.calibration import classifier
 from common.merge_methods.sequence import Step, plan_of, solved_names, steps
@@ -65,7 +65,7 @@ def measure_step(
 ) -> Measurement:
     """Grams of the step's inputs on the merged stream; with targets also, per layer, X^T (Y - X W_0^T)."""
     part = plan_of(plan, step)
-    grams, crosses = GramCollector(part), _CrossCollector(part, models.base)
+    grams, crosses = GramCollector(part), _CrossCollector(part, models)
     with ExitStack() as open_until_done:
         run_merged = open_until_done.enter_context(
             BlockStream(folder / "merged", plan.blocks).advancing(models.merged, inputs, step.block)
@@ -89,14 +89,16 @@ def measure_step(
 class _CrossCollector:
     """Adds up X^T (Y - X W_0^T) by layer: float32 in a batch, float64 across batches."""
 
-    def __init__(self, plan: MergePlan, base: PreTrainedModel) -> None:
+    def __init__(self, plan: MergePlan, models: Models) -> None:
         self._layers = {layer.weight: layer for layer in plan.layers()}
-        self._start = dict(base.named_parameters())
+        self._start, self._own = (dict(model.named_parameters()) for model in (models.base, models.own))
         self._inputs: dict[str, list[LayerInput]] = {}
         self._outputs: dict[str, list[Tensor]] = {}
         self.weights = tuple(self._layers)
         self.sums = {
-            weight: torch.zeros(layer.d_in, layer.d_out, dtype=torch.float64) for weight, layer in self._layers.items()
+            layer.weight: torch.zeros(shared.gram_size, layer.d_out, dtype=torch.float64)
+            for shared in plan.inputs
+            for layer in shared.layers
         }
 
     def observe_input(self, weight: str, fed: LayerInput) -> None:
@@ -108,10 +110,15 @@ class _CrossCollector:
     def fold(self, tokens: BatchTokens) -> None:
         """Both models are through with a batch."""
         for weight, layer in self._layers.items():
-            start = layer.take(self._start)  # (d_in, d_out)
+            start = layer.take(self._start)  # (gram_size, d_out)
+            bias = self._own.get(f"{weight.removesuffix('.weight')}.bias") if layer.bias is None else None
             for fed, output in zip(self._inputs[weight], self._outputs[weight], strict=True):
-                rows = tokens.rows(fed)  # (rows, d_in)
+                rows = tokens.rows(fed)
+                if layer.bias is not None:
+                    rows = with_constant(rows)  # (rows, gram_size)
                 wanted = tokens.rows(LayerInput(rows=output))  # (rows, d_out)
+                if bias is not None:
+                    wanted = wanted - bias
                 self.sums[weight] += tokens.times(fed) * (rows.T @ (wanted - rows @ start))
         self._inputs, self._outputs = {}, {}
 
@@ -119,7 +126,7 @@ class _CrossCollector:
 @torch.inference_mode()
 def measure_head(models: Models, plan: MergePlan, batches: list[tuple[Batch, Tensor]], folder: Path) -> HeadTerms:
     """What the classifier is fitted to: its inputs on the merged stream, the labels, the own model's scores."""
-    _, layer, bias = classifier(plan)
+    layer = classifier(plan)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     scores: list[Tensor] = []
@@ -135,8 +142,7 @@ def measure_head(models: Models, plan: MergePlan, batches: list[tuple[Batch, Ten
             labels.append(targets[judged])
             scores.append(models.own(**batch).logits[judged])
     rows = torch.cat(features).double()
+    if layer.bias is not None:
+        rows = with_constant(rows)
     start = layer.take(dict(models.base.named_parameters())).detach().double()
-    if bias is not None:
-        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
-        start = torch.cat([start, dict(models.base.named_parameters())[bias].detach().double()[None]])
     return HeadTerms(features=rows, targets=torch.cat(labels), scores=torch.cat(scores).double(), start=start)

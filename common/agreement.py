@@ -90,11 +90,16 @@ class Task(Settings):
 
 
 class RegMean(Settings):
-    """Knobs of `common/merge_methods/regmean.py`; several alphas are a sweep, chosen by the owners' summed metric."""
+    """Knobs of `common/merge_methods/regmean.py`; several alphas are a sweep, chosen by the owners' summed metric.
+
+    `bias_feature`: a bias is solved with its weight, as the weight of one more input that is always 1, where every
+    layer that shares the input has a bias. Otherwise biases are averaged.
+    """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
     measured_examples: Count = 1000
+    bias_feature: bool = False
 
 
 class RegMeanPlusPlus(Settings):
@@ -182,6 +187,7 @@ class TensorRoles(Settings):
 
     # Weights of linear layers that are merged in closed form; those in one group multiply the same input tensor.
     # Where one parameter holds the weights of several experts, each slice stands by itself: `name[0]`, `name[1]`, ...
+    # A bias in a group is solved with its layer's weight; then every layer of the group has one.
     merged: tuple[tuple[str, ...], ...]
     averaged: tuple[str, ...]
     left_alone: tuple[str, ...]

@@ -6,7 +6,7 @@ Weights are read from safetensors only; a pickle is refused, because loading one
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -282,21 +282,29 @@ class Layer:
     """The weight of a linear layer y = W x. Conv1D (GPT-2) stores it as (inputs, outputs), Linear the other way.
 
     Experts are often fused into one parameter (experts, ., .); then each slice is a layer, named `parameter[expert]`.
+    `bias`: the bias that is solved with the weight, as the weight of a constant input; otherwise it is averaged.
     """
 
     weight: str
     d_in: int
     d_out: int
     stored_input_first: bool
+    bias: str | None = None
 
     @property
     def is_expert(self) -> bool:
         return _parse(self.weight)[1] is not None
 
     def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """This layer's part of `tensors`, which has whole parameters by name: (d_in, d_out)."""
+        """This layer's part of `tensors`, which has whole parameters by name: (gram_size, d_out), a bias last."""
         parameter, expert = _parse(self.weight)
-        return self.to_input_first(tensors[parameter] if expert is None else tensors[parameter][expert])
+        weight = self.to_input_first(tensors[parameter] if expert is None else tensors[parameter][expert])
+        return weight if self.bias is None else torch.cat([weight, tensors[self.bias][None]])
+
+    def give(self, solution: Tensor) -> dict[str, Tensor]:
+        """(gram_size, d_out) -> the weight and the bias, if there is one, as they are stored."""
+        parts = {self.weight: self.from_input_first(solution[: self.d_in]).contiguous()}
+        return parts if self.bias is None else parts | {self.bias: solution[self.d_in]}
 
     def to_input_first(self, tensor: Tensor) -> Tensor:
         """(stored) -> (d_in, d_out): the orientation of `delta^T` in the papers."""
@@ -314,6 +322,16 @@ class SharedInput:
     name: str
     d_in: int
     layers: tuple[Layer, ...]
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether a constant 1 stands after the d_in features, whose weights are the layers' biases."""
+        return self.layers[0].bias is not None
+
+    @property
+    def gram_size(self) -> int:
+        """Rows and columns of the Gram: the features, and the constant if there is one."""
+        return self.d_in + self.has_constant
 
     @property
     def is_routed(self) -> bool:
@@ -350,12 +368,27 @@ def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorL
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer of the model whose weight is its own, by module name; a tied head's is an embedding's."""
-    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    uses = _uses(model)
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and uses[id(module.weight)] == 1
     }
+
+
+def layer_biases(model: nn.Module) -> dict[str, str]:
+    """The biases of linear layers that are the layer's own, by the name of its weight."""
+    uses = _uses(model)
+    return {
+        f"{name}.weight": f"{name}.bias"
+        for name, module in linear_layers(model).items()
+        if module.bias is not None and uses[id(module.bias)] == 1
+    }
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """In how many modules each parameter stands, by its identity."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -430,7 +463,7 @@ def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
         missing_in = "the base model" if name in named else "the agreement's tensors"
         raise ModelError(f"parameter {name} is missing in {missing_in}")
     return MergePlan(
-        inputs=tuple(_shared_input(group, layers) for group in roles.merged),
+        inputs=tuple(_shared_input(group, layers, layer_biases(model)) for group in roles.merged),
         averaged=roles.averaged,
         left_alone=roles.left_alone,
         shapes=shapes,
@@ -458,11 +491,16 @@ def _names_as_in(named: list[str], shapes: Mapping[str, Any], layers: Mapping[st
     return (set(shapes) - sliced) | slices
 
 
-def _shared_input(group: tuple[str, ...], layers: Mapping[str, Layer]) -> SharedInput:
-    for weight in group:
-        if weight not in layers:
-            raise ModelError(f"parameter {weight} is to be merged, but it is no linear layer's weight")
-    fed = tuple(layers[weight] for weight in group)
+def _shared_input(group: tuple[str, ...], layers: Mapping[str, Layer], biases: Mapping[str, str]) -> SharedInput:
+    weights = [name for name in group if name in layers]
+    others = [name for name in group if name not in layers]
+    own_biases = [biases.get(weight) for weight in weights]
+    for name in others:
+        if name not in own_biases:
+            raise ModelError(f"parameter {name} is to be merged, but it is no linear layer's weight")
+    if others not in ([], own_biases):
+        raise ModelError(f"parameters {', '.join(group)} cannot share an input: either all layers have a bias or none")
+    fed = tuple(replace(layers[weight], bias=biases[weight] if others else None) for weight in weights)
     if len({layer.d_in for layer in fed}) != 1:
         raise ModelError(f"parameters {', '.join(group)} cannot share an input: their input sizes differ")
     return SharedInput(name=group[0].removesuffix(".weight"), d_in=fed[0].d_in, layers=fed)

@@ -18,16 +18,7 @@ from client.fisher import measure_fisher
 from client.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
 from client.row_readers import features
 from client.rows import Rows
-from common.agreement import (
-    COORDINATOR,
-    SEQUENTIAL,
-    Agreement,
-    AgreementDraft,
-    CoordinatorEntry,
-    Privacy,
-    Task,
-    TensorRoles,
-)
+from common.agreement import COORDINATOR, SEQUENTIAL, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, measurements
 from common.metrics import metrics_layout
@@ -37,6 +28,7 @@ from common.models import (
     block_names,
     digest_of,
     image_shape,
+    layer_biases,
     load_base,
     load_tokenizer,
     merge_layers,
@@ -64,7 +56,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     probe = _probe(base, task, base_folder, draft.seed)
     if set(draft.methods) & SEQUENTIAL:
         check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
-    roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft.privacy)
+    roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft)
     with_keys = _with_keys(draft, public_keys)
     agreement = Agreement(
         **{
@@ -126,13 +118,13 @@ def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
 
 
 def _tensor_roles(
-    base: PreTrainedModel, probe: Rows, folder: Path, left_alone: tuple[str, ...], privacy: Privacy
+    base: PreTrainedModel, probe: Rows, folder: Path, left_alone: tuple[str, ...], draft: AgreementDraft
 ) -> TensorRoles:
     try:
         ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
         groups = find_shared_inputs(base, batch)
         held_back = _uncountable_inputs(base, batch) | set(left_alone)
-        if not privacy.merge_token_inputs:
+        if not draft.privacy.merge_token_inputs:
             held_back |= _token_inputs(base, batch)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
@@ -141,8 +133,13 @@ def _tensor_roles(
         group
         for group in groups
         if not held_back & set(map(parameter_of, group))
-        and (privacy.merge_routed_inputs or not any(layers[weight].is_expert for weight in group))
+        and (draft.privacy.merge_routed_inputs or not any(layers[weight].is_expert for weight in group))
     )
+    if draft.regmean.bias_feature:
+        biases = layer_biases(base)
+        merged = tuple(
+            (*group, *(biases[weight] for weight in group)) if set(group) <= set(biases) else group for group in merged
+        )
     elsewhere = {parameter_of(weight) for group in merged for weight in group} | set(left_alone)
     averaged = tuple(name for name in parameter_shapes(base) if name not in elsewhere)
     return TensorRoles(merged=merged, averaged=averaged, left_alone=left_alone)
@@ -282,12 +279,13 @@ def _largest_gram_entries(base: PreTrainedModel, probe: Rows, plan: MergePlan) -
     ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
     tokens = BatchTokens(batch)
     largest = {layer.weight: 0.0 for layer in plan.layers()}
+    constants = {layer.weight: float(layer.bias is not None) for layer in plan.layers()}
 
     def observe(weight: str, fed: LayerInput) -> None:
         if weight in largest and fed.rows.numel() > 0:
             rows = fed.rows.shape[:-1].numel() if fed.routed is None else len(fed.routed)
             per_example = tokens.times(fed) * rows / tokens.examples
-            largest[weight] += per_example * float(fed.rows.float().abs().max() ** 2)
+            largest[weight] += per_example * max(float(fed.rows.float().abs().max() ** 2), constants[weight])
 
     with layer_inputs(base, observe, largest), torch.inference_mode():
         base(**batch)

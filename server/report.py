@@ -9,8 +9,9 @@ report.json, `report_version` 1:
                                                pooled_accuracy, rows: every prediction counts alike; on test rows
     evaluation.by_owner.<owner>.<model>        accuracy, FIGURE, rows; owners with figures = "summed" are not here
     evaluation.sweep.<method>                  candidate, accuracy, FIGURE on validation rows
-    layers[]                                   per Gram of the published model: name, status, d_in, rows, condition,
-                                               effective_rank, unseen_directions
+    layers[]                                   per Gram of the published model: name, status, d_in, gram_size (1 more if
+                                               biases are solved too), rows, condition, effective_rank,
+                                               unseen_directions
     tensors                                    merged (groups that share an input), averaged, left_alone, by name
     notes[]                                    what a reader should know about the solves
     advice[]                                   what a reader might do differently next time

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from client.gram import find_shared_inputs, measure_grams
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task, TensorRoles
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, RegMean, Task, TensorRoles
 from common.errors import ModelError
 from common.merge_methods import solve
 from common.merge_methods.terms import Gram, OwnerTerms, Solution
@@ -356,6 +356,56 @@ def test_inputs_and_targets_of_one_padded_length_are_refused() -> None:
         measure_grams(model, plan, [batch])  # type: ignore[arg-type]
 
 
+# --- biases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2"])
+def test_biases_are_solved_as_weights_of_a_constant_input(name: str, tmp_path: Path) -> None:
+    model = ARCHITECTURES[name].make()
+    agreement = completed(save(model, tmp_path), regmean=RegMean(bias_feature=True))
+    plan = merge_plan(model, agreement.tensors)
+    with_constant = [shared for shared in plan.inputs if shared.has_constant]
+    assert len(with_constant) == {"bert": 9, "gpt2": 7, "qwen2": 1}[name]
+    biases = {layer.bias for shared in with_constant for layer in shared.layers}
+    assert biases.isdisjoint(agreement.tensors.averaged)
+    assert biases <= set(agreement.tensors_by_name())
+    assert sorted(agreement.tensors_by_name()) == sorted(parameter_shapes(model))
+
+    random = torch.Generator().manual_seed(0)
+    examples = [text(random) for _ in range(7)]
+    grams = measure_grams(model.eval(), plan, [batch_of(examples)])  # type: ignore[arg-type]
+    rows = explicit_rows(model, examples)
+    for shared, bound in zip(plan.inputs, agreement.bounds.grams, strict=True):
+        explicit = rows[shared.layers[0].weight]
+        if shared.has_constant:
+            explicit = torch.cat([explicit, torch.ones(len(explicit), 1)], dim=1)
+        assert explicit.shape[1] == shared.gram_size
+        torch.testing.assert_close(grams[shared.name].matrix.float(), explicit.T @ explicit, rtol=1e-4, atol=1e-4)
+        assert grams[shared.name].matrix.abs().max() < 7 * bound
+
+
+def test_a_bias_stays_averaged_where_a_layer_of_the_same_input_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_one_bias(*_: object) -> nn.Module:
+        model = tiny_bert()
+        model.bert.encoder.layer[1].attention.self.value = nn.Linear(16, 16, bias=False)
+        return model
+
+    folder = save(tiny_bert(), tmp_path)
+    monkeypatch.setattr("deploy.complete.load_base", without_one_bias)
+    tensors = completed(folder, regmean=RegMean(bias_feature=True)).tensors
+    prefix = "bert.encoder.layer.1.attention.self"
+    group = tuple(f"{prefix}.{name}.weight" for name in ("query", "key", "value"))
+    biases = tuple(f"{prefix}.{name}.bias" for name in ("query", "key"))
+    assert group in tensors.merged
+    assert set(biases) <= set(tensors.averaged)
+    for wrong in (biases, biases[:1]):
+        rest = tuple(name for name in parameter_shapes(without_one_bias()) if name not in group + wrong)
+        with pytest.raises(ModelError, match="either all layers have a bias or none"):
+            merge_plan(without_one_bias(), TensorRoles(merged=((*group, *wrong),), averaged=rest, left_alone=()))
+
+
 # --- tied heads -------------------------------------------------------------------------------------------------------
 
 
@@ -428,13 +478,16 @@ def save(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def completed(folder: Path, kind: str = "text-classification", **privacy: bool) -> Agreement:
+def completed(
+    folder: Path, kind: str = "text-classification", regmean: RegMean | None = None, **privacy: bool
+) -> Agreement:
     draft = AgreementDraft(
         title="t",
         base=str(folder),
         owners=tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd")),
         task=Task(kind=kind, labels=("a", "b", "c"), max_tokens=16),  # type: ignore[arg-type]
         privacy=Privacy(**privacy),
+        regmean=regmean or RegMean(),
     )
     return complete_agreement(draft, folder, {name: each.public_key for name, each in IDENTITIES.items()})
 

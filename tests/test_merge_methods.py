@@ -20,10 +20,18 @@ from common.summation.protocol import Total
 from tests.sums import run, terms_of
 
 
-def plan_for(d_in: int, d_outs: Sequence[int], *, stored_input_first: bool = False) -> MergePlan:
-    """Layers that share one input, and one bias that is averaged."""
+def plan_for(
+    d_in: int, d_outs: Sequence[int], *, stored_input_first: bool = False, has_constant: bool = False
+) -> MergePlan:
+    """Layers that share one input, with their biases or without, and one bias that is averaged."""
     layers = tuple(
-        Layer(weight=f"l{index}.weight", d_in=d_in, d_out=d_out, stored_input_first=stored_input_first)
+        Layer(
+            weight=f"l{index}.weight",
+            d_in=d_in,
+            d_out=d_out,
+            stored_input_first=stored_input_first,
+            bias=f"l{index}.bias" if has_constant else None,
+        )
         for index, d_out in enumerate(d_outs)
     )
     shapes = {
@@ -33,12 +41,12 @@ def plan_for(d_in: int, d_outs: Sequence[int], *, stored_input_first: bool = Fal
         inputs=(SharedInput(name="l0", d_in=d_in, layers=layers),),
         averaged=("bias",),
         left_alone=(),
-        shapes={**shapes, "bias": (3,)},
+        shapes={**shapes, **{layer.bias: (layer.d_out,) for layer in layers if layer.bias}, "bias": (3,)},
     )
 
 
 def owner_for(plan: MergePlan, rows: Tensor, seed: int) -> OwnerTerms:
-    """An owner that saw `rows` (n, d_in), with a random delta."""
+    """An owner that saw `rows` (n, gram_size), with a random delta."""
     random = torch.Generator().manual_seed(seed)
     delta = {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in plan.shapes.items()}
     fisher = {name: torch.rand(shape, generator=random, dtype=torch.float64) for name, shape in plan.shapes.items()}
@@ -93,25 +101,31 @@ def _keep_double(monkeypatch: pytest.MonkeyPatch) -> None:
     num_owners=st.integers(2, 4),
     seed=st.integers(0, 2**32 - 1),
     input_first=st.booleans(),
+    has_constant=st.booleans(),
 )
 def test_regmean_with_alpha_1_equals_pooled_least_squares(
-    agreement: Agreement, d_in: int, d_outs: list[int], num_owners: int, seed: int, input_first: bool
+    agreement: Agreement,
+    d_in: int,
+    d_outs: list[int],
+    num_owners: int,
+    seed: int,
+    input_first: bool,
+    has_constant: bool,
 ) -> None:
-    plan = plan_for(d_in, d_outs, stored_input_first=input_first)
+    plan = plan_for(d_in, d_outs, stored_input_first=input_first, has_constant=has_constant)
     random = torch.Generator().manual_seed(seed)
     all_rows = [torch.randn(4 * d_in + 5, d_in, generator=random, dtype=torch.float64) for _ in range(num_owners)]
+    if has_constant:
+        all_rows = [torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1) for rows in all_rows]
     owners = {f"o{index}": owner_for(plan, rows, seed + index) for index, rows in enumerate(all_rows)}
     delta = merged(exact(agreement), plan, owners, alpha=1.0)
-    stacked = torch.cat(all_rows)  # (all rows, d_in)
+    stacked = torch.cat(all_rows)  # (all rows, gram_size)
     for layer in plan.layers():
         targets = torch.cat(
-            [
-                rows @ layer.to_input_first(owner.delta[layer.weight])
-                for rows, owner in zip(all_rows, owners.values(), strict=True)
-            ]
+            [rows @ layer.take(owner.delta) for rows, owner in zip(all_rows, owners.values(), strict=True)]
         )
-        pooled = torch.linalg.lstsq(stacked, targets, driver="gelsd").solution  # (d_in, d_out)
-        error = (layer.to_input_first(delta[layer.weight]) - pooled).norm() / pooled.norm()
+        pooled = torch.linalg.lstsq(stacked, targets, driver="gelsd").solution  # (gram_size, d_out)
+        error = (layer.take(delta) - pooled).norm() / pooled.norm()
         assert error < 1e-9
 
 

@@ -33,6 +33,7 @@ REPORT: dict[str, Any] = {
             "name": "l0",
             "status": "empty",
             "d_in": 8,
+            "gram_size": 9,
             "rows": 0,
             "condition": None,
             "effective_rank": None,

@@ -22,6 +22,7 @@ those of the owners' own models: the same decisions, and probabilities that are 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from common.merge_methods import regmean
 from common.merge_methods.regmean_plus_plus import contribution, layout
 from common.merge_methods.sequence import Step, agreement_of, plan_of, steps
 from common.merge_methods.terms import HeadTerms, LayerNote, OwnerTerms, Solution, owner_scale, to_array, weight_bound
-from common.models import Layer, MergePlan, SharedInput, join_experts
+from common.models import Layer, MergePlan, join_experts
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -60,7 +61,7 @@ def step_layout(agreement: Agreement, plan: MergePlan, step: Step) -> TensorLayo
     for shared, one_example in zip(step.inputs, adapted.bounds.grams, strict=True):
         bound = weight_bound(agreement) * one_example
         entries += [
-            TensorEntry(name=f"cross/{layer.weight}", shape=(shared.d_in, layer.d_out), bound=bound)
+            TensorEntry(name=f"cross/{layer.weight}", shape=(shared.gram_size, layer.d_out), bound=bound)
             for layer in shared.layers
         ]
     return TensorLayout(tuple(entries))
@@ -86,14 +87,14 @@ def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, 
     anchor = regmean.solve(_for(agreement, plan, step), plan_of(plan, step), total, alpha)
     fitted: dict[str, Tensor] = {}
     for shared in step.inputs:
-        gram = torch.from_numpy(total[f"gram/{shared.name}"])  # (d_in, d_in) float64
+        gram = torch.from_numpy(total[f"gram/{shared.name}"])  # (gram_size, gram_size) float64
         start = torch.cat([layer.take(anchor.delta).double() for layer in shared.layers], dim=1)
         cross = torch.cat([torch.from_numpy(total[f"cross/{layer.weight}"]) for layer in shared.layers], dim=1)
-        error = shared.d_in * total.rounding_error(f"gram/{shared.name}")
+        error = shared.gram_size * total.rounding_error(f"gram/{shared.name}")
         correction, _, _ = regmean.solve_symmetric(regmean.shrunk(gram, shrink), cross - gram @ start, error)
         parts = (start + correction).split([layer.d_out for layer in shared.layers], dim=1)
         for layer, part in zip(shared.layers, parts, strict=True):
-            fitted[layer.weight] = layer.from_input_first(part).float().contiguous()
+            fitted |= layer.give(part.float())
     return Solution(delta=dict(anchor.delta) | join_experts(fitted), layers=anchor.layers, notes=anchor.notes)
 
 
@@ -104,17 +105,16 @@ def _for(agreement: Agreement, plan: MergePlan, step: Step) -> Agreement:
 # --- the classifier, from labels --------------------------------------------------------------------------------------
 
 
-def classifier(plan: MergePlan) -> tuple[SharedInput, Layer, str | None]:
-    """The last layer of the plan, and the name of its bias if it has one."""
-    shared = plan.inputs[-1]
-    (layer,) = shared.layers
-    bias = f"{shared.name}.bias"
-    return shared, layer, bias if bias in plan.shapes else None
+def classifier(plan: MergePlan) -> Layer:
+    """The last layer of the plan, with its bias if it has one: here it is fitted whether it is a feature or not."""
+    (layer,) = plan.inputs[-1].layers
+    bias = f"{plan.inputs[-1].name}.bias"
+    return replace(layer, bias=bias if bias in plan.shapes else None)
 
 
 def _head_entries(agreement: Agreement, plan: MergePlan, step: Step) -> Iterator[TensorEntry]:
-    shared, layer, bias = classifier(plan)
-    features = shared.d_in + (bias is not None)
+    layer = classifier(plan)
+    features = layer.d_in + (layer.bias is not None)
     weight = weight_bound(agreement)
     bound = weight * max(1.0, _for(agreement, plan, step).bounds.grams[0])
     yield TensorEntry(name="head_rows", shape=(1,), bound=weight * regmean.MAX_ROWS_PER_EXAMPLE)
@@ -154,7 +154,7 @@ def class_weights(targets: Tensor, classes: int, balance: float) -> Tensor:
 
 
 def _solve_head(plan: MergePlan, step: Step, total: Total, balance: float) -> Solution:
-    shared, layer, bias = classifier(plan)
+    layer = classifier(plan)
     gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
     start = torch.from_numpy(total[f"head_start@{balance!r}"])
     labels = torch.from_numpy(total[f"head_labels@{balance!r}"])
@@ -166,15 +166,13 @@ def _solve_head(plan: MergePlan, step: Step, total: Total, balance: float) -> So
     delta = (wanted / size) ** 0.5 * fitted - before if size > 0 and wanted > 0 else fitted - before
     condition, effective_rank = regmean.spectrum(gram)
     note = LayerNote(
-        name=shared.name,
+        name=step.inputs[0].name,
         status=status,
-        d_in=shared.d_in,
+        d_in=layer.d_in,
+        gram_size=len(gram),
         rows=round(float(total["head_rows"][0])),
         condition=condition,
         effective_rank=effective_rank,
         unseen_directions=unseen,
     )
-    merged = {layer.weight: layer.from_input_first(delta[: shared.d_in]).float().contiguous()}
-    if bias is not None:
-        merged[bias] = delta[-1].float().contiguous()
-    return Solution(delta=merged, layers=(note,))
+    return Solution(delta=layer.give(delta.float()), layers=(note,))

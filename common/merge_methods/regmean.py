@@ -9,7 +9,8 @@ diagonal entries scaled by alpha (their section 3.2) and for deltas (W_0 cancels
 
 Summed over owners: per distinct input its Gram and row count; per layer G delta^T and, when several alphas are to be
 tried, diag(G) delta^T, so that the coordinator solves for every alpha without another round. What is no linear layer's
-weight is averaged.
+weight is averaged; biases too, unless the agreement takes them as weights of one more input that is always 1: then X
+has a column of ones, and delta^T the bias's change as its last row.
 
 Ridge. Every owner adds ridge * mean(diag G_i) to its diagonal, in the Gram and in the products alike. Their sums then
 pull the solution toward the owners' mean delta, each weighted by its mean diagonal, never toward zero weights; it costs
@@ -65,12 +66,12 @@ def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
     for shared, one_example in zip(plan.inputs, agreement.bounds.grams, strict=True):
         # Of the products too: fine-tuning changes what a layer puts out by less than the largest that goes in.
         bound = weight_bound(agreement) * one_example
-        square = (shared.d_in, shared.d_in)
+        square = (shared.gram_size, shared.gram_size)
         most_rows = agreement.bounds.examples * MAX_ROWS_PER_EXAMPLE
         entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,), bound=most_rows))
         entries.append(TensorEntry(name=f"gram/{shared.name}", shape=square, bound=bound, packing="symmetric"))
         for layer in shared.layers:
-            shape = (layer.d_in, layer.d_out)
+            shape = (shared.gram_size, layer.d_out)
             entries.append(TensorEntry(name=f"gram_delta/{layer.weight}", shape=shape, bound=bound))
             if is_sweep(agreement):
                 entries.append(TensorEntry(name=f"diagonal_delta/{layer.weight}", shape=shape, bound=bound))
@@ -81,12 +82,12 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
     yield from weight_tensors(agreement, owner)
     for shared in plan.inputs:
         gram = owner.grams[shared.name]
-        matrix = _weighted_gram(agreement, owner, gram)  # (d_in, d_in) float64
-        diagonal = matrix.diagonal()[:, None]  # (d_in, 1)
+        matrix = _weighted_gram(agreement, owner, gram)  # (gram_size, gram_size) float64
+        diagonal = matrix.diagonal()[:, None]  # (gram_size, 1)
         yield f"rows/{shared.name}", to_array(torch.tensor([float(gram.rows)]))
         yield f"gram/{shared.name}", to_array(matrix)
         for layer in shared.layers:
-            delta = layer.take(owner.delta).double()  # (d_in, d_out)
+            delta = layer.take(owner.delta).double()  # (gram_size, d_out)
             if is_sweep(agreement):
                 yield f"gram_delta/{layer.weight}", to_array(matrix @ delta)
                 yield f"diagonal_delta/{layer.weight}", to_array(diagonal * delta)
@@ -113,7 +114,7 @@ def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> S
     averaged = {name: mean_delta(total, name).float() for name in plan.averaged}
     delta = averaged | unchanged(plan) | join_experts(merged)
     notes = tuple(
-        f"{note.name}: {note.status}; {note.unseen_directions} of {note.d_in} directions keep the base's behaviour"
+        f"{note.name}: {note.status}; {note.unseen_directions} of {note.gram_size} directions keep the base's behaviour"
         for note in layers
         if note.status != "solved"
     )
@@ -123,31 +124,30 @@ def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> S
 def _solve_input(
     agreement: Agreement, shared: SharedInput, total: Total, alpha: float
 ) -> tuple[dict[str, Tensor], LayerNote]:
-    gram = torch.from_numpy(total[f"gram/{shared.name}"])  # (d_in, d_in) float64
-    gram = shrunk(gram, alpha)
+    gram = shrunk(torch.from_numpy(total[f"gram/{shared.name}"]), alpha)  # (gram_size, gram_size) float64
     products = []
     for layer in shared.layers:
-        product = torch.from_numpy(total[f"gram_delta/{layer.weight}"])  # (d_in, d_out)
+        product = torch.from_numpy(total[f"gram_delta/{layer.weight}"])  # (gram_size, d_out)
         if is_sweep(agreement):
             product = alpha * product + (1 - alpha) * torch.from_numpy(total[f"diagonal_delta/{layer.weight}"])
         products.append(product)
-    error = shared.d_in * total.rounding_error(f"gram/{shared.name}")  # of the matrix, in the spectral norm
-    solution, status, unseen = solve_symmetric(gram, torch.cat(products, dim=1), error)  # (d_in, sum of d_out)
+    error = shared.gram_size * total.rounding_error(f"gram/{shared.name}")  # of the matrix, in the spectral norm
+    solution, status, unseen = solve_symmetric(gram, torch.cat(products, dim=1), error)  # (gram_size, sum of d_out)
     condition, effective_rank = spectrum(gram)
     note = LayerNote(
         name=shared.name,
         status=status,
         d_in=shared.d_in,
+        gram_size=shared.gram_size,
         rows=round(total[f"rows/{shared.name}"][0]),
         condition=condition,
         effective_rank=effective_rank,
         unseen_directions=unseen,
     )
     parts = solution.split([layer.d_out for layer in shared.layers], dim=1)
-    merged = {
-        layer.weight: layer.from_input_first(part).float().contiguous()
-        for layer, part in zip(shared.layers, parts, strict=True)
-    }
+    merged: dict[str, Tensor] = {}
+    for layer, part in zip(shared.layers, parts, strict=True):
+        merged |= layer.give(part.float())
     return merged, note
 
 

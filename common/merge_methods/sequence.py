@@ -67,7 +67,9 @@ def solved_names(plan: MergePlan, number: int) -> tuple[str, ...]:
     if number == 0:
         return plan.averaged
     step = steps(plan)[number - 1]
-    return tuple(dict.fromkeys(parameter_of(layer.weight) for shared in step.inputs for layer in shared.layers))
+    layers = [layer for shared in step.inputs for layer in shared.layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return tuple(dict.fromkeys([*(parameter_of(layer.weight) for layer in layers), *biases]))
 
 
 def merged_layout(plan: MergePlan, number: int) -> TensorLayout:

@@ -17,7 +17,7 @@ from common.tensor_layout import TensorEntry
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """`matrix` = sum over rows of x x^T, (d_in, d_in) float64; `rows` = how many rows that were."""
+    """`matrix` = sum over rows of x x^T, (gram_size, gram_size) float64; `rows` = how many rows that were."""
 
     matrix: Tensor
     rows: int
@@ -43,7 +43,9 @@ class OwnerTerms:
     gram_examples: int = 1
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     fisher_examples: int = 1
-    crosses: Mapping[str, Tensor] = field(default_factory=dict)  # by layer: X^T (Y - X W_0^T), (d_in, d_out) float64
+    crosses: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # by layer: X^T (Y - X W_0^T), (gram_size, d_out) float64
     head: HeadTerms | None = None
 
 
@@ -54,6 +56,7 @@ class LayerNote:
     name: str
     status: str
     d_in: int
+    gram_size: int
     rows: int
     condition: float | None
     effective_rank: float | None
