@@ -59,11 +59,11 @@ from common.models import (
     delta_layout,
     delta_of,
     digest_of,
+    fine_tuned_folder,
     load_base,
     load_fine_tuned,
     load_tokenizer,
     merge_plan,
-    model_folder,
 )
 from common.result import Candidate, body_of, candidates_digest, check_receipts, check_result
 from common.settings_file import load_settings
@@ -457,7 +457,7 @@ class Owner:
         if self.settings.fine_tuned is None:
             folder = self._make_own_model()
         else:
-            folder = model_folder(self.settings.fine_tuned, self._home)
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
         return load_fine_tuned(folder, self.agreement.task, self._base)
 
     def _make_own_model(self) -> Path:

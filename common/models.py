@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from common.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, with_adapter
 from common.agreement import Agreement, Task, TensorRoles
-from common.errors import ModelError
+from common.errors import ModelError, first_line
 from common.tensor_layout import TensorEntry, TensorLayout
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -37,20 +38,37 @@ AUTO_CLASSES = {
 
 def model_folder(location: str, relative_to: Path) -> Path:
     """The folder of a model named by a path (absolute, or relative to a settings file's folder) or by a hub name."""
+    folder = _find_folder(location, relative_to)
+    # transformers would load the adapter too, or another base that it names.
+    if is_adapter(folder):
+        raise ModelError(f"model {folder}: holds an adapter ({ADAPTER_CONFIG}); a base is a whole model")
+    _check_files(folder, "config.json", "*.safetensors")
+    return folder
+
+
+def fine_tuned_folder(location: str, relative_to: Path) -> Path:
+    """As `model_folder`, for an owner's fine-tuned model, which may also be a LoRA adapter of the base."""
+    folder = _find_folder(location, relative_to)
+    if not is_adapter(folder):
+        return model_folder(location, relative_to)
+    if any(folder.glob("model*.safetensors")):
+        raise ModelError(f"model {folder}: holds a whole model and an adapter ({ADAPTER_CONFIG}); keep one of them")
+    _check_files(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    return folder
+
+
+def _find_folder(location: str, relative_to: Path) -> Path:
     folder = Path(location) if Path(location).is_absolute() else relative_to / location
     if folder.is_dir():
-        _check_weights(folder)
         return folder
     if folder.exists():
         raise ModelError(f"model {location}: {folder} is no folder; a Hugging Face model folder is needed")
     try:
-        folder = Path(snapshot_download(location, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(location, allow_patterns=HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise ModelError(
             f"model {location}: no folder {folder}, and no model of this name could be fetched from the hub"
         ) from None
-    _check_weights(folder)
-    return folder
 
 
 def base_model_folder(own_copy: str | None, home: Path, agreement: Agreement, agreement_path: Path) -> Path:
@@ -60,17 +78,17 @@ def base_model_folder(own_copy: str | None, home: Path, agreement: Agreement, ag
     return model_folder(agreement.base, agreement_path.parent)
 
 
-def _check_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model {folder}: has no config.json; a Hugging Face model folder is needed")
-    if any(folder.glob("*.safetensors")):
+def _check_files(folder: Path, config: str, weights: str) -> None:
+    if not (folder / config).is_file():
+        raise ModelError(f"model {folder}: has no {config}; a Hugging Face model folder is needed")
+    if any(folder.glob(weights)):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(
             f"model {folder}: holds pickled weights only, and loading a pickle runs its code; "
             "save it again with safe_serialization (model.safetensors)"
         )
-    raise ModelError(f"model {folder}: holds no weights (*.safetensors)")
+    raise ModelError(f"model {folder}: holds no weights ({weights})")
 
 
 def base_labels(folder: Path) -> tuple[str, ...]:
@@ -102,7 +120,14 @@ def head_made_here(folder: Path, task: Task) -> str:
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
-    """An owner's model in float32. Raises ModelError unless it has exactly the base's parameters and labels."""
+    """An owner's model in float32: its own weights, or the base's with its adapter.
+
+    Raises ModelError unless it has exactly the base's parameters and labels.
+    """
+    if is_adapter(folder):
+        model = with_adapter(base, folder)
+        _check_finite(model, folder)
+        return model
     _check_labels(folder, task)
     model, missing = _load(folder, task, seed=0)
     if missing:
@@ -134,7 +159,7 @@ def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {folder}: its config.json cannot be used: {_first_line(error)}") from None
+        raise ModelError(f"model {folder}: its config.json cannot be used: {first_line(error)}") from None
 
 
 def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
@@ -155,17 +180,21 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
                 output_loading_info=True,
             )
         except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
-            reason = _first_line(error)
+            reason = first_line(error)
             if "ignore_mismatched_sizes" in reason:
                 reason = "its head, or another weight, has another shape; do task.labels fit this model?"
             raise ModelError(
                 f"model {folder}: cannot be loaded for {task.kind} with {len(labels)} labels: {reason}"
             ) from None
+    _check_finite(model, folder)
+    model.eval()
+    return model, sorted(found["missing_keys"])
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
-    model.eval()
-    return model, sorted(found["missing_keys"])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -173,14 +202,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"model {folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model {folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

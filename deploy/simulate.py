@@ -20,7 +20,7 @@ from client.settings import OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.errors import AmalgramError, OwnerRefused, SettingsError
 from common.identity import Identity, write_identity
-from common.models import head_made_here, model_folder
+from common.models import fine_tuned_folder, head_made_here, model_folder
 from common.settings_file import Settings, load_settings
 from deploy import references
 from deploy.agree import give_consent
@@ -149,7 +149,7 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSett
             "state": Path("state") / settings.name,
             "identity": Path(f"{settings.name}.key"),
             "base": str(base_folder if settings.base is None else model_folder(settings.base, home)),
-            "fine_tuned": None if settings.fine_tuned is None else str(model_folder(settings.fine_tuned, home)),
+            "fine_tuned": None if settings.fine_tuned is None else str(fine_tuned_folder(settings.fine_tuned, home)),
             "data": placed_data,
         }
     )

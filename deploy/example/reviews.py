@@ -106,7 +106,7 @@ OWNER = """\
 # One owner's side: nothing in this file leaves its machine. Paths are relative to this file.
 name = "{name}"
 
-# An owner that has a fine-tuned model names it (a Hugging Face folder or a hub name) and leaves [training] out:
+# An owner that has a fine-tuned model names it (a folder or hub name, a LoRA adapter too) and leaves [training] out:
 # fine_tuned = "models/{name}"
 # An owner that has none makes one here, from the base and its training rows:
 [training]
