@@ -117,6 +117,12 @@ class Evaluation(Settings):
     choose_by: Literal["accuracy", "macro_f1"] = "accuracy"
 
 
+class Publish(Settings):
+    """The form of the published model: whole, or with `adapter_rank` a LoRA adapter of the base of that rank."""
+
+    adapter_rank: Annotated[int, Field(ge=1)] | None = None
+
+
 class TensorRoles(Settings):
     """What happens to every tensor of the model, by parameter name; together they name each exactly once."""
 
@@ -147,6 +153,7 @@ class AgreementDraft(Settings):
     bounds: Bounds = Bounds()
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
+    publish: Publish = Publish()
 
     @model_validator(mode="after")
     def _consistent(self) -> "AgreementDraft":

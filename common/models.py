@@ -114,9 +114,9 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     return model
 
 
-def head_made_here(folder: Path, task: Task) -> str:
-    """The weights that the base's folder lacks and `load_base` makes, as a list to read; empty for a whole model."""
-    return ", ".join(_load(folder, task, seed=0)[1])
+def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
+    """The parameters that the base's folder lacks and `load_base` makes; none of a whole model."""
+    return tuple(_load(folder, task, seed=0)[1])
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:

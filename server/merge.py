@@ -6,7 +6,7 @@ figures -> choose -> owners evaluate the chosen -> sum of test figures -> model 
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from common import metrics
 from common.agreement import COORDINATOR, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
+from common.low_rank import AdapterPlan, LowRank, adapter_plan, cut
 from common.merge_methods import candidates, contribution_layout, solve
 from common.merge_methods.terms import Solution
 from common.metrics import MeanScore
@@ -29,9 +30,11 @@ from common.models import (
     load_base,
     load_tokenizer,
     merge_plan,
+    weights_made_here,
 )
 from common.settings_file import load_settings
 from common.summation.protocol import Total
+from server.adapter_folder import write_adapter
 from server.coordinator import Channel, Coordinator
 from server.report import write_report
 from server.settings import CoordinatorSettings
@@ -74,28 +77,37 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     base = load_base(base_folder, agreement.task, agreement.seed)
     check_base(base, agreement, base_folder)
     plan = merge_plan(base, agreement.tensors)
+    adapter = _adapter_plan(base, base_folder, agreement)
     claim_output(output)
     _clear_results(output)
 
     coordinator = Coordinator(channel=channel, agreement=agreement, identity=identity)
     try:
         coordinator.roll_call()
-        outcome = _merge(coordinator, plan)
+        outcome = _merge(coordinator, plan, adapter)
         add_delta(base, outcome.solutions[agreement.method].delta)
         coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base))
     finally:
         coordinator.finish()
-    _write_model(base, base_folder, agreement, output / "model")
+    _write_model(base, outcome.solutions[agreement.method].low_rank, base_folder, agreement, output / "model")
     write_report(outcome, base, time.monotonic() - started, output)
 
 
-def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
+def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement) -> AdapterPlan | None:
+    """What the published adapter can hold; None where a whole model is published."""
+    rank = agreement.publish.adapter_rank
+    if rank is None:
+        return None
+    return adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
+
+
+def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
     agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
-    choices = _choose(coordinator, plan, total)
+    choices = _choose(coordinator, plan, adapter, total)
     solutions = {}
     for method, choice in choices.items():
-        solutions[method] = solve(agreement, plan, method, total, choice.knob)
+        solutions[method] = _candidate(agreement, plan, adapter, method, total, choice.knob)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     owners, examples = total.owners, _examples(total)
     total.destroy()
@@ -141,7 +153,18 @@ def _clear_results(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str, Choice]:
+def _candidate(
+    agreement: Agreement, plan: MergePlan, adapter: AdapterPlan | None, method: str, total: Total, knob: float | None
+) -> Solution:
+    """A method's solution as it would be published: cut to the adapter's rank before any owner tests it."""
+    solution = solve(agreement, plan, method, total, knob)
+    if adapter is None:
+        return solution
+    low_rank = cut(solution.delta, adapter)
+    return replace(solution, delta=low_rank.delta, low_rank=low_rank)
+
+
+def _choose(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | None, total: Total) -> dict[str, Choice]:
     """Per method, the candidate with the best summed metric on validation rows; the first of equals."""
     agreement = coordinator.agreement
     tried = {method: candidates(agreement, method) for method in agreement.methods}
@@ -149,7 +172,8 @@ def _choose(coordinator: Coordinator, plan: MergePlan, total: Total) -> dict[str
     for method, names in tried.items():
         if len(names) > 1:
             for name, knob in names.items():
-                _send(coordinator, plan, name, "validation", solve(agreement, plan, method, total, knob))
+                solution = _candidate(agreement, plan, adapter, method, total, knob)
+                _send(coordinator, plan, name, "validation", solution)
     figures = _figures(coordinator, "validation", tuple(swept)) if swept else {}
     choices: dict[str, Choice] = {}
     for method, names in tried.items():
@@ -175,13 +199,18 @@ def _figures(coordinator: Coordinator, split: str, models: tuple[str, ...]) -> d
     return metrics.read_total(coordinator.agreement, split, models, total.vector)
 
 
-def _write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement, folder: Path) -> None:
-    """A Hugging Face folder, whole or not at all."""
+def _write_model(
+    model: PreTrainedModel, low_rank: LowRank | None, base_folder: Path, agreement: Agreement, folder: Path
+) -> None:
+    """A Hugging Face folder of the model, or of its adapter: whole or not at all."""
     partial = folder.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    if low_rank is None:
+        model.save_pretrained(partial)
+    else:
+        write_adapter(model, low_rank, agreement, partial)
     if agreement.task.kind == "text-classification":
         load_tokenizer(base_folder).save_pretrained(partial)
     for weights in partial.glob("*.safetensors"):
-        weights.chmod((partial / "config.json").stat().st_mode)  # it is there to be read
+        weights.chmod(next(partial.glob("*config.json")).stat().st_mode)  # it is there to be read
     partial.replace(folder)

@@ -11,6 +11,10 @@ report.json, `report_version` 1:
     layers[]                                   per Gram of the published model: name, status, d_in, rows, condition,
                                                effective_rank, unseen_directions
     tensors                                    merged (groups that share an input), averaged, left_alone, by name
+    low_rank                                   of a model published as an adapter: rank; layers[], per weight its name
+                                               and relative_error, |cut off| / |delta| in Frobenius norms; the same of
+                                               all of them together; dropped, the share of the whole delta's norm
+                                               that no adapter holds (embeddings, norms, biases). Else null
     notes[]                                    what a reader should know about the solves
     advice[]                                   what a reader might do differently next time
     steps[]                                    name, seconds, bytes_sent, bytes_received (payloads, all owners)
@@ -36,6 +40,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import nn
 
 from common.errors import SettingsError
+from common.low_rank import LowRank
 from common.metrics import MeanScore, Score
 from common.models import digest_of
 
@@ -130,6 +135,7 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
             },
         },
         "layers": [vars(layer) for layer in published.layers],
+        "low_rank": _low_rank(published.low_rank),
         "tensors": agreement.tensors.model_dump(mode="json"),
         "notes": notes,
         "advice": _advice(outcome, mean),
@@ -141,6 +147,17 @@ def _report(outcome: Outcome, merged: nn.Module, seconds: float) -> dict[str, An
             "model": digest_of(merged),
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _low_rank(low_rank: LowRank | None) -> dict[str, Any] | None:
+    if low_rank is None:
+        return None
+    return {
+        "rank": low_rank.plan.rank,
+        "relative_error": low_rank.relative_error,
+        "dropped": low_rank.dropped,
+        "layers": [vars(layer) for layer in low_rank.layers],
     }
 
 
