@@ -56,6 +56,7 @@ from common.models import (
     add_delta,
     base_model_folder,
     check_base,
+    check_tokenizer,
     delta_layout,
     delta_of,
     digest_of,
@@ -117,6 +118,8 @@ class Owner:
             raise ConsentError(f"owner {self.name} is not on the agreement's roster: {self.agreement.owner_names}")
         if self.settings.fine_tuned is not None:
             self.own_model()
+            if self.agreement.task.kind == "text-classification":
+                check_tokenizer(fine_tuned_folder(self.settings.fine_tuned, self._home), self._base_folder)
         self._check_identity()
         for layout in (
             contribution_layout(self.agreement, self._plan),
