@@ -69,15 +69,16 @@ from common.models import (
     add_delta,
     base_model_folder,
     check_base,
+    check_tokenizer,
     copy_parameters,
     delta_layout,
     delta_of,
     digest_of,
+    fine_tuned_folder,
     load_base,
     load_fine_tuned,
     load_tokenizer,
     merge_plan,
-    model_folder,
     named_labels,
     private_head,
 )
@@ -133,6 +134,8 @@ class Owner:
             raise ConsentError(f"owner {self.name} is not on the agreement's roster: {self.agreement.owner_names}")
         if self.settings.fine_tuned is not None:
             self.own_model()
+            if self.agreement.task.kind == "text-classification":
+                check_tokenizer(fine_tuned_folder(self.settings.fine_tuned, self._home), self._base_folder)
         self._check_identity()
         for layout in (
             contribution_layout(self.agreement, self._plan),
@@ -482,7 +485,7 @@ class Owner:
             return task
         labels = self.settings.labels
         if not labels and self.settings.fine_tuned is not None:
-            labels = named_labels(model_folder(self.settings.fine_tuned, self._home))
+            labels = named_labels(fine_tuned_folder(self.settings.fine_tuned, self._home))
         return task.model_copy(update={"labels": labels or task.labels})
 
     def _put_on_own_head(self, model: PreTrainedModel) -> None:
@@ -551,7 +554,7 @@ class Owner:
         if self.settings.fine_tuned is None:
             folder = self._make_own_model()
         else:
-            folder = model_folder(self.settings.fine_tuned, self._home)
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
         return load_fine_tuned(folder, self.task, self._base)
 
     def _make_own_model(self) -> Path:

@@ -58,6 +58,7 @@ class OwnerSettings(Settings):
     state: Path = Path("state")
     # The owner's copy of the base model, where it is not what the agreement names.
     base: str | None = None
+    # A whole model, or a LoRA adapter of the base (a folder with adapter_config.json).
     fine_tuned: str | None = None
     training: Training | None = None
     batch_size: Count = 32

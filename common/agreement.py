@@ -182,6 +182,12 @@ class Evaluation(Settings):
     choose_by: Literal["accuracy"] | Figure = "accuracy"
 
 
+class Publish(Settings):
+    """The form of the published model: whole, or with `adapter_rank` a LoRA adapter of the base of that rank."""
+
+    adapter_rank: Annotated[int, Field(ge=1)] | None = None
+
+
 class TensorRoles(Settings):
     """What happens to every tensor of the model, by parameter name; together they name each exactly once."""
 
@@ -216,6 +222,7 @@ class AgreementDraft(Settings):
     bounds: Bounds = Bounds()
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
+    publish: Publish = Publish()
 
     @model_validator(mode="after")
     def _consistent(self) -> "AgreementDraft":
@@ -248,6 +255,8 @@ class AgreementDraft(Settings):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
         if self.task.head == "private" and not self.task.has_labels:
             raise ValueError(f'task.head = "private": a model of kind {self.task.kind} has no head over labels')
+        if self.task.head == "private" and self.publish.adapter_rank is not None:
+            raise ValueError('publish.adapter_rank: an adapter holds a shared head; task.head is "private"')
         if not self.task.has_labels and self.task.labels:
             raise ValueError(f"task.labels = {list(self.task.labels)}: a model of kind {self.task.kind} has none")
         if len(self.task.labels) == 1:

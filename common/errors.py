@@ -98,3 +98,8 @@ class OwnerRefused(AmalgramError):  # noqa: N818 - the name is the sentence
         self.owner = owner
         self.code = refusal_code
         self.exit_code = EXIT_CODES.get(refusal_code, AmalgramError.exit_code)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, cut to one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,10 +30,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from common.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, with_adapter
 from common.agreement import Agreement, Task, TensorRoles
-from common.errors import ModelError
+from common.errors import ModelError, first_line
 from common.tensor_layout import TensorEntry, TensorLayout
 
+# The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled;
+# MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 below 0.4.
+MOST_MEDIAN_CHANGE = 0.8
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 AUTO_CLASSES = {
     "text-classification": AutoModelForSequenceClassification,
@@ -44,20 +52,37 @@ AUTO_CLASSES = {
 
 def model_folder(location: str, relative_to: Path) -> Path:
     """The folder of a model named by a path (absolute, or relative to a settings file's folder) or by a hub name."""
+    folder = _find_folder(location, relative_to)
+    # transformers would load the adapter too, or another base that it names.
+    if is_adapter(folder):
+        raise ModelError(f"model {folder}: holds an adapter ({ADAPTER_CONFIG}); a base is a whole model")
+    _check_files(folder, "config.json", "*.safetensors")
+    return folder
+
+
+def fine_tuned_folder(location: str, relative_to: Path) -> Path:
+    """As `model_folder`, for an owner's fine-tuned model, which may also be a LoRA adapter of the base."""
+    folder = _find_folder(location, relative_to)
+    if not is_adapter(folder):
+        return model_folder(location, relative_to)
+    if any(folder.glob("model*.safetensors")):
+        raise ModelError(f"model {folder}: holds a whole model and an adapter ({ADAPTER_CONFIG}); keep one of them")
+    _check_files(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    return folder
+
+
+def _find_folder(location: str, relative_to: Path) -> Path:
     folder = Path(location) if Path(location).is_absolute() else relative_to / location
     if folder.is_dir():
-        _check_weights(folder)
         return folder
     if folder.exists():
         raise ModelError(f"model {location}: {folder} is no folder; a Hugging Face model folder is needed")
     try:
-        folder = Path(snapshot_download(location, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(location, allow_patterns=HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise ModelError(
             f"model {location}: no folder {folder}, and no model of this name could be fetched from the hub"
         ) from None
-    _check_weights(folder)
-    return folder
 
 
 def base_model_folder(own_copy: str | None, home: Path, agreement: Agreement, agreement_path: Path) -> Path:
@@ -67,17 +92,17 @@ def base_model_folder(own_copy: str | None, home: Path, agreement: Agreement, ag
     return model_folder(agreement.base, agreement_path.parent)
 
 
-def _check_weights(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model {folder}: has no config.json; a Hugging Face model folder is needed")
-    if any(folder.glob("*.safetensors")):
+def _check_files(folder: Path, config: str, weights: str) -> None:
+    if not (folder / config).is_file():
+        raise ModelError(f"model {folder}: has no {config}; a Hugging Face model folder is needed")
+    if any(folder.glob(weights)):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(
             f"model {folder}: holds pickled weights only, and loading a pickle runs its code; "
             "save it again with safe_serialization (model.safetensors)"
         )
-    raise ModelError(f"model {folder}: holds no weights (*.safetensors)")
+    raise ModelError(f"model {folder}: holds no weights ({weights})")
 
 
 def base_labels(folder: Path) -> tuple[str, ...]:
@@ -110,15 +135,20 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     return model
 
 
-def head_made_here(folder: Path, task: Task) -> str:
-    """The weights that the base's folder lacks and `load_base` makes, as a list to read; empty for a whole model."""
-    if task.head == "private":
-        return ""
-    return ", ".join(_load(folder, task, seed=0)[1])
+def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
+    """The parameters that the base's folder lacks and `load_base` makes: none of a whole model, or of private heads."""
+    return () if task.head == "private" else tuple(_load(folder, task, seed=0)[1])
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
-    """An owner's model in float32. Raises ModelError unless it has exactly the base's parameters and labels."""
+    """An owner's model in float32: its own weights, or the base's with its adapter.
+
+    Raises ModelError unless it has exactly the base's parameters and labels, and weights that can come from the base's.
+    """
+    if is_adapter(folder):
+        model = with_adapter(base, folder)
+        _check_finite(model, folder)
+        return model
     _check_labels(folder, task)
     model, missing = _load(folder, task, seed=0)
     if missing:
@@ -132,7 +162,41 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
                 f"model {folder}: parameter {name} has shape {found.get(name, 'none')}, "
                 f"in the base it has {expected.get(name, 'none')}; it was not fine-tuned from this base"
             )
+    _check_change(model, base, folder)
     return model
+
+
+@torch.no_grad()
+def _check_change(model: PreTrainedModel, base: PreTrainedModel, folder: Path) -> None:
+    """Raise ModelError for a model that is no nearer to the base than any other would be."""
+    start, body = dict(base.named_parameters()), f"{base.base_model_prefix}."
+    changes = [
+        float((parameter - start[name]).norm() / start[name].norm())
+        for name, parameter in model.named_parameters()
+        if name.startswith(body) and parameter.ndim > 1 and start[name].any()
+    ]
+    change = median(changes) if changes else 0.0
+    if change > MOST_MEDIAN_CHANGE:
+        raise ModelError(
+            f"model {folder}: half of its weight matrices are {change:.2f} or more of their norm away from the base's, "
+            f"the bound is {MOST_MEDIAN_CHANGE}; it was fine-tuned from another base, or its training diverged. Name a "
+            "model that was fine-tuned from the agreed base"
+        )
+
+
+def check_tokenizer(folder: Path, base_folder: Path) -> None:
+    """Raise ModelError if `folder` has a tokenizer of another vocabulary than the base's, which is used."""
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return
+    own, agreed = load_tokenizer(folder).get_vocab(), load_tokenizer(base_folder).get_vocab()
+    differing = sorted(own.items() ^ agreed.items(), key=lambda item: (item[1], item[0]))
+    if differing:
+        token = differing[0][0]
+        raise ModelError(
+            f"model {folder}: its tokenizer has {len(own)} tokens, the base's {len(agreed)}; the first that differs is "
+            f"{token!r}, number {own.get(token, 'none')} here and {agreed.get(token, 'none')} in the base; "
+            "fine-tune with the base's tokenizer, which is what reads the rows"
+        )
 
 
 def _check_labels(folder: Path, task: Task) -> None:
@@ -147,14 +211,15 @@ def _check_labels(folder: Path, task: Task) -> None:
 
 def _config(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {folder}: its config.json cannot be used: {_first_line(error)}") from None
+        raise ModelError(f"model {folder}: its config.json cannot be used: {first_line(error)}") from None
 
 
 def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the parameters that its files lack."""
     _config(folder)
+    stored = _stored_types(folder)
     labels = dict(enumerate(task.labels))
     head = {"num_labels": len(labels), "id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     with torch.random.fork_rng(devices=[]):
@@ -166,11 +231,12 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=task.head == "private",  # an owner's head may have more labels than the base's
             )
         except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
-            reason = _first_line(error)
+            reason = first_line(error)
             if "ignore_mismatched_sizes" in reason:
                 reason = "its head, or another weight, has another shape; do task.labels fit this model?"
             raise ModelError(
@@ -179,26 +245,51 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
             ) from None
     for name in sorted({key for key, *_ in found["mismatched_keys"]} - set(private_head(model, task))):
         raise ModelError(f"model {folder}: parameter {name} has another shape than config.json makes it")
+    _check_types(model, stored, folder)
+    _check_finite(model, folder)
+    model.eval()
+    return model, sorted(found["missing_keys"])
+
+
+def _stored_types(folder: Path) -> dict[str, str]:
+    """The type of every tensor in the folder's files, from their headers."""
+    types = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                types.update({name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model {path}: cannot be read: {first_line(error)}") from None
+    return types
+
+
+def _check_types(model: PreTrainedModel, stored: Mapping[str, str], folder: Path) -> None:
+    """Raise ModelError for a parameter stored as integers: quantised weights mean nothing without their scales."""
+    body = f"{model.base_model_prefix}."
+    parameters = {name.removeprefix(body) for name in parameter_shapes(model)}
+    for name, kind in stored.items():
+        if name.removeprefix(body) in parameters and kind not in FLOAT_TYPES:
+            raise ModelError(
+                f"model {folder}: {name} is stored as {kind}; weights must be floating-point numbers "
+                f"({', '.join(FLOAT_TYPES)}): save the model without quantisation"
+            )
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
-    model.eval()
-    return model, sorted(found["missing_keys"])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"model {folder}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model {folder}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def image_shape(config: Any) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from client.settings import OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.errors import AmalgramError, OwnerRefused, SettingsError
 from common.identity import Identity, write_identity
-from common.models import head_made_here, model_folder
+from common.models import fine_tuned_folder, model_folder, weights_made_here
 from common.settings_file import Settings, load_settings
 from deploy import references
 from deploy.agree import give_consent
@@ -55,7 +55,7 @@ def simulate(
     identities = make_identities(draft)
     keys = {name: identity.public_key for name, identity in identities.items()}
     agreement = complete_agreement(draft, base_folder, keys)
-    made = head_made_here(base_folder, agreement.task)
+    made = ", ".join(weights_made_here(base_folder, agreement.task))
     if made:
         log.warning("the base model has no %s: made from the seed, alike at every owner; all must start there", made)
     with set_up_parties(output, agreement, base_folder, owner_files, identities) as (coordinator_file, party_files):
@@ -149,7 +149,7 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSett
             "state": Path("state") / settings.name,
             "identity": Path(f"{settings.name}.key"),
             "base": str(base_folder if settings.base is None else model_folder(settings.base, home)),
-            "fine_tuned": None if settings.fine_tuned is None else str(model_folder(settings.fine_tuned, home)),
+            "fine_tuned": None if settings.fine_tuned is None else str(fine_tuned_folder(settings.fine_tuned, home)),
             "data": placed_data,
         }
     )

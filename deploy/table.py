@@ -45,6 +45,8 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     console.print(table)
     for line in _notes(report):
         console.print(line, style="dim", highlight=False, markup=False)
+    if report["low_rank"]:
+        console.print(_adapter_note(report["low_rank"]), style="dim", highlight=False, markup=False, soft_wrap=True)
     for line in report["advice"]:
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for owner, step in report["lost"].items():
@@ -58,6 +60,13 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
         highlight=False,
         markup=False,
         soft_wrap=True,
+    )
+
+
+def _adapter_note(low_rank: dict[str, Any]) -> str:
+    return (
+        f"published as an adapter of rank {low_rank['rank']}: {low_rank['relative_error']:.1%} of the layers' change "
+        f"is cut off, {low_rank['dropped']:.1%} of all change is outside what an adapter holds"
     )
 
 

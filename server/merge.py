@@ -8,7 +8,7 @@ of test figures -> model folder and report
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,8 @@ from common import metrics
 from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
-from common.merge_methods import (
-    candidates,
-    contribution_layout,
-    solve,
-    solve_step,
-    step_layout,
-    step_statistic,
-)
+from common.low_rank import AdapterPlan, LowRank, adapter_plan, cut
+from common.merge_methods import candidates, contribution_layout, solve, solve_step, step_layout, step_statistic
 from common.merge_methods.sequence import merged_layout, steps
 from common.merge_methods.terms import LayerNote, Solution, mean_delta, unchanged
 from common.metrics import MeanScore
@@ -42,9 +36,11 @@ from common.models import (
     load_tokenizer,
     merge_plan,
     private_head,
+    weights_made_here,
 )
 from common.settings_file import load_settings
 from common.summation.protocol import Total
+from server.adapter_folder import write_adapter
 from server.coordinator import Channel, Coordinator
 from server.report import write_report
 from server.settings import CoordinatorSettings
@@ -88,22 +84,31 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     base = load_base(base_folder, agreement.task, agreement.seed)
     check_base(base, agreement, base_folder)
     plan = merge_plan(base, agreement.tensors)
+    adapter = _adapter_plan(base, base_folder, agreement)
     claim_output(output)
     _clear_results(output)
 
     coordinator = Coordinator(channel=channel, agreement=agreement, identity=identity)
     try:
         coordinator.roll_call()
-        outcome = _merge(coordinator, plan)
+        outcome = _merge(coordinator, plan, adapter)
         add_delta(base, outcome.solutions[agreement.method].delta)
         coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base, agreement.task))
     finally:
         coordinator.finish()
-    _write_model(base, base_folder, agreement, output / "model")
+    _write_model(base, outcome.solutions[agreement.method].low_rank, base_folder, agreement, output / "model")
     write_report(outcome, base, time.monotonic() - started, output)
 
 
-def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
+def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement) -> AdapterPlan | None:
+    """What the published adapter can hold; None where a whole model is published."""
+    rank = agreement.publish.adapter_rank
+    if rank is None:
+        return None
+    return adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
+
+
+def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
     agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
     solutions_of: dict[str, SolutionOf] = {
@@ -112,6 +117,8 @@ def _merge(coordinator: Coordinator, plan: MergePlan) -> Outcome:
         else partial(solve, agreement, plan, method, total)
         for method in agreement.methods
     }
+    if adapter is not None:
+        solutions_of = {method: _cut_to(adapter, solution_of) for method, solution_of in solutions_of.items()}
     choices = _choose(coordinator, plan, solutions_of)
     solutions = {}
     for method, choice in choices.items():
@@ -197,6 +204,17 @@ def _clear_results(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
+def _cut_to(adapter: AdapterPlan, solution_of: SolutionOf) -> SolutionOf:
+    """Solutions as they would be published: cut to the adapter's rank before any owner tests them."""
+
+    def cut_solution_of(knob: float | None) -> Solution:
+        solution = solution_of(knob)
+        low_rank = cut(solution.delta, adapter)
+        return replace(solution, delta=low_rank.delta, low_rank=low_rank)
+
+    return cut_solution_of
+
+
 def _choose(coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str, SolutionOf]) -> dict[str, Choice]:
     """Per method, the candidate with the best summed metric on validation rows; the first of equals."""
     agreement = coordinator.agreement
@@ -231,14 +249,20 @@ def _figures(coordinator: Coordinator, split: str, models: tuple[str, ...]) -> d
     return metrics.read_total(coordinator.agreement, split, models, total.vector)
 
 
-def _write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement, folder: Path) -> None:
-    """A Hugging Face folder, whole or not at all."""
-    partial = folder.with_name("model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    published = model.base_model if private_head(model, agreement.task) else model
-    published.save_pretrained(partial)
+def _write_model(
+    model: PreTrainedModel, low_rank: LowRank | None, base_folder: Path, agreement: Agreement, folder: Path
+) -> None:
+    """A Hugging Face folder of the model, or of its adapter: whole or not at all."""
+    unfinished = folder.with_name("model.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if low_rank is not None:
+        write_adapter(model, low_rank, agreement, unfinished)
+    elif private_head(model, agreement.task):
+        model.base_model.save_pretrained(unfinished)
+    else:
+        model.save_pretrained(unfinished)
     if agreement.task.is_text:
-        load_tokenizer(base_folder).save_pretrained(partial)
-    for weights in partial.glob("*.safetensors"):
-        weights.chmod((partial / "config.json").stat().st_mode)  # it is there to be read
-    partial.replace(folder)
+        load_tokenizer(base_folder).save_pretrained(unfinished)
+    for weights in unfinished.glob("*.safetensors"):
+        weights.chmod(next(unfinished.glob("*config.json")).stat().st_mode)  # it is there to be read
+    unfinished.replace(folder)

@@ -13,6 +13,10 @@ report.json, `report_version` 1:
                                                biases are solved too), rows, condition, effective_rank,
                                                unseen_directions
     tensors                                    merged (groups that share an input), averaged, left_alone, by name
+    low_rank                                   of a model published as an adapter: rank; layers[], per weight its name
+                                               and relative_error, |cut off| / |delta| in Frobenius norms; the same of
+                                               all of them together; dropped, the share of the whole delta's norm
+                                               that no adapter holds (embeddings, norms, biases). Else null
     notes[]                                    what a reader should know about the solves
     advice[]                                   what a reader might do differently next time
     steps[]                                    name, seconds, bytes_sent, bytes_received (payloads, all owners)
@@ -38,6 +42,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedModel
 
 from common.errors import SettingsError
+from common.low_rank import LowRank
 from common.metrics import MeanScore, Score
 from common.models import digest_of
 
@@ -133,6 +138,7 @@ def _report(outcome: Outcome, merged: PreTrainedModel, seconds: float) -> dict[s
             },
         },
         "layers": [vars(layer) for layer in published.layers],
+        "low_rank": _low_rank(published.low_rank),
         "tensors": agreement.tensors.model_dump(mode="json"),
         "notes": notes,
         "advice": _advice(outcome, mean),
@@ -144,6 +150,17 @@ def _report(outcome: Outcome, merged: PreTrainedModel, seconds: float) -> dict[s
             "model": digest_of(merged, agreement.task),
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _low_rank(low_rank: LowRank | None) -> dict[str, Any] | None:
+    if low_rank is None:
+        return None
+    return {
+        "rank": low_rank.plan.rank,
+        "relative_error": low_rank.relative_error,
+        "dropped": low_rank.dropped,
+        "layers": [vars(layer) for layer in low_rank.layers],
     }
 
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, V
 from client.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, TensorRoles
 from common.errors import ModelError
-from common.models import MergePlan, linear_layers, merge_plan, parameter_shapes
+from common.models import Layer, MergePlan, SharedInput, linear_layers, merge_plan, parameter_shapes
 from tests.conftest import tiny_bert
 
 
@@ -40,6 +40,24 @@ def test_grams_equal_explicit_rows_without_padding(plan: MergePlan) -> None:
         rows = torch.cat([explicit_rows(model, batch, shared.name) for batch in batches])
         assert grams[shared.name].rows == len(rows)
         torch.testing.assert_close(grams[shared.name].matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_float64_across_blocks_keeps_what_bfloat16_loses() -> None:
+    """Against explicit float64 rows: a Gram kept in bfloat16 drifts, since a block soon is less than its last digit."""
+    layer = nn.Sequential(nn.Linear(8, 3))
+    weight = Layer(weight="0.weight", d_in=8, d_out=3, stored_input_first=False)
+    shared = SharedInput(name="0", d_in=8, layers=(weight,))
+    plan = MergePlan(inputs=(shared,), averaged=("0.bias",), left_alone=(), shapes=parameter_shapes(layer))
+    rows = torch.randn(8192, 8, generator=torch.Generator().manual_seed(0))
+    oracle = rows.double().T @ rows.double()
+
+    gram = measure_grams(layer, plan, [{"input": block} for block in rows.split(16)])["0"]  # type: ignore[arg-type]
+    naive = torch.zeros(8, 8, dtype=torch.bfloat16)
+    for block in rows.bfloat16().split(16):
+        naive += block.T @ block
+    assert gram.rows == 8192
+    assert (gram.matrix - oracle).norm() < 1e-6 * oracle.norm()
+    assert (naive.double() - oracle).norm() > 1e-2 * oracle.norm()
 
 
 def test_padding_changes_neither_grams_nor_counts(plan: MergePlan) -> None:

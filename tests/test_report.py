@@ -40,6 +40,12 @@ REPORT: dict[str, Any] = {
             "unseen_directions": 8,
         }
     ],
+    "low_rank": {
+        "rank": 8,
+        "relative_error": 0.25,
+        "dropped": 0.5,
+        "layers": [{"name": "l0.weight", "relative_error": 0.125}],
+    },
     "tensors": {"merged": [["l0.weight"]], "averaged": ["bias"], "left_alone": []},
     "notes": ["l0: empty"],
     "advice": ["fisher did better"],
@@ -85,6 +91,9 @@ def test_the_page_shows_what_the_report_says_and_escapes_names(page: Page) -> No
         "cyd was lost at: roll call",
         "10.0",
         "fisher did better",
+        "LoRA adapter of rank 8",
+        "25.0 %",
+        "0.125",
     ):
         assert shown in page.text
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.agreement import Agreement
 from common.errors import NumericalError
+from common.low_rank import LowRank
 from common.models import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry
@@ -65,11 +66,12 @@ class LayerNote:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A merged delta by parameter name (float32), and what there is to say about it."""
+    """A merged delta by parameter name (float32), and what there is to say about it; `low_rank` if it was cut."""
 
     delta: Mapping[str, Tensor]
     layers: tuple[LayerNote, ...] = ()
     notes: tuple[str, ...] = ()
+    low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.delta.items():

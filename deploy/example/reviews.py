@@ -91,6 +91,9 @@ min_rows_per_dimension = 1.0  # an owner with fewer rows than this for a Gram's 
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"
 
+# [publish]
+# adapter_rank = 8            # the result is a LoRA adapter of the base, cut to this rank, instead of a whole model
+
 # One entry per owner. figures = "summed" keeps an owner's own test figures out of the report (of three, all or none).
 [[owners]]
 name = "hotel"
@@ -106,7 +109,7 @@ OWNER = """\
 # One owner's side: nothing in this file leaves its machine. Paths are relative to this file.
 name = "{name}"
 
-# An owner that has a fine-tuned model names it (a Hugging Face folder or a hub name) and leaves [training] out:
+# An owner that has a fine-tuned model names it (a folder or hub name, a LoRA adapter too) and leaves [training] out:
 # fine_tuned = "models/{name}"
 # An owner that has none makes one here, from the base and its training rows:
 [training]

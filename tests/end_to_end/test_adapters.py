@@ -1,0 +1,116 @@
+"""Owners that bring LoRA adapters, and a result that is one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from common.agreement import Task
+from common.models import delta_of, digest_of, load_base, load_fine_tuned
+from deploy.simulate import simulate
+from tests.test_adapter import write_adapter
+
+OWNERS = ("hotel", "cinema", "phones")
+TASK = Task(labels=("negative", "positive"))
+SETTINGS = {"target_modules": ["query", "value", "dense"], "modules_to_save": ["classifier"]}
+
+
+@pytest.fixture(scope="module")
+def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's owners, each with an adapter of its own: random, for what is merged, not how well, is looked at."""
+    folder = Path(shutil.copytree(reviews_folder, tmp_path_factory.mktemp("adapters") / "consortium"))
+    for name in OWNERS:
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+        write_adapter(model, folder / "models" / name, seed=OWNERS.index(name), **SETTINGS)
+        path = folder / f"{name}.toml"
+        recipe = "[training]\nepochs = 6\nlearning_rate = 1e-3\nbatch_size = 32\n"
+        path.write_text(path.read_text().replace(recipe, f'fine_tuned = "models/{name}"\n'))
+    return folder
+
+
+def test_adapters_are_averaged_as_the_weights_that_they_make(consortium: Path, tmp_path: Path) -> None:
+    path = tmp_path / "consortium"
+    shutil.copytree(consortium, path)
+    text = (path / "agreement.toml").read_text()
+    methods = 'method = "regmean"\ncompare_with = ["average", "task_arithmetic", "fisher"]'
+    assert methods in text
+    (path / "agreement.toml").write_text(text.replace(methods, 'method = "average"\ncompare_with = ["fisher"]'))
+    report = simulate(path, tmp_path / "output", with_references=False)
+
+    base = load_base(path / "base", TASK, seed=0)
+    deltas = [delta_of(load_fine_tuned(path / "models" / name, TASK, base), base) for name in OWNERS]
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output" / "model")
+    assert digest_of(merged) == report["digests"]["model"]
+    for name, tensor in delta_of(merged, base).items():
+        mean = torch.stack([delta[name] for delta in deltas]).mean(0)  # every owner has 200 rows
+        torch.testing.assert_close(tensor, mean, rtol=0, atol=1e-6)
+    assert report == json.loads((tmp_path / "output" / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
+    """The example, published as an adapter of a base without head or pooler: the report, the output and the base."""
+    folder = Path(shutil.copytree(reviews_folder, tmp_path_factory.mktemp("published") / "consortium"))
+    weights = load_file(folder / "base" / "model.safetensors")
+    made_here = [name for name in weights if name.startswith(("classifier", "bert.pooler"))]
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name not in made_here},
+        folder / "base" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    agreement = folder / "agreement.toml"
+    agreement.write_text(
+        agreement.read_text().replace("# [publish]\n# adapter_rank = 8 ", "[publish]\nadapter_rank = 4")
+    )
+    return simulate(folder, folder / "output", with_references=False), folder / "output", folder / "base"
+
+
+def test_the_published_adapter_gives_the_signed_model_s_logits(published: tuple[dict, Path, Path]) -> None:
+    report, output, base_folder = published
+    assert {path.name for path in (output / "model").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
+    }  # fmt: skip
+    adapted = PeftModel.from_pretrained(load_base(base_folder, TASK, seed=99), output / "model").eval()
+    signed = signed_model(report, output, base_folder)
+    tokens = torch.arange(2, 26).reshape(2, 12)
+    with torch.no_grad():
+        one, other = (model(input_ids=tokens, attention_mask=torch.ones_like(tokens)) for model in (adapted, signed))
+    torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def signed_model(report: dict, output: Path, base_folder: Path) -> PreTrainedModel:
+    """By hand from the file: the factors' product in float64, rounded once, on the base; what goes whole as it is."""
+    file = load_file(output / "model" / "adapter_model.safetensors")
+    model = load_base(base_folder, TASK, seed=0)
+    for name, parameter in model.named_parameters():
+        stored = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stored}.lora_A.weight" in file:
+            product = file.pop(f"{stored}.lora_B.weight").double() @ file.pop(f"{stored}.lora_A.weight").double()
+            parameter += product.float()
+        elif f"base_model.model.{name}" in file:
+            parameter.copy_(file.pop(f"base_model.model.{name}"))
+    assert not file
+    assert digest_of(model) == report["digests"]["model"]
+    return model
+
+
+def test_the_report_says_what_the_cut_lost(published: tuple[dict, Path, Path]) -> None:
+    low_rank = published[0]["low_rank"]
+    assert low_rank["rank"] == 4
+    assert 0 < low_rank["relative_error"] < 1
+    assert 0 < low_rank["dropped"] < 1
+    assert "LoRA adapter of rank 4" in (published[1] / "report.html").read_text()
+
+
+def test_a_published_adapter_may_be_an_owner_s_model(published: tuple[dict, Path, Path]) -> None:
+    report, output, base_folder = published
+    again = load_fine_tuned(output / "model", TASK, load_base(base_folder, TASK, seed=0))
+    signed = signed_model(report, output, base_folder)
+    for one, other in zip(again.parameters(), signed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
