@@ -68,21 +68,6 @@ def layer_inputs(model: nn.Module, observe: Observe, weights: Collection[str]) -
             handle.remove()
 
 
-@contextmanager
-def layer_outputs(model: nn.Module, observe: Callable[[str, Tensor], None], weights: Collection[str]) -> Iterator[None]:
-    """While open, call `observe(weight, output)` after each forward of each layer: (..., d_out)."""
-    handles = [
-        module.register_forward_hook(lambda _, __, output, weight=f"{name}.weight": observe(weight, output))
-        for name, module in linear_layers(model).items()
-        if f"{name}.weight" in weights
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _observe_experts(name: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, observe: Observe) -> None:
     """What each expert's two layers are fed. Computed here, since a fused forward pass shows none of it.
 

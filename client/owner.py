@@ -21,10 +21,11 @@ from client import finetune
 from client.evaluate import evaluate
 from client.fisher import measure_fisher
 from client.gram import measure_grams
+from client.head import measure_head
 from client.ledger import Ledger
 from client.private_data import PrivateData
 from client.rows import Rows
-from client.sequence import Models, measure_head, measure_step, put_merged_prefix
+from client.sequence import measure_step, put_merged_prefix
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import metrics
@@ -37,12 +38,13 @@ from common.merge_methods import (
     contribution,
     contribution_layout,
     measurements,
+    merged_layout,
     step_contribution,
     step_layout,
     step_named,
+    steps,
 )
-from common.merge_methods.calibration import fits_labels
-from common.merge_methods.sequence import Step, merged_layout, steps
+from common.merge_methods.sequence import Step
 from common.merge_methods.terms import Gram, OwnerTerms
 from common.messages import (
     PROTOCOL_VERSION,
@@ -299,9 +301,9 @@ class Owner:
         if method not in SEQUENTIAL.intersection(self.agreement.methods):
             raise ConsentError(f"the coordinator sent a step of {method!r}, which was not agreed")
         due = self._merged_steps(method)
-        if number != str(due) or due >= len(steps(self._plan)):
+        if number != str(due) or due >= len(steps(self._plan, method)):
             raise RemoteProtocolError(f"the coordinator sent step {number[:10]!r} of {method}, step {due} is due")
-        return merged_layout(self._plan, due)
+        return merged_layout(self._plan, method, due)
 
     def _merged_steps(self, method: str) -> int:
         """How many steps of a method this owner has been sent the outcome of; the first is number 0, the averages."""
@@ -407,31 +409,31 @@ class Owner:
         )
 
     def _measure_step(self, method: str, step: Step) -> OwnerTerms:
-        agreement = self.agreement
-        train = self.data.train()
+        agreement, train, own = self.agreement, self.data.train(), self.own_model()
         log.info("  %s: measuring %s %d", self.name, method, step.number)
+        terms = OwnerTerms(examples=len(train), delta=delta_of(own, self._base))
+        merged = self._merged_so_far(method, step)
+        if method == "regmean_refit":
+            rows = _sample(train, agreement.regmean_refit.measured_examples, agreement.seed)
+            head = measure_head(self._base, own, merged, self._plan, rows, self.settings.batch_size)
+            self._check_rows("the classifier's input", len(head.features), head.features.shape[1], method)
+            return replace(terms, head=head)
         rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
-        batches = [(batch, targets) for _, batch, targets in rows.batches(self.settings.batch_size)]
-        models = Models(base=self._base, own=self.own_model(), merged=self._merged_stream(method, step))
-        terms = OwnerTerms(examples=len(train), delta=delta_of(models.own, self._base), gram_examples=len(rows))
-        folder = self.state.activations_folder / method
-        if method == "calibration" and fits_labels(agreement, self._plan, step):
-            return replace(terms, head=measure_head(models, self._plan, batches, folder))
-        inputs = [batch for batch, _ in batches]
-        measured = measure_step(models, self._plan, step, inputs, folder, with_targets=method == "calibration")
-        return replace(terms, grams=self._checked(dict(measured.grams)), crosses=measured.crosses)
+        inputs = [batch for _, batch, _ in rows.batches(self.settings.batch_size)]
+        put_merged_prefix(own, merged, self._plan, step)
+        grams = measure_step(own, self._plan, step, inputs, self.state.activations_folder)
+        return replace(terms, grams=self._checked(grams), gram_examples=len(rows))
 
-    def _merged_stream(self, method: str, step: Step) -> PreTrainedModel:
+    def _merged_so_far(self, method: str, step: Step) -> PreTrainedModel:
+        """The base model with everything that the steps before this one merged."""
         merged = self.load_base()
         delta = {name: torch.zeros(()) for name in self._plan.shapes}
         for number in range(step.number):
-            layout = merged_layout(self._plan, number)
+            layout = merged_layout(self._plan, method, number)
             array = self.state.open_array(f"{method}-{number}", layout.size, "<f4")
             delta |= {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
         add_delta(merged, delta)
-        model = self.own_model()
-        put_merged_prefix(model, merged, self._plan, step)
-        return model
+        return merged
 
     def _checked(self, grams: dict[str, Gram]) -> dict[str, Gram]:
         """Raise DataError for a Gram of so few rows that it would tell which rows they are.
@@ -439,16 +441,20 @@ class Owner:
         The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
         How many rows reach an expert is not in its hands; whether experts have Grams is privacy.merge_routed_inputs.
         """
-        least = self.agreement.privacy.min_rows_per_dimension
         routed = {shared.name for shared in self._plan.inputs if shared.is_routed}
         for name, gram in grams.items():
-            if name not in routed and gram.rows < least * len(gram.matrix):
-                raise DataError(
-                    f"{self.name}: the Gram of {name} has {gram.rows} rows for {len(gram.matrix)} dimensions, the "
-                    f"agreement demands {least:g} a dimension; nothing has left. Measure more rows "
-                    "(regmean.measured_examples), or agree on a lower privacy.min_rows_per_dimension"
-                )
+            if name not in routed:
+                self._check_rows(name, gram.rows, len(gram.matrix), "regmean")
         return grams
+
+    def _check_rows(self, name: str, rows: int, dimensions: int, method: str) -> None:
+        least = self.agreement.privacy.min_rows_per_dimension
+        if rows < least * dimensions:
+            raise DataError(
+                f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
+                f"{least:g} a dimension; nothing has left. Measure more rows ({method}.measured_examples), or agree on "
+                "a lower privacy.min_rows_per_dimension"
+            )
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})

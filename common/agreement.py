@@ -31,8 +31,8 @@ FIGURES: dict[TaskKind, Figure] = {
     "sequence-to-sequence": "log_likelihood",
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
-MethodName = Literal["average", "task_arithmetic", "fisher", "regmean", "regmean_plus_plus", "calibration"]
-SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_plus_plus", "calibration"})  # one sum a block
+MethodName = Literal["average", "task_arithmetic", "fisher", "regmean", "regmean_refit", "regmean_plus_plus"]
+SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_refit", "regmean_plus_plus"})  # methods of several sums
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -108,17 +108,18 @@ class RegMeanPlusPlus(Settings):
     alpha: Probability = 0.9
 
 
-class Calibration(Settings):
-    """Knobs of `common/merge_methods/calibration.py`; ridge and measured_examples are those of [regmean].
+class RegMeanRefit(Settings):
+    """Knobs of `common/merge_methods/regmean_refit.py`.
 
-    `head`: the classifier is fitted to the owners' labels, or like every other layer to their models' outputs. Several
-    `balances` (0: a row is a row, 1: every class of an owner weighs the same) are a sweep.
+    `alpha`, one of regmean.alphas, is the body's. `targets`: the classifier is fitted to the owners' labels, or,
+    without looking at a label, to their models' scores. Several `balances` (0: a row is a row, 1: every class of an
+    owner weighs the same) are a sweep.
     """
 
     alpha: Probability = 0.9
-    shrink: Probability = 0.99
-    head: Literal["labels", "outputs"] = "labels"
+    targets: Literal["labels", "scores"] = "labels"
     balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.0, 0.5, 1.0)
+    measured_examples: Count = 2000
 
 
 class TaskArithmetic(Settings):
@@ -217,7 +218,7 @@ class AgreementDraft(Settings):
     fisher: Fisher = Fisher()
     regmean: RegMean = RegMean()
     regmean_plus_plus: RegMeanPlusPlus = RegMeanPlusPlus()
-    calibration: Calibration = Calibration()
+    regmean_refit: RegMeanRefit = RegMeanRefit()
     summation: Summation = Summation()
     bounds: Bounds = Bounds()
     privacy: Privacy = Privacy()
@@ -251,6 +252,11 @@ class AgreementDraft(Settings):
                 f"min_owners = {self.needed_owners}: {sequential[0]} sums again and again, and sums over different "
                 f"owners would show the difference; all {len(names)} must take part, so leave min_owners out"
             )
+        if "regmean_refit" in self.methods and self.regmean_refit.alpha not in self.regmean.alphas:
+            raise ValueError(
+                f"regmean_refit.alpha = {self.regmean_refit.alpha}: must be one of regmean.alphas = "
+                f"{list(self.regmean.alphas)}"
+            )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
         if self.task.head == "private" and not self.task.has_labels:
@@ -271,7 +277,7 @@ class AgreementDraft(Settings):
         for table, key, knobs in (
             ("regmean", "alphas", self.regmean.alphas),
             ("task_arithmetic", "scales", self.task_arithmetic.scales),
-            ("calibration", "balances", self.calibration.balances),
+            ("regmean_refit", "balances", self.regmean_refit.balances),
         ):
             if len(set(knobs)) != len(knobs):
                 raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")

@@ -40,7 +40,7 @@ PROTOCOL_VERSION = 2
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STATISTICS = ("contribution", "validation", "test")
-STEP = re.compile(r"[a-z_]{1,40} [1-9][0-9]{0,3}")  # of a method that goes block by block: `calibration 3`
+STEP = re.compile(r"[a-z_]{1,40} [1-9][0-9]{0,3}")  # of a method of several: `regmean_plus_plus 3`
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
 MAX_ROUND = 2**62
@@ -234,7 +234,7 @@ class VectorPart(Message):
 class CandidatePart(Message):
     """Part `part` of `parts` of the merged candidate `model`, to be evaluated on the rows of `split`.
 
-    Where `split` is `prefix`: of what step `model`, `calibration 3`, gave, for the next step to be measured with.
+    Where `split` is `prefix`: of what step `model`, `regmean_plus_plus 3`, gave, for the next step to be measured with.
     """
 
     run: str

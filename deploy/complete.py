@@ -6,7 +6,6 @@ What is measured here is measured on the public base model with made-up inputs; 
 from collections.abc import Mapping
 from math import ceil, log2
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from client.fisher import measure_fisher
 from client.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
 from client.row_readers import features
 from client.rows import Rows
-from common.agreement import COORDINATOR, SEQUENTIAL, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, measurements
 from common.metrics import metrics_layout
@@ -54,16 +53,17 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
     probe = _probe(base, task, base_folder, draft.seed)
-    if set(draft.methods) & SEQUENTIAL:
+    if "regmean_plus_plus" in draft.methods:
         check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
     roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft)
+    if "regmean_refit" in draft.methods:
+        _check_classifier(base, draft, probe, roles)
     with_keys = _with_keys(draft, public_keys)
     agreement = Agreement(
         **{
             **dict(with_keys),
             "task": task,
             "min_owners": draft.needed_owners,
-            "calibration": draft.calibration.model_copy(update={"head": _calibrated_head(draft, base, probe, roles)}),
             "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
             "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, roles)),
         },
@@ -78,22 +78,19 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     return agreement
 
 
-def _calibrated_head(
-    draft: AgreementDraft, base: PreTrainedModel, probe: Rows, roles: TensorRoles
-) -> Literal["labels", "outputs"]:
-    """`labels` only where the last layer that is merged is a classifier that is fed one row a prediction."""
-    plan = merge_plan(base, roles)
-    last = plan.inputs[-1]
-    if draft.calibration.head == "outputs" or draft.task.head == "private" or len(last.layers) != 1:
-        return "outputs"
-    ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
+def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, roles: TensorRoles) -> None:
+    """Raise ModelError unless the last layer that is merged is a classifier that is fed one row a prediction."""
+    last = merge_plan(base, roles).inputs[-1].layers
     fed: list[Tensor] = []
-    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last.layers[0].weight}), torch.inference_mode():
-        logits = base(**batch).logits
-    per_prediction = [rows.shape[:-1] for rows in fed] == [targets.shape]
-    return (
-        "labels" if per_prediction and logits.shape[-1] == last.layers[0].d_out and draft.task.has_labels else "outputs"
-    )
+    ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
+    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last[0].weight}), torch.inference_mode():
+        labels = base(**batch).logits.shape[-1]
+    per_prediction = len(last) == 1 and last[0].d_out == labels and [rows.shape[:-1] for rows in fed] == [targets.shape]
+    if not draft.task.has_labels or draft.task.head == "private" or not per_prediction:
+        raise ModelError(
+            f"{type(base).__name__}: has no shared classifier that is fed one row a prediction, which regmean_refit "
+            "fits; use regmean"
+        )
 
 
 def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes]) -> AgreementDraft:

@@ -17,8 +17,8 @@ ROWS = (
     ("task_arithmetic", "task arithmetic"),
     ("fisher", "Fisher"),
     ("regmean", "RegMean"),
+    ("regmean_refit", "RegMean + refit"),
     ("regmean_plus_plus", "RegMean++"),
-    ("calibration", "calibration"),
     ("ensemble", "ensemble *"),
     ("multi_task", "multi-task *"),
 )

@@ -1,6 +1,6 @@
 """Runs the agreed methods over sums and writes the merged model.
 
-sum of contributions -> for methods that go block by block, a sum and a solve for each -> solve every candidate ->
+sum of contributions -> for methods of several steps, a sum and a solve for each -> solve every candidate ->
 owners evaluate the candidates of a sweep -> sum of validation figures -> choose -> owners evaluate the chosen -> sum
 of test figures -> model folder and report
 """
@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import metrics
@@ -21,9 +20,18 @@ from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
 from common.low_rank import AdapterPlan, LowRank, adapter_plan, cut
-from common.merge_methods import candidates, contribution_layout, solve, solve_step, step_layout, step_statistic
-from common.merge_methods.sequence import merged_layout, steps
-from common.merge_methods.terms import LayerNote, Solution, mean_delta, unchanged
+from common.merge_methods import (
+    candidates,
+    contribution_layout,
+    merged_layout,
+    solve,
+    solve_step,
+    start,
+    step_layout,
+    step_statistic,
+    steps,
+)
+from common.merge_methods.terms import Solution
 from common.metrics import MeanScore
 from common.models import (
     MergePlan,
@@ -112,7 +120,7 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
     agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
     solutions_of: dict[str, SolutionOf] = {
-        method: _solve_block_by_block(coordinator, plan, method, total)
+        method: _solve_step_by_step(coordinator, plan, method, total)
         if method in SEQUENTIAL
         else partial(solve, agreement, plan, method, total)
         for method in agreement.methods
@@ -139,39 +147,30 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
     )
 
 
-def _solve_block_by_block(coordinator: Coordinator, plan: MergePlan, method: str, total: Total) -> SolutionOf:
+def _solve_step_by_step(coordinator: Coordinator, plan: MergePlan, method: str, total: Total) -> SolutionOf:
     """Step after step, each a sum of its own; what one gives goes to the owners, who measure the next one with it."""
     agreement = coordinator.agreement
-    delta = {name: mean_delta(total, name).float() for name in plan.averaged} | unchanged(plan)
-    layers: list[LayerNote] = []
-    notes: list[str] = []
-    *before, last = steps(plan)
-    _send_merged(coordinator, plan, method, 0, delta)
+    merged = start(agreement, plan, method, total)
+    *before, last = steps(plan, method)
+    _send_merged(coordinator, plan, method, 0, merged)
     for step in before:
         step_total = coordinator.sum(step_statistic(method, step), step_layout(agreement, plan, method, step))
-        solved = solve_step(agreement, plan, method, step, step_total, None)
+        merged = merged.followed_by(solve_step(agreement, plan, method, step, step_total, None))
         step_total.destroy()
-        delta.update(solved.delta)
-        layers += solved.layers
-        notes += solved.notes
-        _send_merged(coordinator, plan, method, step.number, delta)
+        _send_merged(coordinator, plan, method, step.number, merged)
     last_total = coordinator.sum(step_statistic(method, last), step_layout(agreement, plan, method, last))
-    solutions = {}
-    for knob in candidates(agreement, method).values():
-        solved = solve_step(agreement, plan, method, last, last_total, knob)
-        solutions[knob] = Solution(
-            delta={**delta, **solved.delta}, layers=(*layers, *solved.layers), notes=(*notes, *solved.notes)
-        )
+    solutions = {
+        knob: merged.followed_by(solve_step(agreement, plan, method, last, last_total, knob))
+        for knob in candidates(agreement, method).values()
+    }
     last_total.destroy()
     return solutions.__getitem__
 
 
-def _send_merged(
-    coordinator: Coordinator, plan: MergePlan, method: str, number: int, delta: Mapping[str, Tensor]
-) -> None:
-    layout = merged_layout(plan, number)
+def _send_merged(coordinator: Coordinator, plan: MergePlan, method: str, number: int, merged: Solution) -> None:
+    layout = merged_layout(plan, method, number)
     vector = np.empty(layout.size, dtype=np.float32)
-    layout.flatten(((entry.name, delta[entry.name].numpy()) for entry in layout.entries), vector)
+    layout.flatten(((entry.name, merged.delta[entry.name].numpy()) for entry in layout.entries), vector)
     coordinator.send_candidate(f"{method} {number}", "prefix", layout, vector)
 
 

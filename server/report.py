@@ -176,6 +176,6 @@ def _advice(outcome: Outcome, mean: dict[str, dict[str, Any]]) -> list[str]:
         )
     for choice in outcome.choices.values():
         tried = list(choice.sweep)
-        if len(tried) > 2 and choice.name in (tried[0], tried[-1]):
+        if len(tried) > 2 and choice.name in (tried[0], tried[-1]) and choice.knob not in (0.0, 1.0):
             advice.append(f"{choice.name} is at the end of its sweep; values beyond it may do better")
     return advice

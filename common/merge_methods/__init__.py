@@ -6,8 +6,11 @@
     contribution(agreement, plan, owner)  one owner's tensors, in that order
     solve(agreement, plan, total, knob)   the merged delta from the sums
 
-A method that goes block by block (sequence.py) has, instead of `solve`, the same for each of its steps:
+A method of several steps (sequence.py) has, instead of `solve`,
 
+    start(agreement, plan, total)         what is merged before the first step
+    steps(plan)
+    merged_names(plan, number)            the parameters that step `number` gives; number 0 is `start`
     step_layout(agreement, plan, step)
     step_contribution(agreement, plan, step, owner)
     solve_step(agreement, plan, step, total, knob)    the knob matters in the last step
@@ -22,10 +25,10 @@ from types import ModuleType
 from numpy.typing import NDArray
 
 from common.agreement import SEQUENTIAL, Agreement, AgreementDraft
-from common.merge_methods import average, calibration, fisher, regmean, regmean_plus_plus, task_arithmetic
-from common.merge_methods.sequence import Step, steps
+from common.merge_methods import average, fisher, regmean, regmean_plus_plus, regmean_refit, task_arithmetic
+from common.merge_methods.sequence import Step
 from common.merge_methods.terms import OwnerTerms, Solution
-from common.models import MergePlan
+from common.models import MergePlan, delta_layout
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout, union
 
@@ -34,8 +37,8 @@ METHODS: dict[str, ModuleType] = {
     "task_arithmetic": task_arithmetic,
     "fisher": fisher,
     "regmean": regmean,
+    "regmean_refit": regmean_refit,
     "regmean_plus_plus": regmean_plus_plus,
-    "calibration": calibration,
 }
 
 
@@ -65,13 +68,30 @@ def candidates(agreement: Agreement, method: str) -> dict[str, float | None]:
     return {method if value is None or len(values) == 1 else f"{method}@{value!r}": value for value in values}
 
 
+def steps(plan: MergePlan, method: str) -> tuple[Step, ...]:
+    """The steps of a method that has several, after the sum that all methods share."""
+    of_method: tuple[Step, ...] = METHODS[method].steps(plan)
+    return of_method
+
+
+def start(agreement: Agreement, plan: MergePlan, method: str, total: Total) -> Solution:
+    """What such a method merges before its first step."""
+    solution: Solution = METHODS[method].start(agreement, plan, total)
+    return solution
+
+
+def merged_layout(plan: MergePlan, method: str, number: int) -> TensorLayout:
+    """How what step `number` gave (0: `start`) travels back to the owners, as float32."""
+    return delta_layout(plan, METHODS[method].merged_names(plan, number))
+
+
 def step_named(agreement: Agreement, plan: MergePlan, statistic: str) -> tuple[str, Step] | None:
-    """The method and step that a statistic is about, `calibration 3`; None if it is no agreed one."""
+    """The method and step that a statistic is about, `regmean_plus_plus 3`; None if it is no agreed one."""
     method, _, number = statistic.partition(" ")
     agreed = method in SEQUENTIAL and method in agreement.methods and number.isdecimal()
-    if not agreed or not 1 <= int(number) <= len(steps(plan)):
+    if not agreed or not 1 <= int(number) <= len(steps(plan, method)):
         return None
-    return method, steps(plan)[int(number) - 1]
+    return method, steps(plan, method)[int(number) - 1]
 
 
 def step_statistic(method: str, step: Step) -> str:
@@ -80,7 +100,7 @@ def step_statistic(method: str, step: Step) -> str:
 
 
 def step_layout(agreement: Agreement, plan: MergePlan, method: str, step: Step) -> TensorLayout:
-    """The tensors that are summed in one step of a method that goes block by block."""
+    """The tensors that are summed in one step of a method that has several."""
     layout: TensorLayout = METHODS[method].step_layout(agreement, plan, step)
     return layout
 

@@ -1,7 +1,9 @@
 """RegMean++ (Nguyen et al., 2025, arXiv 2508.03121, section 3): RegMean, block after block.
 
-Block l's Grams are those of the rows that the merged blocks before it produce, run through the owner's own block l.
-Otherwise each step is a RegMean of its own (`regmean.py`), at one alpha.
+Block l's Grams are those of the rows that the merged blocks before it produce, run through the owner's own block l:
+each layer is solved for the inputs that it will really get. Otherwise each step is a RegMean of its own (`regmean.py`),
+at one alpha. What stands before the first block belongs to the first step; of what follows the last block (pooler,
+classifier) each distinct input is a step of its own. What is averaged is merged before the first step.
 """
 
 from collections.abc import Iterator
@@ -14,12 +16,14 @@ from common.merge_methods.sequence import Step, agreement_of, plan_of
 from common.merge_methods.terms import (
     OwnerTerms,
     Solution,
+    mean_delta,
+    unchanged,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import MergePlan
+from common.models import MergePlan, SharedInput, parameter_of
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 
@@ -37,6 +41,37 @@ def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
     yield from weight_tensors(agreement, owner)
     yield from weighted_delta_tensors(agreement, owner, plan.averaged)
+
+
+def start(agreement: Agreement, plan: MergePlan, total: Total) -> Solution:
+    return Solution(delta={name: mean_delta(total, name).float() for name in plan.averaged} | unchanged(plan))
+
+
+def steps(plan: MergePlan) -> tuple[Step, ...]:
+    """Every input of the plan, in the order of first use, in exactly one step."""
+    by_block: dict[int, list[SharedInput]] = {}
+    after: list[SharedInput] = []
+    for shared in plan.inputs:
+        block = next((index for index, name in enumerate(plan.blocks) if shared.name.startswith(f"{name}.")), None)
+        if block is not None:
+            by_block.setdefault(block, []).append(shared)
+        elif by_block:
+            after.append(shared)
+        else:
+            by_block[0] = [shared]
+    parts: list[tuple[int | None, list[SharedInput]]] = [(block, by_block[block]) for block in sorted(by_block)]
+    parts += [(None, [shared]) for shared in after]
+    return tuple(
+        Step(number=number, block=block, inputs=tuple(inputs)) for number, (block, inputs) in enumerate(parts, 1)
+    )
+
+
+def merged_names(plan: MergePlan, number: int) -> tuple[str, ...]:
+    if number == 0:
+        return plan.averaged
+    layers = [layer for shared in steps(plan)[number - 1].inputs for layer in shared.layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return tuple(dict.fromkeys([*(parameter_of(layer.weight) for layer in layers), *biases]))
 
 
 def step_layout(agreement: Agreement, plan: MergePlan, step: Step) -> TensorLayout:

@@ -26,7 +26,7 @@ class Gram:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTerms:
-    """What the classifier is fitted to, row by row; only sums over the rows leave (calibration.py)."""
+    """What the classifier is fitted to, row by row; only sums over the rows leave (regmean_refit.py)."""
 
     features: Tensor  # (rows, d_in, and one more that is 1 where the classifier has a bias) float64
     targets: Tensor  # (rows,) int64
@@ -44,9 +44,6 @@ class OwnerTerms:
     gram_examples: int = 1
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     fisher_examples: int = 1
-    crosses: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # by layer: X^T (Y - X W_0^T), (gram_size, d_out) float64
     head: HeadTerms | None = None
 
 
@@ -72,6 +69,14 @@ class Solution:
     layers: tuple[LayerNote, ...] = ()
     notes: tuple[str, ...] = ()
     low_rank: LowRank | None = None
+
+    def followed_by(self, later: "Solution") -> "Solution":
+        """This solution with what a later step gave, which takes the place of what it gave anew."""
+        renewed = {note.name for note in later.layers}
+        kept = tuple(note for note in self.layers if note.name not in renewed)
+        return Solution(
+            delta={**self.delta, **later.delta}, layers=(*kept, *later.layers), notes=(*self.notes, *later.notes)
+        )
 
     def __post_init__(self) -> None:
         for name, tensor in self.delta.items():
