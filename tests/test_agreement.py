@@ -43,7 +43,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
     ("change", "says"),
     [
         (("title =", "titel ="), "titel is no known key; allowed: base, bounds, compare_with"),
-        (('"regmean"', '"regmeen"'), "method = 'regmeen': Input should be 'average', 'task_arithmetic', 'fisher' or"),
+        (('"regmean"', '"regmeen"'), "method = 'regmeen': Input should be 'average', 'task_arithmetic', 'fisher',"),
         (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
         (('["average"]', '["regmean"]'), "names 'regmean' or a method twice"),
         (('title = "Test"', "title = 3"), "title = 3: Input should be a valid string"),

@@ -29,7 +29,7 @@ def test_the_head_s_fisher_is_the_squared_error_times_the_squared_features() -> 
     random, expected = torch.Generator().manual_seed(3), torch.zeros(3)
     with torch.no_grad():
         for index in range(12):
-            p = model(**rows.batch(np.array([index]))).logits.softmax(-1)[0]
+            p = model(**rows.batch(np.array([index]))[0]).logits.softmax(-1)[0]
             drawn = torch.multinomial(p, 1, generator=random)
             expected += (p - torch.nn.functional.one_hot(drawn[0], 3)) ** 2
     torch.testing.assert_close(fisher["classifier.bias"], expected)
@@ -42,7 +42,7 @@ def test_squares_are_taken_per_example_before_they_are_added() -> None:
     random = torch.Generator().manual_seed(0)
     expected = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for index in range(5):
-        logits = model(**rows.batch(np.array([index]))).logits
+        logits = model(**rows.batch(np.array([index]))[0]).logits
         drawn = torch.multinomial(logits.detach().softmax(-1)[0], 1, generator=random)
         model.zero_grad()
         logits.log_softmax(-1)[0, drawn[0]].backward()

@@ -40,6 +40,6 @@ def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
     assert not readers or path.parts[0] == "client" or path.parts[:2] == ("deploy", "example")
 
 
-def test_forward_hooks_are_in_one_place() -> None:
+def test_forward_hooks_are_in_two_places_layers_and_blocks() -> None:
     users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
-    assert users == ["client/gram.py"]
+    assert users == ["client/block_stream.py", "client/gram.py"]

@@ -1,0 +1,268 @@
+"""Methods of several steps: blocks run one after the other equal the whole model; every step against a slow oracle."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from client import block_stream
+from client.block_stream import BlockStream, check_blocks
+from client.gram import GramCollector, find_shared_inputs, layer_inputs
+from client.head import measure_head
+from client.rows import Rows
+from client.sequence import measure_step, put_merged_prefix
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, RegMeanRefit
+from common.errors import DataError, ModelError
+from common.identity import Identity
+from common.merge_methods import regmean_refit, solve_step, step_contribution, step_layout, steps
+from common.merge_methods.regmean_plus_plus import merged_names
+from common.merge_methods.terms import OwnerTerms
+from common.models import MergePlan, block_names
+from tests.conftest import tiny_bert
+from tests.sums import run, terms_of
+
+TEXT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def deberta() -> PreTrainedModel:
+    config = DebertaV2Config(
+        **TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=4, share_att_key=True
+    )
+    return DebertaV2ForSequenceClassification(config)
+
+
+def vit() -> PreTrainedModel:
+    sizes = {name: value for name, value in TEXT.items() if name != "vocab_size"}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1))
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": tiny_bert,
+    "gpt2": lambda: GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=16, pad_token_id=0)
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=1)),
+    "deberta": deberta,
+    "vit": vit,
+}
+
+
+def made(name: str, seed: int = 0) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name]().eval()
+
+
+def batches_for(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(1)
+    if "pixel_values" in model.main_input_name:
+        return [{"pixel_values": torch.randn(count, 1, 8, 8, generator=random)} for count in (3, 2)]
+    batches = []
+    for lengths in ([3, 5, 2], [7, 4]):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        tokens = torch.randint(1, 50, mask.shape, generator=random)
+        batches.append({"input_ids": tokens * mask, "attention_mask": mask.long()})
+    return batches
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_run_block_by_block_feeds_its_blocks_what_it_feeds_them_in_one_go(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    blocks = block_names(model)
+    batches = batches_for(model)
+    check_blocks(model, blocks, batches[0])
+    expected: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    handles = [
+        model.get_submodule(block).register_forward_pre_hook(
+            lambda _, args, block=block: expected[block].append(args[0].clone())
+        )
+        for block in blocks
+    ]
+    with torch.inference_mode():
+        logits = [model(**batch).logits for batch in batches]
+    for handle in handles:
+        handle.remove()
+    stream = BlockStream(tmp_path / "stream", blocks)
+    for block in range(len(blocks)):
+        with stream.advancing(model, batches, block) as run_batch:
+            for number in range(len(batches)):
+                run_batch(number)
+        assert stream.reached == block
+        for number in range(len(batches)):
+            kept = torch.from_numpy(np.load(tmp_path / "stream" / str(block) / f"{number}.npy"))
+            torch.testing.assert_close(kept, expected[blocks[block]][number])
+    seen: list[Tensor] = []
+    last = model.register_forward_hook(lambda _, __, output: seen.append(output.logits))
+    with stream.advancing(model, batches, None) as run_batch:
+        for number in range(len(batches)):
+            run_batch(number)
+    last.remove()
+    for found, wanted in zip(seen[-len(batches) :], logits, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_models_that_are_no_single_chain_of_blocks_are_refused() -> None:
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
+    albert = AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8))
+    for model in (t5, albert):
+        with pytest.raises(ModelError, match=r"need one chain|do not run once each"):
+            check_blocks(model, block_names(model), batches_for(made("bert"))[0])
+
+
+def test_no_room_for_activations_is_said_before_anything_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_stream.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    model = made("bert")
+    stream = BlockStream(tmp_path / "stream", block_names(model))
+    with (
+        pytest.raises(DataError, match=r"MB are free, the activations between two steps need .* nothing has left"),
+        stream.advancing(model, batches_for(model), 0) as run_batch,
+    ):
+        run_batch(0)
+
+
+def test_each_step_s_grams_are_of_merged_blocks_before_it_and_own_layers_in_it(plan: MergePlan, tmp_path: Path) -> None:
+    own, merged = made("bert", seed=2), made("bert", seed=3)
+    batches = batches_for(own)
+    done: list[str] = []
+    for step in steps(plan, "regmean_plus_plus"):
+        done += merged_names(plan, step.number - 1)
+        stream, oracle = made("bert", seed=2), made("bert", seed=2)
+        put_merged_prefix(stream, merged, plan, step)
+        grams = measure_step(stream, plan, step, batches, tmp_path / "activations")
+        assert set(grams) == {shared.name for shared in step.inputs}
+        # The oracle: whole forward passes of a model whose earlier modules are simply the merged ones.
+        from_merged = dict(merged.named_parameters())
+        inside = (
+            (f"bert.encoder.layer.{number}." for number in range(step.block or 0, 2)) if step.block is not None else ()
+        )
+        ahead = (
+            *inside,
+            *(
+                f"{shared.name}."
+                for later in steps(plan, "regmean_plus_plus")[step.number - 1 :]
+                for shared in later.inputs
+            ),
+        )
+        with torch.no_grad():
+            for name, parameter in oracle.named_parameters():
+                if name in done and not name.startswith(ahead):
+                    parameter.copy_(from_merged[name])
+        part = MergePlan(inputs=step.inputs, averaged=(), left_alone=(), shapes=plan.shapes)
+        collector = GramCollector(part)
+        with layer_inputs(oracle, collector.observe, {layer.weight for layer in part.layers()}), torch.no_grad():
+            for batch in batches:
+                collector.start_batch(batch)
+                oracle(**batch)
+        for name, gram in collector.grams().items():
+            assert gram.rows == grams[name].rows
+            torch.testing.assert_close(grams[name].matrix, gram.matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_the_steps_of_a_model_name_every_merged_input_once(plan: MergePlan) -> None:
+    of_blocks = steps(plan, "regmean_plus_plus")
+    assert [step.block for step in of_blocks] == [0, 1, None, None]
+    assert [shared.name for step in of_blocks for shared in step.inputs] == [shared.name for shared in plan.inputs]
+    assert [step.inputs[0].name for step in steps(plan, "regmean_refit")] == ["classifier"]
+
+
+class Padded:
+    """Batches that are ready made."""
+
+    @staticmethod
+    def pad(rows: list[dict[str, list[int]]], return_tensors: str) -> dict[str, Tensor]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def labelled(count: int, seed: int) -> Rows:
+    random = np.random.default_rng(seed)
+    features = tuple({"input_ids": random.integers(1, 50, 6).tolist(), "attention_mask": [1] * 6} for _ in range(count))
+    return Rows(features=features, targets=random.integers(0, 3, count), tokenizer=Padded())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("targets", ["labels", "scores"])
+def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
+    agreement: Agreement, plan: MergePlan, targets: str
+) -> None:
+    balance = 0.5 if targets == "labels" else None
+    refit = RegMeanRefit(targets=targets, balances=(0.5,))  # type: ignore[arg-type]
+    agreement = agreement.model_copy(update={"method": "regmean_refit", "compare_with": (), "regmean_refit": refit})
+    (step,) = steps(plan, "regmean_refit")
+    layout = step_layout(agreement, plan, "regmean_refit", step)
+    base, merged = made("bert"), made("bert", seed=9)
+    terms, vectors = {}, {}
+    for index, (name, count) in enumerate((("ada", 30), ("bea", 25), ("cyd", 40))):
+        head = measure_head(base, made("bert", seed=index + 1), merged, plan, labelled(count, index), 8)
+        terms[name] = OwnerTerms(examples=count, delta={}, head=head)
+        vectors[name] = np.zeros(layout.size)
+        layout.flatten(step_contribution(agreement, plan, "regmean_refit", step, terms[name]), vectors[name])
+    identities = {name: Identity(name=name, seed=name.encode().ljust(32)) for name in terms}
+    total = run("plain", identities, terms_of(identities, layout), vectors)
+    solution = solve_step(agreement, plan, "regmean_refit", step, total, balance)
+
+    rows, wanted, ridge, sizes = [], [], torch.zeros(()).double(), torch.zeros(()).double()
+    start = torch.cat([base.classifier.weight.T, base.classifier.bias[None]]).detach().double()
+    for owner in terms.values():
+        head = owner.head
+        assert head is not None
+        weights = torch.ones(len(head.targets)).double()
+        if targets == "labels":
+            shares = torch.bincount(head.targets).double() / len(head.targets)
+            weights = shares[head.targets] ** -0.5
+            weights *= len(weights) / weights.sum()
+        root = weights.sqrt()[:, None]
+        onehot = torch.eye(3).double()[head.targets] - 1 / 3
+        rows.append(root * head.features)
+        wanted.append(root * (onehot if targets == "labels" else head.scores))
+        ridge = ridge + 1e-2 * (rows[-1] ** 2).sum() / head.features.shape[1]
+        sizes = sizes + (weights * head.scores.var(dim=1, correction=0) * 3).sum()
+    x, y = torch.cat(rows), torch.cat(wanted)
+    anchor = torch.zeros_like(start) if targets == "labels" else start
+    penalty = ridge.sqrt() * torch.eye(x.shape[1]).double()
+    expected = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ anchor])).solution
+    if targets == "labels":
+        gram = x.T @ x + ridge * torch.eye(x.shape[1]).double()
+        expected = expected * (sizes / (expected * (gram @ expected)).sum()).sqrt()
+    found = start + torch.cat([solution.delta["classifier.weight"].T, solution.delta["classifier.bias"][None]]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert solution.layers[0].rows == 95
+
+
+def test_rare_classes_do_not_get_boundless_weight() -> None:
+    weights = regmean_refit.class_weights(torch.tensor([0] * 99 + [1]), balance=1.0)
+    assert float(weights.sum()) == pytest.approx(100)
+    assert float(weights[-1] / weights[0]) == pytest.approx(33)  # as if three rows were of its class
+
+
+def test_methods_of_several_sums_need_all_owners() -> None:
+    owners = tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd", "dan", "eva"))
+    with pytest.raises(ValueError, match="sums over different owners would show the difference; all 5 must take part"):
+        AgreementDraft(title="t", base="b", owners=owners, min_owners=4, method="regmean_plus_plus")
+
+
+def test_find_shared_inputs_sees_the_same_groups_when_blocks_were_run_before(tmp_path: Path) -> None:
+    model = made("bert")
+    batch = batches_for(model)[0]
+    before = find_shared_inputs(model, batch)
+    with BlockStream(tmp_path / "s", block_names(model)).advancing(model, [batch], 0) as run_batch:
+        run_batch(0)
+    assert find_shared_inputs(model, batch) == before
