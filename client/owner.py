@@ -71,6 +71,7 @@ from common.models import (
     add_delta,
     base_model_folder,
     check_base,
+    check_change,
     check_tokenizer,
     copy_parameters,
     delta_layout,
@@ -135,9 +136,10 @@ class Owner:
         if self.name not in self.agreement.owner_names:
             raise ConsentError(f"owner {self.name} is not on the agreement's roster: {self.agreement.owner_names}")
         if self.settings.fine_tuned is not None:
-            self.own_model()
-            if self.agreement.task.kind == "text-classification":
-                check_tokenizer(fine_tuned_folder(self.settings.fine_tuned, self._home), self._base_folder)
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
+            check_change(self.own_model(), self._base, folder)
+            if self.task.is_text:
+                check_tokenizer(folder, self._base_folder)
         self._check_identity()
         for layout in (
             contribution_layout(self.agreement, self._plan),

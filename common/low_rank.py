@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from common.models import linear_layers, parameter_shapes
+from common.models import body_parameters, linear_layers, parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,10 @@ class LowRank:
 
 
 def adapter_plan(base: PreTrainedModel, made_here: Collection[str], rank: int) -> AdapterPlan:
-    """`made_here`: parameters that the base's files lack; with the head, they go whole."""
-    body = f"{base.base_model_prefix}."
+    """`made_here`: parameters that the base's files lack; with the head, where the model tells it, they go whole."""
+    body = body_parameters(base)
     names = parameter_shapes(base)
-    modules = {_module_of(name) for name in names if not name.startswith(body) or name in made_here} - {""}
+    modules = {_module_of(name) for name in names if name not in body or name in made_here} - {""}
     # peft finds the modules to save by the end of their names, so others may come along.
     whole = tuple(name for name in names if _module_of(name).endswith(tuple(modules)))
     layers = {

@@ -112,7 +112,9 @@ def base_labels(folder: Path) -> tuple[str, ...]:
 
 
 def named_labels(folder: Path) -> tuple[str, ...]:
-    """`base_labels`, or none where the configuration only numbers them."""
+    """`base_labels`, or none where the configuration only numbers them, and of an adapter, which has none."""
+    if is_adapter(folder):
+        return ()
     labels = base_labels(folder)
     return () if all(label.startswith("LABEL_") for label in labels) else labels
 
@@ -143,7 +145,7 @@ def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
     """An owner's model in float32: its own weights, or the base's with its adapter.
 
-    Raises ModelError unless it has exactly the base's parameters and labels, and weights that can come from the base's.
+    Raises ModelError unless it has exactly the base's parameters and labels.
     """
     if is_adapter(folder):
         model = with_adapter(base, folder)
@@ -162,18 +164,22 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
                 f"model {folder}: parameter {name} has shape {found.get(name, 'none')}, "
                 f"in the base it has {expected.get(name, 'none')}; it was not fine-tuned from this base"
             )
-    _check_change(model, base, folder)
     return model
 
 
 @torch.no_grad()
-def _check_change(model: PreTrainedModel, base: PreTrainedModel, folder: Path) -> None:
-    """Raise ModelError for a model that is no nearer to the base than any other would be."""
-    start, body = dict(base.named_parameters()), f"{base.base_model_prefix}."
+def check_change(model: PreTrainedModel, base: PreTrainedModel, folder: Path) -> None:
+    """Raise ModelError for a model that is no nearer to the base than any other would be.
+
+    For models whose start we have not seen: one that was trained here, or an adapter on the base, cannot have another.
+    """
+    if is_adapter(folder):
+        return
+    start, body = dict(base.named_parameters()), set(body_parameters(base))
     changes = [
         float((parameter - start[name]).norm() / start[name].norm())
         for name, parameter in model.named_parameters()
-        if name.startswith(body) and parameter.ndim > 1 and start[name].any()
+        if name in body and parameter.ndim > 1 and start[name].any()
     ]
     change = median(changes) if changes else 0.0
     if change > MOST_MEDIAN_CHANGE:
@@ -305,6 +311,13 @@ def image_shape(config: Any) -> tuple[int, int, int]:
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter by name; one that is tied to another stands once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def body_parameters(model: PreTrainedModel) -> tuple[str, ...]:
+    """The parameters outside the head; all of them where the model does not tell the two apart."""
+    names = tuple(parameter_shapes(model))
+    body = tuple(name for name in names if name.startswith(f"{model.base_model_prefix}."))
+    return body or names
 
 
 def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import T5Config, T5ForConditionalGeneration
 
 from common.low_rank import adapter_plan, cut, factorise, multiply
 from common.models import parameter_shapes
@@ -66,3 +67,10 @@ def test_what_the_base_s_files_lack_goes_whole() -> None:
     plan = adapter_plan(tiny_bert(), made_here=("bert.pooler.dense.weight", "bert.pooler.dense.bias"), rank=2)
     assert plan.whole_modules == ("bert.pooler.dense", "classifier")
     assert "bert.pooler.dense.weight" not in plan.layers
+
+
+def test_a_model_that_does_not_tell_its_head_from_its_body_is_cut_throughout() -> None:
+    config = T5Config(vocab_size=80, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False)
+    plan = adapter_plan(T5ForConditionalGeneration(config), made_here=(), rank=2)
+    assert plan.whole == ()
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in plan.layers
