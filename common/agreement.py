@@ -31,7 +31,9 @@ FIGURES: dict[TaskKind, Figure] = {
     "sequence-to-sequence": "log_likelihood",
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
-MethodName = Literal["average", "task_arithmetic", "fisher", "regmean", "regmean_refit", "regmean_plus_plus"]
+MethodName = Literal[
+    "average", "task_arithmetic", "fisher", "data_free", "regmean", "regmean_refit", "regmean_plus_plus"
+]
 SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_refit", "regmean_plus_plus"})  # methods of several sums
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -93,13 +95,23 @@ class RegMean(Settings):
     """Knobs of `common/merge_methods/regmean.py`; several alphas are a sweep, chosen by the owners' summed metric.
 
     `bias_feature`: a bias is solved with its weight, as the weight of one more input that is always 1, where every
-    layer that shares the input has a bias. Otherwise biases are averaged.
+    layer that shares the input has a bias. Otherwise biases are averaged. `data_free_layers`: weights of linear layers
+    that are merged with the Gram of `data_free.py`, as [data_free] says, instead of a measured one: names, the
+    beginnings of names up to a dot, or patterns (`*.attention.*`).
     """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
     measured_examples: Count = 1000
     bias_feature: bool = False
+    data_free_layers: tuple[str, ...] = ()
+
+
+class DataFree(Settings):
+    """Knobs of `common/merge_methods/data_free.py`; several alphas are a sweep."""
+
+    alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (1.0,)
+    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-3
 
 
 class RegMeanPlusPlus(Settings):
@@ -196,6 +208,8 @@ class TensorRoles(Settings):
     # Where one parameter holds the weights of several experts, each slice stands by itself: `name[0]`, `name[1]`, ...
     # A bias in a group is solved with its layer's weight; then every layer of the group has one.
     merged: tuple[tuple[str, ...], ...]
+    # Weights of linear layers that RegMean merges by their changes alone.
+    data_free: tuple[str, ...] = ()
     averaged: tuple[str, ...]
     left_alone: tuple[str, ...]
 
@@ -219,6 +233,7 @@ class AgreementDraft(Settings):
     regmean: RegMean = RegMean()
     regmean_plus_plus: RegMeanPlusPlus = RegMeanPlusPlus()
     regmean_refit: RegMeanRefit = RegMeanRefit()
+    data_free: DataFree = DataFree()
     summation: Summation = Summation()
     bounds: Bounds = Bounds()
     privacy: Privacy = Privacy()
@@ -276,11 +291,17 @@ class AgreementDraft(Settings):
             )
         for table, key, knobs in (
             ("regmean", "alphas", self.regmean.alphas),
+            ("data_free", "alphas", self.data_free.alphas),
             ("task_arithmetic", "scales", self.task_arithmetic.scales),
             ("regmean_refit", "balances", self.regmean_refit.balances),
         ):
             if len(set(knobs)) != len(knobs):
                 raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")
+        if self.regmean.data_free_layers and len(self.data_free.alphas) > 1:
+            raise ValueError(
+                f"data_free.alphas = {list(self.data_free.alphas)}: one alpha is needed for regmean.data_free_layers; "
+                "RegMean tries its own alphas only"
+            )
         return self
 
     def _check_keys(self) -> None:
@@ -376,6 +397,7 @@ class Agreement(AgreementDraft):
     def tensors_by_name(self) -> Iterator[str]:
         for group in self.tensors.merged:
             yield from group
+        yield from self.tensors.data_free
         yield from self.tensors.averaged
         yield from self.tensors.left_alone
 

@@ -445,9 +445,14 @@ class SharedInput:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What happens to each parameter, with shapes: the agreement's tensor roles on the base model."""
+    """What happens to each parameter, with shapes: the agreement's tensor roles on the base model.
+
+    `data_free`: the layers that RegMean merges by their changes alone. `linear_layers`: all that a merge may change.
+    """
 
     inputs: tuple[SharedInput, ...]
+    data_free: tuple[Layer, ...]
+    linear_layers: tuple[Layer, ...]
     averaged: tuple[str, ...]
     left_alone: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -562,12 +567,18 @@ def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
     """The roles with this model's shapes. Raises ModelError unless they name exactly the model's parameters."""
     shapes = parameter_shapes(model)
     layers = merge_layers(model)
-    named = [*(name for group in roles.merged for name in group), *roles.averaged, *roles.left_alone]
+    merged = [*(name for group in roles.merged for name in group), *roles.data_free]
+    named = [*merged, *roles.averaged, *roles.left_alone]
     for name in sorted(set(named) ^ _names_as_in(named, shapes, layers)):
         missing_in = "the base model" if name in named else "the agreement's tensors"
         raise ModelError(f"parameter {name} is missing in {missing_in}")
+    for name in roles.data_free:
+        if name not in layers:
+            raise ModelError(f"parameter {name} is to be merged, but it is no linear layer's weight")
     return MergePlan(
         inputs=tuple(_shared_input(group, layers, layer_biases(model)) for group in roles.merged),
+        data_free=tuple(layers[name] for name in roles.data_free),
+        linear_layers=tuple(layer for name, layer in layers.items() if parameter_of(name) not in roles.left_alone),
         averaged=roles.averaged,
         left_alone=roles.left_alone,
         shapes=shapes,

@@ -3,7 +3,8 @@
 What is measured here is measured on the public base model with made-up inputs; no owner's row is needed or seen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from math import ceil, log2
 from pathlib import Path
 
@@ -126,20 +127,34 @@ def _tensor_roles(
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
     layers = merge_layers(base)
-    merged = tuple(
-        group
-        for group in groups
-        if not held_back & set(map(parameter_of, group))
-        and (draft.privacy.merge_routed_inputs or not any(layers[weight].is_expert for weight in group))
-    )
+    data_free = _data_free_layers(draft.regmean.data_free_layers, layers)
+    if not draft.privacy.merge_routed_inputs:
+        held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.is_expert}
+    measured = (tuple(weight for weight in group if weight not in data_free) for group in groups)
+    merged = tuple(group for group in measured if group and not held_back & set(map(parameter_of, group)))
     if draft.regmean.bias_feature:
         biases = layer_biases(base)
         merged = tuple(
             (*group, *(biases[weight] for weight in group)) if set(group) <= set(biases) else group for group in merged
         )
-    elsewhere = {parameter_of(weight) for group in merged for weight in group} | set(left_alone)
-    averaged = tuple(name for name in parameter_shapes(base) if name not in elsewhere)
-    return TensorRoles(merged=merged, averaged=averaged, left_alone=left_alone)
+    solved = {parameter_of(name) for name in (*data_free, *(name for group in merged for name in group))}
+    averaged = tuple(name for name in parameter_shapes(base) if name not in solved | set(left_alone))
+    return TensorRoles(merged=merged, data_free=data_free, averaged=averaged, left_alone=left_alone)
+
+
+def _data_free_layers(patterns: tuple[str, ...], layers: Collection[str]) -> tuple[str, ...]:
+    """The weights that a pattern names, in the model's order. Raises SettingsError for a pattern that names none."""
+
+    def names(pattern: str, weight: str) -> bool:
+        parameter = parameter_of(weight)
+        return fnmatchcase(parameter, pattern) or parameter.startswith(f"{pattern}.")
+
+    for pattern in patterns:
+        if not any(names(pattern, weight) for weight in layers):
+            raise SettingsError(
+                f"regmean.data_free_layers: {pattern!r} names no linear layer's weight of the base model"
+            )
+    return tuple(weight for weight in layers if any(names(pattern, weight) for pattern in patterns))
 
 
 def _token_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:

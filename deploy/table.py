@@ -16,6 +16,7 @@ ROWS = (
     ("average", "average"),
     ("task_arithmetic", "task arithmetic"),
     ("fisher", "Fisher"),
+    ("data_free", "data-free"),
     ("regmean", "RegMean"),
     ("regmean_refit", "RegMean + refit"),
     ("regmean_plus_plus", "RegMean++"),

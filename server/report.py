@@ -10,9 +10,10 @@ report.json, `report_version` 1:
     evaluation.by_owner.<owner>.<model>        accuracy, FIGURE, rows; owners with figures = "summed" are not here
     evaluation.sweep.<method>                  candidate, accuracy, FIGURE on validation rows
     layers[]                                   per Gram of the published model: name, status, d_in, gram_size (1 more if
-                                               biases are solved too), rows, condition, effective_rank,
-                                               unseen_directions
-    tensors                                    merged (groups that share an input), averaged, left_alone, by name
+                                               biases are solved too), rows (null: a data-free Gram), condition,
+                                               effective_rank, unseen_directions
+    tensors                                    merged (groups that share an input), data_free, averaged, left_alone,
+                                               by name
     low_rank                                   of a model published as an adapter: rank; layers[], per weight its name
                                                and relative_error, |cut off| / |delta| in Frobenius norms; the same of
                                                all of them together; dropped, the share of the whole delta's norm

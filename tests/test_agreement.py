@@ -86,6 +86,10 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
             '1 have figures = "summed", 0 may drop out and 0 collude',
         ),
         (("title", "= title"), "not valid TOML"),
+        (
+            ("[[owners]]", '[data_free]\nalphas = [0.5, 1.0]\n[regmean]\ndata_free_layers = ["x"]\n[[owners]]'),
+            "data_free.alphas = [0.5, 1.0]: one alpha is needed for regmean.data_free_layers",
+        ),
     ],
 )
 def test_a_wrong_draft_is_refused_in_one_line_with_file_key_and_value(

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from client.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, RegMean, Task, TensorRoles
-from common.errors import ModelError
+from common.errors import ModelError, SettingsError
 from common.merge_methods import solve
 from common.merge_methods.terms import Gram, OwnerTerms, Solution
 from common.models import MergePlan, delta_of, linear_layers, merge_layers, merge_plan, parameter_of, parameter_shapes
@@ -404,6 +404,46 @@ def test_a_bias_stays_averaged_where_a_layer_of_the_same_input_has_none(
         rest = tuple(name for name in parameter_shapes(without_one_bias()) if name not in group + wrong)
         with pytest.raises(ModelError, match="either all layers have a bias or none"):
             merge_plan(without_one_bias(), TensorRoles(merged=((*group, *wrong),), averaged=rest, left_alone=()))
+
+
+# --- layers merged by their changes alone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("bert.encoder.layer.0.attention.self", 3),  # which is averaged otherwise
+        ("*.attention.self.query.weight", 2),
+        ("bert.encoder.layer.1.intermediate.dense.weight", 1),
+        ("bert", 13),
+    ],
+)
+def test_layers_are_named_data_free_by_name_beginning_or_pattern(pattern: str, count: int, tmp_path: Path) -> None:
+    agreement = completed(save(tiny_bert(), tmp_path), regmean=RegMean(data_free_layers=(pattern,), bias_feature=True))
+    tensors = agreement.tensors
+    assert len(tensors.data_free) == count
+    assert sorted(agreement.tensors_by_name()) == sorted(parameter_shapes(tiny_bert()))
+    plan = merge_plan(tiny_bert(), tensors)
+    assert [layer.weight for layer in plan.data_free] == list(tensors.data_free)
+    assert len(plan.linear_layers) == 14
+
+
+def test_fused_experts_are_data_free_all_together(tmp_path: Path) -> None:
+    experts = "model.layers.1.mlp.experts"
+    folder = save(ARCHITECTURES["mixtral"].make(), tmp_path)
+    tensors = completed(folder, regmean=RegMean(data_free_layers=(experts,))).tensors
+    assert set(tensors.data_free) == {
+        f"{experts}.{name}[{i}]" for name in ("gate_up_proj", "down_proj") for i in range(4)
+    }
+    assert f"{experts}.gate_up_proj" not in tensors.averaged
+
+
+def test_a_pattern_that_names_no_layer_is_refused(tmp_path: Path) -> None:
+    folder = save(tiny_bert(), tmp_path)
+    for pattern in ("bert.encoder.lay", "*.LayerNorm.weight"):
+        with pytest.raises(SettingsError, match=r"data_free_layers: .* names no linear layer's weight") as caught:
+            completed(folder, regmean=RegMean(data_free_layers=(pattern,)))
+        assert pattern in str(caught.value)
 
 
 # --- tied heads -------------------------------------------------------------------------------------------------------

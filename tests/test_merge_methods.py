@@ -10,11 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.agreement import SEQUENTIAL, Agreement, Bounds, RegMean, TaskArithmetic
+from common.agreement import SEQUENTIAL, Agreement, Bounds, DataFree, RegMean, TaskArithmetic
 from common.errors import NumericalError
 from common.identity import Identity
-from common.merge_methods import METHODS, candidates, contribution, contribution_layout, measurements, regmean, solve
-from common.merge_methods.terms import Gram, OwnerTerms, Solution
+from common.merge_methods import (
+    METHODS,
+    candidates,
+    contribution,
+    contribution_layout,
+    measurements,
+    normal_equations,
+    solve,
+)
+from common.merge_methods.terms import Gram, OwnerTerms, Solution, owner_weight
 from common.models import Layer, MergePlan, SharedInput
 from common.summation.protocol import Total
 from tests.sums import run, terms_of
@@ -39,6 +47,8 @@ def plan_for(
     }
     return MergePlan(
         inputs=(SharedInput(name="l0", d_in=d_in, layers=layers),),
+        data_free=(),
+        linear_layers=layers,
         averaged=("bias",),
         left_alone=(),
         shapes={**shapes, **{layer.bias: (layer.d_out,) for layer in layers if layer.bias}, "bias": (3,)},
@@ -79,9 +89,7 @@ def total_of(agreement: Agreement, plan: MergePlan, owners: Mapping[str, OwnerTe
 def merged(agreement: Agreement, plan: MergePlan, owners: Mapping[str, OwnerTerms], alpha: float) -> dict[str, Tensor]:
     """RegMean's solution in float64: the product rounds the delta to float32 at the very end."""
     total = total_of(agreement, plan, owners)
-    (shared,) = plan.inputs
-    delta, _ = regmean._solve_input(agreement, shared, total, alpha)
-    return delta
+    return dict(solve(agreement, plan, "regmean", total, alpha).delta)
 
 
 def exact(agreement: Agreement, **knobs: object) -> Agreement:
@@ -167,7 +175,7 @@ def test_a_2x2_case_solved_by_hand() -> None:
     _, owners = two_owners([[1, 0], [0, 3]], [1, 1], [[3, 0], [0, 1]], [-1, 2])
     left = sum(owner.grams["l0"].matrix for owner in owners.values())
     right = sum(owner.grams["l0"].matrix @ owner.delta["l0.weight"].T for owner in owners.values())
-    solution, status, _ = regmean.solve_symmetric(left, right)
+    solution, status, _ = normal_equations.solve_symmetric(left, right)
     torch.testing.assert_close(solution[:, 0], torch.tensor([-0.5, 1.25], dtype=torch.float64))
     assert status == "solved"
 
@@ -289,11 +297,11 @@ def test_a_solution_that_is_not_finite_is_an_error() -> None:
 
 
 def test_conditioning_and_rank_are_those_of_the_spectrum() -> None:
-    condition, rank = regmean.spectrum(torch.diag(torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)))
+    condition, rank = normal_equations.spectrum(torch.diag(torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)))
     assert condition == pytest.approx(8)
     shares = np.array([8, 4, 2, 1]) / 15
     assert rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
-    assert regmean.spectrum(torch.eye(5, dtype=torch.float64))[1] == pytest.approx(5)
+    assert normal_equations.spectrum(torch.eye(5, dtype=torch.float64))[1] == pytest.approx(5)
 
 
 # --- the other methods ------------------------------------------------------------------------------------------------
@@ -346,6 +354,82 @@ def test_fisher_takes_the_mean_where_there_is_no_information_and_reports_it(agre
     mean = sum(owner.examples * owner.delta["bias"] for owner in owners.values()) / 60
     torch.testing.assert_close(solution.delta["bias"], mean)
     assert solution.notes[0].startswith("4 of 9 parameters")
+
+
+# --- the data-free Gram -----------------------------------------------------------------------------------------------
+
+
+def without_ridge(agreement: Agreement, **changes: object) -> Agreement:
+    return exact(agreement).model_copy(update={"data_free": DataFree(ridge=0.0), **changes})
+
+
+@pytest.mark.parametrize("weighting", ["rows", "owners"])
+@pytest.mark.parametrize("stored_input_first", [False, True])
+def test_data_free_is_pooled_least_squares_on_the_weight_changes_themselves(
+    agreement: Agreement, weighting: str, stored_input_first: bool
+) -> None:
+    plan = plan_for(4, [6, 3], stored_input_first=stored_input_first)
+    owners = {f"o{i}": owner_for(plan, torch.randn(10 * (i + 1), 4, dtype=torch.float64), i) for i in range(3)}
+    alone = without_ridge(agreement, method="data_free", compare_with=(), weighting=weighting)
+    solution = solve(alone, plan, "data_free", total_of(alone, plan, owners), 1.0)
+    for layer in plan.layers():
+        rows, targets = [], []
+        for owner in owners.values():
+            delta = layer.take(owner.delta)  # (d_in, d_out); its rows as a linear layer's inputs are its columns
+            weight = owner.examples**0.5 if weighting == "rows" else 1.0
+            rows.append(weight * delta.T / delta.norm())
+            targets.append(rows[-1] @ delta)
+        pooled = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets), driver="gelsd").solution
+        torch.testing.assert_close(layer.take(solution.delta), pooled, rtol=1e-7, atol=1e-7)
+    mean = sum(owner_weight(alone, owner) * owner.delta["bias"] for owner in owners.values())
+    total_weight = sum(owner_weight(alone, owner) for owner in owners.values())
+    torch.testing.assert_close(solution.delta["bias"], mean / total_weight)
+    assert [note.rows for note in solution.layers] == [None, None]
+
+
+def test_a_layer_that_nobody_changed_stays_as_it_is(agreement: Agreement) -> None:
+    plan = plan_for(3, [2])
+    owners = three_owners(plan)
+    for owner in owners.values():
+        owner.delta["l0.weight"].zero_()
+    alone = agreement.model_copy(update={"method": "data_free", "compare_with": ()})
+    solution = solve(alone, plan, "data_free", total_of(alone, plan, owners), 1.0)
+    assert solution.layers[0].status == "empty"
+    assert not solution.delta["l0.weight"].any()
+
+
+def test_single_layers_of_regmean_can_be_data_free_and_are_sent_once(agreement: Agreement) -> None:
+    plan = plan_for(4, [6, 3])
+    first, second = plan.layers()
+    (shared,) = plan.inputs
+    mixed = replace(plan, inputs=(replace(shared, layers=(first,)),), data_free=(second,))
+    owners = {f"o{i}": owner_for(plan, torch.randn(30, 4, dtype=torch.float64), i) for i in range(3)}
+    both = without_ridge(agreement, compare_with=("data_free",))
+    total = total_of(both, mixed, owners)
+    by_inputs = merged(exact(agreement), plan, owners, alpha=0.9)
+    by_changes = solve(both, mixed, "data_free", total, 1.0).delta
+    solution = solve(both, mixed, "regmean", total, 0.9)
+    torch.testing.assert_close(solution.delta[first.weight], by_inputs[first.weight], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(solution.delta[second.weight], by_changes[second.weight], rtol=1e-9, atol=1e-9)
+    assert [(note.name, note.rows) for note in solution.layers] == [("l0", 90), ("l1", None)]
+
+
+@pytest.mark.parametrize("value", [64.0, 1e-6])
+def test_the_largest_changes_that_an_agreement_allows_fit_a_data_free_sum(agreement: Agreement, value: float) -> None:
+    plan = plan_for(5, [4])
+    rows = torch.randn(10_000, 5, dtype=torch.float64)
+    owners = {f"o{i}": owner_for(plan, rows, i) for i in range(3)}
+    for owner in owners.values():
+        owner.delta["l0.weight"].fill_(value)
+    alone = agreement.model_copy(
+        update={"method": "data_free", "compare_with": (), "data_free": DataFree(alphas=(0.0, 1.0), ridge=1.0)}
+    )
+    for alpha in (0.0, 1.0):
+        solution = solve(alone, plan, "data_free", total_of(alone, plan, owners), alpha)
+        torch.testing.assert_close(solution.delta["l0.weight"], owners["o0"].delta["l0.weight"])
+
+
+# --- all methods ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - SEQUENTIAL))

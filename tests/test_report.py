@@ -46,7 +46,7 @@ REPORT: dict[str, Any] = {
         "dropped": 0.5,
         "layers": [{"name": "l0.weight", "relative_error": 0.125}],
     },
-    "tensors": {"merged": [["l0.weight"]], "averaged": ["bias"], "left_alone": []},
+    "tensors": {"merged": [["l0.weight"]], "data_free": [], "averaged": ["bias"], "left_alone": []},
     "notes": ["l0: empty"],
     "advice": ["fisher did better"],
     "steps": [{"name": "roll call", "seconds": 0.1, "bytes_sent": 0, "bytes_received": 10**7}],

@@ -7,22 +7,14 @@ classifier) each distinct input is a step of its own. What is averaged is merged
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
 from common.merge_methods import regmean
 from common.merge_methods.sequence import Step, agreement_of, plan_of
-from common.merge_methods.terms import (
-    OwnerTerms,
-    Solution,
-    mean_delta,
-    unchanged,
-    weight_entries,
-    weight_tensors,
-    weighted_delta_entries,
-    weighted_delta_tensors,
-)
+from common.merge_methods.terms import OwnerTerms, Solution
 from common.models import MergePlan, SharedInput, parameter_of
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
@@ -34,17 +26,20 @@ def knobs(agreement: Agreement) -> tuple[None]:
     return (None,)
 
 
+# Before the first step: a RegMean of what needs no Gram of inputs.
+
+
 def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    return TensorLayout((*weight_entries(agreement), *weighted_delta_entries(agreement, plan, plan.averaged)))
+    bounds = agreement.bounds.model_copy(update={"grams": ()})
+    return regmean.layout(agreement.model_copy(update={"bounds": bounds}), replace(plan, inputs=()))
 
 
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    yield from weight_tensors(agreement, owner)
-    yield from weighted_delta_tensors(agreement, owner, plan.averaged)
+    return regmean.contribution(agreement, replace(plan, inputs=()), owner)
 
 
 def start(agreement: Agreement, plan: MergePlan, total: Total) -> Solution:
-    return Solution(delta={name: mean_delta(total, name).float() for name in plan.averaged} | unchanged(plan))
+    return regmean.solve(agreement, replace(plan, inputs=()), total, agreement.regmean_plus_plus.alpha)
 
 
 def steps(plan: MergePlan) -> tuple[Step, ...]:
@@ -68,7 +63,7 @@ def steps(plan: MergePlan) -> tuple[Step, ...]:
 
 def merged_names(plan: MergePlan, number: int) -> tuple[str, ...]:
     if number == 0:
-        return plan.averaged
+        return tuple(dict.fromkeys([*plan.averaged, *(parameter_of(layer.weight) for layer in plan.data_free)]))
     layers = [layer for shared in steps(plan)[number - 1].inputs for layer in shared.layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return tuple(dict.fromkeys([*(parameter_of(layer.weight) for layer in layers), *biases]))

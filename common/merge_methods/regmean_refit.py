@@ -27,6 +27,7 @@ from torch import Tensor
 
 from common.agreement import Agreement
 from common.merge_methods import regmean
+from common.merge_methods.normal_equations import solve_symmetric, spectrum, with_ridge
 from common.merge_methods.regmean import contribution, layout
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import HeadTerms, LayerNote, OwnerTerms, Solution, to_array, weight_bound
@@ -94,8 +95,7 @@ def step_contribution(
     for balance in _balances(agreement):
         weights = scale * class_weights(terms.targets, balance)  # (rows,)
         weighted = weights[:, None] * terms.features
-        gram = weighted.T @ terms.features  # (features, features) float64
-        gram.diagonal().add_(HEAD_RIDGE * gram.diagonal().mean())
+        gram = with_ridge(weighted.T @ terms.features, HEAD_RIDGE)  # (features, features) float64
         yield f"head_gram@{balance!r}", to_array(gram)
         yield f"head_start@{balance!r}", to_array(gram @ terms.start)
         yield f"head_targets@{balance!r}", to_array(_towards(agreement, terms, weighted, gram, classes))
@@ -128,11 +128,11 @@ def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, 
     targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
     before = torch.from_numpy(total[f"head_start@{balance!r}"])
     error = len(gram) * total.rounding_error(f"head_gram@{balance!r}")
-    solution, status, unseen = regmean.solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
+    solution, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
     fitted, base = solution.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, and the base's
     if agreement.regmean_refit.targets == "labels":
         fitted = fitted * _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
-    condition, effective_rank = regmean.spectrum(gram)
+    condition, effective_rank = spectrum(gram)
     note = LayerNote(
         name=step.inputs[0].name,
         status=status,

@@ -21,7 +21,7 @@ class Step:
 
 def plan_of(plan: MergePlan, step: Step) -> MergePlan:
     """The plan of a method that knows nothing but this step."""
-    return replace(plan, inputs=step.inputs, averaged=(), left_alone=())
+    return replace(plan, inputs=step.inputs, data_free=(), averaged=(), left_alone=())
 
 
 def agreement_of(agreement: Agreement, plan: MergePlan, step: Step, alpha: float) -> Agreement:

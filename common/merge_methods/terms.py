@@ -49,13 +49,16 @@ class OwnerTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNote:
-    """How the solve of one Gram went. `status`: solved, singular, indefinite or empty (see regmean.py)."""
+    """How the solve of one Gram went. `status`: solved, singular, indefinite or empty (see normal_equations.py).
+
+    `rows`: how many input rows are behind the Gram; None for one that is made of weight changes.
+    """
 
     name: str
     status: str
     d_in: int
     gram_size: int
-    rows: int
+    rows: int | None
     condition: float | None
     effective_rank: float | None
     unseen_directions: int

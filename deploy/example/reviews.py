@@ -57,7 +57,7 @@ title = "Reviews of three shops"
 base = "base"
 
 # The published model is merged with `method`; the others are only evaluated, for comparison.
-# Known: average, task_arithmetic, fisher, regmean.
+# Known: average, task_arithmetic, fisher, regmean, data_free.
 method = "regmean"
 compare_with = ["average", "task_arithmetic", "fisher"]
 

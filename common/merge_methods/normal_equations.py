@@ -1,0 +1,148 @@
+"""The linear systems that RegMean solves, whatever the Gram matrices are made of.
+
+    H_i = alpha G_i + (1 - alpha) diag(G_i)
+    (sum H_i) delta^T = sum H_i delta_i^T
+
+Summed over owners: G, and per layer that shares it G delta^T and, when several alphas are to be tried, diag(G) delta^T,
+so that the coordinator solves for every alpha without another round.
+
+Ridge. Every owner adds ridge * mean(diag G_i) to its diagonal, in the Gram and in the products alike. Their sums then
+pull the solution toward the owners' mean delta, each weighted by its mean diagonal, never toward zero weights; it costs
+no byte, and with ridge = 0 the equations above hold to the letter.
+
+What a solve can meet, each reported per system:
+    solved       one Cholesky factorisation for all the layers that share the Gram
+    singular     no owner's Gram reaches some directions: there the layer keeps the base's behaviour (least norm delta)
+    indefinite   negative eigenvalues, which no honest sum of Grams has: those directions keep the base's behaviour
+    empty        a Gram of zeros, as of an expert that nobody's tokens reach: the layer keeps the base's weights
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.merge_methods.terms import LayerNote, to_array
+from common.models import Layer
+from common.summation.protocol import Total
+from common.tensor_layout import TensorEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One Gram, and the layers that are solved with it."""
+
+    name: str
+    kind: str  # before the names of tensors: what the Gram is made of; empty for inputs
+    gram_size: int
+    layers: tuple[Layer, ...]
+    alphas: tuple[float, ...]
+
+    def entries(self, bound: float, product_bound: float) -> Iterator[TensorEntry]:
+        """The tensors that are summed; the bounds are of what one owner adds to an entry of Gram and products."""
+        square = (self.gram_size, self.gram_size)
+        yield TensorEntry(name=f"{self.kind}gram/{self.name}", shape=square, bound=bound, packing="symmetric")
+        for layer in self.layers:
+            shape = (self.gram_size, layer.d_out)
+            yield TensorEntry(name=f"{self.kind}gram_delta/{layer.weight}", shape=shape, bound=product_bound)
+            if len(self.alphas) > 1:
+                name = f"{self.kind}diagonal_delta/{layer.weight}"
+                yield TensorEntry(name=name, shape=shape, bound=product_bound)
+
+    def tensors(self, gram: Tensor, delta: Mapping[str, Tensor]) -> Iterator[tuple[str, NDArray]]:
+        """One owner's part. `gram` (gram_size, gram_size) float64, ridge and all; `delta` by parameter name."""
+        diagonal = gram.diagonal()[:, None]  # (gram_size, 1)
+        yield f"{self.kind}gram/{self.name}", to_array(gram)
+        for layer in self.layers:
+            own = layer.take(delta).double()  # (gram_size, d_out)
+            if len(self.alphas) > 1:
+                yield f"{self.kind}gram_delta/{layer.weight}", to_array(gram @ own)
+                yield f"{self.kind}diagonal_delta/{layer.weight}", to_array(diagonal * own)
+            else:
+                (alpha,) = self.alphas
+                product = alpha * (gram @ own) + (1 - alpha) * diagonal * own
+                yield f"{self.kind}gram_delta/{layer.weight}", to_array(product)
+
+    def solve(self, total: Total, alpha: float, rows: int | None) -> tuple[dict[str, Tensor], LayerNote]:
+        """The merged deltas by layer (see `models.join_experts`), and how it went. `rows`: those behind the Gram."""
+        gram = torch.from_numpy(total[f"{self.kind}gram/{self.name}"])  # (gram_size, gram_size) float64
+        diagonal = gram.diagonal().clone()
+        gram.mul_(alpha)
+        gram.diagonal().copy_(diagonal)
+        products = torch.cat([self._product(total, layer, alpha) for layer in self.layers], dim=1)
+        # Of the matrix, in the spectral norm.
+        error = self.gram_size * total.rounding_error(f"{self.kind}gram/{self.name}")
+        solution, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
+        condition, effective_rank = spectrum(gram)
+        note = LayerNote(
+            name=self.name,
+            status=status,
+            d_in=self.layers[0].d_in,
+            gram_size=self.gram_size,
+            rows=rows,
+            condition=condition,
+            effective_rank=effective_rank,
+            unseen_directions=unseen,
+        )
+        merged: dict[str, Tensor] = {}
+        parts = solution.split([layer.d_out for layer in self.layers], dim=1)
+        for layer, part in zip(self.layers, parts, strict=True):
+            merged |= layer.give(part.float())
+        return merged, note
+
+    def _product(self, total: Total, layer: Layer, alpha: float) -> Tensor:
+        product = torch.from_numpy(total[f"{self.kind}gram_delta/{layer.weight}"])  # (gram_size, d_out)
+        if len(self.alphas) == 1:
+            return product
+        return alpha * product + (1 - alpha) * torch.from_numpy(total[f"{self.kind}diagonal_delta/{layer.weight}"])
+
+
+def with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """G + ridge * mean(diag G) * I."""
+    return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:
+    """What a reader should know about solves that did not simply work."""
+    return tuple(
+        f"{note.name}: {note.status}; {note.unseen_directions} of {note.gram_size} directions keep the base's behaviour"
+        for note in layers
+        if note.status != "solved"
+    )
+
+
+def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[Tensor, str, int]:
+    """Solve matrix @ x = right, float64, and say how it went: (x, status, directions left out).
+
+    One Cholesky factorisation where the matrix is numerically positive definite. Otherwise the minimum norm solution
+    over the directions whose eigenvalue is clearly positive: exact for a singular sum of Grams, whose products lie in
+    those directions, and harmless for anything else. `error`: how far the matrix may be from the true one (2-norm).
+    """
+    dimension = len(matrix)
+    tolerance = dimension * torch.finfo(matrix.dtype).eps
+    diagonal = matrix.diagonal()
+    if not matrix.any():
+        return torch.zeros_like(right), "empty", dimension
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    # L_jj^2 is what of direction j the directions before it leave unexplained.
+    if not failed and (factor.diagonal() ** 2 > tolerance * diagonal + error).all():
+        return torch.cholesky_solve(right, factor), "solved", 0
+    values, vectors = torch.linalg.eigh(matrix)
+    noise = 10 * tolerance * values.abs().max() + error
+    kept = values > noise
+    indefinite = bool((values < -noise).any())
+    basis = vectors[:, kept]
+    solution = basis @ ((basis.T @ right) / values[kept, None])
+    return solution, "indefinite" if indefinite else "singular", int((~kept).sum())
+
+
+def spectrum(matrix: Tensor) -> tuple[float | None, float | None]:
+    """Condition number, and effective rank (Roy and Vetterli, 2007: the exponential of the spectrum's entropy)."""
+    values = torch.linalg.eigvalsh(matrix)
+    condition = float(values[-1] / values[0]) if values[0] > 0 else None
+    shares = values.clamp(min=0) / values.clamp(min=0).sum()
+    shares = shares[shares > 0]
+    effective_rank = float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else None
+    return condition, effective_rank
