@@ -108,10 +108,14 @@ class RegMean(Settings):
 
 
 class DataFree(Settings):
-    """Knobs of `common/merge_methods/data_free.py`; several alphas are a sweep."""
+    """Knobs of `common/merge_methods/data_free.py`; several alphas are a sweep.
+
+    The ridge is larger than RegMean's: weight changes have few large directions, and the Gram's other eigenvalues, far
+    below the mean, are noise. (The demo's validation accuracy at alpha 1: 0.70 at 1e-6, 0.78 at 1e-2, 0.80 at 0.1.)
+    """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (1.0,)
-    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    ridge: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 class RegMeanPlusPlus(Settings):

@@ -25,6 +25,7 @@ from common.merge_methods import (
 from common.merge_methods.terms import Gram, OwnerTerms, Solution, owner_weight
 from common.models import Layer, MergePlan, SharedInput
 from common.summation.protocol import Total
+from deploy.agree import MEANINGS
 from tests.sums import run, terms_of
 
 
@@ -442,6 +443,18 @@ def test_every_method_sees_only_sums_and_changes_every_parameter(agreement: Agre
         assert name.startswith(method)
         assert set(solve(alone, plan, method, total, knob).delta) == set(plan.shapes)
     assert measurements(alone) == METHODS[method].MEASUREMENTS
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("alphas", [(0.5,), (0.5, 1.0)])
+def test_an_owner_is_told_the_meaning_of_all_that_leaves(
+    agreement: Agreement, method: str, alphas: tuple[float, ...]
+) -> None:
+    knobs = {"regmean": RegMean(alphas=alphas), "data_free": DataFree(alphas=alphas)}
+    alone = agreement.model_copy(update={"method": method, "compare_with": (), **knobs})
+    plan = plan_for(3, [2])
+    for entry in contribution_layout(bounded(alone, plan), plan).entries:
+        assert entry.name.split("/")[0] in MEANINGS
 
 
 def test_a_tensor_that_several_methods_need_is_sent_once(agreement: Agreement) -> None:
