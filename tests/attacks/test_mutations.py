@@ -29,7 +29,7 @@ class Mutation:
     replace: str = "pass"
 
 
-KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS = (
+KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
     "attacks/test_survivors.py",
@@ -38,6 +38,7 @@ KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS = (
     "attacks/test_wire.py",
     "test_masked_sum.py",
     "attacks/test_leaks.py",
+    "test_architectures.py",
 )
 
 TABLE = [
@@ -153,9 +154,10 @@ TABLE = [
     # 33, 37, 38: results, agreements, candidates
     Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signers) < agreement.needed_owners:", "if False:"),
     Mutation(PROCESS, "test_33_an_owner_signs", LEDGER, 'if self._result not in ("", body):', "if False:"),
-    Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if gram.rows < least * len(gram.matrix):", "if False:"),
+    Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if name not in routed and gram.rows < least * len(gram.matrix):", "if False:"),
     Mutation(LEAKS, "test_no_delta", "server/merge.py", "    total.destroy()"),
-    Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "else _token_inputs(base, batch)", "else frozenset()"),
+    Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "held_back |= _token_inputs(base, batch)"),
+    Mutation(ARCHITECTURES, "test_experts_are_merged_only", "deploy/complete.py", "if not draft.privacy.merge_routed_inputs:", "if False:"),
     Mutation(PROCESS, "test_33_receipts_under", "common/signed_list.py", "        verify(roster[name], label, session, name, body, signed.signature)"),
     Mutation(PROCESS, "test_33_a_result_that", OWNER, "        check_result(self.agreement, message)"),
     Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in candidates(self.agreement, self.agreement.method):", "if False:"),
