@@ -47,7 +47,14 @@ def test_float64_across_blocks_keeps_what_bfloat16_loses() -> None:
     layer = nn.Sequential(nn.Linear(8, 3))
     weight = Layer(weight="0.weight", d_in=8, d_out=3, stored_input_first=False)
     shared = SharedInput(name="0", d_in=8, layers=(weight,))
-    plan = MergePlan(inputs=(shared,), averaged=("0.bias",), left_alone=(), shapes=parameter_shapes(layer))
+    plan = MergePlan(
+        inputs=(shared,),
+        data_free=(),
+        linear_layers=(weight,),
+        averaged=("0.bias",),
+        left_alone=(),
+        shapes=parameter_shapes(layer),
+    )
     rows = torch.randn(8192, 8, generator=torch.Generator().manual_seed(0))
     oracle = rows.double().T @ rows.double()
 

@@ -34,6 +34,7 @@ from common.errors import DataError, ModelError
 from common.identity import Identity
 from common.merge_methods import regmean_refit, solve_step, step_contribution, step_layout, steps
 from common.merge_methods.regmean_plus_plus import merged_names
+from common.merge_methods.sequence import plan_of
 from common.merge_methods.terms import OwnerTerms
 from common.models import MergePlan, block_names
 from tests.conftest import tiny_bert
@@ -167,7 +168,7 @@ def test_each_step_s_grams_are_of_merged_blocks_before_it_and_own_layers_in_it(p
             for name, parameter in oracle.named_parameters():
                 if name in done and not name.startswith(ahead):
                     parameter.copy_(from_merged[name])
-        part = MergePlan(inputs=step.inputs, averaged=(), left_alone=(), shapes=plan.shapes)
+        part = plan_of(plan, step)
         collector = GramCollector(part)
         with layer_inputs(oracle, collector.observe, {layer.weight for layer in part.layers()}), torch.no_grad():
             for batch in batches:
