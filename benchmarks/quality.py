@@ -1,0 +1,342 @@
+"""Does merging pay? Every method on five emotion models, on the owners' own domains and on five that nobody trained on.
+
+python -m benchmarks.quality --data DATA --models MODELS [--only main,seeds,owners] [--json]
+
+DATA and MODELS as in benchmarks/emotion.py. Every merged model here is a candidate that the product itself sent to its
+owners, masked, in `simulate`; it is kept on the way and judged again on all ten domains. `textbook` is RegMean once
+more in twenty lines, without anything of the product's method, sum or messages. Judged: macro F1 over the labels that
+occur in the first 600 test rows, predictions among the labels of the domain.
+Writes benchmarks/results/quality.{json,md,svg}.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, TEST_ROWS, write_consortium
+from client.evaluate import predict_logits, score_logits
+from client.finetune import fine_tune
+from client.private_data import PrivateData
+from client.rows import Rows, pool
+from client.settings import Data, Training
+from common.agreement import Task
+from common.metrics import Score
+from common.models import add_delta, base_labels, load_base, load_tokenizer
+from common.tensor_layout import TensorLayout
+from deploy.simulate import simulate
+from server.coordinator import Coordinator
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 32
+METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus", "regmean_refit")
+WITH_BIAS = ("regmean", "regmean_plus_plus", "regmean_refit")
+RECIPE = Training(epochs=3, learning_rate=1e-4, batch_size=32)  # the five models' own
+
+Figures = dict[str, dict[str, float]]  # domain -> accuracy, macro_f1
+
+
+class Bench:
+    """The base model and the test rows of all domains."""
+
+    def __init__(self, data: Path, models: Path) -> None:
+        self.data, self.models = data, models
+        self.task = Task(labels=base_labels(models / "base"), max_tokens=64)
+        self.base = load_base(models / "base", self.task, seed=0)
+        self._domains = {name: self._private_data(name) for name in (*IN_DOMAIN, *OUT_OF_DOMAIN)}
+        self.tests = {name: domain.test() for name, domain in self._domains.items()}
+        self.allowed = {name: domain.label_set() for name, domain in self._domains.items()}
+
+    def _private_data(self, domain: str) -> PrivateData:
+        files = Data(
+            train=Path("train.jsonl"), validation=Path("dev.jsonl"), test=Path("test.jsonl"), max_test_rows=TEST_ROWS
+        )
+        tokenizer = load_tokenizer(self.models / "base")
+        folder = self.data / domain
+        return PrivateData(data=files, task=self.task, model=self.base, tokenizer=tokenizer, folder=folder, seed=0)
+
+    def train_rows(self, domain: str) -> Rows:
+        """The rows that the five models were trained on."""
+        rows = self._domains[domain].train()
+        return rows.take(np.arange(min(len(rows), 4000)))
+
+    def load(self, name: str) -> PreTrainedModel:
+        return load_base(self.models / name, self.task, seed=0)
+
+    def with_delta(self, layout: TensorLayout, vector: NDArray[np.float32]) -> PreTrainedModel:
+        model = self.load("base")
+        delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(vector)}
+        add_delta(model, {name: delta.get(name, torch.zeros(())) for name, _ in model.named_parameters()})
+        return model
+
+    def logits(self, model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+        return {name: predict_logits(model, rows, BATCH) for name, rows in self.tests.items()}
+
+    def judge(self, logits: Mapping[str, NDArray[np.float32]]) -> Figures:
+        return {name: self._figures(self.score(name, each)) for name, each in logits.items()}
+
+    def score(self, domain: str, logits: NDArray[np.float32]) -> Score:
+        return score_logits(logits, self.tests[domain], self.task, self.allowed[domain])
+
+    @staticmethod
+    def _figures(score: Score) -> dict[str, float]:
+        return {"accuracy": score.correct / score.rows, "macro_f1": score.figure}
+
+
+@contextmanager
+def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float32]]]]:
+    """While open, every merged candidate that a coordinator sends is kept, by name."""
+    kept: dict[str, tuple[TensorLayout, NDArray[np.float32]]] = {}
+    send = Coordinator.send_candidate
+
+    def keep(self: Coordinator, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
+        if split != "prefix":
+            kept[model] = layout, delta.copy()
+        send(self, model, split, layout, delta)
+
+    Coordinator.send_candidate = keep  # type: ignore[method-assign]
+    try:
+        yield kept
+    finally:
+        Coordinator.send_candidate = send  # type: ignore[method-assign]
+
+
+def merged_by_the_product(
+    bench: Bench, suffix: str = "", **consortium: Any
+) -> tuple[dict[str, Figures], dict[str, Any]]:
+    """Every candidate of one masked run, judged here on all domains, and the run's own report."""
+    with tempfile.TemporaryDirectory() as folder, candidates_kept() as kept:
+        write_consortium(Path(folder) / "consortium", bench.data, bench.models, **consortium)
+        report = simulate(Path(folder) / "consortium", Path(folder) / "output", with_references=False)
+        figures = {}
+        for name, (layout, vector) in kept.items():
+            say(f"judging {name}{suffix}")
+            figures[name + suffix] = bench.judge(bench.logits(bench.with_delta(layout, vector)))
+    _check_same(report, figures, suffix)
+    return figures, report
+
+
+def _check_same(report: dict[str, Any], figures: dict[str, Figures], suffix: str) -> None:
+    """The product's report and this benchmark must tell the same of the same models."""
+    for owner, by_model in report["evaluation"]["by_owner"].items():
+        for method, chosen in report["chosen"].items():
+            here = figures[chosen["candidate"] + suffix][owner]["macro_f1"]
+            if abs(by_model[method]["macro_f1"] - here) > 1e-9:
+                raise SystemExit(f"{method} at {owner}: {by_model[method]['macro_f1']} in the report, {here} here")
+
+
+def references(bench: Bench) -> dict[str, Figures]:
+    """What no merge has: the owners' models as they are, all of them together, all rows in one place."""
+    say("judging the base and the five models")
+    found = {"base": bench.judge(bench.logits(bench.base))}
+    by_owner = {name: bench.logits(bench.load(name)) for name in IN_DOMAIN}
+    own = {name: bench.judge(logits) for name, logits in by_owner.items()}
+    found["own at home"] = {name: own[name][name] for name in IN_DOMAIN}
+    found["own elsewhere too"] = {
+        domain: {
+            figure: float(np.mean([own[name][domain][figure] for name in IN_DOMAIN]))
+            for figure in ("accuracy", "macro_f1")
+        }
+        for domain in bench.tests
+    }
+    softmax = torch.nn.functional.softmax
+    found["ensemble"] = bench.judge(
+        {
+            domain: np.mean(
+                [softmax(torch.from_numpy(by_owner[name][domain]), -1).numpy() for name in IN_DOMAIN], axis=0
+            )
+            for domain in bench.tests
+        }
+    )
+    say("fine-tuning one model on everybody's rows")
+    multi_task = bench.load("base")
+    embeddings = multi_task.get_input_embeddings()
+    embeddings.requires_grad_(False)  # as in the five models' training
+    fine_tune(multi_task, pool([bench.train_rows(name) for name in IN_DOMAIN]), RECIPE, 0, "multi-task")
+    found["multi-task"] = bench.judge(bench.logits(multi_task))
+    say("textbook RegMean")
+    found["textbook RegMean, alpha 0.9"] = bench.judge(bench.logits(textbook_regmean(bench, alpha=0.9)))
+    return found
+
+
+@torch.no_grad()
+def textbook_regmean(bench: Bench, alpha: float) -> PreTrainedModel:
+    """W = (sum G_i)^-1 sum G_i W_i per linear layer, by explicit rows; the first attention and all else averaged by
+    rows, as the product does. An independent check: nothing of the product's methods, sums or messages is in it.
+    """
+    models = {name: bench.load(name) for name in IN_DOMAIN}
+    merged = bench.load("base")
+    left: dict[str, Any] = {}
+    right: dict[str, Any] = {}
+    examples: dict[str, int] = {}
+    for name, model in models.items():
+        rows = bench.train_rows(name)
+        examples[name] = len(rows)
+        measured = rows.take(np.random.default_rng(0).permutation(len(rows))[:500])
+        linear = {
+            key: module
+            for key, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and "layer.0.attention.self" not in key
+        }
+        grams = {key: torch.zeros(module.in_features, module.in_features).double() for key, module in linear.items()}
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda _, args, key=key, grams=grams: grams[key].add_(
+                    args[0].reshape(-1, args[0].shape[-1]).double().T @ args[0].reshape(-1, args[0].shape[-1]).double()
+                )
+            )
+            for key, module in linear.items()
+        ]
+        for index in range(len(measured)):  # one at a time: nothing is padded
+            model(**measured.batch(np.array([index]))[0])
+        for hook in hooks:
+            hook.remove()
+        for key, gram in grams.items():
+            gram *= examples[name] / len(measured)
+            shrunk = alpha * gram + (1 - alpha) * torch.diag(gram.diagonal())
+            left[key] = left.get(key, 0) + shrunk
+            right[key] = right.get(key, 0) + shrunk @ linear[key].weight.double().T
+    total = sum(examples.values())
+    for key, parameter in merged.named_parameters():
+        layer = key.removesuffix(".weight")
+        if layer in left:
+            parameter.copy_(torch.linalg.solve(left[layer], right[layer]).T)
+        else:
+            parameter.copy_(
+                sum(examples[name] / total * dict(models[name].named_parameters())[key] for name in IN_DOMAIN)
+            )
+    return merged
+
+
+def mean_over(figures: Figures, domains: tuple[str, ...], figure: str) -> float | None:
+    values = [figures[domain][figure] for domain in domains if domain in figures]
+    return float(np.mean(values)) if values else None
+
+
+def run_main(bench: Bench) -> dict[str, Any]:
+    found = references(bench)
+    without, report = merged_by_the_product(bench, methods=METHODS)
+    with_bias, bias_report = merged_by_the_product(bench, " + bias", methods=WITH_BIAS)
+    chosen = {method: choice["candidate"] for method, choice in report["chosen"].items()}
+    chosen |= {f"{method} + bias": f"{choice['candidate']} + bias" for method, choice in bias_report["chosen"].items()}
+    return {
+        "figures": found | without | with_bias,
+        "chosen": chosen,
+        "seconds": [report["seconds"], bias_report["seconds"]],
+        "versions": report["versions"],
+    }
+
+
+def run_seeds(bench: Bench) -> dict[str, Any]:
+    """Other rows are measured with another seed; the models stay."""
+    found: dict[str, list[list[float | None]]] = {}
+    for seed in range(3):
+        figures, _ = merged_by_the_product(bench, methods=("regmean", "regmean_refit"), alphas=(0.9,), seed=seed)
+        for name, each in figures.items():
+            both = [mean_over(each, domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
+            found.setdefault(name, []).append(both)
+    return found
+
+
+def run_owners(bench: Bench) -> dict[str, Any]:
+    """The first 2, 3, 4, 5 owners, each judged on the domains of those that take part."""
+    found: dict[str, Any] = {}
+    for count in range(2, len(IN_DOMAIN) + 1):
+        owners = IN_DOMAIN[:count]
+        methods = ("regmean", "average", "regmean_refit")
+        _, report = merged_by_the_product(bench, methods=methods, alphas=(0.9,), owners=owners)
+        mean = report["evaluation"]["mean"]
+        found[str(count)] = {model: mean[model]["macro_f1"] for model in ("own_at_home", *methods)}
+    return found
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--only", default="main,seeds,owners")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("amalgram").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    bench = Bench(arguments.data, arguments.models)
+    path = RESULTS / "quality.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for part, run in (("main", run_main), ("seeds", run_seeds), ("owners", run_owners)):
+        if part in arguments.only.split(","):
+            results[part] = run(bench)
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "quality.md").write_text(as_markdown(results))
+    draw(results, RESULTS / "quality.svg")
+    print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
+
+
+def rows_of_table(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """(name, macro F1 in, out, accuracy in, out); bold what the owners' validation rows chose."""
+    chosen = set(results["main"]["chosen"].values())
+    rows = []
+    for name, figures in results["main"]["figures"].items():
+        values = [
+            mean_over(figures, domains, figure)
+            for figure in ("macro_f1", "accuracy")
+            for domains in (IN_DOMAIN, OUT_OF_DOMAIN)
+        ]
+        rows.append((f"**{name}**" if name in chosen else name, values))
+    return rows
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    lines = ["# Five emotion models merged: the owners' domains, and five others", ""]
+    lines += ["Mean over five domains each. **Bold**: what the owners' validation rows chose. Made by", ""]
+    lines += ["    python -m benchmarks.quality --data DATA --models MODELS", ""]
+    lines += ["| model | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|"]
+    for name, values in rows_of_table(results):
+        lines.append(f"| {name} | " + " | ".join("-" if value is None else f"{value:.3f}" for value in values) + " |")
+    if "seeds" in results:
+        lines += ["", "Three draws of the measured rows (macro F1 in / out):", ""]
+        for name, pairs in results["seeds"].items():
+            lines.append(f"- {name}: " + ", ".join(f"{inside:.3f} / {outside:.3f}" for inside, outside in pairs))
+    if "owners" in results:
+        lines += ["", "Of the first N owners, on their own domains (macro F1):", ""]
+        models = list(next(iter(results["owners"].values())))
+        lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+        for count, figures in results["owners"].items():
+            lines.append(f"| {count} | " + " | ".join(f"{figures[model]:.3f}" for model in models) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Macro F1 in domain against out of domain, one point a model."""
+    mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same figures give the same file
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    for name, (inside, outside, *_) in rows_of_table(results):
+        if inside is None or outside is None or (not name.startswith("**") and "@" in name):
+            continue
+        axes.scatter(inside, outside, s=28, color="#0b6fb8" if name.startswith("**") else "#888888")
+        axes.annotate(name.strip("*"), (inside, outside), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="macro F1 on the owners' domains", ylabel="macro F1 on five other domains")
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
