@@ -7,8 +7,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from client.owner import Owner
+from common.agreement import SEQUENTIAL
 from common.identity import fingerprint
-from common.merge_methods import candidates, contribution_layout
+from common.merge_methods import candidates, contribution_layout, step_layout, step_statistic, steps
 from common.metrics import metrics_layout
 from common.models import delta_layout, merge_plan
 from common.summation.accumulator import BYTES_PER_NUMBER
@@ -24,6 +25,11 @@ MEANINGS = {
     "delta": "your weight changes",
     "fisher": "squared gradients, summed over your rows (Fisher information)",
     "fisher_delta": "squared gradients times your weight changes",
+    "head_gram": "products of the classifier's inputs with themselves, on the merged model, summed over your rows",
+    "head_start": "those products times the base's classifier",
+    "head_targets": "the classifier's inputs times what it is fitted to, summed over your rows",
+    "head_scores": "the size of your own model's scores",
+    "head_rows": "the number of rows that the classifier is fitted to",
     "rows": "the number of rows behind each Gram matrix",
     "weight": "your weight in the mean",
     "examples": "your number of training rows",
@@ -35,13 +41,20 @@ def consent_text(owner: Owner) -> str:
     owner.check()
     agreement = owner.agreement
     plan = merge_plan(owner.load_base(), agreement.tensors)
-    layout = contribution_layout(agreement, plan)
+    later = {
+        step_statistic(method, step): step_layout(agreement, plan, method, step)
+        for method in agreement.methods
+        if method in SEQUENTIAL
+        for step in steps(plan, method)
+    }
+    layouts = [contribution_layout(agreement, plan), *later.values()]
     numbers: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
-    for entry in layout.entries:
-        kind = entry.name.split("/")[0]
-        numbers[kind] += entry.size
-        tensors[kind] += 1
+    for layout in layouts:
+        for entry in layout.entries:
+            kind = entry.name.split("/")[0].split("@")[0]
+            numbers[kind] += entry.size
+            tensors[kind] += 1
     names = [model for method in agreement.methods for model in candidates(agreement, method)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -51,8 +64,9 @@ def consent_text(owner: Owner) -> str:
         owner=owner.name,
         figure=agreement.task.figure.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
-        numbers=layout.size,
-        vector_bytes=_bytes(layout.size * BYTES_PER_NUMBER),
+        numbers=sum(layout.size for layout in layouts),
+        vector_bytes=_bytes(sum(layout.size for layout in layouts) * BYTES_PER_NUMBER),
+        later_sums=len(later),
         kinds=[
             {"numbers": numbers[kind], "tensors": tensors[kind], "meaning": MEANINGS[kind]} for kind in sorted(numbers)
         ],
