@@ -1,6 +1,6 @@
 """Does merging pay? Every method on five emotion models, on the owners' own domains and on five that nobody trained on.
 
-python -m benchmarks.quality --data DATA --models MODELS [--only main,seeds,owners] [--json]
+python -m benchmarks.quality --data DATA --models MODELS [--only references,methods,seeds,owners] [--json]
 
 DATA and MODELS as in benchmarks/emotion.py. Every merged model here is a candidate that the product itself sent to its
 owners, masked, in `simulate`; it is kept on the way and judged again on all ten domains. `textbook` is RegMean once
@@ -226,14 +226,13 @@ def mean_over(figures: Figures, domains: tuple[str, ...], figure: str) -> float 
     return float(np.mean(values)) if values else None
 
 
-def run_main(bench: Bench) -> dict[str, Any]:
-    found = references(bench)
+def run_methods(bench: Bench) -> dict[str, Any]:
     without, report = merged_by_the_product(bench, methods=METHODS)
     with_bias, bias_report = merged_by_the_product(bench, " + bias", methods=WITH_BIAS)
     chosen = {method: choice["candidate"] for method, choice in report["chosen"].items()}
     chosen |= {f"{method} + bias": f"{choice['candidate']} + bias" for method, choice in bias_report["chosen"].items()}
     return {
-        "figures": found | without | with_bias,
+        "figures": without | with_bias,
         "chosen": chosen,
         "seconds": [report["seconds"], bias_report["seconds"]],
         "versions": report["versions"],
@@ -263,6 +262,20 @@ def run_owners(bench: Bench) -> dict[str, Any]:
     return found
 
 
+PARTS = {"references": references, "methods": run_methods, "seeds": run_seeds, "owners": run_owners}
+
+
+def kept() -> dict[str, Any]:
+    path = RESULTS / "quality.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def keep(part: str, result: dict[str, Any]) -> None:
+    """The parts may be run one by one: each takes its place among those of earlier runs."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "quality.json").write_text(json.dumps(kept() | {part: result}, indent=1) + "\n")
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
@@ -271,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", default="main,seeds,owners")
+    parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -279,13 +292,9 @@ def main() -> None:
     logging.getLogger("amalgram").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     bench = Bench(arguments.data, arguments.models)
-    path = RESULTS / "quality.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for part, run in (("main", run_main), ("seeds", run_seeds), ("owners", run_owners)):
-        if part in arguments.only.split(","):
-            results[part] = run(bench)
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+    for part in arguments.only.split(","):
+        keep(part, PARTS[part](bench))
+    results = kept()
     (RESULTS / "quality.md").write_text(as_markdown(results))
     draw(results, RESULTS / "quality.svg")
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
@@ -293,9 +302,10 @@ def main() -> None:
 
 def rows_of_table(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
     """(name, macro F1 in, out, accuracy in, out); bold what the owners' validation rows chose."""
-    chosen = set(results["main"]["chosen"].values())
+    methods = results.get("methods", {"chosen": {}, "figures": {}})
+    chosen = set(methods["chosen"].values())
     rows = []
-    for name, figures in results["main"]["figures"].items():
+    for name, figures in (results.get("references", {}) | methods["figures"]).items():
         values = [
             mean_over(figures, domains, figure)
             for figure in ("macro_f1", "accuracy")
