@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from client.private_file import write_whole
 from common.errors import ConsentError, SettingsError
+from common.private_file import write_whole
 
 
 class Ledger:

@@ -264,7 +264,9 @@ class Owner:
         layout = self._candidate_layout(message)
         slices = layout.part_slices(bytes_per_number=4)
         kept = self.state.read_json("candidate") or {}
-        expected = kept["next_part"] if (kept.get("model"), kept.get("split")) == (message.model, message.split) else 0
+        # Part 0 begins anew at any time: a coordinator that was started again sends its last candidate again.
+        going_on = message.part > 0 and (kept.get("model"), kept.get("split")) == (message.model, message.split)
+        expected = kept["next_part"] if going_on else 0
         position = slices[expected]
         if (
             (message.part, message.parts) != (expected, len(slices))
@@ -283,16 +285,25 @@ class Owner:
         if expected + 1 == len(slices):
             if not np.isfinite(array).all():
                 raise RemoteProtocolError(f"the coordinator sent a model {message.model} that is not finite")
-            digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-            self.state.write_json("candidates", [*self._received, [message.model, message.split, digest]])
-            if message.split == "prefix":
-                self.state.keep_array("candidate", under=message.model.replace(" ", "-"))
-            else:
-                self._score_candidate(message, layout, array)
-                self.state.delete_array("candidate")
+            self._take_whole_candidate(message, layout, array)
             following = {}
         self.state.write_json("candidate", following)
         return CandidateReceived(run=message.run, owner=self.name, model=message.model, part=message.part)
+
+    def _take_whole_candidate(self, message: CandidatePart, layout: TensorLayout, array: np.ndarray) -> None:
+        candidate = (message.model, message.split, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
+        same_name = [each for each in self._received if each[:2] == candidate[:2]]
+        if same_name not in ([], [candidate]):
+            raise ConsentError(f"the coordinator sent a second model as {message.model}")
+        if same_name:
+            self.state.delete_array("candidate")
+            return
+        if message.split == "prefix":
+            self.state.keep_array("candidate", under=message.model.replace(" ", "-"))
+        else:
+            self._score_candidate(message, layout, array)
+            self.state.delete_array("candidate")
+        self.state.write_json("candidates", [*self._received, candidate])
 
     def _candidate_layout(self, message: CandidatePart) -> TensorLayout:
         if message.split != "prefix":
@@ -303,9 +314,10 @@ class Owner:
         if method not in SEQUENTIAL.intersection(self.agreement.methods):
             raise ConsentError(f"the coordinator sent a step of {method!r}, which was not agreed")
         due = self._merged_steps(method)
-        if number != str(due) or due >= len(steps(self._plan, method)):
+        last_again = due > 0 and number == str(due - 1)
+        if not last_again and (number != str(due) or due >= len(steps(self._plan, method))):
             raise RemoteProtocolError(f"the coordinator sent step {number[:10]!r} of {method}, step {due} is due")
-        return merged_layout(self._plan, method, due)
+        return merged_layout(self._plan, method, int(number))
 
     def _merged_steps(self, method: str) -> int:
         """How many steps of a method this owner has been sent the outcome of; the first is number 0, the averages."""

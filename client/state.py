@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.ledger import Ledger
-from client.private_file import write_whole
 from common.errors import RemoteProtocolError
+from common.private_file import make_private_folder, write_whole
 
 
 class OwnerState:
@@ -26,7 +26,7 @@ class OwnerState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._make_private(folder)
+        make_private_folder(folder)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -41,11 +41,14 @@ class OwnerState:
     # --- the run in progress ---
 
     def start_run(self, run: str, agreement_digest: str) -> None:
-        """Forget any earlier run and begin this one, under this agreement and no other."""
-        self.end_run()
+        """Begin this run, under this agreement and no other, or go on with it; any other run is forgotten."""
         (self.folder / "error.txt").unlink(missing_ok=True)
-        self._make_private(self._run_folder)
-        self.write_json("run", {"run": run, "agreement_digest": agreement_digest})
+        started = {"run": run, "agreement_digest": agreement_digest}
+        if self.read_json("run") == started:
+            return
+        self.end_run()
+        make_private_folder(self._run_folder)
+        self.write_json("run", started)
 
     def check_run(self, run: str, agreement_digest: str) -> None:
         """Raise RemoteProtocolError unless `run` is the one in progress, and under this agreement."""
@@ -111,7 +114,7 @@ class OwnerState:
 
     def write_receipt(self, run: str, receipt: dict[str, Any]) -> None:
         """Keep what the coordinator published in a run, with everybody's signatures."""
-        self._make_private(self.folder / "receipts")
+        make_private_folder(self.folder / "receipts")
         write_whole(self.folder / "receipts" / f"{run}.json", json.dumps(receipt, indent=1).encode())
 
     @property
@@ -132,8 +135,3 @@ class OwnerState:
     @property
     def _run_folder(self) -> Path:
         return self.folder / "run"
-
-    @staticmethod
-    def _make_private(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)

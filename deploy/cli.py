@@ -207,7 +207,7 @@ def main() -> None:
     try:
         exit_code = cli(standalone_mode=False)  # otherwise typer turns every exception into its own
         if exit_code == INTERRUPTED:
-            _fail("interrupted; nothing was published. The same command begins again", INTERRUPTED)
+            _fail("interrupted; nothing was published. The same command goes on where this one was", INTERRUPTED)
         sys.exit(exit_code)
     except click.ClickException as error:
         error.show()

@@ -19,7 +19,7 @@ from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.errors import AmalgramError, OwnerRefused, SettingsError
-from common.identity import Identity, write_identity
+from common.identity import Identity, read_identity, write_identity
 from common.models import fine_tuned_folder, model_folder, weights_made_here
 from common.settings_file import Settings, load_settings
 from deploy import references
@@ -28,10 +28,12 @@ from deploy.complete import complete_agreement
 from deploy.in_process_grid import run_in_process
 from deploy.launch import run_with_ray
 from server.app import app as server_app
-from server.merge import claim_output
+from server.checkpoint import is_checkpoint_of
+from server.merge import CHECKPOINT, claim_output
 from server.report import own_figures, read_report, render_report, save_report
 
 Engine = Literal["in-process", "ray"]
+PARTIES = "parties"
 log = logging.getLogger("amalgram.simulate")
 
 
@@ -42,7 +44,8 @@ def simulate(
 
     `folder` holds `agreement.toml` (a draft is enough) and one settings file per owner: `<name>.toml` or
     `<name>/owner.toml`. With references, what only a simulation can know is added to the report (references.py).
-    Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written.
+    Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written. A
+    run that was interrupted, rather than failed, goes on where it was when it is called again on the same folders.
     """
     folder, output = Path(folder).resolve(), Path(output).resolve()
     if not (folder / "agreement.toml").is_file():
@@ -52,7 +55,7 @@ def simulate(
     owner_files = find_owner_files(folder, draft)
     log.info("completing the agreement against %s", draft.base)
     base_folder = model_folder(draft.base, folder)
-    identities = make_identities(draft)
+    identities = make_identities(draft, output / PARTIES)
     keys = {name: identity.public_key for name, identity in identities.items()}
     agreement = complete_agreement(draft, base_folder, keys)
     made = ", ".join(weights_made_here(base_folder, agreement.task))
@@ -71,10 +74,17 @@ def simulate(
     return report
 
 
-def make_identities(draft: AgreementDraft) -> dict[str, Identity]:
-    """Fresh identities for all parties of a simulation."""
+def make_identities(draft: AgreementDraft, parties: Path) -> dict[str, Identity]:
+    """Identities for all parties of a simulation: those of an interrupted one in `parties`, or fresh ones."""
     names = (*draft.owner_names, COORDINATOR)
+    paths = {name: _key_file(parties, name) for name in names}
+    if all(path.is_file() for path in paths.values()):
+        return {name: read_identity(path) for name, path in paths.items()}
     return {name: Identity(name=name, seed=secrets.token_bytes(32)) for name in names}
+
+
+def _key_file(parties: Path, name: str) -> Path:
+    return parties / f"{name}.key"
 
 
 def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
@@ -104,11 +114,13 @@ def set_up_parties(
     identities: Mapping[str, Identity],
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Give every party its settings, its identity and the one agreement, and consent to it for each owner: whoever
-    runs a simulation has everything in hand. Take the owners' state and the identities away afterwards.
+    runs a simulation has everything in hand. Take the owners' state and the identities away afterwards, unless the
+    run was interrupted and can go on.
     """
-    parties = output / "parties"
-    shutil.rmtree(parties, ignore_errors=True)
-    parties.mkdir(parents=True)
+    parties, checkpoint = output / PARTIES, output / CHECKPOINT
+    if not is_checkpoint_of(checkpoint, agreement.digest()):
+        shutil.rmtree(parties, ignore_errors=True)
+    parties.mkdir(parents=True, exist_ok=True)
     write_settings(parties / "agreement.toml", agreement)
     coordinator_file = parties / "coordinator.toml"
     coordinator_file.write_text(
@@ -117,20 +129,21 @@ def set_up_parties(
     party_files = []
     try:
         for name, identity in identities.items():
-            write_identity(parties / f"{name}.key", identity)
+            if not _key_file(parties, name).exists():
+                write_identity(_key_file(parties, name), identity)
         for name, path in owner_files.items():
             settings = load_settings(path, OwnerSettings)
             party_files.append(parties / f"{name}.toml")
             write_settings(party_files[-1], _placed(settings, path.parent, base_folder))
             give_consent(Owner(party_files[-1]))
         yield coordinator_file, party_files
-    except BaseException:
+    except Exception:
         shutil.rmtree(parties, ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(parties / "state", ignore_errors=True)
-        for name in identities:
-            (parties / f"{name}.key").unlink(missing_ok=True)
+    shutil.rmtree(parties / "state", ignore_errors=True)
+    for name in identities:
+        _key_file(parties, name).unlink(missing_ok=True)
 
 
 def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSettings:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
-from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, TooFewOwners
+from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
 from common.identity import Identity, verify
 from common.labels import Label
 from common.messages import (
@@ -37,10 +37,11 @@ from common.messages import (
 )
 from common.result import Candidate, candidates_digest, result_body
 from common.summation import SUMMATIONS
-from common.summation.protocol import SumTerms, Total, drive
+from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, check_burned_by
 from common.tensor_layout import TensorLayout
+from server.checkpoint import Checkpoint, Step
 
 FINISH_TIMEOUT_SECONDS = 60.0
 log = logging.getLogger("amalgram.coordinator")
@@ -56,29 +57,26 @@ class Channel(Protocol):
         """Send to each node; yield each answer as it arrives, None for a node that did not answer in time."""
 
 
-@dataclass
-class Step:
-    """What one step of a run cost."""
-
-    name: str
-    seconds: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-
 @dataclass(kw_only=True)
 class Coordinator:
-    """One run of one agreement over one channel."""
+    """One run of one agreement over one channel. What the checkpoint has of it is not asked for again."""
 
     channel: Channel
     agreement: Agreement
     identity: Identity
-    run: str = field(default_factory=lambda: secrets.token_hex(32))
-    steps: list[Step] = field(default_factory=list)
+    checkpoint: Checkpoint
     lost: dict[str, str] = field(default_factory=dict)  # owner -> where it was lost
     candidates: list[Candidate] = field(default_factory=list)  # everything that was sent to the owners
     _round: int = -1
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
+
+    @property
+    def run(self) -> str:
+        return self.checkpoint.run
+
+    @property
+    def steps(self) -> list[Step]:
+        return self.checkpoint.steps
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -112,7 +110,8 @@ class Coordinator:
             who = missing[0] if len(missing) == 1 else f"among {', '.join(missing)}"
             raise OwnerRefused(who, refusals[0][1])
         self._check_enough()
-        for session in sorted(pending):
+        kept = self.checkpoint.kept_opening()
+        for session in sorted(pending - ({kept[0].session} if kept is not None else set())):
             self._certify_as_over(session)
 
     def _check_present(self, reply: Present) -> None:
@@ -148,7 +147,36 @@ class Coordinator:
 
     def sum(self, statistic: str, layout: TensorLayout, models: tuple[str, ...] = ()) -> Total:
         """The total of one statistic over the owners; goes on without those that are lost or break the rules."""
+        kept = self.checkpoint.next_total(statistic, models, layout)
+        if kept is not None:
+            return kept
         self._start(f"sum of {statistic}")
+        request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
+
+        def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:
+            opening = side.opening()
+            if opening is not None:
+                self.checkpoint.keep_opening(request, opening)
+            return self._ask(requests)
+
+        total = drive(side, exchange, self._exclude)
+        self.checkpoint.keep_total(statistic, models, total)
+        return total
+
+    def _reopened_sum(self, layout: TensorLayout) -> tuple[OpenSum, CoordinatorSide] | None:
+        """The sum that was being opened when an earlier start of this run ended; its owners open no other."""
+        kept = self.checkpoint.kept_opening()
+        if kept is None:
+            return None
+        request, opening = kept
+        side = self._kind.coordinator.reopen(self._terms(request, layout), opening)
+        for owner in set(opening.state["remaining"]) - set(self.owners):
+            side.lose(owner)
+        return request, side
+
+    def _new_sum(
+        self, statistic: str, layout: TensorLayout, models: tuple[str, ...]
+    ) -> tuple[OpenSum, CoordinatorSide]:
         # Owners accept a round once only, in ascending order, also across restarts of this process: so the clock.
         self._round = max(self._round + 1, time.time_ns() // 1_000_000)
         request = OpenSum(
@@ -161,15 +189,20 @@ class Coordinator:
             candidates_digest=candidates_digest(self.candidates),
             layout_digest=layout.digest(),
         )
-        terms = SumTerms(
+        return request, self._kind.coordinator(self._terms(request, layout), self.owners)
+
+    def _terms(self, request: OpenSum, layout: TensorLayout) -> SumTerms:
+        return SumTerms(
             request=request,
             layout=layout,
             roster=self.agreement.roster,
             needed_owners=self.agreement.needed_owners,
             colluders=self.agreement.colluders,
         )
-        kind = SUMMATIONS[self.agreement.summation.kind]
-        return drive(kind.coordinator(terms, self.owners), self._ask, self._exclude)
+
+    @property
+    def _kind(self) -> SumKind:
+        return SUMMATIONS[self.agreement.summation.kind]
 
     def _exclude(self, owner: str, violation: RemoteProtocolError) -> None:
         """An owner broke the rules: the others go on without it, where enough remain."""
@@ -179,9 +212,11 @@ class Coordinator:
 
     def send_candidate(self, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
         """Hand every owner a merged candidate, in parts; each evaluates it on its own rows when it is whole."""
+        candidate = (model, split, hashlib.sha256(np.ascontiguousarray(delta).data).hexdigest())
+        self.candidates.append(candidate)
+        if self._is_out(candidate):
+            return
         self._start(f"candidate {model} on {split}")
-        digest = hashlib.sha256(np.ascontiguousarray(delta).data).hexdigest()
-        self.candidates.append((model, split, digest))
         slices = layout.part_slices(bytes_per_number=4)
         for part, position in enumerate(slices):
             message = CandidatePart(
@@ -199,6 +234,18 @@ class Coordinator:
                 ):
                     raise RemoteProtocolError(f"owner {owner} answered a candidate with {type(reply).__name__}")
             self._check_enough()
+        self.checkpoint.keep_candidate(candidate)
+
+    def _is_out(self, candidate: Candidate) -> bool:
+        """Whether every owner has this candidate already, from an earlier start of this run."""
+        if len(self.candidates) > len(self.checkpoint.candidates):
+            return False
+        if self.checkpoint.candidates[len(self.candidates) - 1] != candidate:
+            raise SettingsError(
+                f"merge: {candidate[0]} is not to the last bit the model that was sent before the interruption; go on "
+                "with the same machine, number of threads and versions as then"
+            )
+        return True
 
     def confirm_result(self, model: str, model_digest: str) -> None:
         """Sign what is published, and give every owner everybody's signature under the same. Raises TooFewOwners."""

@@ -6,7 +6,6 @@ of test figures -> model folder and report
 """
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,12 +48,14 @@ from common.models import (
 from common.settings_file import load_settings
 from common.summation.protocol import Total
 from server.adapter_folder import write_adapter
+from server.checkpoint import Checkpoint
 from server.coordinator import Channel, Coordinator
-from server.report import write_report
+from server.report import agreement_of_report, write_report
 from server.settings import CoordinatorSettings
 
 SolutionOf = Callable[[float | None], Solution]  # a method's merged delta for a value of its knob
 ALWAYS_EVALUATED = ("base", "own_at_home")
+CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,6 @@ class Outcome:
 
 def run_merge(settings_path: Path, channel: Channel) -> None:
     """The whole run of one agreement. Raises an AmalgramError; then no result was written."""
-    started = time.monotonic()
     home = settings_path.resolve().parent
     settings = load_settings(settings_path, CoordinatorSettings)
     output = home / settings.output
@@ -94,18 +94,27 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     plan = merge_plan(base, agreement.tensors)
     adapter = _adapter_plan(base, base_folder, agreement)
     claim_output(output)
-    _clear_results(output)
+    _clear_results(output, agreement)
 
-    coordinator = Coordinator(channel=channel, agreement=agreement, identity=identity)
+    checkpoint = Checkpoint.open(output / CHECKPOINT, agreement.digest())
+    coordinator = Coordinator(channel=channel, agreement=agreement, identity=identity, checkpoint=checkpoint)
     try:
         coordinator.roll_call()
         outcome = _merge(coordinator, plan, adapter)
         add_delta(base, outcome.solutions[agreement.method].delta)
         coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base, agreement.task))
-    finally:
-        coordinator.finish()
-    _write_model(base, outcome.solutions[agreement.method].low_rank, base_folder, agreement, output / "model")
-    write_report(outcome, base, time.monotonic() - started, output)
+        _write_model(base, outcome.solutions[agreement.method].low_rank, base_folder, agreement, output / "model")
+        write_report(outcome, base, checkpoint.seconds, output)
+    except NumericalError:  # the same totals would end alike; after any other error the same command goes on
+        _end(coordinator)
+        raise
+    _end(coordinator)
+
+
+def _end(coordinator: Coordinator) -> None:
+    """The run is over: nobody needs any more what it had reached."""
+    coordinator.checkpoint.remove()
+    coordinator.finish()
 
 
 def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement) -> AdapterPlan | None:
@@ -196,8 +205,15 @@ def claim_output(output: Path) -> None:
     marker.touch()
 
 
-def _clear_results(output: Path) -> None:
-    """Remove an earlier run's results, so that what is there afterwards is this run's."""
+def _clear_results(output: Path, agreement: Agreement) -> None:
+    """Remove another agreement's results, so that what is there afterwards is this one's. Raises SettingsError if this
+    one's are there.
+    """
+    if agreement_of_report(output) == agreement.digest() and not (output / CHECKPOINT).exists():
+        raise SettingsError(
+            f"{output}: holds the result of this agreement already, and what owners gave for it they give once; "
+            "a new run needs a new agreement"
+        )
     shutil.rmtree(output / "model", ignore_errors=True)
     for name in ("report.json", "report.html", "failure.json"):
         (output / name).unlink(missing_ok=True)

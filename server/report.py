@@ -77,6 +77,14 @@ def read_report(output: Path) -> dict[str, Any]:
     return report
 
 
+def agreement_of_report(output: Path) -> str | None:
+    """The digest of the agreement that OUT/report.json is of; None where there is none, or of another version."""
+    try:
+        return str(read_report(output)["digests"]["agreement"])
+    except SettingsError:
+        return None
+
+
 def render_report(output: Path) -> Path:
     """Make OUT/report.html from OUT/report.json: one file, no script, nothing fetched."""
     report = read_report(output)

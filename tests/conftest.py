@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,22 @@ def reviews_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     """The example's parties, each with its settings file and the one agreement; nothing has run yet."""
-    draft = load_settings(reviews_folder / "agreement.toml", AgreementDraft)
-    base = reviews_folder / "base"
-    identities = make_identities(draft)
+    with parties_of(reviews_folder, tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
+    """The parties of a consortium, as a simulation sets them up."""
+    draft = load_settings(consortium / "agreement.toml", AgreementDraft)
+    base = consortium / "base"
+    identities = make_identities(draft, output)
     agreement = complete_agreement(draft, base, {name: each.public_key for name, each in identities.items()})
-    files = find_owner_files(reviews_folder, draft)
-    with set_up_parties(tmp_path, agreement, base, files, identities) as (coordinator, party_files):
+    files = find_owner_files(consortium, draft)
+    with set_up_parties(output, agreement, base, files, identities) as (coordinator, party_files):
         yield Parties(
             folder=coordinator.parent,
-            output=tmp_path,
+            output=output,
             base=base,
             coordinator=coordinator,
             files=dict(zip(files, party_files, strict=True)),

@@ -41,6 +41,7 @@ from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SumTerms
 from common.summation.recovery import check_burned, sign_burned
 from common.tensor_layout import TensorEntry, TensorLayout
+from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from tests.parties import IDENTITIES
 
@@ -105,6 +106,12 @@ class ScriptedChannel:
         return reply
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the coordinator keeps its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+
+
 def coordinator_of(
     agreement: Agreement,
     fault: Fault,
@@ -115,7 +122,8 @@ def coordinator_of(
     summation = agreement.summation.model_copy(update={"kind": kind})
     agreement = agreement.model_copy(update={"min_owners": needed, "summation": summation})
     channel = ScriptedChannel(agreement, owners, fault)
-    return Coordinator(channel=channel, agreement=agreement, identity=IDENTITIES["coordinator"])
+    checkpoint = Checkpoint.open(Path("checkpoint"), agreement.digest())
+    return Coordinator(channel=channel, agreement=agreement, identity=IDENTITIES["coordinator"], checkpoint=checkpoint)
 
 
 def run_all(coordinator: Coordinator) -> np.ndarray:

@@ -10,7 +10,8 @@ keys are pinned in the agreement; threshold, roster, bounds and layout come from
     masked part   KeyShares           MaskedPart 0      senders in the book, their signatures, seals, enough senders
                   PartRequest         MaskedPart k      the part is the next one, or the very bytes sent before
     survivors     SurvivorList        SurvivorsSigned   subset of the book, I am in it with my upload, enough of them
-    reveal        Acknowledgements    SharesRevealed    a quorum signed the very list that I signed
+    reveal        Acknowledgements    SharesRevealed    a quorum signed the very list that I signed; asked again, by a
+                                                        coordinator that was started again: the very bytes sent before
 
 Owner i sends y_i = x_i + PRG(b_i) + sum over j > i of PRG(s_ij) - sum over j < i of PRG(s_ij), modulo 2^64. The pair
 masks PRG(s_ij) cancel in the sum over owners. The self mask PRG(b_i) keeps y_i hidden when i is declared lost although
@@ -54,6 +55,7 @@ from common.summation import fixed_point, key_agreement, mask_stream, secret_sha
 from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator
 from common.summation.neighbours import NeighbourGraph
 from common.summation.protocol import (
+    Opening,
     RandomBytes,
     SessionOver,
     SumTerms,
@@ -82,6 +84,7 @@ OWNER_TRANSITIONS: Transitions = {
     (UPLOADED, PartRequest): UPLOADED,
     (UPLOADED, SurvivorList): SIGNED,
     (SIGNED, Acknowledgements): REVEALED,
+    (REVEALED, Acknowledgements): REVEALED,
 }
 COORDINATOR_TRANSITIONS: Transitions = {
     (OPEN, KeysAdvertised): OPEN,
@@ -211,9 +214,10 @@ class MaskedOwner:
     book_data: bytes = b""
     own_shares: bytes = field(default=b"", repr=False)  # until KeyShares, then among `held`
     masks: tuple[mask_stream.Mask, ...] = field(default=(), repr=False)  # from KeyShares until SurvivorList
-    held: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # owner -> its two shares that I keep
+    held: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # owner -> its two shares, until revealed
     part_digests: tuple[bytes, ...] = ()
     survivors: bytes = b""
+    revealed: bytes = b""
 
     @classmethod
     def open(cls, terms: SumTerms, identity: Identity, random_bytes: RandomBytes) -> tuple["MaskedOwner", Message]:
@@ -358,20 +362,24 @@ class MaskedOwner:
             len(signed) >= self.terms.quorum,
             f"acknowledgements: {len(signed)} signed the survivor list, a quorum is {self.terms.quorum}",
         )
-        shares = []
-        for owner, both in self.held.items():
-            self_share, mask_share = _two_shares(both)
-            shares.append(
-                RevealedShare(owner, SELF, self_share) if owner in survivors else RevealedShare(owner, MASK, mask_share)
-            )
-        revealed = RevealedShare.pack_all(shares)
+        revealed = self.revealed or self._shares_for(survivors)
         reply = SharesRevealed(
             session=request.session,
             owner=self.identity.name,
             shares=revealed,
             signature=self._sign(Label.SIGN_REVEAL, hashlib.sha256(revealed).digest()),
         )
-        return replace(self, held={}), reply
+        return replace(self, held={}, revealed=revealed), reply
+
+    def _shares_for(self, survivors: set[int]) -> bytes:
+        """Of each owner one of its two secrets, never both."""
+        shares = []
+        for owner, both in self.held.items():
+            self_share, mask_share = _two_shares(both)
+            shares.append(
+                RevealedShare(owner, SELF, self_share) if owner in survivors else RevealedShare(owner, MASK, mask_share)
+            )
+        return RevealedShare.pack_all(shares)
 
     def _check_enough(self, count: int, what: str) -> None:
         needed = max(self.terms.quorum, self.terms.needed_owners)
@@ -429,6 +437,7 @@ class MaskedOwner:
             "held": {str(owner): shares.hex() for owner, shares in self.held.items()},
             "part_digests": [digest.hex() for digest in self.part_digests],
             "survivors": self.survivors.hex(),
+            "revealed": self.revealed.hex(),
         }
 
     @classmethod
@@ -446,6 +455,7 @@ class MaskedOwner:
             held={int(owner): bytes.fromhex(shares) for owner, shares in state["held"].items()},
             part_digests=tuple(bytes.fromhex(digest) for digest in state["part_digests"]),
             survivors=bytes.fromhex(state["survivors"]),
+            revealed=bytes.fromhex(state["revealed"]),
         )
 
 
@@ -588,6 +598,35 @@ class MaskedCoordinator:
         owners = tuple(self._terms.names[each.owner] for each in Survivor.unpack_all(self._survivors))
         vector = fixed_point.decode(self._terms.layout, self._accumulator.vector, len(self._terms.roster), len(owners))
         return Total(layout=self._terms.layout, vector=vector, owners=owners, roster_size=len(self._terms.roster))
+
+    # --- across a restart ---
+
+    def opening(self) -> Opening | None:
+        if self._phase != REVEALING:
+            return None
+        state = {
+            "remaining": sorted(self._remaining),
+            "book": self._book.data.hex(),
+            "commitments": {str(place): sealed.commitment.hex() for place, sealed in self._sealed.items()},
+            "survivors": self._survivors.hex(),
+            "signed": {str(place): signature.hex() for place, signature in self._signed.items()},
+        }
+        return Opening(state, self._accumulator.vector)
+
+    @classmethod
+    def reopen(cls, terms: SumTerms, opening: Opening) -> "MaskedCoordinator":
+        state = opening.state
+        side = cls(terms, tuple(state["remaining"]))
+        side._phase = REVEALING
+        side._book = Book(terms, bytes.fromhex(state["book"]))
+        side._sealed = {
+            int(place): Sealed(bytes.fromhex(commitment), {}, b"", b"")
+            for place, commitment in state["commitments"].items()
+        }
+        side._survivors = bytes.fromhex(state["survivors"])
+        side._signed = {int(place): bytes.fromhex(signature) for place, signature in state["signed"].items()}
+        side._accumulator.vector = opening.vector
+        return side
 
     # --- what arrives ---
 

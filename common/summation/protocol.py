@@ -125,6 +125,14 @@ class OwnerSide(Protocol):
     def from_json(cls, state: Mapping[str, Any], terms: SumTerms, identity: Identity) -> Self: ...
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A session that its owners are asked to open, as a coordinator that is started again needs it."""
+
+    state: Mapping[str, Any]
+    vector: NDArray[np.uint64]  # (layout.size,), the sum with its masks on
+
+
 class CoordinatorSide(Protocol):
     """The coordinator in one sum."""
 
@@ -144,6 +152,13 @@ class CoordinatorSide(Protocol):
 
     def total(self) -> Total:
         """The result, once `requests` is empty."""
+
+    def opening(self) -> Opening | None:
+        """What must be on the disk before the next requests leave, where owners answer them once only."""
+
+    @classmethod
+    def reopen(cls, terms: SumTerms, opening: Opening) -> Self:
+        """The coordinator that had this `opening`, about to send the same requests again."""
 
 
 @dataclass(frozen=True)

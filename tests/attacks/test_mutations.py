@@ -145,7 +145,7 @@ TABLE = [
     Mutation(SUM, "test_the_same_keys", MASKED, "key_agreement.public_key(self.mask_seed, Label.MASK_KEY, session)", "key_agreement.public_key(self.mask_seed, Label.MASK_KEY, bytes(32))"),
     Mutation(SUM, "test_an_all_zero", MASKED, "        mask_stream.add_masks(payload, self.masks, position.start)"),
     Mutation(SUM, "test_secrets_do_not_show", MASKED, 'self_seed: bytes = field(default=b"", repr=False)', 'self_seed: bytes = b""'),
-    Mutation(WIRE, "test_35_files", "client/private_file.py", "0o600", "0o644"),
+    Mutation(WIRE, "test_35_files", "common/private_file.py", "0o600", "0o644"),
     Mutation(WIRE, "test_35_no_secret", MASKED, '"survivors: my upload is missing or altered"', '"survivors" + str([k.hex() for k, _ in self.masks])'),
     # 32, 34: the wire
     Mutation(WIRE, "test_32_an_oversized", "common/messages.py", "isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES", "isinstance(value, bytes)"),

@@ -258,12 +258,26 @@ def test_17_a_second_survivor_list_after_the_owner_s_process_restarts(process: P
         process.send("hotel", request)
 
 
-def test_17_a_second_reveal_after_the_owner_s_process_restarts(process: Process) -> None:
+def test_17_a_second_reveal_after_the_owner_s_process_restarts_is_the_first_one(process: Process) -> None:
+    """A coordinator that was started again asks again. It gets the bytes that it had, whatever it asks with."""
     process.begin(process.open_sum(1))
     request = process.until(Acknowledgements)["hotel"]
-    process.send("hotel", request)
-    with pytest.raises(RemoteProtocolError, match=r"or twice|in phase revealed"):
+    assert isinstance(request, Acknowledgements)
+    first = process.send("hotel", request)
+    fewer_signers = Signed.pack_all(list(Signed.unpack_all(request.signatures))[:1])
+    assert process.send("hotel", request) == first
+    with pytest.raises(RemoteProtocolError, match="a quorum is"):
+        process.send("hotel", replace(request, signatures=fewer_signers))
+    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
         process.send("hotel", request)
+
+
+def test_17_a_second_survivor_list_after_the_reveal(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    lists = process.until(SurvivorList)
+    process.send("hotel", process.until(Acknowledgements)["hotel"])
+    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase revealed"):
+        process.send("hotel", lists["hotel"])
 
 
 def test_17_the_latch_is_on_the_disk_before_the_signature_leaves(

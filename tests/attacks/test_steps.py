@@ -28,7 +28,7 @@ def hotel(reviews_folder: Path, tmp_path: Path) -> Iterator[Owner]:
     draft = load_settings(reviews_folder / "agreement.toml", AgreementDraft).model_copy(
         update={"method": METHOD, "compare_with": ()}
     )
-    identities = make_identities(draft)
+    identities = make_identities(draft, tmp_path)
     keys = {name: each.public_key for name, each in identities.items()}
     agreement = complete_agreement(draft, reviews_folder / "base", keys)
     files = find_owner_files(reviews_folder, draft)
@@ -91,7 +91,11 @@ def test_a_step_about_other_layers_than_those_sent_to_this_owner(hotel: Owner) -
 def test_merged_layers_out_of_turn_twice_or_of_another_method(hotel: Owner) -> None:
     refused(hotel, prefix_for(hotel, 1), RemoteProtocolError, "step 0 is due")
     hotel.answer(prefix_for(hotel, 0))
-    refused(hotel, prefix_for(hotel, 0), RemoteProtocolError, "step 1 is due")
+    received = hotel.state.read_json("candidates")
+    hotel.answer(prefix_for(hotel, 0))  # a coordinator that was started again: the same once more changes nothing
+    assert hotel.state.read_json("candidates") == received
+    other = prefix_for(hotel, 0)
+    refused(hotel, replace(other, payload=other.payload + 1), ConsentError, "sent a second model as")
     other = replace(prefix_for(hotel, 0), model="regmean_plus_plus 0")
     refused(hotel, other, ConsentError, "which was not agreed")
 

@@ -113,19 +113,25 @@ def test_errors_are_one_line_with_an_honest_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupted_run_says_so_publishes_nothing_and_begins_again(reviews_folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder: Path, tmp_path: Path) -> None:
     command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "sum of contribution" in line:
+            if "sum of validation" in line:
                 break
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
     assert process.returncode == 130
     assert "interrupted; nothing was published" in errors
     assert not (tmp_path / "output" / "report.json").exists()
+    done = amalgram(*command[len(AMALGRAM) :], cwd=tmp_path)
+    assert done.returncode == 0
+    assert "going on with the run that was interrupted" in done.stderr
+    assert "sum of contribution" not in done.stderr
+    assert (tmp_path / "output" / "report.json").exists()
     assert not (tmp_path / "output" / "parties" / "state").exists()
+    assert not [*(tmp_path / "output").rglob("*.key"), *(tmp_path / "output").rglob("sum-*.bin")]
 
 
 @pytest.mark.slow

@@ -4,7 +4,13 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def make_private_folder(folder: Path) -> None:
+    """A folder that nobody else can enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content`. After a crash at any point it holds the old or the new content."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""What a run has reached, on the coordinator's disk, so that the same command goes on after a crash.
+
+OUT/checkpoint/
+    run.json     which run of which agreement, what each step cost, the sums that are in, the candidates that are out
+    sum-N.bin    the N-th total, float64
+    opening.bin  the masked sum of a session whose opening was asked for, uint64
+
+A run is a fixed sequence of sums and candidates. A coordinator that is started again goes through it from the beginning
+with the kept totals, without a message, until it comes to the first that is not kept. So a checkpoint holds totals:
+it is readable by the coordinator alone, and removed with the run.
+"""
+
+import json
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import SettingsError
+from common.messages import OpenSum
+from common.private_file import make_private_folder, write_whole
+from common.result import Candidate
+from common.summation.protocol import Opening, Total
+from common.tensor_layout import TensorLayout
+
+RUN, OPENING = "run.json", "opening.bin"
+log = logging.getLogger("amalgram.coordinator")
+
+
+@dataclass
+class Step:
+    """What one step of a run cost."""
+
+    name: str
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """One run's progress. Every change is on the disk before the method returns."""
+
+    folder: Path
+    agreement_digest: str
+    run: str = field(default_factory=lambda: secrets.token_hex(32))
+    steps: list[Step] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)  # those that every owner has
+    sums: list[dict[str, Any]] = field(default_factory=list)
+    seconds_before: float = 0.0  # of the earlier starts of this run
+    opening_of: dict[str, Any] | None = None  # the OpenSum, and the state of its session
+    _replayed: int = 0
+    _started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, folder: Path, agreement_digest: str) -> "Checkpoint":
+        """The run to go on with: the one in `folder`, or a new one. One of another agreement is removed."""
+        if is_checkpoint_of(folder, agreement_digest):
+            kept = json.loads((folder / RUN).read_bytes())
+            log.info("going on with the run that was interrupted; %s holds what it had reached", folder)
+            return cls(
+                folder=folder,
+                agreement_digest=agreement_digest,
+                run=kept["run"],
+                steps=[Step(**step) for step in kept["steps"]],
+                candidates=[tuple(candidate) for candidate in kept["candidates"]],
+                sums=kept["sums"],
+                seconds_before=kept["seconds"],
+                opening_of=kept["opening_of"],
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint = cls(folder=folder, agreement_digest=agreement_digest)
+        checkpoint.save()
+        return checkpoint
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, over all its starts."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def next_total(self, statistic: str, models: Sequence[str], layout: TensorLayout) -> Total | None:
+        """The kept total of the sum that the run has come to, or None if this one is still to be done."""
+        if self._replayed == len(self.sums):
+            return None
+        kept = self.sums[self._replayed]
+        if [kept["statistic"], kept["models"], kept["layout"]] != [statistic, list(models), layout.digest()]:
+            raise SettingsError(
+                f"{self.folder}: the interrupted run summed {kept['statistic']} where this one sums {statistic}; "
+                "another version of the software wrote it. Go on with that one, or begin a new agreement"
+            )
+        vector: NDArray[np.float64] = np.fromfile(self._total_file(self._replayed), dtype="<f8")
+        self._replayed += 1
+        return Total(layout=layout, vector=vector, owners=tuple(kept["owners"]), roster_size=kept["roster_size"])
+
+    def keep_total(self, statistic: str, models: Sequence[str], total: Total) -> None:
+        write_whole(self._total_file(len(self.sums)), np.ascontiguousarray(total.vector).data.cast("B"))
+        self.sums.append(
+            {
+                "statistic": statistic,
+                "models": list(models),
+                "layout": total.layout.digest(),
+                "owners": list(total.owners),
+                "roster_size": total.roster_size,
+            }
+        )
+        self._replayed = len(self.sums)
+        self.opening_of = None
+        self.save()
+        (self.folder / OPENING).unlink(missing_ok=True)
+
+    def keep_candidate(self, candidate: Candidate) -> None:
+        self.candidates.append(candidate)
+        self.save()
+
+    def keep_opening(self, request: OpenSum, opening: Opening) -> None:
+        """The owners are about to open a session: they do so once, so what opens with their help must not be lost."""
+        write_whole(self.folder / OPENING, np.ascontiguousarray(opening.vector).data.cast("B"))
+        self.opening_of = {"request": asdict(request), "state": dict(opening.state)}
+        self.save()
+
+    def kept_opening(self) -> tuple[OpenSum, Opening] | None:
+        if self.opening_of is None:
+            return None
+        vector: NDArray[np.uint64] = np.fromfile(self.folder / OPENING, dtype="<u8")
+        return OpenSum(**self.opening_of["request"]), Opening(self.opening_of["state"], vector)
+
+    def save(self) -> None:
+        make_private_folder(self.folder)
+        content = {
+            "run": self.run,
+            "agreement_digest": self.agreement_digest,
+            "seconds": self.seconds,
+            "steps": [asdict(step) for step in self.steps],
+            "candidates": [list(candidate) for candidate in self.candidates],
+            "sums": self.sums,
+            "opening_of": self.opening_of,
+        }
+        write_whole(self.folder / RUN, json.dumps(content).encode())
+
+    def remove(self) -> None:
+        """Delete all totals."""
+        shutil.rmtree(self.folder)
+
+    def _total_file(self, number: int) -> Path:
+        return self.folder / f"sum-{number}.bin"
+
+
+def is_checkpoint_of(folder: Path, agreement_digest: str) -> bool:
+    """Whether `folder` holds a run of this agreement that has not ended. Raises SettingsError if it is damaged."""
+    path = folder / RUN
+    try:
+        return path.is_file() and json.loads(path.read_bytes())["agreement_digest"] == agreement_digest
+    except (ValueError, KeyError):
+        raise SettingsError(f"{path}: is damaged; remove {folder} and begin anew, with a new agreement") from None

@@ -1,0 +1,174 @@
+"""A run that is killed, at the coordinator or at an owner, at any message: the same command goes on as ever."""
+
+import random
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.owner import Owner
+from common.errors import SettingsError, TooFewOwners
+from common.messages import Acknowledgements, CandidatePart, Finish, KeyShares, Message, Receipts, Result, RollCall
+from server.checkpoint import Checkpoint
+from server.merge import CHECKPOINT, run_merge
+from server.report import read_report
+from tests.conftest import parties_of
+from tests.parties import Parties
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the killed process runs after it."""
+
+
+class OwnersChannel:
+    """Owners as the network has them, each built anew for every message."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = list(files.values())
+        self.asked: list[Message] = []
+
+    def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
+        return list(range(len(self.files)))
+
+    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
+        self.asked.append(next(iter(requests.values())))
+        for node, request in requests.items():
+            yield node, self.answer(node, request)
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        return Owner(self.files[node]).answer(request)
+
+
+class Faulty(OwnersChannel):
+    """After some exchanges, in the middle of one: the coordinator is killed before or after some owner answers, or that
+    owner is killed after its work, so that its answer is lost.
+    """
+
+    def __init__(self, files: Mapping[str, Path], chance: random.Random) -> None:
+        super().__init__(files)
+        self.last = chance.randint(1, 14)
+        self.victim = chance.randrange(len(self.files))
+        self.fault = chance.choice(("before", "after", "owner"))
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        strikes = len(self.asked) == self.last and node == self.victim
+        if strikes and self.fault == "before":
+            raise Killed
+        answer = super().answer(node, request)
+        if strikes and self.fault == "after":
+            raise Killed
+        return None if strikes else answer
+
+
+class KilledAt(OwnersChannel):
+    """The coordinator is killed when it has sent one kind of message to the first owners."""
+
+    def __init__(self, files: Mapping[str, Path], kind: type[Message], reached: int) -> None:
+        super().__init__(files)
+        self.kind, self.reached = kind, reached
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        if isinstance(request, self.kind) and node == self.reached:
+            raise Killed
+        return super().answer(node, request)
+
+
+@pytest.fixture(scope="module")
+def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, merged by methods of one sum, of several, and with sweeps."""
+    folder = tmp_path_factory.mktemp("resume") / "consortium"
+    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
+    path = folder / "agreement.toml"
+    text = path.read_text().replace('method = "regmean"', 'method = "regmean_plus_plus"')
+    text = text.replace('["average", "task_arithmetic", "fisher"]', '["regmean", "regmean_refit"]')
+    path.write_text(text)
+    return folder
+
+
+@pytest.fixture
+def several_sums(consortium: Path, tmp_path: Path) -> Iterator[Parties]:
+    (tmp_path / ".amalgram").touch()
+    with parties_of(consortium, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(consortium: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run publishes that nothing happened to."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    (output / ".amalgram").touch()
+    with parties_of(consortium, output) as made:
+        run_merge(made.coordinator, OwnersChannel(made.files))
+        return published(made)
+
+
+def published(parties: Parties) -> dict[str, Any]:
+    report = read_report(parties.output)
+    return {"model": report["digests"]["model"], "evaluation": report["evaluation"], "layers": report["layers"]}
+
+
+def start_until_done(parties: Parties, channels: Iterator[OwnersChannel]) -> int:
+    """The same command again and again; how many times it was needed."""
+    for starts, channel in enumerate(channels, 1):
+        try:
+            run_merge(parties.coordinator, channel)
+        except (Killed, TooFewOwners):
+            continue
+        return starts
+    raise AssertionError
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
+def test_a_run_that_is_killed_again_and_again_publishes_what_an_undisturbed_one_does(
+    several_sums: Parties, undisturbed: dict[str, Any], seed: int
+) -> None:
+    chance = random.Random(seed)
+    starts = start_until_done(several_sums, (Faulty(several_sums.files, chance) for _ in range(200)))
+    assert starts > 5
+    assert published(several_sums) == undisturbed
+    assert not (several_sums.output / CHECKPOINT).exists()
+
+
+def test_a_coordinator_killed_when_some_owners_have_their_message_goes_on(
+    several_sums: Parties, undisturbed: dict[str, Any]
+) -> None:
+    """Masked parts are in; a session is half open; a candidate is half out; a result is signed by one; by all."""
+    for kind in (KeyShares, Acknowledgements, CandidatePart, Result, Receipts):
+        with pytest.raises(Killed):
+            run_merge(several_sums.coordinator, KilledAt(several_sums.files, kind, 1))
+    again = OwnersChannel(several_sums.files)
+    run_merge(several_sums.coordinator, again)
+    assert {type(message) for message in again.asked} == {RollCall, Result, Receipts, Finish}
+    assert published(several_sums) == undisturbed
+
+
+def test_what_is_published_is_neither_made_nor_removed_again(several_sums: Parties) -> None:
+    with pytest.raises(Killed):
+        run_merge(several_sums.coordinator, KilledAt(several_sums.files, Finish, 0))
+    before = published(several_sums)
+    channel = OwnersChannel(several_sums.files)
+    with pytest.raises(SettingsError, match="holds the result of this agreement already"):
+        run_merge(several_sums.coordinator, channel)
+    assert channel.asked == []
+    assert published(several_sums) == before
+
+
+def test_totals_are_readable_by_the_coordinator_alone_and_gone_with_another_agreement(several_sums: Parties) -> None:
+    folder = several_sums.output / CHECKPOINT
+    with pytest.raises(Killed):
+        run_merge(several_sums.coordinator, KilledAt(several_sums.files, CandidatePart, 0))
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, *sorted(folder.iterdir()))] == [0o700, 0o600, 0o600]
+    kept = Checkpoint.open(folder, several_sums.agreement.digest())
+    assert Checkpoint.open(folder, "ab" * 32).run != kept.run
+    assert sorted(path.name for path in folder.iterdir()) == ["run.json"]
+
+
+def test_a_damaged_checkpoint_is_named(several_sums: Parties) -> None:
+    with pytest.raises(Killed):
+        run_merge(several_sums.coordinator, KilledAt(several_sums.files, CandidatePart, 0))
+    (several_sums.output / CHECKPOINT / "run.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"run\.json: is damaged; remove"):
+        run_merge(several_sums.coordinator, OwnersChannel(several_sums.files))
