@@ -1,0 +1,140 @@
+"""Owners of one task who see its labels in different shares: does merging still pay?
+
+python -m benchmarks.label_skew --data DATA --base BASE [--concentrations 0.1,0.5,100] [--json]
+
+DATA is a folder with {train,dev,test}.jsonl (`text`, `label`), BASE a Hugging Face encoder; its head, if it has one,
+is left aside. Four owners: of each label's training rows, shares drawn from a Dirichlet distribution (the usual way to
+make owners unlike, Hsu et al. 2019, arXiv 1909.06335; a small concentration gives owners of one or two labels). Each
+fine-tunes the base on its own rows; all are judged on the same test rows, over all labels. Everything runs through the
+product, masked. Writes benchmarks/results/label_skew.{json,md}.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+import transformers
+from transformers import AutoModel, AutoTokenizer
+
+from deploy.simulate import simulate
+
+RESULTS = Path(__file__).parent / "results"
+OWNERS = ("north", "east", "south", "west")
+METHODS = ("regmean", "average", "task_arithmetic", "fisher", "regmean_plus_plus", "regmean_refit")
+MODELS = ("base", "own_at_home", *METHODS[1:4], METHODS[0], *METHODS[4:], "ensemble", "multi_task")
+SEED = 0
+
+Row = dict[str, str]
+
+
+def split_by_label(rows: list[Row], concentration: float, seed: int) -> dict[str, list[Row]]:
+    """Every row to one owner, a label's rows in shares ~ Dirichlet(concentration)."""
+    generator = np.random.default_rng(seed)
+    parts: dict[str, list[Row]] = {owner: [] for owner in OWNERS}
+    for label in sorted({row["label"] for row in rows}):
+        of_label = [row for row in rows if row["label"] == label]
+        shares = generator.dirichlet([concentration] * len(OWNERS))
+        ends = np.round(np.cumsum(shares) * len(of_label)).astype(int)
+        for owner, start, end in zip(OWNERS, [0, *ends[:-1]], ends, strict=True):
+            parts[owner] += of_label[start:end]
+    for part in parts.values():
+        generator.shuffle(part)
+    return parts
+
+
+def write_consortium(folder: Path, data: Path, base: Path, parts: Mapping[str, list[Row]], labels: list[str]) -> None:
+    AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
+    agreement = {
+        "title": "One task, labels in different shares",
+        "base": "base",
+        "method": METHODS[0],
+        "compare_with": list(METHODS[1:]),
+        "seed": SEED,
+        "owners": [{"name": owner} for owner in OWNERS],
+        "task": {"kind": "text-classification", "labels": labels, "max_tokens": 64, "label_set": "all"},
+        "regmean": {"alphas": [0.1, 0.5, 0.9, 1.0], "measured_examples": 500},
+        "evaluation": {"choose_by": "macro_f1"},
+        "bounds": {"headroom": 1e7},
+    }
+    (folder / "agreement.toml").write_text(tomli_w.dumps(agreement))
+    for owner, rows in parts.items():
+        (folder / f"{owner}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {
+            "name": owner,
+            "training": {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32},
+            "data": {
+                "train": f"{owner}.jsonl",
+                "validation": str(data / "dev.jsonl"),
+                "test": str(data / "test.jsonl"),
+                "max_validation_rows": 400,
+                "max_test_rows": 600,
+            },
+        }
+        (folder / f"{owner}.toml").write_text(tomli_w.dumps(settings))
+
+
+def run(data: Path, base: Path, concentration: float) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    labels = sorted({row["label"] for row in rows})
+    parts = split_by_label(rows, concentration, SEED)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "consortium"
+        folder.mkdir()
+        write_consortium(folder, data, base, parts, labels)
+        report = simulate(folder, Path(name) / "output")
+    return {
+        "rows": {
+            owner: [sum(row["label"] == label for row in part) for label in labels] for owner, part in parts.items()
+        },
+        "mean": report["evaluation"]["mean"],
+        "chosen": report["chosen"],
+        "seconds": report["seconds"],
+    }
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    lines = ["# Four owners of one task, its labels in different shares", ""]
+    lines += ["Accuracy on the same 600 test rows, all labels. Made by", ""]
+    lines += ["    python -m benchmarks.label_skew --data DATA --base BASE", ""]
+    lines += ["| concentration | " + " | ".join(model.replace("_", " ") for model in MODELS) + " |"]
+    lines += ["|---" * (len(MODELS) + 1) + "|"]
+    for concentration, result in results.items():
+        figures = [f"{result['mean'][model]['accuracy']:.3f}" for model in MODELS]
+        lines.append(f"| {concentration} | " + " | ".join(figures) + " |")
+    lines += ["", "Training rows per label at each owner:", ""]
+    for concentration, result in results.items():
+        shares = "; ".join(f"{owner} {'/'.join(map(str, counts))}" for owner, counts in result["rows"].items())
+        lines.append(f"- {concentration}: {shares}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--concentrations", default="0.1,0.5,100")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("amalgram").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    path = RESULTS / "label_skew.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for concentration in arguments.concentrations.split(","):
+        results[concentration] = run(arguments.data, arguments.base, float(concentration))
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (RESULTS / "label_skew.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
+
+
+if __name__ == "__main__":
+    main()
