@@ -36,8 +36,8 @@ AGREEMENT = """\
 # The demo: five owners, five scanners, one model. See deploy/demo/digits.py.
 title = "Handwritten digits from five scanners"
 base = "base"
-method = "regmean"
-compare_with = ["average", "task_arithmetic", "fisher"]
+method = "regmean_refit"
+compare_with = ["average", "task_arithmetic", "fisher", "regmean"]
 seed = {seed}
 
 [task]

@@ -57,7 +57,8 @@ title = "Reviews of three shops"
 base = "base"
 
 # The published model is merged with `method`; the others are only evaluated, for comparison.
-# Known: average, task_arithmetic, fisher, regmean, data_free.
+# Known: average, task_arithmetic, fisher, regmean, data_free; and, of several sums, so that every owner must stay to
+# the end: regmean_plus_plus, and regmean_refit, which fits the classifier anew and tells how many rows have each label.
 method = "regmean"
 compare_with = ["average", "task_arithmetic", "fisher"]
 
@@ -68,7 +69,7 @@ weighting = "rows"
 # min_owners = 3
 
 [task]
-kind = "text-classification"  # or "image-classification"
+kind = "text-classification"  # or token-, image-classification, causal-lm, sequence-to-sequence
 max_tokens = 32               # longer texts are cut
 # labels = ["negative", "positive"]   # left out: as in the base model's configuration
 # label_set = "all"           # left out, "own": an owner's rows are judged among the labels that occur in its files
