@@ -29,7 +29,8 @@ from deploy.in_process_grid import run_in_process
 from deploy.launch import run_with_ray
 from server.app import app as server_app
 from server.merge import claim_output
-from server.report import own_figures, read_report, render_report, save_report
+from server.page import render_report
+from server.report import own_figures, read_report, save_report
 
 Engine = Literal["in-process", "ray"]
 log = logging.getLogger("amalgram.simulate")
@@ -62,11 +63,11 @@ def simulate(
         for path in party_files:
             Owner(path).check()
         _run(engine, coordinator_file, party_files)
-        report = read_report(output)
+        report = read_report(output) | {"simulated": True}
         if with_references:
             log.info("computing references")
             _add_references(report, [Owner(path) for path in party_files])
-            save_report(report, output)
+        save_report(report, output)
     render_report(output)
     return report
 

@@ -57,13 +57,41 @@ class Channel(Protocol):
 
 
 @dataclass
+class OwnerCost:
+    """One owner's part in what a step cost. `waited_seconds`: how long its answers were waited for, and nobody else's;
+    of owners that work at the same time, the first to answer has most of it.
+    """
+
+    waited_seconds: float = 0.0
+    bytes_sent: int = 0  # to the owner
+    bytes_received: int = 0  # from the owner
+
+
+@dataclass
 class Step:
-    """What one step of a run cost."""
+    """What one step of a run cost; `seconds` from the first message to the last answer taken in."""
 
     name: str
     seconds: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    by_owner: dict[str, OwnerCost] = field(default_factory=dict)
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(cost.bytes_sent for cost in self.by_owner.values())
+
+    @property
+    def bytes_received(self) -> int:
+        return sum(cost.bytes_received for cost in self.by_owner.values())
+
+
+@dataclass
+class OpenedSum:
+    """A sum whose total the coordinator learned; `owners` are those whose numbers are in it."""
+
+    statistic: str
+    layout: TensorLayout
+    owners: tuple[str, ...]
+    destroyed: bool = False
 
 
 @dataclass(kw_only=True)
@@ -77,6 +105,8 @@ class Coordinator:
     steps: list[Step] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)  # owner -> where it was lost
     candidates: list[Candidate] = field(default_factory=list)  # everything that was sent to the owners
+    sums: list[OpenedSum] = field(default_factory=list)  # everything that was learned from them
+    receipts: tuple[str, ...] = ()  # the owners that signed the result
     _round: int = -1
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
 
@@ -169,7 +199,15 @@ class Coordinator:
             colluders=self.agreement.colluders,
         )
         kind = SUMMATIONS[self.agreement.summation.kind]
-        return drive(kind.coordinator(terms, self.owners), self._ask, self._exclude)
+        total = drive(kind.coordinator(terms, self.owners), self._ask, self._exclude)
+        self.sums.append(OpenedSum(statistic, layout, total.owners))
+        return total
+
+    def destroy(self, statistic: str, total: Total) -> None:
+        """Overwrite a total that has served, and note that this was done."""
+        total.destroy()
+        for each in self.sums:
+            each.destroyed |= each.statistic == statistic
 
     def _exclude(self, owner: str, violation: RemoteProtocolError) -> None:
         """An owner broke the rules: the others go on without it, where enough remain."""
@@ -219,6 +257,7 @@ class Coordinator:
                 verify(self.agreement.roster[owner], Label.SIGN_RECEIPT, run, owner, body, reply.signature)
                 signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
         self._check_enough()
+        self.receipts = tuple(self.agreement.owner_names[each.owner] for each in signed)
         receipts = Receipts(run=self.run, signatures=Signed.pack_all(signed))
         for _ in self._ask(dict.fromkeys(self.owners, receipts)):
             pass  # whoever is lost here has no receipt, and that is all: every figure is in
@@ -238,9 +277,13 @@ class Coordinator:
         started = time.monotonic()
         owner_of = {self._nodes[owner]: owner for owner in requests}
         by_node = {self._nodes[owner]: request for owner, request in requests.items()}
-        step.bytes_sent += sum(message_bytes(request) for request in requests.values())
+        for owner, request in requests.items():
+            step.by_owner.setdefault(owner, OwnerCost()).bytes_sent += message_bytes(request)
+        waiting_since = started
         for node, reply in self.channel.exchange(by_node, self.agreement.summation.reply_timeout_seconds):
             owner = owner_of[node]
+            cost = step.by_owner[owner]
+            cost.waited_seconds += time.monotonic() - waiting_since
             if isinstance(reply, Refusal):
                 if len(self._nodes) - 1 < self.agreement.needed_owners:
                     raise OwnerRefused(owner, reply.code)
@@ -249,8 +292,9 @@ class Coordinator:
             if reply is None:
                 self._lose(owner, "no answer")
             else:
-                step.bytes_received += message_bytes(reply)
+                cost.bytes_received += message_bytes(reply)
             yield owner, reply
+            waiting_since = time.monotonic()
         step.seconds += time.monotonic() - started
 
     def _lose(self, owner: str, reason: str) -> None:
