@@ -40,7 +40,7 @@ from common.tensor_layout import TensorEntry, TensorLayout
 MOST_MEDIAN_CHANGE = 0.8
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # the card names the licence
 AUTO_CLASSES = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,

@@ -8,32 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from client.owner import Owner
 from common.agreement import SEQUENTIAL
+from common.contents import CONTRIBUTIONS, contribution_kind
 from common.identity import fingerprint
 from common.merge_methods import candidates, contribution_layout, step_layout, step_statistic, steps
 from common.metrics import metrics_layout
 from common.models import delta_layout, merge_plan
 from common.summation.accumulator import BYTES_PER_NUMBER
-
-MEANINGS = {
-    "gram": "Gram matrices: sums over your rows of products of a layer's inputs",
-    "gram_delta": "Gram matrices times your weight changes",
-    "diagonal_delta": "diagonals of Gram matrices times your weight changes",
-    "data_free_gram": "products of your weight changes with themselves, per layer; no row is in them",
-    "data_free_gram_delta": "those products times your weight changes",
-    "data_free_diagonal_delta": "diagonals of those products times your weight changes",
-    "weighted_delta": "your weight changes times your number of rows",
-    "delta": "your weight changes",
-    "fisher": "squared gradients, summed over your rows (Fisher information)",
-    "fisher_delta": "squared gradients times your weight changes",
-    "head_gram": "products of the classifier's inputs with themselves, on the merged model, summed over your rows",
-    "head_start": "those products times the base's classifier",
-    "head_targets": "the classifier's inputs times what it is fitted to, summed over your rows",
-    "head_scores": "the size of your own model's scores",
-    "head_rows": "the number of rows that the classifier is fitted to",
-    "rows": "the number of rows behind each Gram matrix",
-    "weight": "your weight in the mean",
-    "examples": "your number of training rows",
-}
 
 
 def consent_text(owner: Owner) -> str:
@@ -52,7 +32,7 @@ def consent_text(owner: Owner) -> str:
     tensors: Counter[str] = Counter()
     for layout in layouts:
         for entry in layout.entries:
-            kind = entry.name.split("/")[0].split("@")[0]
+            kind = contribution_kind(entry.name)
             numbers[kind] += entry.size
             tensors[kind] += 1
     names = [model for method in agreement.methods for model in candidates(agreement, method)]
@@ -68,7 +48,12 @@ def consent_text(owner: Owner) -> str:
         vector_bytes=_bytes(sum(layout.size for layout in layouts) * BYTES_PER_NUMBER),
         later_sums=len(later),
         kinds=[
-            {"numbers": numbers[kind], "tensors": tensors[kind], "meaning": MEANINGS[kind]} for kind in sorted(numbers)
+            {
+                "numbers": numbers[kind],
+                "tensors": tensors[kind],
+                "meaning": CONTRIBUTIONS[kind].format(their="your"),
+            }
+            for kind in sorted(numbers)
         ],
         candidates=len(names),
         figures_bytes=_bytes(

@@ -194,7 +194,8 @@ def report(
 
     Example: amalgram report demo-output
     """
-    from server.report import read_report, render_report
+    from server.page import render_report
+    from server.report import read_report
 
     found = read_report(out)
     render_report(out)

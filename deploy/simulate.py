@@ -30,7 +30,8 @@ from deploy.launch import run_with_ray
 from server.app import app as server_app
 from server.checkpoint import is_checkpoint_of
 from server.merge import CHECKPOINT, claim_output
-from server.report import own_figures, read_report, render_report, save_report
+from server.page import render_report
+from server.report import own_figures, read_report, save_report
 
 Engine = Literal["in-process", "ray"]
 PARTIES = "parties"
@@ -65,11 +66,11 @@ def simulate(
         for path in party_files:
             Owner(path).check()
         _run(engine, coordinator_file, party_files)
-        report = read_report(output)
+        report = read_report(output) | {"simulated": True}
         if with_references:
             log.info("computing references")
             _add_references(report, [Owner(path) for path in party_files])
-            save_report(report, output)
+        save_report(report, output)
     render_report(output)
     return report
 

@@ -35,13 +35,31 @@ log = logging.getLogger("amalgram.coordinator")
 
 
 @dataclass
+class OwnerCost:
+    """One owner's part in what a step cost. `waited_seconds`: how long its answers were waited for, and nobody else's;
+    of owners that work at the same time, the first to answer has most of it.
+    """
+
+    waited_seconds: float = 0.0
+    bytes_sent: int = 0  # to the owner
+    bytes_received: int = 0  # from the owner
+
+
+@dataclass
 class Step:
-    """What one step of a run cost."""
+    """What one step of a run cost; `seconds` from the first message to the last answer taken in."""
 
     name: str
     seconds: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    by_owner: dict[str, OwnerCost] = field(default_factory=dict)
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(cost.bytes_sent for cost in self.by_owner.values())
+
+    @property
+    def bytes_received(self) -> int:
+        return sum(cost.bytes_received for cost in self.by_owner.values())
 
 
 @dataclass(kw_only=True)
@@ -69,7 +87,7 @@ class Checkpoint:
                 folder=folder,
                 agreement_digest=agreement_digest,
                 run=kept["run"],
-                steps=[Step(**step) for step in kept["steps"]],
+                steps=[_step(step) for step in kept["steps"]],
                 candidates=[tuple(candidate) for candidate in kept["candidates"]],
                 sums=kept["sums"],
                 seconds_before=kept["seconds"],
@@ -150,6 +168,11 @@ class Checkpoint:
 
     def _total_file(self, number: int) -> Path:
         return self.folder / f"sum-{number}.bin"
+
+
+def _step(kept: dict[str, Any]) -> Step:
+    by_owner = {owner: OwnerCost(**cost) for owner, cost in kept["by_owner"].items()}
+    return Step(kept["name"], kept["seconds"], by_owner)
 
 
 def is_checkpoint_of(folder: Path, agreement_digest: str) -> bool:

@@ -41,7 +41,7 @@ from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total,
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, check_burned_by
 from common.tensor_layout import TensorLayout
-from server.checkpoint import Checkpoint, Step
+from server.checkpoint import Checkpoint, OwnerCost, Step
 
 FINISH_TIMEOUT_SECONDS = 60.0
 log = logging.getLogger("amalgram.coordinator")
@@ -57,6 +57,16 @@ class Channel(Protocol):
         """Send to each node; yield each answer as it arrives, None for a node that did not answer in time."""
 
 
+@dataclass
+class OpenedSum:
+    """A sum whose total the coordinator learned; `owners` are those whose numbers are in it."""
+
+    statistic: str
+    layout: TensorLayout
+    owners: tuple[str, ...]
+    destroyed: bool = False
+
+
 @dataclass(kw_only=True)
 class Coordinator:
     """One run of one agreement over one channel. What the checkpoint has of it is not asked for again."""
@@ -67,6 +77,8 @@ class Coordinator:
     checkpoint: Checkpoint
     lost: dict[str, str] = field(default_factory=dict)  # owner -> where it was lost
     candidates: list[Candidate] = field(default_factory=list)  # everything that was sent to the owners
+    sums: list[OpenedSum] = field(default_factory=list)  # everything that was learned from them
+    receipts: tuple[str, ...] = ()  # the owners that signed the result
     _round: int = -1
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
 
@@ -147,9 +159,14 @@ class Coordinator:
 
     def sum(self, statistic: str, layout: TensorLayout, models: tuple[str, ...] = ()) -> Total:
         """The total of one statistic over the owners; goes on without those that are lost or break the rules."""
-        kept = self.checkpoint.next_total(statistic, models, layout)
-        if kept is not None:
-            return kept
+        total = self.checkpoint.next_total(statistic, models, layout)
+        if total is None:
+            total = self._sum_over_owners(statistic, layout, models)
+            self.checkpoint.keep_total(statistic, models, total)
+        self.sums.append(OpenedSum(statistic, layout, total.owners))
+        return total
+
+    def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> Total:
         self._start(f"sum of {statistic}")
         request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
 
@@ -159,9 +176,7 @@ class Coordinator:
                 self.checkpoint.keep_opening(request, opening)
             return self._ask(requests)
 
-        total = drive(side, exchange, self._exclude)
-        self.checkpoint.keep_total(statistic, models, total)
-        return total
+        return drive(side, exchange, self._exclude)
 
     def _reopened_sum(self, layout: TensorLayout) -> tuple[OpenSum, CoordinatorSide] | None:
         """The sum that was being opened when an earlier start of this run ended; its owners open no other."""
@@ -203,6 +218,12 @@ class Coordinator:
     @property
     def _kind(self) -> SumKind:
         return SUMMATIONS[self.agreement.summation.kind]
+
+    def destroy(self, statistic: str, total: Total) -> None:
+        """Overwrite a total that has served, and note that this was done."""
+        total.destroy()
+        for each in self.sums:
+            each.destroyed |= each.statistic == statistic
 
     def _exclude(self, owner: str, violation: RemoteProtocolError) -> None:
         """An owner broke the rules: the others go on without it, where enough remain."""
@@ -266,6 +287,7 @@ class Coordinator:
                 verify(self.agreement.roster[owner], Label.SIGN_RECEIPT, run, owner, body, reply.signature)
                 signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
         self._check_enough()
+        self.receipts = tuple(self.agreement.owner_names[each.owner] for each in signed)
         receipts = Receipts(run=self.run, signatures=Signed.pack_all(signed))
         for _ in self._ask(dict.fromkeys(self.owners, receipts)):
             pass  # whoever is lost here has no receipt, and that is all: every figure is in
@@ -285,9 +307,13 @@ class Coordinator:
         started = time.monotonic()
         owner_of = {self._nodes[owner]: owner for owner in requests}
         by_node = {self._nodes[owner]: request for owner, request in requests.items()}
-        step.bytes_sent += sum(message_bytes(request) for request in requests.values())
+        for owner, request in requests.items():
+            step.by_owner.setdefault(owner, OwnerCost()).bytes_sent += message_bytes(request)
+        waiting_since = started
         for node, reply in self.channel.exchange(by_node, self.agreement.summation.reply_timeout_seconds):
             owner = owner_of[node]
+            cost = step.by_owner[owner]
+            cost.waited_seconds += time.monotonic() - waiting_since
             if isinstance(reply, Refusal):
                 if len(self._nodes) - 1 < self.agreement.needed_owners:
                     raise OwnerRefused(owner, reply.code)
@@ -296,8 +322,9 @@ class Coordinator:
             if reply is None:
                 self._lose(owner, "no answer")
             else:
-                step.bytes_received += message_bytes(reply)
+                cost.bytes_received += message_bytes(reply)
             yield owner, reply
+            waiting_since = time.monotonic()
         step.seconds += time.monotonic() - started
 
     def _lose(self, owner: str, reason: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -50,7 +51,8 @@ from common.summation.protocol import Total
 from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Channel, Coordinator
-from server.report import agreement_of_report, write_report
+from server.model_card import write_model_card
+from server.report import agreement_of_report, make_report, save_report
 from server.settings import CoordinatorSettings
 
 SolutionOf = Callable[[float | None], Solution]  # a method's merged delta for a value of its knob
@@ -103,8 +105,10 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
         outcome = _merge(coordinator, plan, adapter)
         add_delta(base, outcome.solutions[agreement.method].delta)
         coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base, agreement.task))
-        _write_model(base, outcome.solutions[agreement.method].low_rank, base_folder, agreement, output / "model")
-        write_report(outcome, base, checkpoint.seconds, output)
+        report = make_report(outcome, base, checkpoint.seconds)
+        low_rank = outcome.solutions[agreement.method].low_rank
+        _write_model(base, low_rank, base_folder, agreement, report, output / "model")
+        save_report(report, output)
     except NumericalError:  # the same totals would end alike; after any other error the same command goes on
         _end(coordinator)
         raise
@@ -142,7 +146,7 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
         solutions[method] = solutions_of[method](choice.knob)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     owners, examples = total.owners, _examples(total)
-    total.destroy()
+    coordinator.destroy("contribution", total)
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
     return Outcome(
         agreement=agreement,
@@ -165,14 +169,14 @@ def _solve_step_by_step(coordinator: Coordinator, plan: MergePlan, method: str, 
     for step in before:
         step_total = coordinator.sum(step_statistic(method, step), step_layout(agreement, plan, method, step))
         merged = merged.followed_by(solve_step(agreement, plan, method, step, step_total, None))
-        step_total.destroy()
+        coordinator.destroy(step_statistic(method, step), step_total)
         _send_merged(coordinator, plan, method, step.number, merged)
     last_total = coordinator.sum(step_statistic(method, last), step_layout(agreement, plan, method, last))
     solutions = {
         knob: merged.followed_by(solve_step(agreement, plan, method, last, last_total, knob))
         for knob in candidates(agreement, method).values()
     }
-    last_total.destroy()
+    coordinator.destroy(step_statistic(method, last), last_total)
     return solutions.__getitem__
 
 
@@ -265,9 +269,14 @@ def _figures(coordinator: Coordinator, split: str, models: tuple[str, ...]) -> d
 
 
 def _write_model(
-    model: PreTrainedModel, low_rank: LowRank | None, base_folder: Path, agreement: Agreement, folder: Path
+    model: PreTrainedModel,
+    low_rank: LowRank | None,
+    base_folder: Path,
+    agreement: Agreement,
+    report: dict[str, Any],
+    folder: Path,
 ) -> None:
-    """A Hugging Face folder of the model, or of its adapter: whole or not at all."""
+    """A Hugging Face folder of the model, or of its adapter, with its card: whole or not at all."""
     unfinished = folder.with_name("model.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     if low_rank is not None:
@@ -278,6 +287,7 @@ def _write_model(
         model.save_pretrained(unfinished)
     if agreement.task.is_text:
         load_tokenizer(base_folder).save_pretrained(unfinished)
+    write_model_card(report, base_folder, unfinished)
     for weights in unfinished.glob("*.safetensors"):
         weights.chmod(next(unfinished.glob("*config.json")).stat().st_mode)  # it is there to be read
     unfinished.replace(folder)

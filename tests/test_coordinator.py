@@ -151,6 +151,41 @@ def test_an_honest_run_adds_everybody_up(agreement: Agreement) -> None:
     assert coordinator.steps[1].bytes_received > 3 * 7 * 8
 
 
+def test_what_each_owner_cost_is_noted_and_adds_up(agreement: Agreement) -> None:
+    coordinator = coordinator_of(agreement, honest, needed=3)
+    run_all(coordinator)
+    step = coordinator.steps[1]
+    assert set(step.by_owner) == {"ada", "bea", "cyd"}
+    assert all(cost.bytes_received > 7 * 8 for cost in step.by_owner.values())
+    assert step.bytes_received == sum(cost.bytes_received for cost in step.by_owner.values())
+    assert 0 < sum(cost.waited_seconds for cost in step.by_owner.values()) <= step.seconds
+
+
+def test_what_was_opened_over_whom_and_what_was_destroyed_is_noted(agreement: Agreement) -> None:
+    coordinator = coordinator_of(agreement, lost_at(KeyShares), needed=2)
+    coordinator.roll_call()
+    total = coordinator.sum("contribution", LAYOUT)
+    (opened,) = coordinator.sums
+    assert (opened.statistic, opened.layout, opened.owners) == ("contribution", LAYOUT, ("ada", "cyd"))
+    assert not opened.destroyed
+    coordinator.destroy("contribution", total)
+    assert opened.destroyed
+    assert np.isnan(total.vector).all()
+
+
+def test_a_sum_that_was_not_opened_is_not_said_to_be(agreement: Agreement) -> None:
+    coordinator = coordinator_of(agreement, lost_at(KeyShares), needed=3)
+    with pytest.raises(TooFewOwners):
+        run_all(coordinator)
+    assert coordinator.sums == []
+
+
+def test_who_signed_the_result_is_noted(agreement: Agreement) -> None:
+    coordinator = coordinator_of(agreement, lost_at(Result), needed=2)
+    run_all(coordinator)
+    assert coordinator.receipts == ("ada", "cyd")
+
+
 @pytest.mark.parametrize(
     ("kind", "total"),
     [

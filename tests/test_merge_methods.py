@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.agreement import SEQUENTIAL, Agreement, Bounds, DataFree, RegMean, TaskArithmetic
+from common.contents import CONTRIBUTIONS, contribution_kind
 from common.errors import NumericalError
 from common.identity import Identity
 from common.merge_methods import (
@@ -25,7 +26,6 @@ from common.merge_methods import (
 from common.merge_methods.terms import Gram, OwnerTerms, Solution, owner_weight
 from common.models import Layer, MergePlan, SharedInput
 from common.summation.protocol import Total
-from deploy.agree import MEANINGS
 from tests.sums import run, terms_of
 
 
@@ -454,7 +454,7 @@ def test_an_owner_is_told_the_meaning_of_all_that_leaves(
     alone = agreement.model_copy(update={"method": method, "compare_with": (), **knobs})
     plan = plan_for(3, [2])
     for entry in contribution_layout(bounded(alone, plan), plan).entries:
-        assert entry.name.split("/")[0] in MEANINGS
+        assert contribution_kind(entry.name) in CONTRIBUTIONS
 
 
 def test_a_tensor_that_several_methods_need_is_sent_once(agreement: Agreement) -> None:

@@ -1,11 +1,13 @@
 """Owners that bring LoRA adapters, and a result that is one."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -98,6 +100,21 @@ def signed_model(report: dict, output: Path, base_folder: Path) -> PreTrainedMod
     assert not file
     assert digest_of(model, TASK) == report["digests"]["model"]
     return model
+
+
+def test_the_model_card_s_code_gives_the_signed_model_s_logits(published: tuple[dict, Path, Path]) -> None:
+    report, output, base_folder = published
+    card = ModelCard.load(output / "model" / "README.md")
+    assert card.data.library_name == "peft"
+    assert "lora" in card.data.tags
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict = {}
+    exec(code.replace("this-folder", str(output / "model")).replace("the-base-model", str(base_folder)), names)
+    tokens = torch.arange(2, 26).reshape(2, 12)
+    with torch.no_grad():
+        one = names["model"].eval()(input_ids=tokens).logits
+        other = signed_model(report, output, base_folder)(input_ids=tokens).logits
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_the_report_says_what_the_cut_lost(published: tuple[dict, Path, Path]) -> None:

@@ -1,12 +1,14 @@
 """All parties on one machine: real models, real Flower messages, real files."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -79,6 +81,47 @@ def test_the_model_folder_loads_and_classifies(result: tuple[dict, Path]) -> Non
     classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(output / "model"))
     assert classify("the staff was rude")[0]["label"] == "negative"
     assert classify("the film was gripping")[0]["label"] == "positive"
+
+
+def test_the_report_tells_every_sum_and_everything_that_was_sent(result: tuple[dict, Path]) -> None:
+    report = result[0]
+    assert report["simulated"]
+    assert [each["statistic"] for each in report["sums"]] == ["contribution", "validation", "test"]
+    assert [each["destroyed"] for each in report["sums"]] == [True, False, False]
+    for each in report["sums"]:
+        assert each["owners"] == ["hotel", "cinema", "phones"]
+        assert each["numbers"] == sum(content["numbers"] for content in each["contents"])
+    grams = {content["kind"]: content["tensors"] for content in report["sums"][0]["contents"]}["gram"]
+    assert len(grams) == len(report["layers"]) == len(report["tensors"]["merged"])
+    sent = [(each["model"], each["split"]) for each in report["sent"]]
+    tried = [row["candidate"] for sweep in report["evaluation"]["sweep"].values() for row in sweep]
+    chosen = [choice["candidate"] for choice in report["chosen"].values()]
+    assert sorted(sent) == sorted([(name, "validation") for name in tried] + [(name, "test") for name in chosen])
+    assert all(each["owners"] == ["hotel", "cinema", "phones"] for each in report["sent"])
+    assert report["receipts"] == report["owners"]
+
+
+def test_the_report_s_distances_are_those_of_the_weights(result: tuple[dict, Path], reviews_folder: Path) -> None:
+    report, output = result
+    merged = AutoModelForSequenceClassification.from_pretrained(output / "model").state_dict()
+    base = AutoModelForSequenceClassification.from_pretrained(reviews_folder / "base").state_dict()
+    assert [change["name"] for change in report["changes"]] == [layer["name"] for layer in report["layers"]]
+    for change, group in zip(report["changes"], report["tensors"]["merged"], strict=True):
+        before = torch.cat([base[name].flatten() for name in group])
+        after = torch.cat([merged[name].flatten() for name in group])
+        assert change["change"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+        assert change["from_average"] > 0
+
+
+def test_the_model_card_s_code_runs(result: tuple[dict, Path]) -> None:
+    folder = result[1] / "model"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.library_name == "transformers"
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict = {}
+    exec(code.replace("this-folder", str(folder)), names)
+    assert names["model"]("the staff was rude")[0]["label"] == "negative"
 
 
 def test_no_owner_s_state_is_left_behind(result: tuple[dict, Path]) -> None:

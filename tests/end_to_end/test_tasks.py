@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
     BertForTokenClassification,
@@ -214,6 +218,22 @@ def test_owners_with_labels_of_their_own_share_a_body_and_keep_their_heads(tmp_p
     assert "classifier" not in (tmp_path / "output" / "model" / "model.safetensors").read_bytes()[:20_000].decode(
         "latin-1"
     )
+    check_card_puts_the_body_under_a_head(tmp_path / "output" / "model", folder / "base")
+
+
+def check_card_puts_the_body_under_a_head(model_folder: Path, base: Path) -> None:
+    card = ModelCard.load(model_folder / "README.md")
+    assert card.data.pipeline_tag == "feature-extraction"
+    own = model_folder.parent / "own"
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(own)
+    before = load_file(own / "model.safetensors")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict = {}
+    exec(code.replace("this-folder", str(model_folder)).replace("your-own-fine-tuned-model", str(own)), names)
+    merged = {f"bert.{name}": tensor for name, tensor in load_file(model_folder / "model.safetensors").items()}
+    for name, tensor in names["own"].state_dict().items():
+        torch.testing.assert_close(tensor, merged.get(name, before[name]), rtol=0, atol=0)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in merged.items())
 
 
 def clip(_: int) -> PreTrainedModel:

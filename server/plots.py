@@ -1,0 +1,112 @@
+"""The page's plots as inline SVG: text stays text, ink takes the page's colour, the same report gives the same bytes.
+
+Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; nothing is told by colour alone.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+HATCHES = ("", "///", "\\\\\\", "---", "|||", "xxx", "+++")  # lines alone: dots make a page ten times as large
+ACCENT, OTHERS = "#d55e00", "#999999"
+INK = "#010203"  # stands for the page's own text colour
+WIDTH_INCHES = 4.9  # as wide as a phone shows without making text smaller
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "amalgram",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "hatch.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+}
+
+
+def models_plot(
+    names: Sequence[str], means: Sequence[float], owners: Sequence[Sequence[float]], merged: int, label: str
+) -> str:
+    """A row per model: a diamond for the mean, a small circle per owner; `merged` is the row to stand out."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _axes(height_inches=0.6 + 0.3 * len(names))
+        places = range(len(names))[::-1]
+        for row, place in enumerate(places):
+            colour = ACCENT if row == merged else PALETTE[0]
+            if owners[row]:
+                axes.plot([min(owners[row]), max(owners[row])], [place, place], color=INK, alpha=0.35, linewidth=1)
+                axes.plot(owners[row], [place] * len(owners[row]), "o", color=INK, fillstyle="none", markersize=4)
+            axes.plot(means[row], place, "D", color=colour, markersize=9 if row == merged else 7)
+        axes.set_yticks(list(places), names)
+        axes.get_yticklabels()[merged].set_fontweight("bold")
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color=INK, alpha=0.15)
+        return _svg(figure, "models")
+
+
+def sweep_plot(name: str, knobs: Sequence[float], figures: Mapping[str, Sequence[float]], chosen: int) -> str:
+    """A line per figure over the knob's values, which stand evenly; the chosen one is ringed."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _axes(height_inches=2.4)
+        places = list(range(len(knobs)))
+        axes.axvline(chosen, color=INK, alpha=0.35, linewidth=1)
+        for (label, values), colour, marker, line in zip(
+            figures.items(), PALETTE, "osv", ("-", "--", ":"), strict=False
+        ):
+            axes.plot(places, values, marker=marker, linestyle=line, color=colour, label=label)
+            axes.plot(chosen, values[chosen], "o", color=ACCENT, fillstyle="none", markersize=13, markeredgewidth=2)
+        axes.set_xticks(places, [f"{knob:g}" for knob in knobs])
+        axes.margins(x=0.1, y=0.2)
+        axes.grid(axis="y", color=INK, alpha=0.15)
+        axes.legend(loc="best")
+        return _svg(figure, f"sweep-{name}")
+
+
+def stacked_plot(
+    name: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]], label: str, other: str | None = None
+) -> str:
+    """A bar per row, cut into parts that differ by colour and hatch; `other` is the part drawn in grey."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _axes(height_inches=1.0 + 0.3 * len(rows) + 0.2 * (len(parts) // 3))
+        places = list(range(len(rows)))[::-1]
+        starts = [0.0] * len(rows)
+        for index, (part, values) in enumerate(parts.items()):
+            style: dict[str, Any] = {"color": OTHERS}
+            if part != other:
+                style = {"color": PALETTE[index % len(PALETTE)], "hatch": HATCHES[index % len(HATCHES)]}
+            axes.barh(places, values, left=starts, label=part, edgecolor=INK, linewidth=0.5, height=0.65, **style)
+            starts = [start + value for start, value in zip(starts, values, strict=True)]
+        axes.set_yticks(places, rows)
+        axes.set_xlabel(label)
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1.4, columnspacing=1, fontsize=9)
+        return _svg(figure, name)
+
+
+def heat(share: float) -> tuple[str, str]:
+    """The cividis colour of a number from 0 to 1, and the ink that is readable on it."""
+    red, green, blue, _ = mpl.colormaps["cividis"](share)
+    ink = "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#ffffff"
+    return mpl.colors.to_hex((red, green, blue)), ink
+
+
+def _axes(height_inches: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The <svg> element alone, its ids its own on a page of several plots; the page gives the text alternative."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg).replace(INK, "currentColor")
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

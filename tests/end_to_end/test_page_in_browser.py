@@ -1,0 +1,178 @@
+"""The page of a real run in a real browser: Chromium, headless, from disk."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+from deploy.simulate import simulate
+from server.page import render_report
+from server.report import save_report
+from tests.reports import HOSTILE, hand_written
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="needs Chromium and its chromedriver (Debian: chromium, chromium-driver)"
+)
+SECTIONS = ["verdict", "figures", "knobs", "revealed", "layers", "cost", "agreement", "digests"]
+DESKTOP, PHONE = 1280, 390  # CSS pixels
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER or ""
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",  # the page is our own, and the tests may run as root
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def real(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("real")
+    simulate(reviews_folder, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("hostile")
+    save_report(hand_written(), output)
+    render_report(output)
+    return output
+
+
+@pytest.fixture(params=["real", "hostile"])
+def output(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+def show(browser: webdriver.Chrome, output: Path, width: int = DESKTOP, scheme: str = "light") -> dict[str, Any]:
+    """Open the page; the report that it was made from."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get((output / "report.html").as_uri())
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return report
+
+
+def test_nothing_is_complained_about_and_no_request_leaves_the_page(browser: webdriver.Chrome, output: Path) -> None:
+    browser.get_log("browser")
+    browser.get_log("performance")
+    show(browser, output)
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+    page = (output / "report.html").as_uri()
+    assert page in asked
+    assert {url for url in asked if not url.startswith("data:")} == {page}
+
+
+def test_every_section_is_there_and_reached_from_the_top(browser: webdriver.Chrome, output: Path) -> None:
+    show(browser, output)
+    assert [each.get_attribute("id") for each in browser.find_elements(By.TAG_NAME, "section")] == SECTIONS
+    for link in browser.find_elements(By.CSS_SELECTOR, "nav a"):
+        target = (link.get_attribute("href") or "").rpartition("#")[2]
+        assert browser.find_element(By.ID, target).is_displayed()
+    for plot in browser.find_elements(By.TAG_NAME, "svg"):
+        assert plot.size["width"] > 300
+        assert plot.size["height"] > 100
+
+
+def test_the_table_has_the_report_s_figures(browser: webdriver.Chrome, output: Path) -> None:
+    evaluation = show(browser, output)["evaluation"]
+    rows = {"mean": evaluation["mean"], **evaluation["by_owner"]}
+    expected = {
+        f"{row}/{model}/{key}": f"{scores[key]:.3f}"
+        for row, models in rows.items()
+        for model, scores in models.items()
+        for key in ("accuracy", evaluation["figure"])
+    }
+    cells = browser.find_elements(By.CSS_SELECTOR, "[data-cell]")
+    shown = {each.get_attribute("data-cell"): each.find_element(By.TAG_NAME, "span") for each in cells}
+    assert {name: each.get_property("textContent") for name, each in shown.items()} == expected
+
+
+def test_the_sums_and_who_is_in_them_are_the_report_s(browser: webdriver.Chrome, output: Path) -> None:
+    report = show(browser, output)
+    rows = browser.find_elements(By.CSS_SELECTOR, "#sums tbody tr")
+    assert len(rows) == len(report["sums"])
+    for row, summed in zip(rows, report["sums"], strict=True):
+        assert summed["statistic"] in row.text
+        assert f"{summed['numbers']:,} numbers" in row.text
+        for owner in summed["owners"]:
+            assert owner in row.text
+        for content in summed["contents"]:
+            assert content["meaning"] in row.text
+
+
+def test_words_from_settings_are_shown_as_they_are_written(browser: webdriver.Chrome, hostile: Path) -> None:
+    show(browser, hostile)
+    assert browser.find_element(By.TAG_NAME, "h1").text == HOSTILE
+    assert browser.find_elements(By.TAG_NAME, "script") == []
+
+
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+def test_the_page_is_no_wider_than_the_screen(browser: webdriver.Chrome, output: Path, width: int) -> None:
+    show(browser, output, width)
+    browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true })")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return window.innerWidth") == width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(browser: webdriver.Chrome, output: Path, scheme: str) -> None:
+    """Contrast of 4.5 to 1 or more (WCAG 2, AA), for every element that has text of its own, in plots as well."""
+    show(browser, output, scheme=scheme)
+    faint = browser.execute_script(
+        """
+        const parse = colour => colour.match(/[\\d.]+/g).map(Number);
+        const channel = c => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+        const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+        const ground = element => {
+          for (; element; element = element.parentElement) {
+            const colour = parse(getComputedStyle(element).backgroundColor);
+            if (colour.length < 4 || colour[3] > 0) return colour;
+          }
+        };
+        return [...document.body.querySelectorAll("*")]
+          .filter(each => [...each.childNodes].some(child => child.nodeType === 3 && child.data.trim()))
+          .filter(each => !each.closest("defs, style"))
+          .map(each => {
+            const style = getComputedStyle(each);
+            const ink = luminance(parse(each.closest("svg") ? style.fill : style.color));
+            const paper = luminance(ground(each.closest("svg") ? each.closest("svg").parentElement : each));
+            const contrast = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+            return [each.textContent.trim().slice(0, 40), contrast];
+          })
+          .filter(([, contrast]) => contrast < 4.5);
+        """
+    )
+    assert faint == []
+
+
+def test_the_page_prints(browser: webdriver.Chrome, output: Path) -> None:
+    show(browser, output)
+    assert browser.print_page().startswith("JVBERi0")  # %PDF- in base64
