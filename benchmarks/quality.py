@@ -1,6 +1,6 @@
 """Does merging pay? Every method on five emotion models, on the owners' own domains and on five that nobody trained on.
 
-python -m benchmarks.quality --data DATA --models MODELS [--only references,methods,seeds,owners] [--json]
+python -m benchmarks.quality --data DATA --models MODELS [--only references,methods,bias,seeds,owners] [--json]
 
 DATA and MODELS as in benchmarks/emotion.py. Every merged model here is a candidate that the product itself sent to its
 owners, masked, in `simulate`; it is kept on the way and judged again on all ten domains. `textbook` is RegMean once
@@ -227,16 +227,17 @@ def mean_over(figures: Figures, domains: tuple[str, ...], figure: str) -> float 
 
 
 def run_methods(bench: Bench) -> dict[str, Any]:
-    without, report = merged_by_the_product(bench, methods=METHODS)
-    with_bias, bias_report = merged_by_the_product(bench, " + bias", methods=WITH_BIAS)
-    chosen = {method: choice["candidate"] for method, choice in report["chosen"].items()}
-    chosen |= {f"{method} + bias": f"{choice['candidate']} + bias" for method, choice in bias_report["chosen"].items()}
-    return {
-        "figures": without | with_bias,
-        "chosen": chosen,
-        "seconds": [report["seconds"], bias_report["seconds"]],
-        "versions": report["versions"],
-    }
+    return _methods_of_one_run(bench, "", methods=METHODS)
+
+
+def run_bias(bench: Bench) -> dict[str, Any]:
+    return _methods_of_one_run(bench, " + bias", methods=WITH_BIAS, bias_feature=True)
+
+
+def _methods_of_one_run(bench: Bench, suffix: str, **consortium: Any) -> dict[str, Any]:
+    figures, report = merged_by_the_product(bench, suffix, **consortium)
+    chosen = [choice["candidate"] + suffix for choice in report["chosen"].values()]
+    return {"figures": figures, "chosen": chosen, "seconds": report["seconds"], "versions": report["versions"]}
 
 
 def run_seeds(bench: Bench) -> dict[str, Any]:
@@ -262,7 +263,13 @@ def run_owners(bench: Bench) -> dict[str, Any]:
     return found
 
 
-PARTS = {"references": references, "methods": run_methods, "seeds": run_seeds, "owners": run_owners}
+PARTS = {
+    "references": references,
+    "methods": run_methods,
+    "bias": run_bias,
+    "seeds": run_seeds,
+    "owners": run_owners,
+}
 
 
 def kept() -> dict[str, Any]:
@@ -302,10 +309,13 @@ def main() -> None:
 
 def rows_of_table(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
     """(name, macro F1 in, out, accuracy in, out); bold what the owners' validation rows chose."""
-    methods = results.get("methods", {"chosen": {}, "figures": {}})
-    chosen = set(methods["chosen"].values())
+    merged = [results[part] for part in ("methods", "bias") if part in results]
+    chosen = {name for part in merged for name in part["chosen"]}
+    found = dict(results.get("references", {}))
+    for part in merged:
+        found |= part["figures"]
     rows = []
-    for name, figures in (results.get("references", {}) | methods["figures"]).items():
+    for name, figures in found.items():
         values = [
             mean_over(figures, domains, figure)
             for figure in ("macro_f1", "accuracy")

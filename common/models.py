@@ -112,8 +112,13 @@ def base_labels(folder: Path) -> tuple[str, ...]:
 
 
 def named_labels(folder: Path) -> tuple[str, ...]:
-    """`base_labels`, or none where the configuration only numbers them, and of an adapter, which has none."""
+    """`base_labels`, or none where the configuration only numbers them, of an adapter, which has none, and of a body
+    saved without its head (AutoModel), whose configuration still tells the labels that it had.
+    """
     if is_adapter(folder):
+        return ()
+    architectures = _config(folder).architectures
+    if architectures and not any("For" in architecture for architecture in architectures):
         return ()
     labels = base_labels(folder)
     return () if all(label.startswith("LABEL_") for label in labels) else labels

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
 
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
@@ -106,6 +106,14 @@ def test_a_base_that_lacks_more_than_a_head_is_refused(folder: Path) -> None:
 def test_a_base_with_its_labels_in_another_order_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"its labels are \['a', 'b', 'c'\]"):
         load_base(folder, Task(labels=("c", "b", "a")), seed=0)
+
+
+def test_a_body_saved_without_its_head_takes_new_labels(folder: Path, tmp_path: Path) -> None:
+    """AutoModel keeps the labels of the head that it left behind in the configuration."""
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "body")
+    assert base_labels(tmp_path / "body") == ("a", "b", "c")
+    model = load_base(tmp_path / "body", Task(labels=("x", "y")), seed=0)
+    assert model.config.id2label == {0: "x", 1: "y"}
 
 
 def test_a_model_with_running_statistics_is_refused(tmp_path: Path) -> None:
