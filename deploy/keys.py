@@ -4,6 +4,7 @@ They say who may connect and that a line is private. What a sum rests on, identi
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -27,6 +28,7 @@ from common.errors import SettingsError
 from common.identity import write_new
 
 LOCAL_NAMES = ("localhost", "127.0.0.1")  # the coordinator's own programs come this way
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 CA_DAYS, SERVER_DAYS, WARN_DAYS = 3650, 825, 30
 log = logging.getLogger("amalgram.keys")
 
@@ -128,11 +130,9 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ip_address(host))
     except ValueError:
-        pass
-    try:
-        return x509.DNSName(host)
-    except ValueError:
-        raise SettingsError(f"{host!r}: is no host name or address that a certificate can name") from None
+        if not HOST.fullmatch(host):
+            raise SettingsError(f"{host!r}: is no host name or address, without a port, in ASCII letters") from None
+    return x509.DNSName(host)
 
 
 def _write_pair(files: Sequence[Path], key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:

@@ -195,10 +195,10 @@ def main(grid, context):
 
 
 @pytest.mark.parametrize(
-    "pinned", [pytest.param(True, id="ours"), pytest.param(False, id="stock", marks=pytest.mark.slow)]
+    "agreed", [pytest.param(False, id="refused"), pytest.param(True, id="had-it-been-agreed", marks=pytest.mark.slow)]
 )
-def test_a_bundle_that_reads_the_owner_s_rows_is_refused_by_our_node_and_runs_on_a_stock_one(
-    network: Network, server: Command, tmp_path: Path, pinned: bool
+def test_a_bundle_that_reads_the_owner_s_rows_is_refused_and_would_have_got_them(
+    network: Network, server: Command, tmp_path: Path, agreed: bool
 ) -> None:
     evil, loot, started_file = tmp_path / "evil", tmp_path / "loot", tmp_path / "started"
     rows = network.folder / "data" / "hotel" / "train.jsonl"
@@ -209,14 +209,14 @@ def test_a_bundle_that_reads_the_owner_s_rows_is_refused_by_our_node_and_runs_on
     (evil / "client" / "app.py").write_text(EVIL_CLIENT.format(started=str(started_file), rows=str(rows)))
     (evil / "server" / "app.py").write_text(EVIL_SERVER)
     node = find_node(network.owner("hotel"))
-    digest = node.bundle_digest if pinned else hashlib.sha256(build_fab_from_disk(evil)).hexdigest()
+    digest = hashlib.sha256(build_fab_from_disk(evil)).hexdigest() if agreed else node.bundle_digest
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
     with supernode(replace(node, state=state, bundle_digest=digest)):
         answer = flwr(control(network), "run", str(evil), CONNECTION, "--run-config", f"coordinator='{loot}'")
         wait_until(lambda: loot.exists() and loot.read_text() != "", f"an answer to run {answer}", 90)
     said = (tmp_path / "state" / "supernode.log").read_text()
-    if not pinned:  # the attack works where nothing stops it
+    if agreed:  # the attack works where nothing stops it
         assert SECRET in loot.read_text()
         return
     assert loot.read_text() == "error 7"
