@@ -20,7 +20,7 @@ from common.errors import ConsentError, SettingsError
 from deploy.keys import read_certificate, read_node_key
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import MARK, check_internals
-from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, free_port, started
+from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, free_port, started
 
 RETRY_SECONDS = 5.0
 NO_CONNECTION = "Failed to initialize the connection"  # the SuperNode's words; the next line has the reason
@@ -79,15 +79,16 @@ def run_client(settings_file: Path) -> None:
     node = find_node(settings_file)
     node.state.mkdir(parents=True, exist_ok=True)
     node.state.chmod(0o700)
-    for old in node.state.glob("*.log"):
-        old.unlink()
-    said = FollowedFile(node.state / "supernode.log")
-    while True:
-        log.info("connecting to %s", node.address)
-        with supernode(node) as parts:
-            ended = _watch(parts, said)
-        log.warning("%s; trying again", ended)
-        time.sleep(RETRY_SECONDS)
+    with alone(node.state, "client"):
+        for old in node.state.glob("*.log"):
+            old.unlink()
+        said = FollowedFile(node.state / "supernode.log")
+        while True:
+            log.info("connecting to %s", node.address)
+            with supernode(node) as parts:
+                ended = _watch(parts, said)
+            log.warning("%s; trying again", ended)
+            time.sleep(RETRY_SECONDS)
 
 
 def _watch(parts: Mapping[str, Process], said: FollowedFile) -> str:

@@ -4,19 +4,17 @@ The merge itself runs in the server's app process, which writes model and report
 command ends what is left of an earlier run and begins a new one; what owners gave stays given (their ledgers decide).
 """
 
-import fcntl
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import AmalgramError, EngineError, SettingsError, TooFewOwners
+from common.errors import AmalgramError, EngineError, TooFewOwners
 from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
-from deploy.launch.processes import FollowedFile
+from deploy.launch.processes import FollowedFile, alone
 from deploy.server import Place, find_place
 from server.app import PROGRESS
 from server.merge import claim_output
@@ -31,7 +29,7 @@ def merge(settings_file: Path) -> dict[str, Any]:
     place = find_place(settings_file)
     environment = place.environment
     claim_output(place.output)
-    with _alone(place.output):
+    with alone(place.output, "merge"):
         _end_earlier_runs(environment)
         _wait_for_owners(place)
         for old in (FAILURE, PROGRESS):
@@ -52,19 +50,6 @@ def merge(settings_file: Path) -> dict[str, Any]:
 def _show(progress: FollowedFile) -> None:
     for line in progress.new_lines():
         log.info("%s", line)
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Raise SettingsError if another `amalgram merge` is at work on this output."""
-    descriptor = os.open(output / "merge.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise SettingsError(f"{output}: another `amalgram merge` is at work on it; let it end, or end it") from None
-    finally:
-        os.close(descriptor)
 
 
 def _end_earlier_runs(environment: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from common.settings_file import load_settings
 from deploy.keys import check_server_files
 from deploy.launch.flower import CONNECTION, check_bundle, flower_environment, flwr, write_connection
 from deploy.launch.internals import check_internals
-from deploy.launch.processes import POLL_SECONDS, Process, last_line, started, wait_for_port
+from deploy.launch.processes import POLL_SECONDS, Process, alone, last_line, listens, started, wait_for_port
 from server.settings import CoordinatorSettings, ServerNetwork
 
 log = logging.getLogger("amalgram.server")
@@ -89,9 +89,11 @@ def serve(settings_file: Path) -> None:
     files = (place.network.certificate, place.network.key, place.network.root_certificate)
     certificate, key, root = (place.home / path for path in files)
     check_server_files(certificate, key, root)
-    _make_state(place, root)
     host, port = place.host_and_port
-    with _superlink(place, certificate, key, root) as parts:
+    for folder in (place.state, place.flower_home):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    with alone(place.state, "server"), _superlink(place, certificate, key, root) as parts:
         _register_owners(place)
         log.info("listening on %s port %d for %s", host, port, ", ".join(place.agreement.owner_names))
         while True:
@@ -101,10 +103,7 @@ def serve(settings_file: Path) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _make_state(place: Place, root: Path) -> None:
-    for folder in (place.state, place.flower_home):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+def _renew_state(place: Place, root: Path) -> None:
     for old in (place.nodes_file, *place.state.glob("*.log")):
         old.unlink(missing_ok=True)
     write_whole(place.state / "superexec.secret", secrets.token_bytes(32))
@@ -115,6 +114,9 @@ def _make_state(place: Place, root: Path) -> None:
 def _superlink(place: Place, certificate: Path, key: Path, root: Path) -> Iterator[Mapping[str, Process]]:
     """The guarded SuperLink and the SuperExec that starts the coordinator's app for it."""
     host, port = place.host_and_port
+    if listens(port):
+        raise SettingsError(f"listen: port {port} of this machine is taken; end what listens there, or name another")
+    _renew_state(place, root)
     secret = ["--superexec-auth-secret-file", str(place.state / "superexec.secret")]
     superlink = [sys.executable, "-P", "-m", "deploy.launch.guarded_superlink", "--host", host, "--port", str(port)]
     superlink += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-ca-certfile", str(root)]

@@ -1,5 +1,6 @@
 """Children of ours: started, watched, and ended by their process group, with everything they started themselves."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import EngineError
+from common.errors import EngineError, SettingsError
 
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 60.0, 20.0, 0.5
 Process = subprocess.Popen[bytes]
@@ -35,13 +36,33 @@ def started(command: Sequence[str], environment: Mapping[str, str], folder: Path
             stop_group(process)
 
 
+@contextmanager
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """Raise SettingsError if another process does `command` with this folder; meanwhile no other can."""
+    descriptor = os.open(folder / f"{command}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise SettingsError(f"{folder}: another `amalgram {command}` is at work here; let it end, or end it") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def listens(port: int) -> bool:
+    """Whether a program of this machine listens on `port`."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_for_port(port: int, process: Process, log_file: Path) -> None:
     """Return once something listens on `port` of this machine. Raises EngineError if `process` ends, or takes long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0 and process.poll() is None:
-                return
+        if listens(port) and process.poll() is None:
+            return
         time.sleep(POLL_SECONDS)
     raise EngineError(f"{log_file.stem} did not start on port {port}: {last_line(log_file) or 'it said nothing'}")
 

@@ -228,6 +228,39 @@ def test_a_bundle_that_reads_the_owner_s_rows_is_refused_and_would_have_got_them
     assert not any(SECRET.encode() in path.read_bytes() for path in received)
 
 
+def test_a_second_server_or_one_on_a_taken_port_does_not_start_and_does_not_disturb(
+    network: Network, server: Command
+) -> None:
+    with running("server", network.coordinator) as second:
+        assert second.exit_code(60) == 2
+        assert "another `amalgram server` is at work here" in second.said
+    other = network.coordinator.with_name("coordinator-other.toml")
+    other.write_text(network.coordinator.read_text() + 'state = "server-other"\n')
+    with running("server", other) as second:
+        assert second.exit_code(60) == 2
+        assert f"port {network.port} of this machine is taken" in second.said
+    assert online(network) == set()
+
+
+@pytest.mark.slow
+def test_owners_come_back_after_the_server_was_killed_and_started_again(reviews_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "parties"
+    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
+    network = set_up(folder, SHORT)
+    with ExitStack() as stack:
+        first = stack.enter_context(running("server", network.coordinator))
+        client = stack.enter_context(running("client", network.owner("phones")))
+        first.wait_for("listening on")
+        client.wait_for("connected to the coordinator")
+        family = first.family()
+        first.process.kill()
+        assert psutil.wait_procs(family, 30)[1] == []
+        second = stack.enter_context(running("server", network.coordinator))
+        second.wait_for("listening on")
+        wait_until(lambda: client.said.count("connected to the coordinator") == 2, "phones to come back", 120)
+        wait_until(lambda: online(network) == {"phones"}, "phones to be online")
+
+
 @pytest.mark.slow
 def test_three_owners_merge_over_tls_to_the_very_model_of_a_simulation(
     network: Network, server: Command, tmp_path: Path
