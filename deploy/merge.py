@@ -7,7 +7,7 @@ command ends what is left of an earlier run and begins a new one; what owners ga
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def merge(settings_file: Path) -> dict[str, Any]:
     environment = place.environment
     claim_output(place.output)
     with alone(place.output, "merge"):
-        _end_earlier_runs(environment)
+        _end_earlier_runs(place)
         _wait_for_owners(place)
         for old in (FAILURE, PROGRESS):
             (place.output / old).unlink(missing_ok=True)
@@ -52,13 +52,14 @@ def _show(progress: FollowedFile) -> None:
         log.info("%s", line)
 
 
-def _end_earlier_runs(environment: Mapping[str, str]) -> None:
+def _end_earlier_runs(place: Place) -> None:
     """Whoever was killed while waiting for a run left it running; its app would write into the same output."""
+    if not place.nodes_file.is_file():
+        raise EngineError(f"{place.nodes_file}: is missing; start `amalgram server` first and wait until it listens")
+    environment = place.environment
     answer = flwr(environment, "list", CONNECTION)
     if "runs" not in answer:
-        raise EngineError(
-            f"the server does not answer; is `amalgram server` running? {answer.get('error-message', '')}"
-        )
+        raise EngineError(f"no server answers on port {place.host_and_port[1]}; is `amalgram server` running?")
     left = [str(run["run-id"]) for run in answer["runs"] if not str(run["status"]).startswith("finished")]
     for run_id in left:
         log.info("ending run %s, which an earlier command left behind", run_id)
@@ -70,8 +71,6 @@ def _wait_for_owners(place: Place) -> None:
     """Return once enough owners' nodes are connected, and say who is missing meanwhile. Raises TooFewOwners when the
     agreement's reply timeout is over first. The run itself waits as long again for those that are still missing.
     """
-    if not place.nodes_file.is_file():
-        raise EngineError(f"{place.nodes_file}: is missing; start `amalgram server` first and wait until it listens")
     agreement = place.agreement
     owner_of = {node: owner for owner, node in json.loads(place.nodes_file.read_bytes()).items()}
     deadline = time.monotonic() + agreement.summation.reply_timeout_seconds

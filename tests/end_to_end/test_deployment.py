@@ -19,6 +19,7 @@ from flwr.cli.build import build_fab_from_disk
 from deploy.client import find_node, supernode
 from deploy.keys import write_certificate, write_node_key
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
+from deploy.launch.processes import free_port, started
 from deploy.simulate import simulate, write_settings
 from tests.network import OWNERS, Command, Network, running, set_up, wait_until
 
@@ -137,6 +138,11 @@ def test_only_the_agreement_s_keys_and_whoever_knows_the_server_s_certificate_co
     with supernode(unknown) as parts:  # and by the server
         assert parts["supernode"].wait(60) != 0
     assert "Failed to initialize the connection" in (tmp_path / "supernode.log").read_text()
+    keyless = ["flower-supernode", "--superlink", f"127.0.0.1:{network.port}", "--host", "127.0.0.1"]
+    keyless += ["--port", str(free_port()), "--root-certificates", str(network.folder / "ca.pem")]
+    with started(keyless, flower_environment(tmp_path), tmp_path, tmp_path / "keyless.log") as process:
+        assert process.wait(60) != 0
+    assert "Failed to initialize the connection" in (tmp_path / "keyless.log").read_text()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     write_certificate(foreign, ["localhost"])
@@ -240,6 +246,21 @@ def test_a_second_server_or_one_on_a_taken_port_does_not_start_and_does_not_dist
         assert second.exit_code(60) == 2
         assert f"port {network.port} of this machine is taken" in second.said
     assert online(network) == set()
+
+
+def test_a_merge_without_a_server_says_so(network: Network) -> None:
+    other = network.coordinator.with_name("coordinator-alone.toml")
+    text = network.coordinator.read_text().replace('"output"', '"output-alone"')
+    text = text.replace(f":{network.port}", f":{free_port()}")
+    other.write_text(f'{text}state = "server-alone"\n')
+    with running("merge", other) as merge:
+        assert merge.exit_code(60) == 1
+        assert "server-alone/nodes.json: is missing; start `amalgram server` first" in merge.said
+    (network.folder / "server-alone").mkdir()
+    (network.folder / "server-alone" / "nodes.json").write_text("{}")
+    with running("merge", other) as merge:
+        assert merge.exit_code(60) == 1
+        assert "is `amalgram server` running?" in merge.said
 
 
 @pytest.mark.slow
