@@ -47,6 +47,17 @@ class Data(Settings):
     max_test_rows: Count | None = None
 
 
+class OwnerNetwork(Settings):
+    """How `amalgram client` finds the coordinator's server and knows it: by the root certificate, and by that alone.
+
+    `node_key`: the secret that `amalgram keys new` made; left out, <name>.node.
+    """
+
+    address: Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]
+    root_certificate: Path = Path("ca.pem")
+    node_key: Path | None = None
+
+
 class OwnerSettings(Settings):
     """`owner.toml`. Paths are relative to the file."""
 
@@ -64,6 +75,8 @@ class OwnerSettings(Settings):
     batch_size: Count = 32
     # The labels of this owner's own head, where heads are private; left out, those that its model names.
     labels: tuple[str, ...] = ()
+    # What `amalgram client` needs; a simulation does without.
+    network: OwnerNetwork | None = None
 
     @model_validator(mode="after")
     def _one_model(self) -> "OwnerSettings":

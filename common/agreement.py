@@ -16,7 +16,7 @@ from common.settings_file import Name, Positive, Probability, Settings
 from common.summation.neighbours import quorum
 from common.summation.records import MAX_OWNERS
 
-CANONICAL_LABEL = b"amalgram agreement v2\n"
+CANONICAL_LABEL = b"amalgram agreement v3\n"
 COORDINATOR = "coordinator"  # the name of the party that no owner may have
 
 TaskKind = Literal[
@@ -38,14 +38,19 @@ SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_refit", "regmean_plus_pl
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==$")]
 Count = Annotated[int, Field(ge=1)]
 
 
 class OwnerEntry(Settings):
-    """One owner of the roster; `figures` says whether its own test figures may be shown singly."""
+    """One owner of the roster; `figures` says whether its own test figures may be shown singly.
+
+    `node_key`: the key by which the coordinator's server knows the owner's machine. A simulation needs none.
+    """
 
     name: Name
     public_key: PublicKey | None = None
+    node_key: NodeKey | None = None
     figures: Literal["shown", "summed"] = "shown"
 
 
@@ -313,6 +318,9 @@ class AgreementDraft(Settings):
         keys += [] if self.coordinator is None else [self.coordinator.public_key]
         if len(set(keys)) != len(keys):
             raise ValueError("owners: a public key stands twice; every party has its own")
+        node_keys = [owner.node_key for owner in self.owners if owner.node_key is not None]
+        if len(set(node_keys)) != len(node_keys):
+            raise ValueError("owners: a node_key stands twice; every owner has its own")
 
     def _check_masked(self) -> None:
         """At least three honest inputs in any sum that is opened, and one survivor list at most that a quorum signs."""
@@ -375,6 +383,7 @@ class Agreement(AgreementDraft):
     """A draft completed against its base model: nothing is left open."""
 
     base_digest: Digest
+    bundle_digest: Digest  # of the code that runs at the owners, as Flower bundles it
     tensors: TensorRoles
     coordinator: CoordinatorEntry
 

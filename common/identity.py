@@ -6,6 +6,9 @@ trust; from then on nothing that a message says about who sent it is believed wi
     amalgram identity v1                 amalgram public identity v1
     name hotel                           name hotel
     secret <64 hexadecimal digits>       public <64 hexadecimal digits>
+                                         node <OpenSSH EC P-384 public key>
+
+The node key, an owner's only, is Flower's: by it the coordinator's server knows the machine. Nothing else rests on it.
 """
 
 import hashlib
@@ -21,7 +24,10 @@ from common.errors import RemoteProtocolError, SettingsError
 from common.labels import Label
 
 SECRET_FORM = re.compile(r"amalgram identity v1\nname ([a-z0-9][a-z0-9_-]{0,31})\nsecret ([0-9a-f]{64})\n")
-PUBLIC_FORM = re.compile(r"amalgram public identity v1\nname ([a-z0-9][a-z0-9_-]{0,31})\npublic ([0-9a-f]{64})\n")
+PUBLIC_FORM = re.compile(
+    r"amalgram public identity v1\nname ([a-z0-9][a-z0-9_-]{0,31})\npublic ([0-9a-f]{64})\n"
+    r"(?:node (ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==)\n)?"
+)
 MAX_FILE_BYTES = 1000
 FINGERPRINT_DIGITS, FINGERPRINT_GROUP = 40, 5  # 132 bits: too many for anybody to find a second key that matches
 
@@ -68,15 +74,25 @@ def fingerprint(data: bytes) -> str:
 # --- files ---
 
 
-def write_identity(path: Path, identity: Identity) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PublicIdentity:
+    """What a party shows of itself: its Ed25519 key (32 bytes) and, of an owner, the key of its Flower node."""
+
+    name: str
+    public_key: bytes
+    node_key: str | None = None
+
+
+def write_identity(path: Path, identity: Identity, node_key: str | None = None) -> None:
     """Write the secret file (0600) and, beside it, the public one (`.pub`). Raises SettingsError if either exists."""
     secret = f"amalgram identity v1\nname {identity.name}\nsecret {identity.seed.hex()}\n"
     public = f"amalgram public identity v1\nname {identity.name}\npublic {identity.public_key.hex()}\n"
+    public += f"node {node_key}\n" if node_key else ""
     public_path = path.with_suffix(".pub")
     if public_path == path:
         raise SettingsError(f"{path}: .pub is the name of the public file; give the secret one another ending")
-    _write_new(path, secret, 0o600)
-    _write_new(public_path, public, 0o644)
+    write_new(path, secret.encode(), 0o600)
+    write_new(public_path, public.encode(), 0o644)
 
 
 def read_identity(path: Path) -> Identity:
@@ -90,14 +106,14 @@ def read_identity(path: Path) -> Identity:
     return Identity(name=found[1], seed=bytes.fromhex(found[2]))
 
 
-def read_public_identity(path: Path) -> tuple[str, bytes]:
-    """(name, public key) from a public file. Raises SettingsError if it is none."""
+def read_public_identity(path: Path) -> PublicIdentity:
+    """What a public file says. Raises SettingsError if it is none."""
     found = PUBLIC_FORM.fullmatch(_read(path))
     if found is None:
         raise SettingsError(
             f"{path}: is no public identity (hint: `amalgram keys new` writes NAME.pub beside NAME.key)"
         )
-    return found[1], bytes.fromhex(found[2])
+    return PublicIdentity(name=found[1], public_key=bytes.fromhex(found[2]), node_key=found[3])
 
 
 def _read(path: Path) -> str:
@@ -108,7 +124,7 @@ def _read(path: Path) -> str:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _write_new(path: Path, content: str, mode: int) -> None:
+def write_new(path: Path, content: bytes, mode: int) -> None:
     """A file that was not there before: O_EXCL, so that no key is ever overwritten and no link is followed."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -116,5 +132,5 @@ def _write_new(path: Path, content: str, mode: int) -> None:
         raise SettingsError(f"{path}: is there already, and a key is never overwritten; name another file") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be written ({error.strerror})") from None
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -14,6 +14,7 @@ from common.merge_methods import candidates, contribution_layout, step_layout, s
 from common.metrics import metrics_layout
 from common.models import delta_layout, merge_plan
 from common.summation.accumulator import BYTES_PER_NUMBER
+from deploy.launch.flower import bundle_digest
 
 
 def consent_text(owner: Owner) -> str:
@@ -42,6 +43,7 @@ def consent_text(owner: Owner) -> str:
     return environment.get_template("consent.txt.jinja").render(
         agreement=agreement,
         owner=owner.name,
+        same_bundle=bundle_digest() == agreement.bundle_digest,
         figure=agreement.task.figure.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         numbers=sum(layout.size for layout in layouts),

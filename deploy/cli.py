@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from rich.markup import escape
 from common.errors import AmalgramError, ConsentError, SettingsError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-keys = typer.Typer(no_args_is_help=True, help="Make and show a party's identity.")
+keys = typer.Typer(no_args_is_help=True, help="Make and show a party's keys; make the server's certificate.")
 cli.add_typer(keys, name="keys")
 console = Console()
 messages = Console(stderr=True)
@@ -85,14 +86,16 @@ def keys_new(
     name: Annotated[str, typer.Argument(help="The party's name: an owner's, or `coordinator`.")],
     folder: Annotated[Path, typer.Option(help="Where the two files go.")] = Path(),
 ) -> None:
-    """Make an identity: NAME.key, which never leaves this machine, and NAME.pub for the agreement.
+    """Make a party's keys: NAME.key and, for an owner, NAME.node, which stay here; NAME.pub is for the agreement.
 
     Example: amalgram keys new hotel
     """
     from pydantic import TypeAdapter, ValidationError
 
+    from common.agreement import COORDINATOR
     from common.identity import Identity, write_identity
     from common.settings_file import Name
+    from deploy.keys import write_node_key
 
     try:
         TypeAdapter(Name).validate_python(name)
@@ -101,11 +104,38 @@ def keys_new(
             f"{name!r} is no name: lower-case letters, digits, - and _, at most 32, beginning with a letter or digit"
         ) from None
     path = folder / f"{name}.key"
-    write_identity(path, Identity(name=name, seed=secrets.token_bytes(32)))
+    if path.exists():
+        raise SettingsError(f"{path}: is there already, and a key is never overwritten; name another folder")
+    node_key = None if name == COORDINATOR else write_node_key(folder / f"{name}.node")
+    write_identity(path, Identity(name=name, seed=secrets.token_bytes(32)), node_key)
     _show_identity(path.with_suffix(".pub"))
+    secret = f"{path} is" if node_key is None else f"{path} and {folder / f'{name}.node'} are"
     messages.print(
-        f"{path} is secret and stays here. Send {path.with_suffix('.pub')} to whoever drafts the agreement.",
+        f"{secret} secret and here to stay. Send {path.with_suffix('.pub')} to whoever drafts the agreement.",
         soft_wrap=True,
+    )
+
+
+@keys.command("certificate")
+def keys_certificate(
+    hosts: Annotated[list[str], typer.Argument(metavar="HOST...", help="Names or addresses that owners connect to.")],
+    folder: Annotated[Path, typer.Option(help="Where the files go.")] = Path(),
+) -> None:
+    """Make what the coordinator's server needs for encrypted lines, where nobody else issues certificates.
+
+    With ca.key and ca.pem in the folder, a new server certificate is made with them: the owners' ca.pem stays good.
+
+    Example: amalgram keys certificate merge.example.org
+    """
+    from deploy.keys import write_certificate
+
+    for path in write_certificate(folder, hosts):
+        print(path)
+    messages.print(
+        f"Send {folder / 'ca.pem'} to every owner, by a way that they trust. server.key stays with the server; ca.key "
+        "is needed for the next certificate only: keep it elsewhere, for whoever has it can pass for the server.",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -122,7 +152,8 @@ def _show_identity(path: Path) -> None:
     from common.identity import fingerprint, read_identity, read_public_identity
 
     if path.suffix == ".pub":
-        name, public_key = read_public_identity(path)
+        public = read_public_identity(path)
+        name, public_key = public.name, public.public_key
     else:
         identity = read_identity(path)
         name, public_key = identity.name, identity.public_key
@@ -150,10 +181,15 @@ def draft(
     if out.exists():
         raise SettingsError(f"{out}: is there already; name another file with --out")
     written = load_settings(short, AgreementDraft)
-    found = dict(read_public_identity(path) for path in public)
+    found = {each.name: each for each in map(read_public_identity, public)}
     if len(found) != len(public):
         raise SettingsError("two of the .pub files are of one name")
-    agreement = complete_agreement(written, model_folder(written.base, short.resolve().parent), found)
+    agreement = complete_agreement(
+        written,
+        model_folder(written.base, short.resolve().parent),
+        {name: each.public_key for name, each in found.items()},
+        {name: each.node_key for name, each in found.items() if each.node_key is not None},
+    )
     write_settings(out, agreement)
     print(f"agreement    {out}\nfingerprint  {fingerprint(bytes.fromhex(agreement.digest()))}")
     messages.print(
@@ -183,6 +219,54 @@ def agree(
             raise ConsentError("no consent was given, so nothing will leave")
     give_consent(owner)
     messages.print(f"consent stored in {owner.state.folder / 'consent.json'}", markup=False, soft_wrap=True)
+
+
+@cli.command()
+def client(
+    owner_file: Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")],
+) -> None:
+    """Be an owner's node: connect to the coordinator, run the consented bundle and no other, until stopped.
+
+    Example: amalgram client hotel.toml
+    """
+    _quiet_libraries()
+    _show_progress()
+    from deploy.client import run_client
+
+    _until_stopped(lambda: run_client(owner_file))
+
+
+@cli.command()
+def server(
+    coordinator_file: Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")],
+) -> None:
+    """Be the coordinator's server: let the agreement's owners in and nobody else, until stopped.
+
+    Example: amalgram server coordinator.toml
+    """
+    _quiet_libraries()
+    _show_progress()
+    from deploy.server import serve
+
+    _until_stopped(lambda: serve(coordinator_file))
+
+
+@cli.command("merge")
+def merge_command(
+    coordinator_file: Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of the table.")] = False,
+) -> None:
+    """Merge, on the server that `amalgram server` runs: wait for the owners, show each step, write model and report.
+
+    Example: amalgram merge coordinator.toml
+    """
+    _quiet_libraries()
+    _show_progress()
+    from deploy.merge import merge
+    from deploy.server import find_place
+
+    found = merge(coordinator_file)
+    _show(found, find_place(coordinator_file).output, as_json)
 
 
 @cli.command()
@@ -223,6 +307,14 @@ def main() -> None:
         if os.environ.get("AMALGRAM_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error}. AMALGRAM_DEBUG=1 shows where", AmalgramError.exit_code)
+
+
+def _until_stopped(run: Callable[[], None]) -> None:
+    try:
+        run()
+    except KeyboardInterrupt:
+        messages.print("stopped")
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -38,14 +38,21 @@ from common.models import (
     private_head,
 )
 from common.summation.fixed_point import check_layout
+from deploy.launch.flower import bundle_digest
 
 PROBE_EXAMPLES = 8
 TOKENS = ("input_ids", "decoder_input_ids")
 PROBE_TOKENS = 32  # of a text; longer ones are accounted for by the rule of three
 
 
-def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Mapping[str, bytes]) -> Agreement:
-    """The agreement that all parties then hold; `public_keys` by party name, the coordinator's among them.
+def complete_agreement(
+    draft: AgreementDraft,
+    base_folder: Path,
+    public_keys: Mapping[str, bytes],
+    node_keys: Mapping[str, str] | None = None,
+) -> Agreement:
+    """The agreement that all parties then hold; `public_keys` by party name, the coordinator's among them; `node_keys`
+    of the owners' machines, which a simulation does without.
 
     Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
     """
@@ -59,7 +66,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft)
     if "regmean_refit" in draft.methods:
         _check_classifier(base, draft, probe, roles)
-    with_keys = _with_keys(draft, public_keys)
+    with_keys = _with_keys(draft, public_keys, node_keys or {})
     agreement = Agreement(
         **{
             **dict(with_keys),
@@ -69,6 +76,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
             "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, roles)),
         },
         base_digest=digest_of(base, task),
+        bundle_digest=bundle_digest(),
         tensors=roles,
     )
     for layout in (
@@ -94,14 +102,17 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
         )
 
 
-def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes]) -> AgreementDraft:
+def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes], node_keys: Mapping[str, str]) -> AgreementDraft:
     for name in (*draft.owner_names, COORDINATOR):
         if name not in public_keys:
             raise SettingsError(f"no public key of {name}; ask for its .pub file (`amalgram keys new {name}` makes it)")
     for name in public_keys:
         if name not in (*draft.owner_names, COORDINATOR):
             raise SettingsError(f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}")
-    owners = tuple(owner.model_copy(update={"public_key": public_keys[owner.name].hex()}) for owner in draft.owners)
+    owners = tuple(
+        owner.model_copy(update={"public_key": public_keys[owner.name].hex(), "node_key": node_keys.get(owner.name)})
+        for owner in draft.owners
+    )
     coordinator = CoordinatorEntry(public_key=public_keys[COORDINATOR].hex())
     return draft.model_copy(update={"owners": owners, "coordinator": coordinator})
 

@@ -26,7 +26,7 @@ from deploy import references
 from deploy.agree import give_consent
 from deploy.complete import complete_agreement
 from deploy.in_process_grid import run_in_process
-from deploy.launch import run_with_ray
+from deploy.launch.simulation import run_with_ray
 from server.app import app as server_app
 from server.checkpoint import is_checkpoint_of
 from server.merge import CHECKPOINT, claim_output

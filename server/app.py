@@ -1,22 +1,26 @@
 """The coordinator's Flower ServerApp: a channel over Flower's grid, then the merge."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import AmalgramError, OwnerRefused, RemoteProtocolError
+from common.errors import AmalgramError, ConsentError, OwnerRefused, RemoteProtocolError
 from common.flower_records import from_record, to_record
-from common.messages import Message
+from common.messages import Message, Refusal
 from common.settings_file import load_settings
-from server.merge import run_merge
+from server.merge import claim_output, run_merge
 from server.settings import CoordinatorSettings
 
 POLL_SECONDS = 0.3
+PROGRESS = "progress.log"  # in the output folder: a line per step of the run in progress, or of the last one
 app = ServerApp()
 
 
@@ -25,7 +29,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run the merge that the coordinator's settings file (absolute path in the run config) describes."""
     settings_path = Path(str(context.run_config["coordinator"]))
     try:
-        run_merge(settings_path, FlowerChannel(grid))
+        with _progress_in(_output_folder(settings_path)):
+            run_merge(settings_path, FlowerChannel(grid))
     except AmalgramError as error:
         _keep(settings_path, error)
         raise
@@ -67,16 +72,38 @@ class FlowerChannel:
 def _read(reply: FlowerMessage) -> Message | None:
     """The answer in a Flower reply; None where Flower itself reports that the node is gone or broke down."""
     if reply.has_error():
-        return None
+        # Only a node that does not run our bundle at all answers so: its owner did not consent to that bundle.
+        return Refusal(code=ConsentError.code) if reply.error.code == ErrorCode.INVALID_FAB else None
     try:
         return from_record(reply.content)
     except RemoteProtocolError:
         return None  # an owner that does not speak the protocol counts as lost, and cannot stop the others
 
 
+@contextmanager
+def _progress_in(output: Path) -> Iterator[None]:
+    """Leave a line per step where the command that started this app finds it."""
+    claim_output(output)
+    handler = logging.FileHandler(output / PROGRESS, mode="w", encoding="utf-8")
+    log = logging.getLogger("amalgram")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _output_folder(settings_path: Path) -> Path:
+    return settings_path.parent / load_settings(settings_path, CoordinatorSettings).output
+
+
 def _keep(settings_path: Path, error: AmalgramError) -> None:
     """Leave the reason where the command that started this app finds it: Flower does not pass it on."""
-    output = settings_path.parent / load_settings(settings_path, CoordinatorSettings).output
+    output = _output_folder(settings_path)
     output.mkdir(parents=True, exist_ok=True)
     owner = error.owner if isinstance(error, OwnerRefused) else None
     failure = {"code": error.code, "exit_code": error.exit_code, "message": str(error), "owner": owner}

@@ -119,7 +119,7 @@ def test_a_written_agreement_reads_back_with_the_same_digest(agreement: Agreemen
 
 def test_a_draft_is_no_agreement(tmp_path: Path) -> None:
     (tmp_path / "agreement.toml").write_text(GOOD)
-    with pytest.raises(SettingsError, match=r"coordinator is missing \(and 2 more\)"):
+    with pytest.raises(SettingsError, match=r"coordinator is missing \(and 3 more\)"):
         load_settings(tmp_path / "agreement.toml", Agreement)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from common.errors import RemoteProtocolError, SettingsError
 from common.identity import (
     Identity,
+    PublicIdentity,
     _signed_bytes,
     fingerprint,
     read_identity,
@@ -26,7 +27,7 @@ def test_an_identity_is_read_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "ada.key"
     write_identity(path, ADA)
     assert read_identity(path) == ADA
-    assert read_public_identity(tmp_path / "ada.pub") == ("ada", ADA.public_key)
+    assert read_public_identity(tmp_path / "ada.pub") == PublicIdentity(name="ada", public_key=ADA.public_key)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert ADA.seed.hex() not in (tmp_path / "ada.pub").read_text()
 

@@ -29,6 +29,8 @@ class Mutation:
     replace: str = "pass"
 
 
+GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
+LAUNCH, DEPLOYMENT = "test_launch.py", "end_to_end/test_deployment.py"
 KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
@@ -164,6 +166,22 @@ TABLE = [
     Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
     Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),
     Mutation(PROCESS, "test_38_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
+    # between machines
+    Mutation(LAUNCH, "test_the_guard_shows_other", GUARD, 'is_local(scope.get("client"))', "True"),
+    Mutation(LAUNCH, "test_the_guard_shows_other", GUARD, 'OPEN.fullmatch(path)', "OPEN.match(path)"),
+    Mutation(DEPLOYMENT, "test_from_another_address", GUARD, 'is_local(scope.get("client"))', "True"),
+    Mutation(LAUNCH, "test_nothing_of_the_surroundings", "deploy/launch/flower.py", 'and name != "FORWARDED_ALLOW_IPS"', ""),
+    Mutation(LAUNCH, "test_another_bundle_that_declares", GATE, "if found != digest:", "if False:"),
+    Mutation(LAUNCH, "test_a_run_that_declares", GATE, "if not run.fab_hash == fab.hash_str == digest:", "if False:"),
+    Mutation(LAUNCH, "test_a_run_that_declares", GATE, "if (run.fab_id, run.fab_version) != get_fab_metadata(fab.content):", "if False:"),
+    Mutation(LAUNCH, "test_a_run_that_declares", GATE, "if run.primary_task_type != TaskType.SERVER_APP:", "if False:"),
+    Mutation(LAUNCH, "test_the_gate_lets", GATE, "return self._agreed[run_id][1]", 'return self._connection["get_fab"](fab_hash, run_id)'),
+    Mutation(DEPLOYMENT, "test_a_bundle_that_reads", GATE, "if reason is None:", "if True:"),
+    Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "deploy/client.py", "if read_node_key(key) != agreed.get(owner.name):", "if False:"),
+    Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "deploy/server.py", '"--enable-supernode-auth", ', ""),
+    Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "deploy/client.py", "if agreement.digest() not in owner.state.consents():", "if False:"),
+    Mutation(LAUNCH, "test_another_version", INTERNALS, "if installed != version:", "if False:"),
+    Mutation(LAUNCH, "test_a_changed_or_missing", INTERNALS, "hashlib.sha256(path.read_bytes()).hexdigest() != digest", "False"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         shown = amalgram("keys", "show", f"{name}.pub", cwd=home)
         assert shown.stdout == made.stdout
         assert "fingerprint" in shown.stdout
+        assert (home / f"{name}.node").exists() == (name != "coordinator")
     public = [f"{name}.pub" for name in parties]
     drafted = amalgram("draft", "agreement.toml", *public, "--out", "agreed.toml", cwd=home)
     assert drafted.returncode == 0, drafted.stderr
@@ -66,17 +68,21 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         "a vector of 463,731 numbers, 3.7 MB",
         "Nobody: it leaves masked.",
         "At least 3 of 3 owners in every sum.",
+        "It is the code that is installed here.",
         "Do not publish your own fine-tuned model later",
     ):
         assert says in agreed.stdout
     assert list(json.loads((home / "state" / "consent.json").read_text())) == [
         load_settings(home / "agreed.toml", Agreement).digest()
     ]
+    assert all(owner.node_key for owner in load_settings(home / "agreed.toml", Agreement).owners)
     plain = home / "agreed.toml"
-    plain.write_text(plain.read_text().replace('kind = "masked"', 'kind = "plain"'))
+    changed = plain.read_text().replace('kind = "masked"', 'kind = "plain"')
+    plain.write_text(re.sub('bundle_digest = "[0-9a-f]{64}"', f'bundle_digest = "{"0" * 64}"', changed))
     shown = amalgram("agree", "hotel.toml", "--yes", cwd=home)
     assert "THE COORDINATOR SEES THIS OWNER'S VECTOR, NUMBER BY NUMBER." in shown.stdout
     assert "Nobody: it leaves masked." not in shown.stdout
+    assert "THAT IS NOT THE CODE THAT IS INSTALLED HERE." in shown.stdout
     # what goes wrong says so in one line
     for arguments, code, says in (
         (["keys", "new", "hotel"], 2, "hotel.key: is there already, and a key is never overwritten"),
@@ -100,13 +106,19 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         (["report", "nowhere"], 2, "error: nowhere/report.json: no such file"),
         (["simulate", "--out", ".."], 2, "is there already and is no output of amalgram"),
         (["simulate", "--engine", "warp"], 2, "Invalid value for '--engine'"),
-        (["merge"], 2, "No such command 'merge'"),
+        (["mrege"], 2, "No such command 'mrege'"),
+        (["merge", "nothing.toml"], 2, "nothing.toml: cannot be read (No such file or directory)"),
+        (["server", "something.toml"], 2, 'something.toml: has no [network] table; it needs at least listen = "0.0.0'),
+        (["client", "owner.toml"], 2, 'owner.toml: has no [network] table; it needs at least address = "HOST:PORT"'),
+        (["keys", "certificate", "a b"], 2, "'a b': is no host name or address, without a port, in ASCII letters"),
     ],
 )
 def test_errors_are_one_line_with_an_honest_exit_code(
     arguments: list[str], exit_code: int, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "something").touch()
+    (tmp_path / "something.toml").write_text('agreement = "a.toml"\noutput = "o"\n')
+    (tmp_path / "owner.toml").write_text('name = "ada"\nfine_tuned = "m"\n[data]\ntrain = "a"\ntest = "b"\n')
     done = amalgram(*arguments, cwd=tmp_path)
     assert done.returncode == exit_code
     assert says.format(cwd=tmp_path) in done.stderr

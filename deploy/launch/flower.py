@@ -1,0 +1,126 @@
+"""Flower's environment, its command line, and the bundle that goes to the owners.
+
+Flower's command line exits with 0 even when a run failed, and does not pass an app's error on. So a run's true status
+is asked for, and the reason comes from the file that our ServerApp leaves.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from flwr.cli.build import build_fab_from_disk
+
+from common.agreement import Agreement
+from common.errors import AmalgramError, ConsentError, EngineError, OwnerRefused
+
+APP_FOLDER = Path(__file__).resolve().parent.parent.parent  # holds pyproject.toml, server/, client/, common/
+CONNECTION = "amalgram"
+FAILURE = "failure.json"
+ANSWER_SECONDS, POLL_SECONDS = 120.0, 0.5
+FINISHED = "finished:completed"
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """The environment of every Flower process: nothing of Flower's own in it but what stands here."""
+    # FLWR_... opens other interfaces; FORWARDED_ALLOW_IPS would let anybody say which address it comes from.
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("FLWR_") and name != "FORWARDED_ALLOW_IPS"
+    }
+    return inherited | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def write_connection(home: Path, port: int, root_certificate: Path | None) -> None:
+    """Tell Flower's command line where the SuperLink of this machine is; without a certificate, it is not encrypted."""
+    connection: dict[str, Any] = {"address": f"127.0.0.1:{port}"}
+    connection |= {"insecure": True} if root_certificate is None else {"root-certificates": str(root_certificate)}
+    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
+
+
+def flwr(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
+    """What Flower's command line answers, as JSON. Raises EngineError if it gives no answer."""
+    command = ["flwr", *arguments, "--format", "json"]
+    try:
+        done = subprocess.run(
+            command, env=dict(environment), capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+        )
+        answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"flwr {arguments[0]} gave no answer in {ANSWER_SECONDS:.0f} seconds") from None
+    except ValueError:
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise EngineError(f"flwr {arguments[0]} failed: {' '.join(reason) or f'exit code {done.returncode}'}") from None
+    return answer
+
+
+# --- the bundle ---
+
+
+def bundle_digest() -> str:
+    """SHA-256 of the bundle that this copy of the program makes: the same from every copy of the same version."""
+    return hashlib.sha256(build_fab_from_disk(APP_FOLDER)).hexdigest()
+
+
+def check_bundle(agreement: Agreement) -> None:
+    """Raise ConsentError unless this copy of the program makes the agreed bundle."""
+    ours = bundle_digest()
+    if ours != agreement.bundle_digest:
+        raise ConsentError(
+            f"the program here makes the bundle {ours[:16]}..., the agreement is about {agreement.bundle_digest[:16]}"
+            "...: owners would refuse it; install the version that the agreement was drafted with"
+        )
+
+
+# --- runs ---
+
+
+def submit(environment: Mapping[str, str], coordinator_file: Path, *federation: str) -> str:
+    """Start a run and return its id. Raises EngineError if Flower refuses it."""
+    coordinator = f"coordinator='{coordinator_file}'"
+    answer = flwr(environment, "run", str(APP_FOLDER), CONNECTION, "--run-config", coordinator, *federation)
+    if not answer.get("run-id"):
+        raise EngineError(f"Flower refused the run: {answer.get('error-message', answer)}")
+    return str(answer["run-id"])
+
+
+def wait_for_run(environment: Mapping[str, str], run_id: str, watch: Callable[[], None]) -> str:
+    """The run's status once it has ended; meanwhile `watch` is called again and again."""
+    while True:
+        answer = flwr(environment, "list", CONNECTION, "--run-id", run_id)
+        if not answer.get("runs"):
+            raise EngineError(f"Flower no longer knows the run: {answer.get('error-message', answer)}")
+        status = str(answer["runs"][0]["status"])
+        watch()
+        if status.startswith("finished"):
+            return status
+        time.sleep(POLL_SECONDS)
+
+
+def raise_failure(output: Path, status: str) -> None:
+    """Raise the error that the run met: what our ServerApp left in `output`, or what Flower says about it."""
+    path = output / FAILURE
+    if not path.is_file():
+        if status != FINISHED:
+            raise EngineError(f"Flower reports the run as {status}, and the coordinator left no reason")
+        return
+    failure = json.loads(path.read_text())
+    if failure["owner"] is not None:
+        raise OwnerRefused(failure["owner"], failure["code"])
+    error = AmalgramError(failure["message"])
+    error.code, error.exit_code = failure["code"], failure["exit_code"]
+    raise error

@@ -1,0 +1,103 @@
+"""`amalgram merge`: has the coordinator's server run the merge, shows how far it is, and tells how it ended.
+
+The merge itself runs in the server's app process, which writes model and report. Run again after a failure, this
+command ends what is left of an earlier run and begins a new one; what owners gave stays given (their ledgers decide).
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import AmalgramError, EngineError, TooFewOwners
+from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
+from deploy.launch.processes import FollowedFile, alone
+from deploy.server import Place, find_place
+from server.app import PROGRESS
+from server.merge import claim_output
+from server.report import read_report, render_report
+
+POLL_SECONDS = 2.0
+log = logging.getLogger("amalgram.merge")
+
+
+def merge(settings_file: Path) -> dict[str, Any]:
+    """Run the merge of the coordinator's settings file and return its report. Raises the AmalgramError that it met."""
+    place = find_place(settings_file)
+    environment = place.environment
+    claim_output(place.output)
+    with alone(place.output, "merge"):
+        _end_earlier_runs(place)
+        _wait_for_owners(place)
+        for old in (FAILURE, PROGRESS):
+            (place.output / old).unlink(missing_ok=True)
+        progress = FollowedFile(place.output / PROGRESS)
+        run_id = submit(environment, settings_file.resolve())
+        try:
+            status = wait_for_run(environment, run_id, lambda: _show(progress))
+        except BaseException:  # an interrupt too: nobody would be there to see the run's end
+            with suppress(AmalgramError):
+                flwr(environment, "stop", run_id, CONNECTION)
+            raise
+        raise_failure(place.output, status)
+    render_report(place.output)
+    return read_report(place.output)
+
+
+def _show(progress: FollowedFile) -> None:
+    for line in progress.new_lines():
+        log.info("%s", line)
+
+
+def _end_earlier_runs(place: Place) -> None:
+    """Whoever was killed while waiting for a run left it running; its app would write into the same output."""
+    if not place.nodes_file.is_file():
+        raise EngineError(f"{place.nodes_file}: is missing; start `amalgram server` first and wait until it listens")
+    environment = place.environment
+    answer = flwr(environment, "list", CONNECTION)
+    if "runs" not in answer:
+        raise EngineError(f"no server answers on port {place.host_and_port[1]}; is `amalgram server` running?")
+    left = [str(run["run-id"]) for run in answer["runs"] if not str(run["status"]).startswith("finished")]
+    for run_id in left:
+        log.info("ending run %s, which an earlier command left behind", run_id)
+        flwr(environment, "stop", run_id, CONNECTION)
+        wait_for_run(environment, run_id, lambda: None)
+
+
+def _wait_for_owners(place: Place) -> None:
+    """Return once enough owners' nodes are connected, and say who is missing meanwhile. Raises TooFewOwners when the
+    agreement's reply timeout is over first. The run itself waits as long again for those that are still missing.
+    """
+    agreement = place.agreement
+    owner_of = {node: owner for owner, node in json.loads(place.nodes_file.read_bytes()).items()}
+    deadline = time.monotonic() + agreement.summation.reply_timeout_seconds
+    say = _say_changes()
+    while True:
+        answer = flwr(place.environment, "supernode", "list", CONNECTION)
+        online = {owner_of.get(node["node-id"]) for node in answer.get("nodes", ()) if node["status"] == "online"}
+        missing = [name for name in agreement.owner_names if name not in online]
+        say(f"waiting for {', '.join(missing)}" if missing else "all owners are connected")
+        if len(agreement.owners) - len(missing) >= agreement.needed_owners:
+            return
+        if time.monotonic() > deadline:
+            raise TooFewOwners(
+                f"{len(agreement.owners) - len(missing)} owners are connected, the agreement needs "
+                f"{agreement.needed_owners}; missing: {', '.join(missing)}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _say_changes() -> Callable[[str], None]:
+    """A function that logs what it is given, unless that is what it was given last."""
+    last = ""
+
+    def say(text: str) -> None:
+        nonlocal last
+        if text != last:
+            log.info("%s", text)
+        last = text
+
+    return say

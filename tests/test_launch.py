@@ -1,0 +1,261 @@
+"""The guard in front of the SuperLink, and the gate in front of the SuperNode, each by itself."""
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flwr
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import ErrorCode
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from common.errors import EngineError
+from common.messages import Refusal
+from deploy.launch import internals
+from deploy.launch.flower import APP_FOLDER, bundle_digest, flower_environment
+from deploy.launch.guarded_superlink import Guard
+from deploy.launch.internals import check_internals
+from deploy.launch.pinned_supernode import NAMES, Gate, pinned, why_not
+from deploy.launch.processes import FollowedFile
+from server.app import _read
+
+# --- the guard ---
+
+
+def answer_of_guard(client: tuple[str, int] | None, path: str, kind: str = "http") -> Any:
+    """What a peer gets: a status, "passed", or how a web socket ended."""
+    events: list[Mapping[str, Any]] = []
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        events.append({"status": "passed"})
+
+    async def send(event: Any) -> None:
+        events.append(event)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    scope = {"type": kind, "path": path, "client": client, "method": "POST", "headers": [(b"host", b"127.0.0.1")]}
+    asyncio.run(Guard(behind)(scope, receive, send))
+    return events[0].get("status", events[0].get("type"))
+
+
+ELSEWHERE = [("192.0.2.7", 1), ("::ffff:192.0.2.7", 1), ("fd00::2", 1), ("128.0.0.1", 1), ("testclient", 1), None]
+
+
+@pytest.mark.parametrize("client", ELSEWHERE, ids=str)
+def test_the_guard_shows_other_machines_the_fleet_interface_and_health_alone(client: tuple[str, int] | None) -> None:
+    for path in ("/v1/fleet/pull-messages", "/v1/fleet/get-fab", "/health"):
+        assert answer_of_guard(client, path) == "passed"
+    for path in (
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/docs",
+        "/openapi.json",
+        "/",
+        "",
+        "/v1/fleet/",
+        "/v1/fleet/../control/start-run",
+        "/health/x",
+        "/health\n",
+        "//v1/fleet/get-fab",
+        "/V1/FLEET/get-fab",
+    ):
+        assert answer_of_guard(client, path) == 403, path
+    assert answer_of_guard(client, "/v1/control/start-run", "websocket") == "websocket.close"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"])
+def test_the_guard_shows_this_machine_everything(address: str) -> None:
+    assert answer_of_guard((address, 1), "/v1/control/start-run") == "passed"
+
+
+def test_nothing_of_the_surroundings_opens_flower_or_says_who_a_peer_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("FORWARDED_ALLOW_IPS", "FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_DATABASE"):
+        monkeypatch.setenv(name, "*")
+    environment = flower_environment(tmp_path)
+    assert {name for name in environment if name.startswith(("FLWR_", "FORWARDED"))} == {
+        "FLWR_HOME",
+        "FLWR_TELEMETRY_ENABLED",
+        "FLWR_DISABLE_UPDATE_CHECK",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
+    }
+
+
+# --- the gate ---
+
+
+@pytest.fixture(scope="module")
+def bundle() -> bytes:
+    return build_fab_from_disk(APP_FOLDER)
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The same app, with one line more."""
+    folder = tmp_path_factory.mktemp("evil")
+    shutil.copy(APP_FOLDER / "pyproject.toml", folder)
+    for package in ("client", "server", "common"):
+        shutil.copytree(APP_FOLDER / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "client" / "app.py").write_text((folder / "client" / "app.py").read_text() + "# evil\n")
+    return build_fab_from_disk(folder)
+
+
+def run_of(bundle: bytes, **other: Any) -> Run:
+    run = Run.create_empty(7)
+    run.fab_id, run.fab_version, run.fab_hash = "amalgram/amalgram", "0.1.0", hashlib.sha256(bundle).hexdigest()
+    run.primary_task_type = TaskType.SERVER_APP
+    for name, value in other.items():
+        setattr(run, name, value)
+    return run
+
+
+def fab_of(bundle: bytes) -> Fab:
+    return Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+
+
+@dataclass
+class Link:
+    """A coordinator that sends one message of run 7 again and again, and keeps what it is answered."""
+
+    run: Run
+    fab: Fab
+    answers: list[Message] = field(default_factory=list)
+    fetched: int = 0
+
+    def connection(self) -> dict[str, Any]:
+        callbacks: list[Any] = [1, self.receive, self.send, lambda run_id: self.run, self.get_fab, None, print, None]
+        return dict(zip(NAMES, callbacks, strict=True))
+
+    def receive(self) -> Any:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+        message = Message(RecordDict(), dst_node_id=2, message_type="train.step")
+        message.metadata.__dict__["_message_id"] = "m"
+        return message, None
+
+    def get_fab(self, fab_hash: str, run_id: int) -> Fab:
+        self.fetched += 1
+        return self.fab
+
+    def send(self, message: Message, tree: Any, seconds: float) -> tuple[set[str], str]:
+        self.answers.append(message)
+        return set(), ""
+
+
+def test_the_gate_lets_the_agreed_bundle_through_and_gives_flower_the_bytes_it_looked_at(
+    bundle: bytes, evil: bytes
+) -> None:
+    assert hashlib.sha256(bundle).hexdigest() == bundle_digest()
+    link = Link(run_of(bundle), fab_of(bundle))
+    gate = Gate(bundle_digest(), link.connection())
+    assert gate.receive() is not None
+    link.run, link.fab = run_of(evil), fab_of(evil)  # the coordinator thinks better of it
+    assert gate.receive() is not None
+    assert gate.get_fab(link.run.fab_hash, 7).content == bundle
+    assert gate.get_run(7).fab_hash == bundle_digest()
+    assert (link.answers, link.fetched) == ([], 1)
+
+
+def test_the_gate_answers_for_another_bundle_and_flower_never_hears_of_it(
+    bundle: bytes, evil: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = Link(run_of(evil), fab_of(evil))
+    gate = Gate(bundle_digest(), link.connection())
+    assert gate.receive() is None
+    link.run, link.fab = run_of(bundle), fab_of(bundle)  # too late: a run has one bundle
+    assert gate.receive() is None
+    assert [answer.error.code for answer in link.answers] == [ErrorCode.INVALID_FAB] * 2
+    with pytest.raises(KeyError):
+        gate.get_fab("", 7)
+    assert capsys.readouterr().out.count("amalgram: REFUSED run 7") == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        ({"fab_hash": "0" * 64}, "it declares the SHA-256 0000"),
+        ({"fab_id": "amalgram/other"}, "it declares the bundle as 'amalgram/other'"),
+        ({"fab_version": "../../escaped"}, "version '../../escaped'"),
+        ({"primary_task_type": TaskType.AGENT_APP}, "not a ServerApp"),
+    ],
+)
+def test_a_run_that_declares_something_else_about_the_agreed_bundle_is_refused(
+    bundle: bytes, run: dict[str, Any], says: str
+) -> None:
+    assert why_not(bundle_digest(), run_of(bundle), fab_of(bundle)) is None
+    assert says in (why_not(bundle_digest(), run_of(bundle, **run), fab_of(bundle)) or "")
+
+
+def test_another_bundle_that_declares_the_agreed_sha256_is_refused(bundle: bytes, evil: bytes) -> None:
+    fab = Fab(bundle_digest(), evil, {})
+    assert "its bundle has the SHA-256" in (why_not(bundle_digest(), run_of(bundle), fab) or "")
+
+
+def test_a_connection_of_another_shape_is_not_used() -> None:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def connect() -> Any:
+        yield (1, 2, 3)
+
+    with pytest.raises(ValueError, match="zip"), pinned(connect, "digest")():
+        pass
+
+
+def test_a_coordinator_takes_error_7_for_a_refusal_and_others_for_a_loss() -> None:
+    refused = Link(run_of(b""), fab_of(b""))
+    Gate("digest", refused.connection()).receive()
+    assert _read(refused.answers[0]) == Refusal(code="consent")
+    crashed = Message(flwr.app.Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=refused.receive()[0])
+    assert _read(crashed) is None
+
+
+# --- another Flower ---
+
+
+def test_another_version_of_flower_is_refused() -> None:
+    check_internals()
+    with pytest.raises(EngineError, match=r"flwr 1\.41\.0 is installed; guard and pin were made for 1\.42\.0"):
+        check_internals(version="1.42.0")
+
+
+@pytest.mark.parametrize("name", internals.TRIED)
+def test_a_changed_or_missing_file_of_flower_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for each in internals.TRIED:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(flwr.__file__).parent / each, tmp_path / each)
+    monkeypatch.setattr(flwr, "__file__", str(tmp_path / "__init__.py"))
+    check_internals()
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+    with pytest.raises(EngineError, match="is not the file that flwr"):
+        check_internals()
+    (tmp_path / name).unlink()
+    with pytest.raises(EngineError, match="is not the file that flwr"):
+        check_internals()
+
+
+def test_a_followed_file_gives_whole_lines_once(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    followed = FollowedFile(path)
+    assert followed.new_lines() == []
+    with path.open("w") as file:
+        file.write("one\ntwo\nthr")
+        file.flush()
+        assert followed.new_lines() == ["one", "two"]
+        file.write("ee\n")
+        file.flush()
+        assert followed.new_lines() == ["three"]
+        assert followed.new_lines() == []
