@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.owner import Owner
-from client.private_file import write_whole
 from client.settings import OwnerNetwork
 from common.errors import ConsentError, SettingsError
+from common.private_file import write_whole
 from deploy.keys import read_certificate, read_node_key
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import MARK, check_internals

@@ -1,7 +1,7 @@
 """`amalgram merge`: has the coordinator's server run the merge, shows how far it is, and tells how it ended.
 
-The merge itself runs in the server's app process, which writes model and report. Run again after a failure, this
-command ends what is left of an earlier run and begins a new one; what owners gave stays given (their ledgers decide).
+The merge itself runs in the server's app process, which writes model and report. Run again after a failure, or after
+anything was killed, this command ends what is left of Flower's earlier run and goes on where it was, from OUT/checkpoint.
 """
 
 import json
@@ -18,7 +18,8 @@ from deploy.launch.processes import FollowedFile, alone
 from deploy.server import Place, find_place
 from server.app import PROGRESS
 from server.merge import claim_output
-from server.report import read_report, render_report
+from server.page import render_report
+from server.report import read_report
 
 POLL_SECONDS = 2.0
 log = logging.getLogger("amalgram.merge")

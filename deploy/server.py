@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.private_file import write_whole
 from common.agreement import Agreement
 from common.errors import EngineError, SettingsError
+from common.private_file import write_whole
 from common.settings_file import load_settings
 from deploy.keys import check_server_files
 from deploy.launch.flower import CONNECTION, check_bundle, flower_environment, flwr, write_connection
