@@ -1,7 +1,7 @@
 """`amalgram merge`: has the coordinator's server run the merge, shows how far it is, and tells how it ended.
 
 The merge itself runs in the server's app process, which writes model and report. Run again after a failure, or after
-anything was killed, this command ends what is left of Flower's earlier run and goes on where it was, from OUT/checkpoint.
+anything was killed, this command ends what is left of Flower's earlier run and goes on from OUT/checkpoint.
 """
 
 import json
