@@ -33,6 +33,9 @@ bias_feature = {bias_feature}
 [data_free]
 alphas = [0.5, 0.9, 1.0]
 
+[refit]
+body = "{body}"
+
 [evaluation]
 choose_by = "macro_f1"
 {summation}
@@ -59,6 +62,7 @@ def write_consortium(
     methods: tuple[str, ...] = ("regmean", "average", "task_arithmetic", "fisher"),
     alphas: Iterable[float] = (0.1, 0.5, 0.9, 0.95),
     bias_feature: bool = False,
+    body: str = "data_free",
     seed: int = 0,
     owners: tuple[str, ...] = IN_DOMAIN,
 ) -> None:
@@ -73,6 +77,7 @@ def write_consortium(
         seed=seed,
         alphas=list(alphas),
         bias_feature=str(bias_feature).lower(),
+        body=body,
         summation=summation,
     )
     (folder / "agreement.toml").write_text(

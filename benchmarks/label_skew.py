@@ -27,7 +27,7 @@ from deploy.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
 OWNERS = ("north", "east", "south", "west")
-METHODS = ("regmean", "average", "task_arithmetic", "fisher", "regmean_plus_plus", "regmean_refit")
+METHODS = ("regmean", "average", "task_arithmetic", "fisher", "regmean_plus_plus", "refit")
 MODELS = ("base", "own_at_home", *METHODS[1:4], METHODS[0], *METHODS[4:], "ensemble", "multi_task")
 SEED = 0
 

@@ -31,10 +31,8 @@ FIGURES: dict[TaskKind, Figure] = {
     "sequence-to-sequence": "log_likelihood",
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
-MethodName = Literal[
-    "average", "task_arithmetic", "fisher", "data_free", "regmean", "regmean_refit", "regmean_plus_plus"
-]
-SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_refit", "regmean_plus_plus"})  # methods of several sums
+MethodName = Literal["average", "task_arithmetic", "fisher", "data_free", "regmean", "refit", "regmean_plus_plus"]
+SEQUENTIAL: frozenset[MethodName] = frozenset({"refit", "regmean_plus_plus"})  # methods of several sums
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -129,15 +127,16 @@ class RegMeanPlusPlus(Settings):
     alpha: Probability = 0.9
 
 
-class RegMeanRefit(Settings):
-    """Knobs of `common/merge_methods/regmean_refit.py`.
+class Refit(Settings):
+    """Knobs of `common/merge_methods/refit.py`.
 
-    `alpha`, one of regmean.alphas, is the body's. `targets`: the classifier is fitted to the owners' labels, or,
-    without looking at a label, to their models' scores. Several `balances` (0: a row is a row, 1: every class of an
-    owner weighs the same) are a sweep.
+    `body` merges everything but the classifier; `alpha`, one of the body's alphas, is its knob: left out, the largest.
+    `targets`: the classifier is fitted to the owners' labels, or, without looking at a label, to their models' scores.
+    Several `balances` (0: a row is a row, 1: every class of an owner weighs the same) are a sweep.
     """
 
-    alpha: Probability = 0.9
+    body: Literal["average", "data_free", "regmean"] = "data_free"
+    alpha: Probability | None = None
     targets: Literal["labels", "scores"] = "labels"
     balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.0, 0.5, 1.0)
     measured_examples: Count = 2000
@@ -241,7 +240,7 @@ class AgreementDraft(Settings):
     fisher: Fisher = Fisher()
     regmean: RegMean = RegMean()
     regmean_plus_plus: RegMeanPlusPlus = RegMeanPlusPlus()
-    regmean_refit: RegMeanRefit = RegMeanRefit()
+    refit: Refit = Refit()
     data_free: DataFree = DataFree()
     summation: Summation = Summation()
     bounds: Bounds = Bounds()
@@ -276,10 +275,9 @@ class AgreementDraft(Settings):
                 f"min_owners = {self.needed_owners}: {sequential[0]} sums again and again, and sums over different "
                 f"owners would show the difference; all {len(names)} must take part, so leave min_owners out"
             )
-        if "regmean_refit" in self.methods and self.regmean_refit.alpha not in self.regmean.alphas:
+        if "refit" in self.methods and self.refit.alpha not in (None, *self._body_alphas):
             raise ValueError(
-                f"regmean_refit.alpha = {self.regmean_refit.alpha}: must be one of regmean.alphas = "
-                f"{list(self.regmean.alphas)}"
+                f"refit.alpha = {self.refit.alpha}: must be one of {self.refit.body}.alphas = {list(self._body_alphas)}"
             )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"compare_with = {list(self.compare_with)}: names {self.method!r} or a method twice")
@@ -302,7 +300,7 @@ class AgreementDraft(Settings):
             ("regmean", "alphas", self.regmean.alphas),
             ("data_free", "alphas", self.data_free.alphas),
             ("task_arithmetic", "scales", self.task_arithmetic.scales),
-            ("regmean_refit", "balances", self.regmean_refit.balances),
+            ("refit", "balances", self.refit.balances),
         ):
             if len(set(knobs)) != len(knobs):
                 raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")
@@ -349,6 +347,16 @@ class AgreementDraft(Settings):
             return self.summation.colluders
         count, needed = len(self.owners), self.needed_owners
         return max((c for c in range(count) if max(quorum(count, c), c + 3) <= needed), default=0)
+
+    @property
+    def refit_alpha(self) -> float | None:
+        """The knob of the body that `refit` merges; None where the body has none."""
+        return self.refit.alpha if self.refit.alpha is not None else max(self._body_alphas, default=None)
+
+    @property
+    def _body_alphas(self) -> tuple[float, ...]:
+        alphas = {"average": (), "data_free": self.data_free.alphas, "regmean": self.regmean.alphas}
+        return alphas[self.refit.body]
 
     @property
     def owner_names(self) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ IN_A_SENTENCE = {
     "fisher": "Fisher averaging",
     "data_free": "data-free merging",
     "regmean": "RegMean",
-    "regmean_refit": "RegMean with a refitted classifier",
+    "refit": "a refitted classifier on a merged body",
     "regmean_plus_plus": "RegMean++",
     "ensemble": "the ensemble of all own models",
     "multi_task": "training on everybody's data",

@@ -10,7 +10,7 @@ METHODS = {
     "fisher": "Fisher",
     "data_free": "Data-free",
     "regmean": "RegMean",
-    "regmean_refit": "RegMean + refit",
+    "refit": "refit",
     "regmean_plus_plus": "RegMean++",
 }
 MODELS = {
@@ -30,7 +30,7 @@ EXPLAINED = {
     "fisher": "the mean of the weights, each weighted by its Fisher information",
     "data_free": "least squares with Gram matrices made of weight changes alone",
     "regmean": "least squares with the summed Gram matrices of the layers' inputs",
-    "regmean_refit": "RegMean, then the classifier fitted anew on the merged body",
+    "refit": "A body merged in one sum, then the classifier fitted anew on it",
     "regmean_plus_plus": "RegMean, layer after layer on the inputs that the merged model makes",
     "ensemble": "a reference: the mean of all own models' probabilities, which needs every model in one place",
     "multi_task": "a reference: the base fine-tuned on all rows, which needs everybody's data in one place",

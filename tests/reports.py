@@ -41,7 +41,7 @@ _REPORT: dict[str, Any] = {
         },
         "summation": {"kind": "plain", "colluders": 0, "quorum": 2},
         "privacy": {"min_rows_per_dimension": 1.0, "merge_token_inputs": False, "merge_routed_inputs": False},
-        "regmean_refit": {"targets": "labels"},
+        "refit": {"targets": "labels"},
     },
     "base_parameters": 1234,
     "chosen": {

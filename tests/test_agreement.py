@@ -87,6 +87,10 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         ),
         (("title", "= title"), "not valid TOML"),
         (
+            ('method = "regmean"', 'method = "refit"\nrefit = {alpha = 0.9}'),
+            "refit.alpha = 0.9: must be one of data_free.alphas = [1.0]",
+        ),
+        (
             ("[[owners]]", '[data_free]\nalphas = [0.5, 1.0]\n[regmean]\ndata_free_layers = ["x"]\n[[owners]]'),
             "data_free.alphas = [0.5, 1.0]: one alpha is needed for regmean.data_free_layers",
         ),

@@ -22,6 +22,7 @@ from common.merge_methods import (
     measurements,
     normal_equations,
     solve,
+    start,
 )
 from common.merge_methods.terms import Gram, OwnerTerms, Solution, owner_weight
 from common.models import Layer, MergePlan, SharedInput
@@ -442,7 +443,23 @@ def test_every_method_sees_only_sums_and_changes_every_parameter(agreement: Agre
     for name, knob in candidates(alone, method).items():
         assert name.startswith(method)
         assert set(solve(alone, plan, method, total, knob).delta) == set(plan.shapes)
-    assert measurements(alone) == METHODS[method].MEASUREMENTS
+    assert measurements(alone) == {"regmean": {"grams"}, "fisher": {"fisher"}}.get(method, set())
+
+
+@pytest.mark.parametrize(("body", "alpha"), [("average", None), ("data_free", 1.0), ("regmean", 0.99)])
+def test_refit_begins_with_the_body_that_was_agreed_at_the_largest_alpha(
+    agreement: Agreement, body: str, alpha: float | None
+) -> None:
+    refit = agreement.refit.model_copy(update={"body": body})
+    alone = agreement.model_copy(update={"method": "refit", "compare_with": (), "refit": refit})
+    of_body = alone.model_copy(update={"method": body})
+    plan = plan_for(3, [2])
+    owners = three_owners(plan)
+    assert measurements(alone) == measurements(of_body)
+    started = start(alone, plan, "refit", total_of(alone, plan, owners))
+    expected = solve(of_body, plan, body, total_of(of_body, plan, owners), alpha)
+    assert started.delta.keys() == expected.delta.keys()
+    assert all(torch.equal(started.delta[name], expected.delta[name]) for name in expected.delta)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,6 @@
 """Merge methods. Each is one module with the same names, and this is their registry.
 
-    MEASUREMENTS                          what the owner must measure on its rows: of "grams", "fisher"
+    measurements(agreement)               what the owner must measure on its rows: of "grams", "fisher"
     knobs(agreement)                      the values of its knob to be tried; (None,) for a method without one
     layout(agreement, plan)               the tensors that are summed over owners
     contribution(agreement, plan, owner)  one owner's tensors, in that order
@@ -25,7 +25,7 @@ from types import ModuleType
 from numpy.typing import NDArray
 
 from common.agreement import SEQUENTIAL, Agreement, AgreementDraft
-from common.merge_methods import average, data_free, fisher, regmean, regmean_plus_plus, regmean_refit, task_arithmetic
+from common.merge_methods import average, data_free, fisher, refit, regmean, regmean_plus_plus, task_arithmetic
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import OwnerTerms, Solution
 from common.models import MergePlan, delta_layout
@@ -37,7 +37,7 @@ METHODS: dict[str, ModuleType] = {
     "task_arithmetic": task_arithmetic,
     "fisher": fisher,
     "regmean": regmean,
-    "regmean_refit": regmean_refit,
+    "refit": refit,
     "regmean_plus_plus": regmean_plus_plus,
     "data_free": data_free,
 }
@@ -45,7 +45,7 @@ METHODS: dict[str, ModuleType] = {
 
 def measurements(agreement: AgreementDraft) -> frozenset[str]:
     """What an owner must measure for all agreed methods together."""
-    return frozenset().union(*(METHODS[method].MEASUREMENTS for method in agreement.methods))
+    return frozenset().union(*(METHODS[method].measurements(agreement) for method in agreement.methods))
 
 
 def contribution_layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:

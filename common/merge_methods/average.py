@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from numpy.typing import NDArray
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods.terms import (
     OwnerTerms,
     Solution,
@@ -22,7 +22,9 @@ from common.models import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 
-MEASUREMENTS: frozenset[str] = frozenset()
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    return frozenset()
 
 
 def knobs(agreement: Agreement) -> tuple[None]:

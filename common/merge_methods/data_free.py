@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods.normal_equations import System, notes_on, with_ridge
 from common.merge_methods.terms import (
     OwnerTerms,
@@ -35,7 +35,9 @@ from common.models import Layer, MergePlan, join_experts, parameter_of
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-MEASUREMENTS: frozenset[str] = frozenset()
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    return frozenset()
 
 
 def knobs(agreement: Agreement) -> tuple[float, ...]:

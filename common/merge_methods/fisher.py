@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from numpy.typing import NDArray
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods.terms import (
     OwnerTerms,
     Solution,
@@ -30,8 +30,11 @@ from common.models import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-MEASUREMENTS = frozenset({"fisher"})
 QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
+
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    return frozenset({"fisher"})
 
 
 def knobs(agreement: Agreement) -> tuple[None]:

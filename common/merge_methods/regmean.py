@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods import data_free
 from common.merge_methods.normal_equations import System, notes_on, with_ridge
 from common.merge_methods.terms import (
@@ -37,8 +37,11 @@ from common.models import MergePlan, SharedInput, join_experts
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-MEASUREMENTS = frozenset({"grams"})
 MAX_ROWS_PER_EXAMPLE = 100_000  # tokens of the longest text that an agreement allows
+
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    return frozenset({"grams"})
 
 
 def knobs(agreement: Agreement) -> tuple[float, ...]:

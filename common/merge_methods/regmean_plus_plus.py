@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from numpy.typing import NDArray
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods import regmean
 from common.merge_methods.sequence import Step, agreement_of, plan_of
 from common.merge_methods.terms import OwnerTerms, Solution
@@ -19,7 +19,9 @@ from common.models import MergePlan, SharedInput, parameter_of
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 
-MEASUREMENTS: frozenset[str] = frozenset()
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    return frozenset()
 
 
 def knobs(agreement: Agreement) -> tuple[None]:

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 import torch
 from numpy.typing import NDArray
 
-from common.agreement import Agreement
+from common.agreement import Agreement, AgreementDraft
 from common.merge_methods.terms import OwnerTerms, Solution, to_array, unchanged
 from common.models import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-MEASUREMENTS: frozenset[str] = frozenset()
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    return frozenset()
 
 
 def knobs(agreement: Agreement) -> tuple[float, ...]:

@@ -36,7 +36,7 @@ AGREEMENT = """\
 # The demo: five owners, five scanners, one model. See deploy/demo/digits.py.
 title = "Handwritten digits from five scanners"
 base = "base"
-method = "regmean_refit"
+method = "refit"
 compare_with = ["average", "task_arithmetic", "fisher", "regmean"]
 seed = {seed}
 

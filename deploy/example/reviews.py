@@ -58,7 +58,7 @@ base = "base"
 
 # The published model is merged with `method`; the others are only evaluated, for comparison.
 # Known: average, task_arithmetic, fisher, regmean, data_free; and, of several sums, so that every owner must stay to
-# the end: regmean_plus_plus, and regmean_refit, which fits the classifier anew and tells how many rows have each label.
+# the end: regmean_plus_plus, and refit, which fits the classifier anew and tells how many rows have each label.
 method = "regmean"
 compare_with = ["average", "task_arithmetic", "fisher"]
 

@@ -60,7 +60,7 @@ def test_the_report_has_what_its_schema_names(result: tuple[dict, Path]) -> None
     assert report["seconds"] > 0
     assert report["examples"] == 600
     assert set(report["evaluation"]["mean"]) == {
-        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "regmean_refit", "ensemble",
+        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "refit", "ensemble",
         "multi_task",
     }  # fmt: skip
     assert {layer["status"] for layer in report["layers"]} == {"solved"}
@@ -234,7 +234,7 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
     report = run_demo(tmp_path / "demo")
     assert report["owners"] == list(digits.SCANNERS)
     assert set(report["evaluation"]["mean"]) == {
-        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "regmean_refit", "ensemble",
+        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "refit", "ensemble",
         "multi_task",
     }  # fmt: skip
     assert {figures["regmean"]["rows"] for figures in report["evaluation"]["by_owner"].values()} == {300}

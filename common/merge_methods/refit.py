@@ -1,4 +1,4 @@
-"""RegMean, then one more sum: the classifier is refitted on the merged body.
+"""A body merged by another method, then one more sum: the classifier is refitted on it.
 
 What a merge loses it loses mostly in the classifier: heads of owners with other labels and other shares of them do not
 average. But for the classifier alone the whole problem is a least squares whose terms are sums over rows. With f the
@@ -16,39 +16,58 @@ and the coordinator solves (sum G_i) W^T = sum C_i. The targets t are
 
 Ridge: every owner adds HEAD_RIDGE * mean(diag G_i) to its diagonal. It pulls to zero for labels, and for scores to the
 base's classifier, whose terms G_i W_0^T travel too, since merged models are told as deltas.
+
+The body (refit.body) is any merge that needs one sum and gives one model for a value of alpha.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.agreement import Agreement
-from common.merge_methods import regmean
+from common.agreement import Agreement, AgreementDraft
+from common.merge_methods import average, data_free, regmean
 from common.merge_methods.normal_equations import solve_symmetric, spectrum, with_ridge
-from common.merge_methods.regmean import contribution, layout
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import HeadTerms, LayerNote, OwnerTerms, Solution, to_array, weight_bound
 from common.models import Layer, MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-__all__ = ["MEASUREMENTS", "contribution", "layout"]
-
-MEASUREMENTS = regmean.MEASUREMENTS
+BODIES: dict[str, ModuleType] = {"average": average, "data_free": data_free, "regmean": regmean}
 HEAD_RIDGE = 1e-2
 LEAST_COUNT = 3  # a class of fewer rows weighs as if it had so many
 LARGEST_SCORE = 1000.0
 
 
 def knobs(agreement: Agreement) -> tuple[float, ...] | tuple[None]:
-    return agreement.regmean_refit.balances if agreement.regmean_refit.targets == "labels" else (None,)
+    return agreement.refit.balances if agreement.refit.targets == "labels" else (None,)
+
+
+def measurements(agreement: AgreementDraft) -> frozenset[str]:
+    of_body: frozenset[str] = _body(agreement).measurements(agreement)
+    return of_body
+
+
+def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
+    of_body: TensorLayout = _body(agreement).layout(agreement, plan)
+    return of_body
+
+
+def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+    yield from _body(agreement).contribution(agreement, plan, owner)
 
 
 def start(agreement: Agreement, plan: MergePlan, total: Total) -> Solution:
-    return regmean.solve(agreement, plan, total, agreement.regmean_refit.alpha)
+    merged: Solution = _body(agreement).solve(agreement, plan, total, agreement.refit_alpha)
+    return merged
+
+
+def _body(agreement: AgreementDraft) -> ModuleType:
+    return BODIES[agreement.refit.body]
 
 
 def steps(plan: MergePlan) -> tuple[Step, ...]:
@@ -104,7 +123,7 @@ def step_contribution(
 
 def _towards(agreement: Agreement, terms: HeadTerms, weighted: Tensor, gram: Tensor, classes: int) -> Tensor:
     """The right-hand side, (features, classes) float64, the ridge's part of it included."""
-    if agreement.regmean_refit.targets == "labels":
+    if agreement.refit.targets == "labels":
         onehot = torch.nn.functional.one_hot(terms.targets, classes).double() - 1 / classes
         return weighted.T @ onehot
     without_ridge = weighted.T @ terms.features
@@ -112,7 +131,7 @@ def _towards(agreement: Agreement, terms: HeadTerms, weighted: Tensor, gram: Ten
 
 
 def _balances(agreement: Agreement) -> tuple[float, ...]:
-    return agreement.regmean_refit.balances if agreement.regmean_refit.targets == "labels" else (0.0,)
+    return agreement.refit.balances if agreement.refit.targets == "labels" else (0.0,)
 
 
 def class_weights(targets: Tensor, balance: float) -> Tensor:
@@ -130,7 +149,7 @@ def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, 
     error = len(gram) * total.rounding_error(f"head_gram@{balance!r}")
     solution, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
     fitted, base = solution.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, and the base's
-    if agreement.regmean_refit.targets == "labels":
+    if agreement.refit.targets == "labels":
         fitted = fitted * _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
     condition, effective_rank = spectrum(gram)
     note = LayerNote(
