@@ -2,10 +2,11 @@
 
 python -m benchmarks.quality --data DATA --models MODELS [--only PART,PART...] [--json]
 
-DATA and MODELS as in benchmarks/emotion.py; the parts, each half an hour or less, are at the end of this file. Every merged model here is a candidate that the product itself sent to its
-owners, masked, in `simulate`; it is kept on the way and judged again on all ten domains. `textbook` is RegMean once
-more in twenty lines, without anything of the product's method, sum or messages. Judged: macro F1 over the labels that
-occur in the first 600 test rows, predictions among the labels of the domain.
+DATA and MODELS as in benchmarks/emotion.py. The parts, named under PARTS below, are kept one by one. Every merged model
+is a candidate that the product itself sent to its owners, masked, in `simulate`; it is kept on the way and judged again
+on all ten domains. `textbook` is RegMean once more in twenty lines, without anything of the product's method, sum or
+messages. Judged: macro F1 over the labels that occur in the first 600 test rows, predictions among the labels of the
+domain.
 Writes benchmarks/results/quality.{json,md,svg}.
 """
 
