@@ -111,7 +111,9 @@ class Coordinator:
             raise OwnerRefused(who, refusals[0][1])
         self._check_enough()
         kept = self.checkpoint.kept_opening()
-        for session in sorted(pending - ({kept[0].session} if kept is not None else set())):
+        going_on = {kept[0].session} if kept is not None else set()
+        # To an owner that was lost before it could help to open a session, that one is pending for good.
+        for session in sorted(pending - self.checkpoint.opened_sessions - going_on):
             self._certify_as_over(session)
 
     def _check_present(self, reply: Present) -> None:
@@ -160,7 +162,7 @@ class Coordinator:
             return self._ask(requests)
 
         total = drive(side, exchange, self._exclude)
-        self.checkpoint.keep_total(statistic, models, total)
+        self.checkpoint.keep_total(statistic, models, request.session, total)
         return total
 
     def _reopened_sum(self, layout: TensorLayout) -> tuple[OpenSum, CoordinatorSide] | None:
