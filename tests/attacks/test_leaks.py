@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from client.app import app as client_app
+from client.fisher import measure_fisher
 from client.gram import measure_grams
 from client.owner import Owner
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
@@ -18,6 +19,7 @@ from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
 from common.models import Layer, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
 from common.summation.protocol import Total
+from deploy.agree import consent_text
 from deploy.complete import complete_agreement
 from deploy.example import reviews
 from deploy.in_process_grid import InProcessGrid, run_in_process
@@ -187,6 +189,18 @@ def test_with_absolute_positions_too_the_first_attention_is_averaged(agreement: 
     assert query.format(0) in agreement.tensors.averaged
     assert query.format(1) in merged
     assert "bert.encoder.layer.0.attention.output.dense.weight" in merged
+
+
+def test_squared_gradients_tell_which_tokens_occur_though_embeddings_were_frozen(parties: Parties) -> None:
+    """Of the base model, whose embeddings have not changed at all: no rule here, the consent text says it."""
+    owner = Owner(parties.files["hotel"])
+    rows = owner.data.train().take(np.arange(20))
+    fisher = measure_fisher(owner.load_base(), rows, seed=0)["bert.embeddings.word_embeddings.weight"]
+    seen = set(fisher.any(dim=1).nonzero().ravel().tolist())
+    true = {token for row in rows.features for token in row["input_ids"]}
+    assert seen == true
+    assert len(true) < len(fisher) / 2
+    assert "Squared gradients of token embeddings tell it too" in " ".join(consent_text(owner).split())
 
 
 # --- few rows ---
