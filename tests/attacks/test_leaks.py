@@ -1,7 +1,7 @@
 """What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
 
 from dataclasses import replace
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ from client.app import app as client_app
 from client.fisher import measure_fisher
 from client.gram import measure_grams
 from client.owner import Owner
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, RegMeanRefit, Summation, Task
 from common.errors import DataError
-from common.merge_methods import contribution_layout
-from common.merge_methods.terms import Gram
-from common.models import Layer, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
+from common.merge_methods import contribution, contribution_layout, regmean_refit, solve
+from common.merge_methods.terms import Gram, HeadTerms, OwnerTerms
+from common.models import Layer, MergePlan, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
+from common.summation import fixed_point
 from common.summation.protocol import Total
 from deploy.agree import consent_text
 from deploy.complete import complete_agreement
@@ -201,6 +202,123 @@ def test_squared_gradients_tell_which_tokens_occur_though_embeddings_were_frozen
     assert seen == true
     assert len(true) < len(fisher) / 2
     assert "Squared gradients of token embeddings tell it too" in " ".join(consent_text(owner).split())
+
+
+# --- the same rows in several sums, each with other weights ---
+
+
+def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: MergePlan) -> None:
+    """Every balance is a sum of the same class sums with other weights, which follow from an owner's label counts.
+
+    An honest coordinator's totals are enough: counts are whole numbers, so the sums of their roots give them away, and
+    then, class by class, three equations give three owners' sums of the classifier's inputs.
+    """
+    balances, random = (0.0, 0.5, 1.0), np.random.default_rng(3)
+    refit = agreement.regmean_refit.model_copy(update={"balances": balances})
+    agreement = agreement.model_copy(update={"regmean_refit": refit})
+    (step,) = regmean_refit.steps(plan)
+    layout = regmean_refit.step_layout(agreement, plan, step)
+    counts = sorted([(5, 9, 12), (3, 11, 4), (10, 6, 7)])  # rows of each label, owner by owner
+    d, classes = next(entry.shape for entry in layout.entries if entry.name == "head_targets@0.0")
+    total = np.zeros(layout.size, "<u8")
+    true = []
+    for owner_counts in counts:
+        labels = torch.from_numpy(np.repeat(np.arange(classes), owner_counts))
+        features = torch.from_numpy(random.standard_normal((len(labels), d)))
+        features[:, -1] = 1
+        true.append(torch.stack([features[labels == label].sum(dim=0) for label in range(classes)]).numpy())
+        head = HeadTerms(
+            features=features,
+            targets=labels,
+            scores=torch.zeros(len(labels), classes, dtype=torch.float64),
+            start=torch.zeros(d, classes, dtype=torch.float64),
+        )
+        vector = np.empty(layout.size)
+        terms = OwnerTerms(examples=len(labels), delta={}, head=head)
+        layout.flatten(regmean_refit.step_contribution(agreement, plan, step, terms), vector)
+        total += fixed_point.encode(layout, vector, 3)
+    known = Total(
+        layout=layout, vector=fixed_point.decode(layout, total, 3, 3), owners=("ada", "bea", "cyd"), roster_size=3
+    )
+
+    # (balances, d, classes): sum over owners of weight * sum of the class's inputs; the last input is the constant 1.
+    sums = np.array([known[f"head_targets@{b!r}"] + known[f"head_gram@{b!r}"][:, -1:] / classes for b in balances])
+    sums[:, -1] = [known[f"head_targets@{b!r}"][-1] + known["head_rows"][0] / classes for b in balances]
+    found = single_counts(sums[0, -1].round(), sums[1, -1])
+    assert found == [tuple(counts)]
+    for label in range(classes):
+        weights = [[weight_of_class(each, label, balance) for each in found[0]] for balance in balances]
+        single = np.linalg.solve(np.array(weights), sums[:, :, label])  # (owners, d)
+        np.testing.assert_allclose(single, [each[label] for each in true], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("owners", "colluders", "balances"), [(3, 0, 2), (5, 2, 2), (5, 0, 4), (7, 3, 3), (4, None, 2)]
+)
+def test_an_agreement_on_as_many_balances_as_tell_honest_owners_apart_is_refused(
+    owners: int, colluders: int | None, balances: int
+) -> None:
+    def draft(count: int) -> AgreementDraft:
+        return AgreementDraft(
+            title="t",
+            base="b",
+            owners=tuple(OwnerEntry(name=f"o{index}") for index in range(owners)),
+            method="regmean_refit",
+            regmean_refit=RegMeanRefit(balances=tuple(index / 10 for index in range(count))),
+            summation=Summation(colluders=colluders),
+        )
+
+    draft(balances - 1)
+    with pytest.raises(ValueError, match="honest owners apart"):
+        draft(balances)
+
+
+def weight_of_class(counts: tuple[int, ...], label: int, balance: float) -> float:
+    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    return float(regmean_refit.class_weights(labels, balance)[labels == label][0])
+
+
+def single_counts(totals: np.ndarray, at_half: np.ndarray) -> list[tuple[tuple[int, ...], ...]]:
+    """Every way to part `totals` rows of each label among three owners that fits the sums at balance 0.5."""
+    profiles = np.array(list(product(range(3, 13), repeat=len(totals))))  # (profiles, labels)
+
+    def half(counts: np.ndarray) -> np.ndarray:
+        roots = np.sqrt(counts)
+        share: np.ndarray = roots / roots.sum(axis=-1, keepdims=True) * counts.sum(axis=-1, keepdims=True)
+        return share
+
+    found = set()
+    for one in profiles:
+        last = totals - one - profiles
+        fits = (last >= 3).all(axis=1)
+        fits[fits] = (np.abs(half(one) + half(profiles[fits]) + half(last[fits]) - at_half) < 1e-5).all(axis=1)
+        for other, third in zip(profiles[fits], last[fits], strict=True):
+            found.add(tuple(sorted(tuple(int(n) for n in each) for each in (one, other, third))))
+    return sorted(found)
+
+
+def test_average_and_task_arithmetic_tell_two_owners_apart_to_the_third(agreement: Agreement, plan: MergePlan) -> None:
+    """Sums of weight changes, weighted by rows and not: with its own known, two equations for the two others'.
+
+    It needs no total: the candidates that every owner is sent are those sums, up to factors that all know.
+    """
+    agreement = agreement.model_copy(update={"method": "average", "compare_with": ("task_arithmetic",)})
+    layout, rows = contribution_layout(agreement, plan), np.array([200, 350, 90])
+    deltas = [{name: 0.01 * torch.randn(shape) for name, shape in plan.shapes.items()} for _ in rows]
+    total = np.zeros(layout.size)
+    for count, delta in zip(rows, deltas, strict=True):
+        vector = np.empty(layout.size)
+        layout.flatten(contribution(agreement, plan, OwnerTerms(examples=int(count), delta=delta)), vector)
+        total += vector
+    known = Total(layout=layout, vector=total, owners=("ada", "bea", "cyd"), roster_size=3)
+    average = solve(agreement, plan, "average", known, None).delta
+    task_arithmetic = solve(agreement, plan, "task_arithmetic", known, 0.5).delta
+    for name in plan.changed:
+        mine = deltas[0][name].numpy().ravel()
+        others = [rows.sum() * average[name].numpy().ravel() - rows[0] * mine]
+        others.append(task_arithmetic[name].numpy().ravel() / 0.5 - mine)
+        found = np.linalg.solve(np.array([rows[1:], [1, 1]]), np.array(others))
+        np.testing.assert_allclose(found, [delta[name].numpy().ravel() for delta in deltas[1:]], atol=1e-6)
 
 
 # --- few rows ---

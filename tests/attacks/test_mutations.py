@@ -168,6 +168,7 @@ TABLE = [
     Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signers) < agreement.needed_owners:", "if False:"),
     Mutation(PROCESS, "test_33_an_owner_signs", LEDGER, 'if self._result not in ("", body):', "if False:"),
     Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if rows < least * dimensions:", "if False:"),
+    Mutation(LEAKS, "test_an_agreement_on_as_many", "common/agreement.py", "if fitted_to_labels and len(balances) > max(1, honest - 2):", "if False:"),
     Mutation(LEAKS, "test_no_delta", "server/merge.py", "    total.destroy()"),
     Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "held_back |= _token_inputs(base, batch)"),
     Mutation(ARCHITECTURES, "test_experts_are_merged_only", "deploy/complete.py", "if not draft.privacy.merge_routed_inputs:", "if False:"),
