@@ -15,7 +15,7 @@ from client.gram import measure_grams
 from client.owner import Owner
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, RegMeanRefit, Summation, Task
 from common.errors import DataError
-from common.merge_methods import contribution, contribution_layout, regmean_refit, solve
+from common.merge_methods import contribution_layout, regmean_refit, solve
 from common.merge_methods.terms import Gram, HeadTerms, OwnerTerms
 from common.models import Layer, MergePlan, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
 from common.summation import fixed_point
@@ -101,7 +101,7 @@ def test_no_delta_leaves_an_owner_and_no_total_stays(parties: Parties, monkeypat
         delta = delta_of(owner.own_model(), owner.load_base())
         upload = np.frombuffer(uploads[node][-layout.size * 8 :], "<i8").astype(np.float64)
         for name in parties.plan.changed:
-            seen = layout.read(upload, f"delta/{name}").ravel()
+            seen = layout.read(upload, f"weighted_delta/{name}").ravel()
             true = delta[name].double().numpy().ravel()
             if len(true) > 100 and true.any():
                 correlation = np.corrcoef(seen, true)[0, 1]
@@ -297,28 +297,27 @@ def single_counts(totals: np.ndarray, at_half: np.ndarray) -> list[tuple[tuple[i
     return sorted(found)
 
 
-def test_average_and_task_arithmetic_tell_two_owners_apart_to_the_third(agreement: Agreement, plan: MergePlan) -> None:
-    """Sums of weight changes, weighted by rows and not: with its own known, two equations for the two others'.
-
-    It needs no total: the candidates that every owner is sent are those sums, up to factors that all know.
+def test_weight_changes_summed_with_two_kinds_of_weights_tell_two_owners_apart_so_they_are_summed_once(
+    agreement: Agreement, plan: MergePlan
+) -> None:
+    """Weighted by rows and not: with its own known, an owner has two equations for the two others'. It needs no total:
+    such sums, up to factors that all know, would be the candidates `average` and `task_arithmetic`.
     """
-    agreement = agreement.model_copy(update={"method": "average", "compare_with": ("task_arithmetic",)})
-    layout, rows = contribution_layout(agreement, plan), np.array([200, 350, 90])
-    deltas = [{name: 0.01 * torch.randn(shape) for name, shape in plan.shapes.items()} for _ in rows]
-    total = np.zeros(layout.size)
-    for count, delta in zip(rows, deltas, strict=True):
-        vector = np.empty(layout.size)
-        layout.flatten(contribution(agreement, plan, OwnerTerms(examples=int(count), delta=delta)), vector)
-        total += vector
-    known = Total(layout=layout, vector=total, owners=("ada", "bea", "cyd"), roster_size=3)
-    average = solve(agreement, plan, "average", known, None).delta
-    task_arithmetic = solve(agreement, plan, "task_arithmetic", known, 0.5).delta
+    random, rows = np.random.default_rng(4), np.array([200, 350, 90])
+    deltas = random.standard_normal((3, 50))
+    average, unweighted = rows @ deltas / rows.sum(), deltas.sum(axis=0)
+    others = np.array([average * rows.sum() - rows[0] * deltas[0], unweighted - deltas[0]])
+    np.testing.assert_allclose(np.linalg.solve([rows[1:], [1, 1]], others), deltas[1:], atol=1e-9)
+
+    both = agreement.model_copy(update={"method": "average", "compare_with": ("task_arithmetic",)})
+    layout = contribution_layout(both, plan)
+    assert {entry.name.split("/")[0] for entry in layout.entries} == {"weight", "examples", "weighted_delta"}
+    total = Total(layout=layout, vector=random.random(layout.size), owners=("ada", "bea", "cyd"), roster_size=3)
+    candidates = [
+        solve(both, plan, *knob).delta for knob in (("average", total, None), ("task_arithmetic", total, 0.5))
+    ]
     for name in plan.changed:
-        mine = deltas[0][name].numpy().ravel()
-        others = [rows.sum() * average[name].numpy().ravel() - rows[0] * mine]
-        others.append(task_arithmetic[name].numpy().ravel() / 0.5 - mine)
-        found = np.linalg.solve(np.array([rows[1:], [1, 1]]), np.array(others))
-        np.testing.assert_allclose(found, [delta[name].numpy().ravel() for delta in deltas[1:]], atol=1e-6)
+        torch.testing.assert_close(candidates[1][name], 0.5 * 3 * candidates[0][name])
 
 
 # --- few rows ---
