@@ -42,8 +42,8 @@ from server.coordinator import Coordinator
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
-METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus", "regmean_refit")
-WITH_BIAS = ("regmean", "regmean_plus_plus", "regmean_refit")
+METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus", "refit")
+WITH_BIAS = ("regmean", "regmean_plus_plus", "refit")
 RECIPE = Training(epochs=3, learning_rate=1e-4, batch_size=32)  # the five models' own
 
 Figures = dict[str, dict[str, float]]  # domain -> accuracy, macro_f1
@@ -243,7 +243,7 @@ def run_seeds(bench: Bench) -> dict[str, Any]:
     """Other rows are measured with another seed; the models stay."""
     found: dict[str, list[list[float | None]]] = {}
     for seed in range(3):
-        figures, _ = merged_by_the_product(bench, methods=("regmean", "regmean_refit"), alphas=(0.9,), seed=seed)
+        figures, _ = merged_by_the_product(bench, methods=("regmean", "refit"), alphas=(0.9,), seed=seed)
         for name, each in figures.items():
             both = [mean_over(each, domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
             found.setdefault(name, []).append(both)
@@ -255,7 +255,7 @@ def run_owners(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for count in range(2, len(IN_DOMAIN) + 1):
         owners = IN_DOMAIN[:count]
-        methods = ("regmean", "average", "regmean_refit")
+        methods = ("regmean", "average", "refit")
         _, report = merged_by_the_product(bench, methods=methods, alphas=(0.9,), owners=owners)
         mean = report["evaluation"]["mean"]
         found[str(count)] = {model: mean[model]["macro_f1"] for model in ("own_at_home", *methods)}

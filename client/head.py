@@ -1,4 +1,4 @@
-"""What an owner measures to refit the classifier (common/merge_methods/regmean_refit.py)."""
+"""What an owner measures to refit the classifier (common/merge_methods/refit.py)."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from client.gram import layer_inputs, with_constant
 from client.rows import IGNORED, Rows
-from common.merge_methods.regmean_refit import classifier
+from common.merge_methods.refit import classifier
 from common.merge_methods.terms import HeadTerms
 from common.models import MergePlan
 

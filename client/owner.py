@@ -427,8 +427,8 @@ class Owner:
         log.info("  %s: measuring %s %d", self.name, method, step.number)
         terms = OwnerTerms(examples=len(train), delta=delta_of(own, self._base))
         merged = self._merged_so_far(method, step)
-        if method == "regmean_refit":
-            rows = _sample(train, agreement.regmean_refit.measured_examples, agreement.seed)
+        if method == "refit":
+            rows = _sample(train, agreement.refit.measured_examples, agreement.seed)
             head = measure_head(self._base, own, merged, self._plan, rows, self.settings.batch_size)
             self._check_rows("the classifier's input", len(head.features), head.features.shape[1], method)
             return replace(terms, head=head)

@@ -32,9 +32,9 @@ FIGURES: dict[TaskKind, Figure] = {
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
 MethodName = Literal[
-    "average", "task_arithmetic", "fisher", "data_free", "regmean", "regmean_refit", "regmean_plus_plus"
+    "average", "task_arithmetic", "fisher", "data_free", "regmean", "refit", "regmean_plus_plus"
 ]
-SEQUENTIAL: frozenset[MethodName] = frozenset({"regmean_refit", "regmean_plus_plus"})  # methods of several sums
+SEQUENTIAL: frozenset[MethodName] = frozenset({"refit", "regmean_plus_plus"})  # methods of several sums
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -124,8 +124,8 @@ class RegMeanPlusPlus(Settings):
     alpha: Probability = 0.9
 
 
-class RegMeanRefit(Settings):
-    """Knobs of `common/merge_methods/regmean_refit.py`.
+class Refit(Settings):
+    """Knobs of `common/merge_methods/refit.py`.
 
     `alpha`, one of regmean.alphas, is the body's. `targets`: the classifier is fitted to the owners' labels, or,
     without looking at a label, to their models' scores. Several `balances` (0: a row is a row, 1: every class of an
@@ -236,7 +236,7 @@ class AgreementDraft(Settings):
     fisher: Fisher = Fisher()
     regmean: RegMean = RegMean()
     regmean_plus_plus: RegMeanPlusPlus = RegMeanPlusPlus()
-    regmean_refit: RegMeanRefit = RegMeanRefit()
+    refit: Refit = Refit()
     data_free: DataFree = DataFree()
     summation: Summation = Summation()
     bounds: Bounds = Bounds()
@@ -271,9 +271,9 @@ class AgreementDraft(Settings):
                 f"min_owners = {self.needed_owners}: {sequential[0]} sums again and again, and sums over different "
                 f"owners would show the difference; all {len(names)} must take part, so leave min_owners out"
             )
-        if "regmean_refit" in self.methods and self.regmean_refit.alpha not in self.regmean.alphas:
+        if "refit" in self.methods and self.refit.alpha not in self.regmean.alphas:
             raise ValueError(
-                f"regmean_refit.alpha = {self.regmean_refit.alpha}: must be one of regmean.alphas = "
+                f"refit.alpha = {self.refit.alpha}: must be one of regmean.alphas = "
                 f"{list(self.regmean.alphas)}"
             )
         if len(set(self.methods)) != len(self.methods):
@@ -297,7 +297,7 @@ class AgreementDraft(Settings):
             ("regmean", "alphas", self.regmean.alphas),
             ("data_free", "alphas", self.data_free.alphas),
             ("task_arithmetic", "scales", self.task_arithmetic.scales),
-            ("regmean_refit", "balances", self.regmean_refit.balances),
+            ("refit", "balances", self.refit.balances),
         ):
             if len(set(knobs)) != len(knobs):
                 raise ValueError(f"{table}.{key} = {list(knobs)}: a value stands twice")
@@ -340,11 +340,11 @@ class AgreementDraft(Settings):
 
         As of any other total, three owners and one sum, there must be two more owners unknown than equations.
         """
-        balances, honest = self.regmean_refit.balances, self.needed_owners - self.colluders
-        fitted_to_labels = "regmean_refit" in self.methods and self.regmean_refit.targets == "labels"
+        balances, honest = self.refit.balances, self.needed_owners - self.colluders
+        fitted_to_labels = "refit" in self.methods and self.refit.targets == "labels"
         if fitted_to_labels and len(balances) > max(1, honest - 2):
             raise ValueError(
-                f"regmean_refit.balances = {list(balances)}: sums of the same rows with {len(balances)} kinds of "
+                f"refit.balances = {list(balances)}: sums of the same rows with {len(balances)} kinds of "
                 f"weights would tell {honest} honest owners apart ({self.needed_owners} take part, {self.colluders} "
                 f"may collude); name at most {max(1, honest - 2)}, or fewer summation.colluders"
             )

@@ -57,7 +57,7 @@ def complete_agreement(draft: AgreementDraft, base_folder: Path, public_keys: Ma
     if "regmean_plus_plus" in draft.methods:
         check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
     roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft)
-    if "regmean_refit" in draft.methods:
+    if "refit" in draft.methods:
         _check_classifier(base, draft, probe, roles)
     with_keys = _with_keys(draft, public_keys)
     agreement = Agreement(
@@ -89,7 +89,7 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
     per_prediction = len(last) == 1 and last[0].d_out == labels and [rows.shape[:-1] for rows in fed] == [targets.shape]
     if not draft.task.has_labels or draft.task.head == "private" or not per_prediction:
         raise ModelError(
-            f"{type(base).__name__}: has no shared classifier that is fed one row a prediction, which regmean_refit "
+            f"{type(base).__name__}: has no shared classifier that is fed one row a prediction, which refit "
             "fits; use regmean"
         )
 

@@ -18,7 +18,7 @@ ROWS = (
     ("fisher", "Fisher"),
     ("data_free", "data-free"),
     ("regmean", "RegMean"),
-    ("regmean_refit", "RegMean + refit"),
+    ("refit", "RegMean + refit"),
     ("regmean_plus_plus", "RegMean++"),
     ("ensemble", "ensemble *"),
     ("multi_task", "multi-task *"),

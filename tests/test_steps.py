@@ -29,10 +29,10 @@ from client.gram import GramCollector, find_shared_inputs, layer_inputs
 from client.head import measure_head
 from client.rows import Rows
 from client.sequence import measure_step, put_merged_prefix
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, RegMeanRefit
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Refit
 from common.errors import DataError, ModelError
 from common.identity import Identity
-from common.merge_methods import regmean_refit, solve_step, step_contribution, step_layout, steps
+from common.merge_methods import refit, solve_step, step_contribution, step_layout, steps
 from common.merge_methods.regmean_plus_plus import merged_names
 from common.merge_methods.sequence import plan_of
 from common.merge_methods.terms import OwnerTerms
@@ -183,7 +183,7 @@ def test_the_steps_of_a_model_name_every_merged_input_once(plan: MergePlan) -> N
     of_blocks = steps(plan, "regmean_plus_plus")
     assert [step.block for step in of_blocks] == [0, 1, None, None]
     assert [shared.name for step in of_blocks for shared in step.inputs] == [shared.name for shared in plan.inputs]
-    assert [step.inputs[0].name for step in steps(plan, "regmean_refit")] == ["classifier"]
+    assert [step.inputs[0].name for step in steps(plan, "refit")] == ["classifier"]
 
 
 class Padded:
@@ -205,20 +205,20 @@ def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
     agreement: Agreement, plan: MergePlan, targets: str
 ) -> None:
     balance = 0.5 if targets == "labels" else None
-    refit = RegMeanRefit(targets=targets, balances=(0.5,))  # type: ignore[arg-type]
-    agreement = agreement.model_copy(update={"method": "regmean_refit", "compare_with": (), "regmean_refit": refit})
-    (step,) = steps(plan, "regmean_refit")
-    layout = step_layout(agreement, plan, "regmean_refit", step)
+    refit = Refit(targets=targets, balances=(0.5,))  # type: ignore[arg-type]
+    agreement = agreement.model_copy(update={"method": "refit", "compare_with": (), "refit": refit})
+    (step,) = steps(plan, "refit")
+    layout = step_layout(agreement, plan, "refit", step)
     base, merged = made("bert"), made("bert", seed=9)
     terms, vectors = {}, {}
     for index, (name, count) in enumerate((("ada", 30), ("bea", 25), ("cyd", 40))):
         head = measure_head(base, made("bert", seed=index + 1), merged, plan, labelled(count, index), 8)
         terms[name] = OwnerTerms(examples=count, delta={}, head=head)
         vectors[name] = np.zeros(layout.size)
-        layout.flatten(step_contribution(agreement, plan, "regmean_refit", step, terms[name]), vectors[name])
+        layout.flatten(step_contribution(agreement, plan, "refit", step, terms[name]), vectors[name])
     identities = {name: Identity(name=name, seed=name.encode().ljust(32)) for name in terms}
     total = run("plain", identities, terms_of(identities, layout), vectors)
-    solution = solve_step(agreement, plan, "regmean_refit", step, total, balance)
+    solution = solve_step(agreement, plan, "refit", step, total, balance)
 
     rows, wanted, ridge, sizes = [], [], torch.zeros(()).double(), torch.zeros(()).double()
     start = torch.cat([base.classifier.weight.T, base.classifier.bias[None]]).detach().double()
@@ -249,7 +249,7 @@ def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
 
 
 def test_rare_classes_do_not_get_boundless_weight() -> None:
-    weights = regmean_refit.class_weights(torch.tensor([0] * 99 + [1]), balance=1.0)
+    weights = refit.class_weights(torch.tensor([0] * 99 + [1]), balance=1.0)
     assert float(weights.sum()) == pytest.approx(100)
     assert float(weights[-1] / weights[0]) == pytest.approx(33)  # as if three rows were of its class
 

@@ -25,7 +25,7 @@ from types import ModuleType
 from numpy.typing import NDArray
 
 from common.agreement import SEQUENTIAL, Agreement, AgreementDraft
-from common.merge_methods import average, data_free, fisher, regmean, regmean_plus_plus, regmean_refit, task_arithmetic
+from common.merge_methods import average, data_free, fisher, regmean, regmean_plus_plus, refit, task_arithmetic
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import OwnerTerms, Solution
 from common.models import MergePlan, delta_layout
@@ -37,7 +37,7 @@ METHODS: dict[str, ModuleType] = {
     "task_arithmetic": task_arithmetic,
     "fisher": fisher,
     "regmean": regmean,
-    "regmean_refit": regmean_refit,
+    "refit": refit,
     "regmean_plus_plus": regmean_plus_plus,
     "data_free": data_free,
 }

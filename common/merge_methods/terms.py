@@ -26,7 +26,7 @@ class Gram:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTerms:
-    """What the classifier is fitted to, row by row; only sums over the rows leave (regmean_refit.py)."""
+    """What the classifier is fitted to, row by row; only sums over the rows leave (refit.py)."""
 
     features: Tensor  # (rows, d_in, and one more that is 1 where the classifier has a bias) float64
     targets: Tensor  # (rows,) int64

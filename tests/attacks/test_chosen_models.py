@@ -39,7 +39,7 @@ def start(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) 
         path = consortium / "agreement.toml"
         text = path.read_text().replace('method = "regmean"', f'method = "{method}"')
         text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
-        path.write_text(text.replace("[task_arithmetic]", "[regmean_refit]\nbalances = [0.0]\n\n[task_arithmetic]"))
+        path.write_text(text.replace("[task_arithmetic]", "[refit]\nbalances = [0.0]\n\n[task_arithmetic]"))
         context = parties_of(consortium, tmp_path / "output")
         parties = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
@@ -119,7 +119,7 @@ def test_42_layers_chosen_between_sums_give_one_owner_s_weight_changes_to_the_la
 
 
 def test_42_layers_chosen_between_sums_count_labels_of_one_owner_s_rows_with_a_word(start: Start) -> None:
-    method = "regmean_refit"
+    method = "refit"
     parties, coordinator = start(method)
     send_layers(parties, coordinator, method, 0)
     (step,) = steps(parties.plan, method)

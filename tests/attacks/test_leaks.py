@@ -13,9 +13,9 @@ from client.app import app as client_app
 from client.fisher import measure_fisher
 from client.gram import measure_grams
 from client.owner import Owner
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, RegMeanRefit, Summation, Task
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Refit, Summation, Task
 from common.errors import DataError
-from common.merge_methods import contribution_layout, regmean_refit, solve
+from common.merge_methods import contribution_layout, refit, solve
 from common.merge_methods.terms import Gram, HeadTerms, OwnerTerms
 from common.models import Layer, MergePlan, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
 from common.summation import fixed_point
@@ -214,10 +214,10 @@ def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: Merg
     then, class by class, three equations give three owners' sums of the classifier's inputs.
     """
     balances, random = (0.0, 0.5, 1.0), np.random.default_rng(3)
-    refit = agreement.regmean_refit.model_copy(update={"balances": balances})
-    agreement = agreement.model_copy(update={"regmean_refit": refit})
-    (step,) = regmean_refit.steps(plan)
-    layout = regmean_refit.step_layout(agreement, plan, step)
+    refit = agreement.refit.model_copy(update={"balances": balances})
+    agreement = agreement.model_copy(update={"refit": refit})
+    (step,) = refit.steps(plan)
+    layout = refit.step_layout(agreement, plan, step)
     counts = sorted([(5, 9, 12), (3, 11, 4), (10, 6, 7)])  # rows of each label, owner by owner
     d, classes = next(entry.shape for entry in layout.entries if entry.name == "head_targets@0.0")
     total = np.zeros(layout.size, "<u8")
@@ -235,7 +235,7 @@ def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: Merg
         )
         vector = np.empty(layout.size)
         terms = OwnerTerms(examples=len(labels), delta={}, head=head)
-        layout.flatten(regmean_refit.step_contribution(agreement, plan, step, terms), vector)
+        layout.flatten(refit.step_contribution(agreement, plan, step, terms), vector)
         total += fixed_point.encode(layout, vector, 3)
     known = Total(
         layout=layout, vector=fixed_point.decode(layout, total, 3, 3), owners=("ada", "bea", "cyd"), roster_size=3
@@ -263,8 +263,8 @@ def test_an_agreement_on_as_many_balances_as_tell_honest_owners_apart_is_refused
             title="t",
             base="b",
             owners=tuple(OwnerEntry(name=f"o{index}") for index in range(owners)),
-            method="regmean_refit",
-            regmean_refit=RegMeanRefit(balances=tuple(index / 10 for index in range(count))),
+            method="refit",
+            refit=Refit(balances=tuple(index / 10 for index in range(count))),
             summation=Summation(colluders=colluders),
         )
 
@@ -275,7 +275,7 @@ def test_an_agreement_on_as_many_balances_as_tell_honest_owners_apart_is_refused
 
 def weight_of_class(counts: tuple[int, ...], label: int, balance: float) -> float:
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    return float(regmean_refit.class_weights(labels, balance)[labels == label][0])
+    return float(refit.class_weights(labels, balance)[labels == label][0])
 
 
 def single_counts(totals: np.ndarray, at_half: np.ndarray) -> list[tuple[tuple[int, ...], ...]]:

@@ -20,7 +20,7 @@ from deploy.complete import complete_agreement
 from deploy.simulate import find_owner_files, make_identities, set_up_parties
 
 RUN = "ab" * 32
-METHOD = "regmean_refit"
+METHOD = "refit"
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
     path = folder / "agreement.toml"
     text = path.read_text().replace('method = "regmean"', 'method = "regmean_plus_plus"')
-    text = text.replace('["average", "task_arithmetic", "fisher"]', '["regmean", "regmean_refit"]')
+    text = text.replace('["average", "task_arithmetic", "fisher"]', '["regmean", "refit"]')
     path.write_text(text)
     return folder
 

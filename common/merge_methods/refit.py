@@ -44,11 +44,11 @@ LARGEST_SCORE = 1000.0
 
 
 def knobs(agreement: Agreement) -> tuple[float, ...] | tuple[None]:
-    return agreement.regmean_refit.balances if agreement.regmean_refit.targets == "labels" else (None,)
+    return agreement.refit.balances if agreement.refit.targets == "labels" else (None,)
 
 
 def start(agreement: Agreement, plan: MergePlan, total: Total) -> Solution:
-    return regmean.solve(agreement, plan, total, agreement.regmean_refit.alpha)
+    return regmean.solve(agreement, plan, total, agreement.refit.alpha)
 
 
 def steps(plan: MergePlan) -> tuple[Step, ...]:
@@ -104,7 +104,7 @@ def step_contribution(
 
 def _towards(agreement: Agreement, terms: HeadTerms, weighted: Tensor, gram: Tensor, classes: int) -> Tensor:
     """The right-hand side, (features, classes) float64, the ridge's part of it included."""
-    if agreement.regmean_refit.targets == "labels":
+    if agreement.refit.targets == "labels":
         onehot = torch.nn.functional.one_hot(terms.targets, classes).double() - 1 / classes
         return weighted.T @ onehot
     without_ridge = weighted.T @ terms.features
@@ -112,7 +112,7 @@ def _towards(agreement: Agreement, terms: HeadTerms, weighted: Tensor, gram: Ten
 
 
 def _balances(agreement: Agreement) -> tuple[float, ...]:
-    return agreement.regmean_refit.balances if agreement.regmean_refit.targets == "labels" else (0.0,)
+    return agreement.refit.balances if agreement.refit.targets == "labels" else (0.0,)
 
 
 def class_weights(targets: Tensor, balance: float) -> Tensor:
@@ -130,7 +130,7 @@ def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, 
     error = len(gram) * total.rounding_error(f"head_gram@{balance!r}")
     solution, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
     fitted, base = solution.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, and the base's
-    if agreement.regmean_refit.targets == "labels":
+    if agreement.refit.targets == "labels":
         fitted = fitted * _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
     condition, effective_rank = spectrum(gram)
     note = LayerNote(
