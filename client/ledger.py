@@ -50,8 +50,7 @@ class Ledger:
         """
         if round_number <= self._round:
             raise ConsentError(f"the coordinator opened round {round_number}, the last one here was {self._round}")
-        if session in self._burned:
-            raise ConsentError("the coordinator opened a session that this owner has declared over")
+        self._check_not_burned(session)
         if statistic in self._offered:
             raise ConsentError(
                 f"{statistic} was given into a sum under this agreement before; the same again, summed with others, "
@@ -61,13 +60,15 @@ class Ledger:
         self._write()
 
     def offer(self, statistic: str, session: str) -> None:
-        """Something of this statistic is about to leave, in `session`."""
+        """Something of this statistic is about to leave, in `session`. Raises ConsentError if it was declared over."""
+        self._check_not_burned(session)
         if self._offered.get(statistic) != session:
             self._offered[statistic] = session
             self._write()
 
     def reveal(self, session: str) -> None:
-        """This owner is about to help open `session`."""
+        """This owner is about to help open `session`. Raises ConsentError if it has declared it over."""
+        self._check_not_burned(session)
         self._revealed.add(session)
         self._write()
 
@@ -89,6 +90,11 @@ class Ledger:
             raise ConsentError("the coordinator published another result under this agreement than the one signed here")
         self._result = body
         self._write()
+
+    def _check_not_burned(self, session: str) -> None:
+        """Here, not only by forgetting the session: a file that was deleted can be back after a loss of power."""
+        if session in self._burned:
+            raise ConsentError("the coordinator goes on with a session that this owner has declared over")
 
     def _write(self) -> None:
         page: Mapping[str, Any] = {

@@ -472,6 +472,7 @@ class Owner:
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})
+        received = {(model, tested_on) for model, tested_on, _ in self._received}
         scores = {}
         for name in models:
             if name == BASE:
@@ -480,7 +481,7 @@ class Owner:
                 scores[name] = self.score(base, split)
             elif name == OWN:
                 scores[name] = self.score(self.own_model(), split)
-            elif name in kept:
+            elif name in kept and (name, split) in received:
                 scores[name] = Score(**kept[name])
             else:
                 raise RemoteProtocolError(f"the coordinator asked for the figures of {name} before it sent the model")

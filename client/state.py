@@ -56,7 +56,12 @@ class OwnerState:
             raise RemoteProtocolError("the coordinator speaks of another run or agreement than those that were opened")
 
     def end_run(self) -> None:
-        shutil.rmtree(self._run_folder, ignore_errors=True)
+        """Forget the run, whole or not at all: half forgotten it could be begun anew and go on with what was left."""
+        forgotten = self.folder / "run.forgotten"
+        shutil.rmtree(forgotten, ignore_errors=True)
+        if self._run_folder.exists():
+            self._run_folder.rename(forgotten)
+            shutil.rmtree(forgotten, ignore_errors=True)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small value, whole or not at all; on the disk before this returns."""

@@ -132,13 +132,14 @@ class Refit(Settings):
 
     `body` merges everything but the classifier; `alpha`, one of the body's alphas, is its knob: left out, the largest.
     `targets`: the classifier is fitted to the owners' labels, or, without looking at a label, to their models' scores.
-    Several `balances` (0: a row is a row, 1: every class of an owner weighs the same) are a sweep.
+    Several `balances` (0: a row is a row, 1: every class of an owner weighs the same) are a sweep; of a masked sum they
+    need two more honest owners than there are balances.
     """
 
     body: Literal["average", "data_free", "regmean"] = "data_free"
     alpha: Probability | None = None
     targets: Literal["labels", "scores"] = "labels"
-    balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.0, 0.5, 1.0)
+    balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.5,)
     measured_examples: Count = 2000
 
 
@@ -338,6 +339,21 @@ class AgreementDraft(Settings):
             raise ValueError(
                 f"summation.quorum = {self.summation.quorum}: with {count} owners of whom {colluders} may collude it "
                 f"is {quorum(count, colluders)}; leave it out"
+            )
+        self._check_balances()
+
+    def _check_balances(self) -> None:
+        """Each balance sums the same rows with other weights: as many balances as honest owners tell these apart.
+
+        As of any other total, three owners and one sum, there must be two more owners unknown than equations.
+        """
+        balances, honest = self.refit.balances, self.needed_owners - self.colluders
+        fitted_to_labels = "refit" in self.methods and self.refit.targets == "labels"
+        if fitted_to_labels and len(balances) > max(1, honest - 2):
+            raise ValueError(
+                f"refit.balances = {list(balances)}: sums of the same rows with {len(balances)} kinds of "
+                f"weights would tell {honest} honest owners apart ({self.needed_owners} take part, {self.colluders} "
+                f"may collude); name at most {max(1, honest - 2)}, or fewer summation.colluders"
             )
 
     @property

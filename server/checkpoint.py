@@ -117,12 +117,13 @@ class Checkpoint:
         self._replayed += 1
         return Total(layout=layout, vector=vector, owners=tuple(kept["owners"]), roster_size=kept["roster_size"])
 
-    def keep_total(self, statistic: str, models: Sequence[str], total: Total) -> None:
+    def keep_total(self, statistic: str, models: Sequence[str], session: str, total: Total) -> None:
         write_whole(self._total_file(len(self.sums)), np.ascontiguousarray(total.vector).data.cast("B"))
         self.sums.append(
             {
                 "statistic": statistic,
                 "models": list(models),
+                "session": session,
                 "layout": total.layout.digest(),
                 "owners": list(total.owners),
                 "roster_size": total.roster_size,
@@ -132,6 +133,11 @@ class Checkpoint:
         self.opening_of = None
         self.save()
         (self.folder / OPENING).unlink(missing_ok=True)
+
+    @property
+    def opened_sessions(self) -> set[str]:
+        """The sessions whose totals are kept."""
+        return {kept["session"] for kept in self.sums}
 
     def keep_candidate(self, candidate: Candidate) -> None:
         self.candidates.append(candidate)

@@ -123,7 +123,9 @@ class Coordinator:
             raise OwnerRefused(who, refusals[0][1])
         self._check_enough()
         kept = self.checkpoint.kept_opening()
-        for session in sorted(pending - ({kept[0].session} if kept is not None else set())):
+        going_on = {kept[0].session} if kept is not None else set()
+        # To an owner that was lost before it could help to open a session, that one is pending for good.
+        for session in sorted(pending - self.checkpoint.opened_sessions - going_on):
             self._certify_as_over(session)
 
     def _check_present(self, reply: Present) -> None:
@@ -161,12 +163,12 @@ class Coordinator:
         """The total of one statistic over the owners; goes on without those that are lost or break the rules."""
         total = self.checkpoint.next_total(statistic, models, layout)
         if total is None:
-            total = self._sum_over_owners(statistic, layout, models)
-            self.checkpoint.keep_total(statistic, models, total)
+            session, total = self._sum_over_owners(statistic, layout, models)
+            self.checkpoint.keep_total(statistic, models, session, total)
         self.sums.append(OpenedSum(statistic, layout, total.owners))
         return total
 
-    def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> Total:
+    def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> tuple[str, Total]:
         self._start(f"sum of {statistic}")
         request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
 
@@ -176,7 +178,7 @@ class Coordinator:
                 self.checkpoint.keep_opening(request, opening)
             return self._ask(requests)
 
-        return drive(side, exchange, self._exclude)
+        return request.session, drive(side, exchange, self._exclude)
 
     def _reopened_sum(self, layout: TensorLayout) -> tuple[OpenSum, CoordinatorSide] | None:
         """The sum that was being opened when an earlier start of this run ended; its owners open no other."""

@@ -1,11 +1,13 @@
 """The example's three owners and the coordinator, set up as a simulation sets them up."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.owner import Owner
 from common.agreement import Agreement
 from common.identity import Identity
+from common.messages import Message
 from common.models import MergePlan
 
 NAMES = ("ada", "bea", "cyd", "coordinator")
@@ -25,3 +27,22 @@ class Parties:
     agreement: Agreement
     identities: Mapping[str, Identity]
     plan: MergePlan
+
+
+class OwnersChannel:
+    """Owners as the network has them, each built anew for every message."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = list(files.values())
+        self.asked: list[Message] = []
+
+    def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
+        return list(range(len(self.files)))
+
+    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
+        self.asked.append(next(iter(requests.values())))
+        for node, request in requests.items():
+            yield node, self.answer(node, request)
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        return Owner(self.files[node]).answer(request)

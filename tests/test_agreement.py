@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry, Summation
+from common.agreement import SEQUENTIAL, Agreement, AgreementDraft, MethodName, OwnerEntry, Summation
 from common.errors import SettingsError
 from common.merge_methods import METHODS
 from common.settings_file import load_settings
@@ -161,3 +161,15 @@ def test_hidden_figures_stay_hidden_from_colluders_too() -> None:
     AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=1))
     with pytest.raises(ValueError, match=r"4 have figures = .*, 0 may drop out and 2 collude"):
         AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=2))
+
+
+@pytest.mark.parametrize("method", sorted(SEQUENTIAL))
+def test_a_method_of_several_sums_needs_every_owner_in_all_of_them(method: MethodName) -> None:
+    """The same rows measured in two steps and summed over two groups would show the difference: one owner's."""
+    owners = tuple(OwnerEntry(name=f"o{index}") for index in range(4))
+    AgreementDraft(title="t", base="b", owners=owners, method=method, min_owners=4)
+    for methods in ((method, "average"), ("average", method)):
+        with pytest.raises(ValueError, match="all 4 must take part"):
+            AgreementDraft(
+                title="t", base="b", owners=owners, method=methods[0], compare_with=(methods[1],), min_owners=3
+            )

@@ -332,10 +332,17 @@ def test_average_by_owners_is_the_plain_mean(agreement: Agreement) -> None:
         torch.testing.assert_close(tensor, torch.stack([owner.delta[name] for owner in owners.values()]).mean(0))
 
 
-def test_task_arithmetic_is_the_scaled_sum(agreement: Agreement) -> None:
-    owners, solution = solved(agreement, "task_arithmetic", 0.3)
+def test_task_arithmetic_by_owners_is_the_scaled_sum(agreement: Agreement) -> None:
+    owners, solution = solved(agreement.model_copy(update={"weighting": "owners"}), "task_arithmetic", 0.3)
     for name, tensor in solution.delta.items():
         torch.testing.assert_close(tensor, 0.3 * sum(owner.delta[name] for owner in owners.values()))
+
+
+def test_task_arithmetic_by_rows_is_the_scaled_average_times_the_owners(agreement: Agreement) -> None:
+    owners, solution = solved(agreement, "task_arithmetic", 0.3)
+    for name, tensor in solution.delta.items():
+        weighted = sum(owner.examples * owner.delta[name] for owner in owners.values()) / 60
+        torch.testing.assert_close(tensor, 0.3 * 3 * weighted)
 
 
 def test_fisher_weights_every_entry_by_its_information(agreement: Agreement) -> None:

@@ -1,7 +1,7 @@
 """What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
 
 from dataclasses import replace
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,17 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from client.app import app as client_app
+from client.fisher import measure_fisher
 from client.gram import measure_grams
 from client.owner import Owner
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Refit, Summation, Task
 from common.errors import DataError
-from common.merge_methods import contribution_layout
-from common.merge_methods.terms import Gram
-from common.models import Layer, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
+from common.merge_methods import contribution_layout, refit, solve
+from common.merge_methods.terms import Gram, HeadTerms, OwnerTerms
+from common.models import Layer, MergePlan, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
+from common.summation import fixed_point
 from common.summation.protocol import Total
+from deploy.agree import consent_text
 from deploy.complete import complete_agreement
 from deploy.example import reviews
 from deploy.in_process_grid import InProcessGrid, run_in_process
@@ -98,7 +101,7 @@ def test_no_delta_leaves_an_owner_and_no_total_stays(parties: Parties, monkeypat
         delta = delta_of(owner.own_model(), owner.load_base())
         upload = np.frombuffer(uploads[node][-layout.size * 8 :], "<i8").astype(np.float64)
         for name in parties.plan.changed:
-            seen = layout.read(upload, f"delta/{name}").ravel()
+            seen = layout.read(upload, f"weighted_delta/{name}").ravel()
             true = delta[name].double().numpy().ravel()
             if len(true) > 100 and true.any():
                 correlation = np.corrcoef(seen, true)[0, 1]
@@ -187,6 +190,134 @@ def test_with_absolute_positions_too_the_first_attention_is_averaged(agreement: 
     assert query.format(0) in agreement.tensors.averaged
     assert query.format(1) in merged
     assert "bert.encoder.layer.0.attention.output.dense.weight" in merged
+
+
+def test_squared_gradients_tell_which_tokens_occur_though_embeddings_were_frozen(parties: Parties) -> None:
+    """Of the base model, whose embeddings have not changed at all: no rule here, the consent text says it."""
+    owner = Owner(parties.files["hotel"])
+    rows = owner.data.train().take(np.arange(20))
+    fisher = measure_fisher(owner.load_base(), rows, seed=0)["bert.embeddings.word_embeddings.weight"]
+    seen = set(fisher.any(dim=1).nonzero().ravel().tolist())
+    true = {token for row in rows.features for token in row["input_ids"]}
+    assert seen == true
+    assert len(true) < len(fisher) / 2
+    assert "Squared gradients of token embeddings tell it too" in " ".join(consent_text(owner).split())
+
+
+# --- the same rows in several sums, each with other weights ---
+
+
+def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: MergePlan) -> None:
+    """Every balance is a sum of the same class sums with other weights, which follow from an owner's label counts.
+
+    An honest coordinator's totals are enough: counts are whole numbers, so the sums of their roots give them away, and
+    then, class by class, three equations give three owners' sums of the classifier's inputs.
+    """
+    balances, random = (0.0, 0.5, 1.0), np.random.default_rng(3)
+    refit = agreement.refit.model_copy(update={"balances": balances})
+    agreement = agreement.model_copy(update={"refit": refit})
+    (step,) = refit.steps(plan)
+    layout = refit.step_layout(agreement, plan, step)
+    counts = sorted([(5, 9, 12), (3, 11, 4), (10, 6, 7)])  # rows of each label, owner by owner
+    d, classes = next(entry.shape for entry in layout.entries if entry.name == "head_targets@0.0")
+    total = np.zeros(layout.size, "<u8")
+    true = []
+    for owner_counts in counts:
+        labels = torch.from_numpy(np.repeat(np.arange(classes), owner_counts))
+        features = torch.from_numpy(random.standard_normal((len(labels), d)))
+        features[:, -1] = 1
+        true.append(torch.stack([features[labels == label].sum(dim=0) for label in range(classes)]).numpy())
+        head = HeadTerms(
+            features=features,
+            targets=labels,
+            scores=torch.zeros(len(labels), classes, dtype=torch.float64),
+            start=torch.zeros(d, classes, dtype=torch.float64),
+        )
+        vector = np.empty(layout.size)
+        terms = OwnerTerms(examples=len(labels), delta={}, head=head)
+        layout.flatten(refit.step_contribution(agreement, plan, step, terms), vector)
+        total += fixed_point.encode(layout, vector, 3)
+    known = Total(
+        layout=layout, vector=fixed_point.decode(layout, total, 3, 3), owners=("ada", "bea", "cyd"), roster_size=3
+    )
+
+    # (balances, d, classes): sum over owners of weight * sum of the class's inputs; the last input is the constant 1.
+    sums = np.array([known[f"head_targets@{b!r}"] + known[f"head_gram@{b!r}"][:, -1:] / classes for b in balances])
+    sums[:, -1] = [known[f"head_targets@{b!r}"][-1] + known["head_rows"][0] / classes for b in balances]
+    found = single_counts(sums[0, -1].round(), sums[1, -1])
+    assert found == [tuple(counts)]
+    for label in range(classes):
+        weights = [[weight_of_class(each, label, balance) for each in found[0]] for balance in balances]
+        single = np.linalg.solve(np.array(weights), sums[:, :, label])  # (owners, d)
+        np.testing.assert_allclose(single, [each[label] for each in true], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("owners", "colluders", "balances"), [(3, 0, 2), (5, 2, 2), (5, 0, 4), (7, 3, 3), (4, None, 2)]
+)
+def test_an_agreement_on_as_many_balances_as_tell_honest_owners_apart_is_refused(
+    owners: int, colluders: int | None, balances: int
+) -> None:
+    def draft(count: int) -> AgreementDraft:
+        return AgreementDraft(
+            title="t",
+            base="b",
+            owners=tuple(OwnerEntry(name=f"o{index}") for index in range(owners)),
+            method="refit",
+            refit=Refit(balances=tuple(index / 10 for index in range(count))),
+            summation=Summation(colluders=colluders),
+        )
+
+    draft(balances - 1)
+    with pytest.raises(ValueError, match="honest owners apart"):
+        draft(balances)
+
+
+def weight_of_class(counts: tuple[int, ...], label: int, balance: float) -> float:
+    labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    return float(refit.class_weights(labels, balance)[labels == label][0])
+
+
+def single_counts(totals: np.ndarray, at_half: np.ndarray) -> list[tuple[tuple[int, ...], ...]]:
+    """Every way to part `totals` rows of each label among three owners that fits the sums at balance 0.5."""
+    profiles = np.array(list(product(range(3, 13), repeat=len(totals))))  # (profiles, labels)
+
+    def half(counts: np.ndarray) -> np.ndarray:
+        roots = np.sqrt(counts)
+        share: np.ndarray = roots / roots.sum(axis=-1, keepdims=True) * counts.sum(axis=-1, keepdims=True)
+        return share
+
+    found = set()
+    for one in profiles:
+        last = totals - one - profiles
+        fits = (last >= 3).all(axis=1)
+        fits[fits] = (np.abs(half(one) + half(profiles[fits]) + half(last[fits]) - at_half) < 1e-5).all(axis=1)
+        for other, third in zip(profiles[fits], last[fits], strict=True):
+            found.add(tuple(sorted(tuple(int(n) for n in each) for each in (one, other, third))))
+    return sorted(found)
+
+
+def test_weight_changes_summed_with_two_kinds_of_weights_tell_two_owners_apart_so_they_are_summed_once(
+    agreement: Agreement, plan: MergePlan
+) -> None:
+    """Weighted by rows and not: with its own known, an owner has two equations for the two others'. It needs no total:
+    such sums, up to factors that all know, would be the candidates `average` and `task_arithmetic`.
+    """
+    random, rows = np.random.default_rng(4), np.array([200, 350, 90])
+    deltas = random.standard_normal((3, 50))
+    average, unweighted = rows @ deltas / rows.sum(), deltas.sum(axis=0)
+    others = np.array([average * rows.sum() - rows[0] * deltas[0], unweighted - deltas[0]])
+    np.testing.assert_allclose(np.linalg.solve([rows[1:], [1, 1]], others), deltas[1:], atol=1e-9)
+
+    both = agreement.model_copy(update={"method": "average", "compare_with": ("task_arithmetic",)})
+    layout = contribution_layout(both, plan)
+    assert {entry.name.split("/")[0] for entry in layout.entries} == {"weight", "examples", "weighted_delta"}
+    total = Total(layout=layout, vector=random.random(layout.size), owners=("ada", "bea", "cyd"), roster_size=3)
+    candidates = [
+        solve(both, plan, *knob).delta for knob in (("average", total, None), ("task_arithmetic", total, 0.5))
+    ]
+    for name in plan.changed:
+        torch.testing.assert_close(candidates[1][name], 0.5 * 3 * candidates[0][name])
 
 
 # --- few rows ---

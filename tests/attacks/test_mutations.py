@@ -31,7 +31,7 @@ class Mutation:
 
 GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
 LAUNCH, DEPLOYMENT = "test_launch.py", "end_to_end/test_deployment.py"
-KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES = (
+KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, AGREEMENT, RESUME = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
     "attacks/test_survivors.py",
@@ -41,6 +41,9 @@ KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES = (
     "test_masked_sum.py",
     "attacks/test_leaks.py",
     "test_architectures.py",
+    "attacks/test_steps.py",
+    "test_agreement.py",
+    "end_to_end/test_resume.py",
 )
 
 TABLE = [
@@ -85,14 +88,15 @@ TABLE = [
         SURVIVORS,
         "test_15_",
         MASKED,
-        "        revealed = RevealedShare.pack_all(shares)",
+        "        return RevealedShare.pack_all(shares)",
         "        shares += [RevealedShare(o, MASK, _two_shares(b)[1]) for o, b in self.held.items()]\n"
-        "        revealed = RevealedShare.pack_all(shares)",
+        "        return RevealedShare.pack_all(shares)",
     ),
     Mutation(SURVIVORS, "test_16_both", MASKED, "(SIGNED, Acknowledgements): REVEALED,", "(SIGNED, Acknowledgements): SIGNED,"),
     Mutation(SURVIVORS, "test_16_a_second", MASKED, "(UPLOADED, SurvivorList): SIGNED,", "(UPLOADED, SurvivorList): SIGNED,\n    (SIGNED, SurvivorList): SIGNED,"),
     Mutation(PROCESS, "test_17_a_second_survivor", OWNER, '        self.state.write_json("sum", {**kept, "side": side.to_json()})'),
     Mutation(PROCESS, "test_17_a_second_reveal", OWNER, '        self.state.write_json("sum", {**kept, "side": side.to_json()})'),
+    Mutation(PROCESS, "test_17_a_second_reveal", MASKED, "self.revealed or self._shares_for(survivors)", "self._shares_for(survivors)"),
     Mutation(PROCESS, "test_39_two_processes", "client/state.py", "            fcntl.flock(descriptor, fcntl.LOCK_EX)"),
     Mutation(PROCESS, "test_a_session_whose", OWNER, "            self.state.forget_sum()\n            raise", "            raise"),
     # 19: acknowledgements
@@ -142,6 +146,15 @@ TABLE = [
     Mutation(PROCESS, "test_an_owner_that_has_revealed", LEDGER, "if session in self._revealed:", "if False:"),
     Mutation(PROCESS, "test_a_burned_session", LEDGER, "if session in self._burned:", "if False:"),
     Mutation(PROCESS, "test_a_certificate_alone", OWNER, "        ledger.burn(message.session)\n        self.state.forget_sum()\n        ledger.release", "        ledger.release"),
+    Mutation(PROCESS, "test_44_", LEDGER, "        self._check_not_burned(session)"),
+    Mutation(
+        PROCESS,
+        "test_45_",
+        "client/state.py",
+        "            self._run_folder.rename(forgotten)\n            shutil.rmtree(forgotten, ignore_errors=True)",
+        "            shutil.rmtree(self._run_folder, ignore_errors=True)",
+    ),
+    Mutation(PROCESS, "test_46_", OWNER, " and (name, split) in received", ""),
     # 30, 31, 35
     Mutation(SUM, "test_no_mask_is_used", "common/summation/mask_stream.py", "combine(chunk, keystream[: len(chunk)], out=chunk)", "combine(chunk, keystream[0], out=chunk)"),
     Mutation(SUM, "test_the_same_keys", MASKED, "key_agreement.public_key(self.mask_seed, Label.MASK_KEY, session)", "key_agreement.public_key(self.mask_seed, Label.MASK_KEY, bytes(32))"),
@@ -156,7 +169,8 @@ TABLE = [
     # 33, 37, 38: results, agreements, candidates
     Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signers) < agreement.needed_owners:", "if False:"),
     Mutation(PROCESS, "test_33_an_owner_signs", LEDGER, 'if self._result not in ("", body):', "if False:"),
-    Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if name not in routed and gram.rows < least * len(gram.matrix):", "if False:"),
+    Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if rows < least * dimensions:", "if False:"),
+    Mutation(LEAKS, "test_an_agreement_on_as_many", "common/agreement.py", "if fitted_to_labels and len(balances) > max(1, honest - 2):", "if False:"),
     Mutation(LEAKS, "test_no_delta", "server/merge.py", "    total.destroy()"),
     Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "held_back |= _token_inputs(base, batch)"),
     Mutation(ARCHITECTURES, "test_experts_are_merged_only", "deploy/complete.py", "if not draft.privacy.merge_routed_inputs:", "if False:"),
@@ -182,6 +196,18 @@ TABLE = [
     Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "deploy/client.py", "if agreement.digest() not in owner.state.consents():", "if False:"),
     Mutation(LAUNCH, "test_another_version", INTERNALS, "if installed != version:", "if False:"),
     Mutation(LAUNCH, "test_a_changed_or_missing", INTERNALS, "hashlib.sha256(path.read_bytes()).hexdigest() != digest", "False"),
+    # methods of several sums
+    Mutation(STEPS, "test_a_step_before", OWNER, " or self._merged_steps(method) != step.number", ""),
+    Mutation(STEPS, "test_a_step_that_was_not", "common/merge_methods/__init__.py", "method in agreement.methods and ", ""),
+    Mutation(STEPS, "test_a_step_about_other", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
+    Mutation(STEPS, "test_merged_layers", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
+    Mutation(STEPS, "test_merged_layers", OWNER, "if not last_again and (number != str(due)", "if False and (number != str(due)"),
+    Mutation(STEPS, "test_merged_layers", OWNER, "if method not in SEQUENTIAL.intersection(self.agreement.methods):", "if False:"),
+    Mutation(AGREEMENT, "test_a_method_of_several", "common/agreement.py", "if sequential and self.needed_owners < len(names):", "if False:"),
+    # what a coordinator keeps of a run
+    Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "0o600", "0o644"),
+    Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "    folder.chmod(0o700)"),
+    Mutation(RESUME, "test_an_owner_that_a_sum", "server/coordinator.py", "pending - self.checkpoint.opened_sessions - going_on", "pending - going_on"),
 ]  # fmt: skip
 
 

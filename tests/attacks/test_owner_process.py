@@ -467,6 +467,30 @@ def test_a_burned_session_is_never_opened_signed_or_revealed(process: Process) -
         process.send("hotel", later)
 
 
+def test_44_a_burned_session_s_file_that_comes_back_is_not_revealed_from(process: Process) -> None:
+    """Deleted, but not yet on the disk when the power failed: with it the owner would open what it signed as over."""
+    process.begin(process.open_sum(1))
+    request = process.until(Acknowledgements)["hotel"]
+    path = process.parties.folder / "state" / "hotel" / "run" / "sum.json"
+    before = path.read_bytes()
+    process.send("hotel", BurnSession(run=RUN, session=process.terms.request.session))
+    path.write_bytes(before)
+    with pytest.raises(ConsentError, match="declared over"):
+        process.send("hotel", request)
+
+
+def test_44_a_burned_session_s_file_that_comes_back_gives_no_part(process: Process) -> None:
+    process.begin(process.open_sum(1))
+    request = process.until(KeyShares)["hotel"]
+    path = process.parties.folder / "state" / "hotel" / "run" / "sum.json"
+    before, vector = path.read_bytes(), path.with_name("vector.bin").read_bytes()
+    process.send("hotel", BurnSession(run=RUN, session=process.terms.request.session))
+    path.write_bytes(before)
+    path.with_name("vector.bin").write_bytes(vector)
+    with pytest.raises(ConsentError, match="declared over"):
+        process.send("hotel", request)
+
+
 def test_a_certificate_alone_makes_the_owner_forget_the_session_too(process: Process) -> None:
     """Otherwise it could be released, offered again, and still be helped to open."""
     process.begin(process.open_sum(1))
@@ -474,6 +498,62 @@ def test_a_certificate_alone_makes_the_owner_forget_the_session_too(process: Pro
     process.send("hotel", certificate(process, process.terms.request.session, ["cinema", "phones"]))
     with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
         process.send("hotel", request)
+
+
+# --- killed between two writes ---
+
+
+def candidate_for(process: Process, delta: np.ndarray, run: str = RUN) -> CandidatePart:
+    digest = process.parties.agreement.digest()
+    return CandidatePart(
+        run=run, agreement_digest=digest, model="average", split="test", part=0, parts=1, payload=delta
+    )
+
+
+def test_45_a_run_that_was_half_forgotten_does_not_go_on(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while an old run is deleted, then asked for that run again: what it was sent is forgotten, and its figures
+    with it. Otherwise they could be summed as if of no model, beside other figures of the others.
+    """
+    size = delta_layout(process.parties.plan).size
+    process.send("hotel", candidate_for(process, np.full(size, 0.5, dtype=np.float32)))
+    run = process.parties.folder / "state" / "hotel" / "run"
+    assert (run / "scores.json").exists()
+
+    def die_halfway(folder: Path, ignore_errors: bool = False) -> None:
+        (folder / "candidates.json").unlink(missing_ok=True)
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    digest = process.parties.agreement.digest()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die_halfway)
+        with pytest.raises(KeyboardInterrupt):
+            process.send("hotel", RollCall(version=PROTOCOL_VERSION, run=OTHER, agreement_digest=digest))
+    process.send("hotel", RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest))
+    assert not (run / "scores.json").exists()
+
+
+def test_46_figures_of_a_candidate_that_was_never_taken_whole(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the figures are written and the candidate is not: it may be sent again, or another in its place."""
+    size = delta_layout(process.parties.plan).size
+    write = OwnerState.write_json
+
+    def die_before_candidates(self: OwnerState, name: str, value: object) -> None:
+        if name == "candidates":
+            raise KeyboardInterrupt
+        write(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnerState, "write_json", die_before_candidates)
+        with pytest.raises(KeyboardInterrupt):
+            process.send("hotel", candidate_for(process, np.full(size, 0.5, dtype=np.float32)))
+    with pytest.raises(RemoteProtocolError, match="before it sent the model"):
+        process.send("hotel", process.open_sum(1, statistic="test", models="average"))
+    process.send("hotel", candidate_for(process, np.zeros(size, dtype=np.float32)))
+    taken = [("average", "test", hashlib.sha256(np.zeros(size, dtype=np.float32).data).hexdigest())]
+    process.send("hotel", process.open_sum(2, statistic="test", models="average", candidates=taken))
 
 
 # --- results ---

@@ -105,3 +105,4 @@ def test_the_consent_text_tells_of_every_sum_and_of_the_labels(hotel: Owner) -> 
     assert "in 2 sums one after the other" in text
     assert "how many rows of each label there are" in text
     assert "BETWEEN TWO SUMS THE COORDINATOR SENDS MERGED LAYERS" in text
+    assert "SAY YES ONLY IF YOU TRUST IT TO SEND WHAT IT SOLVED" in text

@@ -9,37 +9,27 @@ from typing import Any
 
 import pytest
 
-from client.owner import Owner
 from common.errors import SettingsError, TooFewOwners
-from common.messages import Acknowledgements, CandidatePart, Finish, KeyShares, Message, Receipts, Result, RollCall
+from common.messages import (
+    Acknowledgements,
+    BurnSession,
+    CandidatePart,
+    Finish,
+    KeyShares,
+    Message,
+    Receipts,
+    Result,
+    RollCall,
+)
 from server.checkpoint import Checkpoint
 from server.merge import CHECKPOINT, run_merge
 from server.report import read_report
 from tests.conftest import parties_of
-from tests.parties import Parties
+from tests.parties import OwnersChannel, Parties
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of the killed process runs after it."""
-
-
-class OwnersChannel:
-    """Owners as the network has them, each built anew for every message."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = list(files.values())
-        self.asked: list[Message] = []
-
-    def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
-        return list(range(len(self.files)))
-
-    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
-        self.asked.append(next(iter(requests.values())))
-        for node, request in requests.items():
-            yield node, self.answer(node, request)
-
-    def answer(self, node: int, request: Message) -> Message | None:
-        return Owner(self.files[node]).answer(request)
 
 
 class Faulty(OwnersChannel):
@@ -86,6 +76,23 @@ def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     text = text.replace('["average", "task_arithmetic", "fisher"]', '["regmean", "refit"]')
     path.write_text(text)
     return folder
+
+
+@pytest.fixture
+def one_may_drop_out(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+    """Four owners of whom three are enough, and a method of one sum."""
+    consortium = tmp_path / "consortium"
+    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    shutil.copytree(consortium / "data" / "hotel", consortium / "data" / "inn")
+    (consortium / "inn.toml").write_text((consortium / "hotel.toml").read_text().replace("hotel", "inn"))
+    path = consortium / "agreement.toml"
+    text = path.read_text().replace("# min_owners = 3", "min_owners = 3").replace("alphas = [0.1, 0.5, ", "alphas = [")
+    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]") + '\n[[owners]]\nname = "inn"\n')
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / ".amalgram").touch()
+    with parties_of(consortium, output) as made:
+        yield made
 
 
 @pytest.fixture
@@ -143,6 +150,29 @@ def test_a_coordinator_killed_when_some_owners_have_their_message_goes_on(
     run_merge(several_sums.coordinator, again)
     assert {type(message) for message in again.asked} == {RollCall, Result, Receipts, Finish}
     assert published(several_sums) == undisturbed
+
+
+class LostAt(KilledAt):
+    """As KilledAt; and one owner is lost for this start when it has another kind of message before it."""
+
+    def __init__(self, files: Mapping[str, Path], kind: type[Message], lost_at: type[Message]) -> None:
+        super().__init__(files, kind, 0)
+        self.lost_at = lost_at
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        if isinstance(request, self.lost_at) and node == 1:
+            return None
+        return super().answer(node, request)
+
+
+def test_an_owner_that_a_sum_was_opened_without_is_back_when_the_run_goes_on(one_may_drop_out: Parties) -> None:
+    """To that owner the session is still pending; the coordinator has its total and asks nobody to declare it over."""
+    with pytest.raises(Killed):
+        run_merge(one_may_drop_out.coordinator, LostAt(one_may_drop_out.files, CandidatePart, Acknowledgements))
+    again = OwnersChannel(one_may_drop_out.files)
+    run_merge(one_may_drop_out.coordinator, again)
+    assert BurnSession not in {type(message) for message in again.asked}
+    assert read_report(one_may_drop_out.output)["owners"]
 
 
 def test_what_is_published_is_neither_made_nor_removed_again(several_sums: Parties) -> None:
