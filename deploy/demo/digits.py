@@ -37,7 +37,7 @@ AGREEMENT = """\
 title = "Handwritten digits from five scanners"
 base = "base"
 method = "refit"
-compare_with = ["average", "task_arithmetic", "fisher", "regmean"]
+compare_with = ["average", "task_arithmetic", "fisher", "regmean", "data_free"]
 seed = {seed}
 
 [task]

@@ -214,8 +214,8 @@ def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: Merg
     then, class by class, three equations give three owners' sums of the classifier's inputs.
     """
     balances, random = (0.0, 0.5, 1.0), np.random.default_rng(3)
-    refit = agreement.refit.model_copy(update={"balances": balances})
-    agreement = agreement.model_copy(update={"refit": refit})
+    knobs = agreement.refit.model_copy(update={"balances": balances})
+    agreement = agreement.model_copy(update={"refit": knobs})
     (step,) = refit.steps(plan)
     layout = refit.step_layout(agreement, plan, step)
     counts = sorted([(5, 9, 12), (3, 11, 4), (10, 6, 7)])  # rows of each label, owner by owner

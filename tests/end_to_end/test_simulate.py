@@ -234,8 +234,8 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
     report = run_demo(tmp_path / "demo")
     assert report["owners"] == list(digits.SCANNERS)
     assert set(report["evaluation"]["mean"]) == {
-        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "refit", "ensemble",
-        "multi_task",
+        "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "data_free", "regmean", "refit",
+        "ensemble", "multi_task",
     }  # fmt: skip
     assert {figures["regmean"]["rows"] for figures in report["evaluation"]["by_owner"].values()} == {300}
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "demo" / "model")
