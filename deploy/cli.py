@@ -140,12 +140,28 @@ def keys_certificate(
 
 
 @keys.command("show")
-def keys_show(path: Annotated[Path, typer.Argument(help="A .pub or .key file.")]) -> None:
-    """Show an identity's public key and fingerprint. Compare it by phone with the party it belongs to.
+def keys_show(path: Annotated[Path, typer.Argument(help="A .pub, .key or .pem file.")]) -> None:
+    """Show the fingerprint of an identity, or of a certificate. Compare it by phone with the party it belongs to.
 
     Example: amalgram keys show hotel.pub
     """
-    _show_identity(path)
+    if path.suffix == ".pem":
+        _show_certificate(path)
+    else:
+        _show_identity(path)
+
+
+def _show_certificate(path: Path) -> None:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    from common.identity import fingerprint
+    from deploy.keys import read_certificate
+
+    certificate = read_certificate(path)
+    print(
+        f"certificate  {certificate.subject.rfc4514_string()}\nvalid until  {certificate.not_valid_after_utc:%Y-%m-%d}"
+        f"\nfingerprint  {fingerprint(certificate.public_bytes(Encoding.DER))}"
+    )
 
 
 def _show_identity(path: Path) -> None:

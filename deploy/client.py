@@ -24,6 +24,7 @@ from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, 
 
 RETRY_SECONDS = 5.0
 NO_CONNECTION = "Failed to initialize the connection"  # the SuperNode's words; the next line has the reason
+REFUSED = " refused"  # the owner's app says no more than that: the reason may quote a row
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 log = logging.getLogger("amalgram.client")
 
@@ -83,16 +84,17 @@ def run_client(settings_file: Path) -> None:
         for old in node.state.glob("*.log"):
             old.unlink()
         said = FollowedFile(node.state / "supernode.log")
+        answered = FollowedFile(node.state / "superexec.log")
         while True:
             log.info("connecting to %s", node.address)
             with supernode(node) as parts:
-                ended = _watch(parts, said)
+                ended = _watch(parts, said, answered)
             log.warning("%s; trying again", ended)
             time.sleep(RETRY_SECONDS)
 
 
-def _watch(parts: Mapping[str, Process], said: FollowedFile) -> str:
-    """Pass on what the node says, until a part of it ends; then why."""
+def _watch(parts: Mapping[str, Process], said: FollowedFile, answered: FollowedFile) -> str:
+    """Pass on what the node says, and that the owner's app refused, until a part of it ends; then why."""
     reason, previous = "it said nothing", ""
     while True:
         ended = [name for name, process in parts.items() if process.poll() is not None]
@@ -102,6 +104,9 @@ def _watch(parts: Mapping[str, Process], said: FollowedFile) -> str:
             elif previous.startswith(NO_CONNECTION) or "error" in line.lower():
                 reason = COLOURS.sub("", line).strip()
             previous = line
+        for line in answered.new_lines():
+            if REFUSED in line:
+                log.warning("%s", COLOURS.sub("", line).strip())
         if ended:
             return f"{ended[0]} ended: {reason}"
         time.sleep(POLL_SECONDS)

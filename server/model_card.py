@@ -29,7 +29,7 @@ def write_model_card(report: dict[str, Any], base_folder: Path, folder: Path) ->
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"markdown": _markdown, "percent": percent, "listed": listed}
-    body = environment.get_template("model_card.md.jinja").render(
+    body = environment.get_template("model_card.jinja.md").render(
         report=report,
         task=task,
         base=_hub_name(report, base_folder),

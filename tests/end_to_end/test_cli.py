@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from common.agreement import Agreement
+from common.identity import fingerprint
 from common.settings_file import load_settings
 
 AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
@@ -55,6 +58,11 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         assert shown.stdout == made.stdout
         assert "fingerprint" in shown.stdout
         assert (home / f"{name}.node").exists() == (name != "coordinator")
+    amalgram("keys", "certificate", "merge.example.org", cwd=home)
+    shown = amalgram("keys", "show", "ca.pem", cwd=home)
+    root = x509.load_pem_x509_certificate((home / "ca.pem").read_bytes())
+    assert "CN=Amalgram coordinator CA\n" in shown.stdout
+    assert fingerprint(root.public_bytes(Encoding.DER)) in shown.stdout
     public = [f"{name}.pub" for name in parties]
     drafted = amalgram("draft", "agreement.toml", *public, "--out", "agreed.toml", cwd=home)
     assert drafted.returncode == 0, drafted.stderr
