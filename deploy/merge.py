@@ -59,7 +59,8 @@ class Progress:
 
     def __init__(self, file: FollowedFile) -> None:
         self._file = file
-        self._waiting: dict[str, Any] = {}
+        self._say = _say_changes()
+        self._waiting_for = ""
         self._say_at = math.inf
 
     def show(self) -> None:
@@ -69,10 +70,10 @@ class Progress:
             level = logging.getLevelNamesMapping()[told["level"].upper()]
             log.log(level, "%s", told["message"], extra={"about": about})
             if "waiting_for" in told:
-                self._waiting = told
+                self._waiting_for = f"{told['step']}: waiting for {', '.join(told['waiting_for'])}"
                 self._say_at = time.monotonic() + PATIENCE_SECONDS if told["waiting_for"] else math.inf
         if time.monotonic() > self._say_at:
-            log.info("%s; waiting for %s", self._waiting["message"], ", ".join(self._waiting["waiting_for"]))
+            self._say(self._waiting_for)
             self._say_at = math.inf
 
 
