@@ -115,7 +115,7 @@ class Gate:
         reply = message_from_proto(ProtoMessage.FromString(self._unanswered.read_bytes()))
         try:
             self._answer(reply)
-            tell("interrupted while at work on a message; the coordinator has been told")
+            tell("interrupted while at work on a message; told the coordinator to wait no longer")
         except (RunNotRunningException, httpx.HTTPStatusError):
             tell("interrupted while at work on a message of a run that is over")
         self._unanswered.unlink()

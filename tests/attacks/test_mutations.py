@@ -30,7 +30,7 @@ class Mutation:
 
 
 GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
-LAUNCH, DEPLOYMENT = "test_launch.py", "end_to_end/test_deployment.py"
+LAUNCH, LOGS, DEPLOYMENT = "test_launch.py", "test_logs.py", "end_to_end/test_deployment.py"
 KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
@@ -182,6 +182,12 @@ TABLE = [
     Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "deploy/client.py", "if agreement.digest() not in owner.state.consents():", "if False:"),
     Mutation(LAUNCH, "test_another_version", INTERNALS, "if installed != version:", "if False:"),
     Mutation(LAUNCH, "test_a_changed_or_missing", INTERNALS, "hashlib.sha256(path.read_bytes()).hexdigest() != digest", "False"),
+    # logs, and two programs on one output
+    Mutation(LOGS, "test_a_line_holds_nothing", "common/logs.py", '"message": record.getMessage(),', '"message": record.getMessage() + str(record.exc_info),'),
+    Mutation(LOGS, "test_a_whole_run", "client/owner.py", 'log.info("  %s: measuring", self.name)', 'log.info("  %s: measuring %s", self.name, len(self.data.train()))'),
+    Mutation(LOGS, "test_a_second_run", "server/app.py", "while not _is_locked(descriptor):", "while False:"),
+    Mutation(LAUNCH, "test_whoever_was_killed", GATE, "            write_whole(self._unanswered, otherwise.SerializeToString())"),
+    Mutation(LAUNCH, "test_an_answer_that_broke_off", GATE, "if not self._to_push:", "if True:"),
 ]  # fmt: skip
 
 
