@@ -3,6 +3,10 @@
 import asyncio
 import hashlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 
 import flwr
 import httpx
+import psutil
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
@@ -317,3 +322,19 @@ def test_a_followed_file_gives_whole_lines_once(tmp_path: Path) -> None:
         file.flush()
         assert followed.new_lines() == ["three"]
         assert followed.new_lines() == []
+
+
+def test_what_is_bound_to_a_process_that_is_killed_ends_with_all_its_children(tmp_path: Path) -> None:
+    worked_for = subprocess.Popen(["sleep", "100"])
+    code = "import subprocess, sys; from deploy.launch.bound_superexec import end_group_with as end\n"
+    code += "child = subprocess.Popen(['sleep', '100']); print(child.pid, flush=True); end(int(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(worked_for.pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as bound:
+        assert bound.stdout is not None
+        child = psutil.Process(int(bound.stdout.readline()))
+        time.sleep(0.5)
+        assert (bound.poll(), child.is_running()) == (None, True)
+        worked_for.kill()
+        worked_for.wait()
+        assert bound.wait(10) == -signal.SIGKILL
+    assert psutil.wait_procs([child], 10)[1] == []
