@@ -20,6 +20,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from common.errors import AmalgramError, ConsentError, SettingsError
+from common.logs import JsonLines
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 keys = typer.Typer(no_args_is_help=True, help="Make and show a party's keys; make the server's certificate.")
@@ -28,6 +29,7 @@ console = Console()
 messages = Console(stderr=True)
 
 INTERRUPTED, TERMINATED = 130, 143
+log = logging.getLogger("amalgram")
 
 
 class EngineName(StrEnum):
@@ -240,13 +242,14 @@ def agree(
 @cli.command()
 def client(
     owner_file: Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Write each log line as a JSON object.")] = False,
 ) -> None:
     """Be an owner's node: connect to the coordinator, run the consented bundle and no other, until stopped.
 
     Example: amalgram client hotel.toml
     """
     _quiet_libraries()
-    _show_progress()
+    _show_progress(as_json)
     from deploy.client import run_client
 
     _until_stopped(lambda: run_client(owner_file))
@@ -255,29 +258,43 @@ def client(
 @cli.command()
 def server(
     coordinator_file: Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Write each log line as a JSON object.")] = False,
 ) -> None:
     """Be the coordinator's server: let the agreement's owners in and nobody else, until stopped.
 
     Example: amalgram server coordinator.toml
     """
     _quiet_libraries()
-    _show_progress()
+    _show_progress(as_json)
     from deploy.server import serve
 
     _until_stopped(lambda: serve(coordinator_file))
 
 
+@cli.command()
+def health(
+    coordinator_file: Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")],
+) -> None:
+    """Ask the server of this machine whether it is there: exit code 0 if it answers as it should, 1 if not.
+
+    Example: amalgram health coordinator.toml
+    """
+    from deploy.health import check_health
+
+    print(f"healthy: {check_health(coordinator_file)}")
+
+
 @cli.command("merge")
 def merge_command(
     coordinator_file: Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON; write log lines so too.")] = False,
 ) -> None:
     """Merge, on the server that `amalgram server` runs: wait for the owners, show each step, write model and report.
 
     Example: amalgram merge coordinator.toml
     """
     _quiet_libraries()
-    _show_progress()
+    _show_progress(as_json)
     from deploy.merge import merge
     from deploy.server import find_place
 
@@ -329,12 +346,16 @@ def _until_stopped(run: Callable[[], None]) -> None:
     try:
         run()
     except KeyboardInterrupt:
-        messages.print("stopped")
+        log.info("stopped")
         sys.exit(INTERRUPTED)
 
 
 def _fail(message: str, exit_code: int) -> None:
-    messages.print("[red]error:[/]", escape(" ".join(message.split())), soft_wrap=True, highlight=False)
+    message = " ".join(message.split())
+    if any(isinstance(handler.formatter, JsonLines) for handler in log.handlers):
+        log.error("%s", message, extra={"about": {"exit_code": exit_code}})
+    else:
+        messages.print("[red]error:[/]", escape(message), soft_wrap=True, highlight=False)
     sys.exit(exit_code)
 
 
@@ -351,12 +372,24 @@ def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
         print_report(console, report, out)
 
 
-def _show_progress() -> None:
-    handler = RichHandler(console=messages, show_level=False, show_path=False, markup=False, log_time_format="%H:%M:%S")
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("amalgram")
+def _show_progress(as_json: bool = False) -> None:
+    """Log lines to standard error: for people, or with every owner's answer as well, for programs."""
+    handler: logging.Handler
+    if as_json:
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonLines())
+    else:
+        handler = RichHandler(
+            level=logging.INFO,
+            console=messages,
+            show_level=False,
+            show_path=False,
+            markup=False,
+            log_time_format="%H:%M:%S",
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
 
 

@@ -123,9 +123,8 @@ def supernode(node: Node) -> Iterator[Mapping[str, Process]]:
     pinned += ["--superlink", node.address, "--root-certificates", str(node.root_certificate)]
     pinned += ["--auth-supernode-private-key", str(node.key), "--host", "127.0.0.1", "--port", str(port)]
     pinned += ["--node-config", f"settings='{node.settings_file}'", "--isolation", "process"]
-    superexec = ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+    superexec = ["--insecure", "--runtime-api-address", f"127.0.0.1:{port}", *secret]
     with started([*pinned, *secret], environment, node.state, node.state / "supernode.log") as process:
-        # It ends by itself should this process be killed.
-        superexec += ["--parent-pid", str(process.pid), *secret]
-        with started(superexec, environment, node.state, node.state / "superexec.log") as executor:
+        bound = [sys.executable, "-P", "-m", "deploy.launch.bound_superexec", str(process.pid)]
+        with started([*bound, *superexec], environment, node.state, node.state / "superexec.log") as executor:
             yield {"supernode": process, "superexec": executor}

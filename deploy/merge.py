@@ -6,6 +6,7 @@ anything was killed, this command ends what is left of Flower's earlier run and 
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from server.merge import claim_output
 from server.page import render_report
 from server.report import read_report
 
-POLL_SECONDS = 2.0
+POLL_SECONDS, PATIENCE_SECONDS = 2.0, 30.0
 log = logging.getLogger("amalgram.merge")
 
 
@@ -35,10 +36,15 @@ def merge(settings_file: Path) -> dict[str, Any]:
         _wait_for_owners(place)
         for old in (FAILURE, PROGRESS):
             (place.output / old).unlink(missing_ok=True)
-        progress = FollowedFile(place.output / PROGRESS)
+        progress = Progress(FollowedFile(place.output / PROGRESS))
         run_id = submit(environment, settings_file.resolve())
         try:
-            status = wait_for_run(environment, run_id, lambda: _show(progress))
+            status = wait_for_run(environment, run_id, progress.show)
+        except EngineError as error:
+            raise EngineError(
+                f"the server went away in the middle ({error}); see that `amalgram server` runs, and run the same "
+                "command again: it goes on where this one was"
+            ) from None
         except BaseException:  # an interrupt too: nobody would be there to see the run's end
             with suppress(AmalgramError):
                 flwr(environment, "stop", run_id, CONNECTION)
@@ -48,9 +54,27 @@ def merge(settings_file: Path) -> dict[str, Any]:
     return read_report(place.output)
 
 
-def _show(progress: FollowedFile) -> None:
-    for line in progress.new_lines():
-        log.info("%s", line)
+class Progress:
+    """Passes on what the coordinator's app tells, and says who keeps the others waiting."""
+
+    def __init__(self, file: FollowedFile) -> None:
+        self._file = file
+        self._say = _say_changes()
+        self._waiting_for = ""
+        self._say_at = math.inf
+
+    def show(self) -> None:
+        for line in self._file.new_lines():
+            told = json.loads(line)
+            about = {key: value for key, value in told.items() if key not in ("time", "level", "logger", "message")}
+            level = logging.getLevelNamesMapping()[told["level"].upper()]
+            log.log(level, "%s", told["message"], extra={"about": about})
+            if "waiting_for" in told:
+                self._waiting_for = f"{told['step']}: waiting for {', '.join(told['waiting_for'])}"
+                self._say_at = time.monotonic() + PATIENCE_SECONDS if told["waiting_for"] else math.inf
+        if time.monotonic() > self._say_at:
+            self._say(self._waiting_for)
+            self._say_at = math.inf
 
 
 def _end_earlier_runs(place: Place) -> None:

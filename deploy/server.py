@@ -121,13 +121,12 @@ def _superlink(place: Place, certificate: Path, key: Path, root: Path) -> Iterat
     superlink = [sys.executable, "-P", "-m", "deploy.launch.guarded_superlink", "--host", host, "--port", str(port)]
     superlink += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-ca-certfile", str(root)]
     superlink += ["--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process"]
-    superexec = ["flower-superexec", "--runtime-api-address", f"127.0.0.1:{port}", "--root-certificates", str(root)]
+    superexec = ["--runtime-api-address", f"127.0.0.1:{port}", "--root-certificates", str(root), *secret]
     logs = {name: place.state / f"{name}.log" for name in ("superlink", "superexec")}
     with started([*superlink, *secret], place.environment, place.state, logs["superlink"]) as link:
         wait_for_port(port, link, logs["superlink"])
-        # It ends by itself should this process be killed.
-        superexec += ["--parent-pid", str(link.pid), *secret]
-        with started(superexec, place.environment, place.state, logs["superexec"]) as executor:
+        bound = [sys.executable, "-P", "-m", "deploy.launch.bound_superexec", str(link.pid)]
+        with started([*bound, *superexec], place.environment, place.state, logs["superexec"]) as executor:
             yield {"superlink": link, "superexec": executor}
 
 

@@ -1,7 +1,9 @@
 """The coordinator's Flower ServerApp: a channel over Flower's grid, then the merge."""
 
+import fcntl
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +14,17 @@ from flwr.app import Message as FlowerMessage
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import AmalgramError, ConsentError, OwnerRefused, RemoteProtocolError
+from common.errors import AmalgramError, ConsentError, EngineError, OwnerRefused, RemoteProtocolError
 from common.flower_records import from_record, to_record
+from common.logs import JsonLines
 from common.messages import Message, Refusal
+from common.private_file import write_whole
 from common.settings_file import load_settings
 from server.merge import claim_output, run_merge
 from server.settings import CoordinatorSettings
 
-POLL_SECONDS = 0.3
-PROGRESS = "progress.log"  # in the output folder: a line per step of the run in progress, or of the last one
+POLL_SECONDS, EARLIER_RUN_SECONDS = 0.3, 60.0
+PROGRESS = "progress.jsonl"  # in the output folder: how far the run in progress is, or how the last one went
 app = ServerApp()
 
 
@@ -29,7 +33,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the merge that the coordinator's settings file (absolute path in the run config) describes."""
     settings_path = Path(str(context.run_config["coordinator"]))
     try:
-        with _progress_in(_output_folder(settings_path)):
+        output = _output_folder(settings_path)
+        claim_output(output)
+        with _only_one_in(output), _progress_in(output):
             run_merge(settings_path, FlowerChannel(grid))
     except AmalgramError as error:
         _keep(settings_path, error)
@@ -55,7 +61,10 @@ class FlowerChannel:
                 to_record(request), dst_node_id=node, message_type="train.step", ttl=timeout_seconds
             )
             (message_id,) = self._grid.push_messages([message])
-            node_of[message_id] = node
+            if message_id is None:  # Flower no longer knows the node
+                yield node, None
+            else:
+                node_of[message_id] = node
         deadline = time.monotonic() + timeout_seconds
         while node_of and time.monotonic() < deadline:
             arrived = False
@@ -81,14 +90,40 @@ def _read(reply: FlowerMessage) -> Message | None:
 
 
 @contextmanager
+def _only_one_in(output: Path) -> Iterator[None]:
+    """Wait until the app of an earlier run, which Flower has stopped, has come to its end: two must not write here."""
+    descriptor = os.open(output / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + EARLIER_RUN_SECONDS
+        while not _is_locked(descriptor):
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{output}: an earlier run's program is still at work here; wait until it has ended, or end it, "
+                    "and run the same command again"
+                )
+            time.sleep(POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
 def _progress_in(output: Path) -> Iterator[None]:
-    """Leave a line per step where the command that started this app finds it."""
-    claim_output(output)
+    """Leave a line per step, and per answer, where the command that started this app finds it."""
     handler = logging.FileHandler(output / PROGRESS, mode="w", encoding="utf-8")
+    handler.setFormatter(JsonLines())
     log = logging.getLogger("amalgram")
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     try:
         yield
     finally:
@@ -107,4 +142,4 @@ def _keep(settings_path: Path, error: AmalgramError) -> None:
     output.mkdir(parents=True, exist_ok=True)
     owner = error.owner if isinstance(error, OwnerRefused) else None
     failure = {"code": error.code, "exit_code": error.exit_code, "message": str(error), "owner": owner}
-    (output / "failure.json").write_text(json.dumps(failure) + "\n")
+    write_whole(output / "failure.json", json.dumps(failure).encode())

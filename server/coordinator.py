@@ -312,6 +312,8 @@ class Coordinator:
         for owner, request in requests.items():
             step.by_owner.setdefault(owner, OwnerCost()).bytes_sent += message_bytes(request)
         waiting_since = started
+        waiting = list(requests)
+        self._tell_progress([], waiting)
         for node, reply in self.channel.exchange(by_node, self.agreement.summation.reply_timeout_seconds):
             owner = owner_of[node]
             cost = step.by_owner[owner]
@@ -325,9 +327,16 @@ class Coordinator:
                 self._lose(owner, "no answer")
             else:
                 cost.bytes_received += message_bytes(reply)
+            waiting.remove(owner)
+            self._tell_progress([each for each in requests if each not in waiting], waiting)
             yield owner, reply
             waiting_since = time.monotonic()
         step.seconds += time.monotonic() - started
+
+    def _tell_progress(self, done: list[str], waiting: list[str]) -> None:
+        step, count = self.steps[-1].name, len(done) + len(waiting)
+        about = {"step": step, "done": done, "waiting_for": list(waiting)}
+        log.debug("%s: %d of %d owners are done", step, len(done), count, extra={"about": about})
 
     def _lose(self, owner: str, reason: str) -> None:
         if self._nodes.pop(owner, None) is not None:
@@ -335,7 +344,8 @@ class Coordinator:
             log.warning("owner %s is lost at %s: %s", owner, self.steps[-1].name, reason)
 
     def _start(self, name: str) -> None:
-        log.info("%s", name)
+        owners = f", {len(self._nodes)} owners" if self._nodes else ""
+        log.info("%s%s", name, owners, extra={"about": {"step": name, "owners": list(self.owners)}})
         self.steps.append(Step(name))
 
     def _check_enough(self) -> None:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +43,13 @@ class Network:
         return self.folder / f"{name}.toml"
 
 
-def set_up(folder: Path, short: str) -> Network:
+def set_up(folder: Path, short: str, owners: Sequence[str] = OWNERS) -> Network:
     """`folder` holds the example; `short` replaces its agreement.toml. Listens on every address of this machine."""
     port = free_port()
-    (folder / "agreement.toml").unlink()
+    (folder / "agreement.toml").unlink(missing_ok=True)
     (folder / "short.toml").write_text(short)
     keys, node_keys = {}, {}
-    for number, name in enumerate((*OWNERS, COORDINATOR), 1):
+    for number, name in enumerate((*owners, COORDINATOR), 1):
         identity = Identity(name=name, seed=bytes([number]) * 32)
         keys[name] = identity.public_key
         if name != COORDINATOR:
@@ -63,7 +63,7 @@ def set_up(folder: Path, short: str) -> Network:
     network.coordinator.write_text(
         f'agreement = "agreement.toml"\noutput = "output"\n[network]\nlisten = "0.0.0.0:{port}"\n'
     )
-    for name in OWNERS:
+    for name in owners:
         settings = network.owner(name).read_text()
         table = f'\n[network]\naddress = "127.0.0.1:{port}"\n'
         network.owner(name).write_text(f'state = "state-{name}"\n{settings}{table}')

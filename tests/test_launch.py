@@ -3,19 +3,25 @@
 import asyncio
 import hashlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import flwr
+import httpx
+import psutil
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import EngineError
@@ -133,9 +139,11 @@ class Link:
     fab: Fab
     answers: list[Message] = field(default_factory=list)
     fetched: int = 0
+    wanted: set[str] = field(default_factory=set)  # of each answer's objects
 
     def connection(self) -> dict[str, Any]:
-        callbacks: list[Any] = [1, self.receive, self.send, lambda run_id: self.run, self.get_fab, None, print, None]
+        push: Any = lambda *arguments: None  # noqa: E731
+        callbacks: list[Any] = [1, self.receive, self.send, lambda run_id: self.run, self.get_fab, None, push, None]
         return dict(zip(NAMES, callbacks, strict=True))
 
     def receive(self) -> Any:
@@ -150,16 +158,22 @@ class Link:
 
     def send(self, message: Message, tree: Any, seconds: float) -> tuple[set[str], str]:
         self.answers.append(message)
-        return set(), ""
+        return self.wanted, ""
+
+
+def status_error(status: int) -> httpx.HTTPStatusError:
+    return httpx.HTTPStatusError("", request=httpx.Request("POST", "https://x"), response=httpx.Response(status))
 
 
 def test_the_gate_lets_the_agreed_bundle_through_and_gives_flower_the_bytes_it_looked_at(
-    bundle: bytes, evil: bytes
+    bundle: bytes, evil: bytes, tmp_path: Path
 ) -> None:
     assert hashlib.sha256(bundle).hexdigest() == bundle_digest()
     link = Link(run_of(bundle), fab_of(bundle))
-    gate = Gate(bundle_digest(), link.connection())
-    assert gate.receive() is not None
+    gate = Gate(bundle_digest(), link.connection(), tmp_path)
+    received, _ = gate.receive()
+    gate.send(Message(RecordDict(), reply_to=received), None, 0.0)
+    link.answers.clear()
     link.run, link.fab = run_of(evil), fab_of(evil)  # the coordinator thinks better of it
     assert gate.receive() is not None
     assert gate.get_fab(link.run.fab_hash, 7).content == bundle
@@ -168,10 +182,10 @@ def test_the_gate_lets_the_agreed_bundle_through_and_gives_flower_the_bytes_it_l
 
 
 def test_the_gate_answers_for_another_bundle_and_flower_never_hears_of_it(
-    bundle: bytes, evil: bytes, capsys: pytest.CaptureFixture[str]
+    bundle: bytes, evil: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     link = Link(run_of(evil), fab_of(evil))
-    gate = Gate(bundle_digest(), link.connection())
+    gate = Gate(bundle_digest(), link.connection(), tmp_path)
     assert gate.receive() is None
     link.run, link.fab = run_of(bundle), fab_of(bundle)  # too late: a run has one bundle
     assert gate.receive() is None
@@ -202,20 +216,69 @@ def test_another_bundle_that_declares_the_agreed_sha256_is_refused(bundle: bytes
     assert "its bundle has the SHA-256" in (why_not(bundle_digest(), run_of(bundle), fab) or "")
 
 
-def test_a_connection_of_another_shape_is_not_used() -> None:
+def test_whoever_was_killed_at_work_says_so_when_it_is_back_and_once(
+    bundle: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    link = Link(run_of(bundle), fab_of(bundle))
+    Gate(bundle_digest(), link.connection(), tmp_path).receive()
+    again = Gate(bundle_digest(), link.connection(), tmp_path)  # a new process
+    received, _ = again.receive()
+    assert [answer.error.code for answer in link.answers] == [ErrorCode.CLIENT_APP_CRASHED]
+    assert [answer.metadata.reply_to_message_id for answer in link.answers] == ["m"]
+    assert _read(link.answers[0]) is None
+    again.send(Message(RecordDict(), reply_to=received), None, 0.0)
+    again.receive()
+    assert [answer.has_error() for answer in link.answers] == [True, False]
+    assert capsys.readouterr().out.count("interrupted while at work on a message") == 1
+
+
+def test_an_answer_that_broke_off_half_way_is_followed_by_an_error(bundle: bytes, tmp_path: Path) -> None:
+    link = Link(run_of(bundle), fab_of(bundle), wanted={"a", "b"})
+    gate = Gate(bundle_digest(), link.connection(), tmp_path)
+    received, _ = gate.receive()
+    gate.send(Message(RecordDict(), reply_to=received), None, 0.0)
+    gate.push_object(7, "", "a", b"")
+    link.wanted = set()
+    gate.receive()  # Flower gives the rest up and goes on
+    assert [answer.has_error() for answer in link.answers] == [False, True]
+    received, _ = gate.receive()
+    link.answers.clear()
+    link.wanted = {"a", "b"}
+    gate.send(Message(RecordDict(), reply_to=received), None, 0.0)
+    gate.push_object(7, "", "a", b"")
+    gate.push_object(7, "", "b", b"")
+    gate.receive()
+    assert [answer.has_error() for answer in link.answers] == [False]
+
+
+@pytest.mark.parametrize("over", [RunNotRunningException(), status_error(404)])
+def test_an_interrupted_message_of_a_run_that_is_over_is_forgotten(
+    bundle: bytes, tmp_path: Path, over: BaseException
+) -> None:
+    link = Link(run_of(bundle), fab_of(bundle))
+    Gate(bundle_digest(), link.connection(), tmp_path).receive()
+
+    def gone(*arguments: Any) -> Any:
+        raise over
+
+    gate = Gate(bundle_digest(), link.connection() | {"send": gone}, tmp_path)
+    assert gate.receive() is not None
+
+
+def test_a_connection_of_another_shape_is_not_used(tmp_path: Path) -> None:
     from contextlib import contextmanager
 
     @contextmanager
     def connect() -> Any:
         yield (1, 2, 3)
 
-    with pytest.raises(ValueError, match="zip"), pinned(connect, "digest")():
+    with pytest.raises(ValueError, match="zip"), pinned(connect, "digest", tmp_path)():
         pass
 
 
-def test_a_coordinator_takes_error_7_for_a_refusal_and_others_for_a_loss() -> None:
+def test_a_coordinator_takes_error_7_for_a_refusal_and_others_for_a_loss(tmp_path: Path) -> None:
     refused = Link(run_of(b""), fab_of(b""))
-    Gate("digest", refused.connection()).receive()
+    Gate("digest", refused.connection(), tmp_path).receive()
     assert _read(refused.answers[0]) == Refusal(code="consent")
     crashed = Message(flwr.app.Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=refused.receive()[0])
     assert _read(crashed) is None
@@ -259,3 +322,19 @@ def test_a_followed_file_gives_whole_lines_once(tmp_path: Path) -> None:
         file.flush()
         assert followed.new_lines() == ["three"]
         assert followed.new_lines() == []
+
+
+def test_what_is_bound_to_a_process_that_is_killed_ends_with_all_its_children(tmp_path: Path) -> None:
+    worked_for = subprocess.Popen(["sleep", "100"])
+    code = "import subprocess, sys; from deploy.launch.bound_superexec import end_group_with as end\n"
+    code += "child = subprocess.Popen(['sleep', '100']); print(child.pid, flush=True); end(int(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(worked_for.pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as bound:
+        assert bound.stdout is not None
+        child = psutil.Process(int(bound.stdout.readline()))
+        time.sleep(0.5)
+        assert (bound.poll(), child.is_running()) == (None, True)
+        worked_for.kill()
+        worked_for.wait()
+        assert bound.wait(10) == -signal.SIGKILL
+    assert psutil.wait_procs([child], 10)[1] == []

@@ -24,6 +24,7 @@ APP_FOLDER = Path(__file__).resolve().parent.parent.parent  # holds pyproject.to
 CONNECTION = "amalgram"
 FAILURE = "failure.json"
 ANSWER_SECONDS, POLL_SECONDS = 120.0, 0.5
+PAUSE = 3  # for so many times as long as Flower took to answer, it is not asked again
 FINISHED = "finished:completed"
 
 
@@ -99,16 +100,23 @@ def submit(environment: Mapping[str, str], coordinator_file: Path, *federation: 
 
 
 def wait_for_run(environment: Mapping[str, str], run_id: str, watch: Callable[[], None]) -> str:
-    """The run's status once it has ended; meanwhile `watch` is called again and again."""
+    """The run's status once it has ended; meanwhile `watch` is called again and again.
+
+    To ask Flower is to start a program, so most of the time is spent without asking.
+    """
     while True:
+        asked = time.monotonic()
         answer = flwr(environment, "list", CONNECTION, "--run-id", run_id)
+        ask_again = time.monotonic() + PAUSE * (time.monotonic() - asked)
         if not answer.get("runs"):
             raise EngineError(f"Flower no longer knows the run: {answer.get('error-message', answer)}")
         status = str(answer["runs"][0]["status"])
         watch()
         if status.startswith("finished"):
             return status
-        time.sleep(POLL_SECONDS)
+        while time.monotonic() < ask_again:
+            time.sleep(POLL_SECONDS)
+            watch()
 
 
 def raise_failure(output: Path, status: str) -> None:
@@ -116,7 +124,10 @@ def raise_failure(output: Path, status: str) -> None:
     path = output / FAILURE
     if not path.is_file():
         if status != FINISHED:
-            raise EngineError(f"Flower reports the run as {status}, and the coordinator left no reason")
+            raise EngineError(
+                f"the coordinator's program ended without a word, as if killed (Flower: {status}); run the same "
+                "command again: it goes on where this one was"
+            )
         return
     failure = json.loads(path.read_text())
     if failure["owner"] is not None:

@@ -5,6 +5,9 @@ message passes a gate between the connection and Flower's own loop. At the first
 and looked at. Unless everything about it is as agreed, the loop never sees the message, nothing is installed, nothing
 is started, and the coordinator is answered with Flower's error 7. Otherwise Flower gets the bytes that were looked at.
 
+The gate also keeps an answer for the worst case on the disk: whoever is killed while at work on a message, or loses the
+line in the middle of its answer, says so when it is back, and the coordinator need not wait until the time is up.
+
 Run as a process of its own: `python -m deploy.launch.pinned_supernode DIGEST` and flower-supernode's arguments.
 """
 
@@ -14,11 +17,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Error, Message
 from flwr.cli.config_utils import get_fab_metadata
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
@@ -28,28 +35,34 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import push_object_contents_from_iterable
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 
 from common.errors import EngineError
+from common.private_file import write_whole
 from deploy.launch.internals import check_internals, tell
 
 REFUSED = Error(ErrorCode.INVALID_FAB, "not the bundle that this owner consented to")
+BROKE_OFF = Error(ErrorCode.CLIENT_APP_CRASHED, "this node was interrupted while it was at work on the message")
+UNANSWERED = "unanswered"  # in the node's folder, while a message has no whole answer: the one that it gets otherwise
 NAMES = ("node_id", "receive", "send", "get_run", "get_fab", "pull_object", "push_object", "confirm_message_received")
 
 
 class Gate:
     """Between a connection's callbacks (by name) and Flower's loop: lets the messages of agreed bundles through."""
 
-    def __init__(self, digest: str, connection: dict[str, Any]) -> None:
+    def __init__(self, digest: str, connection: dict[str, Any], folder: Path) -> None:
         self._digest = digest
         self._connection = connection
+        self._unanswered = folder / UNANSWERED
         self._agreed: dict[int, tuple[Run, Fab]] = {}
         self._refused: set[int] = set()
+        self._to_push: set[str] = set()  # objects of the answer that is being sent
 
     def receive(self) -> Any:
         """The next message of an agreed bundle; None if there is none. Others are answered here."""
+        self._admit_interruption()
         received = self._connection["receive"]()
         if received is None:
             return None
@@ -58,9 +71,22 @@ class Gate:
         if run_id not in self._agreed and run_id not in self._refused:
             self._look_at(run_id)
         if run_id in self._agreed:
+            otherwise = message_to_proto(Message(BROKE_OFF, reply_to=message))
+            write_whole(self._unanswered, otherwise.SerializeToString())
             return received
-        self._refuse(message)
+        self._answer(Message(REFUSED, reply_to=message))
         return None
+
+    def send(self, reply: Message, *arguments: Any) -> tuple[set[str], str]:
+        wanted, session = self._connection["send"](reply, *arguments)
+        self._to_push = set(wanted)
+        self._note_if_whole()
+        return wanted, session
+
+    def push_object(self, run_id: int, session: str, object_id: str, content: bytes) -> None:
+        self._connection["push_object"](run_id, session, object_id, content)
+        self._to_push.discard(object_id)
+        self._note_if_whole()
 
     def get_run(self, run_id: int) -> Run:
         return self._agreed[run_id][0]
@@ -78,14 +104,29 @@ class Gate:
             self._refused.add(run_id)
             tell(f"REFUSED run {run_id} of the coordinator, nothing of it was installed or started: {reason}")
 
-    def _refuse(self, message: Message) -> None:
-        reply = Message(REFUSED, reply_to=message)
+    def _note_if_whole(self) -> None:
+        if not self._to_push:
+            self._unanswered.unlink(missing_ok=True)
+
+    def _admit_interruption(self) -> None:
+        """Flower asks for the next message when it is done with the last: one without a whole answer gets none."""
+        if not self._unanswered.is_file():
+            return
+        reply = message_from_proto(ProtoMessage.FromString(self._unanswered.read_bytes()))
+        try:
+            self._answer(reply)
+            tell("interrupted while at work on a message; told the coordinator to wait no longer")
+        except (RunNotRunningException, httpx.HTTPStatusError):
+            tell("interrupted while at work on a message of a run that is over")
+        self._unanswered.unlink()
+
+    def _answer(self, reply: Message) -> None:
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects = get_all_nested_objects(reply)
             wanted, session = self._connection["send"](reply, get_object_tree(reply), 0.0)
             contents = ((object_id, objects[object_id].deflate()) for object_id in wanted)
-            push = partial(self._connection["push_object"], message.metadata.run_id, session)
+            push = partial(self._connection["push_object"], reply.metadata.run_id, session)
             push_object_contents_from_iterable(contents, push)
 
 
@@ -103,17 +144,17 @@ def why_not(digest: str, run: Run, fab: Fab) -> str | None:
     return None
 
 
-def pinned(connect: Callable[..., Any], digest: str) -> Callable[..., Any]:
-    """Flower's connection to the SuperLink, with the gate in it."""
+def pinned(connect: Callable[..., Any], digest: str, folder: Path) -> Callable[..., Any]:
+    """Flower's connection to the SuperLink, with the gate in it; `folder` is the node's own."""
 
     @contextmanager
     def connect_through_gate(*arguments: Any, **named: Any) -> Iterator[tuple[Any, ...]]:
         with connect(*arguments, **named) as callbacks:
             connection = dict(zip(NAMES, callbacks, strict=True))
-            gate = Gate(digest, connection)
+            gate = Gate(digest, connection, folder)
             tell("connected to the coordinator")
-            through_gate = {"receive": gate.receive, "get_run": gate.get_run, "get_fab": gate.get_fab}
-            yield tuple((connection | through_gate).values())
+            names = ("receive", "send", "get_run", "get_fab", "push_object")
+            yield tuple((connection | {name: getattr(gate, name) for name in names}).values())
 
     return connect_through_gate
 
@@ -132,7 +173,7 @@ def main() -> None:
     start_parent_process_monitor(os.getppid())
     digest = sys.argv.pop(1)
     connect: Any = vars(start_client_internal)["http_request_response"]
-    vars(start_client_internal)["http_request_response"] = pinned(connect, digest)
+    vars(start_client_internal)["http_request_response"] = pinned(connect, digest, Path.cwd())
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 

@@ -30,7 +30,7 @@ class Mutation:
 
 
 GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
-LAUNCH, DEPLOYMENT = "test_launch.py", "end_to_end/test_deployment.py"
+LAUNCH, LOGS, DEPLOYMENT = "test_launch.py", "test_logs.py", "end_to_end/test_deployment.py"
 KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, AGREEMENT, RESUME = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
@@ -208,6 +208,12 @@ TABLE = [
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "0o600", "0o644"),
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "    folder.chmod(0o700)"),
     Mutation(RESUME, "test_an_owner_that_a_sum", "server/coordinator.py", "pending - self.checkpoint.opened_sessions - going_on", "pending - going_on"),
+    # logs, and two programs on one output
+    Mutation(LOGS, "test_a_line_holds_nothing", "common/logs.py", '"message": record.getMessage(),', '"message": record.getMessage() + str(record.exc_info),'),
+    Mutation(LOGS, "test_a_whole_run", "client/owner.py", 'log.info("  %s: measuring", self.name)', 'log.info("  %s: measuring %s", self.name, len(self.data.train()))'),
+    Mutation(LOGS, "test_a_second_run", "server/app.py", "while not _is_locked(descriptor):", "while False:"),
+    Mutation(LAUNCH, "test_whoever_was_killed", GATE, "            write_whole(self._unanswered, otherwise.SerializeToString())"),
+    Mutation(LAUNCH, "test_an_answer_that_broke_off", GATE, "if not self._to_push:", "if True:"),
 ]  # fmt: skip
 
 

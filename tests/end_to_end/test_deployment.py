@@ -248,6 +248,24 @@ def test_a_second_server_or_one_on_a_taken_port_does_not_start_and_does_not_dist
     assert online(network) == set()
 
 
+def test_health_tells_whether_the_server_is_there_and_is_the_right_one(network: Network, server: Command) -> None:
+    with running("health", network.coordinator) as health:
+        assert health.exit_code(60) == 0, health.said
+        assert f"healthy: https://127.0.0.1:{network.port}/health" in health.said
+    other = network.coordinator.with_name("coordinator-health.toml")
+    other.write_text(network.coordinator.read_text().replace(f":{network.port}", f":{free_port()}"))
+    with running("health", other) as health:
+        assert health.exit_code(60) == 1
+        assert "is `amalgram server` running?" in health.said
+    foreign = network.folder / "foreign"
+    foreign.mkdir()
+    write_certificate(foreign, ["localhost"])
+    other.write_text(f'{network.coordinator.read_text()}root_certificate = "foreign/ca.pem"\n')
+    with running("health", other) as health:
+        assert health.exit_code(60) == 1
+        assert "CERTIFICATE_VERIFY_FAILED" in health.said
+
+
 def test_a_merge_without_a_server_says_so(network: Network) -> None:
     other = network.coordinator.with_name("coordinator-alone.toml")
     text = network.coordinator.read_text().replace('"output"', '"output-alone"')

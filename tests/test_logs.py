@@ -1,0 +1,141 @@
+"""What the coordinator's app and the commands tell: a JSON object a line, steps and counts, nothing of an owner's."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from client.app import app as client_app
+from client.owner import Owner
+from common.errors import EngineError
+from common.logs import JsonLines
+from deploy.in_process_grid import run_in_process
+from deploy.launch.processes import FollowedFile
+from deploy.merge import Progress
+from server import app as server_app
+from server.app import PROGRESS
+from tests.parties import Parties
+
+
+def test_a_line_is_one_json_object_whatever_the_message() -> None:
+    record = logging.LogRecord("amalgram.x", logging.WARNING, "", 0, 'a "quoted"\nline of %s', ("hôtel",), None)
+    record.about = {"step": "result"}
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    told = json.loads(line)
+    assert told.pop("time").endswith("+00:00")
+    assert told == {
+        "level": "warning",
+        "logger": "amalgram.x",
+        "message": 'a "quoted"\nline of hôtel',
+        "step": "result",
+    }
+
+
+def test_a_line_holds_nothing_of_an_exception() -> None:
+    try:
+        raise ValueError("a private row")
+    except ValueError:
+        record = logging.LogRecord("amalgram.x", logging.ERROR, "", 0, "it failed", (), sys.exc_info())
+    assert "private" not in JsonLines().format(record)
+
+
+def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(parties: Parties) -> None:
+    (parties.output / ".amalgram").touch()
+    configs = [{"settings": str(path)} for path in parties.files.values()]
+    run_in_process(server_app.app, client_app, configs, {"coordinator": str(parties.coordinator)})
+    text = (parties.output / PROGRESS).read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    steps = [line["message"] for line in lines if "owners" in line]
+    assert steps[:2] == ["roll call", "sum of contribution, 3 owners"]
+    assert len(steps) == len(set(steps))  # one line per step
+    names = set(parties.files)
+    for line in lines:  # whatever else a line may hold is looked at here before it is allowed
+        assert set(line) <= {"time", "level", "logger", "message", "step", "owners", "done", "waiting_for"}
+        assert {name for key in ("owners", "done", "waiting_for") for name in line.get(key, ())} <= names
+    waited = [line for line in lines if line.get("waiting_for")]
+    assert {len(line["done"]) + len(line["waiting_for"]) for line in waited} == {3}
+    rows = [row for path in parties.files.values() for row in texts(Owner(path))]
+    assert len(rows) > 100
+    assert not any(row in text for row in rows)
+    assert not any(each.seed.hex() in text for each in parties.identities.values())
+    for path in parties.files.values():
+        assert str(len(Owner(path).data.train())) not in " ".join(line["message"] for line in lines)
+
+
+def texts(owner: Owner) -> list[str]:
+    tokenizer = owner.data.train().tokenizer
+    assert tokenizer is not None
+    return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in owner.data.train().features]
+
+
+def test_the_command_says_who_keeps_the_others_waiting_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG, "amalgram")
+    monkeypatch.setattr("deploy.merge.PATIENCE_SECONDS", 0.05)
+    path = tmp_path / PROGRESS
+    progress = Progress(FollowedFile(path))
+    progress.show()
+    told = {"time": "", "level": "debug", "logger": "x", "message": "result: 1 of 2 owners are done", "step": "result"}
+    path.write_text(json.dumps(told | {"done": ["hotel"], "waiting_for": ["phones"]}) + "\n")
+    progress.show()
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+    time.sleep(0.1)
+    progress.show()
+    progress.show()
+    assert caplog.messages[1:] == ["result: waiting for phones"]
+    with path.open("a") as file:
+        file.write(json.dumps(told | {"done": ["hotel", "phones"], "waiting_for": []}) + "\n")
+    progress.show()
+    time.sleep(0.1)
+    progress.show()
+    assert len(caplog.messages) == 3
+
+
+def test_with_json_the_error_is_a_json_line_too(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from deploy.cli import main; main()",
+        "merge",
+        "--json",
+        str(tmp_path / "no.toml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)
+    assert (told["level"], told["exit_code"]) == ("error", 2)
+    assert "no.toml" in told["message"]
+
+
+def test_a_second_run_waits_for_the_program_of_the_first_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    with server_app._only_one_in(tmp_path):
+
+        def second() -> None:
+            with server_app._only_one_in(tmp_path):
+                order.append("second")
+
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        time.sleep(0.5)
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"]
+    monkeypatch.setattr(server_app, "EARLIER_RUN_SECONDS", 0.0)
+    with (
+        server_app._only_one_in(tmp_path),
+        pytest.raises(EngineError, match="an earlier run's program is still at work here"),
+        server_app._only_one_in(tmp_path),
+    ):
+        pass
