@@ -113,7 +113,7 @@ class Checkpoint:
                 f"{self.folder}: the interrupted run summed {kept['statistic']} where this one sums {statistic}; "
                 "another version of the software wrote it. Go on with that one, or begin a new agreement"
             )
-        vector: NDArray[np.float64] = np.fromfile(self._total_file(self._replayed), dtype="<f8")
+        vector = _read_array(self._total_file(self._replayed), "<f8", layout.size)
         self._replayed += 1
         return Total(layout=layout, vector=vector, owners=tuple(kept["owners"]), roster_size=kept["roster_size"])
 
@@ -146,13 +146,13 @@ class Checkpoint:
     def keep_opening(self, request: OpenSum, opening: Opening) -> None:
         """The owners are about to open a session: they do so once, so what opens with their help must not be lost."""
         write_whole(self.folder / OPENING, np.ascontiguousarray(opening.vector).data.cast("B"))
-        self.opening_of = {"request": asdict(request), "state": dict(opening.state)}
+        self.opening_of = {"request": asdict(request), "state": dict(opening.state), "size": len(opening.vector)}
         self.save()
 
     def kept_opening(self) -> tuple[OpenSum, Opening] | None:
         if self.opening_of is None:
             return None
-        vector: NDArray[np.uint64] = np.fromfile(self.folder / OPENING, dtype="<u8")
+        vector = _read_array(self.folder / OPENING, "<u8", self.opening_of["size"])
         return OpenSum(**self.opening_of["request"]), Opening(self.opening_of["state"], vector)
 
     def save(self) -> None:
@@ -174,6 +174,16 @@ class Checkpoint:
 
     def _total_file(self, number: int) -> Path:
         return self.folder / f"sum-{number}.bin"
+
+
+def _read_array(path: Path, dtype: str, size: int) -> NDArray:
+    """A kept vector (size,). Raises SettingsError if it is not whole."""
+    vector: NDArray = np.fromfile(path, dtype=dtype) if path.is_file() else np.empty(0, dtype)
+    if len(vector) != size:
+        raise SettingsError(
+            f"{path}: holds {len(vector)} of {size} numbers; remove {path.parent} and begin anew, with a new agreement"
+        )
+    return vector
 
 
 def _step(kept: dict[str, Any]) -> Step:

@@ -1,5 +1,6 @@
 """A run that is killed, at the coordinator or at an owner, at any message: the same command goes on as ever."""
 
+import os
 import random
 import shutil
 import stat
@@ -199,6 +200,10 @@ def test_totals_are_readable_by_the_coordinator_alone_and_gone_with_another_agre
 def test_a_damaged_checkpoint_is_named(several_sums: Parties) -> None:
     with pytest.raises(Killed):
         run_merge(several_sums.coordinator, KilledAt(several_sums.files, CandidatePart, 0))
-    (several_sums.output / CHECKPOINT / "run.json").write_text("{")
+    folder = several_sums.output / CHECKPOINT
+    os.truncate(folder / "sum-0.bin", 800)
+    with pytest.raises(SettingsError, match=r"sum-0\.bin: holds 100 of \d+ numbers; remove"):
+        run_merge(several_sums.coordinator, OwnersChannel(several_sums.files))
+    (folder / "run.json").write_text("{")
     with pytest.raises(SettingsError, match=r"run\.json: is damaged; remove"):
         run_merge(several_sums.coordinator, OwnersChannel(several_sums.files))
