@@ -211,7 +211,8 @@ def test_a_bundle_that_reads_the_owner_s_rows_is_refused_and_would_have_got_them
     for package in ("client", "server", "common"):
         (evil / package).mkdir(parents=True)
         (evil / package / "__init__.py").touch()
-    shutil.copy(APP_FOLDER / "pyproject.toml", evil)
+    for name in ("pyproject.toml", "server/model_card.jinja.md"):  # the second is named in the first
+        shutil.copy(APP_FOLDER / name, evil / name)
     (evil / "client" / "app.py").write_text(EVIL_CLIENT.format(started=str(started_file), rows=str(rows)))
     (evil / "server" / "app.py").write_text(EVIL_SERVER)
     node = find_node(network.owner("hotel"))
