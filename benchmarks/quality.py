@@ -371,11 +371,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Macro F1 in domain against out of domain, one point a model."""
     mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same figures give the same file
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
-    for name, (inside, outside, *_) in rows_of_table(results):
-        if inside is None or outside is None or (not name.startswith("**") and "@" in name):
-            continue
+    shown = [
+        (inside, outside, name)
+        for name, (inside, outside, *_) in rows_of_table(results)
+        if inside is not None and outside is not None and (name.startswith("**") or "@" not in name)
+    ]
+    for number, (inside, outside, name) in enumerate(sorted(shown)):  # neighbours have their names above and below
         axes.scatter(inside, outside, s=28, color="#0b6fb8" if name.startswith("**") else "#888888")
-        axes.annotate(name.strip("*"), (inside, outside), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        offset = (5, 5 if number % 2 else -10)
+        axes.annotate(name.strip("*"), (inside, outside), xytext=offset, textcoords="offset points", fontsize=8)
+    axes.margins(x=0.2, y=0.08)
     axes.set(xlabel="macro F1 on the owners' domains", ylabel="macro F1 on five other domains")
     figure.savefig(path, metadata={"Date": None})
 
