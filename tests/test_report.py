@@ -109,6 +109,10 @@ def test_the_page_says_that_a_masked_sum_hides_single_owners_and_from_how_many()
     text = shown(report)
     assert "saw each owner's vector" not in text
     assert "stay so even if it cheats and up to 2 of the 3 owners help it" in text
+    assert "where it sends what it solved" not in text
+    first = next(each for each in report["sums"] if each["statistic"] == "contribution")
+    report["sums"].append({**first, "statistic": "refit 1"})
+    assert "where it sends what it solved" in shown(report)
 
 
 def test_the_page_says_who_was_lost_where_and_that_its_numbers_are_in_no_sum() -> None:
