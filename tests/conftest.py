@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too: see torch.set_num_threads below
 
 from collections.abc import Iterator
 from contextlib import contextmanager
