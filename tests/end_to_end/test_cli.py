@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,9 @@ def test_errors_are_one_line_with_an_honest_exit_code(
 
 def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder: Path, tmp_path: Path) -> None:
     command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that starts the tests in the background has them ignore interrupts, and so whatever they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "candidate" in line:
