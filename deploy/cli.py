@@ -296,10 +296,10 @@ def merge_command(
     _quiet_libraries()
     _show_progress(as_json)
     from deploy.merge import merge
-    from deploy.server import find_place
+    from server.report import read_report
 
-    found = merge(coordinator_file)
-    _show(found, find_place(coordinator_file).output, as_json)
+    output = merge(coordinator_file)
+    _show(read_report(output), output, as_json)
 
 
 @cli.command()

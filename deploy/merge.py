@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from common.errors import AmalgramError, EngineError, TooFewOwners
 from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
@@ -20,14 +19,13 @@ from deploy.server import Place, find_place
 from server.app import PROGRESS
 from server.merge import claim_output
 from server.page import render_report
-from server.report import read_report
 
 POLL_SECONDS, PATIENCE_SECONDS = 2.0, 30.0
 log = logging.getLogger("amalgram.merge")
 
 
-def merge(settings_file: Path) -> dict[str, Any]:
-    """Run the merge of the coordinator's settings file and return its report. Raises the AmalgramError that it met."""
+def merge(settings_file: Path) -> Path:
+    """Run the merge of the coordinator's settings file; returns its output. Raises the AmalgramError that it met."""
     place = find_place(settings_file)
     environment = place.environment
     claim_output(place.output)
@@ -51,7 +49,7 @@ def merge(settings_file: Path) -> dict[str, Any]:
             raise
         raise_failure(place.output, status)
     render_report(place.output)
-    return read_report(place.output)
+    return place.output
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """A coordinator and three owners set up as for machines of their own, and their commands as processes of the tests."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -20,7 +22,7 @@ from deploy.agree import give_consent
 from deploy.complete import complete_agreement
 from deploy.keys import write_certificate, write_node_key
 from deploy.launch.processes import free_port
-from deploy.simulate import write_settings
+from deploy.simulate import simulate, write_settings
 
 OWNERS = ("hotel", "cinema", "phones")
 AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
@@ -69,6 +71,34 @@ def set_up(folder: Path, short: str, owners: Sequence[str] = OWNERS) -> Network:
         network.owner(name).write_text(f'state = "state-{name}"\n{settings}{table}')
         give_consent(Owner(network.owner(name)))
     return network
+
+
+def short_agreement(reply_timeout_seconds: int) -> str:
+    """As little of a merge as can be, so that a test waits for messages and not for computing."""
+    return f"""
+title = "Reviews of three shops"
+base = "base"
+method = "average"
+[task]
+max_tokens = 32
+[summation]
+reply_timeout_seconds = {reply_timeout_seconds}
+""" + "".join(f'[[owners]]\nname = "{name}"\n' for name in OWNERS)
+
+
+def set_up_example(example: Path, folder: Path, short: str) -> Network:
+    """The example's rows and models, copied to `folder`, with another agreement."""
+    shutil.copytree(example, folder, ignore=shutil.ignore_patterns("output"))
+    return set_up(folder, short)
+
+
+def simulated_twin(network: Network, folder: Path) -> dict[str, Any]:
+    """The report of a simulation with the same files, seeds and agreement."""
+    shutil.copytree(network.folder, folder, ignore=shutil.ignore_patterns("output", "state-*", "*state", "*.toml"))
+    shutil.copy(network.folder / "short.toml", folder / "agreement.toml")
+    for name in OWNERS:
+        shutil.copy(network.owner(name), folder)
+    return simulate(folder, folder / "output", with_references=False)
 
 
 @dataclass

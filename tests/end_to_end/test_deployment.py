@@ -20,24 +20,19 @@ from deploy.client import find_node, supernode
 from deploy.keys import write_certificate, write_node_key
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
 from deploy.launch.processes import free_port, started
-from deploy.simulate import simulate, write_settings
-from tests.network import OWNERS, Command, Network, running, set_up, wait_until
+from deploy.simulate import write_settings
+from tests.network import (
+    OWNERS,
+    Command,
+    Network,
+    running,
+    set_up,
+    set_up_example,
+    short_agreement,
+    simulated_twin,
+    wait_until,
+)
 
-SHORT = """
-title = "Reviews of three shops"
-base = "base"
-method = "average"
-[task]
-max_tokens = 32
-[summation]
-reply_timeout_seconds = 300
-[[owners]]
-name = "hotel"
-[[owners]]
-name = "cinema"
-[[owners]]
-name = "phones"
-"""
 SECRET = "a row that must never leave"
 
 
@@ -47,7 +42,7 @@ def network(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
     rows = folder / "data" / "hotel" / "train.jsonl"
     rows.write_text(rows.read_text() + json.dumps({"text": SECRET, "label": "positive"}) + "\n")
-    return set_up(folder, SHORT)
+    return set_up(folder, short_agreement(300))
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +279,7 @@ def test_a_merge_without_a_server_says_so(network: Network) -> None:
 
 @pytest.mark.slow
 def test_owners_come_back_after_the_server_was_killed_and_started_again(reviews_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "parties"
-    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
-    network = set_up(folder, SHORT)
+    network = set_up_example(reviews_folder, tmp_path / "parties", short_agreement(300))
     with ExitStack() as stack:
         first = stack.enter_context(running("server", network.coordinator))
         client = stack.enter_context(running("client", network.owner("phones")))
@@ -326,11 +319,6 @@ def test_three_owners_merge_over_tls_to_the_very_model_of_a_simulation(
         assert shown in merge.said
     report = json.loads((network.folder / "output" / "report.json").read_text())
     assert (report["owners"], report["lost"]) == (list(OWNERS), {})
-    folder = tmp_path / "simulated"
-    shutil.copytree(network.folder, folder, ignore=shutil.ignore_patterns("output", "state-*", "*state", "*.toml"))
-    (folder / "agreement.toml").write_text(SHORT)
-    for name in OWNERS:
-        shutil.copy(network.owner(name), folder)
-    simulated = simulate(folder, tmp_path / "output", with_references=False)
+    simulated = simulated_twin(network, tmp_path / "simulated")
     assert report["digests"]["model"] == simulated["digests"]["model"]
     assert report["evaluation"] == simulated["evaluation"]

@@ -11,33 +11,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from deploy.keys import write_certificate
-from deploy.simulate import simulate
 from server.report import read_report
-from tests.network import OWNERS, Command, Network, running, set_up, wait_until
+from tests.network import (
+    OWNERS,
+    Command,
+    Network,
+    running,
+    set_up_example,
+    short_agreement,
+    simulated_twin,
+    wait_until,
+)
 from tests.proxy import Proxy
 
 pytestmark = pytest.mark.slow
-SHORT = """
-title = "Reviews of three shops"
-base = "base"
-method = "average"
-[task]
-max_tokens = 32
-[summation]
-reply_timeout_seconds = 240
-[[owners]]
-name = "hotel"
-[[owners]]
-name = "cinema"
-[[owners]]
-name = "phones"
-"""
 
 
 def offered(network: Network, owner: str) -> dict[str, str]:
@@ -68,15 +60,6 @@ def part_of(command: Command, program: str) -> psutil.Process:
     return next(each for each in command.family() if any(program in word for word in each.cmdline()))
 
 
-def simulated_twin(network: Network, folder: Path) -> dict[str, Any]:
-    """The report of a simulation with the same files, seeds and agreement."""
-    shutil.copytree(network.folder, folder, ignore=shutil.ignore_patterns("output", "state-*", "*state", "*.toml"))
-    (folder / "agreement.toml").write_text((network.folder / "short.toml").read_text())
-    for name in OWNERS:
-        shutil.copy(network.owner(name), folder)
-    return simulate(folder, folder / "output", with_references=False)
-
-
 def connect_through(network: Network, owner: str, proxy: Proxy) -> None:
     path = network.owner(owner)
     path.write_text(path.read_text().replace(f":{network.port}", f":{proxy.port}"))
@@ -93,9 +76,7 @@ def no_result(network: Network) -> bool:
 def test_a_merge_whose_every_part_is_killed_in_turn_goes_on_to_the_very_model_of_a_simulation(
     reviews_folder: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "parties"
-    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
-    network = set_up(folder, SHORT)
+    network = set_up_example(reviews_folder, tmp_path / "parties", short_agreement(240))
     with ExitStack() as stack:
         server = stack.enter_context(running("server", network.coordinator))
         server.wait_for("listening on")
@@ -146,11 +127,9 @@ def test_a_merge_whose_every_part_is_killed_in_turn_goes_on_to_the_very_model_of
 def test_owners_that_are_too_slow_or_whose_line_is_tampered_with_are_left_out_and_may_come_back(
     reviews_folder: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "parties"
-    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
-    short = SHORT.replace('base = "base"', 'base = "base"\nmin_owners = 2')
-    short = short.replace("[summation]", '[summation]\nkind = "plain"').replace("seconds = 240", "seconds = 120")
-    network = set_up(folder, short)
+    short = short_agreement(120).replace('base = "base"', 'base = "base"\nmin_owners = 2')
+    short = short.replace("[summation]", '[summation]\nkind = "plain"')
+    network = set_up_example(reviews_folder, tmp_path / "parties", short)
     with ExitStack() as stack:
         server = stack.enter_context(running("server", network.coordinator))
         server.wait_for("listening on")
@@ -196,9 +175,7 @@ def is_slowed(process: psutil.Process) -> bool:
 def test_whoever_sits_on_the_line_with_a_certificate_of_its_own_reads_nothing(
     reviews_folder: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "parties"
-    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
-    network = set_up(folder, SHORT)
+    network = set_up_example(reviews_folder, tmp_path / "parties", short_agreement(240))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     write_certificate(foreign, ["localhost"])
@@ -218,9 +195,7 @@ def test_whoever_sits_on_the_line_with_a_certificate_of_its_own_reads_nothing(
 def test_a_machine_of_another_network_reaches_the_owners_interface_and_the_health_alone(
     reviews_folder: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "parties"
-    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
-    network = set_up(folder, SHORT)
+    network = set_up_example(reviews_folder, tmp_path / "parties", short_agreement(240))
     with ExitStack() as stack:
         stack.enter_context(running("server", network.coordinator)).wait_for("listening on")
         outside = stack.enter_context(other_machine())
