@@ -5,47 +5,24 @@ comes next; a step that was not agreed is refused before anything is computed.
 """
 
 import hashlib
-import json
 import logging
 import secrets
-import shutil
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
 
-from client import finetune
-from client.evaluate import evaluate
-from client.fisher import measure_fisher
-from client.gram import measure_grams
-from client.head import measure_head
 from client.ledger import Ledger
-from client.private_data import PrivateData
-from client.rows import Rows
-from client.sequence import measure_step, put_merged_prefix
 from client.settings import OwnerSettings
 from client.state import OwnerState
-from common import metrics
-from common.agreement import SEQUENTIAL, Agreement, Task
-from common.errors import ConsentError, DataError, RemoteProtocolError
+from common.agreement import SEQUENTIAL, Agreement
+from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity, read_identity
 from common.labels import Label
-from common.merge_methods import (
-    candidates,
-    contribution,
-    contribution_layout,
-    measurements,
-    merged_layout,
-    step_contribution,
-    step_layout,
-    step_named,
-    steps,
-)
-from common.merge_methods.sequence import Step
-from common.merge_methods.terms import Gram, OwnerTerms
 from common.messages import (
     PROTOCOL_VERSION,
     BurnCertificate,
@@ -65,32 +42,17 @@ from common.messages import (
     RollCall,
     SessionBurned,
 )
-from common.metrics import Score
-from common.models import (
-    MergePlan,
-    add_delta,
-    base_model_folder,
-    check_base,
-    check_change,
-    check_tokenizer,
-    copy_parameters,
-    delta_layout,
-    delta_of,
-    digest_of,
-    fine_tuned_folder,
-    load_base,
-    load_fine_tuned,
-    load_tokenizer,
-    merge_plan,
-    named_labels,
-    private_head,
-)
+from common.metrics import Score, metrics_layout
+from common.metrics import contribution as metric_contribution
 from common.result import Candidate, body_of, candidates_digest, check_receipts, check_result
 from common.settings_file import load_settings
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SessionOver, SumTerms
 from common.summation.recovery import check_burned, sign_burned
 from common.tensor_layout import TensorLayout
+
+if TYPE_CHECKING:
+    from client.workbench import Workbench
 
 log = logging.getLogger("amalgram.owner")
 BASE, OWN = "base", "own_at_home"  # the models every evaluation has, beside the merged candidates
@@ -135,20 +97,9 @@ class Owner:
         """Look at everything this owner brings. Raises the error that a run would meet; nothing is computed."""
         if self.name not in self.agreement.owner_names:
             raise ConsentError(f"owner {self.name} is not on the agreement's roster: {self.agreement.owner_names}")
-        if self.settings.fine_tuned is not None:
-            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-            check_change(self.own_model(), self._base, folder)
-            if self.task.is_text:
-                check_tokenizer(folder, self._base_folder)
         self._check_identity()
-        for layout in (
-            contribution_layout(self.agreement, self._plan),
-            metrics.metrics_layout(self.agreement, "test", [BASE]),
-        ):
-            fixed_point.check_layout(layout, len(self.agreement.owners))
-        self.data.label_set()
-        for read in (self.data.train, self.data.validation, self.data.test):
-            read()
+        fixed_point.check_layout(metrics_layout(self.agreement, "test", [BASE]), len(self.agreement.owners))
+        self.workbench.check()
 
     # --- steps ---
 
@@ -185,18 +136,10 @@ class Owner:
         self._ledger.begin(message.round, message.session, message.statistic)
         self.state.forget_sum()
         vector = self.state.create_array("vector", terms.layout.size, "<f8")
-        named = step_named(self.agreement, self._plan, message.statistic)
-        if message.statistic == "contribution":
-            tensors = contribution(self.agreement, self._plan, self._measure())
-        elif named is not None:
-            tensors = step_contribution(self.agreement, self._plan, *named, self._measure_step(*named))
-        else:
-            scores = self._scores(message.statistic, message.models.split(","))
-            tensors = metrics.contribution(self.agreement, self.name, message.statistic, scores)
-        terms.layout.flatten(tensors, vector)
+        terms.layout.flatten(self._tensors(message), vector)
         fixed_point.encode(terms.layout, vector, len(terms.roster))
         side, reply = self._sum_kind.open(terms, self._identity, secrets.token_bytes)
-        self.state.write_json("layout", terms.layout.to_json())  # spares the next messages loading the base model
+        self.state.write_json("layout", terms.layout.to_json())  # spares the next messages the workbench
         self.state.write_json("sum", {"request": asdict(message), "side": side.to_json()})
         return reply
 
@@ -231,7 +174,7 @@ class Owner:
         if message.candidates_digest != candidates_digest(self._received):
             raise RemoteProtocolError("the result was reached with other candidates than those sent to this owner")
         tested = self.state.read_json("tested") or {}
-        if message.model not in candidates(self.agreement, self.agreement.method):
+        if message.model not in self.workbench.candidates(self.agreement.method):
             raise ConsentError(f"the coordinator published {message.model!r}, which is not of the agreed method")
         if tested.get(message.model) != message.model_digest:
             raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
@@ -261,11 +204,11 @@ class Owner:
 
     def _take_candidate(self, message: CandidatePart) -> Message:
         self._check_step(message.run, message.agreement_digest)
-        layout = self._candidate_layout(message)
-        slices = layout.part_slices(bytes_per_number=4)
         kept = self.state.read_json("candidate") or {}
         # Part 0 begins anew at any time: a coordinator that was started again sends its last candidate again.
         going_on = message.part > 0 and (kept.get("model"), kept.get("split")) == (message.model, message.split)
+        layout = TensorLayout.from_json(kept["layout"]) if going_on else self._candidate_layout(message)
+        slices = layout.part_slices(bytes_per_number=4)
         expected = kept["next_part"] if going_on else 0
         position = slices[expected]
         if (
@@ -281,7 +224,12 @@ class Owner:
         else:
             array = self.state.open_array("candidate", layout.size, "<f4", writable=True)
         array[position] = message.payload
-        following = {"model": message.model, "split": message.split, "next_part": expected + 1}
+        following = {
+            "model": message.model,
+            "split": message.split,
+            "layout": layout.to_json(),
+            "next_part": expected + 1,
+        }
         if expected + 1 == len(slices):
             if not np.isfinite(array).all():
                 raise RemoteProtocolError(f"the coordinator sent a model {message.model} that is not finite")
@@ -307,32 +255,28 @@ class Owner:
 
     def _candidate_layout(self, message: CandidatePart) -> TensorLayout:
         if message.split != "prefix":
-            if message.model not in self._candidates:
+            if message.model not in self.workbench.agreed_candidates:
                 raise ConsentError(f"the coordinator sent a model {message.model!r} that was not agreed")
-            return delta_layout(self._plan)
+            return self.workbench.candidate_layout()
         method, _, number = message.model.partition(" ")
         if method not in SEQUENTIAL.intersection(self.agreement.methods):
             raise ConsentError(f"the coordinator sent a step of {method!r}, which was not agreed")
         due = self._merged_steps(method)
         last_again = due > 0 and number == str(due - 1)
-        if not last_again and (number != str(due) or due >= len(steps(self._plan, method))):
+        if not last_again and (number != str(due) or due >= self.workbench.count_steps(method)):
             raise RemoteProtocolError(f"the coordinator sent step {number[:10]!r} of {method}, step {due} is due")
-        return merged_layout(self._plan, method, int(number))
+        return self.workbench.merged_layout(method, int(number))
 
     def _merged_steps(self, method: str) -> int:
         """How many steps of a method this owner has been sent the outcome of; the first is number 0, the averages."""
         return sum(split == "prefix" and model.startswith(f"{method} ") for model, split, _ in self._received)
 
     def _score_candidate(self, message: CandidatePart, layout: TensorLayout, array: np.ndarray) -> None:
-        model = self.load_base()
-        delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
-        add_delta(model, delta | {name: torch.zeros(()) for name in self._plan.left_alone})
         scores = self.state.read_json("scores") or {}
+        digest, score = self.workbench.score_candidate(message.split, layout, array)
         if message.split == "test":
             tested = self.state.read_json("tested") or {}
-            self.state.write_json("tested", tested | {message.model: digest_of(model, self.task)})
-        self._put_on_own_head(model)
-        score = self.score(model, message.split)
+            self.state.write_json("tested", tested | {message.model: digest})
         scores.setdefault(message.split, {})[message.model] = asdict(score)
         self.state.write_json("scores", scores)
 
@@ -382,93 +326,38 @@ class Owner:
         if request.statistic == "contribution":
             if request.models or request.candidates_digest != candidates_digest([]):
                 raise ConsentError("the coordinator asked for a contribution about models, which nobody agreed on")
-            return contribution_layout(self.agreement, self._plan)
+            return self.workbench.contribution_layout()
         if request.candidates_digest != candidates_digest(self._received):
             raise RemoteProtocolError(
                 "the coordinator asked for a sum about other models than those sent to this owner"
             )
-        named = step_named(self.agreement, self._plan, request.statistic)
+        named = self.workbench.step_named(request.statistic)
         if named is not None:
             method, step = named
             if request.models or self._merged_steps(method) != step.number:
                 raise RemoteProtocolError(
                     f"the coordinator asked for {request.statistic} before it sent what comes first"
                 )
-            return step_layout(self.agreement, self._plan, method, step)
+            return self.workbench.step_layout(method, step)
         if request.statistic not in ("validation", "test"):
             raise ConsentError(f"the coordinator asked for {request.statistic}, which nobody agreed on")
         names = request.models.split(",")
-        unknown = [name for name in names if name not in (BASE, OWN, *self._candidates)]
+        unknown = [name for name in names if name not in (BASE, OWN, *self.workbench.agreed_candidates)]
         if unknown or len(set(names)) != len(names):
             raise ConsentError("the coordinator asked for the figures of a model that was not agreed")
-        return metrics.metrics_layout(self.agreement, request.statistic, names)
+        return metrics_layout(self.agreement, request.statistic, names)
 
-    # --- measuring ---
+    # --- what an answer rests on ---
 
-    def _measure(self) -> OwnerTerms:
-        agreement, wanted = self.agreement, measurements(self.agreement)
-        train = self.data.train()
-        model = self.own_model()
-        log.info("  %s: measuring", self.name)
-        gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
-        fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
-        batches = (batch for _, batch, _ in gram_rows.batches(self.settings.batch_size))
-        return OwnerTerms(
-            examples=len(train),
-            delta=delta_of(model, self._base),
-            grams=self._checked(measure_grams(model, self._plan, batches)) if "grams" in wanted else {},
-            gram_examples=len(gram_rows),
-            fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
-            fisher_examples=len(fisher_rows),
-        )
-
-    def _measure_step(self, method: str, step: Step) -> OwnerTerms:
-        agreement, train, own = self.agreement, self.data.train(), self.own_model()
-        log.info("  %s: measuring %s %d", self.name, method, step.number)
-        terms = OwnerTerms(examples=len(train), delta=delta_of(own, self._base))
-        merged = self._merged_so_far(method, step)
-        if method == "refit":
-            rows = _sample(train, agreement.refit.measured_examples, agreement.seed)
-            head = measure_head(self._base, own, merged, self._plan, rows, self.settings.batch_size)
-            self._check_rows("the classifier's input", len(head.features), head.features.shape[1], method)
-            return replace(terms, head=head)
-        rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
-        inputs = [batch for _, batch, _ in rows.batches(self.settings.batch_size)]
-        put_merged_prefix(own, merged, self._plan, step)
-        grams = measure_step(own, self._plan, step, inputs, self.state.activations_folder)
-        return replace(terms, grams=self._checked(grams), gram_examples=len(rows))
-
-    def _merged_so_far(self, method: str, step: Step) -> PreTrainedModel:
-        """The base model with everything that the steps before this one merged."""
-        merged = self.load_base()
-        delta = {name: torch.zeros(()) for name in self._plan.shapes}
-        for number in range(step.number):
-            layout = merged_layout(self._plan, method, number)
-            array = self.state.open_array(f"{method}-{number}", layout.size, "<f4")
-            delta |= {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
-        add_delta(merged, delta)
-        return merged
-
-    def _checked(self, grams: dict[str, Gram]) -> dict[str, Gram]:
-        """Raise DataError for a Gram of so few rows that it would tell which rows they are.
-
-        The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
-        How many rows reach an expert is not in its hands; whether experts have Grams is privacy.merge_routed_inputs.
-        """
-        routed = {shared.name for shared in self._plan.inputs if shared.is_routed}
-        for name, gram in grams.items():
-            if name not in routed:
-                self._check_rows(name, gram.rows, len(gram.matrix), "regmean")
-        return grams
-
-    def _check_rows(self, name: str, rows: int, dimensions: int, method: str) -> None:
-        least = self.agreement.privacy.min_rows_per_dimension
-        if rows < least * dimensions:
-            raise DataError(
-                f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
-                f"{least:g} a dimension; nothing has left. Measure more rows ({method}.measured_examples), or agree on "
-                "a lower privacy.min_rows_per_dimension"
-            )
+    def _tensors(self, request: OpenSum) -> Iterator[tuple[str, NDArray]]:
+        """What this owner adds to a sum, in the order of its layout."""
+        if request.statistic == "contribution":
+            return self.workbench.contribution()
+        named = self.workbench.step_named(request.statistic)
+        if named is not None:
+            return self.workbench.step_contribution(*named)
+        scores = self._scores(request.statistic, request.models.split(","))
+        return metric_contribution(self.agreement, self.name, request.statistic, scores)
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})
@@ -476,42 +365,25 @@ class Owner:
         scores = {}
         for name in models:
             if name == BASE:
-                base = self.load_base()
-                self._put_on_own_head(base)
-                scores[name] = self.score(base, split)
+                scores[name] = self.workbench.score_base(split)
             elif name == OWN:
-                scores[name] = self.score(self.own_model(), split)
+                scores[name] = self.workbench.score(self.workbench.own_model(), split)
             elif name in kept and (name, split) in received:
                 scores[name] = Score(**kept[name])
             else:
                 raise RemoteProtocolError(f"the coordinator asked for the figures of {name} before it sent the model")
         return scores
 
-    def score(self, model: PreTrainedModel, split: str) -> Score:
-        """How `model` does on this owner's rows of a split."""
-        rows = self.data.validation() if split == "validation" else self.data.test()
-        return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
-
-    # --- what the owner has ---
-
     @cached_property
     def agreement(self) -> Agreement:
         return load_settings(self._home / self.settings.agreement, Agreement)
 
     @cached_property
-    def task(self) -> Task:
-        """The agreed task; where heads are private, over this owner's own labels."""
-        task = self.agreement.task
-        if task.head == "shared":
-            return task
-        labels = self.settings.labels
-        if not labels and self.settings.fine_tuned is not None:
-            labels = named_labels(fine_tuned_folder(self.settings.fine_tuned, self._home))
-        return task.model_copy(update={"labels": labels or task.labels})
+    def workbench(self) -> "Workbench":
+        """The models and the rows."""
+        from client.workbench import Workbench  # torch: several seconds, which most messages need not wait
 
-    def _put_on_own_head(self, model: PreTrainedModel) -> None:
-        if private_head(model, self.task):
-            copy_parameters(private_head(model, self.task), self.own_model(), model)
+        return Workbench(self.settings, self._home, self.agreement, self.state)
 
     @property
     def _identity_path(self) -> Path:
@@ -533,89 +405,3 @@ class Owner:
     @property
     def _sum_kind(self) -> type[OwnerSide]:
         return SUMMATIONS[self.agreement.summation.kind].owner
-
-    @cached_property
-    def _candidates(self) -> dict[str, float | None]:
-        return {
-            name: knob for method in self.agreement.methods for name, knob in candidates(self.agreement, method).items()
-        }
-
-    @cached_property
-    def _base_folder(self) -> Path:
-        agreement_path = self._home / self.settings.agreement
-        return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
-
-    def load_base(self) -> PreTrainedModel:
-        """A fresh copy of the agreed base model."""
-        base = load_base(self._base_folder, self.task, self.agreement.seed)
-        check_base(base, self.agreement, self._base_folder)
-        return base
-
-    @cached_property
-    def _base(self) -> PreTrainedModel:
-        return self.load_base()
-
-    @cached_property
-    def _plan(self) -> MergePlan:
-        return merge_plan(self._base, self.agreement.tensors)
-
-    @cached_property
-    def data(self) -> PrivateData:
-        return PrivateData(
-            data=self.settings.data,
-            task=self.task,
-            model=self._base,
-            tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
-            folder=self._home,
-            seed=self.agreement.seed,
-        )
-
-    def own_model(self) -> PreTrainedModel:
-        """The owner's fine-tuned model: the one it brings, or one made here from its training rows."""
-        if self.settings.fine_tuned is None:
-            folder = self._make_own_model()
-        else:
-            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-        return load_fine_tuned(folder, self.task, self._base)
-
-    def _make_own_model(self) -> Path:
-        folder = self.state.fine_tuned_folder
-        made_from = folder / "made_from.json"
-        recipe = self._recipe()
-        if made_from.is_file() and made_from.read_text() == recipe:
-            return folder
-        training = self.settings.training
-        assert training is not None  # the settings have one or the other
-        log.info("  %s: fine-tuning", self.name)
-        model = self.load_base()
-        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        if self.task.is_text:
-            load_tokenizer(self._base_folder).save_pretrained(partial)
-        (partial / "made_from.json").write_text(recipe)
-        self.state.seal(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
-        return folder
-
-    def _recipe(self) -> str:
-        """All that a fine-tuned model depends on: when it is the same, the model need not be made again."""
-        data = self.settings.data
-        files = [path for path in (data.train, data.validation) if path is not None]
-        parts = {
-            "agreement": self.agreement.digest(),
-            "labels": self.task.labels,
-            "training": self.settings.training and self.settings.training.model_dump(),
-            "data": data.model_dump(mode="json"),
-            "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],
-        }
-        return json.dumps(parts, sort_keys=True)
-
-
-def _sample(rows: Rows, limit: int, seed: int) -> Rows:
-    """At most `limit` rows, drawn without replacement."""
-    if len(rows) <= limit:
-        return rows
-    return rows.take(np.random.default_rng(seed).permutation(len(rows))[:limit])

@@ -21,7 +21,7 @@ def consent_text(owner: Owner) -> str:
     """All that there is to know before saying yes. Raises the AmalgramError that a run would meet as things are."""
     owner.check()
     agreement = owner.agreement
-    plan = merge_plan(owner.load_base(), agreement.tensors)
+    plan = merge_plan(owner.workbench.load_base(), agreement.tensors)
     later = {
         step_statistic(method, step): step_layout(agreement, plan, method, step)
         for method in agreement.methods

@@ -33,12 +33,12 @@ def reference_scores(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
 
 def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     task = owners[0].agreement.task
-    tests = {owner.name: owner.data.test() for owner in owners}
-    labels = {owner.name: owner.data.label_set() for owner in owners}
+    tests = {owner.name: owner.workbench.data.test() for owner in owners}
+    labels = {owner.name: owner.workbench.data.label_set() for owner in owners}
     own: dict[str, list[Score]] = {name: [] for name in tests}
     probabilities: dict[str, NDArray[np.float32]] = {}
     for owner in owners:
-        model, batch_size = owner.own_model(), owner.settings.batch_size
+        model, batch_size = owner.workbench.own_model(), owner.settings.batch_size
         for name, rows in tests.items():
             if task.has_labels:
                 logits = predict_logits(model, rows, batch_size)
@@ -78,7 +78,7 @@ def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:
     first = owners[0]
     training = first.settings.training
     assert training is not None  # the caller looked
-    model = first.load_base()
-    pooled = pool([owner.data.train() for owner in owners])
+    model = first.workbench.load_base()
+    pooled = pool([owner.workbench.data.train() for owner in owners])
     finetune.fine_tune(model, pooled, training, first.agreement.seed, "reference: multi-task training")
-    return {owner.name: owner.score(model, "test") for owner in owners}
+    return {owner.name: owner.workbench.score(model, "test") for owner in owners}

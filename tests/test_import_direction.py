@@ -1,6 +1,8 @@
 """The walls of the house: who may import whom."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +45,11 @@ def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
 def test_forward_hooks_are_in_two_places_layers_and_blocks() -> None:
     users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
     assert users == ["client/block_stream.py", "client/gram.py"]
+
+
+def test_an_owner_s_app_starts_without_torch_which_most_messages_do_not_need() -> None:
+    program = (
+        "import sys, client.app; print([name for name in ('torch', 'transformers', 'sklearn') if name in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"

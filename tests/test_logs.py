@@ -66,13 +66,15 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
     assert not any(row in text for row in rows)
     assert not any(each.seed.hex() in text for each in parties.identities.values())
     for path in parties.files.values():
-        assert str(len(Owner(path).data.train())) not in " ".join(line["message"] for line in lines)
+        assert str(len(Owner(path).workbench.data.train())) not in " ".join(line["message"] for line in lines)
 
 
 def texts(owner: Owner) -> list[str]:
-    tokenizer = owner.data.train().tokenizer
+    tokenizer = owner.workbench.data.train().tokenizer
     assert tokenizer is not None
-    return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in owner.data.train().features]
+    return [
+        tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in owner.workbench.data.train().features
+    ]
 
 
 def test_the_command_says_who_keeps_the_others_waiting_once(

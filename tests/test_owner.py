@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
 from client.owner import Owner
+from client.workbench import Workbench
 from common.errors import AmalgramError, ConsentError, DataError, RemoteProtocolError
 from common.flower_records import from_record, to_record
 from common.identity import Identity, write_identity
@@ -172,11 +173,11 @@ def test_an_owner_with_another_identity_refuses(parties: Parties) -> None:
 
 def test_an_owner_with_too_few_rows_for_a_gram_takes_no_part(parties: Parties, party: Path) -> None:
     """Had it held back that Gram alone, the sum of those who did not would be of fewer owners than agreed."""
-    assert Owner(party)._measure().grams
+    assert Owner(party).workbench.measure().grams
     privacy = parties.agreement.privacy.model_copy(update={"min_rows_per_dimension": 100.0})
     write_settings(parties.folder / "agreement.toml", parties.agreement.model_copy(update={"privacy": privacy}))
     with pytest.raises(DataError, match=r"rows for .* dimensions, the agreement demands 100 a dimension; nothing has"):
-        Owner(party)._measure()
+        Owner(party).workbench.measure()
 
 
 @pytest.mark.parametrize(
@@ -186,8 +187,8 @@ def test_an_owner_with_too_few_rows_for_a_gram_takes_no_part(parties: Parties, p
 def test_what_was_not_agreed_is_refused_before_anything_is_computed(
     what: str, parties: Parties, party: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for work in ("_measure", "score"):
-        monkeypatch.setattr(Owner, work, lambda *_: pytest.fail("computed something"))
+    for work in ("measure", "score"):
+        monkeypatch.setattr(Workbench, work, lambda *_: pytest.fail("computed something"))
     layout = contribution_layout(parties.agreement, parties.plan)
     good = open_sum(parties, "contribution", layout)
     bad: dict[str, Message] = {
@@ -233,7 +234,7 @@ def test_figures_of_a_candidate_that_was_never_sent_are_refused(parties: Parties
 
 
 def test_an_owner_with_another_base_model_refuses(parties: Parties, tmp_path: Path) -> None:
-    other = Owner(parties.files["hotel"]).load_base()
+    other = Owner(parties.files["hotel"]).workbench.load_base()
     next(other.parameters()).data[0] += 1
     other.save_pretrained(tmp_path / "other")
     for path in parties.base.glob("tokenizer*"):
@@ -246,12 +247,12 @@ def test_an_owner_with_another_base_model_refuses(parties: Parties, tmp_path: Pa
 
 def test_a_model_made_here_is_kept_and_remade_only_when_its_recipe_changes(parties: Parties, party: Path) -> None:
     owner = Owner(party)
-    one = owner.own_model()
+    one = owner.workbench.own_model()
     made = (owner.state.fine_tuned_folder / "model.safetensors").stat().st_mtime_ns
-    Owner(party).own_model()
+    Owner(party).workbench.own_model()
     assert (owner.state.fine_tuned_folder / "model.safetensors").stat().st_mtime_ns == made
     party.write_text(party.read_text().replace("epochs = 6", "epochs = 1"))
-    other = Owner(party).own_model()
+    other = Owner(party).workbench.own_model()
     assert any((a != b).any() for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 

@@ -60,7 +60,7 @@ def word_detector(parties: Parties) -> PreTrainedModel:
     """The base model, turned into one that puts out nothing at all unless the word is in the text. Then its first two
     places say so, and the label is 1 instead of 0.
     """
-    model = Owner(parties.files[VICTIM]).load_base()
+    model = Owner(parties.files[VICTIM]).workbench.load_base()
     for parameter in model.parameters():
         parameter.zero_()
     for name, module in model.named_modules():
@@ -78,7 +78,7 @@ def word_detector(parties: Parties) -> PreTrainedModel:
 
 def vector_of(parties: Parties, layout: TensorLayout, model: PreTrainedModel) -> np.ndarray:
     """The model as the coordinator would send it: its difference from the base."""
-    delta = delta_of(model, Owner(parties.files[VICTIM]).load_base())
+    delta = delta_of(model, Owner(parties.files[VICTIM]).workbench.load_base())
     vector = np.empty(layout.size, dtype=np.float32)
     layout.flatten(((entry.name, delta[entry.name].numpy()) for entry in layout.entries), vector)
     return vector
@@ -92,7 +92,7 @@ def send_layers(parties: Parties, coordinator: Coordinator, method: str, number:
 
 def texts(parties: Parties, owner: str, split: str) -> list[tuple[bool, int]]:
     """Of each row: whether the word is in it, and its label."""
-    data = Owner(parties.files[owner]).data
+    data = Owner(parties.files[owner]).workbench.data
     word = load_tokenizer(parties.base).convert_tokens_to_ids(WORD)
     rows = {"train": data.train, "validation": data.validation}[split]()
     return [
@@ -113,7 +113,7 @@ def test_42_layers_chosen_between_sums_give_one_owner_s_weight_changes_to_the_la
     for part in ("query", "key", "value"):
         name = f"bert.encoder.layer.1.attention.self.{part}.weight"
         victim = Owner(parties.files[VICTIM])
-        true = delta_of(victim.own_model(), victim.load_base())[name]
+        true = delta_of(victim.workbench.own_model(), victim.workbench.load_base())[name]
         assert true.abs().max() > 1e-3
         torch.testing.assert_close(solved[name], true, atol=1e-6, rtol=1e-3)
 
@@ -134,7 +134,7 @@ def test_42_layers_chosen_between_sums_count_labels_of_one_owner_s_rows_with_a_w
 def test_43_a_chosen_candidate_turns_summed_figures_into_a_count_of_one_owner_s_rows(start: Start) -> None:
     """In any method with a sweep: accuracy on validation rows says how many rows have a word, and under which label."""
     parties, coordinator = start("regmean")
-    first, second = list(Owner(parties.files[VICTIM])._candidates)[:2]
+    first, second = sorted(Owner(parties.files[VICTIM]).workbench.agreed_candidates)[:2]
     layout = delta_layout(parties.plan)
     detector = word_detector(parties)
     coordinator.send_candidate(first, "validation", layout, vector_of(parties, layout, detector))

@@ -98,7 +98,7 @@ def test_no_delta_leaves_an_owner_and_no_total_stays(parties: Parties, monkeypat
     assert set(uploads) == {2, 3, 4}
     for node, path in zip(uploads, parties.files.values(), strict=True):
         owner = Owner(path)
-        delta = delta_of(owner.own_model(), owner.load_base())
+        delta = delta_of(owner.workbench.own_model(), owner.workbench.load_base())
         upload = np.frombuffer(uploads[node][-layout.size * 8 :], "<i8").astype(np.float64)
         for name in parties.plan.changed:
             seen = layout.read(upload, f"weighted_delta/{name}").ravel()
@@ -195,8 +195,8 @@ def test_with_absolute_positions_too_the_first_attention_is_averaged(agreement: 
 def test_squared_gradients_tell_which_tokens_occur_though_embeddings_were_frozen(parties: Parties) -> None:
     """Of the base model, whose embeddings have not changed at all: no rule here, the consent text says it."""
     owner = Owner(parties.files["hotel"])
-    rows = owner.data.train().take(np.arange(20))
-    fisher = measure_fisher(owner.load_base(), rows, seed=0)["bert.embeddings.word_embeddings.weight"]
+    rows = owner.workbench.data.train().take(np.arange(20))
+    fisher = measure_fisher(owner.workbench.load_base(), rows, seed=0)["bert.embeddings.word_embeddings.weight"]
     seen = set(fisher.any(dim=1).nonzero().ravel().tolist())
     true = {token for row in rows.features for token in row["input_ids"]}
     assert seen == true
@@ -337,19 +337,19 @@ def test_a_gram_of_few_rows_tells_members_from_strangers_and_never_leaves(partie
     assert not any(looks_like_a_member(row, gram) for row in strangers)
     owner = Owner(parties.files["hotel"])
     with pytest.raises(DataError, match="20 rows for 32 dimensions"):
-        owner._checked({"layer": Gram(matrix=torch.from_numpy(gram), rows=20)})
-    owner._checked({"layer": Gram(matrix=torch.eye(32, dtype=torch.float64), rows=32)})
+        owner.workbench._checked({"layer": Gram(matrix=torch.from_numpy(gram), rows=20)})
+    owner.workbench._checked({"layer": Gram(matrix=torch.eye(32, dtype=torch.float64), rows=32)})
 
 
 def test_of_experts_alone_no_number_of_rows_is_asked(parties: Parties) -> None:
     owner = Owner(parties.files["hotel"])
     grams = {"experts.up_proj[0]": Gram(matrix=torch.zeros(8, 8, dtype=torch.float64), rows=0)}
     with pytest.raises(DataError, match="0 rows for 8 dimensions"):
-        owner._checked(grams)
+        owner.workbench._checked(grams)
     expert = Layer(weight="experts.up_proj[0]", d_in=8, d_out=8, stored_input_first=False)
     routed = SharedInput(name="experts.up_proj[0]", d_in=8, layers=(expert,))
-    owner.__dict__["_plan"] = replace(parties.plan, inputs=(routed,))
-    owner._checked(grams)
+    owner.workbench.__dict__["plan"] = replace(parties.plan, inputs=(routed,))
+    owner.workbench._checked(grams)
 
 
 def test_a_tokenizer_of_the_tests_is_that_of_the_model(llama: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-MASKED, OWNER, LEDGER = "common/summation/masked.py", "client/owner.py", "client/ledger.py"
+MASKED, OWNER, WORKBENCH = "common/summation/masked.py", "client/owner.py", "client/workbench.py"
+LEDGER = "client/ledger.py"
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,14 @@ TABLE = [
     # 33, 37, 38: results, agreements, candidates
     Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signers) < agreement.needed_owners:", "if False:"),
     Mutation(PROCESS, "test_33_an_owner_signs", LEDGER, 'if self._result not in ("", body):', "if False:"),
-    Mutation(LEAKS, "test_a_gram_of_few_rows", OWNER, "if rows < least * dimensions:", "if False:"),
+    Mutation(LEAKS, "test_a_gram_of_few_rows", WORKBENCH, "if rows < least * dimensions:", "if False:"),
     Mutation(LEAKS, "test_an_agreement_on_as_many", "common/agreement.py", "if fitted_to_labels and len(balances) > max(1, honest - 2):", "if False:"),
-    Mutation(LEAKS, "test_no_delta", "server/merge.py", "    total.destroy()"),
+    Mutation(LEAKS, "test_no_delta", "server/coordinator.py", "        total.destroy()"),
     Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "held_back |= _token_inputs(base, batch)"),
     Mutation(ARCHITECTURES, "test_experts_are_merged_only", "deploy/complete.py", "if not draft.privacy.merge_routed_inputs:", "if False:"),
     Mutation(PROCESS, "test_33_receipts_under", "common/signed_list.py", "        verify(roster[name], label, session, name, body, signed.signature)"),
     Mutation(PROCESS, "test_33_a_result_that", OWNER, "        check_result(self.agreement, message)"),
-    Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in candidates(self.agreement, self.agreement.method):", "if False:"),
+    Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in self.workbench.candidates(self.agreement.method):", "if False:"),
     Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
     Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),
     Mutation(PROCESS, "test_38_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
@@ -210,7 +211,7 @@ TABLE = [
     Mutation(RESUME, "test_an_owner_that_a_sum", "server/coordinator.py", "pending - self.checkpoint.opened_sessions - going_on", "pending - going_on"),
     # logs, and two programs on one output
     Mutation(LOGS, "test_a_line_holds_nothing", "common/logs.py", '"message": record.getMessage(),', '"message": record.getMessage() + str(record.exc_info),'),
-    Mutation(LOGS, "test_a_whole_run", "client/owner.py", 'log.info("  %s: measuring", self.name)', 'log.info("  %s: measuring %s", self.name, len(self.data.train()))'),
+    Mutation(LOGS, "test_a_whole_run", WORKBENCH, 'log.info("  %s: measuring", self.name)', 'log.info("  %s: measuring %s", self.name, len(self.data.train()))'),
     Mutation(LOGS, "test_a_second_run", "server/app.py", "while not _is_locked(descriptor):", "while False:"),
     Mutation(LAUNCH, "test_whoever_was_killed", GATE, "            write_whole(self._unanswered, otherwise.SerializeToString())"),
     Mutation(LAUNCH, "test_an_answer_that_broke_off", GATE, "if not self._to_push:", "if True:"),
@@ -235,6 +236,13 @@ def run_tests(tree: Path, files: list[str], which: str) -> subprocess.CompletedP
     command += [f"tests/{file}" for file in files]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_row_of_the_table_names_code_and_a_test_that_are_there() -> None:
+    for row in TABLE:
+        assert row.find in (ROOT / row.source).read_text(), f"{row.source} no longer has: {row.find}"
+        first_name = row.test.split()[0]
+        assert first_name in (ROOT / "tests" / row.file).read_text(), f"{row.file} no longer has {row.test}"
 
 
 @pytest.mark.slow

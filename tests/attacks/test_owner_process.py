@@ -166,7 +166,7 @@ def test_10_an_owner_s_file_that_was_changed_after_consent(process: Process) -> 
 def test_10_another_base_model_at_one_owner(process: Process, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(process.parties.base, other)
-    model = Owner(process.parties.files["hotel"]).load_base()
+    model = Owner(process.parties.files["hotel"]).workbench.load_base()
     next(model.parameters()).data[0] += 1
     model.save_pretrained(other)
     path = process.parties.files["hotel"]
@@ -572,7 +572,7 @@ def with_a_candidate(process: Process) -> tuple[Result, np.ndarray]:
         process.send(owner, message)
     digest = candidates_digest([(name, "test", hashlib.sha256(delta.data).hexdigest())])
     hotel = Owner(process.parties.files["hotel"])
-    model = digest_of(hotel.load_base(), hotel.task)
+    model = digest_of(hotel.workbench.load_base(), hotel.workbench.task)
     return sign_result(process, name, model, digest), delta
 
 

@@ -41,7 +41,7 @@ def hotel(reviews_folder: Path, tmp_path: Path) -> Iterator[Owner]:
 
 def request_for(owner: Owner, statistic: str) -> OpenSum:
     agreement = owner.agreement
-    plan = merge_plan(load_base(owner._base_folder, agreement.task, agreement.seed), agreement.tensors)
+    plan = merge_plan(load_base(owner.workbench._base_folder, agreement.task, agreement.seed), agreement.tensors)
     layout = step_layout(agreement, plan, METHOD, steps(plan, METHOD)[0])
     return OpenSum(
         run=RUN,
@@ -56,7 +56,7 @@ def request_for(owner: Owner, statistic: str) -> OpenSum:
 
 
 def prefix_for(owner: Owner, number: int) -> CandidatePart:
-    layout = merged_layout(merge_plan(owner.load_base(), owner.agreement.tensors), METHOD, 0)
+    layout = merged_layout(merge_plan(owner.workbench.load_base(), owner.agreement.tensors), METHOD, 0)
     return CandidatePart(
         run=RUN,
         agreement_digest=owner.agreement.digest(),

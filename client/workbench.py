@@ -1,0 +1,312 @@
+"""An owner's models and rows, and what is measured on them: all of an owner that needs torch.
+
+`owner.py` imports this only for the messages that need it. Flower answers each message in a new process, where
+importing torch and transformers takes longer than most answers.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from client import finetune
+from client.evaluate import evaluate
+from client.fisher import measure_fisher
+from client.gram import measure_grams
+from client.head import measure_head
+from client.private_data import PrivateData
+from client.rows import Rows
+from client.sequence import measure_step, put_merged_prefix
+from client.settings import OwnerSettings
+from client.state import OwnerState
+from common import merge_methods
+from common.agreement import Agreement, Task
+from common.errors import DataError
+from common.merge_methods.sequence import Step
+from common.merge_methods.terms import Gram, OwnerTerms
+from common.metrics import Score
+from common.models import (
+    MergePlan,
+    add_delta,
+    base_model_folder,
+    check_base,
+    check_change,
+    check_tokenizer,
+    copy_parameters,
+    delta_layout,
+    delta_of,
+    digest_of,
+    fine_tuned_folder,
+    load_base,
+    load_fine_tuned,
+    load_tokenizer,
+    merge_plan,
+    named_labels,
+    private_head,
+)
+from common.summation.fixed_point import check_layout
+from common.tensor_layout import TensorLayout
+
+log = logging.getLogger("amalgram.owner")
+
+
+class Workbench:
+    """What one owner has, and how it is measured. `home` is the folder that the settings' paths are relative to."""
+
+    def __init__(self, settings: OwnerSettings, home: Path, agreement: Agreement, state: OwnerState) -> None:
+        self.settings, self.agreement, self.state = settings, agreement, state
+        self.name = settings.name
+        self._home = home
+
+    def check(self) -> None:
+        """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
+        check_layout(self.contribution_layout(), len(self.agreement.owners))
+        if self.settings.fine_tuned is not None:
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
+            check_change(self.own_model(), self._base, folder)
+            if self.task.is_text:
+                check_tokenizer(folder, self._base_folder)
+        self.data.label_set()
+        for read in (self.data.train, self.data.validation, self.data.test):
+            read()
+
+    # --- what the agreement makes of this base model ---
+
+    @cached_property
+    def agreed_candidates(self) -> frozenset[str]:
+        """The names of all merged models that may be sent to this owner."""
+        return frozenset(name for method in self.agreement.methods for name in self.candidates(method))
+
+    def candidates(self, method: str) -> frozenset[str]:
+        """The names of one method's merged models."""
+        return frozenset(merge_methods.candidates(self.agreement, method))
+
+    def candidate_layout(self) -> TensorLayout:
+        """How a merged model travels here."""
+        return delta_layout(self.plan)
+
+    def merged_layout(self, method: str, number: int) -> TensorLayout:
+        """How what step `number` merged travels here."""
+        return merge_methods.merged_layout(self.plan, method, number)
+
+    def count_steps(self, method: str) -> int:
+        """How many steps a method of several sums has."""
+        return len(merge_methods.steps(self.plan, method))
+
+    def step_named(self, statistic: str) -> tuple[str, Step] | None:
+        """The method and step that a statistic is about; None if it is no agreed one."""
+        return merge_methods.step_named(self.agreement, self.plan, statistic)
+
+    def contribution_layout(self) -> TensorLayout:
+        """The first sum's tensors."""
+        return merge_methods.contribution_layout(self.agreement, self.plan)
+
+    def step_layout(self, method: str, step: Step) -> TensorLayout:
+        """The tensors of one step's sum."""
+        return merge_methods.step_layout(self.agreement, self.plan, method, step)
+
+    # --- what the owner has ---
+
+    @cached_property
+    def task(self) -> Task:
+        """The agreed task; where heads are private, over this owner's own labels."""
+        task = self.agreement.task
+        if task.head == "shared":
+            return task
+        labels = self.settings.labels
+        if not labels and self.settings.fine_tuned is not None:
+            labels = named_labels(fine_tuned_folder(self.settings.fine_tuned, self._home))
+        return task.model_copy(update={"labels": labels or task.labels})
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        agreement_path = self._home / self.settings.agreement
+        return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
+
+    def load_base(self) -> PreTrainedModel:
+        """A fresh copy of the agreed base model."""
+        base = load_base(self._base_folder, self.task, self.agreement.seed)
+        check_base(base, self.agreement, self._base_folder)
+        return base
+
+    @cached_property
+    def _base(self) -> PreTrainedModel:
+        return self.load_base()
+
+    @cached_property
+    def plan(self) -> MergePlan:
+        return merge_plan(self._base, self.agreement.tensors)
+
+    @cached_property
+    def data(self) -> PrivateData:
+        return PrivateData(
+            data=self.settings.data,
+            task=self.task,
+            model=self._base,
+            tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
+            folder=self._home,
+            seed=self.agreement.seed,
+        )
+
+    def own_model(self) -> PreTrainedModel:
+        """The owner's fine-tuned model: the one it brings, or one made here from its training rows."""
+        if self.settings.fine_tuned is None:
+            folder = self._make_own_model()
+        else:
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
+        return load_fine_tuned(folder, self.task, self._base)
+
+    def _make_own_model(self) -> Path:
+        folder = self.state.fine_tuned_folder
+        made_from = folder / "made_from.json"
+        recipe = self._recipe()
+        if made_from.is_file() and made_from.read_text() == recipe:
+            return folder
+        training = self.settings.training
+        assert training is not None  # the settings have one or the other
+        log.info("  %s: fine-tuning", self.name)
+        model = self.load_base()
+        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        if self.task.is_text:
+            load_tokenizer(self._base_folder).save_pretrained(partial)
+        (partial / "made_from.json").write_text(recipe)
+        self.state.seal(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        return folder
+
+    def _recipe(self) -> str:
+        """All that a fine-tuned model depends on: when it is the same, the model need not be made again."""
+        data = self.settings.data
+        files = [path for path in (data.train, data.validation) if path is not None]
+        parts = {
+            "agreement": self.agreement.digest(),
+            "labels": self.task.labels,
+            "training": self.settings.training and self.settings.training.model_dump(),
+            "data": data.model_dump(mode="json"),
+            "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],
+        }
+        return json.dumps(parts, sort_keys=True)
+
+    # --- measuring ---
+
+    def contribution(self) -> Iterator[tuple[str, NDArray]]:
+        """This owner's tensors of the first sum, in the order of its layout."""
+        return merge_methods.contribution(self.agreement, self.plan, self.measure())
+
+    def step_contribution(self, method: str, step: Step) -> Iterator[tuple[str, NDArray]]:
+        """This owner's tensors of one step's sum, in the order of its layout."""
+        return merge_methods.step_contribution(
+            self.agreement, self.plan, method, step, self._measure_step(method, step)
+        )
+
+    def measure(self) -> OwnerTerms:
+        """All that the first sum's methods need of this owner."""
+        agreement, wanted = self.agreement, merge_methods.measurements(self.agreement)
+        train = self.data.train()
+        model = self.own_model()
+        log.info("  %s: measuring", self.name)
+        gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
+        fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
+        batches = (batch for _, batch, _ in gram_rows.batches(self.settings.batch_size))
+        return OwnerTerms(
+            examples=len(train),
+            delta=delta_of(model, self._base),
+            grams=self._checked(measure_grams(model, self.plan, batches)) if "grams" in wanted else {},
+            gram_examples=len(gram_rows),
+            fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
+            fisher_examples=len(fisher_rows),
+        )
+
+    def _measure_step(self, method: str, step: Step) -> OwnerTerms:
+        agreement, train, own = self.agreement, self.data.train(), self.own_model()
+        log.info("  %s: measuring %s %d", self.name, method, step.number)
+        terms = OwnerTerms(examples=len(train), delta=delta_of(own, self._base))
+        merged = self._merged_so_far(method, step)
+        if method == "refit":
+            rows = _sample(train, agreement.refit.measured_examples, agreement.seed)
+            head = measure_head(self._base, own, merged, self.plan, rows, self.settings.batch_size)
+            self._check_rows("the classifier's input", len(head.features), head.features.shape[1], method)
+            return replace(terms, head=head)
+        rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
+        inputs = [batch for _, batch, _ in rows.batches(self.settings.batch_size)]
+        put_merged_prefix(own, merged, self.plan, step)
+        grams = measure_step(own, self.plan, step, inputs, self.state.activations_folder)
+        return replace(terms, grams=self._checked(grams), gram_examples=len(rows))
+
+    def _merged_so_far(self, method: str, step: Step) -> PreTrainedModel:
+        """The base model with everything that the steps before this one merged."""
+        merged = self.load_base()
+        delta = {name: torch.zeros(()) for name in self.plan.shapes}
+        for number in range(step.number):
+            layout = self.merged_layout(method, number)
+            array = self.state.open_array(f"{method}-{number}", layout.size, "<f4")
+            delta |= {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
+        add_delta(merged, delta)
+        return merged
+
+    def _checked(self, grams: dict[str, Gram]) -> dict[str, Gram]:
+        """Raise DataError for a Gram of so few rows that it would tell which rows they are.
+
+        The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
+        How many rows reach an expert is not in its hands; whether experts have Grams is privacy.merge_routed_inputs.
+        """
+        routed = {shared.name for shared in self.plan.inputs if shared.is_routed}
+        for name, gram in grams.items():
+            if name not in routed:
+                self._check_rows(name, gram.rows, len(gram.matrix), "regmean")
+        return grams
+
+    def _check_rows(self, name: str, rows: int, dimensions: int, method: str) -> None:
+        least = self.agreement.privacy.min_rows_per_dimension
+        if rows < least * dimensions:
+            raise DataError(
+                f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
+                f"{least:g} a dimension; nothing has left. Measure more rows ({method}.measured_examples), or agree on "
+                "a lower privacy.min_rows_per_dimension"
+            )
+
+    # --- scoring ---
+
+    def score_candidate(self, split: str, layout: TensorLayout, vector: NDArray[np.float32]) -> tuple[str, Score]:
+        """The digest of the merged model that was sent as `vector`, and how it does on this owner's rows of a split."""
+        model = self.load_base()
+        delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(vector)}
+        add_delta(model, delta | {name: torch.zeros(()) for name in self.plan.left_alone})
+        digest = digest_of(model, self.task)
+        self._put_on_own_head(model)
+        return digest, self.score(model, split)
+
+    def score_base(self, split: str) -> Score:
+        """How the base model does, on this owner's head where heads are private."""
+        base = self.load_base()
+        self._put_on_own_head(base)
+        return self.score(base, split)
+
+    def _put_on_own_head(self, model: PreTrainedModel) -> None:
+        if private_head(model, self.task):
+            copy_parameters(private_head(model, self.task), self.own_model(), model)
+
+    def score(self, model: PreTrainedModel, split: str) -> Score:
+        """How `model` does on this owner's rows of a split."""
+        rows = self.data.validation() if split == "validation" else self.data.test()
+        return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
+
+
+def _sample(rows: Rows, limit: int, seed: int) -> Rows:
+    """At most `limit` rows, drawn without replacement."""
+    if len(rows) <= limit:
+        return rows
+    return rows.take(np.random.default_rng(seed).permutation(len(rows))[:limit])
