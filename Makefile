@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/made-from-constraints
+ON_TWO_CORES := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all check format bench clean
 
@@ -9,10 +10,10 @@ demo: $(STAMP)
 	$(BIN)/amalgram simulate
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest $(ON_TWO_CORES)
 
 test-all: $(STAMP)
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest $(ON_TWO_CORES) -m "slow or not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {"common", "client", "server", "deploy"}
 ALLOWED = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}, "deploy": OURS}
 IMPORT_FLOWER = {"common/flower_records.py", "client/app.py", "server/app.py"}
-SOURCES = [path.relative_to(ROOT) for package in OURS for path in sorted((ROOT / package).rglob("*.py"))]
+SOURCES = [path.relative_to(ROOT) for package in sorted(OURS) for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 def imported_packages(path: Path) -> Iterator[str]:
