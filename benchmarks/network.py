@@ -42,7 +42,7 @@ PROGRAMS = {  # a part of the command line -> what runs there
     "flwr-serverapp": "coordinator: ServerApp",
     "pinned_supernode": "owner: SuperNode",
     "flwr-clientapp": "owner: ClientApp",
-    "flower-superexec": "either: SuperExec",
+    "bound_superexec": "either: SuperExec",
 }
 SHORT = """
 title = "What a merge costs"

@@ -14,7 +14,14 @@ from flwr.app import Message as FlowerMessage
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import AmalgramError, ConsentError, EngineError, OwnerRefused, RemoteProtocolError
+from common.errors import (
+    AmalgramError,
+    ConsentError,
+    EngineError,
+    OwnerRefused,
+    RemoteProtocolError,
+    first_line,
+)
 from common.flower_records import from_record, to_record
 from common.logs import JsonLines
 from common.messages import Message, Refusal
@@ -24,6 +31,7 @@ from server.merge import claim_output, run_merge
 from server.settings import CoordinatorSettings
 
 POLL_SECONDS, EARLIER_RUN_SECONDS = 0.3, 60.0
+GO_ON = "run the same command again: it goes on where this one was"
 PROGRESS = "progress.jsonl"  # in the output folder: how far the run in progress is, or how the last one went
 app = ServerApp()
 
@@ -39,6 +47,10 @@ def main(grid: Grid, context: Context) -> None:
             run_merge(settings_path, FlowerChannel(grid))
     except AmalgramError as error:
         _keep(settings_path, error)
+        raise
+    except Exception as error:  # a full disk, most likely
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        _keep(settings_path, EngineError(f"the coordinator's program failed ({reason}); {GO_ON}"))
         raise
 
 

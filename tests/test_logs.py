@@ -13,9 +13,10 @@ import pytest
 
 from client.app import app as client_app
 from client.owner import Owner
-from common.errors import EngineError
+from common.errors import AmalgramError
 from common.logs import JsonLines
 from deploy.in_process_grid import run_in_process
+from deploy.launch.flower import raise_failure
 from deploy.launch.processes import FollowedFile
 from deploy.merge import Progress
 from server import app as server_app
@@ -141,3 +142,15 @@ def test_a_second_run_waits_for_the_program_of_the_first_and_not_for_ever(
         server_app._only_one_in(tmp_path),
     ):
         pass
+
+
+def test_a_coordinator_s_program_that_fails_unexpectedly_leaves_a_reason_and_what_to_do(
+    parties: Parties,
+) -> None:
+    (parties.output / ".amalgram").touch()
+    (parties.output / "checkpoint").touch()  # a file where a folder must be made
+    node_configs = [{"settings": str(path)} for path in parties.files.values()]
+    with pytest.raises(OSError, match="checkpoint"):
+        run_in_process(server_app.app, client_app, node_configs, {"coordinator": str(parties.coordinator)})
+    with pytest.raises(AmalgramError, match=r"FileExistsError: .*checkpoint.*run the same command again"):
+        raise_failure(parties.output, "finished:failed")

@@ -169,7 +169,7 @@ def test_owners_that_are_too_slow_or_whose_line_is_tampered_with_are_left_out_an
 
 def is_slowed(process: psutil.Process) -> bool:
     """Whether it runs an owner's app, or starts one. The node itself goes on telling the server that it is there."""
-    return any(program in word for word in process.cmdline() for program in ("flower-superexec", "flwr-clientapp"))
+    return any(program in word for word in process.cmdline() for program in ("bound_superexec", "flwr-clientapp"))
 
 
 def test_whoever_sits_on_the_line_with_a_certificate_of_its_own_reads_nothing(
