@@ -13,7 +13,7 @@ import pytest
 
 from client.app import app as client_app
 from client.owner import Owner
-from common.errors import AmalgramError
+from common.errors import AmalgramError, EngineError
 from common.logs import JsonLines
 from deploy.in_process_grid import run_in_process
 from deploy.launch.flower import raise_failure
