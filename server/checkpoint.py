@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,13 @@ from common.errors import SettingsError
 from common.messages import OpenSum
 from common.private_file import make_private_folder, write_whole
 from common.result import Candidate
+from common.summation.accumulator import BYTES_PER_NUMBER, zeros_in_memory
 from common.summation.protocol import Opening, Total
 from common.tensor_layout import TensorLayout
 
 RUN, OPENING = "run.json", "opening.bin"
+MOST_BYTES_IN_MEMORY = 256_000_000  # a vector that is larger lies on the disk
+PIECE_NUMBERS = 1 << 20
 log = logging.getLogger("amalgram.coordinator")
 
 
@@ -113,7 +117,7 @@ class Checkpoint:
                 f"{self.folder}: the interrupted run summed {kept['statistic']} where this one sums {statistic}; "
                 "another version of the software wrote it. Go on with that one, or begin a new agreement"
             )
-        vector = _read_array(self._total_file(self._replayed), "<f8", layout.size)
+        vector = self._read_array(self._total_file(self._replayed), layout.size).view("<f8")
         self._replayed += 1
         return Total(layout=layout, vector=vector, owners=tuple(kept["owners"]), roster_size=kept["roster_size"])
 
@@ -152,7 +156,7 @@ class Checkpoint:
     def kept_opening(self) -> tuple[OpenSum, Opening] | None:
         if self.opening_of is None:
             return None
-        vector = _read_array(self.folder / OPENING, "<u8", self.opening_of["size"])
+        vector = self._read_array(self.folder / OPENING, self.opening_of["size"])
         return OpenSum(**self.opening_of["request"]), Opening(self.opening_of["state"], vector)
 
     def save(self) -> None:
@@ -172,18 +176,31 @@ class Checkpoint:
         """Delete all totals."""
         shutil.rmtree(self.folder)
 
+    def zeros(self, size: int) -> NDArray[np.uint64]:
+        """A new vector to gather a sum in. A large one is mapped from a file without a name, which goes with the
+        vector, so that the system may take its memory when it is short of it.
+        """
+        if size * BYTES_PER_NUMBER <= MOST_BYTES_IN_MEMORY:
+            return zeros_in_memory(size)
+        with TemporaryFile(dir=self.folder) as file:
+            for start in range(0, size, PIECE_NUMBERS):  # written, so that a full disk is an error here or never
+                file.write(bytes(BYTES_PER_NUMBER * min(PIECE_NUMBERS, size - start)))
+            return np.memmap(file, dtype="<u8", shape=(size,))
+
     def _total_file(self, number: int) -> Path:
         return self.folder / f"sum-{number}.bin"
 
-
-def _read_array(path: Path, dtype: str, size: int) -> NDArray:
-    """A kept vector (size,). Raises SettingsError if it is not whole."""
-    vector: NDArray = np.fromfile(path, dtype=dtype) if path.is_file() else np.empty(0, dtype)
-    if len(vector) != size:
-        raise SettingsError(
-            f"{path}: holds {len(vector)} of {size} numbers; remove {path.parent} and begin anew, with a new agreement"
-        )
-    return vector
+    def _read_array(self, path: Path, size: int) -> NDArray[np.uint64]:
+        """A kept vector (size,). Raises SettingsError if it is not whole."""
+        found = path.stat().st_size // BYTES_PER_NUMBER if path.is_file() else 0
+        if found != size:
+            raise SettingsError(
+                f"{path}: holds {found} of {size} numbers; remove {path.parent} and begin anew, with a new agreement"
+            )
+        vector = self.zeros(size)
+        with path.open("rb") as file:
+            file.readinto(vector.data.cast("B"))
+        return vector
 
 
 def _step(kept: dict[str, Any]) -> Step:

@@ -206,7 +206,7 @@ class Coordinator:
             candidates_digest=candidates_digest(self.candidates),
             layout_digest=layout.digest(),
         )
-        return request, self._kind.coordinator(self._terms(request, layout), self.owners)
+        return request, self._kind.coordinator(self._terms(request, layout), self.owners, self.checkpoint.zeros)
 
     def _terms(self, request: OpenSum, layout: TensorLayout) -> SumTerms:
         return SumTerms(

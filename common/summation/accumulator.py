@@ -4,6 +4,8 @@ An owner that is lost in the middle has some parts in already, so the upload beg
 the same parts once more, which tells nobody anything new.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,13 +13,18 @@ from common.errors import RemoteProtocolError
 from common.tensor_layout import TensorLayout
 
 BYTES_PER_NUMBER = 8
+Zeros = Callable[[int], NDArray[np.uint64]]  # a new vector of that many zeros, in memory or on a disk
+
+
+def zeros_in_memory(size: int) -> NDArray[np.uint64]:
+    return np.zeros(size, dtype="<u8")
 
 
 class Accumulator:
     """`vector` (layout.size,) uint64 is the sum modulo 2^64 of all parts folded; `part` is the one being collected."""
 
-    def __init__(self, layout: TensorLayout) -> None:
-        self.vector: NDArray[np.uint64] = np.zeros(layout.size, dtype="<u8")
+    def __init__(self, layout: TensorLayout, zeros: Zeros) -> None:
+        self.vector = zeros(layout.size)
         self.slices = layout.part_slices(BYTES_PER_NUMBER)
         self.part = 0
         self._spoilt = False

@@ -52,7 +52,7 @@ from common.messages import (
     SurvivorsSigned,
 )
 from common.summation import fixed_point, key_agreement, mask_stream, secret_sharing
-from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator
+from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator, Zeros, zeros_in_memory
 from common.summation.neighbours import NeighbourGraph
 from common.summation.protocol import (
     Opening,
@@ -480,7 +480,7 @@ class Sealed:
 class MaskedCoordinator:
     """The coordinator in one masked sum. It checks what owners send, so that none can spoil the others' sum."""
 
-    def __init__(self, terms: SumTerms, participants: tuple[str, ...]) -> None:
+    def __init__(self, terms: SumTerms, participants: tuple[str, ...], zeros: Zeros = zeros_in_memory) -> None:
         check_enough(len(participants), terms, "open", {})
         self._terms = terms
         self._remaining = set(participants)
@@ -490,7 +490,7 @@ class MaskedCoordinator:
         self._entries: dict[int, KeyEntry] = {}
         self._book = Book(terms, b"")
         self._sealed: dict[int, Sealed] = {}
-        self._accumulator = Accumulator(terms.layout)
+        self._accumulator = Accumulator(terms.layout, zeros)
         self._first_upload = True
         self._part_digests: dict[int, dict[int, bytes]] = {}
         self._survivors = b""
@@ -616,7 +616,7 @@ class MaskedCoordinator:
     @classmethod
     def reopen(cls, terms: SumTerms, opening: Opening) -> "MaskedCoordinator":
         state = opening.state
-        side = cls(terms, tuple(state["remaining"]))
+        side = cls(terms, tuple(state["remaining"]), lambda _: opening.vector)
         side._phase = REVEALING
         side._book = Book(terms, bytes.fromhex(state["book"]))
         side._sealed = {
@@ -625,7 +625,6 @@ class MaskedCoordinator:
         }
         side._survivors = bytes.fromhex(state["survivors"])
         side._signed = {int(place): bytes.fromhex(signature) for place, signature in state["signed"].items()}
-        side._accumulator.vector = opening.vector
         return side
 
     # --- what arrives ---

@@ -18,7 +18,7 @@ from common.errors import LocalProtocolError, RemoteProtocolError
 from common.identity import Identity
 from common.messages import Message, PartRequest, SumOpened, VectorPart
 from common.summation import fixed_point
-from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator
+from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator, Zeros, zeros_in_memory
 from common.summation.protocol import Opening, RandomBytes, SumTerms, Total, Transitions, check_enough, next_phase
 
 OPEN, UPLOADING, DONE = "open", "uploading", "done"
@@ -82,12 +82,12 @@ class PlainOwner:
 class PlainCoordinator:
     """The coordinator in one plain sum: one accumulator, and one part in hand."""
 
-    def __init__(self, terms: SumTerms, participants: tuple[str, ...]) -> None:
+    def __init__(self, terms: SumTerms, participants: tuple[str, ...], zeros: Zeros = zeros_in_memory) -> None:
         check_enough(len(participants), terms, "open", {})
         self._terms = terms
         self._participants = participants
         self._phase = OPEN
-        self._accumulator = Accumulator(terms.layout)
+        self._accumulator = Accumulator(terms.layout, zeros)
         self._waiting: set[str] = set()
         self._last_heard: dict[str, str] = {}
 

@@ -17,6 +17,7 @@ from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
 from common.messages import Message, OpenSum
 from common.summation import fixed_point
+from common.summation.accumulator import Zeros
 from common.summation.neighbours import Neighbourhood, neighbourhood, quorum
 from common.tensor_layout import TensorLayout
 
@@ -136,7 +137,8 @@ class Opening:
 class CoordinatorSide(Protocol):
     """The coordinator in one sum."""
 
-    def __init__(self, terms: SumTerms, participants: tuple[str, ...]) -> None: ...
+    def __init__(self, terms: SumTerms, participants: tuple[str, ...], zeros: Zeros = ...) -> None:
+        """`zeros` makes the vector in which the sum is gathered, and then decoded."""
 
     def requests(self) -> Mapping[str, Message]:
         """The next message to each owner that must answer; empty when the total is ready."""

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import server.checkpoint
 from common.errors import SettingsError, TooFewOwners
 from common.messages import (
     Acknowledgements,
@@ -141,9 +143,11 @@ def test_a_run_that_is_killed_again_and_again_publishes_what_an_undisturbed_one_
 
 
 def test_a_coordinator_killed_when_some_owners_have_their_message_goes_on(
-    several_sums: Parties, undisturbed: dict[str, Any]
+    several_sums: Parties, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masked parts are in; a session is half open; a candidate is half out; a result is signed by one; by all."""
+    """Masked parts are in; a session is half open; a candidate is half out; a result is signed by one; by all.
+    With its sums on the disk, where the undisturbed one had them in memory."""
+    monkeypatch.setattr(server.checkpoint, "MOST_BYTES_IN_MEMORY", 1000)
     for kind in (KeyShares, Acknowledgements, CandidatePart, Result, Receipts):
         with pytest.raises(Killed):
             run_merge(several_sums.coordinator, KilledAt(several_sums.files, kind, 1))
@@ -195,6 +199,19 @@ def test_totals_are_readable_by_the_coordinator_alone_and_gone_with_another_agre
     kept = Checkpoint.open(folder, several_sums.agreement.digest())
     assert Checkpoint.open(folder, "ab" * 32).run != kept.run
     assert sorted(path.name for path in folder.iterdir()) == ["run.json"]
+
+
+def test_a_large_sum_lies_on_the_disk_in_a_file_that_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.checkpoint, "MOST_BYTES_IN_MEMORY", 1000)
+    checkpoint = Checkpoint(folder=tmp_path, agreement_digest="ab" * 32)
+    assert not isinstance(checkpoint.zeros(125), np.memmap)
+    one, other = checkpoint.zeros(3_000_000), checkpoint.zeros(126)
+    assert isinstance(one, np.memmap)
+    one[:] = 2**64 - 1
+    assert not other.any()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_named(several_sums: Parties) -> None:
