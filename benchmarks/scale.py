@@ -1,0 +1,138 @@
+"""What a whole masked merge costs with more and more owners, in the in-process engine.
+
+python -m benchmarks.scale [--json] [--owners 3 10 30 100]
+
+Every owner brings the same fine-tuned tiny BERT and the same 120 rows, so that only their number differs; messages are
+really serialised, and go through the real apps, one owner after the other. Each number of owners has a process; its
+peak is the kernel's VmHWM. The exponent b of cost ~ N^b is a least-squares line through the logarithms, over the
+larger half of the numbers, where what every run has in common no longer counts. Writes
+benchmarks/results/scale.{json,md}.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.memory import peak_megabytes
+
+RESULTS = Path(__file__).parent / "results"
+AGREEMENT = """
+title = "Scale"
+base = "../example/base"
+method = "regmean"
+[task]
+max_tokens = 16
+[regmean]
+alphas = [0.9]
+[privacy]
+min_rows_per_dimension = 0.0
+"""
+COSTS = ("seconds", "coordinator_megabytes_received", "peak_megabytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--owners", type=int, nargs="+", default=[3, 10, 30, 100])
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="amalgram-") as name:
+        for count in arguments.owners:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                runs.append(process.submit(measure, Path(name), count).result())
+            print(runs[-1], file=sys.stderr)
+            results = {"cores": os.cpu_count(), "runs": runs, "exponents": exponents(runs)}
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / "scale.json").write_text(json.dumps(results, indent=2) + "\n")
+            (RESULTS / "scale.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def measure(folder: Path, count: int) -> dict[str, float]:
+    """One merge of `count` owners, in a process of its own."""
+    import torch
+    import transformers
+
+    from deploy.simulate import simulate
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("amalgram").setLevel(logging.ERROR)
+    write_consortium(folder, count)
+    started = time.perf_counter()
+    report = simulate(folder / "consortium", folder / "output", with_references=False)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder / "output")
+    return {
+        "owners": count,
+        "seconds": seconds,
+        "coordinator_megabytes_received": sum(step["bytes_received"] for step in report["steps"]) / 1e6,
+        "peak_megabytes": peak_megabytes(),
+    }
+
+
+def write_consortium(folder: Path, count: int) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from deploy.example import reviews
+
+    if not (folder / "example").exists():
+        reviews.write_consortium(folder / "example")
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "example" / "base")
+        model.classifier.bias.data += 0.1
+        model.save_pretrained(folder / "model")
+        AutoTokenizer.from_pretrained(folder / "example" / "base").save_pretrained(folder / "model")
+    shutil.rmtree(folder / "consortium", ignore_errors=True)
+    (folder / "consortium").mkdir()
+    names = [f"owner{number:04}" for number in range(count)]
+    roster = "".join(f'[[owners]]\nname = "{name}"\n' for name in names)
+    (folder / "consortium" / "agreement.toml").write_text(AGREEMENT + roster)
+    for name in names:
+        (folder / "consortium" / f"{name}.toml").write_text(
+            f'name = "{name}"\nfine_tuned = "../model"\n[data]\ntrain = "../example/data/hotel/train.jsonl"\n'
+            'test = "../example/data/hotel/test.jsonl"\nmax_train_rows = 100\nmax_test_rows = 20\n'
+        )
+
+
+def exponents(runs: list[dict[str, float]]) -> dict[str, float]:
+    larger = runs[len(runs) // 2 - 1 if len(runs) > 3 else 0 :]
+    if len(larger) < 2:
+        return {}
+    counts = np.log([run["owners"] for run in larger])
+    return {cost: float(np.polyfit(counts, np.log([run[cost] for run in larger]), 1)[0]) for cost in COSTS}
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    lines = [
+        "# What a merge costs with more owners",
+        "",
+        "All parties in one process, one after the other; a tiny BERT, RegMean, masked.",
+        "",
+        "| owners | seconds | seconds an owner | MB received by the coordinator | peak of the process, MB |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for run in results["runs"]:
+        lines.append(
+            f"| {run['owners']} | {run['seconds']:.1f} | {run['seconds'] / run['owners']:.2f} | "
+            f"{run['coordinator_megabytes_received']:.1f} | {run['peak_megabytes']:.0f} |"
+        )
+    fitted = results["exponents"]
+    if fitted:
+        lines.append("| exponent | {:.2f} | | {:.2f} | {:.2f} |".format(*(fitted[cost] for cost in COSTS)))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
