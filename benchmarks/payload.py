@@ -1,0 +1,89 @@
+"""How many bytes an owner sends, next to the naive way: every layer's full Gram and all weights as float32.
+
+python -m benchmarks.payload [--json]
+
+Counted, not measured: models without weights, run once for the layers that are fed the same tensor. Every linear layer
+is merged, with one alpha. Writes benchmarks/results/payload.{json,md}.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from client.gram import find_shared_inputs
+from common.models import merge_layers
+from common.summation.accumulator import BYTES_PER_NUMBER
+
+RESULTS = Path(__file__).parent / "results"
+FLOAT32_BYTES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with torch.device("meta"):
+        results = {
+            "BERT-base": count(BertForSequenceClassification(BertConfig())),
+            "Llama-2-7B": count(LlamaForCausalLM(LlamaConfig(intermediate_size=11008, vocab_size=32000))),
+        }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "payload.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RESULTS / "payload.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def count(model: PreTrainedModel) -> dict[str, float]:
+    """Grams, and bytes an owner sends."""
+    layers = merge_layers(model)
+    tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    groups = find_shared_inputs(model.eval(), {"input_ids": tokens})
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    distinct = [layers[group[0]].d_in for group in groups]
+    naive = sum(layer.d_in**2 for group in groups for layer in (layers[name] for name in group))
+    packed = sum(d_in * (d_in + 1) // 2 for d_in in distinct)
+    # A product G delta has the size of its weight, so weights and products together are the model once.
+    return {
+        "naive_grams": sum(map(len, groups)),
+        "distinct_grams": len(groups),
+        "naive_gram_bytes": naive * FLOAT32_BYTES,
+        "packed_gram_numbers": packed,
+        "naive_bytes": (naive + weights) * FLOAT32_BYTES,
+        "numbers": packed + weights,
+        "bytes": (packed + weights) * BYTES_PER_NUMBER,
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    lines = [
+        "# What an owner sends",
+        "",
+        "Naive: every layer's full Gram and all weights, float32, readable by whoever receives them. Ours: one packed "
+        "Gram per distinct input, products and the rest, as masked integers of 64 bits.",
+        "",
+        "| model | Grams naive | ours | numbers naive | ours | ratio | bytes naive | ours | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, each in results.items():
+        naive = each["naive_bytes"] / FLOAT32_BYTES
+        lines.append(
+            f"| {name} | {each['naive_grams']} | {each['distinct_grams']} | {naive / 1e6:,.0f} M | "
+            f"{each['numbers'] / 1e6:,.0f} M | {each['numbers'] / naive:.2f} | {each['naive_bytes'] / 1e9:.2f} GB | "
+            f"{each['bytes'] / 1e9:.2f} GB | {each['bytes'] / each['naive_bytes']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
