@@ -67,10 +67,10 @@ def _read(terminal_side: int) -> bytes:
         return b""
 
 
+@pytest.mark.usefixtures("own_log")
 def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
-    small_consortium: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_consortium: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal.log, "handlers", [])
     cli(["simulate", str(small_consortium), "--no-references"], standalone_mode=False)
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d (  )?\S", line) for line in lines)
@@ -198,12 +198,12 @@ def test_every_command_can_answer_in_json(words: str, command: click.Command) ->
     assert any("--json" in parameter.opts for parameter in command.params), words
 
 
+@pytest.mark.usefixtures("own_log")
 def test_with_json_standard_output_is_one_object_and_nothing_else(
     reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = Path(shutil.copytree(reviews_folder, tmp_path / "home"))
     monkeypatch.chdir(home)
-    monkeypatch.setattr(terminal.log, "handlers", [])
 
     def answer(*arguments: str) -> dict[str, Any]:
         cli([*arguments, "--json"], standalone_mode=False)
