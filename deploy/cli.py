@@ -346,7 +346,7 @@ def merge_command(
 
 @cli.command()
 def report(
-    out: Annotated[Path, typer.Argument(help="The output folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="The output folder of a run, or the consortium's.")],
     as_json: Json = False,
 ) -> None:
     """Show a run's table again, and make its report.html anew.
@@ -357,6 +357,8 @@ def report(
     from server.page import render_report
     from server.report import read_report
 
+    if not (out / "report.json").exists() and (out / "output" / "report.json").is_file():
+        out = out / "output"  # the consortium's folder was named
     found = read_report(out)
     render_report(out)
     _show(found, out, as_json)

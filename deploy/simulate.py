@@ -62,6 +62,8 @@ def simulate(
     """
     output = Path(folder) / "output" if output is None else output
     folder, output = Path(folder).resolve(), Path(output).resolve()
+    if folder.is_file():
+        raise SettingsError(f"{folder}: is a file; name the folder that it is in: {folder.parent}")
     if not (folder / "agreement.toml").is_file():
         raise SettingsError(f"{folder}: has no agreement.toml; `amalgram simulate --init {folder.name}-new` writes one")
     claim_output(output)

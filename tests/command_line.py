@@ -15,6 +15,9 @@ def parse(arguments: list[str]) -> None:
     while isinstance(command, click.Group):
         if not arguments or arguments == ["--help"]:
             return
+        if arguments[0].startswith("-"):  # an option of the group is looked up, not tried: it would act
+            assert arguments[0] in {name for parameter in command.params for name in parameter.opts}, arguments
+            return
         _, found, arguments = command.resolve_command(context, arguments)
         assert found is not None
         command, context = found, click.Context(found, parent=context)

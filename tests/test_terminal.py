@@ -18,6 +18,7 @@ import click
 import pytest
 from rich.console import Console
 
+from common.errors import SettingsError
 from deploy import terminal
 from deploy.cli import FIRST_STEPS, cli
 from tests.command_line import parse, parsers
@@ -82,6 +83,11 @@ def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
     ]
     cli(["report", str(small_consortium / "output"), "--json"], standalone_mode=False)
     report = json.loads(capsys.readouterr().out)
+    cli(["report", str(small_consortium), "--json"], standalone_mode=False)  # the consortium's folder does as well
+    assert json.loads(capsys.readouterr().out) == report
+    with pytest.raises(SettingsError, match=r"agreement\.toml: is a file; name the folder that it is in: .*/reviews$"):
+        cli(["simulate", str(small_consortium / "agreement.toml")], standalone_mode=False)
+    capsys.readouterr()
     cli(["simulate", str(small_consortium), "--no-references", "--json"], standalone_mode=False)
     again = capsys.readouterr()
     assert json.loads(again.out)["digests"]["model"] == report["digests"]["model"]
