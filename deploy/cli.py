@@ -368,9 +368,8 @@ def main() -> None:
     """Entry point: one line per error, and an honest exit code."""
     signal.signal(signal.SIGTERM, _terminate)  # so that what was started is stopped
     try:
-        exit_code = cli(
-            prog_name="amalgram", standalone_mode=False
-        )  # otherwise typer turns every exception into its own
+        # Not on its own: typer would turn every exception into one of its own.
+        exit_code = cli(prog_name="amalgram", standalone_mode=False)
         if exit_code == INTERRUPTED:
             _fail("interrupted; nothing was published. The same command goes on where this one was", INTERRUPTED)
         sys.exit(exit_code)
