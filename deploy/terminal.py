@@ -69,9 +69,9 @@ def progress_below_log() -> Iterator[None]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(20),
-        _OfVectors(DownloadColumn()),
-        _OfVectors(TransferSpeedColumn()),
-        _OfVectors(TimeRemainingColumn(compact=True)),
+        _Arrived(DownloadColumn()),
+        _Arriving(TransferSpeedColumn()),
+        _Arriving(TimeRemainingColumn(compact=True)),
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
@@ -84,7 +84,7 @@ def progress_below_log() -> Iterator[None]:
             log.removeHandler(rows)
 
 
-class _OfVectors(ProgressColumn):
+class _Arrived(ProgressColumn):
     """A column for rows that count the bytes of a vector, once some have come."""
 
     def __init__(self, column: ProgressColumn) -> None:
@@ -92,7 +92,17 @@ class _OfVectors(ProgressColumn):
         self._column = column
 
     def render(self, task: Task) -> RenderableType:
-        return self._column(task) if task.fields["counts_bytes"] and task.completed else ""
+        return self._column(task) if self._applies(task) else ""
+
+    def _applies(self, task: Task) -> bool:
+        return bool(task.fields["counts_bytes"] and task.completed)
+
+
+class _Arriving(_Arrived):
+    """A column for the same rows, while parts are coming and it is known how fast."""
+
+    def _applies(self, task: Task) -> bool:
+        return super()._applies(task) and task.speed is not None and not task.finished
 
 
 class _Rows(logging.Handler):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,14 @@ def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
     assert all(json.loads(line)["level"] for line in again.err.splitlines())
 
 
-def rows_shown(*told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+def rows_shown(*told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pause_seconds: float = 0.0) -> str:
     """The last picture of the rows after these records."""
     screen = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(terminal, "messages", screen)
     with terminal.progress_below_log():
         for about in told:
             terminal.log.warning("told", extra={"about": about})
+            time.sleep(pause_seconds)
         (rows,) = [each for each in terminal.log.handlers if isinstance(each, terminal._Rows)]
         picture = Console(file=io.StringIO(), width=120)
         picture.print(rows._progress.get_renderable())
@@ -130,6 +132,17 @@ def test_a_row_tells_what_has_arrived_and_who_is_lost(monkeypatch: pytest.Monkey
     assert "at work" in bea
     assert "MB" not in bea  # nothing of its vector has come, so nothing is said of it
     assert "lost" in cyd
+
+
+def test_rate_and_remaining_time_are_shown_from_the_second_part_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [step_begun("ada", "bea", "cyd", payload_bytes=192_000_000)]
+    for arrived in (64_000_000, 128_000_000, 192_000_000):
+        told.append(answers(["ada"], ["bea", "cyd"], {"ada": arrived}))
+        _, ada, bea, _ = rows_shown(*told, monkeypatch=monkeypatch, pause_seconds=0.05).splitlines()
+        assert f"{arrived / 1e6:.1f}/192.0 MB" in ada
+        assert bool(re.search(r"B/s +\d+:\d\d +answered", ada)) == (arrived == 128_000_000)
+        assert "?" not in ada
+        assert "B/s" not in bea
 
 
 def test_many_owners_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
