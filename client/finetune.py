@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich import get_console
 from rich.progress import track
 from transformers import PreTrainedModel
 
@@ -16,7 +16,7 @@ def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int,
     random = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     batches_per_epoch = -(-len(rows) // training.batch_size)
-    console = Console(stderr=True)
+    console = get_console()  # the one on which a command shows its own progress, too
     progress = track(
         range(training.epochs * batches_per_epoch),
         description=description,

@@ -72,12 +72,11 @@ def _key_file(network: OwnerNetwork, name: str, home: Path) -> Path:
     return home / (network.node_key or f"{name}.node")
 
 
-def run_client(settings_file: Path) -> None:
+def run_client(node: Node) -> None:
     """Run until stopped; after a loss of the network or the coordinator, connect again. Raises an AmalgramError if this
     machine is not fit for it.
     """
     check_internals()
-    node = find_node(settings_file)
     node.state.mkdir(parents=True, exist_ok=True)
     node.state.chmod(0o700)
     with alone(node.state, "client"):

@@ -82,10 +82,9 @@ def find_place(settings_file: Path) -> Place:
     return Place(settings, settings.network, agreement, home)
 
 
-def serve(settings_file: Path) -> None:
+def serve(place: Place) -> None:
     """Run until stopped. Raises an AmalgramError if it cannot start, or if a part of it ends."""
     check_internals()
-    place = find_place(settings_file)
     files = (place.network.certificate, place.network.key, place.network.root_certificate)
     certificate, key, root = (place.home / path for path in files)
     check_server_files(certificate, key, root)

@@ -1,7 +1,8 @@
 """All parties of a consortium on one machine: the real apps and messages, every owner with its own settings and state.
 
 from deploy.simulate import simulate
-report = simulate(Path("my-consortium"), Path("my-output"))
+report = simulate("my-consortium")
+report["evaluation"]["mean"]["regmean"]["accuracy"]
 """
 
 import logging
@@ -39,16 +40,30 @@ log = logging.getLogger("amalgram.simulate")
 
 
 def simulate(
-    folder: Path | str, output: Path | str, *, engine: Engine = "in-process", with_references: bool = True
+    folder: Path | str,
+    output: Path | str | None = None,
+    *,
+    engine: Engine = "in-process",
+    with_references: bool = True,
 ) -> dict[str, Any]:
-    """Merge the consortium in `folder` and write model and report to `output`.
+    """Merge the consortium in `folder`; write `model/`, `report.html` and `report.json`. For scripts and notebooks.
 
-    `folder` holds `agreement.toml` (a draft is enough) and one settings file per owner: `<name>.toml` or
-    `<name>/owner.toml`. With references, what only a simulation can know is added to the report (references.py).
-    Returns the report, whose form `server/report.py` documents. Raises an AmalgramError; then no report was written. A
-    run that was interrupted, rather than failed, goes on where it was when it is called again on the same folders.
+    folder           holds `agreement.toml` (a draft is enough) and one settings file per owner, `<name>.toml` or
+                     `<name>/owner.toml`; `amalgram simulate --init` writes a pattern
+    output           where the results go: a new folder, or an earlier output, which is replaced; left out,
+                     `folder/output`
+    engine           who carries the messages: "in-process", or "ray" for Flower's simulation engine; the merged model
+                     is the same
+    with_references  add to the report what only somebody who holds all models and rows can know (references.py)
+
+    Returns the report, in the form that `server/report.py` documents. Raises an AmalgramError, whose text is one line;
+    then no report was written. A run that was interrupted, rather than failed, goes on where it was when it is called
+    again on the same folders. Progress goes to the logger "amalgram".
     """
+    output = Path(folder) / "output" if output is None else output
     folder, output = Path(folder).resolve(), Path(output).resolve()
+    if folder.is_file():
+        raise SettingsError(f"{folder}: is a file; name the folder that it is in: {folder.parent}")
     if not (folder / "agreement.toml").is_file():
         raise SettingsError(f"{folder}: has no agreement.toml; `amalgram simulate --init {folder.name}-new` writes one")
     claim_output(output)

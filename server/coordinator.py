@@ -37,6 +37,7 @@ from common.messages import (
 )
 from common.result import Candidate, candidates_digest, result_body
 from common.summation import SUMMATIONS
+from common.summation.accumulator import BYTES_PER_NUMBER
 from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, check_burned_by
@@ -75,12 +76,15 @@ class Coordinator:
     agreement: Agreement
     identity: Identity
     checkpoint: Checkpoint
+    num_steps: int  # of the whole run
     lost: dict[str, str] = field(default_factory=dict)  # owner -> where it was lost
     candidates: list[Candidate] = field(default_factory=list)  # everything that was sent to the owners
     sums: list[OpenedSum] = field(default_factory=list)  # everything that was learned from them
     receipts: tuple[str, ...] = ()  # the owners that signed the result
+    _step_number: int = 0  # counts what an earlier start of this run has done, too
     _round: int = -1
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
+    _payload_bytes: dict[str, int] = field(default_factory=dict)  # owner -> how much of its vector has arrived
 
     @property
     def run(self) -> str:
@@ -97,6 +101,7 @@ class Coordinator:
 
     def roll_call(self) -> None:
         """Find out which node speaks for which owner. Raises TooFewOwners, or OwnerRefused."""
+        self._step_number += 1
         self._start("roll call")
         timeout = self.agreement.summation.reply_timeout_seconds
         nodes = self.channel.wait_for_nodes(len(self.agreement.owners), timeout)
@@ -161,6 +166,7 @@ class Coordinator:
 
     def sum(self, statistic: str, layout: TensorLayout, models: tuple[str, ...] = ()) -> Total:
         """The total of one statistic over the owners; goes on without those that are lost or break the rules."""
+        self._step_number += 1
         total = self.checkpoint.next_total(statistic, models, layout)
         if total is None:
             session, total = self._sum_over_owners(statistic, layout, models)
@@ -169,7 +175,7 @@ class Coordinator:
         return total
 
     def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> tuple[str, Total]:
-        self._start(f"sum of {statistic}")
+        self._start(f"sum of {statistic}", layout.size * BYTES_PER_NUMBER)
         request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
 
         def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:
@@ -237,9 +243,10 @@ class Coordinator:
         """Hand every owner a merged candidate, in parts; each evaluates it on its own rows when it is whole."""
         candidate = (model, split, hashlib.sha256(np.ascontiguousarray(delta).data).hexdigest())
         self.candidates.append(candidate)
+        self._step_number += 1
         if self._is_out(candidate):
             return
-        self._start(f"candidate {model} on {split}")
+        self._start(f"candidate {model} on {split}", delta.nbytes)
         slices = layout.part_slices(bytes_per_number=4)
         for part, position in enumerate(slices):
             message = CandidatePart(
@@ -272,6 +279,7 @@ class Coordinator:
 
     def confirm_result(self, model: str, model_digest: str) -> None:
         """Sign what is published, and give every owner everybody's signature under the same. Raises TooFewOwners."""
+        self._step_number += 1
         self._start("result")
         digest = candidates_digest(self.candidates)
         body = result_body(self.agreement, model, model_digest, digest)
@@ -296,7 +304,7 @@ class Coordinator:
 
     def finish(self) -> None:
         """Tell the owners to forget this run. Whoever does not confirm it is named, and nothing else changes."""
-        log.info("finish")
+        log.info("finish", extra={"about": {"step": "finish"}})
         owner_of = {node: owner for owner, node in self._nodes.items()}
         requests = dict.fromkeys(owner_of, Finish(run=self.run))
         for node, reply in self.channel.exchange(requests, FINISH_TIMEOUT_SECONDS):
@@ -327,15 +335,16 @@ class Coordinator:
                 self._lose(owner, "no answer")
             else:
                 cost.bytes_received += message_bytes(reply)
+                self._payload_bytes[owner] += payload_bytes(requests[owner]) + payload_bytes(reply)
             waiting.remove(owner)
-            self._tell_progress([each for each in requests if each not in waiting], waiting)
+            self._tell_progress([each for each in requests if each in self._nodes and each not in waiting], waiting)
             yield owner, reply
             waiting_since = time.monotonic()
         step.seconds += time.monotonic() - started
 
     def _tell_progress(self, done: list[str], waiting: list[str]) -> None:
         step, count = self.steps[-1].name, len(done) + len(waiting)
-        about = {"step": step, "done": done, "waiting_for": list(waiting)}
+        about = {"step": step, "done": done, "waiting_for": list(waiting), "payload_bytes": dict(self._payload_bytes)}
         log.debug("%s: %d of %d owners are done", step, len(done), count, extra={"about": about})
 
     def _lose(self, owner: str, reason: str) -> None:
@@ -343,10 +352,19 @@ class Coordinator:
             self.lost[owner] = self.steps[-1].name
             log.warning("owner %s is lost at %s: %s", owner, self.steps[-1].name, reason)
 
-    def _start(self, name: str) -> None:
+    def _start(self, name: str, payload_bytes: int = 0) -> None:
+        """Begin a step, in which each owner sends or is sent a vector of `payload_bytes`."""
+        about = {
+            "step": name,
+            "number": self._step_number,
+            "num_steps": self.num_steps,
+            "owners": list(self.owners),
+            "payload_bytes_each": payload_bytes,
+        }
         owners = f", {len(self._nodes)} owners" if self._nodes else ""
-        log.info("%s%s", name, owners, extra={"about": {"step": name, "owners": list(self.owners)}})
+        log.info("%s%s", name, owners, extra={"about": about})
         self.steps.append(Step(name))
+        self._payload_bytes = dict.fromkeys(self.owners, 0)
 
     def _check_enough(self) -> None:
         if len(self._nodes) < self.agreement.needed_owners:
@@ -359,6 +377,11 @@ class Coordinator:
 
 def message_bytes(message: Message) -> int:
     """Everything of a message that grows: the array, and lists of records."""
-    envelope = encode(message)
-    lists = sum(len(value) for value in envelope.fields.values() if isinstance(value, bytes))
-    return lists + (0 if envelope.payload is None else envelope.payload.nbytes)
+    lists = sum(len(value) for value in encode(message).fields.values() if isinstance(value, bytes))
+    return lists + payload_bytes(message)
+
+
+def payload_bytes(message: Message) -> int:
+    """The array of a message: a part of a vector."""
+    payload = encode(message).payload
+    return 0 if payload is None else payload.nbytes

@@ -99,7 +99,13 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     _clear_results(output, agreement)
 
     checkpoint = Checkpoint.open(output / CHECKPOINT, agreement.digest())
-    coordinator = Coordinator(channel=channel, agreement=agreement, identity=identity, checkpoint=checkpoint)
+    coordinator = Coordinator(
+        channel=channel,
+        agreement=agreement,
+        identity=identity,
+        checkpoint=checkpoint,
+        num_steps=count_steps(agreement, plan),
+    )
     try:
         coordinator.roll_call()
         outcome = _merge(coordinator, plan, adapter)
@@ -113,6 +119,16 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
         _end(coordinator)
         raise
     _end(coordinator)
+
+
+def count_steps(agreement: Agreement, plan: MergePlan) -> int:
+    """How many steps a run has: the roll call, every sum, every model that is sent, the result."""
+    tried = [len(candidates(agreement, method)) for method in agreement.methods]
+    swept = sum(count for count in tried if count > 1)
+    merged_and_summed = sum(len(steps(plan, method)) for method in agreement.methods if method in SEQUENTIAL)
+    sums = 2 + merged_and_summed + (swept > 0)  # of contributions and of test figures, and what is in between
+    sent = merged_and_summed + swept + len(agreement.methods)
+    return 1 + sums + sent + 1
 
 
 def _end(coordinator: Coordinator) -> None:

@@ -1,5 +1,6 @@
 """Things that many tests need: agreements and tiny models, made here, so that nothing is fetched."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +29,14 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and a busy machine makes it dear
 settings.register_profile("amalgram", deadline=None, max_examples=60)
 settings.load_profile("amalgram")
+
+
+@pytest.fixture
+def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that run commands in this process: what these do to the log is undone afterwards."""
+    log = logging.getLogger("amalgram")
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(log, name, getattr(log, name))
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,8 @@ def coordinator_of(
     agreement = agreement.model_copy(update={"min_owners": needed, "summation": summation})
     channel = ScriptedChannel(agreement, owners, fault)
     checkpoint = Checkpoint.open(Path("checkpoint"), agreement.digest())
-    return Coordinator(channel=channel, agreement=agreement, identity=IDENTITIES["coordinator"], checkpoint=checkpoint)
+    identity = IDENTITIES["coordinator"]
+    return Coordinator(channel=channel, agreement=agreement, identity=identity, checkpoint=checkpoint, num_steps=3)
 
 
 def run_all(coordinator: Coordinator) -> np.ndarray:

@@ -9,14 +9,13 @@ from typing import Any
 
 import click
 import pytest
-import typer.main
 import yaml
 
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.settings_file import Settings, load_settings, parse_settings
-from deploy.cli import cli
 from server.settings import CoordinatorSettings
+from tests.command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -27,19 +26,6 @@ OWNERS = ("hotel", "cinema", "phones")
 MANIFESTS = {path.name: list(yaml.safe_load_all(path.read_text())) for path in (DEPLOY / "kubernetes").iterdir()}
 UNITS = sorted((DEPLOY / "systemd").iterdir())
 IMAGE = "amalgram:0.1.0"
-
-
-def parse(arguments: list[str]) -> None:
-    """Raise click's UsageError unless `amalgram ARGUMENTS` is a command with options and arguments that exist."""
-    command: click.Command = typer.main.get_command(cli)
-    context = click.Context(command, info_name="amalgram")
-    while isinstance(command, click.Group):
-        if arguments == ["--help"]:
-            return
-        _, found, arguments = command.resolve_command(context, arguments)
-        assert found is not None
-        command, context = found, click.Context(found, parent=context)
-    command.make_context(command.name, arguments, parent=context)
 
 
 # --- the runbook ---

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,9 +20,13 @@ from deploy.in_process_grid import run_in_process
 from deploy.launch.flower import raise_failure
 from deploy.launch.processes import FollowedFile
 from deploy.merge import Progress
+from deploy.simulate import simulate
 from server import app as server_app
 from server.app import PROGRESS
 from tests.parties import Parties
+
+NAMES = ("owners", "done", "waiting_for", "payload_bytes")
+COUNTS = ("number", "num_steps", "payload_bytes", "payload_bytes_each")
 
 
 def test_a_line_is_one_json_object_whatever_the_message() -> None:
@@ -58,8 +63,14 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
     assert len(steps) == len(set(steps))  # one line per step
     names = set(parties.files)
     for line in lines:  # whatever else a line may hold is looked at here before it is allowed
-        assert set(line) <= {"time", "level", "logger", "message", "step", "owners", "done", "waiting_for"}
-        assert {name for key in ("owners", "done", "waiting_for") for name in line.get(key, ())} <= names
+        assert set(line) <= {"time", "level", "logger", "message", "step", "owners", "done", "waiting_for", *COUNTS}
+        assert {name for key in NAMES for name in line.get(key, ())} <= names
+    begun = [line for line in lines if "number" in line]
+    assert [line["number"] for line in begun] == list(range(1, begun[0]["num_steps"] + 1))
+    # How many bytes an owner sends follows from the agreement alone: the same for all of them.
+    arrived = {line["step"]: line["payload_bytes"] for line in lines if "payload_bytes" in line}
+    for line in begun[1:]:
+        assert arrived[line["step"]] == dict.fromkeys(names, line["payload_bytes_each"])
     waited = [line for line in lines if line.get("waiting_for")]
     assert {len(line["done"]) + len(line["waiting_for"]) for line in waited} == {3}
     rows = [row for path in parties.files.values() for row in texts(Owner(path))]
@@ -68,6 +79,23 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
     assert not any(each.seed.hex() in text for each in parties.identities.values())
     for path in parties.files.values():
         assert str(len(Owner(path).workbench.data.train())) not in " ".join(line["message"] for line in lines)
+
+
+@pytest.mark.parametrize("methods", [("refit", "average"), ("regmean_plus_plus",), ("average",)])
+def test_the_steps_that_are_announced_are_the_steps_that_are_done(
+    methods: tuple[str, ...], reviews_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    consortium = Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
+    draft = consortium / "agreement.toml"
+    text = draft.read_text().replace('method = "regmean"', f'method = "{methods[0]}"')
+    draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', json.dumps(methods[1:])))
+    for name in ("hotel", "cinema", "phones"):
+        own = consortium / f"{name}.toml"
+        own.write_text(own.read_text().replace("epochs = 6", "epochs = 1"))
+    caplog.set_level(logging.INFO, "amalgram")
+    simulate(consortium, tmp_path / "output", with_references=False)
+    told = [about for record in caplog.records if "number" in (about := getattr(record, "about", {}))]
+    assert [about["number"] for about in told] == list(range(1, told[0]["num_steps"] + 1))
 
 
 def texts(owner: Owner) -> list[str]:

@@ -48,6 +48,7 @@ def start(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) 
             agreement=parties.agreement,
             identity=parties.identities["coordinator"],
             checkpoint=Checkpoint.open(tmp_path / "checkpoint", parties.agreement.digest()),
+            num_steps=1,
         )
         coordinator.roll_call()
         return parties, coordinator

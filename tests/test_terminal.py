@@ -1,0 +1,272 @@
+"""What the commands show: at a terminal, in a file, as JSON; help, first steps, completion."""
+
+import inspect
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from rich.console import Console
+
+from common.errors import SettingsError
+from deploy import terminal
+from deploy.cli import FIRST_STEPS, cli
+from tests.command_line import parse, parsers
+
+AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
+PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]
+COMMANDS = [each for each in PARSERS if not isinstance(each.values[1], click.Group)]
+
+
+@pytest.fixture
+def small_consortium(reviews_folder: Path, tmp_path: Path) -> Path:
+    """The example with one method and one epoch."""
+    folder = Path(shutil.copytree(reviews_folder, tmp_path / "reviews"))
+    draft = folder / "agreement.toml"
+    text = draft.read_text().replace('method = "regmean"', 'method = "average"')
+    draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    for name in ("hotel", "cinema", "phones"):
+        own = folder / f"{name}.toml"
+        own.write_text(own.read_text().replace("epochs = 6", "epochs = 1"))
+    return folder
+
+
+# --- progress ---
+
+
+def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(small_consortium: Path) -> None:
+    reading, writing = pty.openpty()
+    command = [*AMALGRAM, "simulate", str(small_consortium), "--no-references"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing, text=True, env=environment) as process:
+        os.close(writing)
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
+        table, _ = process.communicate()
+    assert process.returncode == 0
+    for words in ("step 2 of 5: sum of contribution", "step 5 of 5: result", "hotel: fine-tuning ━"):
+        assert words in shown
+    for state in ("at work", "answered"):
+        assert re.search(rf"  cinema .*{state}", shown)
+    assert "Reviews of three shops" in table
+    assert "\x1b" not in table
+
+
+def _read(terminal_side: int) -> bytes:
+    try:
+        return os.read(terminal_side, 65536)
+    except OSError:  # Linux says so when the other side is closed
+        return b""
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
+    small_consortium: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli(["simulate", str(small_consortium), "--no-references"], standalone_mode=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d (  )?\S", line) for line in lines)
+    assert [line[9:] for line in lines if " owners" in line] == [
+        "sum of contribution, 3 owners",
+        "candidate average on test, 3 owners",
+        "sum of test, 3 owners",
+        "result, 3 owners",
+    ]
+    cli(["report", str(small_consortium / "output"), "--json"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
+    cli(["report", str(small_consortium), "--json"], standalone_mode=False)  # the consortium's folder does as well
+    assert json.loads(capsys.readouterr().out) == report
+    with pytest.raises(SettingsError, match=r"agreement\.toml: is a file; name the folder that it is in: .*/reviews$"):
+        cli(["simulate", str(small_consortium / "agreement.toml")], standalone_mode=False)
+    capsys.readouterr()
+    cli(["simulate", str(small_consortium), "--no-references", "--json"], standalone_mode=False)
+    again = capsys.readouterr()
+    assert json.loads(again.out)["digests"]["model"] == report["digests"]["model"]
+    assert all(json.loads(line)["level"] for line in again.err.splitlines())
+
+
+def rows_shown(*told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pause_seconds: float = 0.0) -> str:
+    """The last picture of the rows after these records."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "messages", screen)
+    with terminal.progress_below_log():
+        for about in told:
+            terminal.log.warning("told", extra={"about": about})
+            time.sleep(pause_seconds)
+        (rows,) = [each for each in terminal.log.handlers if isinstance(each, terminal._Rows)]
+        picture = Console(file=io.StringIO(), width=120)
+        picture.print(rows._progress.get_renderable())
+    assert not any(isinstance(each, terminal._Rows) for each in terminal.log.handlers)
+    return picture.file.getvalue()  # type: ignore[attr-defined]
+
+
+def step_begun(*owners: str, payload_bytes: int) -> dict[str, Any]:
+    about = {"step": "sum of contribution", "number": 2, "num_steps": 8, "owners": owners}
+    return about | {"payload_bytes_each": payload_bytes}
+
+
+def answers(done: list[str], waiting: list[str], arrived: dict[str, int]) -> dict[str, Any]:
+    return {"step": "sum of contribution", "done": done, "waiting_for": waiting, "payload_bytes": arrived}
+
+
+def test_a_row_tells_what_has_arrived_and_who_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = rows_shown(
+        step_begun("ada", "bea", "cyd", payload_bytes=128_000_000),
+        answers(["ada"], ["bea"], {"ada": 64_000_000, "bea": 0, "cyd": 64_000_000}),
+        monkeypatch=monkeypatch,
+    )
+    run, ada, bea, cyd = shown.splitlines()
+    assert run.startswith("step 2 of 8: sum of contribution")
+    assert "64.0/128.0 MB" in ada
+    assert "answered" in ada
+    assert "at work" in bea
+    assert "MB" not in bea  # nothing of its vector has come, so nothing is said of it
+    assert "lost" in cyd
+
+
+def test_rate_and_remaining_time_are_shown_from_the_second_part_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [step_begun("ada", "bea", "cyd", payload_bytes=192_000_000)]
+    for arrived in (64_000_000, 128_000_000, 192_000_000):
+        told.append(answers(["ada"], ["bea", "cyd"], {"ada": arrived}))
+        _, ada, bea, _ = rows_shown(*told, monkeypatch=monkeypatch, pause_seconds=0.05).splitlines()
+        assert f"{arrived / 1e6:.1f}/192.0 MB" in ada
+        assert bool(re.search(r"B/s +\d+:\d\d +answered", ada)) == (arrived == 128_000_000)
+        assert "?" not in ada
+        assert "B/s" not in bea
+
+
+def test_many_owners_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = [f"o{number}" for number in range(40)]
+    arrived = dict.fromkeys(owners, 0) | dict.fromkeys(owners[:10], 5_000_000)
+    shown = rows_shown(
+        step_begun(*owners, payload_bytes=10_000_000),
+        answers(owners[:10], owners[10:], arrived),
+        monkeypatch=monkeypatch,
+    )
+    _, together = shown.splitlines()
+    assert "40 owners" in together
+    assert "50.0/400.0 MB" in together
+    assert "10 of 40 answered" in together
+
+
+def test_the_rows_are_gone_when_the_run_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = step_begun("ada", "bea", "cyd", payload_bytes=0)
+    assert rows_shown(begun, {"step": "finish"}, monkeypatch=monkeypatch).strip() == ""
+
+
+def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "messages", Console(file=io.StringIO()))
+    before = list(terminal.log.handlers)
+    with terminal.progress_below_log():
+        assert terminal.log.handlers == before
+
+
+# --- help, first steps, completion ---
+
+
+def test_amalgram_alone_says_what_to_do_first() -> None:
+    done = subprocess.run(AMALGRAM, capture_output=True, text=True, check=True)
+    assert (done.stdout.rstrip("\n"), done.stderr) == (FIRST_STEPS, "")
+    for line in FIRST_STEPS.splitlines():
+        arguments = shlex.split(re.split(r" {2,}", line)[0])
+        assert arguments[0] == "amalgram"
+        parse(arguments[1:])
+
+
+@pytest.mark.parametrize(("words", "command"), PARSERS)
+def test_every_help_has_an_example_that_parses(words: str, command: click.Command) -> None:
+    (example,) = re.findall(r"^Example: (.*)$", inspect.cleandoc(command.help or ""), re.MULTILINE)
+    assert words in example
+    for line in example.split(" && "):
+        called, *arguments = shlex.split(line)
+        assert called == "amalgram"
+        parse(arguments)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_commands(shell: str) -> None:
+    script = _completion({"_AMALGRAM_COMPLETE": f"source_{shell}"})
+    assert "_AMALGRAM_COMPLETE=complete_" in script
+    asked = {"_AMALGRAM_COMPLETE": f"complete_{shell}", "COMP_WORDS": "amalgram ", "COMP_CWORD": "1"}
+    asked |= {"_TYPER_COMPLETE_ARGS": "amalgram ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    offered = _completion(asked)
+    for words, _ in (each.values for each in PARSERS):
+        if words.count(" ") == 1:
+            assert words.split()[1] in offered
+
+
+def _completion(environment: dict[str, str]) -> str:
+    return subprocess.run(AMALGRAM, capture_output=True, text=True, check=False, env=os.environ | environment).stdout
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS)
+def test_every_command_can_answer_in_json(words: str, command: click.Command) -> None:
+    assert any("--json" in parameter.opts for parameter in command.params), words
+
+
+@pytest.mark.usefixtures("own_log")
+def test_with_json_standard_output_is_one_object_and_nothing_else(
+    reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Path(shutil.copytree(reviews_folder, tmp_path / "home"))
+    monkeypatch.chdir(home)
+
+    def answer(*arguments: str) -> dict[str, Any]:
+        cli([*arguments, "--json"], standalone_mode=False)
+        found = json.loads(capsys.readouterr().out)
+        assert isinstance(found, dict)
+        return found
+
+    for name in ("hotel", "cinema", "phones", "coordinator"):
+        made = answer("keys", "new", name)
+        assert made["public"] == f"{name}.pub"
+        assert all(Path(path).stat().st_mode & 0o077 == 0 for path in made["secret"])
+        shown = answer("keys", "show", f"{name}.pub")
+        assert shown == {key: made[key] for key in ("name", "public_key", "fingerprint")}
+    assert answer("keys", "certificate", "127.0.0.1")["written"] == ["ca.key", "ca.pem", "server.key", "server.pem"]
+    assert answer("keys", "show", "ca.pem")["certificate"] == "CN=Amalgram coordinator CA"
+    drafted = answer("draft", "agreement.toml", *(f"{path.stem}.pub" for path in home.glob("*.pub")), "--out", "a.toml")
+    own = home / "hotel.toml"
+    own.write_text('agreement = "a.toml"\n' + own.read_text() + '[network]\naddress = "127.0.0.1:1"\n')
+    agreed = answer("agree", "hotel.toml", "--yes")
+    assert agreed["digest"] == drafted["digest"]
+    assert drafted["fingerprint"] in agreed["read"]
+    assert answer("simulate", "--init", "another")["folder"] == "another"
+    node = first_object("client", "hotel.toml", cwd=home)
+    assert node["address"] == "127.0.0.1:1"
+    (home / "coordinator.toml").write_text(
+        'agreement = "a.toml"\noutput = "output"\n[network]\nlisten = "127.0.0.1:1"\n'
+    )
+    assert first_object("server", "coordinator.toml", cwd=home)["owners"] == ["hotel", "cinema", "phones"]
+
+
+def first_object(*arguments: str, cwd: Path) -> dict[str, Any]:
+    """What a command that runs until it is stopped says at once, and that it says nothing more when it is."""
+    command = [*AMALGRAM, *arguments, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = []
+        while not lines or lines[-1] != "}\n":
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        rest, told = process.communicate(timeout=60)
+    assert rest == ""
+    for line in told.splitlines():
+        json.loads(line)
+    found: dict[str, Any] = json.loads("".join(lines))
+    return found
