@@ -27,6 +27,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.demo_seeds
 	$(BIN)/python -m benchmarks.masking
+	$(BIN)/python -m benchmarks.gram --quick
+	$(BIN)/python -m benchmarks.solve
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("amalgram needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

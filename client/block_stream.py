@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from client.gram import FarEnough
 from client.rows import Batch
 from common.errors import DataError, ModelError
 
@@ -111,10 +112,6 @@ class BlockShape:
         return cls(names, len(returned[0]) - 1 if isinstance(returned[0], tuple) else None)
 
 
-class _FarEnough(Exception):  # noqa: N818 - not an error: the way out of a forward pass
-    """What was wanted of this forward pass is there."""
-
-
 @torch.inference_mode()
 def run_blocks(
     model: PreTrainedModel, shape: BlockShape, batch: Batch, start: int | None, kept: Any, stop: int | None
@@ -138,10 +135,10 @@ def run_blocks(
         if stop is not None and stop + 1 < len(modules):
 
             def leave(*_: Any) -> None:
-                raise _FarEnough
+                raise FarEnough
 
             at(stop + 1, leave)
-        with suppress(_FarEnough):
+        with suppress(FarEnough):
             model(**batch)
     return entered[0].detach().clone()
 

@@ -7,7 +7,7 @@ layer that is called several times in a forward pass (ALBERT) has the rows of al
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from client.symmetric_product import SymmetricProducts, mirror_upper
 from common.errors import ModelError
 from common.merge_methods.terms import Gram
 from common.models import (
@@ -29,6 +30,10 @@ from common.models import (
 )
 
 Batch = dict[str, Tensor]
+
+
+class FarEnough(Exception):  # noqa: N818 - not an error: the way out of a forward pass
+    """What was wanted of this forward pass is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +113,22 @@ def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str,
 def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Batch]) -> dict[str, Gram]:
     """The Gram and row count of every distinct input of the plan, summed over `batches`.
 
-    Each batch's product is float32, the sums are float64. Raises ModelError if layers that the plan says share an
-    input are fed different tensors, or if a batch's padding cannot be told from its shapes (`BatchTokens`).
+    Each batch's product is float32, the sums are float64. A forward pass ends where the last layer of the plan is fed,
+    so that no head over a whole vocabulary is computed in vain. Raises ModelError if layers that the plan says share
+    an input are fed different tensors, or if a batch's padding cannot be told from its shapes (`BatchTokens`).
     """
     collector = GramCollector(plan)
-    with layer_inputs(model, collector.observe, {layer.weight for layer in plan.layers()}):
+
+    def observe(weight: str, fed: LayerInput) -> None:
+        collector.observe(weight, fed)
+        if collector.has_whole_batch:
+            raise FarEnough
+
+    with layer_inputs(model, observe, {layer.weight for layer in plan.layers()}):
         for batch in batches:
             collector.start_batch(batch)
-            model(**batch)
+            with suppress(FarEnough):
+                model(**batch)
     return collector.grams()
 
 
@@ -165,18 +178,30 @@ class GramCollector:
             shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64) for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
+        self._products = SymmetricProducts({shared.gram_size for shared in plan.inputs})
         self._group = {layer.weight: shared for shared in plan.inputs for layer in shared.layers}
         self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
+        self._called_once_each = False
         self._led: dict[str, list[ReferenceType[Any]]] = {}
 
     def grams(self) -> dict[str, Gram]:
+        for matrix in self.matrices.values():
+            mirror_upper(matrix)
         return {name: Gram(matrix=matrix, rows=self.rows[name]) for name, matrix in self.matrices.items()}
 
     def start_batch(self, batch: Batch) -> None:
         self._tokens = BatchTokens(batch)
+        self._called_once_each = bool(self._calls) and set(self._calls.values()) == {1}  # in the batch before
         self._calls = dict.fromkeys(self._group, 0)
         self._led = {name: [] for name in self.matrices}
+
+    @property
+    def has_whole_batch(self) -> bool:
+        """Whether all layers have been fed all that this batch has for them. Never, while it is not known that each is
+        fed once: one that is called again and again (ALBERT) does not say which call is its last.
+        """
+        return self._called_once_each and all(self._calls.values())
 
     def observe(self, weight: str, fed: LayerInput) -> None:
         if weight not in self._group:
@@ -198,5 +223,5 @@ class GramCollector:
         if shared.has_constant:
             rows = with_constant(rows)  # (rows, gram_size)
         times = self._tokens.times(fed)
-        self.matrices[shared.name] += times * (rows.T @ rows)
+        self._products.add(self.matrices[shared.name], rows, times)
         self.rows[shared.name] += times * len(rows)

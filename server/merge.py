@@ -6,11 +6,11 @@ of test figures -> model folder and report
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -55,9 +55,14 @@ from server.model_card import write_model_card
 from server.report import agreement_of_report, make_report, save_report
 from server.settings import CoordinatorSettings
 
-SolutionOf = Callable[[float | None], Solution]  # a method's merged delta for a value of its knob
 ALWAYS_EVALUATED = ("base", "own_at_home")
 CHECKPOINT = "checkpoint"
+
+
+class SolutionOf(Protocol):
+    """A method's merged delta for a value of its knob; the spectra of its Grams are for the report."""
+
+    def __call__(self, knob: float | None, with_spectra: bool) -> Solution: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +164,7 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
     choices = _choose(coordinator, plan, solutions_of)
     solutions = {}
     for method, choice in choices.items():
-        solutions[method] = solutions_of[method](choice.knob)
+        solutions[method] = solutions_of[method](choice.knob, with_spectra=method == agreement.method)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     owners, examples = total.owners, _examples(total)
     coordinator.destroy("contribution", total)
@@ -193,7 +198,7 @@ def _solve_step_by_step(coordinator: Coordinator, plan: MergePlan, method: str, 
         for knob in candidates(agreement, method).values()
     }
     coordinator.destroy(step_statistic(method, last), last_total)
-    return solutions.__getitem__
+    return lambda knob, with_spectra: solutions[knob]
 
 
 def _send_merged(coordinator: Coordinator, plan: MergePlan, method: str, number: int, merged: Solution) -> None:
@@ -242,8 +247,8 @@ def _clear_results(output: Path, agreement: Agreement) -> None:
 def _cut_to(adapter: AdapterPlan, solution_of: SolutionOf) -> SolutionOf:
     """Solutions as they would be published: cut to the adapter's rank before any owner tests them."""
 
-    def cut_solution_of(knob: float | None) -> Solution:
-        solution = solution_of(knob)
+    def cut_solution_of(knob: float | None, with_spectra: bool) -> Solution:
+        solution = solution_of(knob, with_spectra)
         low_rank = cut(solution.delta, adapter)
         return replace(solution, delta=low_rank.delta, low_rank=low_rank)
 
@@ -258,7 +263,7 @@ def _choose(coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str
     for method, names in tried.items():
         if len(names) > 1:
             for name, knob in names.items():
-                _send(coordinator, plan, name, "validation", solutions_of[method](knob))
+                _send(coordinator, plan, name, "validation", solutions_of[method](knob, with_spectra=False))
     figures = _figures(coordinator, "validation", tuple(swept)) if swept else {}
     choices: dict[str, Choice] = {}
     for method, names in tried.items():

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from client.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, TensorRoles
@@ -17,6 +25,14 @@ def batch_of(lengths: list[int], padded_to: int, seed: int = 0) -> dict[str, tor
     tokens = torch.randint(1, 50, (len(lengths), padded_to), generator=random)
     mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
     return {"input_ids": tokens * mask, "attention_mask": mask.long()}
+
+
+def plan_for(model: nn.Module, batch: dict[str, torch.Tensor]) -> MergePlan:
+    """Every distinct input has a Gram."""
+    merged = find_shared_inputs(model, batch)
+    names = {name for group in merged for name in group}
+    averaged = tuple(name for name in parameter_shapes(model) if name not in names)
+    return merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
 
 
 def explicit_rows(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -101,12 +117,8 @@ def test_a_vision_transformer_shares_inputs_too() -> None:
 def test_a_conv1d_layer_is_stored_input_first() -> None:
     config = GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=16, num_labels=3, pad_token_id=0)
     model = GPT2ForSequenceClassification(config).eval()
-    merged = find_shared_inputs(model, batch_of([4, 6], 6))
-    names = {name for group in merged for name in group}
-    roles = TensorRoles(
-        merged=merged, averaged=tuple(name for name in parameter_shapes(model) if name not in names), left_alone=()
-    )
-    layers = {layer.weight: layer for layer in merge_plan(model, roles).layers()}
+    plan = plan_for(model, batch_of([4, 6], 6))
+    layers = {layer.weight: layer for layer in plan.layers()}
     fused = layers["transformer.h.0.attn.c_attn.weight"]
     assert (fused.d_in, fused.d_out, fused.stored_input_first) == (8, 24, True)
     assert not layers["score.weight"].stored_input_first
@@ -143,3 +155,41 @@ def test_measuring_leaves_no_hook_behind(plan: MergePlan) -> None:
     model = tiny_bert()
     measure_grams(model, plan, [batch_of([4], 4)])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_forward_pass_ends_where_the_last_layer_is_fed() -> None:
+    """A tied head over the vocabulary has no Gram, and is the dearest layer of a small language model."""
+    config = GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    batches = [batch_of([4, 6], 6), batch_of([5, 3], 5, seed=1), batch_of([7], 7, seed=2)]
+    plan = plan_for(model, batches[0])
+    heads: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    together = measure_grams(model, plan, batches)
+    assert len(heads) == 1  # the first pass shows how often each layer is fed
+    alone = [measure_grams(model, plan, [batch]) for batch in batches]  # each a first pass, to its end
+    hook.remove()
+    for name, gram in together.items():
+        assert gram.rows == 25
+        torch.testing.assert_close(gram.matrix, sum(each[name].matrix for each in alone), rtol=0, atol=0)
+
+
+def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
+    config = AlbertConfig(
+        vocab_size=50,
+        embedding_size=4,
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=16,
+    )
+    model = AlbertForSequenceClassification(config).eval()
+    batches = [batch_of([4, 6], 6), batch_of([5, 3], 5, seed=1)]
+    grams = measure_grams(model, plan_for(model, batches[0]), batches)
+    assert max(gram.rows for gram in grams.values()) == 3 * 18
+
+
+def test_grams_are_symmetric_to_the_last_bit(plan: MergePlan) -> None:
+    for gram in measure_grams(tiny_bert(), plan, [batch_of([3, 7, 5], 7), batch_of([2, 9], 9, seed=1)]).values():
+        assert torch.equal(gram.matrix, gram.matrix.T)

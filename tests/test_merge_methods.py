@@ -306,6 +306,18 @@ def test_conditioning_and_rank_are_those_of_the_spectrum() -> None:
     assert normal_equations.spectrum(torch.eye(5, dtype=torch.float64))[1] == pytest.approx(5)
 
 
+@pytest.mark.parametrize(("method", "knob"), [("regmean", 0.9), ("data_free", 1.0)])
+def test_a_sweep_gives_the_same_models_and_spares_the_spectra(agreement: Agreement, method: str, knob: float) -> None:
+    plan = plan_for(3, [2])
+    alone = agreement.model_copy(update={"method": method, "compare_with": ()})
+    total = total_of(alone, plan, three_owners(plan))
+    published, tried = (solve(alone, plan, method, total, knob, with_spectra) for with_spectra in (True, False))
+    assert all(torch.equal(published.delta[name], tried.delta[name]) for name in plan.shapes)
+    assert all(note.condition and note.effective_rank for note in published.layers)
+    assert tried.layers
+    assert all(note.condition is None and note.effective_rank is None for note in tried.layers)
+
+
 # --- the other methods ------------------------------------------------------------------------------------------------
 
 

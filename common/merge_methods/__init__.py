@@ -4,7 +4,8 @@
     knobs(agreement)                      the values of its knob to be tried; (None,) for a method without one
     layout(agreement, plan)               the tensors that are summed over owners
     contribution(agreement, plan, owner)  one owner's tensors, in that order
-    solve(agreement, plan, total, knob)   the merged delta from the sums
+    solve(agreement, plan, total, knob, with_spectra)   the merged delta from the sums; a sweep goes without the
+                                          spectra of Grams, which are told of the published model, and dearer
 
 A method of several steps (sequence.py) has, instead of `solve`,
 
@@ -121,7 +122,9 @@ def solve_step(
     return solution
 
 
-def solve(agreement: Agreement, plan: MergePlan, method: str, total: Total, knob: float | None) -> Solution:
-    """The merged delta of one method."""
-    solution: Solution = METHODS[method].solve(agreement, plan, total, knob)
+def solve(
+    agreement: Agreement, plan: MergePlan, method: str, total: Total, knob: float | None, with_spectra: bool = True
+) -> Solution:
+    """The merged delta of one method; `with_spectra`, its notes have condition and rank of every Gram."""
+    solution: Solution = METHODS[method].solve(agreement, plan, total, knob, with_spectra)
     return solution

@@ -58,11 +58,11 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
     yield from weighted_delta_tensors(agreement, owner, _averaged(plan))
 
 
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> Solution:
+def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float, with_spectra: bool = True) -> Solution:
     merged: dict[str, Tensor] = {}
     layers = []
     for layer in plan.linear_layers:
-        solved, note = system_of(agreement, layer).solve(total, knob, None)
+        solved, note = system_of(agreement, layer).solve(total, knob, None, with_spectra)
         merged |= solved
         layers.append(note)
     averaged = {name: mean_delta(total, name).float() for name in _averaged(plan)}

@@ -65,8 +65,13 @@ class System:
                 product = alpha * (gram @ own) + (1 - alpha) * diagonal * own
                 yield f"{self.kind}gram_delta/{layer.weight}", to_array(product)
 
-    def solve(self, total: Total, alpha: float, rows: int | None) -> tuple[dict[str, Tensor], LayerNote]:
-        """The merged deltas by layer (see `models.join_experts`), and how it went. `rows`: those behind the Gram."""
+    def solve(
+        self, total: Total, alpha: float, rows: int | None, with_spectrum: bool = True
+    ) -> tuple[dict[str, Tensor], LayerNote]:
+        """The merged deltas by layer (see `models.join_experts`), and how it went. `rows`: those behind the Gram.
+
+        Eigenvalues cost more than the solve itself, so a sweep goes without.
+        """
         gram = torch.from_numpy(total[f"{self.kind}gram/{self.name}"])  # (gram_size, gram_size) float64
         diagonal = gram.diagonal().clone()
         gram.mul_(alpha)
@@ -75,7 +80,7 @@ class System:
         # Of the matrix, in the spectral norm.
         error = self.gram_size * total.rounding_error(f"{self.kind}gram/{self.name}")
         solution, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
-        condition, effective_rank = spectrum(gram)
+        condition, effective_rank = spectrum(gram) if with_spectrum else (None, None)
         note = LayerNote(
             name=self.name,
             status=status,

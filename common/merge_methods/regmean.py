@@ -72,17 +72,17 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
     yield from weighted_delta_tensors(agreement, owner, plan.averaged)
 
 
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> Solution:
+def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float, with_spectra: bool = True) -> Solution:
     merged: dict[str, Tensor] = {}
     layers = []
     for shared in plan.inputs:
         rows = round(total[f"rows/{shared.name}"][0])
-        solved, note = _system_of(agreement, shared).solve(total, knob, rows)
+        solved, note = _system_of(agreement, shared).solve(total, knob, rows, with_spectra)
         merged |= solved
         layers.append(note)
     for layer in plan.data_free:
         (alpha,) = agreement.data_free.alphas
-        solved, note = data_free.system_of(agreement, layer).solve(total, alpha, None)
+        solved, note = data_free.system_of(agreement, layer).solve(total, alpha, None, with_spectra)
         merged |= solved
         layers.append(note)
     averaged = {name: mean_delta(total, name).float() for name in plan.averaged}

@@ -1,0 +1,68 @@
+"""The symmetric product against explicit float64 rows, over any number of rows, batches and dimensions."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
+
+from client.symmetric_product import ROWS_AT_ONCE, SymmetricProducts, mirror_upper
+
+# Around the edges of the bands in which sums are folded, and small ones.
+DIMENSIONS = st.sampled_from([1, 2, 7, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 2 * ROWS_AT_ONCE + 3])
+
+
+def random_rows(count: int, dimension: int, seed: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(count, dimension, generator=random) + torch.randn(dimension, generator=random)
+
+
+def summed(batches: list[torch.Tensor]) -> torch.Tensor:
+    dimension = batches[0].shape[1]
+    matrix = torch.zeros(dimension, dimension, dtype=torch.float64)
+    products = SymmetricProducts([dimension])
+    for rows in batches:
+        products.add(matrix, rows)
+    mirror_upper(matrix)
+    return matrix
+
+
+@settings(deadline=None, max_examples=40)
+@given(DIMENSIONS, st.lists(st.integers(0, 300), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_sums_over_batches_are_symmetric_and_equal_explicit_rows(dimension: int, counts: list[int], seed: int) -> None:
+    batches = [random_rows(count, dimension, seed + number) for number, count in enumerate(counts)]
+    rows = torch.cat(batches).double()
+    matrix, oracle = summed(batches), rows.T @ rows
+    assert torch.equal(matrix, matrix.T)
+    assert (matrix - oracle).norm() <= 1e-5 * oracle.norm()
+    assert ((matrix - oracle).abs() <= 1e-5 * torch.outer(oracle.diagonal(), oracle.diagonal()).sqrt()).all()
+
+
+def test_rows_may_be_a_view_of_anything() -> None:
+    rows = random_rows(50, 12, seed=0)
+    for view in (rows[::3], rows[:, 2:9], random_rows(12, 50, seed=1).T, rows[:, ::2]):
+        torch.testing.assert_close(summed([view]), view.double().T @ view.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_that_count_several_times_are_so_many_rows() -> None:
+    rows, matrix = random_rows(9, 5, seed=0), torch.zeros(5, 5, dtype=torch.float64)
+    SymmetricProducts([5]).add(matrix, rows, times=3)
+    torch.testing.assert_close(matrix.triu(), summed([rows] * 3).triu(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_leaves_nothing_of_itself_for_the_next_one_of_its_size() -> None:
+    products = SymmetricProducts([4])
+    for value in (float("nan"), float("inf")):
+        products.add(torch.zeros(4, 4, dtype=torch.float64), torch.full((3, 4), value))
+    matrix, rows = torch.zeros(4, 4, dtype=torch.float64), random_rows(6, 4, seed=0)
+    products.add(matrix, rows)
+    mirror_upper(matrix)
+    assert torch.equal(matrix, summed([rows]))
+
+
+def test_the_last_bits_rest_on_torchs_threads_alone() -> None:
+    rows = random_rows(700, 300, seed=0)
+    sums = []
+    for blas_threads in (1, 2):
+        with threadpool_limits(blas_threads, user_api="blas"):
+            sums.append(summed([rows]))
+    assert torch.equal(*sums)
