@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from client.symmetric_product import SymmetricProducts, mirror_upper
+from client.symmetric_product import add_upper, mirror_upper
 from common.errors import ModelError
 from common.merge_methods.terms import Gram
 from common.models import (
@@ -178,7 +178,6 @@ class GramCollector:
             shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64) for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
-        self._products = SymmetricProducts({shared.gram_size for shared in plan.inputs})
         self._group = {layer.weight: shared for shared in plan.inputs for layer in shared.layers}
         self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
@@ -223,5 +222,5 @@ class GramCollector:
         if shared.has_constant:
             rows = with_constant(rows)  # (rows, gram_size)
         times = self._tokens.times(fed)
-        self._products.add(self.matrices[shared.name], rows, times)
+        add_upper(self.matrices[shared.name], rows, times)
         self.rows[shared.name] += times * len(rows)

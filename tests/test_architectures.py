@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
@@ -253,7 +252,6 @@ def merge(request: pytest.FixtureRequest, agreement: Agreement) -> Merge:
     architecture = ARCHITECTURES[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", lambda self: self)
-        patch.setattr("client.symmetric_product.ssyrk", dsyrk)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             base = architecture.make().double().eval()

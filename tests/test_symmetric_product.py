@@ -3,12 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
-from client.symmetric_product import ROWS_AT_ONCE, SymmetricProducts, mirror_upper
+from client.symmetric_product import COLUMNS, add_upper, mirror_upper
 
 # Around the edges of the bands in which sums are folded, and small ones.
-DIMENSIONS = st.sampled_from([1, 2, 7, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 2 * ROWS_AT_ONCE + 3])
+DIMENSIONS = st.sampled_from([1, 2, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 3])
 
 
 def random_rows(count: int, dimension: int, seed: int) -> torch.Tensor:
@@ -19,9 +18,8 @@ def random_rows(count: int, dimension: int, seed: int) -> torch.Tensor:
 def summed(batches: list[torch.Tensor]) -> torch.Tensor:
     dimension = batches[0].shape[1]
     matrix = torch.zeros(dimension, dimension, dtype=torch.float64)
-    products = SymmetricProducts([dimension])
     for rows in batches:
-        products.add(matrix, rows)
+        add_upper(matrix, rows)
     mirror_upper(matrix)
     return matrix
 
@@ -45,24 +43,5 @@ def test_rows_may_be_a_view_of_anything() -> None:
 
 def test_rows_that_count_several_times_are_so_many_rows() -> None:
     rows, matrix = random_rows(9, 5, seed=0), torch.zeros(5, 5, dtype=torch.float64)
-    SymmetricProducts([5]).add(matrix, rows, times=3)
+    add_upper(matrix, rows, times=3)
     torch.testing.assert_close(matrix.triu(), summed([rows] * 3).triu(), rtol=1e-5, atol=1e-5)
-
-
-def test_a_product_leaves_nothing_of_itself_for_the_next_one_of_its_size() -> None:
-    products = SymmetricProducts([4])
-    for value in (float("nan"), float("inf")):
-        products.add(torch.zeros(4, 4, dtype=torch.float64), torch.full((3, 4), value))
-    matrix, rows = torch.zeros(4, 4, dtype=torch.float64), random_rows(6, 4, seed=0)
-    products.add(matrix, rows)
-    mirror_upper(matrix)
-    assert torch.equal(matrix, summed([rows]))
-
-
-def test_the_last_bits_rest_on_torchs_threads_alone() -> None:
-    rows = random_rows(700, 300, seed=0)
-    sums = []
-    for blas_threads in (1, 2):
-        with threadpool_limits(blas_threads, user_api="blas"):
-            sums.append(summed([rows]))
-    assert torch.equal(*sums)
