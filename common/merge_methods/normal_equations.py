@@ -29,6 +29,8 @@ from common.models import Layer
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry
 
+SURE_PIVOT = 1e-10  # of a Cholesky factor, relative to the diagonal: far above what rounding leaves of a zero
+
 
 @dataclass(frozen=True, kw_only=True)
 class System:
@@ -131,8 +133,9 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[
     if not matrix.any():
         return torch.zeros_like(right), "empty", dimension
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    # L_jj^2 is what of direction j the directions before it leave unexplained.
-    if not failed and (factor.diagonal() ** 2 > tolerance * diagonal + error).all():
+    # L_jj^2 is what of direction j the directions before it leave unexplained; rounding adds to it, the more the nearer
+    # those are to singular themselves. Eigenvalues, which are dear, decide where that is in doubt.
+    if not failed and (factor.diagonal() ** 2 > SURE_PIVOT * diagonal + error).all():
         return torch.cholesky_solve(right, factor), "solved", 0
     values, vectors = torch.linalg.eigh(matrix)
     noise = 10 * tolerance * values.abs().max() + error
@@ -140,6 +143,8 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[
     indefinite = bool((values < -noise).any())
     basis = vectors[:, kept]
     solution = basis @ ((basis.T @ right) / values[kept, None])
+    if kept.all():
+        return solution, "solved", 0
     return solution, "indefinite" if indefinite else "singular", int((~kept).sum())
 
 
