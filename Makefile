@@ -29,6 +29,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.gram --quick
 	$(BIN)/python -m benchmarks.solve
+	$(BIN)/python -m benchmarks.payload
+	$(BIN)/python -m benchmarks.scale
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("amalgram needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
