@@ -177,21 +177,24 @@ def test_a_forward_pass_ends_before_a_head_that_is_not_measured() -> None:
         torch.testing.assert_close(together[shared.name].matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_is_measured_has_all_its_rows() -> None:
-    config = GPT2Config(
-        vocab_size=50,
-        n_embd=8,
-        n_layer=1,
-        n_head=2,
-        n_positions=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=False,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    batches = [batch_of([4, 6], 6), batch_of([5, 3], 5, seed=1)]
+class EagerHead(GPT2LMHeadModel):
+    """Calls its head on the embeddings first, as models with early exits do, and at the end token by token."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        first = self.lm_head(self.transformer.wte(input_ids))
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        return first + torch.cat([self.lm_head(token) for token in hidden.split(1, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["not measured", "measured"])
+def test_a_pass_with_a_head_that_is_called_several_times_loses_no_rows(tied: bool) -> None:
+    config = GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    config.tie_word_embeddings = tied
+    model = EagerHead(config).eval()
+    batches = [batch_of([4, 4], 4), batch_of([3], 3, seed=1)]
     grams = measure_grams(model, plan_for(model, batches[0]), batches)
-    assert grams["lm_head"].rows == 18
+    assert {gram.rows for name, gram in grams.items() if name != "lm_head"} == {11}
+    assert tied or grams["lm_head"].rows == 2 * 11
 
 
 def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
