@@ -113,23 +113,42 @@ def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str,
 def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Batch]) -> dict[str, Gram]:
     """The Gram and row count of every distinct input of the plan, summed over `batches`.
 
-    Each batch's product is float32, the sums are float64. A forward pass ends where the last layer of the plan is fed,
-    so that no head over a whole vocabulary is computed in vain. Raises ModelError if layers that the plan says share
-    an input are fed different tensors, or if a batch's padding cannot be told from its shapes (`BatchTokens`).
+    Each batch's product is float32, the sums are float64. No head over a whole vocabulary is computed in vain. Raises
+    ModelError if layers that the plan says share an input are fed different tensors, or if a batch's padding cannot be
+    told from its shapes (`BatchTokens`).
     """
     collector = GramCollector(plan)
-
-    def observe(weight: str, fed: LayerInput) -> None:
-        collector.observe(weight, fed)
-        if collector.has_whole_batch:
-            raise FarEnough
-
-    with layer_inputs(model, observe, {layer.weight for layer in plan.layers()}):
+    weights = {layer.weight for layer in plan.layers()}
+    with layer_inputs(model, collector.observe, weights), _ending_before_head(model, collector, weights):
         for batch in batches:
             collector.start_batch(batch)
             with suppress(FarEnough):
                 model(**batch)
     return collector.grams()
+
+
+@contextmanager
+def _ending_before_head(model: nn.Module, collector: "GramCollector", weights: Collection[str]) -> Iterator[None]:
+    """While open, a forward pass ends where a language model's head is called, unless that is measured itself.
+
+    No earlier: a layer that is fed again and again (ALBERT), or in pieces where a batch is long, does not say which
+    call is its last.
+    """
+
+    def leave(*_: object) -> None:
+        if collector.has_fed_all:
+            raise FarEnough
+
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    measured = [module for name, module in linear_layers(model).items() if f"{name}.weight" in weights]
+    if head is None or any(head is module for module in measured):
+        yield
+        return
+    handle = head.register_forward_pre_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class BatchTokens:
@@ -181,7 +200,6 @@ class GramCollector:
         self._group = {layer.weight: shared for shared in plan.inputs for layer in shared.layers}
         self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
-        self._called_once_each = False
         self._led: dict[str, list[ReferenceType[Any]]] = {}
 
     def grams(self) -> dict[str, Gram]:
@@ -191,16 +209,13 @@ class GramCollector:
 
     def start_batch(self, batch: Batch) -> None:
         self._tokens = BatchTokens(batch)
-        self._called_once_each = bool(self._calls) and set(self._calls.values()) == {1}  # in the batch before
         self._calls = dict.fromkeys(self._group, 0)
         self._led = {name: [] for name in self.matrices}
 
     @property
-    def has_whole_batch(self) -> bool:
-        """Whether all layers have been fed all that this batch has for them. Never, while it is not known that each is
-        fed once: one that is called again and again (ALBERT) does not say which call is its last.
-        """
-        return self._called_once_each and all(self._calls.values())
+    def has_fed_all(self) -> bool:
+        """Whether every layer has been fed something of this batch."""
+        return all(self._calls.values())
 
     def observe(self, weight: str, fed: LayerInput) -> None:
         if weight not in self._group:

@@ -6,6 +6,8 @@ from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -157,7 +159,7 @@ def test_measuring_leaves_no_hook_behind(plan: MergePlan) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_forward_pass_ends_where_the_last_layer_is_fed() -> None:
+def test_a_forward_pass_ends_before_a_head_that_is_not_measured() -> None:
     """A tied head over the vocabulary has no Gram, and is the dearest layer of a small language model."""
     config = GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
@@ -166,12 +168,33 @@ def test_a_forward_pass_ends_where_the_last_layer_is_fed() -> None:
     heads: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda *_: heads.append(1))
     together = measure_grams(model, plan, batches)
-    assert len(heads) == 1  # the first pass shows how often each layer is fed
-    alone = [measure_grams(model, plan, [batch]) for batch in batches]  # each a first pass, to its end
+    assert not heads
     hook.remove()
-    for name, gram in together.items():
-        assert gram.rows == 25
-        torch.testing.assert_close(gram.matrix, sum(each[name].matrix for each in alone), rtol=0, atol=0)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for shared in plan.inputs:
+        rows = torch.cat([explicit_rows(model, batch, shared.name) for batch in batches])
+        assert together[shared.name].rows == len(rows) == 25
+        torch.testing.assert_close(together[shared.name].matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+class EagerHead(GPT2LMHeadModel):
+    """Calls its head on the embeddings first, as models with early exits do, and at the end token by token."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        first = self.lm_head(self.transformer.wte(input_ids))
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        return first + torch.cat([self.lm_head(token) for token in hidden.split(1, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["not measured", "measured"])
+def test_a_pass_with_a_head_that_is_called_several_times_loses_no_rows(tied: bool) -> None:
+    config = GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    config.tie_word_embeddings = tied
+    model = EagerHead(config).eval()
+    batches = [batch_of([4, 4], 4), batch_of([3], 3, seed=1)]
+    grams = measure_grams(model, plan_for(model, batches[0]), batches)
+    assert {gram.rows for name, gram in grams.items() if name != "lm_head"} == {11}
+    assert tied or grams["lm_head"].rows == 2 * 11
 
 
 def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
@@ -188,6 +211,30 @@ def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
     batches = [batch_of([4, 6], 6), batch_of([5, 3], 5, seed=1)]
     grams = measure_grams(model, plan_for(model, batches[0]), batches)
     assert max(gram.rows for gram in grams.values()) == 3 * 18
+
+
+def test_a_layer_that_is_fed_once_in_short_batches_and_in_pieces_in_long_ones_has_all_its_rows() -> None:
+    """A feed-forward in chunks of 4 tokens, which is the last that is merged: pooler and classifier are not."""
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=16,
+        chunk_size_feed_forward=4,
+    )
+    model = BertForSequenceClassification(config).eval()
+    batches = [batch_of([4, 4], 4), batch_of([8, 8], 8, seed=1), batch_of([8], 8, seed=2)]
+    merged = tuple(group for group in find_shared_inputs(model, batches[0]) if "encoder" in group[0])
+    names = {name for group in merged for name in group}
+    averaged = tuple(name for name in parameter_shapes(model) if name not in names)
+    plan = merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
+    together = measure_grams(model, plan, batches)
+    alone = [measure_grams(model, plan, [batch]) for batch in batches]
+    for name, gram in together.items():
+        assert gram.rows == 32, name
+        torch.testing.assert_close(gram.matrix, sum(each[name].matrix for each in alone), rtol=0, atol=0)
 
 
 def test_grams_are_symmetric_to_the_last_bit(plan: MergePlan) -> None:

@@ -220,6 +220,73 @@ def test_a_candidate_out_of_turn_or_shape_is_refused(change: dict, parties: Part
         Owner(party).answer(replace(candidate(parties), **change))
 
 
+@pytest.fixture
+def three_parts(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> list[CandidatePart]:
+    """A candidate that is too large for one message, or for two."""
+    whole = candidate(parties)
+    part_bytes = 4 * -(-whole.payload.size // 3)
+    cut = TensorLayout.part_slices
+    monkeypatch.setattr(
+        TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, part_bytes)
+    )
+    pieces = delta_layout(parties.plan).part_slices(4)
+    assert len(pieces) == 3
+    payload = np.random.default_rng(0).normal(scale=1e-3, size=whole.payload.size).astype(np.float32)
+    return [replace(whole, part=number, parts=3, payload=payload[piece]) for number, piece in enumerate(pieces)]
+
+
+def test_a_candidate_in_parts_is_taken_whole(three_parts: list[CandidatePart], party: Path) -> None:
+    for message in three_parts:
+        assert not Owner(party).state.read_json("candidates")
+        Owner(party).answer(message)
+    sent = np.concatenate([message.payload for message in three_parts])
+    digest = hashlib.sha256(sent.data).hexdigest()
+    assert Owner(party).state.read_json("candidates") == [["average", "test", digest]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "regmean@0.9"},  # agreed on, but not begun
+        {"model": "regmean@0.123"},
+        {"model": "refit 0"},
+        {"split": "validation"},
+        {"split": "prefix"},
+        {"part": 2},
+        {"parts": 2},
+        {"run": OTHER},
+        {"agreement_digest": OTHER},
+        {"payload": np.zeros(3, np.float32)},
+    ],
+    ids=str,
+)
+def test_a_candidate_that_changes_between_two_parts_is_refused(
+    change: dict, three_parts: list[CandidatePart], party: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workbench, "score", lambda *_: pytest.fail("computed something"))
+    Owner(party).answer(three_parts[0])
+    with pytest.raises((ConsentError, RemoteProtocolError)):
+        Owner(party).answer(replace(three_parts[1], **change))
+    Owner(party).answer(three_parts[1])  # what was refused changed nothing
+    with pytest.raises((ConsentError, RemoteProtocolError)):
+        Owner(party).answer(replace(three_parts[2], **{"part": 1} if change == {"part": 2} else change))
+    assert not Owner(party).state.read_json("candidates")
+
+
+def test_a_part_goes_on_with_the_candidate_begun_last_and_with_no_other(
+    three_parts: list[CandidatePart], parties: Parties, party: Path
+) -> None:
+    first, second, _ = three_parts
+    Owner(party).answer(first)
+    Owner(party).answer(replace(first, model="regmean@0.9"))
+    with pytest.raises(RemoteProtocolError, match="out of turn"):
+        Owner(party).answer(second)
+    Owner(party).answer(replace(second, model="regmean@0.9"))
+    Owner(party).answer(replace(roll_call(parties), run=OTHER))  # a new run knows nothing of an earlier one's parts
+    with pytest.raises(RemoteProtocolError, match="out of turn"):
+        Owner(party).answer(replace(three_parts[2], model="regmean@0.9", run=OTHER))
+
+
 def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, party: Path) -> None:
     broken = candidate(parties)
     broken.payload[5] = np.nan

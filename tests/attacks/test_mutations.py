@@ -31,7 +31,7 @@ class Mutation:
 
 
 GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
-LAUNCH, LOGS, DEPLOYMENT = "test_launch.py", "test_logs.py", "end_to_end/test_deployment.py"
+LAUNCH, LOGS, OWNERS, DEPLOYMENT = "test_launch.py", "test_logs.py", "test_owner.py", "end_to_end/test_deployment.py"
 KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, AGREEMENT, RESUME = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
@@ -181,6 +181,10 @@ TABLE = [
     Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
     Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),
     Mutation(PROCESS, "test_38_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
+    Mutation(OWNERS, "test_what_was_not_agreed", OWNER, "if message.model not in self.workbench.agreed_candidates:", "if False:"),
+    Mutation(OWNERS, "test_a_candidate_that_changes", OWNER, '(kept.get("model"), kept.get("split")) == (message.model, message.split)', "bool(kept)"),
+    Mutation(OWNERS, "test_a_candidate_that_changes", OWNER, "(message.part, message.parts) != (expected, len(slices))", "False"),
+    Mutation(OWNERS, "test_a_candidate_that_changes", OWNER, "        self._check_step(message.run, message.agreement_digest)\n        kept", "        kept"),
     # between machines
     Mutation(LAUNCH, "test_the_guard_shows_other", GUARD, 'is_local(scope.get("client"))', "True"),
     Mutation(LAUNCH, "test_the_guard_shows_other", GUARD, 'OPEN.fullmatch(path)', "OPEN.match(path)"),
