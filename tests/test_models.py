@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
 
+from client.gram import measure_grams
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
 from common.models import (
+    MergePlan,
     add_delta,
     base_labels,
     check_base,
@@ -219,3 +221,14 @@ def test_roles_must_name_exactly_the_model_s_parameters(agreement: Agreement) ->
             tiny_bert(),
             roles.model_copy(update={"averaged": roles.averaged[1:], "merged": (*roles.merged, (roles.averaged[0],))}),
         )
+
+
+def test_a_base_that_cuts_its_feed_forward_into_chunks_is_run_whole(folder: Path, plan: MergePlan) -> None:
+    """In a chunk, padding cannot be told by shape, and would be counted as rows."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"chunk_size_feed_forward": 4}))
+    tokens = torch.arange(1, 17).reshape(2, 8)
+    mask = torch.tensor([[1] * 8, [1] * 3 + [0] * 5])
+    grams = measure_grams(load_base(folder, TASK, seed=0), plan, [{"input_ids": tokens, "attention_mask": mask}])
+    rows = {name: gram.rows for name, gram in grams.items() if "intermediate" in name or "output" in name}
+    assert set(rows.values()) == {11}

@@ -14,6 +14,7 @@ Run as a process of its own: `python -m deploy.launch.pinned_supernode DIGEST` a
 import hashlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -175,7 +176,10 @@ def main() -> None:
     connect: Any = vars(start_client_internal)["http_request_response"]
     vars(start_client_internal)["http_request_response"] = pinned(connect, digest, Path.cwd())
     sys.argv[0] = "flower-supernode"
-    flower_supernode()
+    try:
+        flower_supernode()
+    except Exception:
+        traceback.print_exc()
     # Its loop gave up, as on a line that somebody tampers with. The thread of its runtime interface would keep the
     # process, deaf and dumb; `amalgram client` starts another when this one has ended.
     sys.stdout.flush()
