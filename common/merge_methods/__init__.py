@@ -4,8 +4,7 @@
     knobs(agreement)                      the values of its knob to be tried; (None,) for a method without one
     layout(agreement, plan)               the tensors that are summed over owners
     contribution(agreement, plan, owner)  one owner's tensors, in that order
-    solve(agreement, plan, total, knob, with_spectra)   the merged delta from the sums; a sweep goes without the
-                                          spectra of Grams, which are told of the published model, and dearer
+    solve(agreement, plan, total, knob)   the merged delta from the sums
 
 A method of several steps (sequence.py) has, instead of `solve`,
 
@@ -42,6 +41,7 @@ METHODS: dict[str, ModuleType] = {
     "regmean_plus_plus": regmean_plus_plus,
     "data_free": data_free,
 }
+HAVE_SPECTRA = ("regmean", "data_free")  # methods of one sum whose notes tell condition and rank of each Gram
 
 
 def measurements(agreement: AgreementDraft) -> frozenset[str]:
@@ -125,6 +125,7 @@ def solve_step(
 def solve(
     agreement: Agreement, plan: MergePlan, method: str, total: Total, knob: float | None, with_spectra: bool = True
 ) -> Solution:
-    """The merged delta of one method; `with_spectra`, its notes have condition and rank of every Gram."""
-    solution: Solution = METHODS[method].solve(agreement, plan, total, knob, with_spectra)
+    """The merged delta of one method. A sweep goes without the spectra of Grams, which cost more than its solves."""
+    without = {"with_spectra": False} if method in HAVE_SPECTRA and not with_spectra else {}
+    solution: Solution = METHODS[method].solve(agreement, plan, total, knob, **without)
     return solution

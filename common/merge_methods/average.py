@@ -40,6 +40,6 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
     yield from weighted_delta_tensors(agreement, owner, plan.changed)
 
 
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None, with_spectra: bool = True) -> Solution:
+def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None) -> Solution:
     delta = {name: mean_delta(total, name).float() for name in plan.changed}
     return Solution(delta=delta | unchanged(plan))

@@ -60,7 +60,7 @@ def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> It
         yield f"fisher_delta/{name}", fisher * to_array(owner.delta[name])
 
 
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None, with_spectra: bool = True) -> Solution:
+def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None) -> Solution:
     delta = {}
     below_floor = 0
     for name in plan.changed:

@@ -20,6 +20,6 @@ def knobs(agreement: Agreement) -> tuple[float, ...]:
     return agreement.task_arithmetic.scales
 
 
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float, with_spectra: bool = True) -> Solution:
+def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> Solution:
     delta = {name: (knob * total.num_owners * mean_delta(total, name)).float() for name in plan.changed}
     return Solution(delta=delta | unchanged(plan))
