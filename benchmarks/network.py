@@ -6,7 +6,7 @@ RegMean of a BERT with 12 blocks and `--hidden` dimensions, masked, over TLS on 
 180 million numbers an owner. Random weights, one small change for all owners, short made-up rows: measuring costs
 little, carrying costs what it costs. Peaks are VmHWM, sampled every 0.2 s: they count files that are mapped, too, such
 as PyTorch's libraries (about 300 MB in an app) and an owner's vector on the disk. Writes
-benchmarks/results/network.{json,md}.
+benchmarks/results/network-HIDDEN.{json,md}.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main() -> None:
             "runs": runs,
         }
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "network.json").write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / "network.md").write_text(as_markdown(results))
+        (RESULTS / f"network-{arguments.hidden}.json").write_text(json.dumps(results, indent=2) + "\n")
+        (RESULTS / f"network-{arguments.hidden}.md").write_text(as_markdown(results))
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 
