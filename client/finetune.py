@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from rich import get_console
+from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel
 
@@ -16,7 +17,8 @@ def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int,
     random = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     batches_per_epoch = -(-len(rows) // training.batch_size)
-    console = get_console()  # the one on which a command shows its own progress, too
+    # The one on which a command shows its own progress, too; elsewhere rich's own would write to standard output.
+    console = get_console() if get_console().stderr else Console(stderr=True)
     progress = track(
         range(training.epochs * batches_per_epoch),
         description=description,
