@@ -17,8 +17,6 @@ who else uses the machine does not count. --quick measures fewer layers and writ
 
 import argparse
 import json
-import os
-import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.machine import this_machine
 from client.gram import Batch, find_shared_inputs, layer_inputs, measure_grams
 from client.rows import Rows
 from common.agreement import TensorRoles
@@ -118,12 +117,7 @@ def main() -> None:
 def measure(data: Path | None, threads: int, quick: bool) -> dict[str, Any]:
     lengths = drawn_lengths() if data is None else lengths_of(data)
     return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": this_machine(),
         "threads": threads,
         "batch_size": BATCH_SIZE,
         "lengths": {

@@ -14,8 +14,6 @@ The planted problem: all owners changed a layer alike, so that the merge must gi
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.machine import this_machine
 from common.merge_methods.normal_equations import System
 from common.models import Layer
 from common.summation.protocol import Total
@@ -75,12 +74,7 @@ def measure() -> dict[str, Any]:
         for way, by_condition in errors.items():
             by_condition[f"{condition:.0e}"] = relative_error(ways[way](system, total), delta)
     return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": this_machine(),
         "seconds": {way: median(seconds) for way, seconds in turns.items()},
         "relative_error": errors,
     }

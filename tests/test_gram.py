@@ -6,7 +6,6 @@ from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -29,9 +28,9 @@ def batch_of(lengths: list[int], padded_to: int, seed: int = 0) -> dict[str, tor
     return {"input_ids": tokens * mask, "attention_mask": mask.long()}
 
 
-def plan_for(model: nn.Module, batch: dict[str, torch.Tensor]) -> MergePlan:
-    """Every distinct input has a Gram."""
-    merged = find_shared_inputs(model, batch)
+def plan_for(model: nn.Module, batch: dict[str, torch.Tensor], within: str = "") -> MergePlan:
+    """Every distinct input has a Gram, of layers with `within` in their names."""
+    merged = tuple(group for group in find_shared_inputs(model, batch) if within in group[0])
     names = {name for group in merged for name in group}
     averaged = tuple(name for name in parameter_shapes(model) if name not in names)
     return merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
@@ -215,21 +214,11 @@ def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
 
 def test_a_layer_that_is_fed_once_in_short_batches_and_in_pieces_in_long_ones_has_all_its_rows() -> None:
     """A feed-forward in chunks of 4 tokens, which is the last that is merged: pooler and classifier are not."""
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-        chunk_size_feed_forward=4,
-    )
+    config = tiny_bert().config
+    config.chunk_size_feed_forward = 4
     model = BertForSequenceClassification(config).eval()
     batches = [batch_of([4, 4], 4), batch_of([8, 8], 8, seed=1), batch_of([8], 8, seed=2)]
-    merged = tuple(group for group in find_shared_inputs(model, batches[0]) if "encoder" in group[0])
-    names = {name for group in merged for name in group}
-    averaged = tuple(name for name in parameter_shapes(model) if name not in names)
-    plan = merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
+    plan = plan_for(model, batches[0], within="encoder")
     together = measure_grams(model, plan, batches)
     alone = [measure_grams(model, plan, [batch]) for batch in batches]
     for name, gram in together.items():
