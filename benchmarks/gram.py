@@ -268,8 +268,9 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}; "
         f"{clock}, medians of {len(results['shapes'][0]['turns'])} turns in one run. float32, batches of "
-        f"{results['batch_size']}. Lengths ({lengths['from']}): mean {lengths['mean']} tokens, median "
-        f"{lengths['median']:.0f}, 95 % below {lengths['95 %']:.0f}."
+        f"{results['batch_size']} of the longest texts or as many more as take no more room. Lengths "
+        f"({lengths['from']}): mean {lengths['mean']} tokens, median {lengths['median']:.0f}, "
+        f"95 % below {lengths['95 %']:.0f}."
     )
     yield ""
     yield "| | Grams | the common way's | forwards a pass | times the common way's rows a second |"
@@ -291,8 +292,9 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         "Rows a second, padding not counted; where not all layers were measured, scaled to all of them. The common "
-        "way: a hook on every linear layer, a full product each, padding and all, in the order of the file. All with a "
-        "classifier on top, Llama too: its head over the vocabulary, which the Gram pass need not compute, is left out."
+        f"way: a hook on every linear layer, a full product each, padding and all, {results['batch_size']} texts a "
+        "batch in the order of the file. All with a classifier on top, Llama too: its head over the vocabulary, which "
+        "the Gram pass need not compute, is left out."
     )
 
 

@@ -7,6 +7,7 @@ the sum over them. The square stands inside the sum: gradients of a whole batch,
 Labels are not used.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,8 @@ def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int) -> dict[str, T
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
-    for _, batch, targets in rows.batches(batch_size=1):
+    for index in range(len(rows)):
+        batch, targets = rows.batch(np.array([index]))
         logits = model(**batch).logits[targets != IGNORED]  # (predictions, labels)
         if not len(logits):
             continue

@@ -61,14 +61,25 @@ class Rows:
         return inputs, targets
 
     def batches(self, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Batch, Tensor]]:
-        """All rows as (indices, inputs, targets), rows of like length together so that little is padded."""
-        order = np.arange(len(self))
-        if not isinstance(self.features, np.ndarray):
-            lengths = [len(row["input_ids"]) for row in self.features]
-            order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            yield indices, *self.batch(indices)
+        """All rows as (indices, inputs, targets), rows of like length together so that little is padded.
+
+        A batch has `batch_size` of the longest rows, or as many shorter ones as take no more room: a forward pass, and
+        more so what is measured in it, has a cost a batch.
+        """
+        if isinstance(self.features, np.ndarray):
+            lengths = np.ones(len(self), np.int64)
+        else:
+            lengths = np.array([len(row["input_ids"]) for row in self.features], np.int64)
+        order = np.argsort(lengths, kind="stable")
+        room = batch_size * int(lengths.max(initial=0))  # positions
+        start = 0
+        while start < len(order):
+            # Rows ascend in length: the last of a batch is what all of it is padded to.
+            most = order[start : start + room // int(lengths[order[start]])]
+            padded = lengths[most] * np.arange(1, len(most) + 1)
+            end = start + int(np.searchsorted(padded, room, side="right"))
+            yield order[start:end], *self.batch(order[start:end])
+            start = end
 
 
 def pool(parts: list[Rows]) -> Rows:

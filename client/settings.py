@@ -72,6 +72,7 @@ class OwnerSettings(Settings):
     # A whole model, or a LoRA adapter of the base (a folder with adapter_config.json).
     fine_tuned: str | None = None
     training: Training | None = None
+    # How many of the longest rows a forward pass takes; of shorter ones as many more as take no more room.
     batch_size: Count = 32
     # The labels of this owner's own head, where heads are private; left out, those that its model names.
     labels: tuple[str, ...] = ()

@@ -125,6 +125,15 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
     assert [batch["input_ids"].shape[1] for _, batch, _ in batches] == [4, 6, 7]
 
 
+def test_a_batch_of_short_rows_has_more_of_them_but_takes_no_more_room_than_one_of_the_longest(
+    tmp_path: Path, reviews_folder: Path
+) -> None:
+    words = [1] * 9 + [3] * 2 + [6]  # and two special tokens each
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * count, "label": "positive"} for count in words])
+    batches = list(data_of(tmp_path, reviews_folder, "rows.jsonl").train().batches(2))
+    assert [tuple(batch["input_ids"].shape) for _, batch, _ in batches] == [(5, 3), (4, 3), (2, 5), (1, 8)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
