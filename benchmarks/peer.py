@@ -1,0 +1,183 @@
+"""FusionBench's own RegMean next to ours, on the same models and rows. Writes benchmarks/results/peer.{json,md}.
+
+pip install fusion-bench && python -m benchmarks.peer [--json] [--data FOLDER]
+
+    speedup              seconds of FusionBench's merge over those of ours: both owners' Grams, the solve, and for ours
+                         also the vector that would travel
+    relative_difference  of the merged weights, Frobenius, where both mean the same: rows of one length, so that no
+                         padding is counted as rows, which FusionBench does
+
+FusionBench's part is its `regmean_merging`, as published; it asks for a trainer that hands out batches, and gets one.
+Two owners whose models differ from a random base of BERT-base's shape, a few of its layers. Nothing is masked or sent.
+Processor seconds of one thread, the ways in turn, the median turn.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from fusion_bench.method.regmean.regmean import regmean_merging
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.gram import (
+    BATCH_SIZE,
+    SHAPES,
+    drawn_lengths,
+    in_order_of_the_file,
+    lengths_of,
+    plan_of,
+    rows_of,
+    tokens,
+)
+from benchmarks.machine import this_machine
+from client.gram import Batch, measure_grams
+from client.rows import Rows
+from common.merge_methods.normal_equations import System
+from common.models import MergePlan
+from common.summation.protocol import Total
+from common.tensor_layout import TensorLayout, union
+
+RESULTS = Path(__file__).parent / "results"
+LAYERS, EXAMPLES, ALPHA, TURNS = 4, 320, 0.9, 3
+SHAPE = SHAPES[0]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What FusionBench asks of one: the batches, as they are."""
+
+    batches: list[Batch]
+    _train_batch_size: int = BATCH_SIZE
+
+    def get_train_dataloader(self) -> list[Batch]:
+        return self.batches
+
+    def _prepare_inputs(self, batch: Batch) -> Batch:
+        return batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    results = measure(drawn_lengths() if arguments.data is None else lengths_of(arguments.data))
+    (RESULTS / "peer.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RESULTS / "peer.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def measure(lengths: np.ndarray) -> dict[str, Any]:
+    base = SHAPE.model(LAYERS)
+    owners = [changed(base, seed) for seed in (1, 2)]
+    rows = rows_of(lengths[:EXAMPLES], SHAPE.config.vocab_size)
+    plan = plan_of(base, rows.batch(np.arange(2))[0])
+    turns = []
+    for _ in range(TURNS):
+        started = process_time()
+        theirs(owners, rows)
+        between = process_time()
+        ours(base, owners, plan, rows)
+        turns.append({"fusion_bench": between - started, "amalgram": process_time() - between})
+    alike = rows_of(np.full(2 * BATCH_SIZE, int(np.median(lengths))), SHAPE.config.vocab_size)
+    return {
+        "machine": this_machine() | {"fusion_bench": version("fusion-bench")},
+        "layers": LAYERS,
+        "rows_an_owner": tokens(in_order_of_the_file(rows)),
+        "seconds": {way: median(turn[way] for turn in turns) for way in turns[0]},
+        "speedup": median(turn["fusion_bench"] / turn["amalgram"] for turn in turns),
+        "relative_difference": relative_difference(theirs(owners, alike), ours(base, owners, plan, alike)),
+        "turns": turns,
+    }
+
+
+@torch.no_grad()
+def changed(base: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model as if fine-tuned: each weight of the base a little off."""
+    model, random = deepcopy(base), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=random) if parameter.ndim > 1 else 0
+    return model
+
+
+def theirs(owners: list[PreTrainedModel], rows: Rows) -> dict[str, Tensor]:
+    """Merged weights by name."""
+    trainer = Trainer(in_order_of_the_file(rows))
+    merged: dict[str, Tensor] = regmean_merging(
+        models_to_merge=owners,
+        trainers=[trainer] * len(owners),
+        exclude_param_names_regex=[],
+        nums_regmean_examples=[len(rows)] * len(owners),
+        reduce_non_diagonal_ratio=ALPHA,
+    )
+    return merged
+
+
+def ours(base: PreTrainedModel, owners: list[PreTrainedModel], plan: MergePlan, rows: Rows) -> dict[str, Tensor]:
+    """Merged weights by name: each owner's vector, their sum, the solve."""
+    systems = [
+        System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=(ALPHA,))
+        for shared in plan.inputs
+    ]
+    layout = union(TensorLayout(tuple(system.entries(bound=1e6, product_bound=1e6))) for system in systems)
+    before = dict(base.named_parameters())
+    total = np.zeros(layout.size)
+    for model in owners:
+        grams = measure_grams(model, plan, (batch for _, batch, _ in rows.batches(BATCH_SIZE)))
+        delta = {name: parameter.detach() - before[name].detach() for name, parameter in model.named_parameters()}
+        vector = np.empty(layout.size)
+        layout.flatten(
+            (each for system in systems for each in system.tensors(grams[system.name].matrix, delta)), vector
+        )
+        total += vector
+    summed = Total(layout=layout, vector=total, owners=("o0", "o1"), roster_size=2)
+    merged: dict[str, Tensor] = {}
+    for system in systems:
+        solved, _ = system.solve(summed, ALPHA, None, with_spectrum=False)
+        merged |= {name: before[name].detach() + delta for name, delta in solved.items()}
+    return merged
+
+
+def relative_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> float:
+    """The largest of the layers'."""
+    return max(float((theirs[name] - merged).norm() / merged.norm()) for name, merged in ours.items())
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    return "\n".join(_lines(results)) + "\n"
+
+
+def _lines(results: Mapping[str, Any]) -> Iterator[str]:
+    machine, seconds = results["machine"], results["seconds"]
+    yield "# RegMean by FusionBench and by Amalgram"
+    yield ""
+    yield (
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}, "
+        f"fusion-bench {machine['fusion_bench']}; processor seconds of one thread, medians of {TURNS} turns in one "
+        f"run. Two owners of BERT-base's shape with {results['layers']} layers, {results['rows_an_owner']:,} rows "
+        "(tokens) each, nothing masked or sent."
+    )
+    yield ""
+    yield "| FusionBench, seconds | Amalgram, seconds | times as fast | difference of merged weights |"
+    yield "|---:|---:|---:|---:|"
+    yield (
+        f"| {seconds['fusion_bench']:.1f} | {seconds['amalgram']:.1f} | {results['speedup']:.1f} | "
+        f"{results['relative_difference']:.0e} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
