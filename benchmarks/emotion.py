@@ -29,6 +29,7 @@ max_tokens = 64
 alphas = {alphas}
 measured_examples = 500
 bias_feature = {bias_feature}
+{largest_gram}
 
 [data_free]
 alphas = [0.5, 0.9, 1.0]
@@ -62,6 +63,7 @@ def write_consortium(
     methods: tuple[str, ...] = ("regmean", "average", "task_arithmetic", "fisher"),
     alphas: Iterable[float] = (0.1, 0.5, 0.9, 0.95),
     bias_feature: bool = False,
+    largest_gram: int | None = None,
     body: str = "data_free",
     seed: int = 0,
     owners: tuple[str, ...] = IN_DOMAIN,
@@ -77,6 +79,7 @@ def write_consortium(
         seed=seed,
         alphas=list(alphas),
         bias_feature=str(bias_feature).lower(),
+        largest_gram="" if largest_gram is None else f"largest_gram = {largest_gram}",
         body=body,
         summation=summation,
     )

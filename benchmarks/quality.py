@@ -252,6 +252,16 @@ def run_bias(bench: Bench) -> dict[str, Any]:
     return _methods_of_one_run(bench, " + bias", methods=WITH_BIAS, bias_feature=True)
 
 
+def run_blocks(bench: Bench) -> dict[str, Any]:
+    """RegMean where the layers of the most inputs (1536) are merged in two blocks, and in four of the others' size."""
+    found: dict[str, Any] = {}
+    for largest in (1536, 768, 384):
+        figures, report = merged_by_the_product(bench, methods=("regmean",), alphas=(0.9,), largest_gram=largest)
+        both = [mean_over(figures["regmean"], domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
+        found[str(largest)] = {"macro_f1": both, "numbers": report["sums"][0]["numbers"]}
+    return found
+
+
 def _methods_of_one_run(bench: Bench, suffix: str, **consortium: Any) -> dict[str, Any]:
     figures, report = merged_by_the_product(bench, suffix, **consortium)
     chosen = [choice["candidate"] + suffix for choice in report["chosen"].values()]
@@ -291,6 +301,7 @@ PARTS = {
     "refit_on_regmean": run_refit_on_regmean,
     "seeds": run_seeds,
     "owners": run_owners,
+    "blocks": run_blocks,
 }
 
 
@@ -364,6 +375,12 @@ def as_markdown(results: dict[str, Any]) -> str:
         lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
         for count, figures in results["owners"].items():
             lines.append(f"| {count} | " + " | ".join(f"{figures[model]:.3f}" for model in models) + " |")
+    if "blocks" in results:
+        lines += ["", "RegMean at alpha 0.9, Grams in blocks of at most so many inputs (`regmean.largest_gram`):", ""]
+        lines += ["| inputs | macro F1 in | out | numbers an owner sends |", "|---|---|---|---|"]
+        for largest, found in results["blocks"].items():
+            inside, outside = found["macro_f1"]
+            lines.append(f"| {largest} | {inside:.3f} | {outside:.3f} | {found['numbers']:,} |")
     return "\n".join(lines) + "\n"
 
 

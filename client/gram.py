@@ -8,7 +8,7 @@ layer that is called several times in a forward pass (ALBERT) has the rows of al
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -118,7 +118,7 @@ def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Bat
     told from its shapes (`BatchTokens`).
     """
     collector = GramCollector(plan)
-    weights = {layer.weight for layer in plan.layers()}
+    weights = {layer.whole for layer in plan.layers()}
     with layer_inputs(model, collector.observe, weights), _ending_before_head(model, collector, weights):
         for batch in batches:
             collector.start_batch(batch)
@@ -197,7 +197,10 @@ class GramCollector:
             shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64) for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
-        self._group = {layer.weight: shared for shared in plan.inputs for layer in shared.layers}
+        self._fed_by: dict[str, list[SharedInput]] = {}  # a whole layer's blocks
+        for shared in plan.inputs:
+            for layer in shared.layers:
+                self._fed_by.setdefault(layer.whole, []).append(shared)
         self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
         self._led: dict[str, list[ReferenceType[Any]]] = {}
@@ -209,7 +212,7 @@ class GramCollector:
 
     def start_batch(self, batch: Batch) -> None:
         self._tokens = BatchTokens(batch)
-        self._calls = dict.fromkeys(self._group, 0)
+        self._calls = dict.fromkeys(self._fed_by, 0)
         self._led = {name: [] for name in self.matrices}
 
     @property
@@ -218,22 +221,22 @@ class GramCollector:
         return all(self._calls.values())
 
     def observe(self, weight: str, fed: LayerInput) -> None:
-        if weight not in self._group:
+        if weight not in self._fed_by:
             return  # an expert's other layer, which is not merged
-        shared = self._group[weight]
         call = self._calls[weight]
         self._calls[weight] += 1
-        if weight == shared.layers[0].weight:
-            self._led[shared.name].append(ref(fed.rows))
-            self._add(shared, fed)
-        elif call >= len(self._led[shared.name]) or self._led[shared.name][call]() is not fed.rows:
-            raise ModelError(
-                f"layer {weight.removesuffix('.weight')} was fed another input than {shared.name}, but the agreement "
-                "has them share a Gram"
-            )
+        for shared in self._fed_by[weight]:
+            if weight == shared.layers[0].whole:
+                self._led[shared.name].append(ref(fed.rows))
+                self._add(shared, fed)
+            elif call >= len(self._led[shared.name]) or self._led[shared.name][call]() is not fed.rows:
+                raise ModelError(
+                    f"layer {weight.removesuffix('.weight')} was fed another input than {shared.name}, but the "
+                    "agreement has them share a Gram"
+                )
 
     def _add(self, shared: SharedInput, fed: LayerInput) -> None:
-        rows = self._tokens.rows(fed).float()
+        rows = self._tokens.rows(replace(fed, rows=fed.rows[..., shared.features])).float()
         if shared.has_constant:
             rows = with_constant(rows)  # (rows, gram_size)
         times = self._tokens.times(fed)

@@ -43,7 +43,7 @@ def measure_step(
     collector = GramCollector(part)
     with (
         BlockStream(folder, plan.blocks).advancing(merged, inputs, step.block) as run,
-        layer_inputs(merged, collector.observe, {layer.weight for layer in part.layers()}),
+        layer_inputs(merged, collector.observe, {layer.whole for layer in part.layers()}),
         torch.inference_mode(),
     ):
         for number, batch in enumerate(inputs):

@@ -100,7 +100,8 @@ class RegMean(Settings):
     `bias_feature`: a bias is solved with its weight, as the weight of one more input that is always 1, where every
     layer that shares the input has a bias. Otherwise biases are averaged. `data_free_layers`: weights of linear layers
     that are merged with the Gram of `data_free.py`, as [data_free] says, instead of a measured one: names, the
-    beginnings of names up to a dot, or patterns (`*.attention.*`).
+    beginnings of names up to a dot, or patterns (`*.attention.*`). `largest_gram`: a layer of more inputs than this is
+    merged in blocks of its inputs, as if those of different blocks were not correlated: fewer bytes, a coarser merge.
     """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
@@ -108,6 +109,7 @@ class RegMean(Settings):
     measured_examples: Count = 1000
     bias_feature: bool = False
     data_free_layers: tuple[str, ...] = ()
+    largest_gram: Count | None = None
 
 
 class DataFree(Settings):
@@ -172,7 +174,7 @@ class Summation(Settings):
 class Bounds(Settings):
     """The largest absolute values that one owner may add to a sum; the fixed-point encoding rests on them.
 
-    `grams`, one for each group of merged tensors, and `fisher`, one for each tensor that changes, are for one example;
+    `grams`, one for each Gram, and `fisher`, one for each tensor that changes, are for one example;
     they are measured on the base model with made-up inputs, times `headroom`, when a draft is completed.
     """
 
@@ -217,6 +219,8 @@ class TensorRoles(Settings):
     # Where one parameter holds the weights of several experts, each slice stands by itself: `name[0]`, `name[1]`, ...
     # A bias in a group is solved with its layer's weight; then every layer of the group has one.
     merged: tuple[tuple[str, ...], ...]
+    # Layers of more inputs than this are merged in blocks of their inputs, a Gram each.
+    largest_gram: Count | None = None
     # Weights of linear layers that RegMean merges by their changes alone.
     data_free: tuple[str, ...] = ()
     averaged: tuple[str, ...]
@@ -420,10 +424,6 @@ class Agreement(AgreementDraft):
                 )
         if None in (self.min_owners, self.summation.colluders, self.summation.quorum):
             raise ValueError("min_owners, summation.colluders and summation.quorum must stand in an agreement")
-        if len(self.bounds.grams) != len(self.tensors.merged):
-            raise ValueError(
-                f"bounds.grams: has {len(self.bounds.grams)} values, there are {len(self.tensors.merged)} merged groups"
-            )
         if self.task.has_labels and len(self.task.labels) < 2:
             raise ValueError(f"task.labels = {list(self.task.labels)}: at least two are needed")
         names = list(self.tensors_by_name())

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -394,6 +395,8 @@ class Layer:
     """The weight of a linear layer y = W x. Conv1D (GPT-2) stores it as (inputs, outputs), Linear the other way.
 
     Experts are often fused into one parameter (experts, ., .); then each slice is a layer, named `parameter[expert]`.
+    `features`, of a layer that is merged in blocks of its inputs: the first one of this block, and the first one after
+    it; d_in is the block's, the name is `weight[0:1024]`.
     `bias`: the bias that is solved with the weight, as the weight of a constant input; otherwise it is averaged.
     """
 
@@ -401,16 +404,27 @@ class Layer:
     d_in: int
     d_out: int
     stored_input_first: bool
+    expert: int | None = None
+    features: tuple[int, int] | None = None
     bias: str | None = None
 
     @property
-    def is_expert(self) -> bool:
-        return _parse(self.weight)[1] is not None
+    def whole(self) -> str:
+        """The name of the layer that this is a block of; its own where it is none."""
+        return self.weight if self.features is None else self.weight.rpartition("[")[0]
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """Where in its parameter the weight stands."""
+        expert = () if self.expert is None else (self.expert,)
+        if self.features is None:
+            return expert
+        inputs = slice(*self.features)
+        return (*expert, inputs) if self.stored_input_first else (*expert, slice(None), inputs)
 
     def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """This layer's part of `tensors`, which has whole parameters by name: (gram_size, d_out), a bias last."""
-        parameter, expert = _parse(self.weight)
-        weight = self.to_input_first(tensors[parameter] if expert is None else tensors[parameter][expert])
+        weight = self.to_input_first(tensors[parameter_of(self.weight)][self.index])
         return weight if self.bias is None else torch.cat([weight, tensors[self.bias][None]])
 
     def give(self, solution: Tensor) -> dict[str, Tensor]:
@@ -429,7 +443,9 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedInput:
-    """One distinct input tensor, hence one Gram matrix, and the layers it feeds. Named after the first of them."""
+    """One distinct input tensor, or a block of its features, hence one Gram matrix, and the layers it feeds. Named
+    after the first of them.
+    """
 
     name: str
     d_in: int
@@ -446,9 +462,15 @@ class SharedInput:
         return self.d_in + self.has_constant
 
     @property
+    def features(self) -> slice:
+        """Those of the layers' inputs that the Gram is of."""
+        features = self.layers[0].features
+        return slice(None) if features is None else slice(*features)
+
+    @property
     def is_routed(self) -> bool:
         """Whether only the tokens that a router chose get here: their number depends on the data and may be zero."""
-        return any(layer.is_expert for layer in self.layers)
+        return any(layer.expert is not None for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -536,7 +558,8 @@ def merge_layers(model: nn.Module) -> dict[str, Layer]:
         for parameter in expert_parameters(experts):
             for expert, weight in enumerate(getattr(experts, parameter)):
                 slice_name = f"{name}.{parameter}[{expert}]"
-                layers[slice_name] = _layer(slice_name, weight, input_first=bool(experts.is_transposed))
+                layer = _layer(slice_name, weight, input_first=bool(experts.is_transposed))
+                layers[slice_name] = replace(layer, expert=expert)
     return layers
 
 
@@ -546,29 +569,24 @@ def _layer(name: str, weight: Any, *, input_first: bool) -> Layer:
     return Layer(weight=name, d_in=d_in, d_out=d_out, stored_input_first=input_first)
 
 
-def _parse(weight: str) -> tuple[str, int | None]:
-    parameter, _, expert = weight.removesuffix("]").partition("[")
-    return parameter, int(expert) if expert else None
-
-
 def parameter_of(weight: str) -> str:
-    """The parameter that holds a layer's weight: of an expert's slice, the fused one."""
-    return _parse(weight)[0]
+    """The parameter that holds a layer's weight: of a slice, the whole one."""
+    return weight.partition("[")[0]
 
 
-def join_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the name of their layer -> by the name of their parameter: experts' slices are put together."""
+def join_slices(
+    tensors: Mapping[str, Tensor], layers: Iterable[Layer], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Tensors by the name of their layer -> by the name of their parameter: experts and blocks are put together."""
+    index_of = {layer.weight: layer.index for layer in layers}
     joined: dict[str, Tensor] = {}
-    slices: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        parameter, expert = _parse(name)
-        if expert is None:
+        parameter = parameter_of(name)
+        if name == parameter:
             joined[name] = tensor
         else:
-            slices.setdefault(parameter, {})[expert] = tensor
-    return joined | {
-        name: torch.stack([experts[index] for index in range(len(experts))]) for name, experts in slices.items()
-    }
+            joined.setdefault(parameter, tensor.new_zeros(shapes[parameter]))[index_of[name]] = tensor
+    return joined
 
 
 def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
@@ -584,7 +602,11 @@ def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
         if name not in layers:
             raise ModelError(f"parameter {name} is to be merged, but it is no linear layer's weight")
     return MergePlan(
-        inputs=tuple(_shared_input(group, layers, layer_biases(model)) for group in roles.merged),
+        inputs=tuple(
+            block
+            for group in roles.merged
+            for block in _in_blocks(_shared_input(group, layers, layer_biases(model)), roles.largest_gram)
+        ),
         data_free=tuple(layers[name] for name in roles.data_free),
         linear_layers=tuple(layer for name, layer in layers.items() if parameter_of(name) not in roles.left_alone),
         averaged=roles.averaged,
@@ -627,3 +649,19 @@ def _shared_input(group: tuple[str, ...], layers: Mapping[str, Layer], biases: M
     if len({layer.d_in for layer in fed}) != 1:
         raise ModelError(f"parameters {', '.join(group)} cannot share an input: their input sizes differ")
     return SharedInput(name=group[0].removesuffix(".weight"), d_in=fed[0].d_in, layers=fed)
+
+
+def _in_blocks(shared: SharedInput, largest: int | None) -> Iterator[SharedInput]:
+    """The input, or where it has more than `largest` features, blocks of them that differ by one in size at most."""
+    if largest is None or shared.d_in <= largest:
+        yield shared
+        return
+    if shared.has_constant:
+        raise ModelError(f"{shared.name}: is merged in blocks of its inputs, so its bias cannot be merged with it")
+    count = -(-shared.d_in // largest)
+    for start, stop in pairwise(number * shared.d_in // count for number in range(count + 1)):
+        d_in, features, name = stop - start, (start, stop), f"[{start}:{stop}]"
+        layers = tuple(
+            replace(layer, weight=layer.weight + name, d_in=d_in, features=features) for layer in shared.layers
+        )
+        yield SharedInput(name=shared.name + name, d_in=d_in, layers=layers)

@@ -5,7 +5,7 @@ What is measured here is measured on the public base model with made-up inputs; 
 
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from math import ceil, log2
+from math import ceil, inf, log2
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +92,14 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
     last = merge_plan(base, roles).inputs[-1].layers
     fed: list[Tensor] = []
     ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
-    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last[0].weight}), torch.inference_mode():
+    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last[0].whole}), torch.inference_mode():
         labels = base(**batch).logits.shape[-1]
     per_prediction = len(last) == 1 and last[0].d_out == labels and [rows.shape[:-1] for rows in fed] == [targets.shape]
-    if not draft.task.has_labels or draft.task.head == "private" or not per_prediction:
+    whole = last[0].features is None
+    if not draft.task.has_labels or draft.task.head == "private" or not per_prediction or not whole:
         raise ModelError(
-            f"{type(base).__name__}: has no shared classifier that is fed one row a prediction, which refit "
-            "fits; use regmean"
+            f"{type(base).__name__}: has no shared classifier that is fed one row a prediction and is merged as a "
+            "whole (regmean.largest_gram), which refit fits; use regmean"
         )
 
 
@@ -140,17 +141,26 @@ def _tensor_roles(
     layers = merge_layers(base)
     data_free = _data_free_layers(draft.regmean.data_free_layers, layers)
     if not draft.privacy.merge_routed_inputs:
-        held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.is_expert}
+        held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.expert is not None}
     measured = (tuple(weight for weight in group if weight not in data_free) for group in groups)
     merged = tuple(group for group in measured if group and not held_back & set(map(parameter_of, group)))
     if draft.regmean.bias_feature:
         biases = layer_biases(base)
         merged = tuple(
-            (*group, *(biases[weight] for weight in group)) if set(group) <= set(biases) else group for group in merged
+            (*group, *(biases[weight] for weight in group))
+            if set(group) <= set(biases) and layers[group[0]].d_in <= (draft.regmean.largest_gram or inf)
+            else group
+            for group in merged
         )
     solved = {parameter_of(name) for name in (*data_free, *(name for group in merged for name in group))}
     averaged = tuple(name for name in parameter_shapes(base) if name not in solved | set(left_alone))
-    return TensorRoles(merged=merged, data_free=data_free, averaged=averaged, left_alone=left_alone)
+    return TensorRoles(
+        merged=merged,
+        largest_gram=draft.regmean.largest_gram,
+        data_free=data_free,
+        averaged=averaged,
+        left_alone=left_alone,
+    )
 
 
 def _data_free_layers(patterns: tuple[str, ...], layers: Collection[str]) -> tuple[str, ...]:
@@ -301,8 +311,8 @@ def _largest_gram_entries(base: PreTrainedModel, probe: Rows, plan: MergePlan) -
     """Per Gram of the plan, what one example adds at most to an entry; an expert's, as if every token went to it."""
     ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
     tokens = BatchTokens(batch)
-    largest = {layer.weight: 0.0 for layer in plan.layers()}
-    constants = {layer.weight: float(layer.bias is not None) for layer in plan.layers()}
+    largest = {layer.whole: 0.0 for layer in plan.layers()}
+    constants = {layer.whole: float(layer.bias is not None) for layer in plan.layers()}
 
     def observe(weight: str, fed: LayerInput) -> None:
         if weight in largest and fed.rows.numel() > 0:

@@ -14,11 +14,20 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from client.gram import find_shared_inputs, measure_grams
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, RegMean, Task, TensorRoles
+from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry, Privacy, RegMean, Task, TensorRoles
 from common.errors import ModelError, SettingsError
-from common.merge_methods import solve
+from common.merge_methods import contribution_layout, solve
 from common.merge_methods.terms import Gram, OwnerTerms, Solution
-from common.models import MergePlan, delta_of, linear_layers, merge_layers, merge_plan, parameter_of, parameter_shapes
+from common.models import (
+    Layer,
+    MergePlan,
+    delta_of,
+    linear_layers,
+    merge_layers,
+    merge_plan,
+    parameter_of,
+    parameter_shapes,
+)
 from deploy.complete import complete_agreement
 from deploy.example import reviews
 from tests.conftest import tiny_bert
@@ -246,20 +255,27 @@ class Merge:
     solution: Solution
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+IN_BLOCKS = "bert in blocks", "gpt2 in blocks", "mixtral in blocks"
+LARGEST_GRAM = 7  # of these; their layers have 8 or 12 inputs
+
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *IN_BLOCKS])
 def merge(request: pytest.FixtureRequest, agreement: Agreement) -> Merge:
     """All in float64, so that only a wrong row makes a difference."""
-    architecture = ARCHITECTURES[request.param]
+    name = request.param.removesuffix(" in blocks")
+    architecture = ARCHITECTURES[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", lambda self: self)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             base = architecture.make().double().eval()
-        if request.param in MIXTURES:
+        if name in MIXTURES:
             base.set_experts_implementation("eager")  # type: ignore[operator]
         shake(base, 0.3, seed=0)
         random = torch.Generator().manual_seed(0)
-        plan = merge_plan(base, roles_of(base, batch_of([architecture.example(random) for _ in range(8)])))
+        roles = roles_of(base, batch_of([architecture.example(random) for _ in range(8)]))
+        largest_gram = LARGEST_GRAM if request.param in IN_BLOCKS else None
+        plan = merge_plan(base, roles.model_copy(update={"largest_gram": largest_gram}))
         grams, rows, deltas, owners = [], [], [], {}
         for index in range(3):
             tuned = deepcopy(base)
@@ -283,15 +299,18 @@ def merge(request: pytest.FixtureRequest, agreement: Agreement) -> Merge:
     )
 
 
-def no_rows(d_in: int) -> Tensor:
-    return torch.zeros(0, d_in, dtype=torch.float64)
+def rows_of(layer: Layer, rows: dict[str, Tensor]) -> Tensor:
+    """(rows, d_in): what the layer was fed, of one that is a block its features."""
+    if layer.whole not in rows:
+        return torch.zeros(0, layer.d_in, dtype=torch.float64)
+    return rows[layer.whole] if layer.features is None else rows[layer.whole][:, slice(*layer.features)]
 
 
 def test_grams_are_those_of_explicit_rows(merge: Merge) -> None:
     for grams, rows in zip(merge.grams, merge.rows, strict=True):
         for shared in merge.plan.inputs:
             for layer in shared.layers:
-                explicit = rows.get(layer.weight, no_rows(layer.d_in))
+                explicit = rows_of(layer, rows)
                 assert grams[shared.name].rows == len(explicit), layer.weight
                 # Some models compute norms in float32 whatever their type.
                 torch.testing.assert_close(grams[shared.name].matrix, explicit.T @ explicit, rtol=1e-5, atol=1e-5)
@@ -300,7 +319,7 @@ def test_grams_are_those_of_explicit_rows(merge: Merge) -> None:
 def test_merged_layers_are_pooled_least_squares(merge: Merge) -> None:
     """Compared by what they put out on all rows, which is unique also where the rows leave the weights open."""
     for layer in merge.plan.layers():
-        rows = [rows.get(layer.weight, no_rows(layer.d_in)) for rows in merge.rows]
+        rows = [rows_of(layer, rows) for rows in merge.rows]
         targets = torch.cat([own @ layer.take(delta) for own, delta in zip(rows, merge.deltas, strict=True)])
         stacked = torch.cat(rows)
         pooled = stacked @ torch.linalg.lstsq(stacked, targets, driver="gelsd").solution
@@ -310,16 +329,34 @@ def test_merged_layers_are_pooled_least_squares(merge: Merge) -> None:
 
 def test_layers_fed_the_same_tensor_share_one_gram(merge: Merge) -> None:
     assert len(merge_layers(merge.base)) == merge.architecture.layers
-    assert len(merge.plan.inputs) == merge.architecture.inputs
+    assert len({shared.layers[0].whole for shared in merge.plan.inputs}) == merge.architecture.inputs
 
 
 def test_every_parameter_of_every_architecture_is_named_once(merge: Merge) -> None:
     names = [layer.weight for layer in merge.plan.layers()]
-    assert len(set(names)) == len(names) == merge.architecture.layers
+    assert len(set(names)) == len(names)
+    assert len({layer.whole for layer in merge.plan.layers()}) == merge.architecture.layers
     whole = {parameter_of(name) for name in names}
     assert whole.isdisjoint(merge.plan.averaged)
     assert whole | set(merge.plan.averaged) == set(parameter_shapes(merge.base))
     assert set(merge.solution.delta) == set(parameter_shapes(merge.base))
+
+
+@pytest.mark.parametrize("merge", IN_BLOCKS, indirect=True)
+def test_no_gram_is_larger_than_agreed_and_blocks_are_even_and_leave_no_feature_out(merge: Merge) -> None:
+    whole = merge_layers(merge.base)
+    blocks: dict[str, list[Layer]] = {}
+    for layer in merge.plan.layers():
+        blocks.setdefault(layer.whole, []).append(layer)
+    assert max(len(each) for each in blocks.values()) > 1
+    for name, each in blocks.items():
+        sizes = [layer.d_in for layer in each]
+        assert max(sizes) <= LARGEST_GRAM
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == whole[name].d_in
+        if len(each) > 1:
+            taken = [layer.take(merge.deltas[0]) for layer in each]
+            assert torch.cat(taken).equal(whole[name].take(merge.deltas[0]))
 
 
 def test_twelve_blocks_of_bert_have_50_grams_for_74_layers() -> None:
@@ -357,6 +394,31 @@ def test_inputs_and_targets_of_one_padded_length_are_refused() -> None:
 
 
 # --- biases -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_in_blocks_has_its_bias_averaged_and_refit_is_refused_a_classifier_in_blocks(tmp_path: Path) -> None:
+    model = ARCHITECTURES["bert"].make()
+    folder = save(model, tmp_path)
+    wide = max(layer.d_in for layer in merge_layers(model).values())
+    agreement = completed(folder, regmean=RegMean(bias_feature=True, largest_gram=wide - 1))
+    plan = merge_plan(model, agreement.tensors)
+    split = [shared for shared in plan.inputs if shared.layers[0].features is not None]
+    assert {shared.layers[0].whole for shared in split} == {
+        name for name, layer in merge_layers(model).items() if layer.d_in == wide
+    }
+    assert not any(shared.has_constant for shared in split)
+    assert any(shared.has_constant for shared in plan.inputs)
+    assert len(agreement.bounds.grams) == len(plan.inputs)
+    with pytest.raises(ModelError, match=r"merged as a whole \(regmean.largest_gram\), which refit"):
+        completed(folder, method="refit", regmean=RegMean(largest_gram=LARGEST_GRAM))
+
+
+def test_bounds_of_another_plan_are_named_in_one_line(tmp_path: Path) -> None:
+    model = ARCHITECTURES["bert"].make()
+    agreement = completed(save(model, tmp_path))
+    other = agreement.tensors.model_copy(update={"largest_gram": LARGEST_GRAM})
+    with pytest.raises(SettingsError, match=r"bounds.grams has 9 values, the base model's tensors make 18 Grams"):
+        contribution_layout(agreement, merge_plan(model, other))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2"])
@@ -519,7 +581,11 @@ def save(model: nn.Module, folder: Path) -> Path:
 
 
 def completed(
-    folder: Path, kind: str = "text-classification", regmean: RegMean | None = None, **privacy: bool
+    folder: Path,
+    kind: str = "text-classification",
+    regmean: RegMean | None = None,
+    method: MethodName = "regmean",
+    **privacy: bool,
 ) -> Agreement:
     draft = AgreementDraft(
         title="t",
@@ -527,6 +593,7 @@ def completed(
         owners=tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd")),
         task=Task(kind=kind, labels=("a", "b", "c"), max_tokens=16),  # type: ignore[arg-type]
         privacy=Privacy(**privacy),
+        method=method,
         regmean=regmean or RegMean(),
     )
     return complete_agreement(draft, folder, {name: each.public_key for name, each in IDENTITIES.items()})

@@ -25,6 +25,7 @@ from types import ModuleType
 from numpy.typing import NDArray
 
 from common.agreement import SEQUENTIAL, Agreement, AgreementDraft
+from common.errors import SettingsError
 from common.merge_methods import average, data_free, fisher, refit, regmean, regmean_plus_plus, task_arithmetic
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import OwnerTerms, Solution
@@ -50,7 +51,12 @@ def measurements(agreement: AgreementDraft) -> frozenset[str]:
 
 
 def contribution_layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    """The tensors of all agreed methods, each name once."""
+    """The tensors of all agreed methods, each name once. Raises SettingsError where bounds are of another plan."""
+    if len(agreement.bounds.grams) != len(plan.inputs):
+        raise SettingsError(
+            f"agreement: bounds.grams has {len(agreement.bounds.grams)} values, the base model's tensors make "
+            f"{len(plan.inputs)} Grams; complete the draft again"
+        )
     return union(METHODS[method].layout(agreement, plan) for method in agreement.methods)
 
 

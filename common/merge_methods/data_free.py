@@ -31,7 +31,7 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import Layer, MergePlan, join_experts, parameter_of
+from common.models import Layer, MergePlan, join_slices, parameter_of
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -66,7 +66,7 @@ def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float, with
         merged |= solved
         layers.append(note)
     averaged = {name: mean_delta(total, name).float() for name in _averaged(plan)}
-    delta = averaged | unchanged(plan) | join_experts(merged)
+    delta = averaged | unchanged(plan) | join_slices(merged, plan.linear_layers, plan.shapes)
     return Solution(delta=delta, layers=tuple(layers), notes=notes_on(layers))
 
 

@@ -70,7 +70,7 @@ class System:
     def solve(
         self, total: Total, alpha: float, rows: int | None, with_spectrum: bool = True
     ) -> tuple[dict[str, Tensor], LayerNote]:
-        """The merged deltas by layer (see `models.join_experts`), and how it went. `rows`: those behind the Gram.
+        """The merged deltas by layer (see `models.join_slices`), and how it went. `rows`: those behind the Gram.
 
         Eigenvalues cost more than the solve itself, so a sweep goes without.
         """

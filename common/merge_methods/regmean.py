@@ -33,7 +33,7 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import MergePlan, SharedInput, join_experts
+from common.models import MergePlan, SharedInput, join_slices
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -86,7 +86,7 @@ def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float, with
         merged |= solved
         layers.append(note)
     averaged = {name: mean_delta(total, name).float() for name in plan.averaged}
-    delta = averaged | unchanged(plan) | join_experts(merged)
+    delta = averaged | unchanged(plan) | join_slices(merged, (*plan.layers(), *plan.data_free), plan.shapes)
     return Solution(delta=delta, layers=tuple(layers), notes=notes_on(layers))
 
 
