@@ -107,7 +107,7 @@ class Coordinator:
         nodes = self.channel.wait_for_nodes(len(self.agreement.owners), timeout)
         request = RollCall(version=PROTOCOL_VERSION, run=self.run, agreement_digest=self.agreement.digest())
         refusals, pending = [], set()
-        for node, reply in self.channel.exchange(dict.fromkeys(nodes, request), timeout):
+        for node, reply in self._exchange(dict.fromkeys(nodes, request), timeout):
             if isinstance(reply, Refusal):
                 refusals.append((node, reply.code))
             elif isinstance(reply, Present) and reply.run == self.run:
@@ -146,7 +146,7 @@ class Coordinator:
         owner_of = {node: owner for owner, node in self._nodes.items()}
         requests = dict.fromkeys(owner_of, BurnSession(run=self.run, session=session))
         signed = []
-        for node, reply in self.channel.exchange(requests, self.agreement.summation.reply_timeout_seconds):
+        for node, reply in self._exchange(requests, self.agreement.summation.reply_timeout_seconds):
             if not (isinstance(reply, SessionBurned) and reply.session == session):
                 continue
             each = Signed(self.agreement.owner_names.index(owner_of[node]), reply.signature)
@@ -307,7 +307,7 @@ class Coordinator:
         log.info("finish", extra={"about": {"step": "finish"}})
         owner_of = {node: owner for owner, node in self._nodes.items()}
         requests = dict.fromkeys(owner_of, Finish(run=self.run))
-        for node, reply in self.channel.exchange(requests, FINISH_TIMEOUT_SECONDS):
+        for node, reply in self._exchange(requests, FINISH_TIMEOUT_SECONDS):
             if not isinstance(reply, Finished):
                 log.warning("owner %s did not confirm that it has forgotten the run", owner_of[node])
 
@@ -322,7 +322,7 @@ class Coordinator:
         waiting_since = started
         waiting = list(requests)
         self._tell_progress([], waiting)
-        for node, reply in self.channel.exchange(by_node, self.agreement.summation.reply_timeout_seconds):
+        for node, reply in self._exchange(by_node, self.agreement.summation.reply_timeout_seconds):
             owner = owner_of[node]
             cost = step.by_owner[owner]
             cost.waited_seconds += time.monotonic() - waiting_since
@@ -341,6 +341,13 @@ class Coordinator:
             yield owner, reply
             waiting_since = time.monotonic()
         step.seconds += time.monotonic() - started
+
+    def _exchange(
+        self, requests: Mapping[int, Message], timeout_seconds: float
+    ) -> Iterator[tuple[int, Message | None]]:
+        kinds = [type(next(iter(requests.values()))).__name__] if requests else []
+        log.debug("to %d owners: %s", len(requests), ", ".join(kinds), extra={"about": {"sent": kinds}})
+        return self.channel.exchange(requests, timeout_seconds)
 
     def _tell_progress(self, done: list[str], waiting: list[str]) -> None:
         step, count = self.steps[-1].name, len(done) + len(waiting)
