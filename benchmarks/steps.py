@@ -3,8 +3,8 @@
 python -m benchmarks.steps [--json] [--other FOLDER] [--repeats 3]
 
 Three owners and a tiny BERT over TLS on the loopback, every party in processes of its own, as `amalgram server`,
-`amalgram client` and `amalgram merge` start them. RegMean with one alpha; with its default sweep of five; and with another
-method compared. Idle is the time, from the coordinator's first message to its app's end, in which no owner's
+`amalgram client` and `amalgram merge` start them. RegMean with one alpha; with its default sweep of five; and with
+another method compared. Idle is the time, from the coordinator's first message to its app's end, in which no owner's
 app is there and the coordinator's app uses less than half a processor: polling, waiting, and starting what is not an
 app. Sampled every 0.1 s. `--other` measures another checkout of Amalgram in turn with this one, to compare the two.
 Writes benchmarks/results/steps.{json,md}.
@@ -184,11 +184,12 @@ class Apps:
             try:
                 command = Path(f"/proc/{process}/cmdline").read_bytes().decode()
                 environment = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
+                parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 return None
             home = environment.partition(f"FLWR_HOME={self._folder}")[2].partition("\0")[0]
-            if home and "superexec" in command:
-                return None  # it, or a child of it that is about to become an app
+            if home and ("superexec" in command or self._programs.get(parent) is not None):
+                return None  # it, or a child of it that is about to become an app; or a child of an app
             program = next((name for part, name in APPS.items() if home and part in command), None)
             self._programs[process] = program
             self.messages[home] += program == "owner"

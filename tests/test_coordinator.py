@@ -25,6 +25,7 @@ from common.messages import (
     MaskedPart,
     Message,
     OpenSum,
+    Packet,
     PartRequest,
     Present,
     Receipts,
@@ -58,14 +59,26 @@ class ScriptedChannel:
         self.owners = dict(enumerate(owners, 10))
         self.fault = fault
         self.sides: dict[str, OwnerSide] = {}
+        self.sent: list[tuple[type[Message], ...]] = []
 
     def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
         return list(self.owners)
 
-    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
-        for node, request in requests.items():
-            owner = self.owners[node]
-            yield node, self.fault(owner, request, self.honest_answer(owner, request))
+    def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
+        self.sent.append(tuple(type(message) for message in next(iter(requests.values()))))
+        for node, packet in requests.items():
+            yield node, self.answers(self.owners[node], packet)
+
+    def answers(self, owner: str, packet: Packet) -> Packet | None:
+        answers = []
+        for request in packet:
+            answer = self.fault(owner, request, self.honest_answer(owner, request))
+            if answer is None:
+                return None
+            answers.append(answer)
+            if isinstance(answer, Refusal):
+                break
+        return tuple(answers)
 
     def honest_answer(self, owner: str, request: Message) -> Message:
         identity = IDENTITIES.get(owner, IDENTITIES["ada"])
@@ -131,8 +144,9 @@ def run_all(coordinator: Coordinator) -> np.ndarray:
     coordinator.roll_call()
     total = coordinator.sum("contribution", LAYOUT)
     coordinator.send_candidate("average", "test", LAYOUT, np.zeros(7, dtype=np.float32))
-    coordinator.confirm_result("average", MODEL)
-    coordinator.finish()
+    coordinator.send_result("average", MODEL)
+    coordinator.sum("test", LAYOUT)
+    coordinator.confirm_result()
     return total.vector
 
 

@@ -96,6 +96,7 @@ def test_nothing_of_the_surroundings_opens_flower_or_says_who_a_peer_is(
         "FLWR_TELEMETRY_ENABLED",
         "FLWR_DISABLE_UPDATE_CHECK",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL",
     }
 
 
@@ -279,7 +280,7 @@ def test_a_connection_of_another_shape_is_not_used(tmp_path: Path) -> None:
 def test_a_coordinator_takes_error_7_for_a_refusal_and_others_for_a_loss(tmp_path: Path) -> None:
     refused = Link(run_of(b""), fab_of(b""))
     Gate("digest", refused.connection(), tmp_path).receive()
-    assert _read(refused.answers[0]) == Refusal(code="consent")
+    assert _read(refused.answers[0]) == (Refusal(code="consent"),)
     crashed = Message(flwr.app.Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=refused.receive()[0])
     assert _read(crashed) is None
 
