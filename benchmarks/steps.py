@@ -80,6 +80,7 @@ def main() -> None:
             for name, root in roots.items():
                 print(f"{merge}, {name}, {number + 1} of {arguments.repeats}", file=sys.stderr)
                 runs[name][merge].append(in_checkout(root, merge))
+                (RESULTS / "steps.json").write_text(json.dumps(runs, indent=2) + "\n")
     results = {"machine": this_machine(), "load_at_end": os.getloadavg()[0], "repeats": arguments.repeats, "runs": runs}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "steps.json").write_text(json.dumps(results, indent=2) + "\n")

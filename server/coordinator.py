@@ -392,8 +392,8 @@ class Coordinator:
             self._signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
 
     def _note_candidates(self, packet: Packet) -> None:
-        """Of these messages, which every owner has now, some complete a candidate. Raises TooFewOwners before it is said
-        that those who must come back have it.
+        """Of these messages, which all have now, some complete a candidate. Raises TooFewOwners instead where others
+        must come back, who have them not.
         """
         if packet:
             self._check_enough()
