@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,28 @@ def test_the_gate_lets_the_agreed_bundle_through_and_gives_flower_the_bytes_it_l
     assert gate.get_fab(link.run.fab_hash, 7).content == bundle
     assert gate.get_run(7).fab_hash == bundle_digest()
     assert (link.answers, link.fetched) == ([], 1)
+
+
+def test_the_gate_asks_the_sooner_for_a_message_the_more_recent_the_last_one_was(
+    bundle: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
+    link = Link(run_of(bundle), fab_of(bundle))
+    gate = Gate(bundle_digest(), link.connection() | {"receive": lambda: asked.append(now)}, tmp_path)
+    assert gate.receive() is None
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert pauses[:8] == [0.5] * 8
+    assert all(pause == pytest.approx(max(0.5, when / 10)) for pause, when in zip(pauses, asked, strict=False))
+    assert 30 < now < 34  # from here on Flower's own pace, 3 seconds, will do
+    assert gate.receive() is None
+    assert len(asked) == len(pauses) + 2
 
 
 def test_the_gate_answers_for_another_bundle_and_flower_never_hears_of_it(

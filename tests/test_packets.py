@@ -160,12 +160,12 @@ def header(run: str = RUN) -> ConfigRecord:
     ],
     ids=lambda record: "+".join(record),
 )
-def test_a_packet_with_a_gap_or_something_over_is_refused(record: RecordDict) -> None:
+def test_49_a_packet_with_a_gap_or_something_over_is_refused(record: RecordDict) -> None:
     with pytest.raises(RemoteProtocolError):
         from_record(record)
 
 
-def test_a_packet_of_nothing_or_of_more_than_a_message_may_carry_is_refused() -> None:
+def test_49_a_packet_of_nothing_or_of_more_than_a_message_may_carry_is_refused() -> None:
     half = VectorPart(session=RUN, owner="ada", part=0, payload=np.zeros(4_000_000, "<u8"))
     check_packet((half, half))
     more = replace(half, payload=np.zeros(4_000_001, "<u8"))
@@ -185,7 +185,7 @@ def through_app(settings: Path, packet: Packet) -> Packet:
     return from_record(app(FlowerMessage(to_record(packet), dst_node_id=2, message_type="train.step"), context).content)
 
 
-def test_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: Parties) -> None:
+def test_49_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: Parties) -> None:
     settings = parties.files["hotel"]
     digest = parties.agreement.digest()
     roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
@@ -199,7 +199,7 @@ def test_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: Part
     assert [(model, split) for model, split, _ in received] == [("average", "test")]
 
 
-def test_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: Parties) -> None:
+def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: Parties) -> None:
     settings = parties.files["hotel"]
     digest = parties.agreement.digest()
     roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
@@ -214,7 +214,7 @@ def test_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: Par
 
 
 @pytest.mark.parametrize("wrong", ["too few answers", "another owner's", "another part"])
-def test_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
+def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
     agreement: Agreement, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = ScriptedChannel.answers
