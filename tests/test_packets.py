@@ -225,12 +225,12 @@ def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
             return honest_answers
         first, *others = honest_answers
         assert isinstance(first, CandidateReceived)
-        changed: list[Message] = {
-            "too few answers": [],
-            "another owner's": [replace(first, owner="ada")],
-            "another part": [replace(first, part=1)],
-        }[wrong]
-        return (*changed, *others)
+        changed: dict[str, Packet] = {
+            "too few answers": (first,),
+            "another owner's": (replace(first, owner="ada"), *others),
+            "another part": (replace(first, part=1), *others),
+        }
+        return changed[wrong]
 
     monkeypatch.setattr(ScriptedChannel, "answers", spoil)
     coordinator = coordinator_of(agreement, honest, needed=2)
