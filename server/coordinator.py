@@ -86,8 +86,7 @@ class Coordinator:
     _round: int = -1
     _underway: list[SentCandidate] = field(default_factory=list)  # candidates that not all owners have yet
     _ahead: list[Message] = field(default_factory=list)  # what travels ahead of the next message to all owners
-    _result: Result | None = None
-    _signed: list[Signed] = field(default_factory=list)  # the owners' signatures under it
+    _signed: list[Signed] = field(default_factory=list)  # the owners' signatures under the result
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
     _payload_bytes: dict[str, int] = field(default_factory=dict)  # owner -> how much of its vector has arrived
 
@@ -293,14 +292,14 @@ class Coordinator:
         """Sign what is published; every owner signs the same when it comes, ahead of the next message."""
         digest = candidates_digest(self.candidates)
         body = result_body(self.agreement, model, model_digest, digest)
-        self._result = Result(
+        result = Result(
             run=self.run,
             model=model,
             model_digest=model_digest,
             candidates_digest=digest,
             signature=self.identity.sign(Label.SIGN_RESULT, bytes.fromhex(self.run), body),
         )
-        self._ahead.append(self._result)
+        self._ahead.append(result)
 
     def confirm_result(self) -> None:
         """Give every owner everybody's signature under the result, which ends the run. Raises TooFewOwners."""
@@ -409,7 +408,7 @@ class Coordinator:
             yield node, answer[0] if answer is not None else None
 
     def _exchange(self, packets: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
-        kinds = [type(message).__name__ for packet in list(packets.values())[:1] for message in packet]
+        kinds = [type(message).__name__ for message in next(iter(packets.values()), ())]
         log.debug("to %d owners: %s", len(packets), ", ".join(kinds), extra={"about": {"sent": kinds}})
         return self.channel.exchange(packets, timeout_seconds)
 
