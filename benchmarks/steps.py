@@ -219,7 +219,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "| merge | version | messages | wall, s | idle, s | idle share | an owner's processor, s |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for merge in MERGES:
+    merges = list(next(iter(runs.values())))
+    for merge in merges:
         for version, measured in runs.items():
             each = {key: median(run[key] for run in measured[merge]) for key in FIGURES}
             rows.append(
@@ -230,7 +231,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         rows += ["", *_ratios(*runs.values())]
     kinds = [
         f"- {merge}, {version}: " + ", ".join(f"{count} {kind}" for kind, count in measured[merge][0]["kinds"].items())
-        for merge in MERGES
+        for merge in merges
         for version, measured in runs.items()
     ]
     lines = [
@@ -255,7 +256,7 @@ def _ratios(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         "| this version / the other one | " + " | ".join(FIGURES.values()) + " |",
         "|---|" + "---:|" * len(FIGURES),
     ]
-    for merge in MERGES:
+    for merge in one:
         pairs = list(zip(one[merge], other[merge], strict=True))
         ratios = (median(after[key] / before[key] for before, after in pairs) for key in FIGURES)
         lines.append(f"| {merge} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
