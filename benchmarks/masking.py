@@ -40,7 +40,7 @@ from common.summation.protocol import SumTerms
 from common.tensor_layout import TensorEntry, TensorLayout
 from deploy.demo.digits import write_consortium
 from deploy.simulate import simulate
-from server.coordinator import message_bytes
+from server.coordinator import packet_bytes
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = (2, 10, 20)
@@ -150,7 +150,7 @@ class Parties:
             self.owners[owner], reply = MaskedOwner.open(self.terms, self.identities[owner], token_bytes)
         else:
             self.owners[owner], reply = self.owners[owner].answer(request, self.encoded, token_bytes)
-        self.bytes_of_an_owner += (message_bytes(request) + message_bytes(reply)) / len(self.identities)
+        self.bytes_of_an_owner += (packet_bytes((request,)) + packet_bytes((reply,))) / len(self.identities)
         return reply
 
     def until(self, kind: type[Message] | None, lost: frozenset[str] = frozenset()) -> Mapping[str, Message]:

@@ -1,4 +1,4 @@
-"""The owner's Flower ClientApp: decode, one step, encode, nothing else.
+"""The owner's Flower ClientApp: decode a packet, answer its messages, encode, nothing else.
 
 Which owner this is comes from the node's own configuration, never from the coordinator: `settings` in the node config,
 or, where Flower's simulation engine plays all owners on one machine, the list of settings files in the environment.
@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,22 +29,23 @@ app = ClientApp()
 
 @app.train("step")
 def step(message: FlowerMessage, context: Context) -> FlowerMessage:
-    """Answer one message."""
-    return FlowerMessage(to_record(_answer(message, context)), reply_to=message)
+    """Answer one packet."""
+    return FlowerMessage(to_record(tuple(_answers(message, context))), reply_to=message)
 
 
-def _answer(message: FlowerMessage, context: Context) -> Message:
+def _answers(message: FlowerMessage, context: Context) -> Iterator[Message]:
+    """An answer to each message, up to the first that is refused."""
     owner = None
     try:
         owner = Owner(_settings_path(context))
-        reply = owner.answer(from_record(message.content))
+        for request in from_record(message.content):
+            yield owner.answer(request)
     except AmalgramError as error:
         _keep(owner, str(error))
-        return Refusal(code=error.code)
+        yield Refusal(code=error.code)
     except Exception as error:  # an exception's text may quote a row; it must not reach the coordinator
         _keep(owner, traceback.format_exc())
-        return Refusal(code=AmalgramError.code if not isinstance(error, OSError) else SettingsError.code)
-    return reply
+        yield Refusal(code=AmalgramError.code if not isinstance(error, OSError) else SettingsError.code)
 
 
 def _keep(owner: Owner | None, text: str) -> None:

@@ -59,7 +59,7 @@ BASE, OWN = "base", "own_at_home"  # the models every evaluation has, beside the
 
 
 class Owner:
-    """One owner, built anew for each message from its settings file and its state folder."""
+    """One owner, built anew for each packet from its settings file and its state folder."""
 
     def __init__(self, settings_path: Path) -> None:
         self._home = settings_path.resolve().parent
@@ -171,6 +171,16 @@ class Owner:
     def _take_result(self, message: Result) -> Message:
         self._check_run(message.run)
         check_result(self.agreement, message)
+        if not self.state.has_receipt(message.run):  # of a run that has ended, the ledger knows the result
+            self._check_was_tested(message)
+        body = body_of(self.agreement, message)
+        self._ledger.sign_result(body.hex())
+        self.state.write_json("result", {**asdict(message), "signature": message.signature.hex()})
+        signature = self._identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(message.run), body)
+        return ResultReceived(run=message.run, owner=self.name, signature=signature)
+
+    def _check_was_tested(self, message: Result) -> None:
+        """The result is of the agreed method, and the very model that this owner was sent to test."""
         if message.candidates_digest != candidates_digest(self._received):
             raise RemoteProtocolError("the result was reached with other candidates than those sent to this owner")
         tested = self.state.read_json("tested") or {}
@@ -178,11 +188,6 @@ class Owner:
             raise ConsentError(f"the coordinator published {message.model!r}, which is not of the agreed method")
         if tested.get(message.model) != message.model_digest:
             raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
-        body = body_of(self.agreement, message)
-        self._ledger.sign_result(body.hex())
-        self.state.write_json("result", {**asdict(message), "signature": message.signature.hex()})
-        signature = self._identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(message.run), body)
-        return ResultReceived(run=message.run, owner=self.name, signature=signature)
 
     def _keep_receipts(self, message: Receipts) -> Message:
         self._check_run(message.run)
@@ -200,6 +205,7 @@ class Owner:
                 "receipts": message.signatures.hex(),
             },
         )
+        self.state.end_run()
         return ReceiptsKept(run=message.run, owner=self.name)
 
     def _take_candidate(self, message: CandidatePart) -> Message:
@@ -246,6 +252,8 @@ class Owner:
         if same_name:
             self.state.delete_array("candidate")
             return
+        if self.state.read_json("result") is not None:
+            raise ConsentError(f"the coordinator sent the model {message.model} after the result")
         if message.split == "prefix":
             self.state.keep_array("candidate", under=message.model.replace(" ", "-"))
         else:

@@ -122,6 +122,10 @@ class OwnerState:
         make_private_folder(self.folder / "receipts")
         write_whole(self.folder / "receipts" / f"{run}.json", json.dumps(receipt, indent=1).encode())
 
+    def has_receipt(self, run: str) -> bool:
+        """Whether the run has ended here with a result."""
+        return (self.folder / "receipts" / f"{run}.json").is_file()
+
     @property
     def fine_tuned_folder(self) -> Path:
         return self.folder / "fine_tuned"

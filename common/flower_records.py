@@ -8,26 +8,38 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from common.errors import RemoteProtocolError
-from common.messages import Envelope, Field, Message, decode, encode
+from common.messages import Envelope, Field, Message, Packet, check_packet, decode, encode
 
 HEADER, PAYLOAD, KIND = "header", "payload", "kind"
 
 
-def to_record(message: Message) -> RecordDict:
-    """One message as a RecordDict: a header of small fields and, where there is one, a payload array."""
-    envelope = encode(message)
-    header = ConfigRecord({KIND: envelope.kind, **envelope.fields})
-    if envelope.payload is None:
-        return RecordDict({HEADER: header})
-    return RecordDict({HEADER: header, PAYLOAD: ArrayRecord({PAYLOAD: Array(envelope.payload)})})
+def to_record(packet: Packet) -> RecordDict:
+    """One packet as a RecordDict: for message 0, 1, ... a header of small fields, `header 0`, and, where there is one,
+    a payload array, `payload 0`.
+    """
+    record = RecordDict()
+    for number, message in enumerate(packet):
+        envelope = encode(message)
+        record[f"{HEADER} {number}"] = ConfigRecord({KIND: envelope.kind, **envelope.fields})
+        if envelope.payload is not None:
+            record[f"{PAYLOAD} {number}"] = ArrayRecord({PAYLOAD: Array(envelope.payload)})
+    return record
 
 
-def from_record(record: RecordDict) -> Message:
-    """The message in a RecordDict. Raises RemoteProtocolError on anything that is not exactly one."""
-    header, payload = record.get(HEADER), record.get(PAYLOAD)
-    if not isinstance(header, ConfigRecord) or not set(record) <= {HEADER, PAYLOAD}:
-        raise RemoteProtocolError("a message has no header, or records that do not belong")
-    values = dict(header)
+def from_record(record: RecordDict) -> Packet:
+    """The packet in a RecordDict. Raises RemoteProtocolError on anything that is not exactly one."""
+    count = sum(name.startswith(HEADER) for name in record)
+    if not set(record) <= {f"{name} {number}" for name in (HEADER, PAYLOAD) for number in range(count)}:
+        raise RemoteProtocolError("a packet has a message without a header, or records that do not belong")
+    packet = tuple(
+        _read_message(record[f"{HEADER} {number}"], record.get(f"{PAYLOAD} {number}")) for number in range(count)
+    )
+    check_packet(packet)
+    return packet
+
+
+def _read_message(header: object, payload: object) -> Message:
+    values = dict(header) if isinstance(header, ConfigRecord) else {}
     kind = values.pop(KIND, None)
     if not isinstance(kind, str):
         raise RemoteProtocolError("a message does not say its kind")

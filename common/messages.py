@@ -13,10 +13,14 @@
     OpenSum                 SumOpened            plain sum
     PartRequest             VectorPart
     CandidatePart           CandidateReceived    a merged candidate, in parts; after the last it is evaluated
-    Result                  ResultReceived       what was published, signed by the coordinator
-    Receipts                ReceiptsKept         everybody's signature under the same result
-    Finish                  Finished             the owner deletes what it kept for this run
+    Result                  ResultReceived       what is published, signed by the coordinator
+    Receipts                ReceiptsKept         everybody's signature under the same result; ends the run
+    Finish                  Finished             ends a run without a result
     (any)                   Refusal              a code, never an exception's text
+
+Messages travel in packets, since a node starts a process for each packet. Candidates, and the result, wait for no
+answer: they travel ahead of the next message, as many as fit. An owner answers one message of a packet after the other,
+as if each had come alone, and stops at the first that it refuses.
 
 A message is frozen and checked when it is built, so one that exists is well formed. `encode` and `decode` are exact:
 unknown kinds, missing or additional fields, wrong types or ranges are refused.
@@ -36,7 +40,7 @@ from common.errors import EXIT_CODES, RemoteProtocolError
 from common.labels import Label
 from common.tensor_layout import PART_BYTES
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 STATISTICS = ("contribution", "validation", "test")
@@ -256,7 +260,7 @@ class CandidateReceived(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Message):
-    """What was published: the candidate's name, the model's digest, the digest of all candidates that were sent."""
+    """What is published: the candidate's name, the model's digest, the digest of all candidates that were sent."""
 
     run: str
     model: str
@@ -301,6 +305,8 @@ class Finished(Message):
 class Refusal(Message):
     code: str
 
+
+Packet = tuple[Message, ...]  # at least one; all their payloads together are at most PART_BYTES
 
 KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
@@ -368,6 +374,21 @@ def decode(envelope: Envelope) -> Message:
         differing = ", ".join(sorted(str(name)[:40] for name in set(values) ^ expected))
         raise RemoteProtocolError(f"{envelope.kind}: missing or unexpected fields: {differing}")
     return kind(**values)
+
+
+def check_packet(packet: Packet) -> None:
+    """Raise RemoteProtocolError for one that holds nothing, or more than one message may carry."""
+    if not packet:
+        raise RemoteProtocolError("a packet holds no message")
+    size = sum(map(payload_bytes, packet))
+    if size > PART_BYTES:
+        raise RemoteProtocolError(f"a packet carries {size} bytes, {PART_BYTES} are allowed")
+
+
+def payload_bytes(message: Message) -> int:
+    """The array of a message: a part of a vector."""
+    payload = encode(message).payload
+    return 0 if payload is None else payload.nbytes
 
 
 def _is_hex_64(value: object) -> bool:

@@ -24,7 +24,7 @@ from common.errors import (
 )
 from common.flower_records import from_record, to_record
 from common.logs import JsonLines
-from common.messages import Message, Refusal
+from common.messages import Packet, Refusal
 from common.private_file import write_whole
 from common.settings_file import load_settings
 from server.merge import claim_output, run_merge
@@ -55,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class FlowerChannel:
-    """Messages over a Flower grid. Pulls one answer at a time, so that one part per node is held at most."""
+    """Packets over a Flower grid. Pulls one answer at a time, so that one part per node is held at most."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -66,7 +66,7 @@ class FlowerChannel:
             time.sleep(POLL_SECONDS)
         return nodes
 
-    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
+    def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
         node_of = {}
         for node, request in requests.items():
             message = FlowerMessage(
@@ -90,11 +90,11 @@ class FlowerChannel:
             yield node, None
 
 
-def _read(reply: FlowerMessage) -> Message | None:
+def _read(reply: FlowerMessage) -> Packet | None:
     """The answer in a Flower reply; None where Flower itself reports that the node is gone or broke down."""
     if reply.has_error():
         # Only a node that does not run our bundle at all answers so: its owner did not consent to that bundle.
-        return Refusal(code=ConsentError.code) if reply.error.code == ErrorCode.INVALID_FAB else None
+        return (Refusal(code=ConsentError.code),) if reply.error.code == ErrorCode.INVALID_FAB else None
     try:
         return from_record(reply.content)
     except RemoteProtocolError:

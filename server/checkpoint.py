@@ -45,6 +45,7 @@ class OwnerCost:
     """
 
     waited_seconds: float = 0.0
+    messages: int = 0  # to the owner; its node starts a process for each
     bytes_sent: int = 0  # to the owner
     bytes_received: int = 0  # from the owner
 
@@ -66,6 +67,21 @@ class Step:
         return sum(cost.bytes_received for cost in self.by_owner.values())
 
 
+@dataclass(frozen=True)
+class SentCandidate:
+    """A merged candidate, and the owners that have all of it."""
+
+    model: str
+    split: str
+    digest: str
+    bytes: int
+    owners: tuple[str, ...] = ()
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.model, self.split, self.digest
+
+
 @dataclass(kw_only=True)
 class Checkpoint:
     """One run's progress. Every change is on the disk before the method returns."""
@@ -74,7 +90,7 @@ class Checkpoint:
     agreement_digest: str
     run: str = field(default_factory=lambda: secrets.token_hex(32))
     steps: list[Step] = field(default_factory=list)
-    candidates: list[Candidate] = field(default_factory=list)  # those that every owner has
+    candidates: list[SentCandidate] = field(default_factory=list)  # those that every owner has
     sums: list[dict[str, Any]] = field(default_factory=list)
     seconds_before: float = 0.0  # of the earlier starts of this run
     opening_of: dict[str, Any] | None = None  # the OpenSum, and the state of its session
@@ -92,7 +108,7 @@ class Checkpoint:
                 agreement_digest=agreement_digest,
                 run=kept["run"],
                 steps=[_step(step) for step in kept["steps"]],
-                candidates=[tuple(candidate) for candidate in kept["candidates"]],
+                candidates=[_sent_candidate(candidate) for candidate in kept["candidates"]],
                 sums=kept["sums"],
                 seconds_before=kept["seconds"],
                 opening_of=kept["opening_of"],
@@ -143,7 +159,7 @@ class Checkpoint:
         """The sessions whose totals are kept."""
         return {kept["session"] for kept in self.sums}
 
-    def keep_candidate(self, candidate: Candidate) -> None:
+    def keep_candidate(self, candidate: SentCandidate) -> None:
         self.candidates.append(candidate)
         self.save()
 
@@ -166,7 +182,7 @@ class Checkpoint:
             "agreement_digest": self.agreement_digest,
             "seconds": self.seconds,
             "steps": [asdict(step) for step in self.steps],
-            "candidates": [list(candidate) for candidate in self.candidates],
+            "candidates": [asdict(candidate) for candidate in self.candidates],
             "sums": self.sums,
             "opening_of": self.opening_of,
         }
@@ -201,6 +217,10 @@ class Checkpoint:
         with path.open("rb") as file:
             file.readinto(vector.data.cast("B"))
         return vector
+
+
+def _sent_candidate(kept: dict[str, Any]) -> SentCandidate:
+    return SentCandidate(**{**kept, "owners": tuple(kept["owners"])})
 
 
 def _step(kept: dict[str, Any]) -> Step:

@@ -4,9 +4,9 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from common.messages import (
     Finished,
     Message,
     OpenSum,
+    Packet,
     Present,
     Receipts,
     Refusal,
@@ -34,15 +35,16 @@ from common.messages import (
     RollCall,
     SessionBurned,
     encode,
+    payload_bytes,
 )
-from common.result import Candidate, candidates_digest, result_body
+from common.result import Candidate, body_of, candidates_digest, result_body
 from common.summation import SUMMATIONS
 from common.summation.accumulator import BYTES_PER_NUMBER
 from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, check_burned_by
-from common.tensor_layout import TensorLayout
-from server.checkpoint import Checkpoint, OwnerCost, Step
+from common.tensor_layout import PART_BYTES, TensorLayout
+from server.checkpoint import Checkpoint, OwnerCost, SentCandidate, Step
 
 FINISH_TIMEOUT_SECONDS = 60.0
 log = logging.getLogger("amalgram.coordinator")
@@ -54,7 +56,7 @@ class Channel(Protocol):
     def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
         """The nodes that are there: at least `count`, or as many as came in time."""
 
-    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
+    def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
         """Send to each node; yield each answer as it arrives, None for a node that did not answer in time."""
 
 
@@ -80,9 +82,11 @@ class Coordinator:
     lost: dict[str, str] = field(default_factory=dict)  # owner -> where it was lost
     candidates: list[Candidate] = field(default_factory=list)  # everything that was sent to the owners
     sums: list[OpenedSum] = field(default_factory=list)  # everything that was learned from them
-    receipts: tuple[str, ...] = ()  # the owners that signed the result
-    _step_number: int = 0  # counts what an earlier start of this run has done, too
+    _steps_done: int = 0  # counts what an earlier start of this run has done, too
     _round: int = -1
+    _underway: list[SentCandidate] = field(default_factory=list)  # candidates that not all owners have yet
+    _ahead: list[Message] = field(default_factory=list)  # what travels ahead of the next message to all owners
+    _signed: list[Signed] = field(default_factory=list)  # the owners' signatures under the result
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those still taking part
     _payload_bytes: dict[str, int] = field(default_factory=dict)  # owner -> how much of its vector has arrived
 
@@ -101,13 +105,12 @@ class Coordinator:
 
     def roll_call(self) -> None:
         """Find out which node speaks for which owner. Raises TooFewOwners, or OwnerRefused."""
-        self._step_number += 1
         self._start("roll call")
         timeout = self.agreement.summation.reply_timeout_seconds
         nodes = self.channel.wait_for_nodes(len(self.agreement.owners), timeout)
         request = RollCall(version=PROTOCOL_VERSION, run=self.run, agreement_digest=self.agreement.digest())
         refusals, pending = [], set()
-        for node, reply in self.channel.exchange(dict.fromkeys(nodes, request), timeout):
+        for node, reply in self._ask_nodes(nodes, request, timeout):
             if isinstance(reply, Refusal):
                 refusals.append((node, reply.code))
             elif isinstance(reply, Present) and reply.run == self.run:
@@ -132,6 +135,7 @@ class Coordinator:
         # To an owner that was lost before it could help to open a session, that one is pending for good.
         for session in sorted(pending - self.checkpoint.opened_sessions - going_on):
             self._certify_as_over(session)
+        self._steps_done += 1
 
     def _check_present(self, reply: Present) -> None:
         body = bytes.fromhex(self.agreement.digest()) + reply.pending.encode()
@@ -144,9 +148,9 @@ class Coordinator:
         """
         self._start("certify that an interrupted session is over")
         owner_of = {node: owner for owner, node in self._nodes.items()}
-        requests = dict.fromkeys(owner_of, BurnSession(run=self.run, session=session))
+        request, timeout = BurnSession(run=self.run, session=session), self.agreement.summation.reply_timeout_seconds
         signed = []
-        for node, reply in self.channel.exchange(requests, self.agreement.summation.reply_timeout_seconds):
+        for node, reply in self._ask_nodes(owner_of, request, timeout):
             if not (isinstance(reply, SessionBurned) and reply.session == session):
                 continue
             each = Signed(self.agreement.owner_names.index(owner_of[node]), reply.signature)
@@ -166,16 +170,17 @@ class Coordinator:
 
     def sum(self, statistic: str, layout: TensorLayout, models: tuple[str, ...] = ()) -> Total:
         """The total of one statistic over the owners; goes on without those that are lost or break the rules."""
-        self._step_number += 1
         total = self.checkpoint.next_total(statistic, models, layout)
         if total is None:
             session, total = self._sum_over_owners(statistic, layout, models)
             self.checkpoint.keep_total(statistic, models, session, total)
+        self._steps_done += 1
         self.sums.append(OpenedSum(statistic, layout, total.owners))
         return total
 
     def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> tuple[str, Total]:
-        self._start(f"sum of {statistic}", layout.size * BYTES_PER_NUMBER)
+        ahead_bytes = sum(map(payload_bytes, self._ahead))
+        self._start(f"sum of {statistic}", layout.size * BYTES_PER_NUMBER + ahead_bytes)
         request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
 
         def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:
@@ -240,13 +245,14 @@ class Coordinator:
             raise violation
 
     def send_candidate(self, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
-        """Hand every owner a merged candidate, in parts; each evaluates it on its own rows when it is whole."""
+        """Hand every owner a merged candidate, which each evaluates on its own rows when it is whole. It travels in
+        parts: those that fill messages leave at once, the last ones ahead of the next sum's first message.
+        """
         candidate = (model, split, hashlib.sha256(np.ascontiguousarray(delta).data).hexdigest())
         self.candidates.append(candidate)
-        self._step_number += 1
         if self._is_out(candidate):
             return
-        self._start(f"candidate {model} on {split}", delta.nbytes)
+        self._underway.append(SentCandidate(*candidate, bytes=delta.nbytes))
         slices = layout.part_slices(bytes_per_number=4)
         for part, position in enumerate(slices):
             message = CandidatePart(
@@ -256,91 +262,155 @@ class Coordinator:
                 split=split,
                 part=part,
                 parts=len(slices),
-                payload=delta[position],
+                payload=delta[position].copy(),  # what waits must not keep the whole delta in memory
             )
-            for owner, reply in self._ask(dict.fromkeys(self.owners, message)):
-                if reply is not None and not (
-                    isinstance(reply, CandidateReceived) and (reply.owner, reply.part) == (owner, part)
-                ):
-                    raise RemoteProtocolError(f"owner {owner} answered a candidate with {type(reply).__name__}")
-            self._check_enough()
-        self.checkpoint.keep_candidate(candidate)
+            if sum(map(payload_bytes, self._ahead)) + payload_bytes(message) > PART_BYTES:
+                self._send_ahead(f"candidate {model} on {split}", delta.nbytes)
+            self._ahead.append(message)
+
+    def _send_ahead(self, step: str, payload_bytes_each: int = 0) -> None:
+        """Send what waits for the next message, and wait for none. Raises TooFewOwners."""
+        if self.steps[-1].name != step:
+            self._start(step, payload_bytes_each)
+        last = self._ahead.pop()
+        for _ in self._ask(dict.fromkeys(self.owners, last)):
+            pass
+        self._note_candidates((last,))
 
     def _is_out(self, candidate: Candidate) -> bool:
         """Whether every owner has this candidate already, from an earlier start of this run."""
         if len(self.candidates) > len(self.checkpoint.candidates):
             return False
-        if self.checkpoint.candidates[len(self.candidates) - 1] != candidate:
+        if self.checkpoint.candidates[len(self.candidates) - 1].candidate != candidate:
             raise SettingsError(
                 f"merge: {candidate[0]} is not to the last bit the model that was sent before the interruption; go on "
                 "with the same machine, number of threads and versions as then"
             )
         return True
 
-    def confirm_result(self, model: str, model_digest: str) -> None:
-        """Sign what is published, and give every owner everybody's signature under the same. Raises TooFewOwners."""
-        self._step_number += 1
-        self._start("result")
+    def send_result(self, model: str, model_digest: str) -> None:
+        """Sign what is published; every owner signs the same when it comes, ahead of the next message."""
         digest = candidates_digest(self.candidates)
         body = result_body(self.agreement, model, model_digest, digest)
-        run = bytes.fromhex(self.run)
         result = Result(
             run=self.run,
             model=model,
             model_digest=model_digest,
             candidates_digest=digest,
-            signature=self.identity.sign(Label.SIGN_RESULT, run, body),
+            signature=self.identity.sign(Label.SIGN_RESULT, bytes.fromhex(self.run), body),
         )
-        signed = []
-        for owner, reply in self._ask(dict.fromkeys(self.owners, result)):
-            if isinstance(reply, ResultReceived):
-                verify(self.agreement.roster[owner], Label.SIGN_RECEIPT, run, owner, body, reply.signature)
-                signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
-        self._check_enough()
-        self.receipts = tuple(self.agreement.owner_names[each.owner] for each in signed)
-        receipts = Receipts(run=self.run, signatures=Signed.pack_all(signed))
+        self._ahead.append(result)
+
+    def confirm_result(self) -> None:
+        """Give every owner everybody's signature under the result, which ends the run. Raises TooFewOwners."""
+        self._start("result")
+        if self._ahead:  # the sum that it was to travel with was in before an interruption
+            self._send_ahead("result")
+        receipts = Receipts(run=self.run, signatures=Signed.pack_all(self._signed))
         for _ in self._ask(dict.fromkeys(self.owners, receipts)):
             pass  # whoever is lost here has no receipt, and that is all: every figure is in
+        self._steps_done += 1
+
+    @property
+    def receipts(self) -> tuple[str, ...]:
+        """The owners that signed the result."""
+        return tuple(self.agreement.owner_names[each.owner] for each in self._signed)
 
     def finish(self) -> None:
-        """Tell the owners to forget this run. Whoever does not confirm it is named, and nothing else changes."""
+        """Tell the owners to forget a run that has no result. Whoever does not confirm it is named, and that is all."""
         log.info("finish", extra={"about": {"step": "finish"}})
         owner_of = {node: owner for owner, node in self._nodes.items()}
-        requests = dict.fromkeys(owner_of, Finish(run=self.run))
-        for node, reply in self.channel.exchange(requests, FINISH_TIMEOUT_SECONDS):
+        for node, reply in self._ask_nodes(owner_of, Finish(run=self.run), FINISH_TIMEOUT_SECONDS):
             if not isinstance(reply, Finished):
                 log.warning("owner %s did not confirm that it has forgotten the run", owner_of[node])
 
     def _ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:
-        """Send each owner its message; yield each answer as it arrives, None for an owner that is lost."""
-        step = self.steps[-1]
+        """Send each owner its message, and what is to travel ahead of it; yield each answer as it arrives, None for an
+        owner that is lost.
+        """
+        step, ahead = self.steps[-1], tuple(self._ahead)
+        self._ahead.clear()
         started = time.monotonic()
         owner_of = {self._nodes[owner]: owner for owner in requests}
-        by_node = {self._nodes[owner]: request for owner, request in requests.items()}
-        for owner, request in requests.items():
-            step.by_owner.setdefault(owner, OwnerCost()).bytes_sent += message_bytes(request)
+        packets = {self._nodes[owner]: (*ahead, request) for owner, request in requests.items()}
+        for node, packet in packets.items():
+            cost = step.by_owner.setdefault(owner_of[node], OwnerCost())
+            cost.messages += 1
+            cost.bytes_sent += packet_bytes(packet)
         waiting_since = started
         waiting = list(requests)
         self._tell_progress([], waiting)
-        for node, reply in self.channel.exchange(by_node, self.agreement.summation.reply_timeout_seconds):
+        for node, answer in self._exchange(packets, self.agreement.summation.reply_timeout_seconds):
             owner = owner_of[node]
             cost = step.by_owner[owner]
             cost.waited_seconds += time.monotonic() - waiting_since
-            if isinstance(reply, Refusal):
-                if len(self._nodes) - 1 < self.agreement.needed_owners:
-                    raise OwnerRefused(owner, reply.code)
-                log.warning("owner %s refused (%s) at %s", owner, reply.code, step.name)
-                reply = None
-            if reply is None:
-                self._lose(owner, "no answer")
-            else:
-                cost.bytes_received += message_bytes(reply)
-                self._payload_bytes[owner] += payload_bytes(requests[owner]) + payload_bytes(reply)
+            reply = self._take_answer(owner, packets[node], answer)
+            if reply is not None and answer is not None:
+                cost.bytes_received += packet_bytes(answer)
+                self._payload_bytes[owner] += sum(map(payload_bytes, (*packets[node], *answer)))
             waiting.remove(owner)
             self._tell_progress([each for each in requests if each in self._nodes and each not in waiting], waiting)
             yield owner, reply
             waiting_since = time.monotonic()
+        self._note_candidates(ahead)
         step.seconds += time.monotonic() - started
+
+    def _take_answer(self, owner: str, packet: Packet, answer: Packet | None) -> Message | None:
+        """The answer to the last message of a packet, once those to the others are taken; None if the owner is lost."""
+        if answer is None:
+            self._lose(owner, "no answer")
+            return None
+        last = answer[-1]
+        if isinstance(last, Refusal):
+            if len(self._nodes) - 1 < self.agreement.needed_owners:
+                raise OwnerRefused(owner, last.code)
+            log.warning("owner %s refused (%s) at %s", owner, last.code, self.steps[-1].name)
+            self._lose(owner, "no answer")
+            return None
+        try:
+            if len(answer) != len(packet):
+                raise RemoteProtocolError(f"owner {owner} answered {len(answer)} of {len(packet)} messages")
+            for request, reply in zip(packet, answer, strict=True):
+                self._check_reply(owner, request, reply)
+        except RemoteProtocolError as violation:
+            self._exclude(owner, violation)
+            return None
+        return last
+
+    def _check_reply(self, owner: str, request: Message, reply: Message) -> None:
+        """Look at an answer that belongs to no sum; the owner's signature under the result is kept."""
+        if isinstance(request, CandidatePart):
+            expected = CandidateReceived(run=self.run, owner=owner, model=request.model, part=request.part)
+            if reply != expected:
+                raise RemoteProtocolError(f"owner {owner} answered a candidate with {type(reply).__name__}")
+        if isinstance(request, Result):
+            if not isinstance(reply, ResultReceived):
+                raise RemoteProtocolError(f"owner {owner} answered a result with {type(reply).__name__}")
+            key, body = self.agreement.roster[owner], body_of(self.agreement, request)
+            verify(key, Label.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)
+            self._signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
+
+    def _note_candidates(self, packet: Packet) -> None:
+        """Of these messages, which all have now, some complete a candidate. Raises TooFewOwners instead where others
+        must come back, who have them not.
+        """
+        if packet:
+            self._check_enough()
+        for part in packet:
+            if isinstance(part, CandidatePart) and part.part + 1 == part.parts:
+                self.checkpoint.keep_candidate(replace(self._underway.pop(0), owners=self.owners))
+
+    def _ask_nodes(
+        self, nodes: Iterable[int], request: Message, timeout_seconds: float
+    ) -> Iterator[tuple[int, Message | None]]:
+        """Send the same message to nodes that need not be owners who take part."""
+        for node, answer in self._exchange(dict.fromkeys(nodes, (request,)), timeout_seconds):
+            yield node, answer[0] if answer is not None else None
+
+    def _exchange(self, packets: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
+        kinds = [type(message).__name__ for message in next(iter(packets.values()), ())]
+        log.debug("to %d owners: %s", len(packets), ", ".join(kinds), extra={"about": {"sent": kinds}})
+        return self.channel.exchange(packets, timeout_seconds)
 
     def _tell_progress(self, done: list[str], waiting: list[str]) -> None:
         step, count = self.steps[-1].name, len(done) + len(waiting)
@@ -356,7 +426,7 @@ class Coordinator:
         """Begin a step, in which each owner sends or is sent a vector of `payload_bytes`."""
         about = {
             "step": name,
-            "number": self._step_number,
+            "number": self._steps_done + 1,
             "num_steps": self.num_steps,
             "owners": list(self.owners),
             "payload_bytes_each": payload_bytes,
@@ -375,13 +445,7 @@ class Coordinator:
             )
 
 
-def message_bytes(message: Message) -> int:
-    """Everything of a message that grows: the array, and lists of records."""
-    lists = sum(len(value) for value in encode(message).fields.values() if isinstance(value, bytes))
-    return lists + payload_bytes(message)
-
-
-def payload_bytes(message: Message) -> int:
-    """The array of a message: a part of a vector."""
-    payload = encode(message).payload
-    return 0 if payload is None else payload.nbytes
+def packet_bytes(packet: Packet) -> int:
+    """Everything of a packet that grows: arrays, and lists of records."""
+    values = [value for message in packet for value in encode(message).fields.values()]
+    return sum(len(value) for value in values if isinstance(value, bytes)) + sum(map(payload_bytes, packet))

@@ -1,8 +1,8 @@
 """Runs the agreed methods over sums and writes the merged model.
 
 sum of contributions -> for methods of several steps, a sum and a solve for each -> solve every candidate ->
-owners evaluate the candidates of a sweep -> sum of validation figures -> choose -> owners evaluate the chosen -> sum
-of test figures -> model folder and report
+owners evaluate the candidates of a sweep -> sum of validation figures -> choose -> owners evaluate the chosen and sign
+the result -> sum of test figures -> model folder and report
 """
 
 import shutil
@@ -113,33 +113,25 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     )
     try:
         coordinator.roll_call()
-        outcome = _merge(coordinator, plan, adapter)
-        add_delta(base, outcome.solutions[agreement.method].delta)
-        coordinator.confirm_result(outcome.choices[agreement.method].name, digest_of(base, agreement.task))
+        outcome = _merge(coordinator, base, plan, adapter)
+        coordinator.confirm_result()
         report = make_report(outcome, base, checkpoint.seconds)
         low_rank = outcome.solutions[agreement.method].low_rank
         _write_model(base, low_rank, base_folder, agreement, report, output / "model")
         save_report(report, output)
     except NumericalError:  # the same totals would end alike; after any other error the same command goes on
-        _end(coordinator)
+        checkpoint.remove()
+        coordinator.finish()
         raise
-    _end(coordinator)
+    checkpoint.remove()
 
 
 def count_steps(agreement: Agreement, plan: MergePlan) -> int:
-    """How many steps a run has: the roll call, every sum, every model that is sent, the result."""
-    tried = [len(candidates(agreement, method)) for method in agreement.methods]
-    swept = sum(count for count in tried if count > 1)
-    merged_and_summed = sum(len(steps(plan, method)) for method in agreement.methods if method in SEQUENTIAL)
-    sums = 2 + merged_and_summed + (swept > 0)  # of contributions and of test figures, and what is in between
-    sent = merged_and_summed + swept + len(agreement.methods)
-    return 1 + sums + sent + 1
-
-
-def _end(coordinator: Coordinator) -> None:
-    """The run is over: nobody needs any more what it had reached."""
-    coordinator.checkpoint.remove()
-    coordinator.finish()
+    """How many steps a run has: the roll call, every sum, the result."""
+    swept = any(len(candidates(agreement, method)) > 1 for method in agreement.methods)
+    merged = sum(len(steps(plan, method)) for method in agreement.methods if method in SEQUENTIAL)
+    sums = 2 + merged + swept  # of contributions and of test figures, and what is in between
+    return 1 + sums + 1
 
 
 def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement) -> AdapterPlan | None:
@@ -150,7 +142,8 @@ def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement
     return adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
 
 
-def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
+def _merge(coordinator: Coordinator, base: PreTrainedModel, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
+    """All sums; `base` becomes the published model."""
     agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
     solutions_of: dict[str, SolutionOf] = {
@@ -166,6 +159,8 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
     for method, choice in choices.items():
         solutions[method] = solutions_of[method](choice.knob, with_spectra=method == agreement.method)
         _send(coordinator, plan, choice.name, "test", solutions[method])
+    add_delta(base, solutions[agreement.method].delta)
+    coordinator.send_result(choices[agreement.method].name, digest_of(base, agreement.task))
     owners, examples = total.owners, _examples(total)
     coordinator.destroy("contribution", total)
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))

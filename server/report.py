@@ -34,7 +34,8 @@ report.json, `report_version` 2:
                                                coordinator's program overwrote the total
     sent[]                                     what owners received, in order: model, split, digest, bytes, owners
     steps[]                                    name, seconds, bytes_sent, bytes_received (payloads, all owners);
-                                               by_owner.<owner>: waited_seconds, bytes_sent, bytes_received
+                                               by_owner.<owner>: waited_seconds, messages (to the owner),
+                                               bytes_sent, bytes_received
     examples                                   training rows, summed over owners
     digests                                    agreement, base, model
     versions                                   of the libraries that computed this
@@ -173,7 +174,7 @@ def make_report(outcome: Outcome, merged: PreTrainedModel, seconds: float) -> di
         "notes": notes,
         "advice": _advice(outcome, mean),
         "sums": [_opened_sum(each) for each in outcome.coordinator.sums],
-        "sent": list(_sent(outcome.coordinator)),
+        "sent": [asdict(candidate) for candidate in outcome.coordinator.checkpoint.candidates],
         "steps": list(_steps(outcome.coordinator)),
         "examples": outcome.examples,
         "digests": {
@@ -248,16 +249,6 @@ def _opened_sum(opened: OpenedSum) -> dict[str, Any]:
         "contents": list(contents.values()),
         "destroyed": opened.destroyed,
     }
-
-
-def _sent(coordinator: Coordinator) -> Iterator[dict[str, Any]]:
-    """Every candidate, with the owners to whom all of it went."""
-    steps = {step.name: step for step in coordinator.steps}
-    for model, split, digest in coordinator.candidates:
-        step = steps[f"candidate {model} on {split}"]
-        owners = [owner for owner, cost in step.by_owner.items() if coordinator.lost.get(owner) != step.name]
-        size = max(cost.bytes_sent for cost in step.by_owner.values())
-        yield {"model": model, "split": split, "digest": digest, "bytes": size, "owners": owners}
 
 
 def _steps(coordinator: Coordinator) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from client.owner import Owner
 from common.agreement import Agreement
 from common.identity import Identity
-from common.messages import Message
+from common.messages import Message, Packet
 from common.models import MergePlan
 
 NAMES = ("ada", "bea", "cyd", "coordinator")
@@ -34,15 +34,29 @@ class OwnersChannel:
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self.files = list(files.values())
-        self.asked: list[Message] = []
+        self.asked: list[Packet] = []
 
     def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
         return list(range(len(self.files)))
 
-    def exchange(self, requests: Mapping[int, Message], timeout_seconds: float) -> Iterator[tuple[int, Message | None]]:
+    def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
         self.asked.append(next(iter(requests.values())))
-        for node, request in requests.items():
-            yield node, self.answer(node, request)
+        for node, packet in requests.items():
+            yield node, self._answers(node, packet)
+
+    @property
+    def kinds(self) -> list[tuple[type[Message], ...]]:
+        """What each packet held that the owners were asked."""
+        return [tuple(type(message) for message in packet) for packet in self.asked]
+
+    def _answers(self, node: int, packet: Packet) -> Packet | None:
+        answers = []
+        for request in packet:
+            answer = self.answer(node, request)
+            if answer is None:
+                return None
+            answers.append(answer)
+        return tuple(answers)
 
     def answer(self, node: int, request: Message) -> Message | None:
         return Owner(self.files[node]).answer(request)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_nothing_of_the_surroundings_opens_flower_or_says_who_a_peer_is(
         "FLWR_TELEMETRY_ENABLED",
         "FLWR_DISABLE_UPDATE_CHECK",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL",
     }
 
 
@@ -179,6 +181,28 @@ def test_the_gate_lets_the_agreed_bundle_through_and_gives_flower_the_bytes_it_l
     assert gate.get_fab(link.run.fab_hash, 7).content == bundle
     assert gate.get_run(7).fab_hash == bundle_digest()
     assert (link.answers, link.fetched) == ([], 1)
+
+
+def test_the_gate_asks_the_sooner_for_a_message_the_more_recent_the_last_one_was(
+    bundle: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
+    link = Link(run_of(bundle), fab_of(bundle))
+    gate = Gate(bundle_digest(), link.connection() | {"receive": lambda: asked.append(now)}, tmp_path)
+    assert gate.receive() is None
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert pauses[:8] == [0.5] * 8
+    assert all(pause == pytest.approx(max(0.5, when / 10)) for pause, when in zip(pauses, asked, strict=False))
+    assert 30 < now < 34  # from here on Flower's own pace, 3 seconds, will do
+    assert gate.receive() is None
+    assert len(asked) == len(pauses) + 2
 
 
 def test_the_gate_answers_for_another_bundle_and_flower_never_hears_of_it(
@@ -279,7 +303,7 @@ def test_a_connection_of_another_shape_is_not_used(tmp_path: Path) -> None:
 def test_a_coordinator_takes_error_7_for_a_refusal_and_others_for_a_loss(tmp_path: Path) -> None:
     refused = Link(run_of(b""), fab_of(b""))
     Gate("digest", refused.connection(), tmp_path).receive()
-    assert _read(refused.answers[0]) == Refusal(code="consent")
+    assert _read(refused.answers[0]) == (Refusal(code="consent"),)
     crashed = Message(flwr.app.Error(ErrorCode.CLIENT_APP_CRASHED), reply_to=refused.receive()[0])
     assert _read(crashed) is None
 

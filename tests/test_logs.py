@@ -63,7 +63,18 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
     assert len(steps) == len(set(steps))  # one line per step
     names = set(parties.files)
     for line in lines:  # whatever else a line may hold is looked at here before it is allowed
-        assert set(line) <= {"time", "level", "logger", "message", "step", "owners", "done", "waiting_for", *COUNTS}
+        assert set(line) <= {
+            "time",
+            "level",
+            "logger",
+            "message",
+            "step",
+            "owners",
+            "done",
+            "waiting_for",
+            "sent",
+            *COUNTS,
+        }
         assert {name for key in NAMES for name in line.get(key, ())} <= names
     begun = [line for line in lines if "number" in line]
     assert [line["number"] for line in begun] == list(range(1, begun[0]["num_steps"] + 1))

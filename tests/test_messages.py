@@ -105,7 +105,7 @@ def test_there_is_an_example_of_every_message() -> None:
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_a_message_survives_flower_s_own_serialisation(message: Message) -> None:
-    arrived = from_record(through_serialisation(to_record(message)))
+    (arrived,) = from_record(through_serialisation(to_record((message,))))
     assert type(arrived) is type(message)
     one, other = encode(arrived), encode(message)
     assert one.fields == other.fields
@@ -177,21 +177,21 @@ def claiming(length: int) -> bytes:
     "record",
     [
         RecordDict(),
-        RecordDict({"header": ConfigRecord({"run": HEX})}),
-        RecordDict({"header": ConfigRecord({"kind": 3})}),
-        RecordDict({"header": ConfigRecord({"kind": "Finish", "run": HEX}), "more": ConfigRecord({})}),
-        RecordDict({"header": ConfigRecord({"kind": "Finish", "run": HEX}), "payload": ConfigRecord({})}),
-        RecordDict({"header": ArrayRecord()}),
+        RecordDict({"header 0": ConfigRecord({"run": HEX})}),
+        RecordDict({"header 0": ConfigRecord({"kind": 3})}),
+        RecordDict({"header 0": ConfigRecord({"kind": "Finish", "run": HEX}), "more": ConfigRecord({})}),
+        RecordDict({"header 0": ConfigRecord({"kind": "Finish", "run": HEX}), "payload 0": ConfigRecord({})}),
+        RecordDict({"header 0": ArrayRecord()}),
         RecordDict(
             {
-                "header": ConfigRecord({"kind": "VectorPart", "session": HEX, "owner": "ada", "part": 0}),
-                "payload": ArrayRecord({"payload": Array("float64", (9,), "numpy.ndarray", b"no array")}),
+                "header 0": ConfigRecord({"kind": "VectorPart", "session": HEX, "owner": "ada", "part": 0}),
+                "payload 0": ArrayRecord({"payload": Array("float64", (9,), "numpy.ndarray", b"no array")}),
             }
         ),
         RecordDict(
             {
-                "header": ConfigRecord({"kind": "VectorPart", "session": HEX, "owner": "ada", "part": 0}),
-                "payload": ArrayRecord({"payload": Array("float64", (9,), "numpy.ndarray", claiming(10**14))}),
+                "header 0": ConfigRecord({"kind": "VectorPart", "session": HEX, "owner": "ada", "part": 0}),
+                "payload 0": ArrayRecord({"payload": Array("float64", (9,), "numpy.ndarray", claiming(10**14))}),
             }
         ),
     ],

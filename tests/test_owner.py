@@ -329,9 +329,10 @@ def test_a_model_made_here_is_kept_and_remade_only_when_its_recipe_changes(parti
 def through_app(settings: Path, message: Message) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     context = Context(run_id=1, node_id=2, node_config={"settings": str(settings)}, state=RecordDict(), run_config={})
-    reply = app(FlowerMessage(to_record(message), dst_node_id=2, message_type="train.step"), context)
+    reply = app(FlowerMessage(to_record((message,)), dst_node_id=2, message_type="train.step"), context)
     assert not context.state  # nothing is kept where Flower, and whoever reads it, could see it
-    return from_record(reply.content)
+    (answer,) = from_record(reply.content)
+    return answer
 
 
 def test_an_error_leaves_as_a_code_and_stays_as_a_text(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,4 +364,4 @@ def test_a_message_that_is_none_is_refused(parties: Parties) -> None:
     settings = str(parties.files["hotel"])
     context = Context(run_id=1, node_id=2, node_config={"settings": settings}, state=RecordDict(), run_config={})
     reply = app(FlowerMessage(RecordDict(), dst_node_id=2, message_type="train.step"), context)
-    assert from_record(reply.content) == Refusal(code="protocol")
+    assert from_record(reply.content) == (Refusal(code="protocol"),)

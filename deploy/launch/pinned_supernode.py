@@ -14,6 +14,7 @@ Run as a process of its own: `python -m deploy.launch.pinned_supernode DIGEST` a
 import hashlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ from deploy.launch.internals import check_internals, tell
 REFUSED = Error(ErrorCode.INVALID_FAB, "not the bundle that this owner consented to")
 BROKE_OFF = Error(ErrorCode.CLIENT_APP_CRASHED, "this node was interrupted while it was at work on the message")
 UNANSWERED = "unanswered"  # in the node's folder, while a message has no whole answer: the one that it gets otherwise
+FLOWER_PAUSE_SECONDS, LEAST_PAUSE_SECONDS = 3.0, 0.5
+PAUSE_SHARE = 0.1  # of the time that a message has been waited for: so little may be lost by asking too late
 NAMES = ("node_id", "receive", "send", "get_run", "get_fab", "pull_object", "push_object", "confirm_message_received")
 
 
@@ -60,11 +63,12 @@ class Gate:
         self._agreed: dict[int, tuple[Run, Fab]] = {}
         self._refused: set[int] = set()
         self._to_push: set[str] = set()  # objects of the answer that is being sent
+        self._answered = time.monotonic()  # when the last message was
 
     def receive(self) -> Any:
         """The next message of an agreed bundle; None if there is none. Others are answered here."""
         self._admit_interruption()
-        received = self._connection["receive"]()
+        received = self._wait_for_message()
         if received is None:
             return None
         message = received[0]
@@ -78,9 +82,21 @@ class Gate:
         self._answer(Message(REFUSED, reply_to=message))
         return None
 
+    def _wait_for_message(self) -> Any:
+        """Flower asks every 3 seconds, which would be most of a step in which nobody computes. So the gate asks sooner,
+        and the later, the longer it has waited, until Flower's pace will do.
+        """
+        while (received := self._connection["receive"]()) is None:
+            pause = (time.monotonic() - self._answered) * PAUSE_SHARE
+            if pause > FLOWER_PAUSE_SECONDS:
+                break
+            time.sleep(max(pause, LEAST_PAUSE_SECONDS))
+        return received
+
     def send(self, reply: Message, *arguments: Any) -> tuple[set[str], str]:
         wanted, session = self._connection["send"](reply, *arguments)
         self._to_push = set(wanted)
+        self._answered = time.monotonic()
         self._note_if_whole()
         return wanted, session
 

@@ -45,16 +45,16 @@ def read_message(data: bytes) -> None:
             header[name] = provider.ConsumeBytes(provider.ConsumeIntInRange(0, 200))
         elif choice == 3:
             header[name] = provider.ConsumeUnicodeNoSurrogates(40)
-    record = RecordDict({"header": ConfigRecord(header)})  # type: ignore[arg-type]
+    record = RecordDict({"header 0": ConfigRecord(header)})  # type: ignore[arg-type]
     if provider.ConsumeBool():
         raw = provider.ConsumeBytes(provider.ConsumeIntInRange(0, 300))
         array = Array("uint64", (9,), "numpy.ndarray", raw) if provider.ConsumeBool() else Array(np.zeros(3, "<u8"))
-        record["payload"] = ArrayRecord({"payload": array})
+        record["payload 0"] = ArrayRecord({"payload": array})
     try:
-        message = from_record(record)
+        packet = from_record(record)
     except RemoteProtocolError:
         return
-    assert dict(to_record(message)["header"]) == header
+    assert dict(to_record(packet)["header 0"]) == header
 
 
 def read_anything(data: bytes) -> None:

@@ -19,7 +19,8 @@ from tests.sums import identities_of, layout_of, repeating_bytes, terms_of, vect
 
 def delivered(message: Message) -> Message:
     """What arrives after Flower's own serialisation."""
-    return from_record(through_serialisation(to_record(message)))
+    (arrived,) = from_record(through_serialisation(to_record((message,))))
+    return arrived
 
 
 class MaliciousCoordinator:

@@ -31,6 +31,7 @@ class Mutation:
 
 
 GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
+PACKETS, COORDINATOR = "test_packets.py", "test_coordinator.py"
 LAUNCH, LOGS, OWNERS, DEPLOYMENT = "test_launch.py", "test_logs.py", "test_owner.py", "end_to_end/test_deployment.py"
 KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, AGREEMENT, RESUME = (
     "attacks/test_keys.py",
@@ -177,6 +178,19 @@ TABLE = [
     Mutation(ARCHITECTURES, "test_experts_are_merged_only", "deploy/complete.py", "if not draft.privacy.merge_routed_inputs:", "if False:"),
     Mutation(PROCESS, "test_33_receipts_under", "common/signed_list.py", "        verify(roster[name], label, session, name, body, signed.signature)"),
     Mutation(PROCESS, "test_33_a_result_that", OWNER, "        check_result(self.agreement, message)"),
+    Mutation(PROCESS, "test_33_a_result_signed_in", OWNER, "if not self.state.has_receipt(message.run):", "if not self._ledger._result:"),
+    Mutation(PROCESS, "test_33_a_result_is_signed_again", OWNER, "if not self.state.has_receipt(message.run):", "if True:"),
+    Mutation(PROCESS, "test_33_receipts_of_another", OWNER, '        self._check_run(message.run)\n        kept = self.state.read_json("result")', '        kept = self.state.read_json("result")'),
+    Mutation(PROCESS, "test_48_", OWNER, 'if self.state.read_json("result") is not None:', "if False:"),
+    # packets
+    Mutation(PACKETS, "test_49_a_packet_of_nothing", "common/messages.py", "    if size > PART_BYTES:", "    if False:"),
+    Mutation(PACKETS, "test_49_a_packet_of_nothing", "common/messages.py", "    if not packet:", "    if False:"),
+    Mutation(PACKETS, "test_49_a_packet_with_a_gap", "common/flower_records.py", "if not set(record) <=", "if False and not set(record) <="),
+    Mutation(PACKETS, "test_49_a_packet_is_answered", OWNER, "if message.model not in self.workbench.agreed_candidates:", "if False:"),
+    Mutation(PACKETS, "test_49_a_second_model", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
+    Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/coordinator.py", "if len(answer) != len(packet):", "if False:"),
+    Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/coordinator.py", "if reply != expected:", "if False:"),
+    Mutation(COORDINATOR, "test_a_signature_of_another", "server/coordinator.py", "            verify(key, Label.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)"),
     Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in self.workbench.candidates(self.agreement.method):", "if False:"),
     Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
     Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),

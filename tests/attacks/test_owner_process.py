@@ -624,6 +624,54 @@ def test_33_an_owner_signs_one_result_under_one_agreement(process: Process) -> N
         process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
 
 
+def test_33_a_result_is_signed_again_for_a_coordinator_that_was_started_again_when_the_run_has_ended(
+    process: Process,
+) -> None:
+    """The owner has forgotten the run and what it was sent; the very same result it signs again, and no other."""
+    result, _ = with_a_candidate(process)
+    signed = process.send("hotel", result)
+    everybody = receipts(process, result, list(process.parties.files))
+    process.send("hotel", everybody)
+    with pytest.raises(RemoteProtocolError, match="another run or agreement"):
+        process.send("hotel", everybody)
+    process.roll_call()
+    with pytest.raises(ConsentError, match="another result under this agreement than the one signed here"):
+        process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
+    assert process.send("hotel", result) == signed
+    assert isinstance(process.send("hotel", everybody), ReceiptsKept)
+
+
+def test_33_a_result_signed_in_one_run_is_not_signed_unseen_in_another(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    process.send("hotel", receipts(process, result, list(process.parties.files)))
+    process.roll_call(OTHER)
+    body = result_body(process.parties.agreement, result.model, result.model_digest, result.candidates_digest)
+    signature = process.parties.identities["coordinator"].sign(Label.SIGN_RESULT, bytes.fromhex(OTHER), body)
+    with pytest.raises(RemoteProtocolError, match="other candidates than those sent to this owner"):
+        process.send("hotel", replace(result, run=OTHER, signature=signature))
+
+
+def test_33_receipts_of_another_run_do_not_end_this_one(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    good = receipts(process, result, list(process.parties.files))
+    with pytest.raises(RemoteProtocolError, match="another run or agreement"):
+        process.send("hotel", replace(good, run=OTHER))
+    assert (process.parties.folder / "state" / "hotel" / "run").exists()
+    assert not (process.parties.folder / "state" / "hotel" / "receipts").exists()
+
+
+def test_48_a_candidate_that_the_signed_result_does_not_know_of(process: Process) -> None:
+    """The result travels ahead of the last sum: that sum could be about a model that no receipt tells of."""
+    result, delta = with_a_candidate(process)
+    process.send("hotel", result)
+    process.send("hotel", replace(candidate_for(process, delta), model=result.model))  # what it knows of: once more
+    with pytest.raises(ConsentError, match="sent the model average after the result"):
+        process.send("hotel", candidate_for(process, delta))
+    taken = [(result.model, "test", hashlib.sha256(delta.data).hexdigest())]
+    assert candidates_digest(taken) == result.candidates_digest
+    process.send("hotel", process.open_sum(1, statistic="test", models=result.model, candidates=taken))
+
+
 def test_33_receipts_under_another_result_do_not_count(process: Process) -> None:
     result, _ = with_a_candidate(process)
     good = receipts(process, result, list(process.parties.files))

@@ -77,7 +77,8 @@ def through_app(settings_file: Path, record: RecordDict) -> Any:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     node_config = {"settings": str(settings_file)}
     context = Context(run_id=1, node_id=2, node_config=node_config, state=RecordDict(), run_config={})
-    return from_record(app(FlowerMessage(record, dst_node_id=2, message_type="train.step"), context).content)
+    (answer,) = from_record(app(FlowerMessage(record, dst_node_id=2, message_type="train.step"), context).content)
+    return answer
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -92,9 +93,9 @@ def test_32_garbage_is_refused_with_a_code_and_changes_nothing(
     """In the middle of a sum, through the owner's real app."""
     state = waiting.folder / "state" / "hotel"
     before = contents(state)
-    record = RecordDict({"header": ConfigRecord({**fields, "kind": kind})})
+    record = RecordDict({"header 0": ConfigRecord({**fields, "kind": kind})})
     if array is not None:
-        record["payload"] = ArrayRecord({"payload": array})
+        record["payload 0"] = ArrayRecord({"payload": array})
     assert through_app(waiting.files["hotel"], record) in (Refusal(code="protocol"), Refusal(code="consent"))
     assert contents(state) == before
 
@@ -130,9 +131,10 @@ def test_34_a_silent_owner_counts_as_lost_after_the_timeout_and_delays_nobody_lo
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     grid = SilentGrid(app, [{"settings": str(path)} for path in parties.files.values()])
     started = monotonic()
-    answers = dict(FlowerChannel(grid).exchange(dict.fromkeys((2, 3, 4), Finish(run="ab" * 32)), timeout_seconds=1.0))
+    packet = (Finish(run="ab" * 32),)
+    answers = dict(FlowerChannel(grid).exchange(dict.fromkeys((2, 3, 4), packet), timeout_seconds=1.0))
     assert answers[3] is None
-    assert answers[2] == answers[4] == Refusal(code="protocol")
+    assert answers[2] == answers[4] == (Refusal(code="protocol"),)
     assert monotonic() - started < 10
 
 
@@ -152,7 +154,7 @@ def test_35_no_secret_in_any_log_error_or_answer(parties: Parties, caplog: pytes
     assert len(secrets) > 5
     bad = SurvivorList(session=process.terms.request.session, survivors=b"")
 
-    assert through_app(parties.files["hotel"], to_record(bad)) == Refusal(code="protocol")
+    assert through_app(parties.files["hotel"], to_record((bad,))) == Refusal(code="protocol")
     told = caplog.text + (parties.folder / "state" / "hotel" / "error.txt").read_text()
     for secret in secrets:
         assert secret not in told

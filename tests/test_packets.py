@@ -1,0 +1,242 @@
+"""Packets: how many messages a merge sends an owner, and that what travels together is answered as if it did not."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.supercore.task_identity import TaskIdentity
+
+import server.coordinator
+from client.app import app
+from client.owner import Owner
+from common.agreement import Agreement
+from common.errors import RemoteProtocolError
+from common.flower_records import from_record, to_record
+from common.messages import (
+    PROTOCOL_VERSION,
+    Acknowledgements,
+    CandidatePart,
+    CandidateReceived,
+    Finish,
+    KeyBook,
+    KeyShares,
+    Message,
+    OpenSum,
+    Packet,
+    Receipts,
+    Refusal,
+    Result,
+    RollCall,
+    SurvivorList,
+    VectorPart,
+    check_packet,
+)
+from common.models import delta_layout
+from common.tensor_layout import TensorLayout
+from deploy.in_process_grid import through_serialisation
+from server.merge import run_merge
+from tests.conftest import parties_of
+from tests.parties import OwnersChannel, Parties
+from tests.test_coordinator import LAYOUT, ScriptedChannel, coordinator_of, honest, own_folder
+
+__all__ = ["own_folder"]  # a fixture that every test of a coordinator needs
+Kinds = tuple[type[Message], ...]
+RUN, HEX = "ab" * 32, "cd" * 32
+SUM: list[Kinds] = [(KeyBook,), (KeyShares,), (SurvivorList,), (Acknowledgements,)]  # what follows its OpenSum
+PART = CandidatePart(
+    run=RUN, agreement_digest=HEX, model="m", split="test", part=0, parts=1, payload=np.zeros(3, np.float32)
+)
+
+
+# --- how many ---
+
+
+@pytest.fixture
+def merge(reviews_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
+    """Merges the example with changes to its agreement; what each message to an owner held."""
+
+    def run(*changes: tuple[str, str]) -> list[Kinds]:
+        consortium = Path(
+            shutil.copytree(reviews_folder, tmp_path / "consortium", ignore=shutil.ignore_patterns("output"))
+        )
+        draft = consortium / "agreement.toml"
+        for one, other in changes:
+            assert one in draft.read_text()
+            draft.write_text(draft.read_text().replace(one, other))
+        for name in ("hotel", "cinema", "phones"):
+            own = consortium / f"{name}.toml"
+            own.write_text(own.read_text().replace("epochs = 6", "epochs = 1"))
+        output = tmp_path / "output"
+        output.mkdir()
+        (output / ".amalgram").touch()
+        with parties_of(consortium, output) as made:
+            channel = OwnersChannel(made.files)
+            run_merge(made.coordinator, channel)
+            assert not any((made.folder / "state" / name / "run").exists() for name in made.files)
+        return channel.kinds
+
+    return run
+
+
+ALONE = ('["average", "task_arithmetic", "fisher"]', "[]")
+
+
+def test_regmean_with_one_alpha_sends_an_owner_12_messages(merge: Callable[..., list[Kinds]]) -> None:
+    kinds = merge(ALONE, ("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]"))
+    assert kinds == [(RollCall,), (OpenSum,), *SUM, (CandidatePart, Result, OpenSum), *SUM, (Receipts,)]
+    assert len(kinds) == 12
+
+
+def test_regmean_with_five_alphas_sends_an_owner_17_messages(merge: Callable[..., list[Kinds]]) -> None:
+    kinds = merge(ALONE)
+    validation, test = (*[CandidatePart] * 5, OpenSum), (CandidatePart, Result, OpenSum)
+    assert kinds == [(RollCall,), (OpenSum,), *SUM, validation, *SUM, test, *SUM, (Receipts,)]
+    assert len(kinds) == 17
+
+
+def test_another_method_compared_costs_no_message(merge: Callable[..., list[Kinds]]) -> None:
+    kinds = merge((ALONE[0], '["average"]'), ("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]"))
+    assert (CandidatePart, CandidatePart, Result, OpenSum) in kinds
+    assert len(kinds) == 12
+
+
+def test_a_step_of_a_method_of_several_sums_costs_5_messages(merge: Callable[..., list[Kinds]]) -> None:
+    kinds = merge(ALONE, ('method = "regmean"', 'method = "refit"'))
+    assert kinds[:11] == [(RollCall,), (OpenSum,), *SUM, (CandidatePart, OpenSum), *SUM]
+
+
+def test_candidates_share_messages_as_they_fit(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 28 bytes each, in parts of 12 + 12 + 4, where a message may carry 16."""
+    cut = TensorLayout.part_slices
+    monkeypatch.setattr(TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, 12))
+    monkeypatch.setattr(server.coordinator, "PART_BYTES", 16)
+    coordinator = coordinator_of(agreement, honest, needed=3, kind="plain")
+    coordinator.roll_call()
+    for name in ("a", "b"):
+        coordinator.send_candidate(name, "test", LAYOUT, np.arange(7, dtype=np.float32))
+        assert [each.model for each in coordinator.checkpoint.candidates] == {"a": [], "b": ["a"]}[name]
+    channel = coordinator.channel
+    assert isinstance(channel, ScriptedChannel)
+    assert channel.sent[1:] == [(CandidatePart,), (CandidatePart, CandidatePart), (CandidatePart,)]
+    coordinator.sum("contribution", LAYOUT)
+    assert channel.sent[4] == (CandidatePart, CandidatePart, OpenSum)
+    assert [(each.model, each.bytes, len(each.owners)) for each in coordinator.checkpoint.candidates] == [
+        ("a", 28, 3),
+        ("b", 28, 3),
+    ]
+
+
+# --- on the wire ---
+
+
+def test_a_packet_survives_flower_s_own_serialisation_in_its_order() -> None:
+    packet = (PART, Finish(run=RUN), replace(PART, payload=np.ones(3, np.float32)))
+    arrived = from_record(through_serialisation(to_record(packet)))
+    assert [type(message) for message in arrived] == [CandidatePart, Finish, CandidatePart]
+    one, _, other = arrived
+    assert isinstance(one, CandidatePart)
+    assert isinstance(other, CandidatePart)
+    assert (one.payload.tolist(), other.payload.tolist()) == ([0.0] * 3, [1.0] * 3)
+
+
+def header(run: str = RUN) -> ConfigRecord:
+    return ConfigRecord({"kind": "Finish", "run": run})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordDict({"header 1": header()}),
+        RecordDict({"header 0": header(), "header 2": header()}),
+        RecordDict({"header 0": header(), "header 00": header()}),
+        RecordDict({"header 0": header(), "payload 1": ArrayRecord()}),
+        RecordDict({"header 0": header(), "header": header()}),
+        RecordDict({"header 0": header(), "header 1": ArrayRecord()}),
+    ],
+    ids=lambda record: "+".join(record),
+)
+def test_49_a_packet_with_a_gap_or_something_over_is_refused(record: RecordDict) -> None:
+    with pytest.raises(RemoteProtocolError):
+        from_record(record)
+
+
+def test_49_a_packet_of_nothing_or_of_more_than_a_message_may_carry_is_refused() -> None:
+    half = VectorPart(session=RUN, owner="ada", part=0, payload=np.zeros(4_000_000, "<u8"))
+    check_packet((half, half))
+    more = replace(half, payload=np.zeros(4_000_001, "<u8"))
+    for packet, says in (((), "holds no message"), ((half, more), "carries 64000008 bytes, 64000000 are allowed")):
+        with pytest.raises(RemoteProtocolError, match=says):
+            check_packet(packet)
+        with pytest.raises(RemoteProtocolError, match=says):
+            from_record(to_record(packet))
+
+
+# --- at the owner ---
+
+
+def through_app(settings: Path, packet: Packet) -> Packet:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    context = Context(run_id=1, node_id=2, node_config={"settings": str(settings)}, state=RecordDict(), run_config={})
+    return from_record(app(FlowerMessage(to_record(packet), dst_node_id=2, message_type="train.step"), context).content)
+
+
+def test_49_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: Parties) -> None:
+    settings = parties.files["hotel"]
+    digest = parties.agreement.digest()
+    roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
+    zeros = np.zeros(delta_layout(parties.plan).size, np.float32)
+    good = replace(PART, agreement_digest=digest, model="average", payload=zeros)
+    smuggled = replace(good, model="regmean@0.123")
+    answers = through_app(settings, (roll_call, good, smuggled, replace(good, split="validation")))
+    assert [type(answer).__name__ for answer in answers] == ["Present", "CandidateReceived", "Refusal"]
+    assert answers[-1] == Refusal(code="consent")
+    received = Owner(settings).state.read_json("candidates")
+    assert [(model, split) for model, split, _ in received] == [("average", "test")]
+
+
+def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: Parties) -> None:
+    settings = parties.files["hotel"]
+    digest = parties.agreement.digest()
+    roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
+    zeros = np.zeros(delta_layout(parties.plan).size, np.float32)
+    good = replace(PART, agreement_digest=digest, model="average", payload=zeros)
+    answers = through_app(settings, (roll_call, good, replace(good, payload=zeros + np.float32(1e-3))))
+    assert answers[-1] == Refusal(code="consent")
+    assert through_app(settings, (good,)) == (CandidateReceived(run=RUN, owner="hotel", model="average", part=0),)
+
+
+# --- at the coordinator ---
+
+
+@pytest.mark.parametrize("wrong", ["too few answers", "another owner's", "another part"])
+def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
+    agreement: Agreement, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ScriptedChannel.answers
+
+    def spoil(self: ScriptedChannel, owner: str, packet: Packet) -> Packet | None:
+        honest_answers = answers(self, owner, packet)
+        if owner != "bea" or len(packet) == 1 or honest_answers is None:
+            return honest_answers
+        first, *others = honest_answers
+        assert isinstance(first, CandidateReceived)
+        changed: dict[str, Packet] = {
+            "too few answers": (first,),
+            "another owner's": (replace(first, owner="ada"), *others),
+            "another part": (replace(first, part=1), *others),
+        }
+        return changed[wrong]
+
+    monkeypatch.setattr(ScriptedChannel, "answers", spoil)
+    coordinator = coordinator_of(agreement, honest, needed=2)
+    coordinator.roll_call()
+    coordinator.send_candidate("average", "test", LAYOUT, np.zeros(7, dtype=np.float32))
+    np.testing.assert_array_equal(coordinator.sum("test", LAYOUT).vector, np.full(7, 6.0))
+    assert coordinator.lost == {"bea": "sum of test"}
+    (sent,) = coordinator.checkpoint.candidates
+    assert sent.owners == ("ada", "cyd")
