@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,13 @@ class OwnerState:
     def keep_array(self, name: str, under: str) -> None:
         """Give a whole array the name under which later messages look for it."""
         (self._run_folder / f"{name}.bin").rename(self._run_folder / f"{under}.bin")
+
+    @contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """A folder for what is private and of use to one answer alone: removed, also after an error."""
+        make_private_folder(self._run_folder)
+        with TemporaryDirectory(dir=self._run_folder) as folder:
+            yield Path(folder)
 
     @property
     def activations_folder(self) -> Path:

@@ -56,8 +56,11 @@ def contribution_layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
 
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
     """One owner's tensors, in the order of `contribution_layout`."""
-    produced = set()
+    produced: set[str] = set()
     for method in agreement.methods:
+        names = {entry.name for entry in METHODS[method].layout(agreement, plan).entries}
+        if names <= produced:
+            continue  # nothing of it is measured again
         for name, tensor in METHODS[method].contribution(agreement, plan, owner):
             if name not in produced:
                 produced.add(name)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import NumericalError, SettingsError
+from common.mapped import release
 from common.tensor_layout import TensorEntry, TensorLayout
 
 RING_BITS = 64
@@ -60,6 +61,7 @@ def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -
             if not np.abs(chunk).max(initial=0.0) <= entry.bound:
                 raise NumericalError(_out_of_bound(entry, chunk))
             encoded[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
+        release(vector)
     return vector.view("<u8")
 
 
