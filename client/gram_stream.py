@@ -2,21 +2,20 @@
 
 Grams are asked for in the order of the model. So the model is run block by block, what leaves a block being kept on the
 disk for the next (block_stream.py), and each block's Grams make room for the next one's. A model is run so only if it
-was seen, on an example, to be one chain of blocks that each feed the same layers, and the next block the very same
-numbers, when they are run alone. Any other is measured whole, in one pass.
+was seen, on an example, to be one chain of blocks that feed every layer, run alone, the very same numbers as in one go.
+Any other is measured whole, in one pass.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.block_stream import BlockShape, check_blocks, first_example, hidden_states, run_blocks
+from client.block_stream import BlockShape, check_blocks, first_example, run_blocks
 from client.disk_model import DiskModel
 from client.gram import LayerInput, layer_inputs, measure_grams
 from client.rows import Batch, Rows
@@ -24,6 +23,8 @@ from client.sequence import measure_step
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import Gram
 from common.models import MergePlan, SharedInput
+
+Fed = dict[str, list[str]]  # by a layer's weight: a digest of what each of its calls was fed
 
 
 class Batches(Sequence[Batch]):
@@ -106,29 +107,43 @@ def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) ->
 @torch.inference_mode()
 def _places(model: PreTrainedModel, plan: MergePlan, example: Batch) -> dict[str, set[int]] | None:
     """The blocks in which each layer is fed something, by the name of its weight: what comes before the first block
-    counts to that, what follows the last to that one. None where blocks cannot be run alone.
+    counts to that, what follows the last to that one. None where blocks that are run alone feed them anything else.
     """
-    entered: list[Tensor] = []
-    places: dict[str, set[int]] = {}
-
-    def enter(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(hidden_states(args, kwargs).clone())
-
-    def observe(weight: str, _: LayerInput) -> None:
-        places.setdefault(weight, set()).add(max(len(entered) - 1, 0))
-
     try:
-        with ExitStack() as hooks:
-            for name in plan.blocks:
-                hook = model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
-                hooks.callback(hook.remove)
-            hooks.enter_context(layer_inputs(model, observe, {layer.weight for layer in plan.layers()}))
-            check_blocks(model, plan.blocks, example)
-        shape = BlockShape.of(model, plan.blocks, example)
-        for block, (kept, following) in enumerate(pairwise(entered)):
-            alone = run_blocks(model, shape, example, block, kept.numpy(), through=block, keep=block + 1)
-            if alone is None or not torch.equal(alone, following):
-                return None
+        at_once = _fed(model, plan, lambda: check_blocks(model, plan.blocks, example))
+        block_by_block = list(_fed_by_blocks(model, plan, example))
     except Exception:  # whatever a model makes of running in pieces, in one piece it may run
         return None
+    places: dict[str, set[int]] = {}
+    for weight, fed in at_once.items():
+        if fed != [each for of_block in block_by_block for each in of_block.get(weight, [])]:
+            return None
+        places[weight] = {block for block, of_block in enumerate(block_by_block) if weight in of_block}
     return places
+
+
+def _fed_by_blocks(model: PreTrainedModel, plan: MergePlan, example: Batch) -> Iterator[Fed]:
+    """What each block's layers are fed, the blocks run one by one as for the Grams."""
+    shape = BlockShape.of(model, plan.blocks, example)
+    kept: list[Tensor | None] = [None]
+
+    def run(start: int | None, through: int | None) -> None:
+        before = None if kept[-1] is None else kept[-1].numpy()
+        keep = None if through is None else through + 1
+        kept.append(run_blocks(model, shape, example, start, before, through=through, keep=keep))
+
+    last = len(plan.blocks) - 1
+    for block in range(last + 1):
+        start, through = (block if block > 0 else None), (block if block < last else None)
+        yield _fed(model, plan, partial(run, start, through))
+
+
+def _fed(model: PreTrainedModel, plan: MergePlan, run: Callable[[], object]) -> Fed:
+    fed: Fed = {}
+
+    def observe(weight: str, given: LayerInput) -> None:
+        fed.setdefault(weight, []).append(hashlib.sha256(given.rows.numpy().tobytes()).hexdigest())
+
+    with layer_inputs(model, observe, {layer.weight for layer in plan.layers()}):
+        run()
+    return fed

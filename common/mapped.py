@@ -41,6 +41,16 @@ def pieces(array: NDArray) -> Iterator[NDArray]:
         release(array)
 
 
+def copy_of(array: NDArray) -> NDArray:
+    """A copy in memory; of the mapped file no more than a piece is there at a time."""
+    copy = np.empty(array.size, array.dtype)
+    start = 0
+    for piece in pieces(array.reshape(-1)):
+        copy[start : start + len(piece)] = piece
+        start += len(piece)
+    return copy.reshape(array.shape)
+
+
 def is_finite(array: NDArray) -> bool:
     return all(bool(np.isfinite(piece).all()) for piece in pieces(array))
 

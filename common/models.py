@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from common.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, with_adapter
 from common.agreement import Agreement, Task, TensorRoles
 from common.errors import ModelError, first_line
-from common.mapped import release
+from common.mapped import copy_of
 from common.tensor_layout import TensorEntry, TensorLayout
 
 # The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled;
@@ -383,14 +383,15 @@ class Delta(Mapping[str, Tensor]):
 
     def __init__(self, fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
         self._fine_tuned, self._base = fine_tuned, base
-        self._last: dict[str, Tensor] = {}
+        self._experts: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._last:
-            # Two are kept: of fused experts, slices of two parameters are asked for in turn.
-            self._last = dict(list(self._last.items())[-1:])
-            self._last[name] = (self._fine_tuned[name] - self._base[name]).detach()
-        return self._last[name]
+        if name in self._experts:
+            return self._experts[name]
+        change = (self._fine_tuned[name] - self._base[name]).detach()
+        if change.ndim > 2:  # of fused experts, slices of two parameters are asked for in turn
+            self._experts = dict(list(self._experts.items())[-1:]) | {name: change}
+        return change
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._fine_tuned)
@@ -526,9 +527,7 @@ class VectorDelta(Mapping[str, Tensor]):
         if name not in self._parts:
             return torch.zeros(()).expand(self._shapes[name])
         layout, vector = self._parts[name]
-        tensor = torch.from_numpy(np.array(layout.read(vector, name)))
-        release(vector)
-        return tensor
+        return torch.from_numpy(copy_of(layout.read(vector, name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
