@@ -82,6 +82,7 @@ def decode(layout: TensorLayout, total: NDArray[np.uint64], num_owners: int, num
                     "another vector than it should, or masks did not cancel. Nothing was published"
                 )
             decoded[start : start + len(chunk)] = np.ldexp(chunk.astype(np.float64), -bits)
+        release(total)
     return decoded
 
 

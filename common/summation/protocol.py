@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
-from common.mapped import release
+from common.mapped import pieces, release
 from common.messages import Message, OpenSum
 from common.summation import fixed_point
 from common.summation.accumulator import Zeros
@@ -94,8 +94,8 @@ class Total:
 
     def destroy(self) -> None:
         """Overwrite the sums: with the single models known, sums of Grams can be taken apart (SECURITY.md)."""
-        self.vector[:] = np.nan
-        release(self.vector)
+        for piece in pieces(self.vector):
+            piece[:] = np.nan
 
 
 class OwnerSide(Protocol):
