@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -97,10 +96,17 @@ class OwnerState:
 
     @contextmanager
     def scratch_folder(self) -> Iterator[Path]:
-        """A folder for what is private and of use to one answer alone: removed, also after an error."""
+        """A folder for what is private and of use to one answer alone: removed with it, also after an error; after a
+        crash, with the run or when the next answer begins.
+        """
+        folder = self._run_folder / "scratch"
+        shutil.rmtree(folder, ignore_errors=True)
         make_private_folder(self._run_folder)
-        with TemporaryDirectory(dir=self._run_folder) as folder:
-            yield Path(folder)
+        make_private_folder(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def activations_folder(self) -> Path:
