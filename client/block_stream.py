@@ -6,7 +6,7 @@ is broken off where it has gone far enough. So masks, positions and whatever els
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +36,12 @@ class BlockStream:
 
     @contextmanager
     def advancing(
-        self, model: PreTrainedModel, batches: list[Batch], block: int | None
+        self, model: PreTrainedModel, batches: Sequence[Batch], block: int | None, *, keep: int | None
     ) -> Iterator[Callable[[int], None]]:
         """While open, a call with a batch's number runs it through `block` (to the end, where that is None). Closed
-        without an error, what entered `block` is kept. Raises DataError where the disk has no room.
+        without an error, what entered block `keep` is kept, unless that is None: `block`, for a model that changes
+        between two steps, or the one after it, where the same model goes on. Raises DataError where the disk has no
+        room.
         """
         start = self.reached
         if start is not None and block is not None and start > block:
@@ -51,22 +53,24 @@ class BlockStream:
 
         def run(number: int) -> None:
             kept = None if start is None else np.load(self.folder / str(start) / f"{number}.npy")
-            entered = run_blocks(model, shape, batches[number], start, kept, block)
-            if block is None:
+            entered = run_blocks(model, shape, batches[number], start, kept, through=block, keep=keep)
+            if entered is None:
                 return
             if number == 0:
-                tokens = sum(map(_tokens, batches)) / _tokens(batches[0])
-                self._check_room(int(entered.nbytes * tokens))
+                self._check_room(self._bytes_kept(start) or int(entered.nbytes * _times_the_first(batches)))
             _save(partial / f"{number}.npy", entered.numpy())
 
         yield run
-        if block is None:
+        if keep is None:
             shutil.rmtree(partial)
             return
         old = self.reached
         if old is not None:
             shutil.rmtree(self.folder / str(old))
-        partial.rename(self.folder / str(block))
+        partial.rename(self.folder / str(keep))
+
+    def _bytes_kept(self, block: int | None) -> int:
+        return 0 if block is None else sum(path.stat().st_size for path in (self.folder / str(block)).iterdir())
 
     def _check_room(self, needed_bytes: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -103,24 +107,35 @@ class BlockShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel, names: tuple[str, ...], batch: Batch) -> "BlockShape":
-        """Seen by running one example."""
+        """Seen by running one example through the first block."""
         returned: list[Any] = []
-        hook = model.get_submodule(names[0]).register_forward_hook(lambda _, __, output: returned.append(output))
-        with torch.inference_mode():
-            model(**{name: tensor[:1] for name, tensor in batch.items()})
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            returned.append(output)
+            raise FarEnough
+
+        hook = model.get_submodule(names[0]).register_forward_hook(leave)
+        with torch.inference_mode(), suppress(FarEnough):
+            model(**first_example(batch))
         hook.remove()
         return cls(names, len(returned[0]) - 1 if isinstance(returned[0], tuple) else None)
 
 
 @torch.inference_mode()
 def run_blocks(
-    model: PreTrainedModel, shape: BlockShape, batch: Batch, start: int | None, kept: Any, stop: int | None
-) -> Tensor:
-    """One pass through `stop`, from `start` where its input `kept` is given. Returns what entered block `stop`,
-    (examples, tokens, d), or for no `stop` what entered the last block.
+    model: PreTrainedModel,
+    shape: BlockShape,
+    batch: Batch,
+    start: int | None,
+    kept: Any,
+    *,
+    through: int | None,
+    keep: int | None,
+) -> Tensor | None:
+    """One pass through block `through`, or to the end, from `start` where its input `kept` is given. Returns what
+    entered block `keep`, (examples, tokens, d), if there is one to be kept.
     """
     modules = [model.get_submodule(name) for name in shape.names]
-    wanted = len(modules) - 1 if stop is None else stop
     entered: list[Tensor] = []
     with ExitStack() as hooks:
 
@@ -131,16 +146,17 @@ def run_blocks(
             for module in modules[:start]:
                 hooks.enter_context(_passed_over(module, shape))
             at(start, lambda _, args, kwargs: _with_hidden(args, kwargs, torch.from_numpy(kept)))
-        at(wanted, lambda _, args, kwargs: entered.append(_hidden(args, kwargs)))
-        if stop is not None and stop + 1 < len(modules):
+        if keep is not None:
+            at(keep, lambda _, args, kwargs: entered.append(hidden_states(args, kwargs).detach().clone()))
+        if through is not None and through + 1 < len(modules):
 
             def leave(*_: Any) -> None:
                 raise FarEnough
 
-            at(stop + 1, leave)
+            at(through + 1, leave)
         with suppress(FarEnough):
             model(**batch)
-    return entered[0].detach().clone()
+    return entered[0] if entered else None
 
 
 @contextmanager
@@ -149,7 +165,7 @@ def _passed_over(block: nn.Module, shape: BlockShape) -> Iterator[None]:
     forward = block.forward
 
     def give_back(*args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
+        hidden = hidden_states(args, kwargs)
         return hidden if shape.extra is None else (hidden, *[None] * shape.extra)
 
     block.forward = give_back
@@ -159,7 +175,8 @@ def _passed_over(block: nn.Module, shape: BlockShape) -> Iterator[None]:
         block.forward = forward
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block is given."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
@@ -170,6 +187,15 @@ def _with_hidden(
     if args:
         return (hidden, *args[1:]), kwargs
     return args, kwargs | {"hidden_states": hidden}
+
+
+def first_example(batch: Batch) -> Batch:
+    return {name: tensor[:1] for name, tensor in batch.items()}
+
+
+def _times_the_first(batches: Sequence[Batch]) -> float:
+    """How many times as large as the first batch all of them are."""
+    return sum(map(_tokens, batches)) / _tokens(batches[0])
 
 
 def _tokens(batch: Batch) -> int:

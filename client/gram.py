@@ -117,14 +117,23 @@ def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Bat
     ModelError if layers that the plan says share an input are fed different tensors, or if a batch's padding cannot be
     told from its shapes (`BatchTokens`).
     """
-    collector = GramCollector(plan)
-    weights = {layer.whole for layer in plan.layers()}
-    with layer_inputs(model, collector.observe, weights), _ending_before_head(model, collector, weights):
+    with collecting(model, plan) as collector:
         for batch in batches:
             collector.start_batch(batch)
             with suppress(FarEnough):
                 model(**batch)
     return collector.grams()
+
+
+@contextmanager
+def collecting(model: nn.Module, plan: MergePlan) -> Iterator["GramCollector"]:
+    """While open, forward passes add to the Grams of the plan's inputs. They end, by FarEnough, before a head that
+    nothing is measured in.
+    """
+    collector = GramCollector(plan)
+    weights = {layer.whole for layer in plan.layers()}
+    with layer_inputs(model, collector.observe, weights), _ending_before_head(model, collector, weights):
+        yield collector
 
 
 @contextmanager

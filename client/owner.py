@@ -4,7 +4,6 @@ Everything an answer rests on comes from the owner's own files. The coordinator'
 comes next; a step that was not agreed is refused before anything is computed.
 """
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from common.agreement import SEQUENTIAL, Agreement
 from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity, read_identity
 from common.labels import Label
+from common.mapped import is_finite, releasing, sha256_of
 from common.messages import (
     PROTOCOL_VERSION,
     BurnCertificate,
@@ -136,8 +136,12 @@ class Owner:
         self._ledger.begin(message.round, message.session, message.statistic)
         self.state.forget_sum()
         vector = self.state.create_array("vector", terms.layout.size, "<f8")
-        terms.layout.flatten(self._tensors(message), vector)
-        fixed_point.encode(terms.layout, vector, len(terms.roster))
+        try:
+            terms.layout.flatten(releasing(self._tensors(message), vector), vector)
+            fixed_point.encode(terms.layout, vector, len(terms.roster))
+        except BaseException:  # what was measured so far must not lie around
+            self.state.delete_array("vector")
+            raise
         side, reply = self._sum_kind.open(terms, self._identity, secrets.token_bytes)
         self.state.write_json("layout", terms.layout.to_json())  # spares the next messages the workbench
         self.state.write_json("sum", {"request": asdict(message), "side": side.to_json()})
@@ -237,7 +241,7 @@ class Owner:
             "next_part": expected + 1,
         }
         if expected + 1 == len(slices):
-            if not np.isfinite(array).all():
+            if not is_finite(array):
                 raise RemoteProtocolError(f"the coordinator sent a model {message.model} that is not finite")
             self._take_whole_candidate(message, layout, array)
             following = {}
@@ -245,7 +249,7 @@ class Owner:
         return CandidateReceived(run=message.run, owner=self.name, model=message.model, part=message.part)
 
     def _take_whole_candidate(self, message: CandidatePart, layout: TensorLayout, array: np.ndarray) -> None:
-        candidate = (message.model, message.split, hashlib.sha256(np.ascontiguousarray(array).data).hexdigest())
+        candidate = (message.model, message.split, sha256_of(array))
         same_name = [each for each in self._received if each[:2] == candidate[:2]]
         if same_name not in ([], [candidate]):
             raise ConsentError(f"the coordinator sent a second model as {message.model}")

@@ -1,12 +1,14 @@
 """What an owner measures in one step of a method that goes block by block (common/merge_methods/sequence.py)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.block_stream import BlockStream
-from client.gram import GramCollector, layer_inputs
+from client.gram import collecting
 from client.rows import Batch
 from common.merge_methods.regmean_plus_plus import merged_names, steps
 from common.merge_methods.sequence import Step, plan_of
@@ -14,8 +16,9 @@ from common.merge_methods.terms import Gram
 from common.models import MergePlan, copy_parameters
 
 
-def put_merged_prefix(own: PreTrainedModel, merged: PreTrainedModel, plan: MergePlan, step: Step) -> None:
-    """Turn `own`, in place, into the merged stream's model at `step`: what lies before the step is taken from `merged`.
+def put_merged_prefix(own: PreTrainedModel, merged: Mapping[str, Tensor], plan: MergePlan, step: Step) -> None:
+    """Turn `own`, in place, into the merged stream's model at `step`: what lies before the step is taken from `merged`,
+    which has parameters by name.
 
     Of the blocks and layers from this step on, everything stays the owner's, their biases and norms too.
     """
@@ -35,18 +38,18 @@ def put_merged_prefix(own: PreTrainedModel, merged: PreTrainedModel, plan: Merge
     copy_parameters(names, merged, own)
 
 
+@torch.inference_mode()
 def measure_step(
-    merged: PreTrainedModel, plan: MergePlan, step: Step, inputs: list[Batch], folder: Path
+    model: PreTrainedModel, plan: MergePlan, step: Step, batches: Sequence[Batch], folder: Path, *, keep: int | None
 ) -> dict[str, Gram]:
-    """The Grams of the step's inputs, on the stream of which `folder` keeps the activations."""
-    part = plan_of(plan, step)
-    collector = GramCollector(part)
+    """The Grams of the step's inputs, on the stream of which `folder` keeps the activations; what enters block `keep`
+    is kept for the step that follows.
+    """
     with (
-        BlockStream(folder, plan.blocks).advancing(merged, inputs, step.block) as run,
-        layer_inputs(merged, collector.observe, {layer.whole for layer in part.layers()}),
-        torch.inference_mode(),
+        BlockStream(folder, plan.blocks).advancing(model, batches, step.block, keep=keep) as run,
+        collecting(model, plan_of(plan, step)) as collector,
     ):
-        for number, batch in enumerate(inputs):
+        for number, batch in enumerate(batches):
             collector.start_batch(batch)
             run(number)
     return collector.grams()

@@ -94,6 +94,20 @@ class OwnerState:
         """Give a whole array the name under which later messages look for it."""
         (self._run_folder / f"{name}.bin").rename(self._run_folder / f"{under}.bin")
 
+    @contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """A folder for what is private and of use to one answer alone: removed with it, also after an error; after a
+        crash, with the run or when the next answer begins.
+        """
+        folder = self._run_folder / "scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        make_private_folder(self._run_folder)
+        make_private_folder(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     @property
     def activations_folder(self) -> Path:
         return self._run_folder / "activations"

@@ -8,20 +8,21 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from client import finetune
+from client.disk_model import DiskModel
 from client.evaluate import evaluate
 from client.fisher import measure_fisher
-from client.gram import measure_grams
+from client.gram_stream import Batches, GramStream
 from client.head import measure_head
 from client.private_data import PrivateData
 from client.rows import Rows
@@ -29,21 +30,24 @@ from client.sequence import measure_step, put_merged_prefix
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import merge_methods
+from common.adapter import is_adapter
 from common.agreement import Agreement, Task
 from common.errors import DataError
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import Gram, OwnerTerms
 from common.metrics import Score
 from common.models import (
+    Delta,
     MergePlan,
+    VectorDelta,
     add_delta,
     base_model_folder,
+    body_parameters,
     check_base,
     check_change,
     check_tokenizer,
     copy_parameters,
     delta_layout,
-    delta_of,
     digest_of,
     fine_tuned_folder,
     load_base,
@@ -72,7 +76,8 @@ class Workbench:
         check_layout(self.contribution_layout(), len(self.agreement.owners))
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-            check_change(self.own_model(), self._base, folder)
+            own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+            check_change(own, base, body_parameters(own.model), folder)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
         self.data.label_set()
@@ -139,19 +144,23 @@ class Workbench:
         return base
 
     @cached_property
-    def _base(self) -> PreTrainedModel:
-        return self.load_base()
+    def _outline(self) -> PreTrainedModel:
+        """The base model without its weights: what it is made of, and of which shapes."""
+        base = self.load_base()
+        for parameter in base.parameters():
+            parameter.data = torch.zeros(()).expand(parameter.shape)
+        return base
 
     @cached_property
     def plan(self) -> MergePlan:
-        return merge_plan(self._base, self.agreement.tensors)
+        return merge_plan(self._outline, self.agreement.tensors)
 
     @cached_property
     def data(self) -> PrivateData:
         return PrivateData(
             data=self.settings.data,
             task=self.task,
-            model=self._base,
+            model=self._outline,
             tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
             folder=self._home,
             seed=self.agreement.seed,
@@ -163,7 +172,10 @@ class Workbench:
             folder = self._make_own_model()
         else:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-        return load_fine_tuned(folder, self.task, self._base)
+        return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
+
+    def _on_disk(self, model: PreTrainedModel) -> DiskModel:
+        return DiskModel(model, self.state.folder)
 
     def _make_own_model(self) -> Path:
         folder = self.state.fine_tuned_folder
@@ -204,7 +216,8 @@ class Workbench:
 
     def contribution(self) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of the first sum, in the order of its layout."""
-        return merge_methods.contribution(self.agreement, self.plan, self.measure())
+        with self.state.scratch_folder() as activations:
+            yield from merge_methods.contribution(self.agreement, self.plan, self.measure(activations))
 
     def step_contribution(self, method: str, step: Step) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of one step's sum, in the order of its layout."""
@@ -212,52 +225,58 @@ class Workbench:
             self.agreement, self.plan, method, step, self._measure_step(method, step)
         )
 
-    def measure(self) -> OwnerTerms:
-        """All that the first sum's methods need of this owner."""
+    def measure(self, activations: Path) -> OwnerTerms:
+        """All that the first sum's methods need of this owner, most of it measured or computed when it is asked for.
+
+        Reading a Gram raises DataError where it is of too few rows. `activations`: a private folder to work in.
+        """
         agreement, wanted = self.agreement, merge_methods.measurements(self.agreement)
         train = self.data.train()
-        model = self.own_model()
+        own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
         log.info("  %s: measuring", self.name)
         gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
         fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
-        batches = (batch for _, batch, _ in gram_rows.batches(self.settings.batch_size))
+        batches = Batches(gram_rows, self.settings.batch_size)
         return OwnerTerms(
             examples=len(train),
-            delta=delta_of(model, self._base),
-            grams=self._checked(measure_grams(model, self.plan, batches)) if "grams" in wanted else {},
+            delta=Delta(own, base),
+            grams=GramStream(own, self.plan, batches, activations, self._checked) if "grams" in wanted else {},
             gram_examples=len(gram_rows),
-            fisher=measure_fisher(model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
+            fisher=measure_fisher(own.model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
             fisher_examples=len(fisher_rows),
         )
 
     def _measure_step(self, method: str, step: Step) -> OwnerTerms:
-        agreement, train, own = self.agreement, self.data.train(), self.own_model()
+        agreement, train = self.agreement, self.data.train()
+        own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
         log.info("  %s: measuring %s %d", self.name, method, step.number)
-        terms = OwnerTerms(examples=len(train), delta=delta_of(own, self._base))
         merged = self._merged_so_far(method, step)
         if method == "refit":
             rows = _sample(train, agreement.refit.measured_examples, agreement.seed)
-            head = measure_head(self._base, own, merged, self.plan, rows, self.settings.batch_size)
+            head = measure_head(base, own, merged, self.plan, rows, self.settings.batch_size)
             self._check_rows("the classifier's input", len(head.features), head.features.shape[1], method)
-            return replace(terms, head=head)
+            return OwnerTerms(examples=len(train), delta={}, head=head)
         rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
-        inputs = [batch for _, batch, _ in rows.batches(self.settings.batch_size)]
-        put_merged_prefix(own, merged, self.plan, step)
-        grams = measure_step(own, self.plan, step, inputs, self.state.activations_folder)
-        return replace(terms, grams=self._checked(grams), gram_examples=len(rows))
+        batches = Batches(rows, self.settings.batch_size)
+        names = [name for shared in step.inputs for layer in shared.layers for name in layer.parameters]
+        delta = Delta(own, base)
+        of_step = {name: delta[name] for name in names}  # before the owner's model becomes the merged stream's
+        put_merged_prefix(own.model, merged, self.plan, step)
+        grams = measure_step(own.model, self.plan, step, batches, self.state.activations_folder, keep=step.block)
+        return OwnerTerms(examples=len(train), delta=of_step, grams=self._checked(grams), gram_examples=len(rows))
 
-    def _merged_so_far(self, method: str, step: Step) -> PreTrainedModel:
+    def _merged_so_far(self, method: str, step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""
         merged = self.load_base()
-        delta = {name: torch.zeros(()) for name in self.plan.shapes}
-        for number in range(step.number):
-            layout = self.merged_layout(method, number)
-            array = self.state.open_array(f"{method}-{number}", layout.size, "<f4")
-            delta |= {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(array)}
-        add_delta(merged, delta)
-        return merged
+        layouts = [self.merged_layout(method, number) for number in range(step.number)]
+        parts = [
+            (layout, self.state.open_array(f"{method}-{number}", layout.size, "<f4"))
+            for number, layout in enumerate(layouts)
+        ]
+        add_delta(merged, VectorDelta(self.plan, *parts))
+        return self._on_disk(merged)
 
-    def _checked(self, grams: dict[str, Gram]) -> dict[str, Gram]:
+    def _checked(self, grams: Mapping[str, Gram]) -> Mapping[str, Gram]:
         """Raise DataError for a Gram of so few rows that it would tell which rows they are.
 
         The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
@@ -282,22 +301,23 @@ class Workbench:
 
     def score_candidate(self, split: str, layout: TensorLayout, vector: NDArray[np.float32]) -> tuple[str, Score]:
         """The digest of the merged model that was sent as `vector`, and how it does on this owner's rows of a split."""
-        model = self.load_base()
-        delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(vector)}
-        add_delta(model, delta | {name: torch.zeros(()) for name in self.plan.left_alone})
+        head, model = self._own_head(), self.load_base()
+        add_delta(model, VectorDelta(self.plan, (layout, vector)))
         digest = digest_of(model, self.task)
-        self._put_on_own_head(model)
+        copy_parameters(head, head, model)
         return digest, self.score(model, split)
 
     def score_base(self, split: str) -> Score:
         """How the base model does, on this owner's head where heads are private."""
-        base = self.load_base()
-        self._put_on_own_head(base)
+        head, base = self._own_head(), self.load_base()
+        copy_parameters(head, head, base)
         return self.score(base, split)
 
-    def _put_on_own_head(self, model: PreTrainedModel) -> None:
-        if private_head(model, self.task):
-            copy_parameters(private_head(model, self.task), self.own_model(), model)
+    def _own_head(self) -> dict[str, Tensor]:
+        """What stays with this owner where heads are private: copies, so that the model that has them can go."""
+        names = private_head(self._outline, self.task)
+        own = dict(self.own_model().named_parameters()) if names else {}
+        return {name: own[name].detach().clone() for name in names}
 
     def score(self, model: PreTrainedModel, split: str) -> Score:
         """How `model` does on this owner's rows of a split."""

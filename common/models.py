@@ -13,9 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -34,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from common.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter, with_adapter
 from common.agreement import Agreement, Task, TensorRoles
 from common.errors import ModelError, first_line
+from common.mapped import copy_of
 from common.tensor_layout import TensorEntry, TensorLayout
 
 # The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled;
@@ -149,7 +152,8 @@ def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
-    """An owner's model in float32: its own weights, or the base's with its adapter.
+    """An owner's model in float32: its own weights, or the base's with its adapter. Only for an adapter are the weights
+    of `base` looked at.
 
     Raises ModelError unless it has exactly the base's parameters and labels.
     """
@@ -173,27 +177,28 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
     return model
 
 
-@torch.no_grad()
-def check_change(model: PreTrainedModel, base: PreTrainedModel, folder: Path) -> None:
-    """Raise ModelError for a model that is no nearer to the base than any other would be.
+def check_change(
+    fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str], folder: Path
+) -> None:
+    """Raise ModelError for a model that is no nearer to the base than any other would be, by its parameters `names`.
 
     For models whose start we have not seen: one that was trained here, or an adapter on the base, cannot have another.
     """
     if is_adapter(folder):
         return
-    start, body = dict(base.named_parameters()), set(body_parameters(base))
-    changes = [
-        float((parameter - start[name]).norm() / start[name].norm())
-        for name, parameter in model.named_parameters()
-        if name in body and parameter.ndim > 1 and start[name].any()
-    ]
-    change = median(changes) if changes else 0.0
+    changes = [_relative_change(fine_tuned[name], base[name]) for name in names]
+    change = median([change for change in changes if change is not None] or [0.0])
     if change > MOST_MEDIAN_CHANGE:
         raise ModelError(
             f"model {folder}: half of its weight matrices are {change:.2f} or more of their norm away from the base's, "
             f"the bound is {MOST_MEDIAN_CHANGE}; it was fine-tuned from another base, or its training diverged. Name a "
             "model that was fine-tuned from the agreed base"
         )
+
+
+def _relative_change(parameter: Tensor, start: Tensor) -> float | None:
+    """|W_i - W_0| / |W_0|; None of what is no matrix, or of a base's zeros."""
+    return float((parameter - start).norm() / start.norm()) if parameter.ndim > 1 and start.any() else None
 
 
 def check_tokenizer(folder: Path, base_folder: Path) -> None:
@@ -343,11 +348,11 @@ def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def copy_parameters(names: Iterable[str], source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the named parameters of `source`."""
-    found, to = dict(source.named_parameters()), dict(target.named_parameters())
+def copy_parameters(names: Iterable[str], source: Mapping[str, Tensor], target: nn.Module) -> None:
+    """Give `target` the named parameters, of those that `source` has by name."""
+    to = dict(target.named_parameters())
     for name in names:
-        to[name].copy_(found[name])
+        to[name].copy_(source[name])
 
 
 def digest_of(model: PreTrainedModel, task: Task) -> str:
@@ -374,10 +379,31 @@ def check_base(model: PreTrainedModel, agreement: Agreement, folder: Path) -> No
         )
 
 
+class Delta(Mapping[str, Tensor]):
+    """What fine-tuning changed: W_i - W_0 by parameter name, float32, computed when it is asked for."""
+
+    def __init__(self, fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+        self._fine_tuned, self._base = fine_tuned, base
+        self._experts: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._experts:
+            return self._experts[name]
+        change = (self._fine_tuned[name] - self._base[name]).detach()
+        if change.ndim > 2:  # of fused experts, slices of two parameters are asked for in turn
+            self._experts = dict(list(self._experts.items())[-1:]) | {name: change}
+        return change
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fine_tuned)
+
+    def __len__(self) -> int:
+        return len(self._fine_tuned)
+
+
 def delta_of(fine_tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
-    """What fine-tuning changed: W_i - W_0 by parameter name, float32."""
-    start = dict(base.named_parameters())
-    return {name: (parameter - start[name]).detach() for name, parameter in fine_tuned.named_parameters()}
+    """All of a delta at once."""
+    return dict(Delta(dict(fine_tuned.named_parameters()), dict(base.named_parameters())))
 
 
 @torch.no_grad()
@@ -421,6 +447,11 @@ class Layer:
             return expert
         inputs = slice(*self.features)
         return (*expert, inputs) if self.stored_input_first else (*expert, slice(None), inputs)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameter that holds the weight, and the bias if it is solved with it."""
+        return (parameter_of(self.weight), *([] if self.bias is None else [self.bias]))
 
     def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """This layer's part of `tensors`, which has whole parameters by name: (gram_size, d_out), a bias last."""
@@ -503,6 +534,28 @@ def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorL
     """How a merged delta, or those of its tensors that are named, travels back to the owners, as float32."""
     wanted = plan.changed if names is None else names
     return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in wanted))
+
+
+class VectorDelta(Mapping[str, Tensor]):
+    """A merged delta in the flat vectors as which it travels, float32, each tensor read when it is asked for: from the
+    last vector that has it; zeros, which take no memory, where none has.
+    """
+
+    def __init__(self, plan: MergePlan, *parts: tuple[TensorLayout, NDArray[np.float32]]) -> None:
+        self._shapes = plan.shapes
+        self._parts = {entry.name: (layout, vector) for layout, vector in parts for entry in layout.entries}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return torch.zeros(()).expand(self._shapes[name])
+        layout, vector = self._parts[name]
+        return torch.from_numpy(copy_of(layout.read(vector, name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

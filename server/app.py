@@ -67,16 +67,9 @@ class FlowerChannel:
         return nodes
 
     def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
-        node_of = {}
-        for node, request in requests.items():
-            message = FlowerMessage(
-                to_record(request), dst_node_id=node, message_type="train.step", ttl=timeout_seconds
-            )
-            (message_id,) = self._grid.push_messages([message])
-            if message_id is None:  # Flower no longer knows the node
-                yield node, None
-            else:
-                node_of[message_id] = node
+        node_of = self._push(requests, timeout_seconds)
+        for node in requests.keys() - node_of.values():
+            yield node, None
         deadline = time.monotonic() + timeout_seconds
         while node_of and time.monotonic() < deadline:
             arrived = False
@@ -88,6 +81,18 @@ class FlowerChannel:
                 time.sleep(POLL_SECONDS)
         for node in node_of.values():
             yield node, None
+
+    def _push(self, requests: Mapping[int, Packet], timeout_seconds: float) -> dict[str, int]:
+        """Message id -> node, of the nodes that Flower still knows. What all nodes are sent is one record."""
+        records = {id(request): to_record(request) for request in requests.values()}
+        node_of = {}
+        for node, request in requests.items():
+            record = records[id(request)]
+            message = FlowerMessage(record, dst_node_id=node, message_type="train.step", ttl=timeout_seconds)
+            (message_id,) = self._grid.push_messages([message])
+            if message_id is not None:
+                node_of[message_id] = node
+        return node_of
 
 
 def _read(reply: FlowerMessage) -> Packet | None:

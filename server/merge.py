@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from common import metrics
@@ -20,6 +21,7 @@ from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
 from common.low_rank import AdapterPlan, LowRank, adapter_plan, cut
+from common.mapped import releasing
 from common.merge_methods import (
     candidates,
     contribution_layout,
@@ -35,6 +37,7 @@ from common.merge_methods.terms import Solution
 from common.metrics import MeanScore
 from common.models import (
     MergePlan,
+    VectorDelta,
     add_delta,
     base_model_folder,
     check_base,
@@ -48,6 +51,7 @@ from common.models import (
 )
 from common.settings_file import load_settings
 from common.summation.protocol import Total
+from common.tensor_layout import TensorLayout
 from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Channel, Coordinator
@@ -96,10 +100,7 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     agreement = load_settings(home / settings.agreement, Agreement)
     identity = _read_identity(home / settings.identity, agreement)
     base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
-    base = load_base(base_folder, agreement.task, agreement.seed)
-    check_base(base, agreement, base_folder)
-    plan = merge_plan(base, agreement.tensors)
-    adapter = _adapter_plan(base, base_folder, agreement)
+    plan, adapter = _plans(base_folder, agreement)
     claim_output(output)
     _clear_results(output, agreement)
 
@@ -113,11 +114,12 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     )
     try:
         coordinator.roll_call()
-        outcome = _merge(coordinator, base, plan, adapter)
+        outcome = _merge(coordinator, base_folder, plan, adapter)
         coordinator.confirm_result()
-        report = make_report(outcome, base, checkpoint.seconds)
-        low_rank = outcome.solutions[agreement.method].low_rank
-        _write_model(base, low_rank, base_folder, agreement, report, output / "model")
+        merged = outcome.solutions[agreement.method]
+        model = _published(base_folder, agreement, merged)
+        report = make_report(outcome, model, checkpoint.seconds)
+        _write_model(model, merged.low_rank, base_folder, agreement, report, output / "model")
         save_report(report, output)
     except NumericalError:  # the same totals would end alike; after any other error the same command goes on
         checkpoint.remove()
@@ -134,16 +136,31 @@ def count_steps(agreement: Agreement, plan: MergePlan) -> int:
     return 1 + sums + 1
 
 
-def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement) -> AdapterPlan | None:
-    """What the published adapter can hold; None where a whole model is published."""
-    rank = agreement.publish.adapter_rank
+def _agreed_base(folder: Path, agreement: Agreement) -> PreTrainedModel:
+    base = load_base(folder, agreement.task, agreement.seed)
+    check_base(base, agreement, folder)
+    return base
+
+
+def _published(base_folder: Path, agreement: Agreement, solution: Solution) -> PreTrainedModel:
+    model = _agreed_base(base_folder, agreement)
+    add_delta(model, solution.delta)
+    return model
+
+
+def _plans(base_folder: Path, agreement: Agreement) -> tuple[MergePlan, AdapterPlan | None]:
+    """What is merged, and what the published adapter can hold; None where a whole model is published. The base itself
+    is of no use until there is something to add to it.
+    """
+    base = _agreed_base(base_folder, agreement)
+    plan, rank = merge_plan(base, agreement.tensors), agreement.publish.adapter_rank
     if rank is None:
-        return None
-    return adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
+        return plan, None
+    return plan, adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
 
 
-def _merge(coordinator: Coordinator, base: PreTrainedModel, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
-    """All sums; `base` becomes the published model."""
+def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
+    """All sums, and the result, which goes to the owners with the last of them."""
     agreement = coordinator.agreement
     total = coordinator.sum("contribution", contribution_layout(agreement, plan))
     solutions_of: dict[str, SolutionOf] = {
@@ -157,10 +174,12 @@ def _merge(coordinator: Coordinator, base: PreTrainedModel, plan: MergePlan, ada
     choices = _choose(coordinator, plan, solutions_of)
     solutions = {}
     for method, choice in choices.items():
-        solutions[method] = solutions_of[method](choice.knob, with_spectra=method == agreement.method)
-        _send(coordinator, plan, choice.name, "test", solutions[method])
-    add_delta(base, solutions[agreement.method].delta)
-    coordinator.send_result(choices[agreement.method].name, digest_of(base, agreement.task))
+        with_spectra = method == agreement.method
+        solutions[method] = _send(
+            coordinator, plan, choice.name, "test", solutions_of[method](choice.knob, with_spectra)
+        )
+    digest = digest_of(_published(base_folder, agreement, solutions[agreement.method]), agreement.task)
+    coordinator.send_result(choices[agreement.method].name, digest)
     owners, examples = total.owners, _examples(total)
     coordinator.destroy("contribution", total)
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
@@ -198,9 +217,7 @@ def _solve_step_by_step(coordinator: Coordinator, plan: MergePlan, method: str, 
 
 def _send_merged(coordinator: Coordinator, plan: MergePlan, method: str, number: int, merged: Solution) -> None:
     layout = merged_layout(plan, method, number)
-    vector = np.empty(layout.size, dtype=np.float32)
-    layout.flatten(((entry.name, merged.delta[entry.name].numpy()) for entry in layout.entries), vector)
-    coordinator.send_candidate(f"{method} {number}", "prefix", layout, vector)
+    coordinator.send_candidate(f"{method} {number}", "prefix", layout, _vector(coordinator, layout, merged))
 
 
 def _examples(total: Total) -> int | None:
@@ -269,13 +286,24 @@ def _choose(coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str
     return choices
 
 
-def _send(coordinator: Coordinator, plan: MergePlan, model: str, split: str, solution: Solution) -> None:
+def _send(coordinator: Coordinator, plan: MergePlan, model: str, split: str, solution: Solution) -> Solution:
+    """Send a solution; it is returned with the vector that was sent as its only copy."""
     layout = delta_layout(plan)
-    vector = np.empty(layout.size, dtype=np.float32)
-    layout.flatten(((name, solution.delta[name].numpy()) for name in plan.changed), vector)
-    if not np.isfinite(vector).all():
-        raise NumericalError(f"merge: {model} is not finite")
+    vector = _vector(coordinator, layout, solution)
+    sent = VectorDelta(plan, (layout, vector))
+    low_rank = solution.low_rank and replace(solution.low_rank, delta=sent)
+    solution = replace(solution, delta=sent, low_rank=low_rank)
     coordinator.send_candidate(model, split, layout, vector)
+    return solution
+
+
+def _vector(coordinator: Coordinator, layout: TensorLayout, solution: Solution) -> NDArray[np.float32]:
+    """(layout.size,): a solution as it travels, on the disk where it is large."""
+    words = coordinator.checkpoint.zeros((layout.size + 1) // 2)
+    vector = words.view("<f4")[: layout.size]
+    tensors = ((entry.name, solution.delta[entry.name].numpy()) for entry in layout.entries)
+    layout.flatten(releasing(tensors, vector), vector)
+    return vector
 
 
 def _figures(coordinator: Coordinator, split: str, models: tuple[str, ...]) -> dict[str, MeanScore]:

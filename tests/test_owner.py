@@ -173,11 +173,11 @@ def test_an_owner_with_another_identity_refuses(parties: Parties) -> None:
 
 def test_an_owner_with_too_few_rows_for_a_gram_takes_no_part(parties: Parties, party: Path) -> None:
     """Had it held back that Gram alone, the sum of those who did not would be of fewer owners than agreed."""
-    assert Owner(party).workbench.measure().grams
+    assert list(Owner(party).workbench.contribution())
     privacy = parties.agreement.privacy.model_copy(update={"min_rows_per_dimension": 100.0})
     write_settings(parties.folder / "agreement.toml", parties.agreement.model_copy(update={"privacy": privacy}))
     with pytest.raises(DataError, match=r"rows for .* dimensions, the agreement demands 100 a dimension; nothing has"):
-        Owner(party).workbench.measure()
+        list(Owner(party).workbench.contribution())
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from transformers import (
 
 from client import block_stream
 from client.block_stream import BlockStream, check_blocks
+from client.disk_model import DiskModel
 from client.gram import GramCollector, find_shared_inputs, layer_inputs
 from client.head import measure_head
 from client.rows import Rows
@@ -103,7 +104,7 @@ def test_a_model_run_block_by_block_feeds_its_blocks_what_it_feeds_them_in_one_g
         handle.remove()
     stream = BlockStream(tmp_path / "stream", blocks)
     for block in range(len(blocks)):
-        with stream.advancing(model, batches, block) as run_batch:
+        with stream.advancing(model, batches, block, keep=block) as run_batch:
             for number in range(len(batches)):
                 run_batch(number)
         assert stream.reached == block
@@ -112,7 +113,7 @@ def test_a_model_run_block_by_block_feeds_its_blocks_what_it_feeds_them_in_one_g
             torch.testing.assert_close(kept, expected[blocks[block]][number])
     seen: list[Tensor] = []
     last = model.register_forward_hook(lambda _, __, output: seen.append(output.logits))
-    with stream.advancing(model, batches, None) as run_batch:
+    with stream.advancing(model, batches, None, keep=None) as run_batch:
         for number in range(len(batches)):
             run_batch(number)
     last.remove()
@@ -136,7 +137,7 @@ def test_no_room_for_activations_is_said_before_anything_leaves(
     stream = BlockStream(tmp_path / "stream", block_names(model))
     with (
         pytest.raises(DataError, match=r"MB are free, the activations between two steps need .* nothing has left"),
-        stream.advancing(model, batches_for(model), 0) as run_batch,
+        stream.advancing(model, batches_for(model), 0, keep=0) as run_batch,
     ):
         run_batch(0)
 
@@ -148,8 +149,8 @@ def test_each_step_s_grams_are_of_merged_blocks_before_it_and_own_layers_in_it(p
     for step in steps(plan, "regmean_plus_plus"):
         done += merged_names(plan, step.number - 1)
         stream, oracle = made("bert", seed=2), made("bert", seed=2)
-        put_merged_prefix(stream, merged, plan, step)
-        grams = measure_step(stream, plan, step, batches, tmp_path / "activations")
+        put_merged_prefix(stream, dict(merged.named_parameters()), plan, step)
+        grams = measure_step(stream, plan, step, batches, tmp_path / "activations", keep=step.block)
         assert set(grams) == {shared.name for shared in step.inputs}
         # The oracle: whole forward passes of a model whose earlier modules are simply the merged ones.
         from_merged = dict(merged.named_parameters())
@@ -202,7 +203,7 @@ def labelled(count: int, seed: int) -> Rows:
 
 @pytest.mark.parametrize("targets", ["labels", "scores"])
 def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
-    agreement: Agreement, plan: MergePlan, targets: str
+    agreement: Agreement, plan: MergePlan, targets: str, tmp_path: Path
 ) -> None:
     balance = 0.5 if targets == "labels" else None
     refit = Refit(targets=targets, balances=(0.5,))  # type: ignore[arg-type]
@@ -210,9 +211,11 @@ def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
     (step,) = steps(plan, "refit")
     layout = step_layout(agreement, plan, "refit", step)
     base, merged = made("bert"), made("bert", seed=9)
+    before = {name: parameter.detach() for name, parameter in base.named_parameters()}
     terms, vectors = {}, {}
     for index, (name, count) in enumerate((("ada", 30), ("bea", 25), ("cyd", 40))):
-        head = measure_head(base, made("bert", seed=index + 1), merged, plan, labelled(count, index), 8)
+        own = DiskModel(made("bert", seed=index + 1), tmp_path)
+        head = measure_head(before, own, DiskModel(merged, tmp_path), plan, labelled(count, index), 8)
         terms[name] = OwnerTerms(examples=count, delta={}, head=head)
         vectors[name] = np.zeros(layout.size)
         layout.flatten(step_contribution(agreement, plan, "refit", step, terms[name]), vectors[name])
@@ -264,6 +267,6 @@ def test_find_shared_inputs_sees_the_same_groups_when_blocks_were_run_before(tmp
     model = made("bert")
     batch = batches_for(model)[0]
     before = find_shared_inputs(model, batch)
-    with BlockStream(tmp_path / "s", block_names(model)).advancing(model, [batch], 0) as run_batch:
+    with BlockStream(tmp_path / "s", block_names(model)).advancing(model, [batch], 0, keep=0) as run_batch:
         run_batch(0)
     assert find_shared_inputs(model, batch) == before

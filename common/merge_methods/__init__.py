@@ -16,6 +16,8 @@ A method of several steps (sequence.py) has, instead of `solve`,
     solve_step(agreement, plan, step, total, knob)    the knob matters in the last step
 
 An owner turns (its delta, its measurements) into named tensors; the coordinator sees only their total over the owners.
+Deltas are computed, and Grams measured, when a method asks for them (client/gram_stream.py): it asks for each Gram
+once, in the plan's order, so that one block's are in memory.
 A method knows nothing of how the sum is made. Where several methods are compared, tensors of one name are sent once.
 """
 
@@ -62,8 +64,11 @@ def contribution_layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
 
 def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
     """One owner's tensors, in the order of `contribution_layout`."""
-    produced = set()
+    produced: set[str] = set()
     for method in agreement.methods:
+        names = {entry.name for entry in METHODS[method].layout(agreement, plan).entries}
+        if names <= produced:
+            continue  # nothing of it is measured again
         for name, tensor in METHODS[method].contribution(agreement, plan, owner):
             if name not in produced:
                 produced.add(name)

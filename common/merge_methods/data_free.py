@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.agreement import Agreement, AgreementDraft
-from common.merge_methods.normal_equations import System, notes_on, with_ridge
+from common.merge_methods.normal_equations import System, add_ridge, notes_on
 from common.merge_methods.terms import (
     OwnerTerms,
     Solution,
@@ -95,7 +95,7 @@ def layer_tensors(agreement: Agreement, layer: Layer, owner: OwnerTerms) -> Iter
     delta = layer.take(owner.delta).double()  # (d_in, d_out)
     squares = delta.square().sum()
     gram = delta @ delta.T / squares if squares > 0 else torch.zeros(layer.d_in, layer.d_in, dtype=torch.float64)
-    weighted = with_ridge(owner_weight(agreement, owner) * gram, agreement.data_free.ridge)
+    weighted = add_ridge(owner_weight(agreement, owner) * gram, agreement.data_free.ridge)
     yield from system_of(agreement, layer).tensors(weighted, owner.delta)
 
 

@@ -106,9 +106,10 @@ class System:
         return alpha * product + (1 - alpha) * torch.from_numpy(total[f"{self.kind}diagonal_delta/{layer.weight}"])
 
 
-def with_ridge(gram: Tensor, ridge: float) -> Tensor:
-    """G + ridge * mean(diag G) * I."""
-    return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+def add_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """G + ridge * mean(diag G) * I, in place."""
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return gram
 
 
 def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:

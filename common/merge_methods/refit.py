@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common.agreement import Agreement, AgreementDraft
 from common.merge_methods import average, data_free, regmean
-from common.merge_methods.normal_equations import solve_symmetric, spectrum, with_ridge
+from common.merge_methods.normal_equations import add_ridge, solve_symmetric, spectrum
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import HeadTerms, LayerNote, OwnerTerms, Solution, to_array, weight_bound
 from common.models import Layer, MergePlan
@@ -114,7 +114,7 @@ def step_contribution(
     for balance in _balances(agreement):
         weights = scale * class_weights(terms.targets, balance)  # (rows,)
         weighted = weights[:, None] * terms.features
-        gram = with_ridge(weighted.T @ terms.features, HEAD_RIDGE)  # (features, features) float64
+        gram = add_ridge(weighted.T @ terms.features, HEAD_RIDGE)  # (features, features) float64
         yield f"head_gram@{balance!r}", to_array(gram)
         yield f"head_start@{balance!r}", to_array(gram @ terms.start)
         yield f"head_targets@{balance!r}", to_array(_towards(agreement, terms, weighted, gram, classes))

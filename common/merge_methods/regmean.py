@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.agreement import Agreement, AgreementDraft
 from common.merge_methods import data_free
-from common.merge_methods.normal_equations import System, notes_on, with_ridge
+from common.merge_methods.normal_equations import System, add_ridge, notes_on
 from common.merge_methods.terms import (
     Gram,
     OwnerTerms,
@@ -102,4 +102,4 @@ def _system_of(agreement: Agreement, shared: SharedInput) -> System:
 
 def _weighted_gram(agreement: Agreement, owner: OwnerTerms, gram: Gram) -> Tensor:
     """The owner's Gram on the scale on which owners are added up, with its ridge."""
-    return with_ridge(owner_scale(agreement, owner, gram) * gram.matrix, agreement.regmean.ridge)
+    return add_ridge(owner_scale(agreement, owner, gram) * gram.matrix, agreement.regmean.ridge)

@@ -126,7 +126,8 @@ def weighted_delta_tensors(
 ) -> Iterator[tuple[str, NDArray]]:
     weight = owner_weight(agreement, owner)
     for name in names:
-        yield f"weighted_delta/{name}", weight * to_array(owner.delta[name])
+        # float64 products of float32 numbers, without a float64 copy of them: embeddings are large
+        yield f"weighted_delta/{name}", np.multiply(weight, owner.delta[name].detach().numpy(), dtype=np.float64)
 
 
 def mean_delta(total: Total, name: str) -> Tensor:
@@ -135,8 +136,8 @@ def mean_delta(total: Total, name: str) -> Tensor:
 
 
 def unchanged(plan: MergePlan) -> dict[str, Tensor]:
-    """Zero deltas for what is left alone."""
-    return {name: torch.zeros(plan.shapes[name]) for name in plan.left_alone}
+    """Zero deltas for what is left alone, which take no memory."""
+    return {name: torch.zeros(()).expand(plan.shapes[name]) for name in plan.left_alone}
 
 
 def to_array(tensor: Tensor) -> NDArray[np.float64]:

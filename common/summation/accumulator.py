@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import RemoteProtocolError
+from common.mapped import release
 from common.tensor_layout import TensorLayout
 
 BYTES_PER_NUMBER = 8
@@ -39,6 +40,7 @@ class Accumulator:
                 f"part {self.part} has {expected} of uint64"
             )
         self.vector[position] += payload
+        release(self.vector)
 
     def lose_owner(self) -> None:
         """An owner of whom earlier parts are in is gone: what was folded so far is of no use."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import NumericalError, SettingsError
+from common.mapped import release
 from common.tensor_layout import TensorEntry, TensorLayout
 
 RING_BITS = 64
@@ -60,6 +61,7 @@ def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -
             if not np.abs(chunk).max(initial=0.0) <= entry.bound:
                 raise NumericalError(_out_of_bound(entry, chunk))
             encoded[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
+        release(vector)
     return vector.view("<u8")
 
 
@@ -80,6 +82,7 @@ def decode(layout: TensorLayout, total: NDArray[np.uint64], num_owners: int, num
                     "another vector than it should, or masks did not cancel. Nothing was published"
                 )
             decoded[start : start + len(chunk)] = np.ldexp(chunk.astype(np.float64), -bits)
+        release(total)
     return decoded
 
 

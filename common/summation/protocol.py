@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
+from common.mapped import pieces, release
 from common.messages import Message, OpenSum
 from common.summation import fixed_point
 from common.summation.accumulator import Zeros
@@ -88,11 +89,13 @@ class Total:
         return self.num_owners * 0.5 ** (fixed_point.fraction_bits(self.layout.bound(name), self.roster_size) + 1)
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
+        release(self.vector)  # the memory of what was read before
         return self.layout.read(self.vector, name)
 
     def destroy(self) -> None:
         """Overwrite the sums: with the single models known, sums of Grams can be taken apart (SECURITY.md)."""
-        self.vector[:] = np.nan
+        for piece in pieces(self.vector):
+            piece[:] = np.nan
 
 
 class OwnerSide(Protocol):

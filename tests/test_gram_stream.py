@@ -1,0 +1,172 @@
+"""Grams measured block by block are those of one pass, to the last bit; one block's are in memory; nothing is left."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from weakref import WeakSet
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from client import gram_stream
+from client.block_stream import BlockStream
+from client.disk_model import DiskModel
+from client.gram import GramCollector, measure_grams
+from client.gram_stream import GramStream
+from client.owner import Owner
+from common.errors import DataError
+from common.merge_methods import contribution_layout
+from common.merge_methods.terms import Gram
+from common.models import Delta, MergePlan, delta_of, merge_plan
+from tests.conftest import tiny_bert
+from tests.parties import Parties
+from tests.test_architectures import ARCHITECTURES, batch_of, roles_of, shake
+from tests.test_owner import open_sum, roll_call
+
+NO_SINGLE_CHAIN = {"albert", "t5 tied", "t5 untied", "t5 classifier"}
+Batches = list[dict[str, Tensor]]
+
+
+def accept(grams: Mapping[str, Gram]) -> None:
+    """The check of an agreement that asks for no number of rows."""
+
+
+def made(name: str) -> tuple[PreTrainedModel, MergePlan, Batches]:
+    """A model with a Gram for each of its inputs, and two batches."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.make().eval()
+    shake(model, 0.1, seed=0)
+    random = torch.Generator().manual_seed(2)
+    batches = [batch_of([architecture.example(random) for _ in range(count)]) for count in (4, 3)]
+    batches = [{name: t.float() if t.is_floating_point() else t for name, t in batch.items()} for batch in batches]
+    return model, merge_plan(model, roles_of(model, batches[0])), batches  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_grams_of_block_after_block_are_those_of_one_pass_to_the_last_bit(name: str, tmp_path: Path) -> None:
+    model, plan, batches = made(name)
+    expected = measure_grams(model, plan, batches)
+    stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
+    assert list(stream) == list(expected)
+    for shared in plan.inputs:
+        gram = stream[shared.name]
+        assert gram.rows == expected[shared.name].rows
+        assert torch.equal(gram.matrix, expected[shared.name].matrix)
+    assert (tmp_path / "activations").exists() == (name not in NO_SINGLE_CHAIN)
+
+
+def test_grams_that_are_asked_for_again_or_in_any_order_are_the_same(tmp_path: Path) -> None:
+    model, plan, batches = made("bert")
+    expected = measure_grams(model, plan, batches)
+    stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
+    for name in [*reversed(list(expected)), *expected]:
+        assert torch.equal(stream[name].matrix, expected[name].matrix)
+
+
+def test_never_are_there_grams_of_more_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: WeakSet[Tensor] = WeakSet()
+    most = 0
+
+    def collect(collector: GramCollector, plan: MergePlan) -> None:
+        nonlocal most
+        begin(collector, plan)
+        alive.update(collector.matrices.values())
+        most = max(most, len(alive))
+
+    begin = GramCollector.__init__
+    monkeypatch.setattr(GramCollector, "__init__", collect)
+    model, plan, batches = made("llama")
+    stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
+    of_blocks = [sum(shared.name.startswith(f"{block}.") for shared in plan.inputs) for block in plan.blocks]
+    for shared in plan.inputs:
+        assert stream[shared.name].rows > 0
+    assert sum(of_blocks) == len(plan.inputs) - 1  # and the classifier, which follows the last block
+    assert most == max(*of_blocks[:-1], of_blocks[-1] + 1)
+    assert not alive
+
+
+def test_each_block_is_run_once_over_the_batches(tmp_path: Path) -> None:
+    model, plan, batches = made("llama")
+    stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
+    runs = dict.fromkeys(plan.blocks, 0)
+
+    def count(block: str) -> None:
+        runs[block] += 1
+
+    for block in plan.blocks:
+        attention = model.get_submodule(block).self_attn  # a block that is passed over is called too
+        attention.register_forward_pre_hook(lambda *_, block=block: count(block))  # type: ignore[union-attr, operator]
+    assert len(dict(stream)) == len(plan.inputs)
+    first, *later = plan.blocks
+    # Beside: of what shape its output is, is seen on one example at the first block, once a block.
+    assert runs == {first: len(batches) + len(plan.blocks)} | dict.fromkeys(later, len(batches))
+
+
+def test_a_model_whose_blocks_hand_on_more_than_they_return_is_measured_whole(tmp_path: Path) -> None:
+    """Here the first block leaves a note that the second one reads: run alone, that is another model."""
+    model, plan, batches = made("llama")
+    first, second = (model.get_submodule(block) for block in plan.blocks)
+    first.register_forward_hook(lambda _, args, output: setattr(second, "note", output.mean()))
+    second.input_layernorm.register_forward_hook(lambda _, args, output: output + second.note)  # type: ignore[union-attr, operator]
+    expected = measure_grams(model, plan, batches)
+    stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
+    for name, gram in stream.items():
+        assert torch.equal(gram.matrix, expected[name].matrix)
+    assert not (tmp_path / "activations").exists()
+
+
+def test_a_delta_computed_tensor_by_tensor_from_the_disk_is_the_whole_one(tmp_path: Path) -> None:
+    for name in ("bert", "gpt2", "t5 tied", "mixtral"):
+        base, own = made(name)[0], made(name)[0]
+        shake(own, 0.05, seed=3)
+        expected = delta_of(own, base)
+        found = Delta(DiskModel(own, tmp_path), DiskModel(base, tmp_path))
+        assert list(found) == list(expected)
+        for parameter, tensor in expected.items():
+            assert torch.equal(found[parameter], tensor)
+
+
+def test_a_model_on_the_disk_runs_and_is_changed_as_one_in_memory(tmp_path: Path) -> None:
+    batch = {"input_ids": torch.tensor([[1, 2, 3]])}
+    model, twin = tiny_bert(), tiny_bert()
+    disk = DiskModel(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    for each in (model, twin):
+        with torch.no_grad():
+            each.classifier.bias.add_(1)
+    disk.release()
+    assert torch.equal(model(**batch).logits, twin(**batch).logits)
+    assert torch.equal(disk["classifier.bias"], twin.classifier.bias)
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"missing: a model's weights cannot be written here \(No such file"):
+        DiskModel(tiny_bert(), tmp_path / "missing")
+
+
+def test_activations_are_the_owner_s_alone_and_removed_after_a_failure_too(
+    parties: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    party = parties.files["hotel"]
+    Owner(party).answer(roll_call(parties))
+    owner = Owner(party)
+    blocks, run_folder = owner.workbench.plan.blocks, owner.state.folder / "run"
+    (run_folder / "scratch" / "left by a crash").mkdir(parents=True)
+    seen: list[int] = []
+
+    def look(model: PreTrainedModel, *arguments: object, **others: object) -> dict[str, Gram]:
+        folder = run_folder / "scratch"
+        seen.append(folder.stat().st_mode & 0o777)
+        grams = measure_step(model, *arguments, **others)
+        assert BlockStream(folder, blocks).reached is not None
+        if len(seen) == 2:
+            raise DataError("the disk broke")
+        return grams
+
+    measure_step = gram_stream.measure_step
+    monkeypatch.setattr(gram_stream, "measure_step", look)
+    with pytest.raises(DataError, match="the disk broke"):
+        owner.answer(open_sum(parties, "contribution", contribution_layout(parties.agreement, parties.plan)))
+    assert seen == [0o700, 0o700]
+    assert [path.name for path in run_folder.iterdir()] == ["run.json"]  # nor is half of a vector there
