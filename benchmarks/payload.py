@@ -23,7 +23,6 @@ from transformers import (
 
 from client.gram import find_shared_inputs
 from common.models import merge_layers
-from common.summation.accumulator import BYTES_PER_NUMBER
 
 RESULTS = Path(__file__).parent / "results"
 FLOAT32_BYTES = 4
@@ -61,7 +60,7 @@ def count(model: PreTrainedModel) -> dict[str, float]:
         "packed_gram_numbers": packed,
         "naive_bytes": (naive + weights) * FLOAT32_BYTES,
         "numbers": packed + weights,
-        "bytes": (packed + weights) * BYTES_PER_NUMBER,
+        "bytes": (packed + weights) * 8,
     }
 
 

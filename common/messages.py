@@ -39,7 +39,7 @@ from common.tensor_layout import PART_BYTES
 PROTOCOL_VERSION = 2
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-STATISTICS = ("contribution", "validation", "test")
+STATISTICS = ("scales", "contribution", "validation", "test")
 STEP = re.compile(r"[a-z_]{1,40} [1-9][0-9]{0,3}")  # of a method of several: `regmean_plus_plus 3`
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
@@ -179,7 +179,7 @@ class MaskedPart(Message):
     session: str
     owner: str
     part: int
-    payload: NDArray  # (part size,) uint64
+    payload: NDArray  # (part size,) of the layout's ring
     signature: bytes
 
 
@@ -227,7 +227,7 @@ class VectorPart(Message):
     session: str
     owner: str
     part: int
-    payload: NDArray  # (part size,) uint64
+    payload: NDArray  # (part size,) of the layout's ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +394,7 @@ def _is_payload(value: object) -> bool:
     return (
         isinstance(value, np.ndarray)
         and value.ndim == 1
-        and value.dtype in (np.dtype("<u8"), np.dtype("<f4"))
+        and value.dtype in (np.dtype("<u8"), np.dtype("<u4"), np.dtype("<f4"))
         and value.nbytes <= PART_BYTES
     )
 

@@ -13,7 +13,6 @@ from common.identity import fingerprint
 from common.merge_methods import candidates, contribution_layout, step_layout, step_statistic, steps
 from common.metrics import metrics_layout
 from common.models import delta_layout, merge_plan
-from common.summation.accumulator import BYTES_PER_NUMBER
 from deploy.launch.flower import bundle_digest
 
 
@@ -47,7 +46,7 @@ def consent_text(owner: Owner) -> str:
         figure=agreement.task.figure.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         numbers=sum(layout.size for layout in layouts),
-        vector_bytes=_bytes(sum(layout.size for layout in layouts) * BYTES_PER_NUMBER),
+        vector_bytes=_bytes(sum(layout.num_bytes for layout in layouts)),
         later_sums=len(later),
         kinds=[
             {
@@ -58,9 +57,7 @@ def consent_text(owner: Owner) -> str:
             for kind in sorted(numbers)
         ],
         candidates=len(names),
-        figures_bytes=_bytes(
-            metrics_layout(agreement, "test", ["base", "own_at_home", *names]).size * BYTES_PER_NUMBER
-        ),
+        figures_bytes=_bytes(metrics_layout(agreement, "test", ["base", "own_at_home", *names]).num_bytes),
         model_bytes=_bytes(delta_layout(plan).size * 4),
         earlier=owner.state.ledger(agreement.digest()).earlier_contributions,
     )

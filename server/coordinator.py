@@ -37,7 +37,6 @@ from common.messages import (
 )
 from common.result import Candidate, candidates_digest, result_body
 from common.summation import SUMMATIONS
-from common.summation.accumulator import BYTES_PER_NUMBER
 from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, check_burned_by
@@ -175,7 +174,7 @@ class Coordinator:
         return total
 
     def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> tuple[str, Total]:
-        self._start(f"sum of {statistic}", layout.size * BYTES_PER_NUMBER)
+        self._start(f"sum of {statistic}", layout.num_bytes)
         request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
 
         def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:

@@ -101,7 +101,7 @@ def test_a_stream_is_the_same_however_it_is_cut_and_on_however_many_cores(
     mask_stream.add_masks(whole, masks, seed, threads=1)
     edges = [0, *sorted(cut % (size + 1) for cut in cuts), size]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_stream, "CHUNK_NUMBERS", 64)
+        patch.setattr(mask_stream, "CHUNK_BYTES", 512)
         for first, last in pairwise(edges):
             mask_stream.add_masks(pieces[first:last], masks, seed + first, threads)
     np.testing.assert_array_equal(whole, pieces)

@@ -132,7 +132,7 @@ TABLE = [
     Mutation(SURVIVORS, "test_22_", MASKED, "(book.self_mask(self.self_seed), 1)]", "]"),
     Mutation(UPLOADS, "test_23_a_second", MASKED, "owner in self._waiting", "True"),
     Mutation(UPLOADS, "test_23_another", MASKED, "before == digest", "True"),
-    Mutation(UPLOADS, "test_24_an_upload_of", "common/summation/accumulator.py", 'if part != self.part or payload.shape != (expected,) or payload.dtype != np.dtype("<u8"):', "if False:"),
+    Mutation(UPLOADS, "test_24_an_upload_of", "common/summation/accumulator.py", 'if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:', "if False:"),
     Mutation(UPLOADS, "test_24_an_upload_altered", MASKED, "        _verify(self._terms, place, Label.SIGN_PART, _part_body(reply.part, digest), reply.signature)"),
     Mutation(UPLOADS, "test_24_after", MASKED, "(UPLOADED, PartRequest): UPLOADED,", "(UPLOADED, PartRequest): UPLOADED,\n    (SIGNED, PartRequest): SIGNED,"),
     Mutation(UPLOADS, "test_25_a_value", "common/summation/fixed_point.py", "if not np.abs(chunk).max(initial=0.0) <= entry.bound:", "if False:"),
