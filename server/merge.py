@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from common import metrics
+from common import metrics, scaling
 from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
@@ -46,8 +46,10 @@ from common.models import (
     private_head,
     weights_made_here,
 )
+from common.scaling import SCALES, RescaledTotal, Scales
 from common.settings_file import load_settings
 from common.summation.protocol import Total
+from common.tensor_layout import TensorLayout
 from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Channel, Coordinator
@@ -133,7 +135,8 @@ def count_steps(agreement: Agreement, plan: MergePlan) -> int:
     merged_and_summed = sum(len(steps(plan, method)) for method in agreement.methods if method in SEQUENTIAL)
     sums = 2 + merged_and_summed + (swept > 0)  # of contributions and of test figures, and what is in between
     sent = merged_and_summed + swept + len(agreement.methods)
-    return 1 + sums + sent + 1
+    scales = 2 * (agreement.summation.ring_bits == 32)  # their sum, and what is sent of it
+    return 1 + scales + sums + sent + 1
 
 
 def _end(coordinator: Coordinator) -> None:
@@ -152,7 +155,7 @@ def _adapter_plan(base: PreTrainedModel, base_folder: Path, agreement: Agreement
 
 def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
     agreement = coordinator.agreement
-    total = coordinator.sum("contribution", contribution_layout(agreement, plan))
+    total = _sum_contributions(coordinator, contribution_layout(agreement, plan))
     solutions_of: dict[str, SolutionOf] = {
         method: _solve_step_by_step(coordinator, plan, method, total)
         if method in SEQUENTIAL
@@ -167,7 +170,8 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
         solutions[method] = solutions_of[method](choice.knob, with_spectra=method == agreement.method)
         _send(coordinator, plan, choice.name, "test", solutions[method])
     owners, examples = total.owners, _examples(total)
-    coordinator.destroy("contribution", total)
+    for statistic in (SCALES, "contribution"):
+        coordinator.destroy(statistic, total)
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
     return Outcome(
         agreement=agreement,
@@ -178,6 +182,24 @@ def _merge(coordinator: Coordinator, plan: MergePlan, adapter: AdapterPlan | Non
         owners=owners,
         examples=examples,
         test=_figures(coordinator, "test", models),
+    )
+
+
+def _sum_contributions(coordinator: Coordinator, layout: TensorLayout) -> Total:
+    """In one sum, or in two where numbers are to travel in 32 bits: the second on scales that the first one gives."""
+    if coordinator.agreement.summation.ring_bits == 64:
+        return coordinator.sum("contribution", layout)
+    measured = coordinator.sum(SCALES, scaling.measures_layout(layout))
+    scales = Scales(layout, scaling.choose(layout, measured))
+    coordinator.send_candidate(SCALES, "prefix", scaling.exponents_layout(layout), scales.exponents)
+    scaled = coordinator.sum("contribution", scaling.scaled_layout(layout))
+    return RescaledTotal(
+        layout=scaled.layout,
+        vector=scaled.vector,
+        owners=scaled.owners,
+        roster_size=scaled.roster_size,
+        measured=measured,
+        scales=scales,
     )
 
 
@@ -210,8 +232,7 @@ def _send_merged(coordinator: Coordinator, plan: MergePlan, method: str, number:
 
 def _examples(total: Total) -> int | None:
     """All owners' training rows, where a method has them summed."""
-    known = any(entry.name == "examples" for entry in total.layout.entries)
-    return round(total["examples"][0]) if known else None
+    return round(total["examples"][0]) if "examples" in total else None
 
 
 def _read_identity(path: Path, agreement: Agreement) -> Identity:
