@@ -168,7 +168,7 @@ class Owner:
         self.state.write_json("sum", {**kept, "side": side.to_json()})
         if side.is_done:
             self.state.delete_array("vector")
-        if side.is_done and request.statistic == "contribution":
+        if side.reveals and request.statistic == "contribution":  # before, the session can still be declared over
             self.state.delete_array("contribution")
         return reply
 

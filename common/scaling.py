@@ -10,7 +10,7 @@ and for a product P_i of G_i and a delta, with R_k = sum_i max_j P_i[j, k]^2 / G
     |P_i[j, k]| <= sqrt(D_j R_k)
 
 What is neither lies within M = sum_i max |T_i|. So D, R and M are summed first (`measures`), in 64 bits, with the
-tensors of one number, which need no scale. The coordinator sends the owners the powers of two above sqrt(D), sqrt(R)
+single numbers, which need no scale. The coordinator sends the owners the powers of two above sqrt(D), sqrt(R)
 and M (`choose`), and the tensors are summed divided by them, each number within [-1, 1] at every owner, in 32 bits.
 
 Only powers of two are sent, since all owners see them: they tell sizes within a factor of two, and scaling by them is
@@ -45,18 +45,19 @@ DIAGONAL, COLUMNS, LARGEST = "diagonal", "columns", "largest"  # what is measure
 
 def measures_layout(layout: TensorLayout) -> TensorLayout:
     """The first sum's tensors, where `layout` is the contribution's."""
-    return TensorLayout(tuple(entry if entry.size == 1 else _measure(entry) for entry in layout.entries))
+    return TensorLayout(tuple(_measure(entry) if _has_scale(entry) else entry for entry in layout.entries))
 
 
 def exponents_layout(layout: TensorLayout) -> TensorLayout:
     """How the scales travel to the owners: as exponents of two, float32."""
-    measures = (_measure(entry) for entry in layout.entries if entry.size > 1)
+    measures = (_measure(entry) for entry in layout.entries if _has_scale(entry))
     return TensorLayout(tuple(replace(measure, bound=inf) for measure in measures))
 
 
 def scaled_layout(layout: TensorLayout) -> TensorLayout:
     """The second sum's tensors."""
-    return TensorLayout(tuple(replace(entry, bound=BOUND) for entry in layout.entries if entry.size > 1), ring_bits=32)
+    entries = tuple(replace(entry, bound=BOUND) for entry in layout.entries if _has_scale(entry))
+    return TensorLayout(entries, ring_bits=32)
 
 
 def measures(layout: TensorLayout, vector: NDArray[np.float64]) -> Iterator[tuple[str, NDArray[np.float64]]]:
@@ -64,7 +65,7 @@ def measures(layout: TensorLayout, vector: NDArray[np.float64]) -> Iterator[tupl
     diagonal = np.empty(0)
     for entry in layout.entries:
         tensor = layout.read(vector, entry.name)
-        if entry.size == 1:
+        if not _has_scale(entry):
             yield entry.name, tensor
             continue
         kind = _kind(entry)
@@ -83,7 +84,7 @@ def choose(layout: TensorLayout, measured: Total) -> NDArray[np.float32]:
     """The exponents of the scales, in the order of `exponents_layout`. By the coordinator, from the first sum."""
     exponents = []
     for entry in layout.entries:
-        if entry.size > 1:
+        if _has_scale(entry):
             name = _measure(entry).name
             at_most = np.maximum(measured[name], 0) + measured.rounding_error(name)
             exponents.append(np.frexp(at_most if _kind(entry) == LARGEST else np.sqrt(at_most))[1])
@@ -133,7 +134,7 @@ class Scales:
         most = 2.0 ** (fraction_bits(BOUND, num_owners, ring_bits=32) - LEAST_BITS)
         own = dict(measures(self.layout, vector))
         for entry in self.layout.entries:
-            if entry.size == 1:
+            if not _has_scale(entry):
                 continue
             mine = own[_measure(entry).name]
             sent = self._powers(entry) if _kind(entry) == LARGEST else self._powers(entry) ** 2
@@ -166,7 +167,7 @@ class Scales:
 def scaled(scales: Scales, vector: NDArray[np.float64]) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """One owner's tensors of the second sum, in the order of its layout; `vector` is its contribution."""
     for entry in scales.layout.entries:
-        if entry.size > 1:
+        if _has_scale(entry):
             yield entry.name, scales.down(entry.name, scales.layout.read(vector, entry.name))
 
 
@@ -195,6 +196,11 @@ class RescaledTotal(Total):
     def destroy(self) -> None:
         super().destroy()
         self.measured.destroy()
+
+
+def _has_scale(entry: TensorEntry) -> bool:
+    """All but the single numbers, such as counts."""
+    return entry.size > 1 or _kind(entry) != LARGEST
 
 
 def _kind(entry: TensorEntry) -> str:
