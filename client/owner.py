@@ -250,7 +250,7 @@ class Owner:
         if same_name:
             self.state.delete_array("candidate")
             return
-        if message.split == "prefix":
+        if message.split in ("prefix", SCALES):
             self.state.keep_array("candidate", under=message.model.replace(" ", "-"))
         else:
             self._score_candidate(message, layout, array)
@@ -258,12 +258,14 @@ class Owner:
         self.state.write_json("candidates", [*self._received, candidate])
 
     def _candidate_layout(self, message: CandidatePart) -> TensorLayout:
+        if message.split == SCALES:
+            if message.model != SCALES or not self._has_scales:
+                raise ConsentError("the coordinator sent scales, which nobody agreed on")
+            return scaling.exponents_layout(self._measured_layout())
         if message.split != "prefix":
             if message.model not in self.workbench.agreed_candidates:
                 raise ConsentError(f"the coordinator sent a model {message.model!r} that was not agreed")
             return self.workbench.candidate_layout()
-        if message.model == SCALES and self._has_scales:
-            return scaling.exponents_layout(self._measured_layout())
         method, _, number = message.model.partition(" ")
         if method not in SEQUENTIAL.intersection(self.agreement.methods):
             raise ConsentError(f"the coordinator sent a step of {method!r}, which was not agreed")

@@ -235,6 +235,7 @@ class CandidatePart(Message):
     """Part `part` of `parts` of the merged candidate `model`, to be evaluated on the rows of `split`.
 
     Where `split` is `prefix`: of what step `model`, `regmean_plus_plus 3`, gave, for the next step to be measured with.
+    Where it is `scales`: of the scales on which contributions are summed (scaling.py).
     """
 
     run: str
@@ -430,7 +431,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "layout_digest": _is_hex_64,
     "owner": _is_owner,
     "statistic": lambda value: isinstance(value, str) and (value in STATISTICS or STEP.fullmatch(value) is not None),
-    "split": lambda value: isinstance(value, str) and value in ("validation", "test", "prefix"),
+    "split": lambda value: isinstance(value, str) and value in ("validation", "test", "prefix", "scales"),
     "model": _is_text,
     "models": _is_model_list,
     "part": _is_index,

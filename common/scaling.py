@@ -17,7 +17,7 @@ Only powers of two are sent, since all owners see them: they tell sizes within a
 exact. What a coordinator could do with other scales than these: send each owner its own, so that one owner's numbers
 stay and the others' round to zero. So owners contribute only into a session that has the scales they were sent in its
 hash, and take one set of scales under an agreement. With scales of its own making, the same for all, it can make all
-numbers coarser; an owner whose own would be worth less than LEAST_BITS refuses (`check`).
+numbers coarser; an owner of whose own fewer than LEAST_BITS would be left refuses (`check`).
 """
 
 from collections.abc import Iterator
@@ -110,8 +110,8 @@ class Scales:
     def __getitem__(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(rows, columns), to be multiplied with the tensor `name` as they are."""
         entry, gram = self._entries[name]
-        columns = self._powers(entry)
-        return (np.ones(1) if _kind(entry) == LARGEST else self._powers(gram)[:, None]), columns
+        columns = self._powers[_measure(entry).name]
+        return (np.ones(1) if _kind(entry) == LARGEST else self._powers[_measure(gram).name][:, None]), columns
 
     def down(self, name: str, tensor: NDArray[np.float64]) -> NDArray[np.float64]:
         """The tensor on its scale: a new one."""
@@ -129,30 +129,31 @@ class Scales:
 
     def check(self, vector: NDArray[np.float64], num_owners: int) -> None:
         """Raise RemoteProtocolError unless this owner's contribution lies within the scales, and NumericalError where
-        so little of it would be left that other owners might be alone in the sum.
+        so little of it would be left, by its size or of most of its numbers, that others might be alone in the sum.
         """
         most = 2.0 ** (fraction_bits(BOUND, num_owners, ring_bits=32) - LEAST_BITS)
         own = dict(measures(self.layout, vector))
         for entry in self.layout.entries:
             if not _has_scale(entry):
                 continue
-            mine = own[_measure(entry).name]
-            sent = self._powers(entry) if _kind(entry) == LARGEST else self._powers(entry) ** 2
+            mine, powers = own[_measure(entry).name], self._powers[_measure(entry).name]
+            sent = powers if _kind(entry) == LARGEST else powers**2
             if not (mine <= sent).all():
                 raise RemoteProtocolError(
                     f"the coordinator sent a scale of {entry.name} below this owner's own numbers"
                 )
-            if sent.sum() > most * mine.sum() > 0:
+            worth, seen = most * mine, mine > 0
+            if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():
                 raise NumericalError(
                     f"{entry.name}: beside the scale that the coordinator sent, which all owners' numbers should make, "
-                    f"fewer than {LEAST_BITS} bits of this owner's would be left; nothing more has left. Where owners "
-                    "are that unlike, agree on summation.ring_bits = 64"
+                    f"fewer than {LEAST_BITS} bits of most of this owner's would be left; nothing more has left. Where "
+                    "owners are that unlike, agree on summation.ring_bits = 64"
                 )
 
-    def _powers(self, entry: TensorEntry) -> NDArray[np.float64]:
-        exponents = exponents_layout(self.layout).read(self.exponents, _measure(entry).name)
-        powers: NDArray[np.float64] = np.ldexp(1.0, exponents.astype(np.int32))
-        return powers
+    @cached_property
+    def _powers(self) -> dict[str, NDArray[np.float64]]:
+        exponents = exponents_layout(self.layout).unflatten(self.exponents)
+        return {name: np.ldexp(1.0, each.astype(np.int32)) for name, each in exponents}
 
     @cached_property
     def _entries(self) -> dict[str, tuple[TensorEntry, TensorEntry]]:

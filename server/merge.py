@@ -191,7 +191,7 @@ def _sum_contributions(coordinator: Coordinator, layout: TensorLayout) -> Total:
         return coordinator.sum("contribution", layout)
     measured = coordinator.sum(SCALES, scaling.measures_layout(layout))
     scales = Scales(layout, scaling.choose(layout, measured))
-    coordinator.send_candidate(SCALES, "prefix", scaling.exponents_layout(layout), scales.exponents)
+    coordinator.send_candidate(SCALES, SCALES, scaling.exponents_layout(layout), scales.exponents)
     scaled = coordinator.sum("contribution", scaling.scaled_layout(layout))
     return RescaledTotal(
         layout=scaled.layout,

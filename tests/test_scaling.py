@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from common import scaling
 from common.agreement import IN_32_BITS, Agreement, AgreementDraft, OwnerEntry, RegMean, Summation
+from common.errors import NumericalError
 from common.merge_methods import METHODS, contribution, contribution_layout, solve
 from common.merge_methods.terms import OwnerTerms
 from common.models import MergePlan
@@ -195,6 +196,17 @@ def test_a_number_at_the_very_edge_of_a_power_of_two_fits_its_scale() -> None:
         nothing = np.zeros_like(alone)
         total = sum_in_32_bits("plain", LAYOUT, {"o0": alone, "o1": nothing, "o2": nothing})
         np.testing.assert_allclose(total["gram/a"], np.diag([size] * 3), rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("exponents", [[16, 10, 10], [27, 1, 1]])
+def test_scales_that_leave_an_owner_little_are_refused(exponents: list[int]) -> None:
+    """With three owners 19 bits are to spare: of two of three numbers too few are left; of the largest, of all size."""
+    own = vector_of(1.0, [2.0**30, 1.0, 1.0], [[1.0, 0], [0, 0], [0, 1.0]], [[1, 0], [0, 0]])
+    honest = np.array([16, 1, 1, 1, 1, 1], np.float32)
+    Scales(LAYOUT, honest).check(own, 3)
+    honest[:3] = exponents
+    with pytest.raises(NumericalError, match=r"gram/a: .* fewer than 10 bits of most of this owner's"):
+        Scales(LAYOUT, honest).check(own, 3)
 
 
 def test_a_sum_of_as_many_owners_as_there_may_be_leaves_room_for_unlike_ones() -> None:

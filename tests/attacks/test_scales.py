@@ -59,7 +59,7 @@ class Coordinator:
 
     def request(self, statistic: str, layout: TensorLayout, sent: NDArray[np.float32] | None = None) -> OpenSum:
         self.round += 1
-        received: list[Candidate] = [] if sent is None else [(SCALES, "prefix", digest_of(sent))]
+        received: list[Candidate] = [] if sent is None else [(SCALES, SCALES, digest_of(sent))]
         return OpenSum(
             run=RUN,
             agreement_digest=self.parties.agreement.digest(),
@@ -102,7 +102,7 @@ class Coordinator:
             run=RUN,
             agreement_digest=self.parties.agreement.digest(),
             model=SCALES,
-            split="prefix",
+            split=SCALES,
             part=0,
             parts=1,
             payload=exponents,
@@ -168,7 +168,7 @@ def test_48_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
     ("change", "error", "says"),
     [
         (-3, RemoteProtocolError, "a scale of .* below this owner's own numbers"),
-        (30, NumericalError, "fewer than 10 bits of this owner's would be left; nothing more has left"),
+        (30, NumericalError, "fewer than 10 bits of most of this owner's would be left; nothing more has left"),
         (0.5, RemoteProtocolError, "scales that are no powers of two"),
         (1e4, RemoteProtocolError, "scales that are no powers of two"),
     ],
@@ -233,7 +233,7 @@ def test_49_scales_that_nobody_agreed_on(parties: Parties) -> None:
     in_64 = Coordinator(parties)
     with pytest.raises(ConsentError, match="which nobody agreed on"):
         in_64.send("hotel", in_64.ask_scales())
-    with pytest.raises(ConsentError, match="which was not agreed"):
+    with pytest.raises(ConsentError, match="sent scales, which nobody agreed on"):
         in_64.send_scales("hotel", np.zeros(3, np.float32))
 
 

@@ -176,7 +176,7 @@ def in_32_bits(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
 
 
 class KilledInSum(KilledAt):
-    """As KilledAt, where the last sum that was begun in this start of the coordinator is of one statistic, or of none."""
+    """As KilledAt, where the last sum that was begun since the coordinator started is of one statistic, or none was."""
 
     def __init__(self, files: Mapping[str, Path], kind: type[Message], reached: int, statistic: str) -> None:
         super().__init__(files, kind, reached)
