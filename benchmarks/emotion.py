@@ -39,7 +39,10 @@ body = "{body}"
 
 [evaluation]
 choose_by = "macro_f1"
-{summation}
+
+[summation]
+kind = "{kind}"
+ring_bits = {ring_bits}
 """
 OWNER = """\
 name = "{name}"
@@ -67,11 +70,10 @@ def write_consortium(
     body: str = "data_free",
     seed: int = 0,
     owners: tuple[str, ...] = IN_DOMAIN,
+    ring_bits: int = 64,
 ) -> None:
     """Write agreement.toml and one settings file an owner. The first of `methods` is the one that is published."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Of two owners, each knows the other's part of any total: a masked sum needs three.
-    summation = '[summation]\nkind = "plain"\n' if len(owners) < 3 else ""
     text = AGREEMENT.format(
         base=(models / "base").resolve(),
         method=methods[0],
@@ -81,7 +83,9 @@ def write_consortium(
         bias_feature=str(bias_feature).lower(),
         largest_gram="" if largest_gram is None else f"largest_gram = {largest_gram}",
         body=body,
-        summation=summation,
+        # Of two owners, each knows the other's part of any total: a masked sum needs three.
+        kind="masked" if len(owners) > 2 else "plain",
+        ring_bits=ring_bits,
     )
     (folder / "agreement.toml").write_text(
         text.replace("'", '"') + "".join(f'\n[[owners]]\nname = "{name}"\n' for name in owners)

@@ -33,7 +33,6 @@ from common.identity import Identity
 from common.messages import Acknowledgements, KeyShares, Message, OpenSum, PartRequest
 from common.result import candidates_digest
 from common.summation import fixed_point, mask_stream
-from common.summation.accumulator import BYTES_PER_NUMBER
 from common.summation.masked import MaskedCoordinator, MaskedOwner
 from common.summation.neighbours import neighbourhood
 from common.summation.protocol import SumTerms
@@ -174,7 +173,7 @@ def owner_step_seconds(peers: int, numbers: int) -> float:
     parties = Parties(peers + 1, numbers, needed=peers + 1, colluders=0)
     request = parties.until(KeyShares)["o0"]
     vector = np.random.default_rng(0).uniform(-1, 1, numbers)
-    parts = len(parties.terms.layout.part_slices(BYTES_PER_NUMBER))
+    parts = len(parties.terms.layout.part_slices(parties.terms.layout.dtype.itemsize))
 
     def step() -> None:
         parties.encoded = fixed_point.encode(parties.terms.layout, vector, peers + 1)

@@ -105,7 +105,7 @@ def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float
     send = Coordinator.send_candidate
 
     def keep(self: Coordinator, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
-        if split != "prefix":
+        if split in ("validation", "test"):
             kept[model] = layout, delta.copy()
         send(self, model, split, layout, delta)
 

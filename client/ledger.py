@@ -43,6 +43,10 @@ class Ledger:
         """A session that something was offered to and that this owner never helped to open; empty if there is none."""
         return next((session for session in self._offered.values() if session not in self._revealed), "")
 
+    def has_revealed(self, statistic: str) -> bool:
+        """Whether this owner has helped to open the one session that the statistic was offered to."""
+        return self._offered.get(statistic) in self._revealed
+
     def begin(self, round_number: int, session: str, statistic: str) -> None:
         """A sum is asked for. Raises ConsentError unless it is a new one, about what was never offered.
 

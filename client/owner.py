@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from client.ledger import Ledger
 from client.settings import OwnerSettings
 from client.state import OwnerState
+from common import scaling
 from common.agreement import SEQUENTIAL, Agreement
 from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity, read_identity
@@ -45,6 +46,7 @@ from common.messages import (
 from common.metrics import Score, metrics_layout
 from common.metrics import contribution as metric_contribution
 from common.result import Candidate, body_of, candidates_digest, check_receipts, check_result
+from common.scaling import SCALES, Scales
 from common.settings_file import load_settings
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SessionOver, SumTerms
@@ -156,9 +158,9 @@ class Owner:
         terms = self._terms(request, TensorLayout.from_json(self.state.read_json("layout")))
         side = self._sum_kind.from_json(kept["side"], terms, self._identity)
         # Once the survivors are signed for, no part is given any more, and the vector is deleted.
-        encoded = np.empty(0, "<u8") if side.is_done else self.state.open_array("vector", terms.layout.size, "<u8")
+        words = np.empty(0, "<u8") if side.is_done else self.state.open_array("vector", terms.layout.size, "<u8")
         try:
-            side, reply = side.answer(message, encoded, secrets.token_bytes)
+            side, reply = side.answer(message, fixed_point.numbers(terms.layout, words), secrets.token_bytes)
         except SessionOver:
             self.state.forget_sum()
             raise
@@ -170,6 +172,8 @@ class Owner:
         self.state.write_json("sum", {**kept, "side": side.to_json()})
         if side.is_done:
             self.state.delete_array("vector")
+        if side.reveals and request.statistic == "contribution":  # before, the session can still be declared over
+            self.state.delete_array("contribution")
         return reply
 
     def _take_result(self, message: Result) -> Message:
@@ -258,7 +262,7 @@ class Owner:
             return
         if self.state.read_json("result") is not None:
             raise ConsentError(f"the coordinator sent the model {message.model} after the result")
-        if message.split == "prefix":
+        if message.split in ("prefix", SCALES):
             self.state.keep_array("candidate", under=message.model.replace(" ", "-"))
         else:
             self._score_candidate(message, layout, array)
@@ -266,6 +270,10 @@ class Owner:
         self.state.write_json("candidates", [*self._received, candidate])
 
     def _candidate_layout(self, message: CandidatePart) -> TensorLayout:
+        if message.split == SCALES:
+            if message.model != SCALES or not self._has_scales:
+                raise ConsentError("the coordinator sent scales, which nobody agreed on")
+            return scaling.exponents_layout(self._measured_layout())
         if message.split != "prefix":
             if message.model not in self.workbench.agreed_candidates:
                 raise ConsentError(f"the coordinator sent a model {message.model!r} that was not agreed")
@@ -278,6 +286,16 @@ class Owner:
         if not last_again and (number != str(due) or due >= self.workbench.count_steps(method)):
             raise RemoteProtocolError(f"the coordinator sent step {number[:10]!r} of {method}, step {due} is due")
         return self.workbench.merged_layout(method, int(number))
+
+    def _measured_layout(self) -> TensorLayout:
+        """The contribution's, once this owner has helped to open what the scales are made of: that it does once, so it
+        takes no second scales. Whether it refuses them tells something of its numbers.
+        """
+        kept = self.state.read_json("contribution")
+        opened = self.agreement.summation.kind == "plain" or self._ledger.has_revealed(SCALES)
+        if kept is None or not opened:
+            raise RemoteProtocolError("the coordinator goes on with scales before the sum that they are made of")
+        return TensorLayout.from_json(kept)
 
     def _merged_steps(self, method: str) -> int:
         """How many steps of a method this owner has been sent the outcome of; the first is number 0, the averages."""
@@ -335,14 +353,20 @@ class Owner:
         )
 
     def _layout(self, request: OpenSum) -> TensorLayout:
-        if request.statistic == "contribution":
+        first = SCALES if self._has_scales else "contribution"
+        if request.statistic == first:
             if request.models or request.candidates_digest != candidates_digest([]):
                 raise ConsentError("the coordinator asked for a contribution about models, which nobody agreed on")
-            return self.workbench.contribution_layout()
+            layout = self.workbench.contribution_layout()
+            return scaling.measures_layout(layout) if self._has_scales else layout
         if request.candidates_digest != candidates_digest(self._received):
             raise RemoteProtocolError(
                 "the coordinator asked for a sum about other models than those sent to this owner"
             )
+        if request.statistic == "contribution":
+            if request.models or [model for model, _, _ in self._received] != [SCALES]:
+                raise RemoteProtocolError("the coordinator asked for a contribution before it sent the scales, or late")
+            return scaling.scaled_layout(self._measured_layout())
         named = self.workbench.step_named(request.statistic)
         if named is not None:
             method, step = named
@@ -364,12 +388,31 @@ class Owner:
     def _tensors(self, request: OpenSum) -> Iterator[tuple[str, NDArray]]:
         """What this owner adds to a sum, in the order of its layout."""
         if request.statistic == "contribution":
-            return self.workbench.contribution()
+            return self._scaled() if self._has_scales else self.workbench.contribution()
+        if request.statistic == SCALES:
+            return self._measures()
         named = self.workbench.step_named(request.statistic)
         if named is not None:
             return self.workbench.step_contribution(*named)
         scores = self._scores(request.statistic, request.models.split(","))
         return metric_contribution(self.agreement, self.name, request.statistic, scores)
+
+    def _measures(self) -> Iterator[tuple[str, NDArray]]:
+        """What the scales are made of. The contribution is measured now, once, and kept for the sum after this one."""
+        layout = self.workbench.contribution_layout()
+        contribution = self.state.create_array("contribution", layout.size, "<f8")
+        layout.flatten(self.workbench.contribution(), contribution)
+        self.state.write_json("contribution", layout.to_json())
+        return scaling.measures(layout, contribution)
+
+    def _scaled(self) -> Iterator[tuple[str, NDArray]]:
+        """The contribution on the scales that all owners were sent."""
+        layout = self._measured_layout()
+        contribution = self.state.open_array("contribution", layout.size, "<f8")
+        exponents = self.state.open_array(SCALES, scaling.exponents_layout(layout).size, "<f4")
+        scales = Scales(layout, np.array(exponents))
+        scales.check(contribution, len(self.agreement.owners))
+        return scaling.scaled(scales, contribution)
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})
@@ -409,6 +452,11 @@ class Owner:
     def _received(self) -> list[Candidate]:
         """Every candidate that this owner was sent in this run."""
         return [(model, split, digest) for model, split, digest in self.state.read_json("candidates") or []]
+
+    @property
+    def _has_scales(self) -> bool:
+        """Whether contributions are summed on scales, which a sum before theirs gives."""
+        return self.agreement.summation.ring_bits == 32
 
     @property
     def _ledger(self) -> Ledger:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from common.settings_file import Name, Positive, Probability, Settings
 from common.summation.neighbours import quorum
 from common.summation.records import MAX_OWNERS
+from common.tensor_layout import RingBits
 
 CANONICAL_LABEL = b"amalgram agreement v3\n"
 COORDINATOR = "coordinator"  # the name of the party that no owner may have
@@ -33,6 +34,9 @@ FIGURES: dict[TaskKind, Figure] = {
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
 MethodName = Literal["average", "task_arithmetic", "fisher", "data_free", "regmean", "refit", "regmean_plus_plus"]
 SEQUENTIAL: frozenset[MethodName] = frozenset({"refit", "regmean_plus_plus"})  # methods of several sums
+# Methods whose numbers can be scaled so that 32 bits are enough (scaling.py), and for how many owners they are.
+IN_32_BITS: tuple[MethodName, ...] = ("regmean", "average", "task_arithmetic", "data_free")
+MAX_OWNERS_IN_32_BITS = 150
 Weighting = Literal["rows", "owners"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -162,12 +166,14 @@ class Summation(Settings):
     """How the owners' vectors are added up. `masked`: the coordinator learns the total; `plain`: it sees every vector.
 
     `colluders`: so many owners may conspire with the coordinator. `quorum`: so many must sign a survivor list before
-    anything is opened. Left out, they follow from the number of owners and min_owners.
+    anything is opened. Left out, they follow from the number of owners and min_owners. `ring_bits`: 32 halves what is
+    sent, for one small sum more over the same owners (scaling.py).
     """
 
     kind: Literal["masked", "plain"] = "masked"
     colluders: Annotated[int, Field(ge=0)] | None = None
     quorum: Annotated[int, Field(ge=1)] | None = None
+    ring_bits: RingBits = 64
     reply_timeout_seconds: Positive = 3600.0
 
 
@@ -280,6 +286,8 @@ class AgreementDraft(Settings):
                 f"min_owners = {self.needed_owners}: {sequential[0]} sums again and again, and sums over different "
                 f"owners would show the difference; all {len(names)} must take part, so leave min_owners out"
             )
+        if self.summation.ring_bits == 32:
+            self._check_32_bits()
         if "refit" in self.methods and self.refit.alpha not in (None, *self._body_alphas):
             raise ValueError(
                 f"refit.alpha = {self.refit.alpha}: must be one of {self.refit.body}.alphas = {list(self._body_alphas)}"
@@ -315,6 +323,24 @@ class AgreementDraft(Settings):
                 "RegMean tries its own alphas only"
             )
         return self
+
+    def _check_32_bits(self) -> None:
+        count = len(self.owners)
+        for method in self.methods:
+            if method not in IN_32_BITS:
+                raise ValueError(
+                    f"summation.ring_bits = 32: {method} needs 64; 32 are enough for {', '.join(IN_32_BITS)}"
+                )
+        if self.needed_owners < count:
+            raise ValueError(
+                f"min_owners = {self.needed_owners}: with summation.ring_bits = 32 there are two sums, and sums over "
+                f"different owners would show the difference; all {count} must take part, so leave min_owners out"
+            )
+        if count > MAX_OWNERS_IN_32_BITS:
+            raise ValueError(
+                f"summation.ring_bits = 32: is for at most {MAX_OWNERS_IN_32_BITS} owners, there are {count}; of more, "
+                "one that is smaller than the others would be rounded away"
+            )
 
     def _check_keys(self) -> None:
         keys = [owner.public_key for owner in self.owners if owner.public_key is not None]

@@ -43,7 +43,7 @@ from common.tensor_layout import PART_BYTES
 PROTOCOL_VERSION = 3
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-STATISTICS = ("contribution", "validation", "test")
+STATISTICS = ("scales", "contribution", "validation", "test")
 STEP = re.compile(r"[a-z_]{1,40} [1-9][0-9]{0,3}")  # of a method of several: `regmean_plus_plus 3`
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
@@ -183,7 +183,7 @@ class MaskedPart(Message):
     session: str
     owner: str
     part: int
-    payload: NDArray  # (part size,) uint64
+    payload: NDArray  # (part size,) of the layout's ring
     signature: bytes
 
 
@@ -231,7 +231,7 @@ class VectorPart(Message):
     session: str
     owner: str
     part: int
-    payload: NDArray  # (part size,) uint64
+    payload: NDArray  # (part size,) of the layout's ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +239,7 @@ class CandidatePart(Message):
     """Part `part` of `parts` of the merged candidate `model`, to be evaluated on the rows of `split`.
 
     Where `split` is `prefix`: of what step `model`, `regmean_plus_plus 3`, gave, for the next step to be measured with.
+    Where it is `scales`: of the scales on which contributions are summed (scaling.py).
     """
 
     run: str
@@ -415,7 +416,7 @@ def _is_payload(value: object) -> bool:
     return (
         isinstance(value, np.ndarray)
         and value.ndim == 1
-        and value.dtype in (np.dtype("<u8"), np.dtype("<f4"))
+        and value.dtype in (np.dtype("<u8"), np.dtype("<u4"), np.dtype("<f4"))
         and value.nbytes <= PART_BYTES
     )
 
@@ -451,7 +452,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "layout_digest": _is_hex_64,
     "owner": _is_owner,
     "statistic": lambda value: isinstance(value, str) and (value in STATISTICS or STEP.fullmatch(value) is not None),
-    "split": lambda value: isinstance(value, str) and value in ("validation", "test", "prefix"),
+    "split": lambda value: isinstance(value, str) and value in ("validation", "test", "prefix", "scales"),
     "model": _is_text,
     "models": _is_model_list,
     "part": _is_index,

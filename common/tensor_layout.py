@@ -1,12 +1,13 @@
 """Named tensors to one flat vector and back.
 
-A sum knows nothing of tensors: it adds flat vectors. A layout fixes, for all parties alike, which tensor lies where.
-Symmetric matrices travel as their upper triangle, row by row. A vector is cut into parts small enough for one message.
+A sum knows nothing of tensors: it adds flat vectors. A layout fixes, for all parties alike, which tensor lies where,
+and the ring: how many bits the integers have that are added up. Symmetric matrices travel as their upper triangle, row
+by row. A vector is cut into parts small enough for one message.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Reversible
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,6 +21,7 @@ from common.errors import LocalProtocolError
 PART_BYTES = 64_000_000  # one message's payload: larger ones cost every process of the framework memory and time
 
 Packing = Literal["full", "symmetric"]
+RingBits = Literal[64, 32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """An ordered list of named tensors. Equal layouts have equal digests; any difference changes the digest."""
+    """An ordered list of named tensors. Equal layouts have equal digests; any difference changes the digest.
+
+    `ring_bits`: their numbers are summed modulo 2^ring_bits. Everything that holds a vector in fixed point, on its way
+    or in memory, takes the type of its numbers from here.
+    """
 
     entries: tuple[TensorEntry, ...]
+    ring_bits: RingBits = 64
 
     def __post_init__(self) -> None:
         if len({entry.name for entry in self.entries}) != len(self.entries):
@@ -68,6 +75,19 @@ class TensorLayout:
         """Length of the flat vector."""
         return sum(entry.size for entry in self.entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._slices
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the vector's numbers in fixed point: little-endian and unsigned, as they travel."""
+        return np.dtype(f"<u{self.ring_bits // 8}")
+
+    @property
+    def num_bytes(self) -> int:
+        """The vector's, in fixed point."""
+        return self.size * self.dtype.itemsize
+
     @cached_property
     def _slices(self) -> dict[str, tuple[TensorEntry, slice]]:
         slices = {}
@@ -77,27 +97,29 @@ class TensorLayout:
             start += entry.size
         return slices
 
-    def positions(self) -> Iterable[tuple[TensorEntry, slice]]:
+    def positions(self) -> Reversible[tuple[TensorEntry, slice]]:
         """Every tensor, in order, with the numbers of the flat vector that are its own."""
         return self._slices.values()
 
     def to_json(self) -> list[Any]:
-        """Names, shapes, bounds and packings, in order."""
-        return [[entry.name, list(entry.shape), entry.bound, entry.packing] for entry in self.entries]
+        """The ring, then names, shapes, bounds and packings, in order."""
+        return [self.ring_bits, *([entry.name, [*entry.shape], entry.bound, entry.packing] for entry in self.entries)]
 
     @classmethod
     def from_json(cls, description: list[Any]) -> "TensorLayout":
+        ring_bits, *entries = description
         return cls(
             tuple(
                 TensorEntry(name=name, shape=tuple(shape), bound=bound, packing=packing)
-                for name, shape, bound, packing in description
-            )
+                for name, shape, bound, packing in entries
+            ),
+            ring_bits,
         )
 
     def digest(self) -> str:
         """SHA-256 over all of `to_json`, in hexadecimal."""
         canonical = json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=False).encode()
-        return hashlib.sha256(b"amalgram layout v1\n" + canonical).hexdigest()
+        return hashlib.sha256(b"amalgram layout v2\n" + canonical).hexdigest()
 
     def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:
         """Write every tensor into `vector` (size,), in the layout's order, so that a generator need hold only one.

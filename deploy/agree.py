@@ -7,13 +7,14 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from client.owner import Owner
-from common.agreement import SEQUENTIAL
+from common import scaling
+from common.agreement import SEQUENTIAL, Agreement
 from common.contents import CONTRIBUTIONS, contribution_kind
 from common.identity import fingerprint
 from common.merge_methods import candidates, contribution_layout, step_layout, step_statistic, steps
 from common.metrics import metrics_layout
 from common.models import delta_layout, merge_plan
-from common.summation.accumulator import BYTES_PER_NUMBER
+from common.tensor_layout import TensorLayout
 from deploy.launch.flower import bundle_digest
 
 
@@ -28,7 +29,7 @@ def consent_text(owner: Owner) -> str:
         if method in SEQUENTIAL
         for step in steps(plan, method)
     }
-    layouts = [contribution_layout(agreement, plan), *later.values()]
+    layouts = [*_first_sums(agreement, contribution_layout(agreement, plan)), *later.values()]
     numbers: Counter[str] = Counter()
     tensors: Counter[str] = Counter()
     for layout in layouts:
@@ -47,7 +48,8 @@ def consent_text(owner: Owner) -> str:
         figure=agreement.task.figure.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         numbers=sum(layout.size for layout in layouts),
-        vector_bytes=_bytes(sum(layout.size for layout in layouts) * BYTES_PER_NUMBER),
+        vector_bytes=_bytes(sum(layout.num_bytes for layout in layouts)),
+        num_sums=len(layouts),
         later_sums=len(later),
         kinds=[
             {
@@ -58,12 +60,17 @@ def consent_text(owner: Owner) -> str:
             for kind in sorted(numbers)
         ],
         candidates=len(names),
-        figures_bytes=_bytes(
-            metrics_layout(agreement, "test", ["base", "own_at_home", *names]).size * BYTES_PER_NUMBER
-        ),
+        figures_bytes=_bytes(metrics_layout(agreement, "test", ["base", "own_at_home", *names]).num_bytes),
         model_bytes=_bytes(delta_layout(plan).size * 4),
         earlier=owner.state.ledger(agreement.digest()).earlier_contributions,
     )
+
+
+def _first_sums(agreement: Agreement, layout: TensorLayout) -> list[TensorLayout]:
+    """What the contribution is summed as: by itself, or after what its scales are made of."""
+    if agreement.summation.ring_bits == 64:
+        return [layout]
+    return [scaling.measures_layout(layout), scaling.scaled_layout(layout)]
 
 
 def give_consent(owner: Owner) -> None:

@@ -3,7 +3,7 @@
 OUT/checkpoint/
     run.json     which run of which agreement, what each step cost, the sums that are in, the candidates that are out
     sum-N.bin    the N-th total, float64
-    opening.bin  the masked sum of a session whose opening was asked for, uint64
+    opening.bin  the masked sum of a session whose opening was asked for
 
 A run is a fixed sequence of sums and candidates. A coordinator that is started again goes through it from the beginning
 with the kept totals, without a message, until it comes to the first that is not kept. So a checkpoint holds totals:
@@ -28,13 +28,14 @@ from common.errors import SettingsError
 from common.messages import OpenSum
 from common.private_file import make_private_folder, write_whole
 from common.result import Candidate
-from common.summation.accumulator import BYTES_PER_NUMBER, zeros_in_memory
+from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, Total
 from common.tensor_layout import TensorLayout
 
 RUN, OPENING = "run.json", "opening.bin"
 MOST_BYTES_IN_MEMORY = 256_000_000  # a vector that is larger lies on the disk
-PIECE_NUMBERS = 1 << 20
+PIECE_WORDS = 1 << 20
+WORD_BYTES = 8
 log = logging.getLogger("amalgram.coordinator")
 
 
@@ -165,8 +166,8 @@ class Checkpoint:
 
     def keep_opening(self, request: OpenSum, opening: Opening) -> None:
         """The owners are about to open a session: they do so once, so what opens with their help must not be lost."""
-        write_whole(self.folder / OPENING, np.ascontiguousarray(opening.vector).data.cast("B"))
-        self.opening_of = {"request": asdict(request), "state": dict(opening.state), "size": len(opening.vector)}
+        write_whole(self.folder / OPENING, np.ascontiguousarray(opening.words).data.cast("B"))
+        self.opening_of = {"request": asdict(request), "state": dict(opening.state), "size": len(opening.words)}
         self.save()
 
     def kept_opening(self) -> tuple[OpenSum, Opening] | None:
@@ -196,11 +197,11 @@ class Checkpoint:
         """A new vector to gather a sum in. A large one is mapped from a file without a name, which goes with the
         vector, so that the system may take its memory when it is short of it.
         """
-        if size * BYTES_PER_NUMBER <= MOST_BYTES_IN_MEMORY:
+        if size * WORD_BYTES <= MOST_BYTES_IN_MEMORY:
             return zeros_in_memory(size)
         with TemporaryFile(dir=self.folder) as file:
-            for start in range(0, size, PIECE_NUMBERS):  # written, so that a full disk is an error here or never
-                file.write(bytes(BYTES_PER_NUMBER * min(PIECE_NUMBERS, size - start)))
+            for start in range(0, size, PIECE_WORDS):  # written, so that a full disk is an error here or never
+                file.write(bytes(WORD_BYTES * min(PIECE_WORDS, size - start)))
             return np.memmap(file, dtype="<u8", shape=(size,))
 
     def _total_file(self, number: int) -> Path:
@@ -208,7 +209,7 @@ class Checkpoint:
 
     def _read_array(self, path: Path, size: int) -> NDArray[np.uint64]:
         """A kept vector (size,). Raises SettingsError if it is not whole."""
-        found = path.stat().st_size // BYTES_PER_NUMBER if path.is_file() else 0
+        found = path.stat().st_size // WORD_BYTES if path.is_file() else 0
         if found != size:
             raise SettingsError(
                 f"{path}: holds {found} of {size} numbers; remove {path.parent} and begin anew, with a new agreement"

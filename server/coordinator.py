@@ -39,7 +39,6 @@ from common.messages import (
 )
 from common.result import Candidate, body_of, candidates_digest, result_body
 from common.summation import SUMMATIONS
-from common.summation.accumulator import BYTES_PER_NUMBER
 from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
 from common.summation.recovery import burn_quorum, check_burned_by
@@ -180,7 +179,7 @@ class Coordinator:
 
     def _sum_over_owners(self, statistic: str, layout: TensorLayout, models: tuple[str, ...]) -> tuple[str, Total]:
         ahead_bytes = sum(map(payload_bytes, self._ahead))
-        self._start(f"sum of {statistic}", layout.size * BYTES_PER_NUMBER + ahead_bytes)
+        self._start(f"sum of {statistic}", layout.num_bytes + ahead_bytes)
         request, side = self._reopened_sum(layout) or self._new_sum(statistic, layout, models)
 
         def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | None]]:

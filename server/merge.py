@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from common import metrics
+from common import metrics, scaling
 from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
@@ -49,6 +49,7 @@ from common.models import (
     private_head,
     weights_made_here,
 )
+from common.scaling import SCALES, RescaledTotal, Scales
 from common.settings_file import load_settings
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
@@ -132,7 +133,8 @@ def count_steps(agreement: Agreement, plan: MergePlan) -> int:
     """How many steps a run has: the roll call, every sum, the result."""
     swept = any(len(candidates(agreement, method)) > 1 for method in agreement.methods)
     merged = sum(len(steps(plan, method)) for method in agreement.methods if method in SEQUENTIAL)
-    sums = 2 + merged + swept  # of contributions and of test figures, and what is in between
+    scales = agreement.summation.ring_bits == 32
+    sums = scales + 2 + merged + swept  # 2: of contributions and of test figures, first and last
     return 1 + sums + 1
 
 
@@ -162,7 +164,7 @@ def _plans(base_folder: Path, agreement: Agreement) -> tuple[MergePlan, AdapterP
 def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
     """All sums, and the result, which goes to the owners with the last of them."""
     agreement = coordinator.agreement
-    total = coordinator.sum("contribution", contribution_layout(agreement, plan))
+    total = _sum_contributions(coordinator, contribution_layout(agreement, plan))
     solutions_of: dict[str, SolutionOf] = {
         method: _solve_step_by_step(coordinator, plan, method, total)
         if method in SEQUENTIAL
@@ -181,7 +183,8 @@ def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter
     digest = digest_of(_published(base_folder, agreement, solutions[agreement.method]), agreement.task)
     coordinator.send_result(choices[agreement.method].name, digest)
     owners, examples = total.owners, _examples(total)
-    coordinator.destroy("contribution", total)
+    for statistic in (SCALES, "contribution"):
+        coordinator.destroy(statistic, total)
     models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
     return Outcome(
         agreement=agreement,
@@ -192,6 +195,24 @@ def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter
         owners=owners,
         examples=examples,
         test=_figures(coordinator, "test", models),
+    )
+
+
+def _sum_contributions(coordinator: Coordinator, layout: TensorLayout) -> Total:
+    """In one sum, or in two where numbers are to travel in 32 bits: the second on scales that the first one gives."""
+    if coordinator.agreement.summation.ring_bits == 64:
+        return coordinator.sum("contribution", layout)
+    measured = coordinator.sum(SCALES, scaling.measures_layout(layout))
+    scales = Scales(layout, scaling.choose(layout, measured))
+    coordinator.send_candidate(SCALES, SCALES, scaling.exponents_layout(layout), scales.exponents)
+    scaled = coordinator.sum("contribution", scaling.scaled_layout(layout))
+    return RescaledTotal(
+        layout=scaled.layout,
+        vector=scaled.vector,
+        owners=scaled.owners,
+        roster_size=scaled.roster_size,
+        measured=measured,
+        scales=scales,
     )
 
 
@@ -222,8 +243,7 @@ def _send_merged(coordinator: Coordinator, plan: MergePlan, method: str, number:
 
 def _examples(total: Total) -> int | None:
     """All owners' training rows, where a method has them summed."""
-    known = any(entry.name == "examples" for entry in total.layout.entries)
-    return round(total["examples"][0]) if known else None
+    return round(total["examples"][0]) if "examples" in total else None
 
 
 def _read_identity(path: Path, agreement: Agreement) -> Identity:

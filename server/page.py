@@ -216,9 +216,14 @@ def _phase(step: str, report: dict[str, Any]) -> str:
     for method, name in METHODS.items():
         if step.startswith(f"sum of {method} "):
             return f"sums of {name}"
-    for split, name in (("prefix", "merged layers"), ("validation", "to validate"), ("test", "to test")):
+    for split, name in (
+        ("scales", "scales"),
+        ("prefix", "merged layers"),
+        ("validation", "candidates to validate"),
+        ("test", "candidates to test"),
+    ):
         if step.startswith("candidate ") and step.endswith(f" on {split}"):
-            return name if split == "prefix" else f"candidates {name}"
+            return name
     return step
 
 

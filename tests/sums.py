@@ -11,7 +11,7 @@ from common.messages import OpenSum
 from common.result import candidates_digest
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import RandomBytes, SumTerms, Total, run_in_memory
-from common.tensor_layout import TensorEntry, TensorLayout
+from common.tensor_layout import RingBits, TensorEntry, TensorLayout
 
 RUN, AGREEMENT, NONCE = "0a" * 32, "0b" * 32, "0c" * 32
 
@@ -35,9 +35,9 @@ def identities_of(count: int) -> dict[str, Identity]:
     return {name: Identity(name=name, seed=hashlib.sha256(name.encode()).digest()) for name in names}
 
 
-def layout_of(*sizes: int, bound: float = 8.0) -> TensorLayout:
+def layout_of(*sizes: int, bound: float = 8.0, ring_bits: RingBits = 64) -> TensorLayout:
     return TensorLayout(
-        tuple(TensorEntry(name=f"t{index}", shape=(size,), bound=bound) for index, size in enumerate(sizes))
+        tuple(TensorEntry(name=f"t{index}", shape=(size,), bound=bound) for index, size in enumerate(sizes)), ring_bits
     )
 
 
@@ -90,10 +90,11 @@ def sum_of(terms: SumTerms, vectors: dict[str, NDArray[np.float64]], owners: Seq
     """The oracle: encode, add Python integers, decode."""
     total = [0] * terms.layout.size
     for owner in owners:
-        encoded = fixed_point.encode(terms.layout, vectors[owner].copy(), len(terms.roster)).view("<i8")
+        encoded = fixed_point.encode(terms.layout, vectors[owner].copy(), len(terms.roster))
+        encoded = encoded.view(f"<i{terms.layout.ring_bits // 8}")
         total = [have + int(more) for have, more in zip(total, encoded, strict=True)]
     bits = [
-        fixed_point.fraction_bits(entry.bound, len(terms.roster))
+        fixed_point.fraction_bits(entry.bound, len(terms.roster), terms.layout.ring_bits)
         for entry in terms.layout.entries
         for _ in range(entry.size)
     ]

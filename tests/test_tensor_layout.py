@@ -21,7 +21,7 @@ def layouts(draw: st.DrawFn) -> TensorLayout:
         else:
             shape = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
             entries.append(TensorEntry(name=f"t{index}", shape=shape, bound=9.0))
-    return TensorLayout(tuple(entries))
+    return TensorLayout(tuple(entries), draw(st.sampled_from((64, 32))))
 
 
 def random_tensors(layout: TensorLayout, seed: int) -> dict[str, np.ndarray]:
@@ -110,7 +110,8 @@ def test_any_difference_changes_the_digest() -> None:
         (A, TensorEntry(name="b", shape=(2, 2), bound=8.0)),
     ]
     digests = {TensorLayout(entries).digest() for entries in [(A, B), *others]}
-    assert len(digests) == 1 + len(others)
+    digests.add(TensorLayout((A, B), ring_bits=32).digest())
+    assert len(digests) == 2 + len(others)
 
 
 def test_a_union_has_every_name_once_and_refuses_a_contradiction() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,23 +86,43 @@ def test_there_are_at_least_a_dozen_bad_requests_of_every_step() -> None:
         ),
     ],
 )
-def test_a_mask_is_the_aes_ctr_keystream_from_counter_zero(key: str, blocks: list[str]) -> None:
-    values = np.zeros(2 * len(blocks), dtype="<u8")
+@pytest.mark.parametrize("dtype", ["<u8", "<u4"])
+def test_a_mask_is_the_aes_ctr_keystream_from_counter_zero(key: str, blocks: list[str], dtype: str) -> None:
+    values = np.zeros(16 * len(blocks) // np.dtype(dtype).itemsize, dtype)
     mask_stream.add_masks(values, [(bytes.fromhex(key), 1)], 0)
     assert values.tobytes().hex() == "".join(blocks)
 
 
-@given(st.integers(1, 5000), st.lists(st.integers(0, 5000), max_size=4), st.integers(1, 3), st.integers(0, 999))
+@given(st.integers(0, 200), st.integers(1, 200), st.sampled_from(["<u8", "<u4"]), st.integers(0, 255))
+def test_a_mask_is_the_slow_obvious_keystream_at_its_place(offset: int, size: int, dtype: str, key: int) -> None:
+    """Block k of the stream is AES of k; number n of a vector takes the bytes from n times its width."""
+    width = np.dtype(dtype).itemsize
+    aes = Cipher(algorithms.AES(bytes([key]) * 16), modes.ECB()).encryptor()
+    stream = b"".join(aes.update(block.to_bytes(16)) for block in range((offset + size) * width // 16 + 1))
+    values = np.full(size, 7, dtype)
+    mask_stream.add_masks(values, [(bytes([key]) * 16, -1)], offset)
+    for number, value in enumerate(values, offset):
+        mask = int.from_bytes(stream[number * width : (number + 1) * width], "little")
+        assert int(value) == (7 - mask) % 2 ** (8 * width)
+
+
+@given(
+    st.integers(1, 5000),
+    st.lists(st.integers(0, 5000), max_size=4),
+    st.integers(1, 3),
+    st.integers(0, 999),
+    st.sampled_from(["<u8", "<u4"]),
+)
 def test_a_stream_is_the_same_however_it_is_cut_and_on_however_many_cores(
-    size: int, cuts: list[int], threads: int, seed: int
+    size: int, cuts: list[int], threads: int, seed: int, dtype: str
 ) -> None:
     masks: list[mask_stream.Mask] = [(bytes([seed % 256, index] * 8), 1 if index % 2 else -1) for index in range(3)]
-    start = np.random.default_rng(seed).integers(0, 2**64, size, dtype="<u8")
+    start = np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, size, dtype, endpoint=True)
     whole, pieces = start.copy(), start.copy()
     mask_stream.add_masks(whole, masks, seed, threads=1)
     edges = [0, *sorted(cut % (size + 1) for cut in cuts), size]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_stream, "CHUNK_NUMBERS", 64)
+        patch.setattr(mask_stream, "CHUNK_BYTES", 512)
         for first, last in pairwise(edges):
             mask_stream.add_masks(pieces[first:last], masks, seed + first, threads)
     np.testing.assert_array_equal(whole, pieces)

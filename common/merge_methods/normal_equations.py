@@ -79,8 +79,7 @@ class System:
         gram.mul_(alpha)
         gram.diagonal().copy_(diagonal)
         products = torch.cat([self._product(total, layer, alpha) for layer in self.layers], dim=1)
-        # Of the matrix, in the spectral norm.
-        error = self.gram_size * total.rounding_error(f"{self.kind}gram/{self.name}")
+        error = torch.from_numpy(total.diagonal_error(f"{self.kind}gram/{self.name}"))  # (gram_size,)
         solution, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
         condition, effective_rank = spectrum(gram) if with_spectrum else (None, None)
         note = LayerNote(
@@ -121,14 +120,16 @@ def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:
     )
 
 
-def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[Tensor, str, int]:
+def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) -> tuple[Tensor, str, int]:
     """Solve matrix @ x = right, float64, and say how it went: (x, status, directions left out).
 
     One Cholesky factorisation where the matrix is numerically positive definite. Otherwise the minimum norm solution
     over the directions whose eigenvalue is clearly positive: exact for a singular sum of Grams, whose products lie in
-    those directions, and harmless for anything else. `error`: how far the matrix may be from the true one (2-norm).
+    those directions, and harmless for anything else. `error` (d,): how far the diagonal may be from the true one, and
+    number [j, k] by the geometric mean of errors j and k.
     """
     dimension = len(matrix)
+    error = torch.zeros(dimension) if error is None else error
     tolerance = dimension * torch.finfo(matrix.dtype).eps
     diagonal = matrix.diagonal()
     if not matrix.any():
@@ -136,10 +137,11 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: float = 0.0) -> tuple[
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # L_jj^2 is what of direction j the directions before it leave unexplained; rounding adds to it, the more the nearer
     # those are to singular themselves. Eigenvalues, which are dear, decide where that is in doubt.
-    if not failed and (factor.diagonal() ** 2 > SURE_PIVOT * diagonal + error).all():
+    # With the matrix scaled so that all errors are alike, they add up to `dimension` of them, and L_jj^2 scales along.
+    if not failed and (factor.diagonal() ** 2 > SURE_PIVOT * diagonal + dimension * error).all():
         return torch.cholesky_solve(right, factor), "solved", 0
     values, vectors = torch.linalg.eigh(matrix)
-    noise = 10 * tolerance * values.abs().max() + error
+    noise = 10 * tolerance * values.abs().max() + error.sum()
     kept = values > noise
     indefinite = bool((values < -noise).any())
     basis = vectors[:, kept]

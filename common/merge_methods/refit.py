@@ -146,7 +146,7 @@ def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, 
     gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
     targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
     before = torch.from_numpy(total[f"head_start@{balance!r}"])
-    error = len(gram) * total.rounding_error(f"head_gram@{balance!r}")
+    error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
     solution, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
     fitted, base = solution.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, and the base's
     if agreement.refit.targets == "labels":

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from common.errors import RemoteProtocolError
 from common.mapped import release
+from common.summation import fixed_point
 from common.tensor_layout import TensorLayout
 
-BYTES_PER_NUMBER = 8
 Zeros = Callable[[int], NDArray[np.uint64]]  # a new vector of that many zeros, in memory or on a disk
 
 
@@ -22,11 +22,14 @@ def zeros_in_memory(size: int) -> NDArray[np.uint64]:
 
 
 class Accumulator:
-    """`vector` (layout.size,) uint64 is the sum modulo 2^64 of all parts folded; `part` is the one being collected."""
+    """`vector` (layout.size,) of the layout's ring is the sum of all parts folded, in the first bytes of `words`, where
+    it can be decoded; `part` is the one being collected.
+    """
 
     def __init__(self, layout: TensorLayout, zeros: Zeros) -> None:
-        self.vector = zeros(layout.size)
-        self.slices = layout.part_slices(BYTES_PER_NUMBER)
+        self.words = zeros(layout.size)
+        self.vector = fixed_point.numbers(layout, self.words)
+        self.slices = layout.part_slices(layout.dtype.itemsize)
         self.part = 0
         self._spoilt = False
 
@@ -34,10 +37,10 @@ class Accumulator:
         """Add one owner's part. Raises RemoteProtocolError, and then nothing was added, unless it is the right one."""
         position = self.slices[self.part]
         expected = position.stop - position.start
-        if part != self.part or payload.shape != (expected,) or payload.dtype != np.dtype("<u8"):
+        if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:
             raise RemoteProtocolError(
                 f"sum: owner {owner} sent {payload.size} numbers of {payload.dtype} as part {part}; "
-                f"part {self.part} has {expected} of uint64"
+                f"part {self.part} has {expected} of {self.vector.dtype}"
             )
         self.vector[position] += payload
         release(self.vector)

@@ -1,11 +1,12 @@
-"""Real numbers as integers modulo 2^64, so that sums are exact and the same in any order, masked or not.
+"""Real numbers as integers modulo 2^w, so that sums are exact and the same in any order, masked or not.
 
 A tensor with the public bound B is encoded as round(x * 2^f), negative numbers as two's complement. The number of
-fraction bits f follows from B and the number of owners N alone: the largest for which no sum can wrap around,
+fraction bits f follows from B, the number of owners N and the ring alone: the largest for which no sum can wrap around,
 
-    N * (B * 2^f + 1) <= 2^63                    (the 1 covers rounding)
+    N * (B * 2^f + 1) <= 2^(w - 1)               (the 1 covers rounding)
 
-Bounds stand in the agreement (`common/agreement.py`) and in the layout, so every party computes the same f.
+Bounds stand in the agreement (`common/agreement.py`) and in the layout, as the ring does, so every party computes the
+same f. A vector is encoded and decoded where it lies, in 64-bit words: integers of 32 bits take their first half.
 """
 
 from fractions import Fraction
@@ -16,22 +17,22 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError, SettingsError
 from common.mapped import release
-from common.tensor_layout import TensorEntry, TensorLayout
+from common.tensor_layout import RingBits, TensorEntry, TensorLayout
 
-RING_BITS = 64
 MAX_FRACTION_BITS = 128
 CHUNK_NUMBERS = 1 << 20
 
 
-def fraction_bits(bound: float, num_owners: int) -> int:
+def fraction_bits(bound: float, num_owners: int, ring_bits: RingBits = 64) -> int:
     """f for one tensor. Raises SettingsError where not even whole numbers fit."""
     if bound == inf:
         raise SettingsError("a tensor without a bound cannot be summed")
-    room = Fraction(2) ** (RING_BITS - 1) / num_owners - 1
+    room = Fraction(2) ** (ring_bits - 1) / num_owners - 1
     ratio = room / Fraction(bound)
     if ratio < 1:
         raise SettingsError(
-            f"bound {bound:g}: the sum over {num_owners} owners could pass 2^63; the largest bound is {float(room):g}"
+            f"bound {bound:g}: the sum over {num_owners} owners could pass 2^{ring_bits - 1}; "
+            f"the largest bound is {float(room):g}"
         )
     bits = int(ratio).bit_length() - 1  # 2^bits <= ratio < 2^(bits + 1)
     return min(bits, MAX_FRACTION_BITS)
@@ -41,40 +42,47 @@ def check_layout(layout: TensorLayout, num_owners: int) -> None:
     """Prove that no sum of this layout can wrap around. Raises SettingsError, naming the tensor."""
     for entry in layout.entries:
         try:
-            fraction_bits(entry.bound, num_owners)
+            fraction_bits(entry.bound, num_owners, layout.ring_bits)
         except SettingsError as error:
             raise SettingsError(f"{entry.name}: {error}; see [bounds] of the agreement") from None
 
 
-def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -> NDArray[np.uint64]:
-    """Encode (layout.size,) float64 in place; the same memory is returned as uint64.
+def numbers(layout: TensorLayout, words: NDArray) -> NDArray:
+    """The layout's vector in fixed point, (layout.size,), among the first bytes of as many 64-bit words."""
+    return words.view(layout.dtype)[: layout.size]
+
+
+def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -> NDArray:
+    """Encode (layout.size,) float64 in place; the integers are returned as they travel.
 
     Raises NumericalError, naming the tensor, at the first value that is not finite or outside its bound; the vector is
     then of no use, and nothing has left.
     """
-    encoded = vector.view("<i8")
+    encoded = numbers(layout, vector)
+    signed = encoded.view(f"<i{encoded.itemsize}")
     for entry, position in layout.positions():
-        bits = fraction_bits(entry.bound, num_owners)
+        bits = fraction_bits(entry.bound, num_owners, layout.ring_bits)
+        # In ascending order: integers are no longer than the numbers that they stand for, and overwrite.
         for start in range(position.start, position.stop, CHUNK_NUMBERS):
             chunk = vector[start : min(start + CHUNK_NUMBERS, position.stop)]
             # The negation makes a value that is no number fail too.
             if not np.abs(chunk).max(initial=0.0) <= entry.bound:
                 raise NumericalError(_out_of_bound(entry, chunk))
-            encoded[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
+            signed[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
         release(vector)
-    return vector.view("<u8")
+    return encoded
 
 
-def decode(layout: TensorLayout, total: NDArray[np.uint64], num_owners: int, num_summed: int) -> NDArray[np.float64]:
-    """Decode a sum over `num_summed` of the `num_owners` owners in place; the same memory is returned as float64.
+def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num_summed: int) -> NDArray[np.float64]:
+    """Decode the sum in `words`, over `num_summed` of the `num_owners` owners, in place: they are returned as float64.
 
     Raises NumericalError if a number is larger than that many honest owners can make it.
     """
-    signed, decoded = total.view("<i8"), total.view("<f8")
-    for entry, position in layout.positions():
-        bits = fraction_bits(entry.bound, num_owners)
+    signed, decoded = numbers(layout, words).view(f"<i{layout.dtype.itemsize}"), words.view("<f8")
+    for entry, position in reversed(layout.positions()):
+        bits = fraction_bits(entry.bound, num_owners, layout.ring_bits)
         largest = num_summed * (int(Fraction(entry.bound) * 2**bits) + 1)
-        for start in range(position.start, position.stop, CHUNK_NUMBERS):
+        for start in reversed(range(position.start, position.stop, CHUNK_NUMBERS)):  # see `encode`
             chunk = signed[start : min(start + CHUNK_NUMBERS, position.stop)]
             if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:
                 raise NumericalError(
@@ -82,7 +90,7 @@ def decode(layout: TensorLayout, total: NDArray[np.uint64], num_owners: int, num
                     "another vector than it should, or masks did not cancel. Nothing was published"
                 )
             decoded[start : start + len(chunk)] = np.ldexp(chunk.astype(np.float64), -bits)
-        release(total)
+        release(words)
     return decoded
 
 

@@ -1,4 +1,4 @@
-"""Masks: AES-128-CTR keystreams, added to a vector modulo 2^64.
+"""Masks: AES-128-CTR keystreams, added to a vector modulo 2^64 or 2^32.
 
 A stream is addressed by its byte: counter block = offset // 16, so parts can be masked in any order and on any number
 of cores. `cryptography` writes the keystream into a reused buffer (`update_into`) and releases the interpreter lock
@@ -17,43 +17,44 @@ from numpy.typing import NDArray
 
 KEY_BYTES = 16
 BLOCK_BYTES = 16
-BYTES_PER_NUMBER = 8
 # Vector and keystream chunk stay in the processor's second-level cache. A multiple of the block size.
-CHUNK_NUMBERS = 1 << 15
+CHUNK_BYTES = 1 << 18
 
 Mask = tuple[bytes, Literal[1, -1]]  # (key, sign)
 
 
-def add_masks(values: NDArray[np.uint64], masks: Sequence[Mask], offset: int, threads: int | None = None) -> None:
-    """Add every mask to `values` in place, modulo 2^64.
+def add_masks(values: NDArray, masks: Sequence[Mask], offset: int, threads: int | None = None) -> None:
+    """Add every mask to `values` in place, modulo 2^64 or 2^32.
 
-    `values` (n,) little-endian uint64 stands at position `offset` (in numbers) of the whole vector.
+    `values` (n,) little-endian uint64 or uint32 stands at position `offset` (in numbers) of the whole vector.
     """
-    starts = range(0, len(values), CHUNK_NUMBERS)
+    chunk_numbers = CHUNK_BYTES // values.itemsize
+    starts = range(0, len(values), chunk_numbers)
     workers = min(threads or os.cpu_count() or 1, len(starts))
     if workers <= 1:
         return _add_range(values, masks, offset)
-    step = -(-len(starts) // workers) * CHUNK_NUMBERS
+    step = -(-len(starts) // workers) * chunk_numbers
     with ThreadPoolExecutor(workers) as pool:
         ranges = [(values[start : start + step], offset + start) for start in range(0, len(values), step)]
         list(pool.map(lambda piece: _add_range(piece[0], masks, piece[1]), ranges))
     return None
 
 
-def _add_range(values: NDArray[np.uint64], masks: Sequence[Mask], offset: int) -> None:
-    skipped = offset * BYTES_PER_NUMBER % BLOCK_BYTES  # a stream is cut at its blocks, a part at its numbers
-    counter = (offset * BYTES_PER_NUMBER // BLOCK_BYTES).to_bytes(BLOCK_BYTES)
+def _add_range(values: NDArray, masks: Sequence[Mask], offset: int) -> None:
+    width, chunk_numbers = values.itemsize, CHUNK_BYTES // values.itemsize
+    skipped = offset * width % BLOCK_BYTES  # a stream is cut at its blocks, a part at its numbers
+    counter = (offset * width // BLOCK_BYTES).to_bytes(BLOCK_BYTES)
     streams = []
     for key, sign in masks:
         encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
         encryptor.update(bytes(skipped))
         streams.append((encryptor, np.add if sign > 0 else np.subtract))
-    length = min(CHUNK_NUMBERS, len(values))
-    zeros = memoryview(bytes(length * BYTES_PER_NUMBER))
-    buffer = bytearray(length * BYTES_PER_NUMBER)
-    keystream = np.frombuffer(buffer, dtype="<u8")
-    for start in range(0, len(values), CHUNK_NUMBERS):
-        chunk = values[start : start + CHUNK_NUMBERS]
+    length = min(chunk_numbers, len(values))
+    zeros = memoryview(bytes(length * width))
+    buffer = bytearray(length * width)
+    keystream = np.frombuffer(buffer, dtype=values.dtype)
+    for start in range(0, len(values), chunk_numbers):
+        chunk = values[start : start + chunk_numbers]
         for encryptor, combine in streams:
-            encryptor.update_into(zeros[: len(chunk) * BYTES_PER_NUMBER], buffer)
+            encryptor.update_into(zeros[: len(chunk) * width], buffer)
             combine(chunk, keystream[: len(chunk)], out=chunk)

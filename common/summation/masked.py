@@ -13,12 +13,12 @@ keys are pinned in the agreement; threshold, roster, bounds and layout come from
     reveal        Acknowledgements    SharesRevealed    a quorum signed the very list that I signed; asked again, by a
                                                         coordinator that was started again: the very bytes sent before
 
-Owner i sends y_i = x_i + PRG(b_i) + sum over j > i of PRG(s_ij) - sum over j < i of PRG(s_ij), modulo 2^64. The pair
-masks PRG(s_ij) cancel in the sum over owners. The self mask PRG(b_i) keeps y_i hidden when i is declared lost although
-its upload arrived: then the neighbours help to rebuild s_i*, never b_i. For an owner that survived they help to
-rebuild b_i, never s_i*. Both for one owner would open x_i, so no honest owner signs two survivor lists in one session,
-and none reveals anything before a quorum t = floor((N + c) / 2) + 1 has signed its own list: two quorums share an
-honest owner. Every sum is a session of its own with fresh keys; a method of several steps runs one session per step,
+Owner i sends y_i = x_i + PRG(b_i) + sum over j > i of PRG(s_ij) - sum over j < i of PRG(s_ij), modulo 2^64 or 2^32.
+The pair masks PRG(s_ij) cancel in the sum over owners. The self mask PRG(b_i) keeps y_i hidden when i is declared lost
+although its upload arrived: then the neighbours help to rebuild s_i*, never b_i. For an owner that survived they help
+to rebuild b_i, never s_i*. Both for one owner would open x_i, so no honest owner signs two survivor lists in one
+session, and none reveals anything before a quorum t = floor((N + c) / 2) + 1 has signed its own list: two quorums share
+an honest owner. Every sum is a session of its own with fresh keys; a method of several steps runs one session per step,
 because keys that live on across steps would have to be kept while nobody knows yet who will survive the next one.
 
 What this does not protect: what the sum itself reveals; an owner whose vector is a lie; an owner, or the coordinator,
@@ -52,7 +52,7 @@ from common.messages import (
     SurvivorsSigned,
 )
 from common.summation import fixed_point, key_agreement, mask_stream, secret_sharing
-from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator, Zeros, zeros_in_memory
+from common.summation.accumulator import Accumulator, Zeros, zeros_in_memory
 from common.summation.neighbours import NeighbourGraph
 from common.summation.protocol import (
     Opening,
@@ -319,7 +319,7 @@ class MaskedOwner:
     def _upload(self, part: int, encoded: NDArray) -> tuple["MaskedOwner", Message]:
         _require(part <= len(self.part_digests) and part < len(self._slices), f"sum: part {part} is not the next one")
         position = self._slices[part]
-        payload = np.array(encoded[position], dtype="<u8")
+        payload = np.array(encoded[position], dtype=self.terms.layout.dtype)
         mask_stream.add_masks(payload, self.masks, position.start)
         digest = hashlib.sha256(payload.data).digest()
         # Asked for again after somebody was lost: the same bytes, or nothing.
@@ -411,7 +411,7 @@ class MaskedOwner:
 
     @property
     def _slices(self) -> list[slice]:
-        return self.terms.layout.part_slices(BYTES_PER_NUMBER)
+        return self.terms.layout.part_slices(self.terms.layout.dtype.itemsize)
 
     @property
     def offers(self) -> bool:
@@ -596,7 +596,7 @@ class MaskedCoordinator:
         if self._phase != DONE:
             raise LocalProtocolError(f"sum: the total was asked for in phase {self._phase}")
         owners = tuple(self._terms.names[each.owner] for each in Survivor.unpack_all(self._survivors))
-        vector = fixed_point.decode(self._terms.layout, self._accumulator.vector, len(self._terms.roster), len(owners))
+        vector = fixed_point.decode(self._terms.layout, self._accumulator.words, len(self._terms.roster), len(owners))
         return Total(layout=self._terms.layout, vector=vector, owners=owners, roster_size=len(self._terms.roster))
 
     # --- across a restart ---
@@ -611,12 +611,12 @@ class MaskedCoordinator:
             "survivors": self._survivors.hex(),
             "signed": {str(place): signature.hex() for place, signature in self._signed.items()},
         }
-        return Opening(state, self._accumulator.vector)
+        return Opening(state, self._accumulator.words)
 
     @classmethod
     def reopen(cls, terms: SumTerms, opening: Opening) -> "MaskedCoordinator":
         state = opening.state
-        side = cls(terms, tuple(state["remaining"]), lambda _: opening.vector)
+        side = cls(terms, tuple(state["remaining"]), lambda _: opening.words)
         side._phase = REVEALING
         side._book = Book(terms, bytes.fromhex(state["book"]))
         side._sealed = {

@@ -18,7 +18,7 @@ from common.errors import LocalProtocolError, RemoteProtocolError
 from common.identity import Identity
 from common.messages import Message, PartRequest, SumOpened, VectorPart
 from common.summation import fixed_point
-from common.summation.accumulator import BYTES_PER_NUMBER, Accumulator, Zeros, zeros_in_memory
+from common.summation.accumulator import Accumulator, Zeros, zeros_in_memory
 from common.summation.protocol import Opening, RandomBytes, SumTerms, Total, Transitions, check_enough, next_phase
 
 OPEN, UPLOADING, DONE = "open", "uploading", "done"
@@ -52,7 +52,7 @@ class PlainOwner:
         assert isinstance(request, PartRequest)  # the table lets nothing else through
         if request.session != self.terms.request.session:
             raise RemoteProtocolError("sum: coordinator asked for a part of another session")
-        slices = self.terms.layout.part_slices(BYTES_PER_NUMBER)
+        slices = self.terms.layout.part_slices(self.terms.layout.dtype.itemsize)
         if request.part >= len(slices):
             raise RemoteProtocolError(f"sum: coordinator asked for part {request.part} of {len(slices)}")
         payload = np.ascontiguousarray(encoded[slices[request.part]])
@@ -134,7 +134,7 @@ class PlainCoordinator:
         if self._phase != DONE:
             raise LocalProtocolError(f"sum: the total was asked for in phase {self._phase}")
         vector = fixed_point.decode(
-            self._terms.layout, self._accumulator.vector, len(self._terms.roster), len(self._participants)
+            self._terms.layout, self._accumulator.words, len(self._terms.roster), len(self._participants)
         )
         return Total(
             layout=self._terms.layout, vector=vector, owners=self._participants, roster_size=len(self._terms.roster)

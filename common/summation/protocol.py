@@ -86,7 +86,17 @@ class Total:
 
     def rounding_error(self, name: str) -> float:
         """How far a number of tensor `name` can be from the sum of the owners' real numbers."""
-        return self.num_owners * 0.5 ** (fixed_point.fraction_bits(self.layout.bound(name), self.roster_size) + 1)
+        bits = fixed_point.fraction_bits(self.layout.bound(name), self.roster_size, self.layout.ring_bits)
+        return float(self.num_owners * 0.5 ** (bits + 1))
+
+    def diagonal_error(self, name: str) -> NDArray[np.float64]:
+        """The same for each number on the diagonal of a symmetric tensor, (d,). Number [j, k] is off by the geometric
+        mean of errors j and k at most.
+        """
+        return np.full(len(self[name]), self.rounding_error(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         release(self.vector)  # the memory of what was read before
@@ -106,7 +116,7 @@ class OwnerSide(Protocol):
         """Begin: the first answer."""
 
     def answer(self, request: Message, encoded: NDArray, random_bytes: RandomBytes) -> tuple[Self, Message]:
-        """One step; `encoded` (layout.size,) uint64 is the owner's vector in fixed point.
+        """One step; `encoded` (layout.size,) is the owner's vector in fixed point.
 
         On SessionOver the state must be forgotten; on any other error nothing has happened and it still stands.
         """
@@ -134,7 +144,7 @@ class Opening:
     """A session that its owners are asked to open, as a coordinator that is started again needs it."""
 
     state: Mapping[str, Any]
-    vector: NDArray[np.uint64]  # (layout.size,), the sum with its masks on
+    words: NDArray[np.uint64]  # (layout.size,), in which the sum lies with its masks on (see Accumulator)
 
 
 class CoordinatorSide(Protocol):

@@ -84,6 +84,7 @@ scales = [0.3, 0.5, 1.0]
 
 [summation]
 kind = "masked"               # the coordinator learns totals only; "plain": it sees every owner's vector
+# ring_bits = 32              # half the bytes, for one small sum more, whose sizes all owners are told (SECURITY.md b6)
 # colluders = 0               # so many owners may conspire with it; left out: as many as min_owners allows
 
 [privacy]

@@ -13,6 +13,7 @@ from common.summation import fixed_point, mask_stream, secret_sharing
 from common.summation.masked import MASK, SELF, MaskedCoordinator, MaskedOwner, _survivors_body
 from common.summation.protocol import SessionOver, SumTerms
 from common.summation.records import RevealedShare, Signed, Survivor
+from common.tensor_layout import RingBits
 from deploy.in_process_grid import through_serialisation
 from tests.sums import identities_of, layout_of, repeating_bytes, terms_of, vectors_of
 
@@ -33,11 +34,12 @@ class MaliciousCoordinator:
         needed: int = 4,
         colluders: int = 1,
         size: int = 6,
+        ring_bits: RingBits = 64,
         change: Callable[[OpenSum], OpenSum] = lambda request: request,
         seed: int = 0,
     ) -> None:
         self.identities = identities_of(count)
-        self.layout = layout_of(size)
+        self.layout = layout_of(size, ring_bits=ring_bits)
         self.terms: SumTerms = terms_of(self.identities, self.layout, needed=needed, colluders=colluders, change=change)
         self.vectors = vectors_of(self.identities, self.layout)
         self.encoded = {
@@ -120,8 +122,8 @@ class MaliciousCoordinator:
         upload = next(m.payload for m in self.received[victim] if hasattr(m, "part")).copy()
         taken_off = [(key, -sign) for key, sign in masks]
         mask_stream.add_masks(upload, taken_off, 0)  # type: ignore[arg-type]
-        bits = fixed_point.fraction_bits(self.layout.entries[0].bound, len(self.identities))
-        return np.ldexp(upload.view("<i8").astype(np.float64), -bits)
+        bits = fixed_point.fraction_bits(self.layout.entries[0].bound, len(self.identities), self.layout.ring_bits)
+        return np.ldexp(upload.view(f"<i{upload.itemsize}").astype(np.float64), -bits)
 
     def is_open(self, victim: str, guess: np.ndarray | None) -> bool:
         return guess is not None and bool(np.allclose(guess, self.vectors[victim], atol=1e-9))

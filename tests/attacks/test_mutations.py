@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 MASKED, OWNER, WORKBENCH = "common/summation/masked.py", "client/owner.py", "client/workbench.py"
-LEDGER = "client/ledger.py"
+LEDGER, SCALING = "client/ledger.py", "common/scaling.py"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Mutation:
 GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
 PACKETS, COORDINATOR = "test_packets.py", "test_coordinator.py"
 LAUNCH, LOGS, OWNERS, DEPLOYMENT = "test_launch.py", "test_logs.py", "test_owner.py", "end_to_end/test_deployment.py"
-KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, AGREEMENT, RESUME = (
+KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, SCALES, AGREEMENT, RESUME = (
     "attacks/test_keys.py",
     "attacks/test_shares.py",
     "attacks/test_survivors.py",
@@ -44,6 +44,7 @@ KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEP
     "attacks/test_leaks.py",
     "test_architectures.py",
     "attacks/test_steps.py",
+    "attacks/test_scales.py",
     "test_agreement.py",
     "end_to_end/test_resume.py",
 )
@@ -133,7 +134,7 @@ TABLE = [
     Mutation(SURVIVORS, "test_22_", MASKED, "(book.self_mask(self.self_seed), 1)]", "]"),
     Mutation(UPLOADS, "test_23_a_second", MASKED, "owner in self._waiting", "True"),
     Mutation(UPLOADS, "test_23_another", MASKED, "before == digest", "True"),
-    Mutation(UPLOADS, "test_24_an_upload_of", "common/summation/accumulator.py", 'if part != self.part or payload.shape != (expected,) or payload.dtype != np.dtype("<u8"):', "if False:"),
+    Mutation(UPLOADS, "test_24_an_upload_of", "common/summation/accumulator.py", 'if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:', "if False:"),
     Mutation(UPLOADS, "test_24_an_upload_altered", MASKED, "        _verify(self._terms, place, Label.SIGN_PART, _part_body(reply.part, digest), reply.signature)"),
     Mutation(UPLOADS, "test_24_after", MASKED, "(UPLOADED, PartRequest): UPLOADED,", "(UPLOADED, PartRequest): UPLOADED,\n    (SIGNED, PartRequest): SIGNED,"),
     Mutation(UPLOADS, "test_25_a_value", "common/summation/fixed_point.py", "if not np.abs(chunk).max(initial=0.0) <= entry.bound:", "if False:"),
@@ -222,6 +223,24 @@ TABLE = [
     Mutation(STEPS, "test_merged_layers", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
     Mutation(STEPS, "test_merged_layers", OWNER, "if not last_again and (number != str(due)", "if False and (number != str(due)"),
     Mutation(STEPS, "test_merged_layers", OWNER, "if method not in SEQUENTIAL.intersection(self.agreement.methods):", "if False:"),
+    # scales of 32-bit sums
+    Mutation(SCALES, "test_48_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
+    Mutation(SCALES, "test_48_", "common/messages.py", "for field in fields(self)]", 'for field in fields(self)[:4]]'),
+    Mutation(SCALES, "test_49_scales_of_its_own", SCALING, "if not (mine <= sent).all():", "if False:"),
+    Mutation(SCALES, "test_49_scales_of_its_own", SCALING, "if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():", "if False:"),
+    Mutation("test_scaling.py", "test_scales_that_leave", SCALING, " or 2 * (sent > worth)[seen].sum() > seen.sum()", ""),
+    Mutation("test_scaling.py", "test_scales_that_leave", SCALING, "sent.sum() > worth.sum() > 0 or ", ""),
+    Mutation(SCALES, "test_49_scales_of_its_own", SCALING, "if not (np.abs(exponents) <= MAX_EXPONENT).all() or (exponents != np.rint(exponents)).any():", "if False:"),
+    Mutation(SCALES, "test_49_scales_of_its_own", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
+    Mutation(SCALES, "test_49_one_scale", SCALING, "if not (mine <= sent).all():", "if not mine.sum() <= sent.sum():"),
+    Mutation(SCALES, "test_49_scales_before", OWNER, "if kept is None or not opened:", "if kept is None:"),
+    Mutation(SCALES, "test_49_a_contribution", OWNER, "if request.models or [model for model, _, _ in self._received] != [SCALES]:", "if False:"),
+    Mutation(SCALES, "test_49_contributions", "common/tensor_layout.py", '"amalgram layout v2\\n" + canonical', '"amalgram layout v2\\n" + canonical[4:]'),
+    Mutation(SCALES, "test_49_scales_that_nobody", OWNER, "if message.model != SCALES or not self._has_scales:", "if message.model != SCALES:"),
+    Mutation(UPLOADS, "test_24_an_upload_in_another", "common/summation/accumulator.py", " or payload.dtype != self.vector.dtype", ""),
+    Mutation(UPLOADS, "test_25_a_total_of_32", "common/summation/fixed_point.py", "if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:", "if False:"),
+    Mutation("test_scaling.py", "test_32_bits", "common/agreement.py", "        if self.needed_owners < count:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with", "        if False:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with"),
+    Mutation(RESUME, "test_a_run_in_32_bits", OWNER, 'if side.reveals and request.statistic == "contribution":', 'if side.is_done and request.statistic == "contribution":'),
     Mutation(AGREEMENT, "test_a_method_of_several", "common/agreement.py", "if sequential and self.needed_owners < len(names):", "if False:"),
     # what a coordinator keeps of a run
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "0o600", "0o644"),

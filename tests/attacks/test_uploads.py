@@ -14,7 +14,7 @@ from common.labels import Label
 from common.messages import KeyShares, MaskedPart, PartRequest, SurvivorList
 from common.summation import fixed_point
 from common.summation.masked import _part_body
-from common.tensor_layout import TensorLayout
+from common.tensor_layout import RingBits, TensorLayout
 from tests.attacks.malicious import MaliciousCoordinator
 from tests.sums import layout_of
 
@@ -78,6 +78,17 @@ def test_24_an_upload_of_another_shape_type_or_part() -> None:
     evil.side.receive("o0", part)
 
 
+def test_24_an_upload_in_another_ring() -> None:
+    """As many numbers, or as many bytes."""
+    for ring_bits, other in ((64, "<u4"), (32, "<u8")):
+        evil = MaliciousCoordinator(ring_bits=ring_bits)  # type: ignore[arg-type]
+        part = first_part(evil)
+        for payload in (part.payload.astype(other), np.frombuffer(part.payload.tobytes(), other)):
+            with pytest.raises(RemoteProtocolError, match=f"has 6 of uint{ring_bits}"):
+                evil.side.receive("o0", signed(evil, replace(part, payload=payload)))
+        evil.side.receive("o0", part)
+
+
 def test_24_an_upload_altered_on_the_way() -> None:
     evil = MaliciousCoordinator()
     part = first_part(evil)
@@ -111,30 +122,76 @@ def test_25_a_value_that_is_no_number_or_beyond_the_bound_never_leaves(value: fl
         fixed_point.encode(layout, vector, 5)
 
 
-@given(bound=st.floats(1e-12, 2.0**58), count=st.integers(1, 2000))
-def test_25_at_the_bound_no_sum_wraps_around_and_one_more_bit_would(bound: float, count: int) -> None:
+@given(bound=st.floats(1e-12, 2.0**58), count=st.integers(1, 2000), ring_bits=st.sampled_from((64, 32)))
+def test_25_at_the_bound_no_sum_wraps_around_and_one_more_bit_would(
+    bound: float, count: int, ring_bits: RingBits
+) -> None:
+    half = 2 ** (ring_bits - 1)
     try:
-        bits = fixed_point.fraction_bits(bound, count)
+        bits = fixed_point.fraction_bits(bound, count, ring_bits)
     except SettingsError:
-        assert count * (Fraction(bound) + 1) > 2**63
+        assert count * (Fraction(bound) + 1) > half
         return
-    assert count * (Fraction(bound) * 2**bits + 1) <= 2**63
+    assert count * (Fraction(bound) * 2**bits + 1) <= half
     if bits < fixed_point.MAX_FRACTION_BITS:
-        assert count * (Fraction(bound) * 2 ** (bits + 1) + 1) > 2**63
-    layout = layout_of(2, bound=bound)
+        assert count * (Fraction(bound) * 2 ** (bits + 1) + 1) > half
+    layout = layout_of(2, bound=bound, ring_bits=ring_bits)
     encoded = fixed_point.encode(layout, np.array([bound, -bound]), count)
+    words = np.zeros(2, "<u8")
     with np.errstate(over="ignore"):
-        total = encoded * np.uint64(count)
-    decoded = fixed_point.decode(layout, total, count, count)
+        fixed_point.numbers(layout, words)[:] = encoded * encoded.dtype.type(count)
+    decoded = fixed_point.decode(layout, words, count, count)
     np.testing.assert_allclose(decoded, [bound * count, -bound * count], rtol=1e-12, atol=count * 2.0**-bits)
 
 
-@given(st.lists(st.floats(-8, 8), min_size=1, max_size=20))
-def test_an_encoded_number_is_the_nearest(values: list[float]) -> None:
-    layout = layout_of(len(values))
+@given(st.lists(st.floats(-8, 8), min_size=1, max_size=20), st.sampled_from((64, 32)))
+def test_an_encoded_number_is_the_nearest(values: list[float], ring_bits: RingBits) -> None:
+    layout = layout_of(len(values), ring_bits=ring_bits)
     encoded = fixed_point.encode(layout, np.array(values), 3)
-    bits = fixed_point.fraction_bits(8.0, 3)
-    assert [int(each) for each in encoded.view("<i8")] == [round(Fraction(value) * 2**bits) for value in values]
+    bits = fixed_point.fraction_bits(8.0, 3, ring_bits)
+    signed = encoded.view(f"<i{ring_bits // 8}")
+    assert [int(each) for each in signed] == [round(Fraction(value) * 2**bits) for value in values]
+
+
+@pytest.mark.parametrize("size", [1, 7, 10, 33])
+def test_integers_of_32_bits_are_written_and_read_in_the_place_of_longer_numbers(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk, over one another: none is read after it was overwritten."""
+    monkeypatch.setattr(fixed_point, "CHUNK_NUMBERS", 3)
+    layout = layout_of(size, size + 1, ring_bits=32)
+    vector = np.random.default_rng(size).uniform(-8, 8, layout.size)
+    words = vector.copy()
+    encoded = fixed_point.encode(layout, words, 3)
+    assert np.shares_memory(encoded, words)
+    decoded = fixed_point.decode(layout, words.view("<u8"), 3, 1)
+    assert np.shares_memory(decoded, words)
+    np.testing.assert_allclose(decoded, vector, atol=2.0**-27)
+
+
+KNOWN_IN_32_BITS = {0.0: 0, 1.0: 2**26, -1.0: 2**32 - 2**26, 8.0: 2**29, -8.0: 2**32 - 2**29, 2.0**-26: 1, 2.0**-28: 0}
+
+
+def test_known_numbers_of_32_bits() -> None:
+    """With bound 8 and three owners 26 bits are behind the point: 3 (8 * 2^26 + 1) <= 2^31 < 3 (8 * 2^27 + 1)."""
+    layout = layout_of(len(KNOWN_IN_32_BITS), ring_bits=32)
+    encoded = fixed_point.encode(layout, np.array(list(KNOWN_IN_32_BITS)), 3)
+    assert encoded.dtype == np.dtype("<u4")
+    assert encoded.tolist() == list(KNOWN_IN_32_BITS.values())
+
+
+@pytest.mark.parametrize("value", [8.0000001, -9.0, np.nan, np.inf, 2.0**33])
+def test_25_a_value_beyond_the_bound_never_leaves_in_32_bits_either(value: float) -> None:
+    with pytest.raises(NumericalError, match=r"t0: .*nothing has left"):
+        fixed_point.encode(layout_of(2, ring_bits=32), np.array([1.0, value]), 3)
+
+
+@pytest.mark.parametrize("sum_of_two", [2**30 + 3, -(2**30) - 3])
+def test_25_a_total_of_32_bits_beyond_its_owners_bounds_is_refused(sum_of_two: int) -> None:
+    layout, words = layout_of(1, ring_bits=32), np.zeros(1, "<u8")
+    fixed_point.numbers(layout, words)[0] = sum_of_two % 2**32
+    with pytest.raises(NumericalError, match="t0 exceeds 2 owners times the bound 8"):
+        fixed_point.decode(layout, words, 3, 2)
 
 
 def test_a_bound_without_room_or_without_an_end_is_refused() -> None:

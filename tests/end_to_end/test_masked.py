@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 import client.owner
 from common.agreement import Agreement
@@ -78,3 +79,26 @@ def test_every_method_s_model_differs_from_that_of_real_sums_by_less_than_a_mill
 def test_a_plain_run_says_so(runs: dict[str, Any]) -> None:
     page = (runs["folder"] / "plain" / "report.html").read_text()
     assert "the coordinator saw each owner's vector" in " ".join(page.split())
+
+
+def test_in_32_bits_the_model_is_the_same_to_a_ten_thousandth_for_half_the_bytes(runs: dict[str, Any]) -> None:
+    published = {}
+    for kind, ring_bits in (("masked", 64), ("masked", 32), ("plain", 32)):
+        folder = runs["folder"] / f"{kind}-{ring_bits}"
+        shutil.copytree(runs["folder"] / "plain-consortium", folder, ignore=shutil.ignore_patterns("output"))
+        path = folder / "agreement.toml"
+        text = path.read_text().replace('kind = "plain"', f'kind = "{kind}"\nring_bits = {ring_bits}')
+        text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
+        path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', '["average", "data_free"]'))
+        report = simulate(folder, folder / "out", with_references=False)
+        received = {step["name"]: step["bytes_received"] for step in report["steps"]}
+        sums = received.get("sum of scales", 0) + received["sum of contribution"]
+        published[kind, ring_bits] = load_file(folder / "out" / "model" / "model.safetensors"), report, sums
+    (in_64, report_64, bytes_64), (in_32, report_32, bytes_32) = published["masked", 64], published["masked", 32]
+    assert report_32["digests"]["model"] == published["plain", 32][1]["digests"]["model"]
+    assert report_32["evaluation"]["mean"] == report_64["evaluation"]["mean"]
+    assert bytes_32 < 0.52 * bytes_64
+    base = load_file(runs["folder"] / "plain-consortium" / "base" / "model.safetensors")
+    for name, weight in in_64.items():
+        assert float((in_32[name] - weight).norm()) <= 1e-4 * float((weight - base[name]).norm()) + 1e-7
+    assert "scales, by which numbers are divided" in (runs["folder"] / "masked-32" / "out" / "report.html").read_text()

@@ -19,9 +19,11 @@ from common.messages import (
     CandidatePart,
     KeyShares,
     Message,
+    OpenSum,
     Receipts,
     Result,
     RollCall,
+    SurvivorList,
 )
 from server.checkpoint import Checkpoint
 from server.merge import CHECKPOINT, run_merge
@@ -154,6 +156,56 @@ def test_a_coordinator_killed_when_some_owners_have_their_message_goes_on(
     run_merge(several_sums.coordinator, again)
     assert again.kinds == [(RollCall,), (Result,), (Receipts,)]
     assert published(several_sums) == undisturbed
+
+
+@pytest.fixture
+def in_32_bits(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+    """The example in two sums: one for the scales, one on them."""
+    consortium = tmp_path / "consortium"
+    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    path = consortium / "agreement.toml"
+    text = path.read_text().replace("[summation]\n", "[summation]\nring_bits = 32\n")
+    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
+    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / ".amalgram").touch()
+    with parties_of(consortium, output) as made:
+        yield made
+
+
+class KilledInSum(KilledAt):
+    """As KilledAt, where the last sum that was begun since the coordinator started is of one statistic, or none was."""
+
+    def __init__(self, files: Mapping[str, Path], kind: type[Message], reached: int, statistic: str) -> None:
+        super().__init__(files, kind, reached)
+        self.statistic = statistic
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        begun = ["", *(message.statistic for message in self.asked if isinstance(message, OpenSum))]
+        if begun[-1] != self.statistic:
+            return OwnersChannel.answer(self, node, request)
+        return super().answer(node, request)
+
+
+def test_a_run_in_32_bits_goes_on_within_and_between_its_two_sums(in_32_bits: Parties) -> None:
+    """Owners measure once, for both sums. A second one whose survivors some have signed for is declared over, and what
+    they measured is there for the next.
+    """
+    for kind, reached, statistic in (
+        (Acknowledgements, 1, "scales"),
+        (CandidatePart, 1, ""),
+        (SurvivorList, 2, "contribution"),
+        (Acknowledgements, 1, "contribution"),
+    ):
+        with pytest.raises(Killed):
+            run_merge(in_32_bits.coordinator, KilledInSum(in_32_bits.files, kind, reached, statistic))
+    run_merge(in_32_bits.coordinator, OwnersChannel(in_32_bits.files))
+    report = read_report(in_32_bits.output)
+    assert [each["statistic"] for each in report["sums"]] == ["scales", "contribution", "test"]
+    assert [each["destroyed"] for each in report["sums"]] == [True, True, False]
+    assert report["sums"][0]["owners"] == report["sums"][1]["owners"]
+    assert not any((in_32_bits.folder / "state" / name / "run").exists() for name in ("hotel", "cinema", "phones"))
 
 
 class LostAt(KilledAt):

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.labels import Label
 from common.messages import (
     Acknowledgements,
@@ -33,6 +31,7 @@ from tests.attacks.malicious import MaliciousCoordinator, flip
 FOLDER = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {
     "three_owners": {"count": 3, "needed": 3, "colluders": 0, "size": 4, "lost": []},
+    "three_owners_32_bits": {"count": 3, "needed": 3, "colluders": 0, "size": 5, "ring_bits": 32, "lost": []},
     "five_owners_one_lost": {"count": 5, "needed": 4, "colluders": 1, "size": 3, "lost": ["o4"]},
 }
 
@@ -48,16 +47,19 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Message:
+    """A request; none of them has a payload."""
     fields = {
         name: bytes.fromhex(value["hex"]) if isinstance(value, dict) else value
         for name, value in data["fields"].items()
     }
-    payload = None if data["payload"] is None else np.array([int(number) for number in data["payload"]], dtype="<u8")
-    return decode(Envelope(kind=data["kind"], fields=fields, payload=payload))
+    return decode(Envelope(kind=data["kind"], fields=fields, payload=None))
 
 
 def set_up(case: Mapping[str, Any]) -> MaliciousCoordinator:
-    return MaliciousCoordinator(case["count"], needed=case["needed"], colluders=case["colluders"], size=case["size"])
+    ring_bits = case.get("ring_bits", 64)
+    return MaliciousCoordinator(
+        case["count"], needed=case["needed"], colluders=case["colluders"], size=case["size"], ring_bits=ring_bits
+    )
 
 
 def record(case: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""What 32 bits a number cost and save: five real models merged at 64 and at 32 bits, everything else being the same.
+
+python -m benchmarks.ring --data DATA --models MODELS [--json]
+
+DATA and MODELS as in benchmarks/emotion.py. Both runs are masked, with every alpha that is tried. Of each merged
+candidate: the Frobenius norm of the difference of the two deltas over that of the delta at 64 bits, of all tensors
+together and of the worst one. Macro F1 on the owners' test rows is of the report. Bytes are of one owner's part of all
+sums that the merge is made of. Writes benchmarks/results/ring.{json,md}.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from benchmarks.emotion import IN_DOMAIN, write_consortium
+from benchmarks.quality import candidates_kept
+from common.tensor_layout import TensorLayout
+from deploy.simulate import simulate
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("regmean", "average", "data_free")
+ALPHAS = (0.5, 0.9, 1.0)
+SUMS = ("sum of scales", "sum of contribution")
+
+Candidates = dict[str, tuple[TensorLayout, NDArray[np.float32]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("amalgram").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    merged = {bits: merge(arguments.data, arguments.models, bits) for bits in (64, 32)}
+    results = {
+        "owners": len(IN_DOMAIN),
+        "runs": {str(bits): run for bits, (run, _) in merged.items()},
+        "differences": differences(merged[64][1], merged[32][1]),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "ring.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "ring.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
+
+
+def merge(data: Path, models: Path, ring_bits: int) -> tuple[dict[str, Any], Candidates]:
+    """One masked run: what it reports, and every candidate."""
+    with tempfile.TemporaryDirectory() as folder, candidates_kept() as kept:
+        consortium = Path(folder) / "consortium"
+        write_consortium(consortium, data, models, methods=METHODS, alphas=ALPHAS, ring_bits=ring_bits)
+        report = simulate(consortium, Path(folder) / "output", with_references=False)
+    run = {
+        "chosen": {method: choice["candidate"] for method, choice in report["chosen"].items()},
+        "macro_f1": {method: report["evaluation"]["mean"][method]["macro_f1"] for method in METHODS},
+        "bytes_an_owner": sum(
+            max(cost["bytes_received"] for cost in step["by_owner"].values())
+            for step in report["steps"]
+            if step["name"] in SUMS
+        ),
+        "statuses": sorted({layer["status"] for layer in report["layers"]}),
+    }
+    return run, kept
+
+
+def differences(at_64: Candidates, at_32: Candidates) -> dict[str, dict[str, float]]:
+    """Of every candidate that both runs sent: relative differences of the merged deltas."""
+    found = {}
+    for name in sorted(set(at_64) & set(at_32)):
+        layout, expected = at_64[name]
+        of_tensors = {}
+        for entry in layout.entries:
+            true = layout.read(expected, entry.name).astype(np.float64)
+            other = layout.read(at_32[name][1], entry.name)
+            if true.any():
+                of_tensors[entry.name] = float(np.linalg.norm(other - true) / np.linalg.norm(true))
+        whole = np.linalg.norm(at_32[name][1].astype(np.float64) - expected) / np.linalg.norm(
+            expected.astype(np.float64)
+        )
+        found[name] = {"whole": float(whole), "worst_tensor": max(of_tensors.values())}
+    return found
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    runs = results["runs"]
+    ratio = runs["32"]["bytes_an_owner"] / runs["64"]["bytes_an_owner"]
+    lines = [
+        "# Sums in 64 and in 32 bits a number",
+        "",
+        f"{results['owners']} owners' MiniLM models, merged twice. Made by",
+        "",
+        "    python -m benchmarks.ring --data DATA --models MODELS",
+        "",
+        "| bits | MB an owner sends | " + " | ".join(f"macro F1 {method}" for method in METHODS) + " |",
+        "|---" * (2 + len(METHODS)) + "|",
+    ]
+    for bits, run in runs.items():
+        figures = " | ".join(f"{run['macro_f1'][method]:.4f} ({run['chosen'][method]})" for method in METHODS)
+        lines.append(f"| {bits} | {run['bytes_an_owner'] / 1e6:.2f} | {figures} |")
+    lines += ["", f"At 32 bits an owner sends {ratio:.3f} of what it sends at 64, the sum for the scales included.", ""]
+    lines += ["| candidate | relative difference of the merged changes | of the worst tensor |", "|---|---:|---:|"]
+    lines += [
+        f"| {name} | {each['whole']:.1e} | {each['worst_tensor']:.1e} |"
+        for name, each in results["differences"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""A coordinator that plays with the scales on which contributions of 32 bits are summed.
+
+A number that is small beside its scale rounds to zero. With a scale of its own for every owner, a coordinator would
+read one owner: its numbers at their true scale, everybody else's at one so large that nothing of them is left.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from client.owner import Owner
+from common import scaling
+from common.errors import AmalgramError, ConsentError, NumericalError, RemoteProtocolError
+from common.merge_methods import contribution_layout
+from common.messages import (
+    PROTOCOL_VERSION,
+    Acknowledgements,
+    CandidatePart,
+    KeyBook,
+    KeysAdvertised,
+    KeyShares,
+    Message,
+    OpenSum,
+    RollCall,
+)
+from common.result import Candidate, candidates_digest
+from common.scaling import SCALES, Scales
+from common.summation import fixed_point
+from common.summation.masked import MaskedCoordinator
+from common.summation.protocol import SessionOver, SumTerms, Total
+from common.summation.records import KeyEntry
+from common.tensor_layout import TensorLayout
+from deploy.agree import consent_text
+from tests.conftest import parties_of
+from tests.parties import Parties
+
+RUN, OTHER = "ab" * 32, "cd" * 32
+
+
+class Coordinator:
+    """Plays by the book until an attack begins; the owners are new processes for every message."""
+
+    def __init__(self, parties: Parties) -> None:
+        self.parties = parties
+        self.layout = contribution_layout(parties.agreement, parties.plan)
+        self.round = 0
+        call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=parties.agreement.digest())
+        for owner in parties.files:
+            self.send(owner, call)
+
+    def send(self, owner: str, message: Message) -> Message:
+        return Owner(self.parties.files[owner]).answer(message)
+
+    def request(self, statistic: str, layout: TensorLayout, sent: NDArray[np.float32] | None = None) -> OpenSum:
+        self.round += 1
+        received: list[Candidate] = [] if sent is None else [(SCALES, SCALES, digest_of(sent))]
+        return OpenSum(
+            run=RUN,
+            agreement_digest=self.parties.agreement.digest(),
+            round=self.round,
+            nonce=OTHER,
+            statistic=statistic,
+            models="",
+            candidates_digest=candidates_digest(received),
+            layout_digest=layout.digest(),
+        )
+
+    def ask_scales(self) -> OpenSum:
+        return self.request(SCALES, scaling.measures_layout(self.layout))
+
+    def ask_contribution(self, sent: NDArray[np.float32]) -> OpenSum:
+        return self.request("contribution", scaling.scaled_layout(self.layout), sent)
+
+    def side(self, request: OpenSum, layout: TensorLayout) -> MaskedCoordinator:
+        agreement = self.parties.agreement
+        self.terms = SumTerms(request=request, layout=layout, roster=agreement.roster, needed_owners=3)
+        return MaskedCoordinator(self.terms, self.terms.names)
+
+    def drive(self, side: MaskedCoordinator, until: type[Message] | None = None) -> Mapping[str, Message]:
+        while requests := side.requests():
+            if until is not None and isinstance(next(iter(requests.values())), until):
+                break
+            for owner, message in requests.items():
+                side.receive(owner, self.send(owner, message))
+            side.end_step()
+        return requests
+
+    def sum_scales(self) -> NDArray[np.float32]:
+        """The first sum, to its end: the true scales."""
+        side = self.side(self.ask_scales(), scaling.measures_layout(self.layout))
+        self.drive(side)
+        return scaling.choose(self.layout, side.total())
+
+    def send_scales(self, owner: str, exponents: NDArray[np.float32]) -> Message:
+        part = CandidatePart(
+            run=RUN,
+            agreement_digest=self.parties.agreement.digest(),
+            model=SCALES,
+            split=SCALES,
+            part=0,
+            parts=1,
+            payload=exponents,
+        )
+        return self.send(owner, part)
+
+
+def digest_of(exponents: NDArray[np.float32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(exponents).data).hexdigest()
+
+
+@pytest.fixture
+def evil(reviews_folder: Path, tmp_path: Path) -> Iterator[Coordinator]:
+    """Three owners that agreed on 32 bits, and their coordinator."""
+    consortium = tmp_path / "consortium"
+    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    path = consortium / "agreement.toml"
+    text = path.read_text().replace("[summation]\n", "[summation]\nring_bits = 32\n")
+    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]").replace("[0.1, 0.5, 0.9, ", "["))
+    with parties_of(consortium, tmp_path / "output") as parties:
+        yield Coordinator(parties)
+
+
+def test_why_scales_of_its_own_for_every_owner_would_give_one_owner_away(evil: Coordinator) -> None:
+    """Not through the owners, who refuse: it is what their refusals are for."""
+    layout = evil.layout
+    vectors = {}
+    for owner in evil.parties.files:
+        vectors[owner] = np.zeros(layout.size)
+        layout.flatten(Owner(evil.parties.files[owner]).workbench.contribution(), vectors[owner])
+    true = np.full(scaling.exponents_layout(layout).size, 12, np.float32)  # any that hotel's numbers fit into
+    total = np.zeros(scaling.scaled_layout(layout).size)
+    for owner, vector in vectors.items():
+        scales = Scales(layout, true if owner == "hotel" else true + 60)
+        scaled = np.zeros_like(total)
+        scaling.scaled_layout(layout).flatten(scaling.scaled(scales, vector), scaled)
+        encoded = fixed_point.encode(scaling.scaled_layout(layout), scaled, 3)
+        assert encoded.any() == (owner == "hotel")
+
+
+def test_48_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
+    """Told the truth, owners are asked about scales that others got; told each its own, they are in other sessions."""
+    true = evil.sum_scales()
+    of_owner = {"hotel": true, "cinema": true + 1, "phones": true + 1}
+    for owner, exponents in of_owner.items():
+        evil.send_scales(owner, exponents)
+    with pytest.raises(RemoteProtocolError, match="a sum about other models than those sent to this owner"):
+        evil.send("cinema", evil.ask_contribution(true))
+    entries = []
+    for owner, exponents in of_owner.items():
+        evil.round = 9
+        reply = evil.send(owner, evil.ask_contribution(exponents))
+        assert isinstance(reply, KeysAdvertised)
+        place = list(evil.parties.agreement.roster).index(owner)
+        entries.append(KeyEntry(place, reply.channel_key, reply.mask_key, reply.signature))
+    evil.round = 9
+    book = KeyBook(session=evil.ask_contribution(true).session, entries=KeyEntry.pack_all(entries))
+    with pytest.raises(SessionOver, match="the signature of cinema does not hold"):
+        evil.send("hotel", book)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (-3, RemoteProtocolError, "a scale of .* below this owner's own numbers"),
+        (30, NumericalError, "fewer than 10 bits of most of this owner's would be left; nothing more has left"),
+        (0.5, RemoteProtocolError, "scales that are no powers of two"),
+        (1e4, RemoteProtocolError, "scales that are no powers of two"),
+    ],
+)
+def test_49_scales_of_its_own_making_and_then_others(
+    evil: Coordinator, change: float, error: type[AmalgramError], says: str
+) -> None:
+    """Too small, too large, or none. Whether an owner refuses tells something of its numbers; it is not asked twice."""
+    true = evil.sum_scales()
+    false = (true + change).astype(np.float32)
+    evil.send_scales("hotel", false)
+    with pytest.raises(error, match=says):
+        evil.send("hotel", evil.ask_contribution(false))
+    for again in (true, true + 1):
+        with pytest.raises(ConsentError, match="sent a second model as scales"):
+            evil.send_scales("hotel", again)
+    assert not Owner(evil.parties.files["hotel"]).state.ledger(evil.parties.agreement.digest()).pending
+
+
+def test_49_one_scale_among_many_is_looked_at_too(evil: Coordinator) -> None:
+    true = evil.sum_scales()
+    false = true.copy()
+    false[0] = true[0] - 12
+    evil.send_scales("hotel", false)
+    with pytest.raises(RemoteProtocolError, match="below this owner's own numbers"):
+        evil.send("hotel", evil.ask_contribution(false))
+
+
+def test_49_scales_before_the_sum_that_they_are_made_of_is_open_for_good(evil: Coordinator) -> None:
+    """Else that sum could be declared over and asked for again, each time with other scales to try."""
+    exponents = np.zeros(scaling.exponents_layout(evil.layout).size, np.float32)
+    with pytest.raises(RemoteProtocolError, match="before the sum that they are made of"):
+        evil.send_scales("hotel", exponents)
+    side = evil.side(evil.ask_scales(), scaling.measures_layout(evil.layout))
+    for kind in (KeyShares, Acknowledgements):
+        evil.drive(side, until=kind)
+        with pytest.raises(RemoteProtocolError, match="before the sum that they are made of"):
+            evil.send_scales("hotel", exponents)
+    evil.drive(side)
+    evil.send_scales("hotel", exponents)
+
+
+def test_49_a_contribution_before_the_scales_were_sent(evil: Coordinator) -> None:
+    evil.sum_scales()
+    request = evil.request("contribution", scaling.scaled_layout(evil.layout))
+    with pytest.raises(RemoteProtocolError, match="before it sent the scales"):
+        evil.send("hotel", request)
+
+
+def test_49_contributions_in_another_ring_or_not_scaled_at_all(evil: Coordinator) -> None:
+    true = evil.sum_scales()
+    evil.send_scales("hotel", true)
+    in_64 = replace(scaling.scaled_layout(evil.layout), ring_bits=64)
+    for layout in (in_64, evil.layout, replace(evil.layout, ring_bits=32)):
+        with pytest.raises(ConsentError, match="layout for contribution is not the one that was agreed"):
+            evil.send("hotel", evil.request("contribution", layout, true))
+    with pytest.raises(ConsentError, match="scales was given into a sum under this agreement before"):
+        evil.send("hotel", evil.ask_scales())
+
+
+def test_49_scales_that_nobody_agreed_on(parties: Parties) -> None:
+    in_64 = Coordinator(parties)
+    with pytest.raises(ConsentError, match="which nobody agreed on"):
+        in_64.send("hotel", in_64.ask_scales())
+    with pytest.raises(ConsentError, match="sent scales, which nobody agreed on"):
+        in_64.send_scales("hotel", np.zeros(3, np.float32))
+
+
+def test_an_honest_coordinator_gets_the_total(evil: Coordinator) -> None:
+    """With the book's scales nobody refuses, and what the owner kept for the second sum is gone after it."""
+    exponents = evil.sum_scales()
+    for owner in evil.parties.files:
+        evil.send_scales(owner, exponents)
+    kept = evil.parties.folder / "state" / "hotel" / "run" / "contribution.bin"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    side = evil.side(evil.ask_contribution(exponents), scaling.scaled_layout(evil.layout))
+    evil.drive(side)
+    total: Total = side.total()
+    assert total.num_owners == 3
+    assert not kept.exists()
+
+
+def test_the_consent_text_tells_of_the_sum_for_the_scales_and_who_sees_them(evil: Coordinator) -> None:
+    text = consent_text(Owner(evil.parties.files["hotel"]))
+    assert "in 2 sums one after the other" in text
+    assert "ALL OWNERS SEE THE SCALES" in text
+    assert "BETWEEN TWO SUMS" not in text
