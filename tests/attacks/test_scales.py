@@ -143,7 +143,7 @@ def test_why_scales_of_its_own_for_every_owner_would_give_one_owner_away(evil: C
         assert encoded.any() == (owner == "hotel")
 
 
-def test_48_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
+def test_50_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
     """Told the truth, owners are asked about scales that others got; told each its own, they are in other sessions."""
     true = evil.sum_scales()
     of_owner = {"hotel": true, "cinema": true + 1, "phones": true + 1}
@@ -173,7 +173,7 @@ def test_48_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
         (1e4, RemoteProtocolError, "scales that are no powers of two"),
     ],
 )
-def test_49_scales_of_its_own_making_and_then_others(
+def test_51_scales_of_its_own_making_and_then_others(
     evil: Coordinator, change: float, error: type[AmalgramError], says: str
 ) -> None:
     """Too small, too large, or none. Whether an owner refuses tells something of its numbers; it is not asked twice."""
@@ -188,7 +188,7 @@ def test_49_scales_of_its_own_making_and_then_others(
     assert not Owner(evil.parties.files["hotel"]).state.ledger(evil.parties.agreement.digest()).pending
 
 
-def test_49_one_scale_among_many_is_looked_at_too(evil: Coordinator) -> None:
+def test_51_one_scale_among_many_is_looked_at_too(evil: Coordinator) -> None:
     true = evil.sum_scales()
     false = true.copy()
     false[0] = true[0] - 12
@@ -197,7 +197,7 @@ def test_49_one_scale_among_many_is_looked_at_too(evil: Coordinator) -> None:
         evil.send("hotel", evil.ask_contribution(false))
 
 
-def test_49_scales_before_the_sum_that_they_are_made_of_is_open_for_good(evil: Coordinator) -> None:
+def test_51_scales_before_the_sum_that_they_are_made_of_is_open_for_good(evil: Coordinator) -> None:
     """Else that sum could be declared over and asked for again, each time with other scales to try."""
     exponents = np.zeros(scaling.exponents_layout(evil.layout).size, np.float32)
     with pytest.raises(RemoteProtocolError, match="before the sum that they are made of"):
@@ -211,14 +211,14 @@ def test_49_scales_before_the_sum_that_they_are_made_of_is_open_for_good(evil: C
     evil.send_scales("hotel", exponents)
 
 
-def test_49_a_contribution_before_the_scales_were_sent(evil: Coordinator) -> None:
+def test_51_a_contribution_before_the_scales_were_sent(evil: Coordinator) -> None:
     evil.sum_scales()
     request = evil.request("contribution", scaling.scaled_layout(evil.layout))
     with pytest.raises(RemoteProtocolError, match="before it sent the scales"):
         evil.send("hotel", request)
 
 
-def test_49_contributions_in_another_ring_or_not_scaled_at_all(evil: Coordinator) -> None:
+def test_51_contributions_in_another_ring_or_not_scaled_at_all(evil: Coordinator) -> None:
     true = evil.sum_scales()
     evil.send_scales("hotel", true)
     in_64 = replace(scaling.scaled_layout(evil.layout), ring_bits=64)
@@ -229,7 +229,7 @@ def test_49_contributions_in_another_ring_or_not_scaled_at_all(evil: Coordinator
         evil.send("hotel", evil.ask_scales())
 
 
-def test_49_scales_that_nobody_agreed_on(parties: Parties) -> None:
+def test_51_scales_that_nobody_agreed_on(parties: Parties) -> None:
     in_64 = Coordinator(parties)
     with pytest.raises(ConsentError, match="which nobody agreed on"):
         in_64.send("hotel", in_64.ask_scales())
