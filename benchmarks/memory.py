@@ -80,15 +80,17 @@ def measure_merges(hidden: int, counts: list[int]) -> dict[str, Any]:
 
 def measure_owner(hidden: int) -> dict[str, Any]:
     """The peaks of one owner's heavy answers, MB, each in a process of its own."""
-    from common.flower_records import to_record
+    from common.flower_records import from_record, to_record
+    from common.messages import Refusal
 
     with made_network(hidden, 3) as (network, sizes):
         fixed = in_a_process(load_only, network.folder)
         node_config = {"settings": str(network.owner("owner1"))}
         peaks: dict[str, float] = {}
         for message in heavy_messages(network):
-            reply, kind, peak = in_a_process(answer, to_record(message), node_config)
-            if reply["header"]["kind"] == "Refusal":
+            reply, peak = in_a_process(answer, to_record((message,)), node_config)
+            kind = type(message).__name__
+            if any(isinstance(each, Refusal) for each in from_record(reply)):
                 sys.exit(
                     f"the owner refused {kind}: {[path.read_text() for path in network.folder.rglob('error.txt')]}"
                 )
@@ -193,7 +195,7 @@ def coordinate(folder: Path) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as owners:
 
         def ask_owners(message: Message, context: Context) -> Message:
-            content, _, _ = owners.submit(answer, message.content, dict(context.node_config)).result()
+            content, _ = owners.submit(answer, message.content, dict(context.node_config)).result()
             return Message(content, reply_to=message)
 
         fixed = in_a_process(load_only, folder)
@@ -203,15 +205,15 @@ def coordinate(folder: Path) -> None:
     print(json.dumps({"coordinator": peak_megabytes(), "fixed": fixed}))
 
 
-def answer(content: RecordDict, node_config: dict[str, Any]) -> tuple[RecordDict, str, float]:
-    """One owner's answer to one message, the message's kind, and what it took."""
+def answer(content: RecordDict, node_config: dict[str, Any]) -> tuple[RecordDict, float]:
+    """One owner's answer to one packet, and what it took."""
     from client.app import app
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 2  # which Flower tells its processes
     message = Message(content, dst_node_id=2, message_type="train.step")
     context = Context(run_id=1, node_id=2, node_config=node_config, state=RecordDict(), run_config={})
     reply = app(message, context)
-    return reply.content, str(content["header"]["kind"]), peak_megabytes()
+    return reply.content, peak_megabytes()
 
 
 def load_only(folder: Path) -> float:
