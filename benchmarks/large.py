@@ -1,0 +1,170 @@
+"""RegMean of three owners' models of 1.2 billion parameters, masked, on one machine and from its disk.
+
+python -m benchmarks.large [--json] [--layers 16] [--folder FOLDER]
+
+The shape of Llama-3.2-1B with a classifier on top, random, each owner's a little off it; layers of more than 2048
+inputs are merged in blocks of so many (`regmean.largest_gram`), so that a few thousand rows are enough. All parties in
+one process, one after the other: the peak (VmHWM) is that of the largest. It takes about 60 GB of disk, in FOLDER where
+that is named. Writes benchmarks/results/large.{json,md}.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from benchmarks.machine import this_machine
+from benchmarks.memory import peak_megabytes
+from deploy.example import reviews
+from deploy.simulate import simulate
+
+RESULTS = Path(__file__).parent / "results"
+OWNERS = "ada", "bea", "cyd"
+REVIEWS_A_ROW, ROWS = 8, {"train": 100, "test": 20}
+LABELS = "negative", "positive"
+AGREEMENT = """
+title = "A large model"
+base = "base"
+method = "regmean"
+[task]
+labels = ["negative", "positive"]
+max_tokens = 64
+[regmean]
+alphas = [0.9]
+largest_gram = 2048
+[[owners]]
+name = "ada"
+[[owners]]
+name = "bea"
+[[owners]]
+name = "cyd"
+"""
+OWNER = """
+name = "{name}"
+fine_tuned = "{name}"
+[data]
+train = "train.jsonl"
+test = "test.jsonl"
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="amalgram-", dir=arguments.folder) as folder,
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process,
+    ):
+        parameters = process.submit(write_consortium, Path(folder), arguments.layers).result()
+        print(f"{parameters:,} parameters", file=sys.stderr)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            results = {
+                "machine": this_machine(),
+                "layers": arguments.layers,
+                "parameters": parameters,
+                **fresh.submit(merge, Path(folder)).result(),
+            }
+    (RESULTS / "large.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RESULTS / "large.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def write_consortium(folder: Path, layers: int) -> int:
+    """The base, three models and rows for all; returns how many parameters a model has."""
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = reviews.make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: index for index, label in enumerate(LABELS)},
+        dtype="bfloat16",
+    )
+    model = LlamaForSequenceClassification(config).bfloat16()
+    for name in ("base", *OWNERS):
+        if name != "base":
+            change_a_little(model)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    reviews.write_consortium(folder / "example")
+    for split, count in ROWS.items():
+        rows = [json.loads(line) for line in (folder / "example/data/hotel" / f"{split}.jsonl").open()]
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for number in range(count):
+                group = [rows[(number * REVIEWS_A_ROW + each) % len(rows)] for each in range(REVIEWS_A_ROW)]
+                row = {"text": " ".join(each["text"] for each in group), "label": LABELS[number % 2]}
+                file.write(json.dumps(row) + "\n")
+    (folder / "agreement.toml").write_text(AGREEMENT)
+    for name in OWNERS:
+        (folder / f"{name}.toml").write_text(OWNER.format(name=name))
+    shutil.rmtree(folder / "example")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def change_a_little(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("amalgram").setLevel(logging.ERROR)
+    started = time.perf_counter()
+    report = simulate(folder, with_references=False)
+    return {
+        "seconds": time.perf_counter() - started,
+        "steps": {step["name"]: step["seconds"] for step in report["steps"]},
+        "numbers": report["sums"][0]["numbers"],
+        "gigabytes_an_owner": max(
+            sum(step["by_owner"][name]["bytes_received"] for step in report["steps"] if name in step["by_owner"])
+            for name in OWNERS
+        )
+        / 1e9,
+        "peak_gigabytes": peak_megabytes() / 1e3,
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    lines = [
+        "# Three models of a billion parameters, merged on one machine",
+        "",
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}; all "
+        f"parties in one process, one after the other. The shape of Llama-3.2-1B, {results['layers']} layers: "
+        f"{results['parameters'] / 1e6:,.0f} M parameters, {results['numbers'] / 1e6:,.0f} M numbers in the sum.",
+        "",
+        "| minutes | GB an owner sends | peak of the process, GB |",
+        "|---:|---:|---:|",
+        f"| {results['seconds'] / 60:.0f} | {results['gigabytes_an_owner']:.1f} | {results['peak_gigabytes']:.1f} |",
+        "",
+        "| step | minutes |",
+        "|---|---:|",
+        *(f"| {name} | {seconds / 60:.1f} |" for name, seconds in results["steps"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
