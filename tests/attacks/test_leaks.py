@@ -346,7 +346,7 @@ def test_of_experts_alone_no_number_of_rows_is_asked(parties: Parties) -> None:
     grams = {"experts.up_proj[0]": Gram(matrix=torch.zeros(8, 8, dtype=torch.float64), rows=0)}
     with pytest.raises(DataError, match="0 rows for 8 dimensions"):
         owner.workbench._checked(grams)
-    expert = Layer(weight="experts.up_proj[0]", d_in=8, d_out=8, stored_input_first=False)
+    expert = Layer(weight="experts.up_proj[0]", d_in=8, d_out=8, stored_input_first=False, expert=0)
     routed = SharedInput(name="experts.up_proj[0]", d_in=8, layers=(expert,))
     owner.workbench.__dict__["plan"] = replace(parties.plan, inputs=(routed,))
     owner.workbench._checked(grams)

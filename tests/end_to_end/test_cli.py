@@ -141,7 +141,7 @@ def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "candidate" in line:
+            if "sum of validation" in line:
                 break
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
