@@ -5,15 +5,14 @@ python -m benchmarks.scale [--json] [--owners 3 10 30 100]
 Every owner brings the same fine-tuned tiny BERT and the same 120 rows, so that only their number differs; messages are
 really serialised, and go through the real apps, one owner after the other. Each number of owners has a process; its
 peak is the kernel's VmHWM. The exponent b of cost ~ N^b is a least-squares line through the logarithms, over the
-larger half of the numbers, where what every run has in common no longer counts. Writes
-benchmarks/results/scale.{json,md}.
+larger half of the numbers, where what every run has in common no longer counts. Above 150 owners each shares masks with
+some of the others only (Bell et al., CCS 2020). Writes benchmarks/results/scale.{json,md,svg}.
 """
 
 import argparse
 import json
 import logging
 import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
@@ -23,8 +22,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.machine import this_machine
 from benchmarks.memory import peak_megabytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,10 +55,11 @@ def main() -> None:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 runs.append(process.submit(measure, Path(name), count).result())
             print(runs[-1], file=sys.stderr)
-            results = {"cores": os.cpu_count(), "runs": runs, "exponents": exponents(runs)}
+            results = {"machine": this_machine(), "runs": runs, "exponents": exponents(runs)}
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / "scale.json").write_text(json.dumps(results, indent=2) + "\n")
             (RESULTS / "scale.md").write_text(as_markdown(results))
+            draw(runs, RESULTS / "scale.svg")
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 
@@ -115,10 +118,12 @@ def exponents(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
     lines = [
         "# What a merge costs with more owners",
         "",
-        "All parties in one process, one after the other; a tiny BERT, RegMean, masked.",
+        "All parties in one process, one after the other; a tiny BERT, RegMean, masked. "
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
         "| owners | seconds | seconds an owner | MB received by the coordinator | peak of the process, MB |",
         "|---:|---:|---:|---:|---:|",
@@ -131,7 +136,21 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     fitted = results["exponents"]
     if fitted:
         lines.append("| exponent | {:.2f} | | {:.2f} | {:.2f} |".format(*(fitted[cost] for cost in COSTS)))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "![cost against owners](scale.svg)"]) + "\n"
+
+
+def draw(runs: list[dict[str, float]], path: Path) -> None:
+    """Each cost, of that of the fewest owners, against their number."""
+    mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same figures give the same file
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    counts = [run["owners"] for run in runs]
+    for cost, label in zip(COSTS, ("time", "bytes to the coordinator", "memory of the process"), strict=True):
+        axes.loglog(counts, [run[cost] / runs[0][cost] for run in runs], marker="o", label=label)
+    axes.loglog(counts, [count / counts[0] for count in counts], color="#888888", linestyle=":", label="proportional")
+    axes.set(xlabel="owners", ylabel=f"times the cost with {counts[0]}")
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":
