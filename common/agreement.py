@@ -7,6 +7,7 @@ ever taken from a message.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -262,8 +263,8 @@ class AgreementDraft(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "AgreementDraft":
         names = self.owner_names
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise ValueError(f"owners: two owners are named {name!r}; each name stands once")
         if self.min_owners is not None and self.min_owners > len(names):
             raise ValueError(f"min_owners = {self.min_owners}: there are {len(names)} owners")

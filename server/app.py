@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -84,10 +84,11 @@ class FlowerChannel:
 
     def _push(self, requests: Mapping[int, Packet], timeout_seconds: float) -> dict[str, int]:
         """Message id -> node, of the nodes that Flower still knows. What all nodes are sent is one record."""
-        records = {id(request): to_record(request) for request in requests.values()}
         node_of = {}
+        record, recorded = RecordDict(), None
         for node, request in requests.items():
-            record = records[id(request)]
+            if request is not recorded:
+                record, recorded = to_record(request), request
             message = FlowerMessage(record, dst_node_id=node, message_type="train.step", ttl=timeout_seconds)
             (message_id,) = self._grid.push_messages([message])
             if message_id is not None:

@@ -331,7 +331,8 @@ class Coordinator:
         self._ahead.clear()
         started = time.monotonic()
         owner_of = {self._nodes[owner]: owner for owner in requests}
-        packets = {self._nodes[owner]: (*ahead, request) for owner, request in requests.items()}
+        packet_of = {id(request): (*ahead, request) for request in requests.values()}  # what all are sent is one packet
+        packets = {self._nodes[owner]: packet_of[id(request)] for owner, request in requests.items()}
         for node, packet in packets.items():
             cost = step.by_owner.setdefault(owner_of[node], OwnerCost())
             cost.messages += 1
