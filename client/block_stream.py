@@ -79,7 +79,7 @@ class BlockStream:
         if free < needed_bytes:
             raise DataError(
                 f"{self.folder}: {free / 1e6:.0f} MB are free, the activations between two steps need "
-                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, move the whole state folder with its ledger, "
+                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, move the state folder with its ledger, "
                 "or agree on fewer rows (regmean.measured_examples)"
             )
 
