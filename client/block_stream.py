@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from client.gram import FarEnough
 from client.rows import Batch
+from common import private_file
 from common.errors import DataError, ModelError
 
 
@@ -48,7 +49,8 @@ class BlockStream:
             start = None  # an earlier block than the one kept: from the beginning
         partial = self.folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, mode=0o700)
+        private_file.make_private_folder(self.folder)
+        private_file.make_private_folder(partial)
         shape = BlockShape.of(model, self.blocks, batches[0])
 
         def run(number: int) -> None:
@@ -77,8 +79,8 @@ class BlockStream:
         if free < needed_bytes:
             raise DataError(
                 f"{self.folder}: {free / 1e6:.0f} MB are free, the activations between two steps need "
-                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, name another state folder, or agree on "
-                "fewer rows (regmean.measured_examples)"
+                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, move the state folder with its ledger, "
+                "or agree on fewer rows (regmean.measured_examples)"
             )
 
 
@@ -205,6 +207,7 @@ def _tokens(batch: Batch) -> int:
 
 def _save(path: Path, array: np.ndarray) -> None:
     try:
-        np.save(path, array)
+        with private_file.create(path) as file:
+            np.save(file, array)
     except OSError as error:
         raise DataError(f"{path}: the activations cannot be written ({error.strerror}); nothing has left") from None

@@ -24,6 +24,7 @@ class Ledger:
             page = self._everything.get(agreement_digest, {})
             self._round: int = page.get("round", -1)
             self._offered: dict[str, str] = dict(page.get("offered", {}))  # statistic -> session
+            self._models: dict[str, str] = dict(page.get("models", {}))  # session -> digest of the models it is about
             self._revealed: set[str] = set(page.get("revealed", ()))
             self._burned: set[str] = set(page.get("burned", ()))
             self._result: str = page.get("result", "")  # the one result that this owner signed
@@ -47,6 +48,16 @@ class Ledger:
         """Whether this owner has helped to open the one session that the statistic was offered to."""
         return self._offered.get(statistic) in self._revealed
 
+    @property
+    def models(self) -> set[str]:
+        """`candidates_digest` of every sum that something was offered to."""
+        return {self._models[session] for session in self._offered.values() if session in self._models}
+
+    @property
+    def has_signed(self) -> bool:
+        """Whether this owner has signed the result of this agreement."""
+        return self._result != ""
+
     def begin(self, round_number: int, session: str, statistic: str) -> None:
         """A sum is asked for. Raises ConsentError unless it is a new one, about what was never offered.
 
@@ -63,11 +74,14 @@ class Ledger:
         self._round = round_number
         self._write()
 
-    def offer(self, statistic: str, session: str) -> None:
-        """Something of this statistic is about to leave, in `session`. Raises ConsentError if it was declared over."""
+    def offer(self, statistic: str, session: str, models: str) -> None:
+        """Something of this statistic is about to leave, in `session`, which is about `models`, a `candidates_digest`.
+        Raises ConsentError if it was declared over.
+        """
         self._check_not_burned(session)
         if self._offered.get(statistic) != session:
             self._offered[statistic] = session
+            self._models[session] = models
             self._write()
 
     def reveal(self, session: str) -> None:
@@ -104,6 +118,7 @@ class Ledger:
         page: Mapping[str, Any] = {
             "round": self._round,
             "offered": self._offered,
+            "models": self._models,
             "revealed": sorted(self._revealed),
             "burned": sorted(self._burned),
             "result": self._result,

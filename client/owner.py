@@ -143,6 +143,8 @@ class Owner:
             fixed_point.encode(terms.layout, vector, len(terms.roster))
         except BaseException:  # what was measured so far must not lie around
             self.state.delete_array("vector")
+            if message.statistic == SCALES:
+                self.state.delete_array("contribution")
             raise
         side, reply = self._sum_kind.open(terms, self._identity, secrets.token_bytes)
         self.state.write_json("layout", terms.layout.to_json())  # spares the next messages the workbench
@@ -166,7 +168,7 @@ class Owner:
             raise
         # All of this is on the disk before the reply leaves: whoever starts this process again finds the same latch.
         if side.offers:
-            self._ledger.offer(request.statistic, request.session)
+            self._ledger.offer(request.statistic, request.session, request.candidates_digest)
         if side.reveals:
             self._ledger.reveal(request.session)
         self.state.write_json("sum", {**kept, "side": side.to_json()})
@@ -189,8 +191,14 @@ class Owner:
 
     def _check_was_tested(self, message: Result) -> None:
         """The result is of the agreed method, and the very model that this owner was sent to test."""
-        if message.candidates_digest != candidates_digest(self._received):
+        received = self._received
+        if message.candidates_digest != candidates_digest(received):
             raise RemoteProtocolError("the result was reached with other candidates than those sent to this owner")
+        if not self._ledger.models <= {candidates_digest(received[:count]) for count in range(len(received) + 1)}:
+            raise RemoteProtocolError(
+                "the result does not tell of all models that this owner was sent: sums were made of others, before the "
+                "coordinator had this run forgotten"
+            )
         tested = self.state.read_json("tested") or {}
         if message.model not in self.workbench.candidates(self.agreement.method):
             raise ConsentError(f"the coordinator published {message.model!r}, which is not of the agreed method")
@@ -260,7 +268,7 @@ class Owner:
         if same_name:
             self.state.delete_array("candidate")
             return
-        if self.state.read_json("result") is not None:
+        if self._ledger.has_signed:
             raise ConsentError(f"the coordinator sent the model {message.model} after the result")
         if message.split in ("prefix", SCALES):
             self.state.keep_array("candidate", under=message.model.replace(" ", "-"))

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.ledger import Ledger
-from common.errors import RemoteProtocolError
+from common import private_file
+from common.errors import DataError, RemoteProtocolError
 from common.private_file import make_private_folder, write_whole
 
 
@@ -78,11 +80,23 @@ class OwnerState:
         self.delete_array("vector")
 
     def create_array(self, name: str, size: int, dtype: str) -> NDArray:
-        """A new array (size,) on disk, of zeros."""
+        """A new array (size,) on disk, of zeros. Raises DataError where the disk has no room."""
         path = self._run_folder / f"{name}.bin"
         path.unlink(missing_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        return np.memmap(path, dtype=dtype, mode="r+", shape=(size,)) if size else np.empty(0, dtype)
+        if size == 0:
+            return np.empty(0, dtype)
+        num_bytes = size * np.dtype(dtype).itemsize
+        with private_file.create(path) as file:
+            if sys.platform == "linux":  # else writing to a mapped file ends the process where the disk is full
+                try:
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+                except OSError as error:
+                    path.unlink()
+                    raise DataError(
+                        f"{path}: {num_bytes / 1e6:.0f} MB cannot be written here ({error.strerror}); nothing has "
+                        "left. Make room, or move the whole state folder, with its ledger, to where there is some"
+                    ) from None
+        return np.memmap(path, dtype=dtype, mode="r+", shape=(size,))
 
     def open_array(self, name: str, size: int, dtype: str, *, writable: bool = False) -> NDArray:
         path = self._run_folder / f"{name}.bin"

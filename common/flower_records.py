@@ -62,5 +62,5 @@ def _read_array(data: bytes, kind: str) -> NDArray:
         if len(shape) != 1 or dtype.hasobject or shape[0] * dtype.itemsize != len(data) - content.tell():
             raise ValueError
         return np.frombuffer(data, dtype, offset=content.tell())
-    except (ValueError, TypeError, EOFError):
+    except Exception:  # NumPy raises whatever its tokenizer and Python's parser make of a header that is none
         raise RemoteProtocolError(f"{kind[:40]}: the payload cannot be read") from None

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def make_private_folder(folder: Path) -> None:
@@ -10,12 +11,16 @@ def make_private_folder(folder: Path) -> None:
     folder.chmod(0o700)
 
 
+def create(path: Path) -> BinaryIO:
+    """A new file, to be written. Raises FileExistsError if there is one."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content`. After a crash at any point it holds the old or the new content."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with create(partial) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

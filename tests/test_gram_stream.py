@@ -154,12 +154,14 @@ def test_activations_are_the_owner_s_alone_and_removed_after_a_failure_too(
     blocks, run_folder = owner.workbench.plan.blocks, owner.state.folder / "run"
     (run_folder / "scratch" / "left by a crash").mkdir(parents=True)
     seen: list[int] = []
+    kept: set[tuple[bool, int]] = set()
 
     def look(model: PreTrainedModel, *arguments: object, **others: object) -> dict[str, Gram]:
         folder = run_folder / "scratch"
         seen.append(folder.stat().st_mode & 0o777)
         grams = measure_step(model, *arguments, **others)
         assert BlockStream(folder, blocks).reached is not None
+        kept.update((path.is_dir(), path.stat().st_mode & 0o777) for path in folder.rglob("*"))
         if len(seen) == 2:
             raise DataError("the disk broke")
         return grams
@@ -169,4 +171,5 @@ def test_activations_are_the_owner_s_alone_and_removed_after_a_failure_too(
     with pytest.raises(DataError, match="the disk broke"):
         owner.answer(open_sum(parties, "contribution", contribution_layout(parties.agreement, parties.plan)))
     assert seen == [0o700, 0o700]
+    assert kept == {(True, 0o700), (False, 0o600)}
     assert [path.name for path in run_folder.iterdir()] == ["run.json"]  # nor is half of a vector there

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import resource
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +153,24 @@ def test_vector_and_secrets_are_gone_once_the_sum_is_open(parties: Parties) -> N
     assert not (state / "vector.bin").exists()
     side = json.loads((state / "sum.json").read_text())["side"]
     assert not any(side[secret] for secret in ("channel_seed", "mask_seed", "self_seed", "own_shares", "masks", "held"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is taken in advance on Linux alone")
+def test_a_full_disk_is_one_line_and_not_the_end_of_the_process(parties: Parties, party: Path) -> None:
+    """What is mapped from a file whose blocks are not there yet is written to, and the process killed, much later."""
+    answer(parties, "hotel", roll_call(parties))
+    state = Owner(party).state
+    state.create_array("vector", 1_000_000, "<f8")
+    vector = state.folder / "run" / "vector.bin"
+    assert vector.stat().st_blocks * 512 >= 8_000_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"vector.bin: 8 MB cannot be written here \(File too large\)"):
+            state.create_array("vector", 1_000_000, "<f8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not vector.exists()
 
 
 def test_an_owner_without_consent_refuses_before_it_reads_a_row(

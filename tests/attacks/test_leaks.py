@@ -1,5 +1,6 @@
 """What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
 
+import shutil
 from dataclasses import replace
 from itertools import combinations_with_replacement, product
 from pathlib import Path
@@ -26,6 +27,7 @@ from deploy.example import reviews
 from deploy.in_process_grid import InProcessGrid, run_in_process
 from server.app import app as server_app
 from server.coordinator import Coordinator
+from tests.conftest import parties_of
 from tests.parties import IDENTITIES, Parties
 
 # --- deltas in the clear, and sums that are kept ---
@@ -339,6 +341,52 @@ def test_a_gram_of_few_rows_tells_members_from_strangers_and_never_leaves(partie
     with pytest.raises(DataError, match="20 rows for 32 dimensions"):
         owner.workbench._checked({"layer": Gram(matrix=torch.from_numpy(gram), rows=20)})
     owner.workbench._checked({"layer": Gram(matrix=torch.eye(32, dtype=torch.float64), rows=32)})
+
+
+def area_under_the_curve(members: np.ndarray, strangers: np.ndarray) -> float:
+    """How often a member's score is above a stranger's."""
+    return float(np.searchsorted(np.sort(strangers), members).mean() / len(strangers))
+
+
+def membership(rows: int, dimensions: int, block: int) -> float:
+    """Of a row among three owners' `rows` each, from the blocks of their summed Gram: by the sum of its leverages,
+    which are less than a stranger's.
+    """
+    random = np.random.default_rng(rows)
+    members, strangers = (random.standard_normal((3 * rows, dimensions)) for _ in range(2))
+    scores = np.zeros((2, 3 * rows))
+    for start in range(0, dimensions, block):
+        part = slice(start, start + block)
+        inverse = np.linalg.inv(members[:, part].T @ members[:, part])
+        for score, group in zip(scores, (members, strangers), strict=True):
+            score -= ((group[:, part] @ inverse - group[:, part] / len(group)) * group[:, part]).sum(axis=1)
+    return area_under_the_curve(*scores)
+
+
+def test_blocks_of_a_gram_tell_together_what_a_minimum_of_rows_for_one_of_them_does_not_stop(parties: Parties) -> None:
+    """A documented break (b): what counts is a block's dimensions, though a layer's blocks are of the same rows."""
+    owner = Owner(parties.files["hotel"])
+    block, whole = (Gram(matrix=torch.eye(d, dtype=torch.float64), rows=64) for d in (64, 256))
+    owner.workbench._checked({f"layer[{start}:{start + 64}]": block for start in range(0, 256, 64)})
+    with pytest.raises(DataError, match="64 rows for 256 dimensions"):
+        owner.workbench._checked({"layer": whole})
+    assert membership(64, 256, 64) > 0.999
+    assert membership(640, 64, 64) < 0.8
+    assert membership(640, 256, 64) > 0.9
+    assert membership(2560, 256, 64) < membership(2560, 256, 256) - 0.1  # of as many rows, less than the whole
+
+
+def test_that_rows_are_counted_against_blocks_is_consented_to(
+    parties: Parties, reviews_folder: Path, tmp_path: Path
+) -> None:
+    told = "LAYERS OF MORE THAN 64 INPUTS ARE MEASURED IN BLOCKS"
+    assert told not in consent_text(Owner(parties.files["hotel"]))
+    consortium = Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
+    draft = consortium / "agreement.toml"
+    assert "[regmean]\n" in draft.read_text()
+    draft.write_text(draft.read_text().replace("[regmean]\n", "[regmean]\nlargest_gram = 64\n"))
+    with parties_of(consortium, tmp_path / "output") as others:
+        assert told in consent_text(Owner(others.files["hotel"]))
 
 
 def test_of_experts_alone_no_number_of_rows_is_asked(parties: Parties) -> None:

@@ -168,6 +168,7 @@ TABLE = [
     # 32, 34: the wire
     Mutation(WIRE, "test_32_an_oversized", "common/messages.py", "isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES", "isinstance(value, bytes)"),
     Mutation(WIRE, "test_32_garbage", "common/messages.py", "        if set(values) != expected:".strip(), "if False:"),
+    Mutation(WIRE, "test_53_", "common/flower_records.py", "    except Exception:", "    except ValueError:"),
     Mutation(WIRE, "test_34_", "server/app.py", "while node_of and time.monotonic() < deadline:", "while node_of and time.monotonic() < deadline + 60:"),
     # 33, 37, 38: results, agreements, candidates
     Mutation(PROCESS, "test_33_different", "common/result.py", "if len(signers) < agreement.needed_owners:", "if False:"),
@@ -182,7 +183,10 @@ TABLE = [
     Mutation(PROCESS, "test_33_a_result_signed_in", OWNER, "if not self.state.has_receipt(message.run):", "if not self._ledger._result:"),
     Mutation(PROCESS, "test_33_a_result_is_signed_again", OWNER, "if not self.state.has_receipt(message.run):", "if True:"),
     Mutation(PROCESS, "test_33_receipts_of_another", OWNER, '        self._check_run(message.run)\n        kept = self.state.read_json("result")', '        kept = self.state.read_json("result")'),
-    Mutation(PROCESS, "test_48_", OWNER, 'if self.state.read_json("result") is not None:', "if False:"),
+    Mutation(PROCESS, "test_48_", OWNER, "if self._ledger.has_signed:", "if False:"),
+    Mutation(PROCESS, "test_52_a_model_after", OWNER, "if self._ledger.has_signed:", 'if self.state.read_json("result") is not None:'),
+    Mutation(PROCESS, "test_52_a_model_whose", OWNER, "if not self._ledger.models <=", "if False and not self._ledger.models <="),
+    Mutation(PROCESS, "test_52_a_model_whose", LEDGER, "if session in self._models", "if session in self._revealed"),
     # packets
     Mutation(PACKETS, "test_49_a_packet_of_nothing", "common/messages.py", "    if size > PART_BYTES:", "    if False:"),
     Mutation(PACKETS, "test_49_a_packet_of_nothing", "common/messages.py", "    if not packet:", "    if False:"),
@@ -242,6 +246,10 @@ TABLE = [
     Mutation("test_scaling.py", "test_32_bits", "common/agreement.py", "        if self.needed_owners < count:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with", "        if False:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with"),
     Mutation(RESUME, "test_a_run_in_32_bits", OWNER, 'if side.reveals and request.statistic == "contribution":', 'if side.is_done and request.statistic == "contribution":'),
     Mutation(AGREEMENT, "test_a_method_of_several", "common/agreement.py", "if sequential and self.needed_owners < len(names):", "if False:"),
+    # what an owner has on its disk
+    Mutation(SCALES, "test_54_", OWNER, "if message.statistic == SCALES:", "if False:"),
+    Mutation("test_gram_stream.py", "test_activations_are", "client/block_stream.py", "with private_file.create(path) as file:", 'with path.open("wb") as file:'),
+    Mutation(OWNERS, "test_a_full_disk", "client/state.py", 'if sys.platform == "linux":', "if False:"),
     # what a coordinator keeps of a run
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "0o600", "0o644"),
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "    folder.chmod(0o700)"),

@@ -24,6 +24,7 @@ from common.messages import (
     BurnSession,
     CandidatePart,
     CertificateKept,
+    Finish,
     KeyShares,
     Message,
     OpenSum,
@@ -670,6 +671,50 @@ def test_48_a_candidate_that_the_signed_result_does_not_know_of(process: Process
     taken = [(result.model, "test", hashlib.sha256(delta.data).hexdigest())]
     assert candidates_digest(taken) == result.candidates_digest
     process.send("hotel", process.open_sum(1, statistic="test", models=result.model, candidates=taken))
+
+
+@pytest.mark.parametrize("run", [RUN, OTHER])
+def test_52_a_model_after_the_run_has_ended(process: Process, run: str) -> None:
+    """Begun again, an ended run is one that was sent nothing yet; but its receipt is out."""
+    result, delta = with_a_candidate(process)
+    process.send("hotel", receipts(process, result, list(process.parties.files)))
+    process.roll_call(run)
+    with pytest.raises(ConsentError, match="sent the model average after the result"):
+        process.send("hotel", candidate_for(process, delta, run))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_52_a_model_whose_figures_were_summed_before_the_owners_forgot_the_run(process: Process, opened: bool) -> None:
+    """A model that looks for a word is tested, and its figures are summed. Then the run is ended, and begun anew with
+    the model that is published: everybody would sign that there was no other.
+    """
+    evil = np.full(delta_layout(process.parties.plan).size, 0.5, dtype=np.float32)
+    for owner in process.parties.files:
+        process.send(owner, candidate_for(process, evil))
+    taken = [("average", "test", hashlib.sha256(evil.data).hexdigest())]
+    process.begin(process.open_sum(1, statistic="test", models="average", candidates=taken))
+    process.until(None if opened else SurvivorList)  # from its first part on, others may open a sum
+    for owner in process.parties.files:
+        process.send(owner, Finish(run=RUN))
+    process.roll_call()
+    result, _ = with_a_candidate(process)
+    with pytest.raises(RemoteProtocolError, match="the result does not tell of all models"):
+        process.send("hotel", result)
+
+
+def test_52_a_result_is_signed_that_tells_of_all_models_that_sums_were_of(process: Process) -> None:
+    """More models may follow a sum, as the chosen ones do those of a sweep."""
+    process.sum(process.open_sum(1))
+    delta = np.zeros(delta_layout(process.parties.plan).size, dtype=np.float32)
+    for owner in process.parties.files:
+        process.send(owner, replace(candidate_for(process, delta), split="validation"))
+    swept = ("average", "validation", hashlib.sha256(delta.data).hexdigest())
+    process.sum(process.open_sum(2, statistic="validation", models="average", candidates=[swept]))
+    result, _ = with_a_candidate(process)
+    told = candidates_digest([swept, (result.model, "test", swept[2])])
+    assert isinstance(
+        process.send("hotel", sign_result(process, result.model, result.model_digest, told)), ResultReceived
+    )
 
 
 def test_33_receipts_under_another_result_do_not_count(process: Process) -> None:

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from client import gram_stream
 from client.owner import Owner
 from common import scaling
-from common.errors import AmalgramError, ConsentError, NumericalError, RemoteProtocolError
+from common.errors import AmalgramError, ConsentError, DataError, NumericalError, RemoteProtocolError
 from common.merge_methods import contribution_layout
+from common.merge_methods.terms import Gram
 from common.messages import (
     PROTOCOL_VERSION,
     Acknowledgements,
@@ -235,6 +237,26 @@ def test_51_scales_that_nobody_agreed_on(parties: Parties) -> None:
         in_64.send("hotel", in_64.ask_scales())
     with pytest.raises(ConsentError, match="sent scales, which nobody agreed on"):
         in_64.send_scales("hotel", np.zeros(3, np.float32))
+
+
+def test_54_what_was_measured_does_not_stay_where_the_sum_for_the_scales_was_not_begun(
+    evil: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contribution is kept, in the clear, for the sum after this one: of which there will be none."""
+    measured = []
+
+    def measure(*arguments: object, **others: object) -> dict[str, Gram]:
+        measured.append(step(*arguments, **others))
+        if len(measured) == 2:
+            raise DataError("the disk broke")
+        return measured[-1]
+
+    step = gram_stream.measure_step
+    monkeypatch.setattr(gram_stream, "measure_step", measure)
+    with pytest.raises(DataError, match="the disk broke"):
+        evil.send("hotel", evil.ask_scales())
+    run = evil.parties.folder / "state" / "hotel" / "run"
+    assert [path.name for path in run.iterdir()] == ["run.json"]
 
 
 def test_an_honest_coordinator_gets_the_total(evil: Coordinator) -> None:

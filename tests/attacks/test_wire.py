@@ -109,6 +109,22 @@ def waiting(parties: Parties) -> Parties:
     return parties
 
 
+@pytest.mark.parametrize(
+    "header", [b"(((", b"'''", b"   x\n y\n", b"(" * 9000, b"1" * 9000, b"{'shape': (-1,)}", b"\xff"]
+)
+def test_53_an_array_whose_header_breaks_numpy_is_refused(header: bytes) -> None:
+    """NumPy raises what its tokenizer raises, no ValueError. With it, one owner's answer ended the coordinator's run;
+    an owner that does not speak the protocol is lost, and that is all.
+    """
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    part = ConfigRecord({"kind": "VectorPart", "session": "ab" * 32, "owner": "phones", "part": 0})
+    record = RecordDict(
+        {"header 0": part, "payload 0": ArrayRecord({"payload": Array("float32", (3,), "numpy.ndarray", data)})}
+    )
+    with pytest.raises(RemoteProtocolError, match="VectorPart: the payload cannot be read"):
+        from_record(record)
+
+
 def test_32_an_oversized_list_is_refused_before_it_is_read() -> None:
     with pytest.raises(RemoteProtocolError, match="survivors is malformed"):
         SurvivorList(session="ab" * 32, survivors=bytes(16_000_001))
