@@ -3,7 +3,7 @@
 python -m benchmarks.large [--json] [--layers 16] [--folder FOLDER]
 
 The shape of Llama-3.2-1B with a classifier on top, random, each owner's a little off it; layers of more than 2048
-inputs are merged in blocks of so many (`regmean.largest_gram`), so that a few thousand rows are enough. All parties in
+inputs are merged in blocks of so many (`regmean.largest_gram`), with a row or two for each of them. All parties in
 one process, one after the other: the peak (VmHWM) is that of the largest. It takes about 60 GB of disk, in FOLDER where
 that is named. Writes benchmarks/results/large.{json,md}.
 """
@@ -44,6 +44,8 @@ max_tokens = 64
 [regmean]
 alphas = [0.9]
 largest_gram = 2048
+[privacy]
+min_rows_per_dimension = 0.25
 [[owners]]
 name = "ada"
 [[owners]]

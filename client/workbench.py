@@ -283,9 +283,10 @@ class Workbench:
         How many rows reach an expert is not in its hands; whether experts have Grams is privacy.merge_routed_inputs.
         """
         routed = {shared.name for shared in self.plan.inputs if shared.is_routed}
+        dimensions = self.plan.dimensions()
         for name, gram in grams.items():
             if name not in routed:
-                self._check_rows(name, gram.rows, len(gram.matrix), "regmean")
+                self._check_rows(name, gram.rows, dimensions.get(name, len(gram.matrix)), "regmean")
         return grams
 
     def _check_rows(self, name: str, rows: int, dimensions: int, method: str) -> None:

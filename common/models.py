@@ -529,6 +529,15 @@ class MergePlan:
         for shared_input in self.inputs:
             yield from shared_input.layers
 
+    def dimensions(self) -> dict[str, int]:
+        """Of each Gram by name, its rows and columns; of a block, those of all blocks of its layer, which are of the
+        same rows of data.
+        """
+        of_layer: Counter[str] = Counter()
+        for shared_input in self.inputs:
+            of_layer[shared_input.layers[0].whole] += shared_input.gram_size
+        return {each.name: of_layer[each.layers[0].whole] for each in self.inputs}
+
 
 def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorLayout:
     """How a merged delta, or those of its tensors that are named, travels back to the owners, as float32."""

@@ -51,7 +51,6 @@ def consent_text(owner: Owner) -> str:
         vector_bytes=_bytes(sum(layout.num_bytes for layout in layouts)),
         num_sums=len(layouts),
         later_sums=len(later),
-        in_blocks=any(layer.features is not None for layer in plan.layers()),
         kinds=[
             {
                 "numbers": numbers[kind],

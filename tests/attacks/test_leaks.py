@@ -1,6 +1,5 @@
 """What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
 
-import shutil
 from dataclasses import replace
 from itertools import combinations_with_replacement, product
 from pathlib import Path
@@ -27,7 +26,6 @@ from deploy.example import reviews
 from deploy.in_process_grid import InProcessGrid, run_in_process
 from server.app import app as server_app
 from server.coordinator import Coordinator
-from tests.conftest import parties_of
 from tests.parties import IDENTITIES, Parties
 
 # --- deltas in the clear, and sums that are kept ---
@@ -363,30 +361,24 @@ def membership(rows: int, dimensions: int, block: int) -> float:
     return area_under_the_curve(*scores)
 
 
-def test_blocks_of_a_gram_tell_together_what_a_minimum_of_rows_for_one_of_them_does_not_stop(parties: Parties) -> None:
-    """A documented break (b): what counts is a block's dimensions, though a layer's blocks are of the same rows."""
+def test_55_blocks_of_a_gram_tell_together_so_rows_are_counted_against_all_of_them(parties: Parties) -> None:
     owner = Owner(parties.files["hotel"])
-    block, whole = (Gram(matrix=torch.eye(d, dtype=torch.float64), rows=64) for d in (64, 256))
-    owner.workbench._checked({f"layer[{start}:{start + 64}]": block for start in range(0, 256, 64)})
-    with pytest.raises(DataError, match="64 rows for 256 dimensions"):
-        owner.workbench._checked({"layer": whole})
-    assert membership(64, 256, 64) > 0.999
-    assert membership(640, 64, 64) < 0.8
-    assert membership(640, 256, 64) > 0.9
+    blocks = [(start, start + 64) for start in range(0, 256, 64)]
+    layers = [
+        Layer(weight=f"l.weight[{a}:{b}]", d_in=64, d_out=8, stored_input_first=False, features=(a, b))
+        for a, b in blocks
+    ]
+    inputs = tuple(SharedInput(name=layer.weight, d_in=64, layers=(layer,)) for layer in layers)
+    owner.workbench.__dict__["plan"] = replace(parties.plan, inputs=inputs)
+    few, enough = (
+        {each.name: Gram(matrix=torch.eye(64, dtype=torch.float64), rows=rows) for each in inputs}
+        for rows in (255, 256)
+    )
+    with pytest.raises(DataError, match="255 rows for 256 dimensions"):
+        owner.workbench._checked(few)
+    owner.workbench._checked(enough)
+    assert membership(64, 256, 64) > 0.999  # what a row for each of a block's dimensions would let through
     assert membership(2560, 256, 64) < membership(2560, 256, 256) - 0.1  # of as many rows, less than the whole
-
-
-def test_that_rows_are_counted_against_blocks_is_consented_to(
-    parties: Parties, reviews_folder: Path, tmp_path: Path
-) -> None:
-    told = "LAYERS OF MORE THAN 64 INPUTS ARE MEASURED IN BLOCKS"
-    assert told not in consent_text(Owner(parties.files["hotel"]))
-    consortium = Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
-    draft = consortium / "agreement.toml"
-    assert "[regmean]\n" in draft.read_text()
-    draft.write_text(draft.read_text().replace("[regmean]\n", "[regmean]\nlargest_gram = 64\n"))
-    with parties_of(consortium, tmp_path / "output") as others:
-        assert told in consent_text(Owner(others.files["hotel"]))
 
 
 def test_of_experts_alone_no_number_of_rows_is_asked(parties: Parties) -> None:

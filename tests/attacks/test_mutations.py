@@ -228,6 +228,7 @@ TABLE = [
     Mutation(STEPS, "test_merged_layers", OWNER, "if not last_again and (number != str(due)", "if False and (number != str(due)"),
     Mutation(STEPS, "test_merged_layers", OWNER, "if method not in SEQUENTIAL.intersection(self.agreement.methods):", "if False:"),
     # scales of 32-bit sums
+    Mutation(LEAKS, "test_55_", "common/models.py", "of_layer[shared_input.layers[0].whole] += ", "of_layer[shared_input.name] += "),
     Mutation(SCALES, "test_50_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
     Mutation(SCALES, "test_50_", "common/messages.py", "for field in fields(self)]", 'for field in fields(self)[:4]]'),
     Mutation(SCALES, "test_51_scales_of_its_own", SCALING, "if not (mine <= sent).all():", "if False:"),
