@@ -32,7 +32,7 @@ class Batches(Sequence[Batch]):
 
     def __init__(self, rows: Rows, batch_size: int) -> None:
         self._rows = rows
-        self._indices = [indices for indices, _, _ in rows.batches(batch_size)]
+        self._indices = list(rows.batch_indices(batch_size))
 
     def __getitem__(self, number: int) -> Batch:  # type: ignore[override]
         return self._rows.batch(self._indices[number])[0]

@@ -61,7 +61,12 @@ class Rows:
         return inputs, targets
 
     def batches(self, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Batch, Tensor]]:
-        """All rows as (indices, inputs, targets), rows of like length together so that little is padded.
+        """All rows as (indices, inputs, targets), batch by batch."""
+        for indices in self.batch_indices(batch_size):
+            yield indices, *self.batch(indices)
+
+    def batch_indices(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
+        """Which rows each batch has: rows of like length together, so that little is padded.
 
         A batch has `batch_size` of the longest rows, or as many shorter ones as take no more room: a forward pass, and
         more so what is measured in it, has a cost a batch.
@@ -78,7 +83,7 @@ class Rows:
             most = order[start : start + room // int(lengths[order[start]])]
             padded = lengths[most] * np.arange(1, len(most) + 1)
             end = start + int(np.searchsorted(padded, room, side="right"))
-            yield order[start:end], *self.batch(order[start:end])
+            yield order[start:end]
             start = end
 
 
