@@ -1,6 +1,5 @@
 """Drives sums over owners: send, wait, who is left, next step. Generic over the kind of sum and over the channel."""
 
-import hashlib
 import logging
 import secrets
 import time
@@ -16,6 +15,7 @@ from common.agreement import Agreement
 from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
 from common.identity import Identity, verify
 from common.labels import Label
+from common.mapped import sha256_of
 from common.messages import (
     PROTOCOL_VERSION,
     BurnCertificate,
@@ -247,7 +247,7 @@ class Coordinator:
         """Hand every owner a merged candidate, which each evaluates on its own rows when it is whole. It travels in
         parts: those that fill messages leave at once, the last ones ahead of the next sum's first message.
         """
-        candidate = (model, split, hashlib.sha256(np.ascontiguousarray(delta).data).hexdigest())
+        candidate = (model, split, sha256_of(delta))
         self.candidates.append(candidate)
         if self._is_out(candidate):
             return
