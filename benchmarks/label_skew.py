@@ -11,7 +11,6 @@ product, masked. Writes benchmarks/results/label_skew.{json,md}.
 
 import argparse
 import json
-import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-import torch
-import transformers
 from transformers import AutoModel, AutoTokenizer
 
+from benchmarks.machine import quiet_on_one_thread
 from deploy.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,10 +121,7 @@ def main() -> None:
     parser.add_argument("--concentrations", default="0.1,0.5,100")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("amalgram").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet_on_one_thread()
     path = RESULTS / "label_skew.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     for concentration in arguments.concentrations.split(","):

@@ -12,7 +12,6 @@ Writes benchmarks/results/quality.{json,md,svg}.
 
 import argparse
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +23,12 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, TEST_ROWS, write_consortium
+from benchmarks.machine import quiet_on_one_thread
 from client.evaluate import predict_logits, score_logits
 from client.finetune import fine_tune
 from client.private_data import PrivateData
@@ -327,10 +326,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("amalgram").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet_on_one_thread()
     bench = Bench(arguments.data, arguments.models)
     for part in arguments.only.split(","):
         keep(part, PARTS[part](bench))

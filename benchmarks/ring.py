@@ -10,17 +10,15 @@ sums that the merge is made of. Writes benchmarks/results/ring.{json,md}.
 
 import argparse
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from numpy.typing import NDArray
 
 from benchmarks.emotion import IN_DOMAIN, write_consortium
+from benchmarks.machine import quiet_on_one_thread
 from benchmarks.quality import candidates_kept
 from common.tensor_layout import TensorLayout
 from deploy.simulate import simulate
@@ -39,10 +37,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("amalgram").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet_on_one_thread()
     merged = {bits: merge(arguments.data, arguments.models, bits) for bits in (64, 32)}
     results = {
         "owners": len(IN_DOMAIN),

@@ -13,7 +13,6 @@ Writes benchmarks/results/scale.{json,md,svg}.
 
 import argparse
 import json
-import logging
 import multiprocessing
 import shutil
 import sys
@@ -28,7 +27,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.machine import this_machine
+from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,14 +68,9 @@ def main() -> None:
 
 def measure(folder: Path, count: int) -> dict[str, float]:
     """One merge of `count` owners, in a process of its own."""
-    import torch
-    import transformers
-
     from deploy.simulate import simulate
 
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("amalgram").setLevel(logging.ERROR)
+    quiet_on_one_thread()
     write_consortium(folder, count)
     started = time.perf_counter()
     report = simulate(folder / "consortium", folder / "output", with_references=False)
