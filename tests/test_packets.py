@@ -185,12 +185,17 @@ def through_app(settings: Path, packet: Packet) -> Packet:
     return from_record(app(FlowerMessage(to_record(packet), dst_node_id=2, message_type="train.step"), context).content)
 
 
+def roll_call_and_candidate(parties: Parties) -> tuple[RollCall, CandidatePart]:
+    """What a run begins with, and an agreed candidate that changes nothing."""
+    digest = parties.agreement.digest()
+    zeros = np.zeros(delta_layout(parties.plan).size, np.float32)
+    roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
+    return roll_call, replace(PART, agreement_digest=digest, model="average", payload=zeros)
+
+
 def test_49_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: Parties) -> None:
     settings = parties.files["hotel"]
-    digest = parties.agreement.digest()
-    roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
-    zeros = np.zeros(delta_layout(parties.plan).size, np.float32)
-    good = replace(PART, agreement_digest=digest, model="average", payload=zeros)
+    roll_call, good = roll_call_and_candidate(parties)
     smuggled = replace(good, model="regmean@0.123")
     answers = through_app(settings, (roll_call, good, smuggled, replace(good, split="validation")))
     assert [type(answer).__name__ for answer in answers] == ["Present", "CandidateReceived", "Refusal"]
@@ -201,11 +206,8 @@ def test_49_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: P
 
 def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: Parties) -> None:
     settings = parties.files["hotel"]
-    digest = parties.agreement.digest()
-    roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
-    zeros = np.zeros(delta_layout(parties.plan).size, np.float32)
-    good = replace(PART, agreement_digest=digest, model="average", payload=zeros)
-    answers = through_app(settings, (roll_call, good, replace(good, payload=zeros + np.float32(1e-3))))
+    roll_call, good = roll_call_and_candidate(parties)
+    answers = through_app(settings, (roll_call, good, replace(good, payload=good.payload + np.float32(1e-3))))
     assert answers[-1] == Refusal(code="consent")
     assert through_app(settings, (good,)) == (CandidateReceived(run=RUN, owner="hotel", model="average", part=0),)
 
