@@ -279,7 +279,7 @@ class Owner:
 
     def _candidate_layout(self, message: CandidatePart) -> TensorLayout:
         if message.split == SCALES:
-            if message.model != SCALES or not self._has_scales:
+            if message.model != SCALES or not self.agreement.summation.has_scales:
                 raise ConsentError("the coordinator sent scales, which nobody agreed on")
             return scaling.exponents_layout(self._measured_layout())
         if message.split != "prefix":
@@ -361,12 +361,12 @@ class Owner:
         )
 
     def _layout(self, request: OpenSum) -> TensorLayout:
-        first = SCALES if self._has_scales else "contribution"
+        first = SCALES if self.agreement.summation.has_scales else "contribution"
         if request.statistic == first:
             if request.models or request.candidates_digest != candidates_digest([]):
                 raise ConsentError("the coordinator asked for a contribution about models, which nobody agreed on")
             layout = self.workbench.contribution_layout()
-            return scaling.measures_layout(layout) if self._has_scales else layout
+            return scaling.measures_layout(layout) if self.agreement.summation.has_scales else layout
         if request.candidates_digest != candidates_digest(self._received):
             raise RemoteProtocolError(
                 "the coordinator asked for a sum about other models than those sent to this owner"
@@ -396,7 +396,7 @@ class Owner:
     def _tensors(self, request: OpenSum) -> Iterator[tuple[str, NDArray]]:
         """What this owner adds to a sum, in the order of its layout."""
         if request.statistic == "contribution":
-            return self._scaled() if self._has_scales else self.workbench.contribution()
+            return self._scaled() if self.agreement.summation.has_scales else self.workbench.contribution()
         if request.statistic == SCALES:
             return self._measures()
         named = self.workbench.step_named(request.statistic)
@@ -409,9 +409,9 @@ class Owner:
         """What the scales are made of. The contribution is measured now, once, and kept for the sum after this one."""
         layout = self.workbench.contribution_layout()
         contribution = self.state.create_array("contribution", layout.size, "<f8")
-        layout.flatten(self.workbench.contribution(), contribution)
+        layout.flatten(releasing(self.workbench.contribution(), contribution), contribution)
         self.state.write_json("contribution", layout.to_json())
-        return scaling.measures(layout, contribution)
+        return releasing(scaling.measures(layout, contribution), contribution)
 
     def _scaled(self) -> Iterator[tuple[str, NDArray]]:
         """The contribution on the scales that all owners were sent."""
@@ -420,7 +420,7 @@ class Owner:
         exponents = self.state.open_array(SCALES, scaling.exponents_layout(layout).size, "<f4")
         scales = Scales(layout, np.array(exponents))
         scales.check(contribution, len(self.agreement.owners))
-        return scaling.scaled(scales, contribution)
+        return releasing(scaling.scaled(scales, contribution), contribution)
 
     def _scores(self, split: str, models: list[str]) -> dict[str, Score]:
         kept = (self.state.read_json("scores") or {}).get(split, {})
@@ -460,11 +460,6 @@ class Owner:
     def _received(self) -> list[Candidate]:
         """Every candidate that this owner was sent in this run."""
         return [(model, split, digest) for model, split, digest in self.state.read_json("candidates") or []]
-
-    @property
-    def _has_scales(self) -> bool:
-        """Whether contributions are summed on scales, which a sum before theirs gives."""
-        return self.agreement.summation.ring_bits == 32
 
     @property
     def _ledger(self) -> Ledger:

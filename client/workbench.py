@@ -76,8 +76,8 @@ class Workbench:
         check_layout(self.contribution_layout(), len(self.agreement.owners))
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-            own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
-            check_change(own, base, body_parameters(own.model), folder)
+            own, base = self._on_disk(self.own_model()), self.load_base()
+            check_change(own, dict(base.named_parameters()), body_parameters(base), folder)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
         self.data.label_set()

@@ -177,6 +177,11 @@ class Summation(Settings):
     ring_bits: RingBits = 64
     reply_timeout_seconds: Positive = 3600.0
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether contributions are summed on scales, which a small sum before theirs gives (scaling.py)."""
+        return self.ring_bits == 32
+
 
 class Bounds(Settings):
     """The largest absolute values that one owner may add to a sum; the fixed-point encoding rests on them.
@@ -287,7 +292,7 @@ class AgreementDraft(Settings):
                 f"min_owners = {self.needed_owners}: {sequential[0]} sums again and again, and sums over different "
                 f"owners would show the difference; all {len(names)} must take part, so leave min_owners out"
             )
-        if self.summation.ring_bits == 32:
+        if self.summation.has_scales:
             self._check_32_bits()
         if "refit" in self.methods and self.refit.alpha not in (None, *self._body_alphas):
             raise ValueError(

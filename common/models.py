@@ -177,6 +177,7 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
     return model
 
 
+@torch.no_grad()
 def check_change(
     fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str], folder: Path
 ) -> None:
@@ -399,11 +400,6 @@ class Delta(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._fine_tuned)
-
-
-def delta_of(fine_tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
-    """All of a delta at once."""
-    return dict(Delta(dict(fine_tuned.named_parameters()), dict(base.named_parameters())))
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from common.contents import contribution_kind
 from common.errors import NumericalError, RemoteProtocolError
+from common.mapped import releasing
 from common.summation.fixed_point import fraction_bits
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -132,7 +133,7 @@ class Scales:
         so little of it would be left, by its size or of most of its numbers, that others might be alone in the sum.
         """
         most = 2.0 ** (fraction_bits(BOUND, num_owners, ring_bits=32) - LEAST_BITS)
-        own = dict(measures(self.layout, vector))
+        own = dict(releasing(measures(self.layout, vector), vector))
         for entry in self.layout.entries:
             if not _has_scale(entry):
                 continue
@@ -178,6 +179,18 @@ class RescaledTotal(Total):
 
     measured: Total
     scales: Scales
+
+    @classmethod
+    def of(cls, scaled: Total, measured: Total, scales: Scales) -> "RescaledTotal":
+        """Of the second sum, the first, and what lies between them."""
+        return cls(
+            layout=scaled.layout,
+            vector=scaled.vector,
+            owners=scaled.owners,
+            roster_size=scaled.roster_size,
+            measured=measured,
+            scales=scales,
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self.scales.layout

@@ -68,7 +68,7 @@ def consent_text(owner: Owner) -> str:
 
 def _first_sums(agreement: Agreement, layout: TensorLayout) -> list[TensorLayout]:
     """What the contribution is summed as: by itself, or after what its scales are made of."""
-    if agreement.summation.ring_bits == 64:
+    if not agreement.summation.has_scales:
         return [layout]
     return [scaling.measures_layout(layout), scaling.scaled_layout(layout)]
 

@@ -133,8 +133,7 @@ def count_steps(agreement: Agreement, plan: MergePlan) -> int:
     """How many steps a run has: the roll call, every sum, the result."""
     swept = any(len(candidates(agreement, method)) > 1 for method in agreement.methods)
     merged = sum(len(steps(plan, method)) for method in agreement.methods if method in SEQUENTIAL)
-    scales = agreement.summation.ring_bits == 32
-    sums = scales + 2 + merged + swept  # 2: of contributions and of test figures, first and last
+    sums = agreement.summation.has_scales + 2 + merged + swept  # 2: of contributions and of test figures
     return 1 + sums + 1
 
 
@@ -145,6 +144,7 @@ def _agreed_base(folder: Path, agreement: Agreement) -> PreTrainedModel:
 
 
 def _published(base_folder: Path, agreement: Agreement, solution: Solution) -> PreTrainedModel:
+    """The merged model. Made anew for its digest and for its files: while owners test it, nobody holds it."""
     model = _agreed_base(base_folder, agreement)
     add_delta(model, solution.delta)
     return model
@@ -200,20 +200,13 @@ def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter
 
 def _sum_contributions(coordinator: Coordinator, layout: TensorLayout) -> Total:
     """In one sum, or in two where numbers are to travel in 32 bits: the second on scales that the first one gives."""
-    if coordinator.agreement.summation.ring_bits == 64:
+    if not coordinator.agreement.summation.has_scales:
         return coordinator.sum("contribution", layout)
     measured = coordinator.sum(SCALES, scaling.measures_layout(layout))
     scales = Scales(layout, scaling.choose(layout, measured))
     coordinator.send_candidate(SCALES, SCALES, scaling.exponents_layout(layout), scales.exponents)
     scaled = coordinator.sum("contribution", scaling.scaled_layout(layout))
-    return RescaledTotal(
-        layout=scaled.layout,
-        vector=scaled.vector,
-        owners=scaled.owners,
-        roster_size=scaled.roster_size,
-        measured=measured,
-        scales=scales,
-    )
+    return RescaledTotal.of(scaled, measured, scales)
 
 
 def _solve_step_by_step(coordinator: Coordinator, plan: MergePlan, method: str, total: Total) -> SolutionOf:

@@ -14,10 +14,11 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
-from common.models import MergePlan, load_base, merge_plan
+from common.models import Delta, MergePlan, load_base, merge_plan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from deploy.example import reviews
@@ -73,6 +74,11 @@ def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
             identities=identities,
             plan=merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors),
         )
+
+
+def delta_of(fine_tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """What fine-tuning changed, all of it at once."""
+    return dict(Delta(dict(fine_tuned.named_parameters()), dict(base.named_parameters())))
 
 
 def tiny_bert() -> BertForSequenceClassification:

@@ -1,5 +1,6 @@
 """The example's three owners and the coordinator, set up as a simulation sets them up."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,16 @@ class Parties:
     agreement: Agreement
     identities: Mapping[str, Identity]
     plan: MergePlan
+
+
+def consortium_in_32_bits(reviews_folder: Path, folder: Path, alphas: str) -> Path:
+    """The example, in `folder`, in two sums: one for the scales, and RegMean's on them."""
+    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
+    path = folder / "agreement.toml"
+    text = path.read_text().replace("[summation]\n", "[summation]\nring_bits = 32\n")
+    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", f"alphas = {alphas}")
+    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    return folder
 
 
 class OwnersChannel:

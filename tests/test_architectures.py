@@ -21,7 +21,6 @@ from common.merge_methods.terms import Gram, OwnerTerms, Solution
 from common.models import (
     Layer,
     MergePlan,
-    delta_of,
     linear_layers,
     merge_layers,
     merge_plan,
@@ -30,7 +29,7 @@ from common.models import (
 )
 from deploy.complete import complete_agreement
 from deploy.example import reviews
-from tests.conftest import tiny_bert
+from tests.conftest import delta_of, tiny_bert
 from tests.parties import IDENTITIES
 from tests.test_merge_methods import exact, total_of
 
@@ -409,6 +408,9 @@ def test_a_layer_in_blocks_has_its_bias_averaged_and_refit_is_refused_a_classifi
     assert not any(shared.has_constant for shared in split)
     assert any(shared.has_constant for shared in plan.inputs)
     assert len(agreement.bounds.grams) == len(plan.inputs)
+    both = agreement.tensors.model_copy(update={"largest_gram": LARGEST_GRAM})
+    with pytest.raises(ModelError, match="is merged in blocks of its inputs, so its bias cannot be merged with it"):
+        merge_plan(model, both)
     with pytest.raises(ModelError, match=r"merged as a whole \(regmean.largest_gram\), which refit"):
         completed(folder, method="refit", regmean=RegMean(largest_gram=LARGEST_GRAM))
 

@@ -18,8 +18,8 @@ from client.owner import Owner
 from common.errors import DataError
 from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
-from common.models import Delta, MergePlan, delta_of, merge_plan
-from tests.conftest import tiny_bert
+from common.models import Delta, MergePlan, merge_plan
+from tests.conftest import delta_of, tiny_bert
 from tests.parties import Parties
 from tests.test_architectures import ARCHITECTURES, batch_of, roles_of, shake
 from tests.test_owner import open_sum, roll_call

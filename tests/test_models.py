@@ -17,7 +17,6 @@ from common.models import (
     add_delta,
     base_labels,
     check_base,
-    delta_of,
     digest_of,
     load_base,
     load_fine_tuned,
@@ -26,7 +25,7 @@ from common.models import (
     model_folder,
 )
 from deploy.complete import complete_agreement
-from tests.conftest import tiny_bert
+from tests.conftest import delta_of, tiny_bert
 
 TASK = Task(labels=("a", "b", "c"))
 

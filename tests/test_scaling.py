@@ -39,14 +39,7 @@ def sum_in_32_bits(kind: str, layout: TensorLayout, vectors: Mapping[str, NDArra
         scaling.scaled_layout(layout).flatten(scaling.scaled(scales, vector), scaled[name])
         assert np.abs(scaled[name]).max() <= 1 + 1e-12  # well within scaling.BOUND
     total = run(kind, identities, terms_of(identities, scaling.scaled_layout(layout)), scaled)
-    return RescaledTotal(
-        layout=total.layout,
-        vector=total.vector,
-        owners=total.owners,
-        roster_size=total.roster_size,
-        measured=measured,
-        scales=scales,
-    )
+    return RescaledTotal.of(total, measured, scales)
 
 
 def sum_unless_too_unlike(layout: TensorLayout, vectors: Mapping[str, NDArray[np.float64]]) -> RescaledTotal:

@@ -227,8 +227,8 @@ TABLE = [
     Mutation(STEPS, "test_merged_layers", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
     Mutation(STEPS, "test_merged_layers", OWNER, "if not last_again and (number != str(due)", "if False and (number != str(due)"),
     Mutation(STEPS, "test_merged_layers", OWNER, "if method not in SEQUENTIAL.intersection(self.agreement.methods):", "if False:"),
-    # scales of 32-bit sums
     Mutation(LEAKS, "test_55_", "common/models.py", "of_layer[shared_input.layers[0].whole] += ", "of_layer[shared_input.name] += "),
+    # scales of 32-bit sums
     Mutation(SCALES, "test_50_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
     Mutation(SCALES, "test_50_", "common/messages.py", "for field in fields(self)]", 'for field in fields(self)[:4]]'),
     Mutation(SCALES, "test_51_scales_of_its_own", SCALING, "if not (mine <= sent).all():", "if False:"),
@@ -241,7 +241,7 @@ TABLE = [
     Mutation(SCALES, "test_51_scales_before", OWNER, "if kept is None or not opened:", "if kept is None:"),
     Mutation(SCALES, "test_51_a_contribution", OWNER, "if request.models or [model for model, _, _ in self._received] != [SCALES]:", "if False:"),
     Mutation(SCALES, "test_51_contributions", "common/tensor_layout.py", '"amalgram layout v2\\n" + canonical', '"amalgram layout v2\\n" + canonical[4:]'),
-    Mutation(SCALES, "test_51_scales_that_nobody", OWNER, "if message.model != SCALES or not self._has_scales:", "if message.model != SCALES:"),
+    Mutation(SCALES, "test_51_scales_that_nobody", OWNER, "if message.model != SCALES or not self.agreement.summation.has_scales:", "if message.model != SCALES:"),
     Mutation(UPLOADS, "test_24_an_upload_in_another", "common/summation/accumulator.py", " or payload.dtype != self.vector.dtype", ""),
     Mutation(UPLOADS, "test_25_a_total_of_32", "common/summation/fixed_point.py", "if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:", "if False:"),
     Mutation("test_scaling.py", "test_32_bits", "common/agreement.py", "        if self.needed_owners < count:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with", "        if False:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with"),

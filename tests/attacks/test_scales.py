@@ -5,7 +5,6 @@ read one owner: its numbers at their true scale, everybody else's at one so larg
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from common.summation.records import KeyEntry
 from common.tensor_layout import TensorLayout
 from deploy.agree import consent_text
 from tests.conftest import parties_of
-from tests.parties import Parties
+from tests.parties import Parties, consortium_in_32_bits
 
 RUN, OTHER = "ab" * 32, "cd" * 32
 
@@ -119,11 +118,7 @@ def digest_of(exponents: NDArray[np.float32]) -> str:
 @pytest.fixture
 def evil(reviews_folder: Path, tmp_path: Path) -> Iterator[Coordinator]:
     """Three owners that agreed on 32 bits, and their coordinator."""
-    consortium = tmp_path / "consortium"
-    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
-    path = consortium / "agreement.toml"
-    text = path.read_text().replace("[summation]\n", "[summation]\nring_bits = 32\n")
-    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]").replace("[0.1, 0.5, 0.9, ", "["))
+    consortium = consortium_in_32_bits(reviews_folder, tmp_path / "consortium", alphas="[0.95, 0.99]")
     with parties_of(consortium, tmp_path / "output") as parties:
         yield Coordinator(parties)
 

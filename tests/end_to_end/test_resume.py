@@ -29,7 +29,7 @@ from server.checkpoint import Checkpoint
 from server.merge import CHECKPOINT, run_merge
 from server.report import read_report
 from tests.conftest import parties_of
-from tests.parties import OwnersChannel, Parties
+from tests.parties import OwnersChannel, Parties, consortium_in_32_bits
 
 
 class Killed(BaseException):
@@ -160,13 +160,7 @@ def test_a_coordinator_killed_when_some_owners_have_their_message_goes_on(
 
 @pytest.fixture
 def in_32_bits(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    """The example in two sums: one for the scales, one on them."""
-    consortium = tmp_path / "consortium"
-    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
-    path = consortium / "agreement.toml"
-    text = path.read_text().replace("[summation]\n", "[summation]\nring_bits = 32\n")
-    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
-    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    consortium = consortium_in_32_bits(reviews_folder, tmp_path / "consortium", alphas="[0.9]")
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()
