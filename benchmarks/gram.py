@@ -42,10 +42,12 @@ from transformers import (
 )
 
 from benchmarks.machine import this_machine
-from client.gram import Batch, find_shared_inputs, layer_inputs, measure_grams
-from client.rows import Rows
+from client.data.rows import Rows
+from client.measurement.gram import Batch, find_shared_inputs, layer_inputs, measure_grams
 from common.agreement import TensorRoles
-from common.models import MergePlan, merge_layers, merge_plan, parameter_shapes
+from common.models.layers import merge_layers
+from common.models.parameters import parameter_shapes
+from common.models.plan import MergePlan, merge_plan
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 32

@@ -21,7 +21,7 @@ import tomli_w
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.machine import quiet_on_one_thread
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
 OWNERS = ("north", "east", "south", "west")

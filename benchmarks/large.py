@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from benchmarks.machine import this_machine
 from benchmarks.memory import peak_megabytes
 from deploy.example import reviews
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
 OWNERS = "ada", "bea", "cyd"

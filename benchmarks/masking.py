@@ -29,16 +29,17 @@ import torch
 import transformers
 from flwr.common.secure_aggregation import secaggplus_utils as flwr_masks
 
+from common.certificates import candidates_digest
 from common.identity import Identity
 from common.messages import Acknowledgements, KeyShares, Message, OpenSum, PartRequest
-from common.result import candidates_digest
 from common.summation import fixed_point, mask_stream
-from common.summation.masked import MaskedCoordinator, MaskedOwner
-from common.summation.neighbours import neighbourhood
+from common.summation.masked.coordinator import MaskedCoordinator
+from common.summation.masked.owner import MaskedOwner
 from common.summation.protocol import SumTerms
 from common.tensor_layout import TensorEntry, TensorLayout
+from common.thresholds import neighbourhood
 from deploy.demo.digits import write_consortium
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 from server.coordinator import packet_bytes
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,7 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 if TYPE_CHECKING:
     from common.messages import Message as OurMessage
-    from tests.network import Network
+    from tests.support.network import Network
 
 RESULTS = Path(__file__).parent / "results"
 GRAMS = 1.3  # of the largest: what one block's Grams are together
@@ -80,8 +80,8 @@ def measure_merges(hidden: int, counts: list[int]) -> dict[str, Any]:
 
 def measure_owner(hidden: int) -> dict[str, Any]:
     """The peaks of one owner's heavy answers, MB, each in a process of its own."""
-    from common.flower_records import from_record, to_record
     from common.messages import Refusal
+    from common.wire import from_record, to_record
 
     with made_network(hidden, 3) as (network, sizes):
         fixed = in_a_process(load_only, network.folder)
@@ -103,10 +103,12 @@ def heavy_messages(network: "Network") -> "list[OurMessage]":
     """The roll call, the first sum, and a candidate that changes nothing."""
     import numpy as np
 
+    from common.certificates import candidates_digest
     from common.merge_methods import contribution_layout
     from common.messages import PROTOCOL_VERSION, CandidatePart, OpenSum, RollCall
-    from common.models import delta_layout, load_base, merge_plan
-    from common.result import candidates_digest
+    from common.models.delta import delta_layout
+    from common.models.loading import load_base
+    from common.models.plan import merge_plan
 
     agreement, run = network.agreement, "1" * 64
     base = load_base(network.folder / "base", agreement.task, agreement.seed)
@@ -145,7 +147,8 @@ def made_network(hidden: int, count: int) -> "Iterator[tuple[Network, dict[str, 
     """The parties' files, and how large is what they handle, MB."""
     from benchmarks.network import make_network
     from common.merge_methods import contribution_layout
-    from common.models import load_base, merge_plan
+    from common.models.loading import load_base
+    from common.models.plan import merge_plan
     from common.tensor_layout import PART_BYTES
 
     with tempfile.TemporaryDirectory(prefix="amalgram-") as name:
@@ -188,7 +191,7 @@ def megabytes(which: str) -> float:
 
 def coordinate(folder: Path) -> None:
     """Run the merge; the last line on stdout is this process's peak, and what of it is fixed."""
-    from deploy.in_process_grid import run_in_process
+    from deploy.simulation.in_process_grid import run_in_process
     from server.app import app
 
     logging.getLogger("amalgram").setLevel(logging.ERROR)
@@ -220,7 +223,7 @@ def load_only(folder: Path) -> float:
     """What the libraries take, the model's code among them; the base's weights were here and are gone."""
     import server.app  # noqa: F401
     from common.agreement import Agreement
-    from common.models import load_base
+    from common.models.loading import load_base
     from common.settings_file import load_settings
 
     agreement = load_settings(folder / "agreement.toml", Agreement)

@@ -30,10 +30,11 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
 from common.merge_methods import contribution_layout
-from common.models import load_base, merge_plan
+from common.models.loading import load_base
+from common.models.plan import merge_plan
 from deploy.example import reviews
-from server.report import read_report
-from tests.network import Command, Network, running, set_up
+from server.report.report import read_report
+from tests.support.network import Command, Network, running, set_up
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.2

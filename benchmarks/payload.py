@@ -21,9 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from client.gram import find_shared_inputs
+from client.measurement.gram import find_shared_inputs
 from common.agreement import TensorRoles
-from common.models import merge_layers, merge_plan, parameter_shapes
+from common.models.layers import merge_layers
+from common.models.parameters import parameter_shapes
+from common.models.plan import merge_plan
 
 RESULTS = Path(__file__).parent / "results"
 FLOAT32_BYTES = 4

@@ -41,10 +41,10 @@ from benchmarks.gram import (
     tokens,
 )
 from benchmarks.machine import this_machine
-from client.gram import Batch, measure_grams
-from client.rows import Rows
+from client.data.rows import Rows
+from client.measurement.gram import Batch, measure_grams
 from common.merge_methods.normal_equations import System
-from common.models import MergePlan
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout, union
 

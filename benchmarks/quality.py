@@ -29,16 +29,18 @@ from transformers import PreTrainedModel
 
 from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, TEST_ROWS, write_consortium
 from benchmarks.machine import quiet_on_one_thread
-from client.evaluate import predict_logits, score_logits
-from client.finetune import fine_tune
-from client.private_data import PrivateData
-from client.rows import Rows, pool
+from client.data.private_data import PrivateData
+from client.data.rows import Rows, pool
+from client.measurement.evaluation import predict_logits, score_logits
+from client.measurement.fine_tuning import fine_tune
 from client.settings import Data, Training
 from common.agreement import Task
 from common.metrics import Score
-from common.models import add_delta, base_labels, load_base, load_tokenizer
+from common.models.delta import add_delta
+from common.models.folders import base_labels, load_tokenizer
+from common.models.loading import load_base
 from common.tensor_layout import TensorLayout
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,7 +21,7 @@ from benchmarks.emotion import IN_DOMAIN, write_consortium
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.quality import candidates_kept
 from common.tensor_layout import TensorLayout
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("regmean", "average", "data_free")

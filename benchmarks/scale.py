@@ -68,7 +68,7 @@ def main() -> None:
 
 def measure(folder: Path, count: int) -> dict[str, float]:
     """One merge of `count` owners, in a process of its own."""
-    from deploy.simulate import simulate
+    from deploy.simulation.simulate import simulate
 
     quiet_on_one_thread()
     write_consortium(folder, count)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.machine import this_machine
 from common.merge_methods.normal_equations import System
-from common.models import Layer
+from common.models.layers import Layer
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 

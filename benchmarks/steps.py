@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.machine import this_machine
 from deploy.example import reviews
 from server.app import PROGRESS
-from tests.network import OWNERS, running, set_up_example
+from tests.support.network import OWNERS, running, set_up_example
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1

@@ -19,8 +19,8 @@ from flwr.clientapp import ClientApp
 
 from client.owner import Owner
 from common.errors import AmalgramError, SettingsError
-from common.flower_records import from_record, to_record
 from common.messages import Message, Refusal
+from common.wire import from_record, to_record
 
 SIMULATED_OWNERS = "AMALGRAM_SIMULATED_OWNERS"
 log = logging.getLogger("amalgram.owner")

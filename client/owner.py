@@ -20,9 +20,18 @@ from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import scaling
 from common.agreement import SEQUENTIAL, Agreement
+from common.certificates import (
+    Candidate,
+    body_of,
+    candidates_digest,
+    check_burned,
+    check_receipts,
+    check_result,
+    sign_burned,
+)
+from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity, read_identity
-from common.labels import Label
 from common.mapped import is_finite, releasing, sha256_of
 from common.messages import (
     PROTOCOL_VERSION,
@@ -45,12 +54,10 @@ from common.messages import (
 )
 from common.metrics import Score, metrics_layout
 from common.metrics import contribution as metric_contribution
-from common.result import Candidate, body_of, candidates_digest, check_receipts, check_result
 from common.scaling import SCALES, Scales
 from common.settings_file import load_settings
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SessionOver, SumTerms
-from common.summation.recovery import check_burned, sign_burned
 from common.tensor_layout import TensorLayout
 
 if TYPE_CHECKING:
@@ -113,7 +120,7 @@ class Owner:
         self.state.start_run(message.run, message.agreement_digest)
         pending = self._ledger.pending
         body = bytes.fromhex(message.agreement_digest) + pending.encode()
-        signature = self._identity.sign(Label.SIGN_PRESENT, bytes.fromhex(message.run), body)
+        signature = self._identity.sign(Domain.SIGN_PRESENT, bytes.fromhex(message.run), body)
         return Present(run=message.run, owner=self.name, pending=pending, signature=signature)
 
     def _burn_session(self, message: BurnSession) -> Message:
@@ -186,7 +193,7 @@ class Owner:
         body = body_of(self.agreement, message)
         self._ledger.sign_result(body.hex())
         self.state.write_json("result", {**asdict(message), "signature": message.signature.hex()})
-        signature = self._identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(message.run), body)
+        signature = self._identity.sign(Domain.SIGN_RECEIPT, bytes.fromhex(message.run), body)
         return ResultReceived(run=message.run, owner=self.name, signature=signature)
 
     def _check_was_tested(self, message: Result) -> None:

@@ -18,45 +18,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client import finetune
-from client.disk_model import DiskModel
-from client.evaluate import evaluate
-from client.fisher import measure_fisher
-from client.gram_stream import Batches, GramStream
-from client.head import measure_head
-from client.private_data import PrivateData
-from client.rows import Rows
-from client.sequence import measure_step, put_merged_prefix
+from client.data.private_data import PrivateData
+from client.data.rows import Rows
+from client.measurement import fine_tuning as finetune
+from client.measurement.classifier_inputs import measure_head
+from client.measurement.disk_model import DiskModel
+from client.measurement.evaluation import evaluate
+from client.measurement.fisher import measure_fisher
+from client.measurement.gram_stream import Batches, GramStream
+from client.measurement.merged_prefix import measure_step, put_merged_prefix
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common import merge_methods
-from common.adapter import is_adapter
 from common.agreement import Agreement, Task
 from common.errors import DataError
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import Gram, OwnerTerms
 from common.metrics import Score
-from common.models import (
-    Delta,
-    MergePlan,
-    VectorDelta,
-    add_delta,
-    base_model_folder,
-    body_parameters,
-    check_base,
-    check_change,
-    check_tokenizer,
-    copy_parameters,
-    delta_layout,
-    digest_of,
-    fine_tuned_folder,
-    load_base,
-    load_fine_tuned,
-    load_tokenizer,
-    merge_plan,
-    named_labels,
-    private_head,
-)
+from common.models.adapter import is_adapter
+from common.models.delta import Delta, VectorDelta, add_delta, delta_layout
+from common.models.folders import base_model_folder, check_tokenizer, fine_tuned_folder, load_tokenizer, named_labels
+from common.models.loading import check_base, check_change, digest_of, load_base, load_fine_tuned
+from common.models.parameters import body_parameters, copy_parameters, private_head
+from common.models.plan import MergePlan, merge_plan
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 

@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from common.settings_file import Name, Positive, Probability, Settings
-from common.summation.neighbours import quorum
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
+from common.thresholds import quorum
 
 CANONICAL_LABEL = b"amalgram agreement v3\n"
 COORDINATOR = "coordinator"  # the name of the party that no owner may have

@@ -20,8 +20,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, SettingsError
-from common.labels import Label
 
 SECRET_FORM = re.compile(r"amalgram identity v1\nname ([a-z0-9][a-z0-9_-]{0,31})\nsecret ([0-9a-f]{64})\n")
 PUBLIC_FORM = re.compile(
@@ -44,12 +44,12 @@ class Identity:
         """The Ed25519 public key, 32 bytes."""
         return Ed25519PrivateKey.from_private_bytes(self.seed).public_key().public_bytes_raw()
 
-    def sign(self, label: Label, session: bytes, body: bytes) -> bytes:
+    def sign(self, label: Domain, session: bytes, body: bytes) -> bytes:
         """64 bytes over label | session | name | body."""
         return Ed25519PrivateKey.from_private_bytes(self.seed).sign(_signed_bytes(label, session, self.name, body))
 
 
-def verify(public_key: bytes, label: Label, session: bytes, name: str, body: bytes, signature: bytes) -> None:
+def verify(public_key: bytes, label: Domain, session: bytes, name: str, body: bytes, signature: bytes) -> None:
     """Raise RemoteProtocolError unless `signature` is that of `name`'s key over exactly this."""
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _signed_bytes(label, session, name, body))
@@ -58,7 +58,7 @@ def verify(public_key: bytes, label: Label, session: bytes, name: str, body: byt
         raise RemoteProtocolError(f"the signature of {name} does not hold ({what})") from None
 
 
-def _signed_bytes(label: Label, session: bytes, name: str, body: bytes) -> bytes:
+def _signed_bytes(label: Domain, session: bytes, name: str, body: bytes) -> bytes:
     # Every variable part but the last is preceded by its length, so that no two inputs give the same bytes.
     encoded = name.encode()
     return label.value + bytes([len(session), len(encoded)]) + session + encoded + body
@@ -66,7 +66,7 @@ def _signed_bytes(label: Label, session: bytes, name: str, body: bytes) -> bytes
 
 def fingerprint(data: bytes) -> str:
     """40 decimal digits in groups of five, short enough to be read out by phone."""
-    number = int.from_bytes(hashlib.sha256(Label.FINGERPRINT.value + data).digest())
+    number = int.from_bytes(hashlib.sha256(Domain.FINGERPRINT.value + data).digest())
     digits = str(number % 10**FINGERPRINT_DIGITS).zfill(FINGERPRINT_DIGITS)
     return " ".join(digits[i : i + FINGERPRINT_GROUP] for i in range(0, FINGERPRINT_DIGITS, FINGERPRINT_GROUP))
 

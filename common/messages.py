@@ -36,8 +36,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.domain_separation import Domain
 from common.errors import EXIT_CODES, RemoteProtocolError
-from common.labels import Label
 from common.tensor_layout import PART_BYTES
 
 PROTOCOL_VERSION = 3
@@ -132,7 +132,7 @@ class OpenSum(Message):
         """64 hexadecimal digits: SHA-256(label | everything in this message)."""
         values = [getattr(self, field.name) for field in fields(self)]
         canonical = json.dumps(values, separators=(",", ":"), ensure_ascii=True).encode()
-        return hashlib.sha256(Label.SESSION.value + canonical).hexdigest()
+        return hashlib.sha256(Domain.SESSION.value + canonical).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def simulate(
         _answer({"folder": str(folder)}, as_json, hint=hint)
         return
     from deploy.demo.run import run_demo
-    from deploy.simulate import simulate as run_simulation
+    from deploy.simulation.simulate import simulate as run_simulation
 
     if folder is None:
         if Path("agreement.toml").is_file():
@@ -117,7 +117,7 @@ def keys_new(
     from common.agreement import COORDINATOR
     from common.identity import Identity, write_identity
     from common.settings_file import Name
-    from deploy.keys import write_node_key
+    from deploy.commands.keys import write_node_key
 
     try:
         TypeAdapter(Name).validate_python(name)
@@ -152,7 +152,7 @@ def keys_certificate(
     Example: amalgram keys certificate merge.example.org
     """
     show_log(as_json)
-    from deploy.keys import write_certificate
+    from deploy.commands.keys import write_certificate
 
     written = [str(path) for path in write_certificate(folder, hosts)]
     hint = (
@@ -177,7 +177,7 @@ def _certificate(path: Path) -> dict[str, str]:
     from cryptography.hazmat.primitives.serialization import Encoding
 
     from common.identity import fingerprint
-    from deploy.keys import read_certificate
+    from deploy.commands.keys import read_certificate
 
     certificate = read_certificate(path)
     return {
@@ -218,10 +218,10 @@ def draft(
     _quiet_libraries()
     from common.agreement import AgreementDraft
     from common.identity import fingerprint, read_public_identity
-    from common.models import model_folder
+    from common.models.folders import model_folder
     from common.settings_file import load_settings
     from deploy.complete import complete_agreement
-    from deploy.simulate import write_settings
+    from deploy.simulation.simulate import write_settings
 
     if out.exists():
         raise SettingsError(f"{out}: is there already; name another file with --out")
@@ -254,7 +254,7 @@ def agree(
     show_log(as_json)
     _quiet_libraries()
     from client.owner import Owner
-    from deploy.agree import consent_text, give_consent
+    from deploy.commands.agree import consent_text, give_consent
 
     owner = Owner(owner_file)
     text = consent_text(owner)
@@ -281,7 +281,7 @@ def client(
     """
     show_log(as_json)
     _quiet_libraries()
-    from deploy.client import find_node, run_client
+    from deploy.commands.client import find_node, run_client
 
     node = find_node(owner_file)
     found = {"address": node.address, "state": str(node.state), "bundle_digest": node.bundle_digest}
@@ -300,7 +300,7 @@ def server(
     """
     show_log(as_json)
     _quiet_libraries()
-    from deploy.server import find_place, serve
+    from deploy.commands.server import find_place, serve
 
     place = find_place(coordinator_file)
     host, port = place.host_and_port
@@ -319,7 +319,7 @@ def health(
     Example: amalgram health coordinator.toml
     """
     show_log(as_json)
-    from deploy.health import check_health
+    from deploy.commands.health import check_health
 
     url = check_health(coordinator_file)
     _answer({"healthy": url}, as_json, f"healthy: {url}")
@@ -336,8 +336,8 @@ def merge_command(
     """
     show_log(as_json)
     _quiet_libraries()
-    from deploy.merge import merge
-    from server.report import read_report
+    from deploy.commands.merge import merge
+    from server.report.report import read_report
 
     with progress_below_log():
         output = merge(coordinator_file)
@@ -354,8 +354,8 @@ def report(
     Example: amalgram report demo-output
     """
     show_log(as_json)
-    from server.page import render_report
-    from server.report import read_report
+    from server.report.page import render_report
+    from server.report.report import read_report
 
     if not (out / "report.json").exists() and (out / "output" / "report.json").is_file():
         out = out / "output"  # the consortium's folder was named
@@ -421,7 +421,7 @@ def _answer(found: dict[str, Any], as_json: bool, text: str = "", hint: str = ""
 
 
 def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
-    from deploy.table import print_report
+    from deploy.commands.table import print_report
 
     if as_json:
         _answer(report, as_json)

@@ -13,30 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.block_stream import check_blocks
-from client.fisher import measure_fisher
-from client.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
-from client.row_readers import features
-from client.rows import Rows
+from client.data.readers import features
+from client.data.rows import Rows
+from client.measurement.blocks import check_blocks
+from client.measurement.fisher import measure_fisher
+from client.measurement.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, measurements
 from common.metrics import metrics_layout
-from common.models import (
-    MergePlan,
-    base_labels,
-    block_names,
-    digest_of,
-    image_shape,
-    layer_biases,
-    load_base,
-    load_tokenizer,
-    merge_layers,
-    merge_plan,
-    parameter_of,
-    parameter_shapes,
-    private_head,
-)
+from common.models.folders import base_labels, image_shape, load_tokenizer
+from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
+from common.models.loading import digest_of, load_base
+from common.models.parameters import parameter_shapes, private_head
+from common.models.plan import MergePlan, merge_plan
 from common.summation.fixed_point import check_layout
 from deploy.launch.flower import bundle_digest
 
@@ -208,7 +198,7 @@ def _changed_rows(one: Tensor, other: Tensor) -> int:
 def _uncountable_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
     """Weights that get another number of rows when the tokens change and the shapes do not: experts in single modules.
 
-    Which of their rows are padding cannot be told. (Fused experts are told apart otherwise, see `client/gram.py`.)
+    Which of their rows are padding cannot be told. (Fused experts: client/measurement/gram.py.)
     """
     if not set(TOKENS) & set(batch):
         return set()

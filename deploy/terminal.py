@@ -30,7 +30,9 @@ from common.logs import JsonLines
 
 MAX_OWNER_ROWS = 12  # more owners share one row
 CLOCK = "%H:%M:%S"
-reconfigure(stderr=True)  # whoever shows progress (client/finetune.py does, too) does so on this one console
+reconfigure(
+    stderr=True
+)  # whoever shows progress (client/measurement/fine_tuning.py does, too) does so on this one console
 messages = get_console()
 log = logging.getLogger("amalgram")
 

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from common.agreement import MethodName, TaskKind
 from common.errors import AmalgramError, SettingsError
-from common.models import model_folder
-from deploy.simulate import simulate
-from deploy.table import print_report
+from common.models.folders import model_folder
+from deploy.commands.table import print_report
+from deploy.simulation.simulate import simulate
 from deploy.terminal import progress_below_log, show_log
 from server.merge import claim_output
 

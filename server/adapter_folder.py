@@ -6,9 +6,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from common.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from common.agreement import Agreement
-from common.low_rank import LowRank
+from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from common.models.low_rank import LowRank
 
 PREFIX = "base_model.model."
 

@@ -22,11 +22,11 @@ from common.errors import (
     RemoteProtocolError,
     first_line,
 )
-from common.flower_records import from_record, to_record
 from common.logs import JsonLines
 from common.messages import Packet, Refusal
 from common.private_file import write_whole
 from common.settings_file import load_settings
+from common.wire import from_record, to_record
 from server.merge import claim_output, run_merge
 from server.settings import CoordinatorSettings
 

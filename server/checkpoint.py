@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.certificates import Candidate
 from common.errors import SettingsError
 from common.messages import OpenSum
 from common.private_file import make_private_folder, write_whole
-from common.result import Candidate
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, Total
 from common.tensor_layout import TensorLayout

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
+from common.certificates import Candidate, body_of, candidates_digest, check_burned_by, result_body
+from common.domain_separation import Domain
 from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
 from common.identity import Identity, verify
-from common.labels import Label
 from common.mapped import sha256_of
 from common.messages import (
     PROTOCOL_VERSION,
@@ -37,12 +38,11 @@ from common.messages import (
     encode,
     payload_bytes,
 )
-from common.result import Candidate, body_of, candidates_digest, result_body
 from common.summation import SUMMATIONS
 from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
-from common.summation.recovery import burn_quorum, check_burned_by
 from common.tensor_layout import PART_BYTES, TensorLayout
+from common.thresholds import burn_quorum
 from server.checkpoint import Checkpoint, OwnerCost, SentCandidate, Step
 
 FINISH_TIMEOUT_SECONDS = 60.0
@@ -139,7 +139,7 @@ class Coordinator:
     def _check_present(self, reply: Present) -> None:
         body = bytes.fromhex(self.agreement.digest()) + reply.pending.encode()
         key = self.agreement.roster[reply.owner]
-        verify(key, Label.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature)
+        verify(key, Domain.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature)
 
     def _certify_as_over(self, session: str) -> None:
         """An earlier run ended inside `session`: have the owners sign that it will never be opened, so that those who
@@ -296,7 +296,7 @@ class Coordinator:
             model=model,
             model_digest=model_digest,
             candidates_digest=digest,
-            signature=self.identity.sign(Label.SIGN_RESULT, bytes.fromhex(self.run), body),
+            signature=self.identity.sign(Domain.SIGN_RESULT, bytes.fromhex(self.run), body),
         )
         self._ahead.append(result)
 
@@ -387,7 +387,7 @@ class Coordinator:
             if not isinstance(reply, ResultReceived):
                 raise RemoteProtocolError(f"owner {owner} answered a result with {type(reply).__name__}")
             key, body = self.agreement.roster[owner], body_of(self.agreement, request)
-            verify(key, Label.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)
+            verify(key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)
             self._signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
 
     def _note_candidates(self, packet: Packet) -> None:

@@ -20,7 +20,6 @@ from common import metrics, scaling
 from common.agreement import COORDINATOR, SEQUENTIAL, Agreement
 from common.errors import NumericalError, SettingsError
 from common.identity import Identity, read_identity
-from common.low_rank import AdapterPlan, LowRank, adapter_plan, cut
 from common.mapped import releasing
 from common.merge_methods import (
     candidates,
@@ -35,20 +34,12 @@ from common.merge_methods import (
 )
 from common.merge_methods.terms import Solution
 from common.metrics import MeanScore
-from common.models import (
-    MergePlan,
-    VectorDelta,
-    add_delta,
-    base_model_folder,
-    check_base,
-    delta_layout,
-    digest_of,
-    load_base,
-    load_tokenizer,
-    merge_plan,
-    private_head,
-    weights_made_here,
-)
+from common.models.delta import VectorDelta, add_delta, delta_layout
+from common.models.folders import base_model_folder, load_tokenizer
+from common.models.loading import check_base, digest_of, load_base, weights_made_here
+from common.models.low_rank import AdapterPlan, LowRank, adapter_plan, cut
+from common.models.parameters import private_head
+from common.models.plan import MergePlan, merge_plan
 from common.scaling import SCALES, RescaledTotal, Scales
 from common.settings_file import load_settings
 from common.summation.protocol import Total
@@ -56,8 +47,8 @@ from common.tensor_layout import TensorLayout
 from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Channel, Coordinator
-from server.model_card import write_model_card
-from server.report import agreement_of_report, make_report, save_report
+from server.report.card import write_model_card
+from server.report.report import agreement_of_report, make_report, save_report
 from server.settings import CoordinatorSettings
 
 ALWAYS_EVALUATED = ("base", "own_at_home")

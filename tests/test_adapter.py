@@ -12,8 +12,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedMo
 
 from common.agreement import Task
 from common.errors import ModelError
-from common.models import fine_tuned_folder, linear_layers, load_fine_tuned, model_folder
-from tests.conftest import delta_of, tiny_bert
+from common.models.folders import fine_tuned_folder, model_folder
+from common.models.layers import linear_layers
+from common.models.loading import load_fine_tuned
+from tests.support.models import delta_of, tiny_bert
 
 TASK = Task(labels=("a", "b", "c"))
 PREFIX = "base_model.model."

@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 
 from common.agreement import Agreement
-from common.low_rank import adapter_plan, cut
-from common.models import add_delta, parameter_shapes
+from common.models.delta import add_delta
+from common.models.low_rank import adapter_plan, cut
+from common.models.parameters import parameter_shapes
 from server.adapter_folder import write_adapter
-from tests.conftest import tiny_bert
+from tests.support.models import tiny_bert
 from tests.test_adapter import tiny_gpt2
 
 

@@ -8,7 +8,7 @@ from common.agreement import SEQUENTIAL, Agreement, AgreementDraft, MethodName, 
 from common.errors import SettingsError
 from common.merge_methods import METHODS
 from common.settings_file import load_settings
-from deploy.simulate import write_settings
+from deploy.simulation.simulate import write_settings
 
 GOOD = """
 title = "Test"

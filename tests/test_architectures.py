@@ -13,24 +13,18 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from client.gram import find_shared_inputs, measure_grams
+from client.measurement.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry, Privacy, RegMean, Task, TensorRoles
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution_layout, solve
 from common.merge_methods.terms import Gram, OwnerTerms, Solution
-from common.models import (
-    Layer,
-    MergePlan,
-    linear_layers,
-    merge_layers,
-    merge_plan,
-    parameter_of,
-    parameter_shapes,
-)
+from common.models.layers import Layer, linear_layers, merge_layers, parameter_of
+from common.models.parameters import parameter_shapes
+from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
 from deploy.example import reviews
-from tests.conftest import delta_of, tiny_bert
-from tests.parties import IDENTITIES
+from tests.support.models import delta_of, tiny_bert
+from tests.support.parties import IDENTITIES
 from tests.test_merge_methods import exact, total_of
 
 Example = dict[str, Tensor]  # a model's inputs for one example, without padding and without a batch dimension

@@ -44,7 +44,7 @@ def test_two_clones_give_the_same_bundle(bundles: list[bytes]) -> None:
 def test_the_bundle_holds_the_app_s_code_and_nothing_else(bundles: list[bytes]) -> None:
     names = zipfile.ZipFile(BytesIO(bundles[0])).namelist()
     code = [name for name in names if not name.startswith(".info") and name not in ("pyproject.toml", "LICENSE")]
-    card = "server/model_card.jinja.md"  # the server's app fills it in
+    card = "server/report/model_card.jinja.md"  # the server's app fills it in
     python = [name for name in code if name != card]
     assert all(name.split("/")[0] in ("common", "client", "server") and name.endswith(".py") for name in python), names
     for needed in ("client/app.py", "server/app.py", "common/summation/plain.py", card):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from common.agreement import Agreement
+from common.certificates import body_of, check_burned, sign_burned
+from common.domain_separation import Domain
 from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, TooFewOwners
-from common.labels import Label
 from common.messages import (
     Acknowledgements,
     BurnCertificate,
@@ -37,14 +38,12 @@ from common.messages import (
     SessionBurned,
     SurvivorList,
 )
-from common.result import body_of
 from common.summation import SUMMATIONS, fixed_point
 from common.summation.protocol import OwnerSide, SumTerms
-from common.summation.recovery import check_burned, sign_burned
 from common.tensor_layout import TensorEntry, TensorLayout
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
-from tests.parties import IDENTITIES
+from tests.support.parties import IDENTITIES
 
 LAYOUT = TensorLayout((TensorEntry(name="t", shape=(7,), bound=8.0),))
 MODEL = "cd" * 32
@@ -84,13 +83,13 @@ class ScriptedChannel:
         identity = IDENTITIES.get(owner, IDENTITIES["ada"])
         if isinstance(request, RollCall):
             body = bytes.fromhex(request.agreement_digest)
-            signature = identity.sign(Label.SIGN_PRESENT, bytes.fromhex(request.run), body)
+            signature = identity.sign(Domain.SIGN_PRESENT, bytes.fromhex(request.run), body)
             return Present(run=request.run, owner=owner, pending="", signature=signature)
         if isinstance(request, CandidatePart):
             return CandidateReceived(run=request.run, owner=owner, model=request.model, part=request.part)
         if isinstance(request, Result):
             body = body_of(self.agreement, request)
-            signature = identity.sign(Label.SIGN_RECEIPT, bytes.fromhex(request.run), body)
+            signature = identity.sign(Domain.SIGN_RECEIPT, bytes.fromhex(request.run), body)
             return ResultReceived(run=request.run, owner=owner, signature=signature)
         if isinstance(request, BurnCertificate):
             return CertificateKept(session=request.session, owner=owner)
@@ -294,7 +293,7 @@ def test_a_signature_of_another_under_the_result_is_none(agreement: Agreement) -
     def sign_for(owner: str, request: Message, reply: Message) -> Message:
         if owner == "bea" and isinstance(reply, ResultReceived) and isinstance(request, Result):
             body = body_of(coordinator.agreement, request)
-            signature = IDENTITIES["cyd"].sign(Label.SIGN_RECEIPT, bytes.fromhex(request.run), body)
+            signature = IDENTITIES["cyd"].sign(Domain.SIGN_RECEIPT, bytes.fromhex(request.run), body)
             return replace(reply, signature=signature)
         return reply
 
@@ -326,7 +325,7 @@ def interrupted(reply_to_burn: Callable[[str, BurnSession], Message]) -> Fault:
     def fault(owner: str, request: Message, reply: Message) -> Message:
         if isinstance(request, RollCall):
             body = bytes.fromhex(request.agreement_digest) + MODEL.encode()
-            signature = IDENTITIES[owner].sign(Label.SIGN_PRESENT, bytes.fromhex(request.run), body)
+            signature = IDENTITIES[owner].sign(Domain.SIGN_PRESENT, bytes.fromhex(request.run), body)
             return Present(run=request.run, owner=owner, pending=MODEL, signature=signature)
         return reply_to_burn(owner, request) if isinstance(request, BurnSession) else reply
 

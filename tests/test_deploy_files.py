@@ -15,7 +15,7 @@ from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.settings_file import Settings, load_settings, parse_settings
 from server.settings import CoordinatorSettings
-from tests.command_line import parse
+from tests.support.command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

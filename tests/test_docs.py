@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.summation import masked
-from tests.command_line import parse, parsers
-from tests.documents import ROOT, _matches, blocks, run_document
+from tests.support.command_line import parse, parsers
+from tests.support.documents import ROOT, _matches, blocks, run_document
 
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "deploy" / "README.md", *DOCUMENTS]

@@ -16,9 +16,9 @@ from transformers import (
 
 from common.agreement import Task
 from common.errors import SettingsError
-from common.models import digest_of
+from common.models.loading import digest_of
 from examples.merge_folders import merge_folders, task_of
-from tests.documents import ROOT
+from tests.support.documents import ROOT
 
 
 def owner(name: str, base: Path, suffix: str, consortium: Path) -> tuple[str, str, str, str]:

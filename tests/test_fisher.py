@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from client.fisher import measure_fisher
-from client.rows import Rows
-from tests.conftest import tiny_bert
+from client.data.rows import Rows
+from client.measurement.fisher import measure_fisher
+from tests.support.models import tiny_bert
 
 
 class Padder:

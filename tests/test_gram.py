@@ -14,11 +14,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from client.gram import find_shared_inputs, measure_grams
+from client.measurement.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, TensorRoles
 from common.errors import ModelError
-from common.models import Layer, MergePlan, SharedInput, linear_layers, merge_plan, parameter_shapes
-from tests.conftest import tiny_bert
+from common.models.layers import Layer, linear_layers
+from common.models.parameters import parameter_shapes
+from common.models.plan import MergePlan, SharedInput, merge_plan
+from tests.support.models import tiny_bert
 
 
 def batch_of(lengths: list[int], padded_to: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client import gram_stream
-from client.block_stream import BlockStream
-from client.disk_model import DiskModel
-from client.gram import GramCollector, measure_grams
-from client.gram_stream import GramStream
+from client.measurement import gram_stream
+from client.measurement.blocks import BlockStream
+from client.measurement.disk_model import DiskModel
+from client.measurement.gram import GramCollector, measure_grams
+from client.measurement.gram_stream import GramStream
 from client.owner import Owner
 from common.errors import DataError
 from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
-from common.models import Delta, MergePlan, merge_plan
-from tests.conftest import delta_of, tiny_bert
-from tests.parties import Parties
+from common.models.delta import Delta
+from common.models.plan import MergePlan, merge_plan
+from tests.support.models import delta_of, tiny_bert
+from tests.support.parties import Parties
 from tests.test_architectures import ARCHITECTURES, batch_of, roles_of, shake
 from tests.test_owner import open_sum, roll_call
 

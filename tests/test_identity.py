@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, SettingsError
 from common.identity import (
     Identity,
@@ -18,7 +19,6 @@ from common.identity import (
     verify,
     write_identity,
 )
-from common.labels import Label
 
 ADA = Identity(name="ada", seed=bytes(range(32)))
 
@@ -83,17 +83,17 @@ def test_a_secret_does_not_show() -> None:
 
 def test_a_signature_holds_for_one_label_session_owner_and_body_only() -> None:
     session, body = b"s" * 32, b"body"
-    signature = ADA.sign(Label.SIGN_KEYS, session, body)
-    verify(ADA.public_key, Label.SIGN_KEYS, session, "ada", body, signature)
+    signature = ADA.sign(Domain.SIGN_KEYS, session, body)
+    verify(ADA.public_key, Domain.SIGN_KEYS, session, "ada", body, signature)
     eve = Identity(name="ada", seed=b"e" * 32)
     for wrong in (
-        (ADA.public_key, Label.SIGN_SHARES, session, "ada", body, signature),
-        (ADA.public_key, Label.SIGN_KEYS, b"t" * 32, "ada", body, signature),
-        (ADA.public_key, Label.SIGN_KEYS, session, "bea", body, signature),
-        (ADA.public_key, Label.SIGN_KEYS, session, "ada", b"other", signature),
-        (ADA.public_key, Label.SIGN_KEYS, session, "ada", body, signature[:-1]),
-        (eve.public_key, Label.SIGN_KEYS, session, "ada", body, signature),
-        (b"short", Label.SIGN_KEYS, session, "ada", body, signature),
+        (ADA.public_key, Domain.SIGN_SHARES, session, "ada", body, signature),
+        (ADA.public_key, Domain.SIGN_KEYS, b"t" * 32, "ada", body, signature),
+        (ADA.public_key, Domain.SIGN_KEYS, session, "bea", body, signature),
+        (ADA.public_key, Domain.SIGN_KEYS, session, "ada", b"other", signature),
+        (ADA.public_key, Domain.SIGN_KEYS, session, "ada", body, signature[:-1]),
+        (eve.public_key, Domain.SIGN_KEYS, session, "ada", body, signature),
+        (b"short", Domain.SIGN_KEYS, session, "ada", body, signature),
     ):
         with pytest.raises(RemoteProtocolError, match="does not hold"):
             verify(*wrong)
@@ -102,13 +102,13 @@ def test_a_signature_holds_for_one_label_session_owner_and_body_only() -> None:
 @given(*[st.tuples(st.binary(max_size=32), st.text("abc", max_size=9), st.binary(max_size=20))] * 2)
 def test_no_two_things_to_be_signed_are_the_same_bytes(one: tuple, other: tuple) -> None:
     if one != other:
-        assert _signed_bytes(Label.SIGN_KEYS, *one) != _signed_bytes(Label.SIGN_KEYS, *other)
+        assert _signed_bytes(Domain.SIGN_KEYS, *one) != _signed_bytes(Domain.SIGN_KEYS, *other)
 
 
 def test_every_label_is_numbered_once() -> None:
-    numbers = [label.value.split()[2] for label in Label]
-    assert len(set(numbers)) == len(numbers) == len(Label)
-    assert all(label.value.endswith(b"\n") for label in Label)
+    numbers = [label.value.split()[2] for label in Domain]
+    assert len(set(numbers)) == len(numbers) == len(Domain)
+    assert all(label.value.endswith(b"\n") for label in Domain)
 
 
 def test_a_fingerprint_is_forty_digits_that_depend_on_every_bit() -> None:

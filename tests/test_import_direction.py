@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"common", "client", "server", "deploy"}
 ALLOWED = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}, "deploy": OURS}
-IMPORT_FLOWER = {"common/flower_records.py", "client/app.py", "server/app.py"}
+IMPORT_FLOWER = {"common/wire.py", "client/app.py", "server/app.py"}
 SOURCES = [path.relative_to(ROOT) for package in sorted(OURS) for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -44,7 +44,7 @@ def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
 
 def test_forward_hooks_are_in_two_places_layers_and_blocks() -> None:
     users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
-    assert users == ["client/block_stream.py", "client/gram.py"]
+    assert users == ["client/measurement/blocks.py", "client/measurement/gram.py"]
 
 
 def test_an_owner_s_app_starts_without_torch_which_most_messages_do_not_need() -> None:

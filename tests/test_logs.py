@@ -16,14 +16,14 @@ from client.app import app as client_app
 from client.owner import Owner
 from common.errors import AmalgramError, EngineError
 from common.logs import JsonLines
-from deploy.in_process_grid import run_in_process
+from deploy.commands.merge import Progress
 from deploy.launch.flower import raise_failure
 from deploy.launch.processes import FollowedFile
-from deploy.merge import Progress
-from deploy.simulate import simulate
+from deploy.simulation.in_process_grid import run_in_process
+from deploy.simulation.simulate import simulate
 from server import app as server_app
 from server.app import PROGRESS
-from tests.parties import Parties
+from tests.support.parties import Parties
 
 NAMES = ("owners", "done", "waiting_for", "payload_bytes")
 COUNTS = ("number", "num_steps", "payload_bytes", "payload_bytes_each")
@@ -121,7 +121,7 @@ def test_the_command_says_who_keeps_the_others_waiting_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG, "amalgram")
-    monkeypatch.setattr("deploy.merge.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("deploy.commands.merge.PATIENCE_SECONDS", 0.05)
     path = tmp_path / PROGRESS
     progress = Progress(FollowedFile(path))
     progress.show()

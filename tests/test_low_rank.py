@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import T5Config, T5ForConditionalGeneration
 
-from common.low_rank import adapter_plan, cut, factorise, multiply
-from common.models import parameter_shapes
-from tests.conftest import tiny_bert
+from common.models.low_rank import adapter_plan, cut, factorise, multiply
+from common.models.parameters import parameter_shapes
+from tests.support.models import tiny_bert
 from tests.test_adapter import tiny_gpt2
 
 

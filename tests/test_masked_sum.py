@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from common.errors import LocalProtocolError, NumericalError, TooFewOwners
 from common.messages import MaskedPart, OpenSum
 from common.summation import SUMMATIONS
-from common.summation.masked import MaskedCoordinator, MaskedOwner
+from common.summation.masked.coordinator import MaskedCoordinator
+from common.summation.masked.owner import MaskedOwner
 from common.summation.protocol import SumTerms, drive
 from common.tensor_layout import TensorEntry, TensorLayout
-from tests.sums import identities_of, layout_of, repeating_bytes, run, sum_of, terms_of, vectors_of
+from tests.support.sums import identities_of, layout_of, repeating_bytes, run, sum_of, terms_of, vectors_of
 
 # The steps of a sum of one part, by the message that an owner does not answer any more.
 STEPS = ("OpenSum", "KeyBook", "KeyShares", "SurvivorList", "Acknowledgements")

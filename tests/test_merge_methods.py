@@ -26,9 +26,10 @@ from common.merge_methods import (
     start,
 )
 from common.merge_methods.terms import Gram, OwnerTerms, Solution, owner_weight
-from common.models import Layer, MergePlan, SharedInput
+from common.models.layers import Layer
+from common.models.plan import MergePlan, SharedInput
 from common.summation.protocol import Total
-from tests.sums import run, terms_of
+from tests.support.sums import run, terms_of
 
 
 def plan_for(

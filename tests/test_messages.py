@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RemoteProtocolError
-from common.flower_records import from_record, to_record
 from common.messages import (
     _CHECKS,
     KINDS,
@@ -47,7 +46,8 @@ from common.messages import (
     decode,
     encode,
 )
-from deploy.in_process_grid import through_serialisation
+from common.wire import from_record, to_record
+from deploy.simulation.in_process_grid import through_serialisation
 
 HEX, KEY, SIGNATURE = "ab" * 32, b"k" * 32, b"s" * 64
 EXAMPLES: list[Message] = [

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.evaluate import score_logits
-from client.rows import IGNORED, Rows
+from client.data.rows import IGNORED, Rows
+from client.measurement.evaluation import score_logits
 from common.agreement import Agreement, OwnerEntry, Task
 from common.metrics import Score, contribution, metrics_layout, read_total
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from server.model_card import CARD, write_model_card
-from tests.reports import hand_written
+from server.report.card import CARD, write_model_card
+from tests.support.reports import hand_written
 
 
 def card_of(report: dict[str, Any], folder: Path, base_card: str | None = None, hub: bool = False) -> ModelCard:

@@ -9,23 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
 
-from client.gram import measure_grams
+from client.measurement.gram import measure_grams
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
-from common.models import (
-    MergePlan,
-    add_delta,
-    base_labels,
-    check_base,
-    digest_of,
-    load_base,
-    load_fine_tuned,
-    load_tokenizer,
-    merge_plan,
-    model_folder,
-)
+from common.models.delta import add_delta
+from common.models.folders import base_labels, load_tokenizer, model_folder
+from common.models.loading import check_base, digest_of, load_base, load_fine_tuned
+from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
-from tests.conftest import delta_of, tiny_bert
+from tests.support.models import delta_of, tiny_bert
 
 TASK = Task(labels=("a", "b", "c"))
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.summation import neighbours as module
-from common.summation.neighbours import MAX_COMPLETE, NeighbourGraph, neighbourhood, quorum
+from common import thresholds as module
+from common.summation.masked.neighbours import NeighbourGraph
+from common.thresholds import MAX_COMPLETE, neighbourhood, quorum
 
 
 @pytest.mark.parametrize(("owners", "colluders", "t"), [(3, 0, 2), (5, 1, 4), (10, 3, 7), (150, 20, 86)])

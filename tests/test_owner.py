@@ -19,8 +19,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import app
 from client.owner import Owner
 from client.workbench import Workbench
+from common.certificates import Candidate, candidates_digest
 from common.errors import AmalgramError, ConsentError, DataError, RemoteProtocolError
-from common.flower_records import from_record, to_record
 from common.identity import Identity, write_identity
 from common.merge_methods import contribution_layout
 from common.messages import (
@@ -37,13 +37,13 @@ from common.messages import (
     RollCall,
 )
 from common.metrics import metrics_layout
-from common.models import delta_layout
-from common.result import Candidate, candidates_digest
-from common.summation.masked import MaskedCoordinator
+from common.models.delta import delta_layout
+from common.summation.masked.coordinator import MaskedCoordinator
 from common.summation.protocol import SumTerms, Total, drive
 from common.tensor_layout import TensorLayout
-from deploy.simulate import write_settings
-from tests.parties import Parties
+from common.wire import from_record, to_record
+from deploy.simulation.simulate import write_settings
+from tests.support.parties import Parties
 
 RUN, OTHER, NONCE = "ab" * 32, "cd" * 32, "ef" * 32
 SESSION = OTHER  # of a request that belongs to no sum

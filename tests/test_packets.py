@@ -16,7 +16,6 @@ from client.app import app
 from client.owner import Owner
 from common.agreement import Agreement
 from common.errors import RemoteProtocolError
-from common.flower_records import from_record, to_record
 from common.messages import (
     PROTOCOL_VERSION,
     Acknowledgements,
@@ -36,12 +35,12 @@ from common.messages import (
     VectorPart,
     check_packet,
 )
-from common.models import delta_layout
+from common.models.delta import delta_layout
 from common.tensor_layout import TensorLayout
-from deploy.in_process_grid import through_serialisation
+from common.wire import from_record, to_record
+from deploy.simulation.in_process_grid import through_serialisation
 from server.merge import run_merge
-from tests.conftest import parties_of
-from tests.parties import OwnersChannel, Parties
+from tests.support.parties import OwnersChannel, Parties, parties_of
 from tests.test_coordinator import LAYOUT, ScriptedChannel, coordinator_of, honest, own_folder
 
 __all__ = ["own_folder"]  # a fixture that every test of a coordinator needs

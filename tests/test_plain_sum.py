@@ -12,7 +12,7 @@ from common.messages import CandidateReceived, Finish, Message, PartRequest, Sum
 from common.summation import SUMMATIONS, fixed_point, plain, protocol
 from common.summation.protocol import SumTerms, Total
 from common.tensor_layout import TensorEntry, TensorLayout
-from tests.sums import identities_of, layout_of, repeating_bytes, run, sum_of, terms_of, vectors_of
+from tests.support.sums import identities_of, layout_of, repeating_bytes, run, sum_of, terms_of, vectors_of
 
 THREE = identities_of(3)
 OWNERS = tuple(THREE)

@@ -9,11 +9,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from client.private_data import PrivateData
+from client.data.private_data import PrivateData
 from client.settings import Data
 from common.agreement import Task
 from common.errors import DataError
-from common.models import load_base, load_tokenizer
+from common.models.folders import load_tokenizer
+from common.models.loading import load_base
 from deploy.demo.digits import train_base
 from deploy.example.reviews import LABELS
 

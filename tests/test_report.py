@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from common.errors import SettingsError
-from server.page import page_of, render_report, verdict
-from server.report import read_report, save_report
-from tests.reports import HOSTILE, hand_written
+from server.report.page import page_of, render_report, verdict
+from server.report.report import read_report, save_report
+from tests.support.reports import HOSTILE, hand_written
 
 
 class Page(HTMLParser):

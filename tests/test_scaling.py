@@ -14,12 +14,12 @@ from common.agreement import IN_32_BITS, Agreement, AgreementDraft, OwnerEntry, 
 from common.errors import NumericalError
 from common.merge_methods import METHODS, contribution, contribution_layout, solve
 from common.merge_methods.terms import OwnerTerms
-from common.models import MergePlan
+from common.models.plan import MergePlan
 from common.scaling import RescaledTotal, Scales
 from common.summation import fixed_point
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
-from tests.sums import identities_of, run, terms_of
+from tests.support.sums import identities_of, run, terms_of
 from tests.test_merge_methods import bounded, owner_for, plan_for
 
 Vectors = dict[str, NDArray[np.float64]]

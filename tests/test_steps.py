@@ -23,13 +23,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from client import block_stream
-from client.block_stream import BlockStream, check_blocks
-from client.disk_model import DiskModel
-from client.gram import GramCollector, find_shared_inputs, layer_inputs
-from client.head import measure_head
-from client.rows import Rows
-from client.sequence import measure_step, put_merged_prefix
+from client.data.rows import Rows
+from client.measurement import blocks as block_stream
+from client.measurement.blocks import BlockStream, check_blocks
+from client.measurement.classifier_inputs import measure_head
+from client.measurement.disk_model import DiskModel
+from client.measurement.gram import GramCollector, find_shared_inputs, layer_inputs
+from client.measurement.merged_prefix import measure_step, put_merged_prefix
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Refit
 from common.errors import DataError, ModelError
 from common.identity import Identity
@@ -37,9 +37,10 @@ from common.merge_methods import refit, solve_step, step_contribution, step_layo
 from common.merge_methods.regmean_plus_plus import merged_names
 from common.merge_methods.sequence import plan_of
 from common.merge_methods.terms import OwnerTerms
-from common.models import MergePlan, block_names
-from tests.conftest import tiny_bert
-from tests.sums import run, terms_of
+from common.models.layers import block_names
+from common.models.plan import MergePlan
+from tests.support.models import tiny_bert
+from tests.support.sums import run, terms_of
 
 TEXT = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 

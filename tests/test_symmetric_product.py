@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.symmetric_product import COLUMNS, add_upper, mirror_upper
+from client.measurement.symmetric_product import COLUMNS, add_upper, mirror_upper
 
 # Around the edges of the bands in which sums are folded, and small ones.
 DIMENSIONS = st.sampled_from([1, 2, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 3])

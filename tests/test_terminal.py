@@ -22,7 +22,7 @@ from rich.console import Console
 from common.errors import SettingsError
 from deploy import terminal
 from deploy.cli import FIRST_STEPS, cli
-from tests.command_line import parse, parsers
+from tests.support.command_line import parse, parsers
 
 AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
 PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.domain_separation import Domain
 from common.errors import LocalProtocolError, RemoteProtocolError
 from common.identity import Identity
-from common.labels import Label
 from common.summation import key_agreement, mask_stream, secret_sharing
-from common.summation.masked import Book
-from tests.sums import repeating_bytes
+from common.summation.masked.book import Book
+from tests.support.sums import repeating_bytes
 from tests.vectors import transcripts
 from tests.vectors.transcripts import CASES, FOLDER, from_json, set_up, to_json
 
@@ -151,8 +151,8 @@ def test_hkdf_as_in_rfc_5869() -> None:
     answer = "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"
     assert hkdf(b"\x0b" * 22, bytes(range(13)), bytes(range(0xF0, 0xFA)), 42).hex() == answer
     for length in (16, 32):
-        derived = key_agreement.derive(b"secret", Label.PAIR_MASK, b"salt", b"info", length)
-        assert derived == hkdf(b"secret", b"salt", Label.PAIR_MASK.value + b"info", length)
+        derived = key_agreement.derive(b"secret", Domain.PAIR_MASK, b"salt", b"info", length)
+        assert derived == hkdf(b"secret", b"salt", Domain.PAIR_MASK.value + b"info", length)
 
 
 def test_ed25519_as_in_rfc_8032() -> None:

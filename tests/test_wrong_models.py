@@ -14,8 +14,8 @@ from client.owner import Owner
 from client.settings import OwnerSettings
 from common.errors import ModelError
 from common.settings_file import load_settings
-from deploy.simulate import write_settings
-from tests.parties import Parties
+from deploy.simulation.simulate import write_settings
+from tests.support.parties import Parties
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 

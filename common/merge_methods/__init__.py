@@ -16,8 +16,8 @@ A method of several steps (sequence.py) has, instead of `solve`,
     solve_step(agreement, plan, step, total, knob)    the knob matters in the last step
 
 An owner turns (its delta, its measurements) into named tensors; the coordinator sees only their total over the owners.
-Deltas are computed, and Grams measured, when a method asks for them (client/gram_stream.py): it asks for each Gram
-once, in the plan's order, so that one block's are in memory.
+Deltas are computed, and Grams measured, when a method asks for them (client/measurement/gram_stream.py): it asks for
+each Gram once, in the plan's order, so that one block's are in memory.
 A method knows nothing of how the sum is made. Where several methods are compared, tensors of one name are sent once.
 """
 
@@ -31,7 +31,8 @@ from common.errors import SettingsError
 from common.merge_methods import average, data_free, fisher, refit, regmean, regmean_plus_plus, task_arithmetic
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import OwnerTerms, Solution
-from common.models import MergePlan, delta_layout
+from common.models.delta import delta_layout
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout, union
 

@@ -18,7 +18,7 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import MergePlan
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 

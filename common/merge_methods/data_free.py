@@ -31,7 +31,8 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import Layer, MergePlan, join_slices, parameter_of
+from common.models.layers import Layer, join_slices, parameter_of
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 

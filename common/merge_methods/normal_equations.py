@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.merge_methods.terms import LayerNote, to_array
-from common.models import Layer
+from common.models.layers import Layer
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry
 

@@ -33,7 +33,8 @@ from common.merge_methods import average, data_free, regmean
 from common.merge_methods.normal_equations import add_ridge, solve_symmetric, spectrum
 from common.merge_methods.sequence import Step
 from common.merge_methods.terms import HeadTerms, LayerNote, OwnerTerms, Solution, to_array, weight_bound
-from common.models import Layer, MergePlan
+from common.models.layers import Layer
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 

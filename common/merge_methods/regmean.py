@@ -33,7 +33,8 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models import MergePlan, SharedInput, join_slices
+from common.models.layers import join_slices
+from common.models.plan import MergePlan, SharedInput
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 

@@ -15,7 +15,8 @@ from common.agreement import Agreement, AgreementDraft
 from common.merge_methods import regmean
 from common.merge_methods.sequence import Step, agreement_of, plan_of
 from common.merge_methods.terms import OwnerTerms, Solution
-from common.models import MergePlan, SharedInput, parameter_of
+from common.models.layers import parameter_of
+from common.models.plan import MergePlan, SharedInput
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 

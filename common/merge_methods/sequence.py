@@ -7,7 +7,7 @@ show the difference. So these methods need all owners, in every step (`Agreement
 from dataclasses import dataclass, replace
 
 from common.agreement import Agreement
-from common.models import MergePlan, SharedInput
+from common.models.plan import MergePlan, SharedInput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ owners, each the others' deltas (tests/attacks/test_leaks.py).
 from common.agreement import Agreement
 from common.merge_methods.average import contribution, layout, measurements
 from common.merge_methods.terms import Solution, mean_delta, unchanged
-from common.models import MergePlan
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 
 __all__ = ["contribution", "layout", "measurements"]

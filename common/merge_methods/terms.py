@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.agreement import Agreement
 from common.errors import NumericalError
-from common.low_rank import LowRank
-from common.models import MergePlan
+from common.models.low_rank import LowRank
+from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry
 

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from common.domain_separation import Domain
 from common.errors import RemoteProtocolError
-from common.labels import Label
 
 SEED_BYTES = 32
 KEY_BYTES = 32
@@ -21,17 +21,17 @@ TAG_BYTES = 16
 ONLY_NONCE = bytes(12)
 
 
-def derive(secret: bytes, label: Label, salt: bytes, info: bytes = b"", length: int = 32) -> bytes:
+def derive(secret: bytes, label: Domain, salt: bytes, info: bytes = b"", length: int = 32) -> bytes:
     """HKDF-SHA256 (RFC 5869) with info = label | info."""
     return HKDF(algorithm=SHA256(), length=length, salt=salt, info=label.value + info).derive(secret)
 
 
-def private_key(seed: bytes, label: Label, session: bytes) -> X25519PrivateKey:
+def private_key(seed: bytes, label: Domain, session: bytes) -> X25519PrivateKey:
     """The private key that `seed` stands for in `session`; the label tells channel keys from mask keys."""
     return X25519PrivateKey.from_private_bytes(derive(seed, label, session))
 
 
-def public_key(seed: bytes, label: Label, session: bytes) -> bytes:
+def public_key(seed: bytes, label: Domain, session: bytes) -> bytes:
     """The public key of `private_key`, 32 bytes."""
     return private_key(seed, label, session).public_key().public_bytes_raw()
 

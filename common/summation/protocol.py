@@ -19,8 +19,8 @@ from common.mapped import pieces, release
 from common.messages import Message, OpenSum
 from common.summation import fixed_point
 from common.summation.accumulator import Zeros
-from common.summation.neighbours import Neighbourhood, neighbourhood, quorum
 from common.tensor_layout import TensorLayout
+from common.thresholds import Neighbourhood, neighbourhood, quorum
 
 # (phase, message type) -> next phase. What is not in a side's table is not allowed.
 Transitions = Mapping[tuple[str, type[Message]], str]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
-from client.finetune import fine_tune
-from client.rows import Rows
+from client.data.rows import Rows
+from client.measurement.fine_tuning import fine_tune
 from client.settings import Training
 
 FRAME = 16  # pixels

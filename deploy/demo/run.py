@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from deploy.demo.digits import write_consortium
-from deploy.simulate import Engine, simulate
+from deploy.simulation.simulate import Engine, simulate
 from server.merge import claim_output
 
 

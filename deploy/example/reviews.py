@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from client.finetune import fine_tune
-from client.rows import Rows
+from client.data.rows import Rows
+from client.measurement.fine_tuning import fine_tune
 from client.settings import Training
 from common.errors import SettingsError
 

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from client.owner import Owner
 from common.merge_methods import merged_layout, solve_step, step_layout, step_statistic, steps
 from common.metrics import metrics_layout, read_total
-from common.models import delta_layout, delta_of, load_tokenizer
+from common.models.delta import delta_layout
+from common.models.folders import load_tokenizer
 from common.tensor_layout import TensorLayout
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
-from tests.conftest import parties_of
-from tests.parties import OwnersChannel, Parties
+from tests.support.models import delta_of
+from tests.support.parties import OwnersChannel, Parties, parties_of
 
 VICTIM, WORD = "hotel", "breakfast"
 SIZE = 4.0  # of the detector's code for the word, in every place

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from common.domain_separation import Domain
 from common.identity import Identity
-from common.labels import Label
 from common.messages import KeyBook, KeyShares, OpenSum
 from common.summation import key_agreement
-from common.summation.masked import MaskedOwner
+from common.summation.masked.owner import MaskedOwner
 from common.summation.records import KeyEntry
-from tests.attacks.malicious import MaliciousCoordinator
-from tests.sums import repeating_bytes
+from tests.support.malicious import MaliciousCoordinator
+from tests.support.sums import repeating_bytes
 
 ATTACKER = Identity(name="o1", seed=b"attacker".ljust(32))
 
@@ -23,8 +23,8 @@ def entries_of(book: KeyBook) -> dict[int, KeyEntry]:
 def attackers_keys() -> tuple[bytes, bytes]:
     """Keys whose private halves the attacker knows."""
     return (
-        key_agreement.public_key(b"a" * 32, Label.CHANNEL_KEY, bytes(32)),
-        key_agreement.public_key(b"b" * 32, Label.MASK_KEY, bytes(32)),
+        key_agreement.public_key(b"a" * 32, Domain.CHANNEL_KEY, bytes(32)),
+        key_agreement.public_key(b"b" * 32, Domain.MASK_KEY, bytes(32)),
     )
 
 
@@ -49,7 +49,7 @@ def test_1_keys_replaced_in_transit() -> None:
 def test_2_keys_signed_by_a_key_that_is_not_on_the_roster() -> None:
     evil = MaliciousCoordinator()
     channel_key, mask_key = attackers_keys()
-    signature = ATTACKER.sign(Label.SIGN_KEYS, evil.terms.session, channel_key + mask_key)
+    signature = ATTACKER.sign(Domain.SIGN_KEYS, evil.terms.session, channel_key + mask_key)
     send_book(evil, {1: KeyEntry(1, channel_key, mask_key, signature)}, "the signature of o1 does not hold")
 
 
@@ -72,7 +72,7 @@ def test_4_a_colluder_that_advertises_another_owner_s_keys_as_its_own() -> None:
     evil = MaliciousCoordinator()
     entries = entries_of(evil.honest_until(KeyBook)["o0"])  # type: ignore[arg-type]
     stolen = entries[1]
-    signature = evil.identities["o2"].sign(Label.SIGN_KEYS, evil.terms.session, stolen.channel_key + stolen.mask_key)
+    signature = evil.identities["o2"].sign(Domain.SIGN_KEYS, evil.terms.session, stolen.channel_key + stolen.mask_key)
     send_book(evil, {2: replace(stolen, owner=2, signature=signature)}, "a key stands in it twice")
 
 
@@ -103,7 +103,7 @@ def test_12_a_roster_inflated_with_made_up_owners() -> None:
     evil = MaliciousCoordinator()
     channel_key, mask_key = attackers_keys()
     made_up = Identity(name="o5", seed=b"o5".ljust(32))
-    signature = made_up.sign(Label.SIGN_KEYS, evil.terms.session, channel_key + mask_key)
+    signature = made_up.sign(Domain.SIGN_KEYS, evil.terms.session, channel_key + mask_key)
     send_book(evil, {5: KeyEntry(5, channel_key, mask_key, signature)}, "there is no owner 5 on a roster of 5")
 
 
@@ -139,7 +139,7 @@ def test_27_a_low_order_point_signed_by_a_colluder(which: str, point: str) -> No
     entries = entries_of(evil.honest_until(KeyBook)["o0"])  # type: ignore[arg-type]
     keys = {"channel_key": entries[1].channel_key, "mask_key": entries[1].mask_key}
     keys[f"{which}_key"] = bytes.fromhex(point)
-    signature = evil.identities["o1"].sign(Label.SIGN_KEYS, evil.terms.session, keys["channel_key"] + keys["mask_key"])
+    signature = evil.identities["o1"].sign(Domain.SIGN_KEYS, evil.terms.session, keys["channel_key"] + keys["mask_key"])
     entry = KeyEntry(1, keys["channel_key"], keys["mask_key"], signature)
     if which == "channel":
         send_book(evil, {1: entry}, "point of low order")

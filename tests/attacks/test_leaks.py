@@ -10,23 +10,27 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from client.app import app as client_app
-from client.fisher import measure_fisher
-from client.gram import measure_grams
+from client.measurement.fisher import measure_fisher
+from client.measurement.gram import measure_grams
 from client.owner import Owner
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Refit, Summation, Task
 from common.errors import DataError
 from common.merge_methods import contribution_layout, refit, solve
 from common.merge_methods.terms import Gram, HeadTerms, OwnerTerms
-from common.models import Layer, MergePlan, SharedInput, delta_of, load_base, load_tokenizer, merge_plan
+from common.models.folders import load_tokenizer
+from common.models.layers import Layer
+from common.models.loading import load_base
+from common.models.plan import MergePlan, SharedInput, merge_plan
 from common.summation import fixed_point
 from common.summation.protocol import Total
-from deploy.agree import consent_text
+from deploy.commands.agree import consent_text
 from deploy.complete import complete_agreement
 from deploy.example import reviews
-from deploy.in_process_grid import InProcessGrid, run_in_process
+from deploy.simulation.in_process_grid import InProcessGrid, run_in_process
 from server.app import app as server_app
 from server.coordinator import Coordinator
-from tests.parties import IDENTITIES, Parties
+from tests.support.models import delta_of
+from tests.support.parties import IDENTITIES, Parties
 
 # --- deltas in the clear, and sums that are kept ---
 

@@ -14,8 +14,9 @@ import pytest
 
 from client.owner import Owner
 from client.state import OwnerState
+from common.certificates import Candidate, candidates_digest, result_body, sign_burned
+from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, ModelError, RemoteProtocolError, SettingsError
-from common.labels import Label
 from common.merge_methods import contribution_layout
 from common.messages import (
     PROTOCOL_VERSION,
@@ -39,15 +40,15 @@ from common.messages import (
     SurvivorsSigned,
 )
 from common.metrics import metrics_layout
-from common.models import delta_layout, digest_of
-from common.result import Candidate, candidates_digest, result_body
-from common.summation.masked import MaskedCoordinator
+from common.models.delta import delta_layout
+from common.models.loading import digest_of
+from common.summation.masked.coordinator import MaskedCoordinator
 from common.summation.protocol import SumTerms
 from common.summation.records import Signed
-from common.summation.recovery import burn_quorum, sign_burned
-from deploy.agree import give_consent
-from deploy.simulate import write_settings
-from tests.parties import Parties
+from common.thresholds import burn_quorum
+from deploy.commands.agree import give_consent
+from deploy.simulation.simulate import write_settings
+from tests.support.parties import Parties
 
 RUN, OTHER = "ab" * 32, "cd" * 32
 
@@ -579,7 +580,7 @@ def with_a_candidate(process: Process) -> tuple[Result, np.ndarray]:
 
 def sign_result(process: Process, name: str, model: str, digest: str) -> Result:
     body = result_body(process.parties.agreement, name, model, digest)
-    signature = process.parties.identities["coordinator"].sign(Label.SIGN_RESULT, bytes.fromhex(RUN), body)
+    signature = process.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(RUN), body)
     return Result(run=RUN, model=name, model_digest=model, candidates_digest=digest, signature=signature)
 
 
@@ -647,7 +648,7 @@ def test_33_a_result_signed_in_one_run_is_not_signed_unseen_in_another(process: 
     process.send("hotel", receipts(process, result, list(process.parties.files)))
     process.roll_call(OTHER)
     body = result_body(process.parties.agreement, result.model, result.model_digest, result.candidates_digest)
-    signature = process.parties.identities["coordinator"].sign(Label.SIGN_RESULT, bytes.fromhex(OTHER), body)
+    signature = process.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(OTHER), body)
     with pytest.raises(RemoteProtocolError, match="other candidates than those sent to this owner"):
         process.send("hotel", replace(result, run=OTHER, signature=signature))
 
@@ -721,7 +722,7 @@ def test_33_receipts_under_another_result_do_not_count(process: Process) -> None
     result, _ = with_a_candidate(process)
     good = receipts(process, result, list(process.parties.files))
     body = result_body(process.parties.agreement, result.model, OTHER, result.candidates_digest)
-    other = process.parties.identities["phones"].sign(Label.SIGN_RECEIPT, bytes.fromhex(RUN), body)
+    other = process.parties.identities["phones"].sign(Domain.SIGN_RECEIPT, bytes.fromhex(RUN), body)
     *signed, last = Signed.unpack_all(good.signatures)
     with pytest.raises(RemoteProtocolError, match="the signature of phones does not hold"):
         process.send("hotel", replace(good, signatures=Signed.pack_all([*signed, replace(last, signature=other)])))

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from client import gram_stream
+from client.measurement import gram_stream
 from client.owner import Owner
 from common import scaling
+from common.certificates import Candidate, candidates_digest
 from common.errors import AmalgramError, ConsentError, DataError, NumericalError, RemoteProtocolError
 from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
@@ -30,16 +31,14 @@ from common.messages import (
     OpenSum,
     RollCall,
 )
-from common.result import Candidate, candidates_digest
 from common.scaling import SCALES, Scales
 from common.summation import fixed_point
-from common.summation.masked import MaskedCoordinator
+from common.summation.masked.coordinator import MaskedCoordinator
 from common.summation.protocol import SessionOver, SumTerms, Total
 from common.summation.records import KeyEntry
 from common.tensor_layout import TensorLayout
-from deploy.agree import consent_text
-from tests.conftest import parties_of
-from tests.parties import Parties, consortium_in_32_bits
+from deploy.commands.agree import consent_text
+from tests.support.parties import Parties, consortium_in_32_bits, parties_of
 
 RUN, OTHER = "ab" * 32, "cd" * 32
 

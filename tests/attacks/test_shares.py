@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, TooFewOwners
-from common.labels import Label
 from common.messages import Acknowledgements, KeyShares, SharesRevealed, SharesSealed
 from common.summation import key_agreement, secret_sharing
 from common.summation.records import RevealedShare, SealedShare, ShareDelivery
-from tests.attacks.malicious import MaliciousCoordinator, delivered, flip
+from tests.support.malicious import MaliciousCoordinator, delivered, flip
 
 Change = Callable[[dict[int, ShareDelivery]], None]
 
@@ -102,7 +102,7 @@ def colluder_seals(plain: Callable[[bytes], bytes], direction: tuple[int, int] =
     manifest = b"".join(hashlib.sha256(shares[owner]).digest() for owner in sorted(shares))
     body = book.digest + honest.commitment + manifest
     packed = SealedShare.pack_all(SealedShare(owner, sealed) for owner, sealed in shares.items())
-    signature = evil.identities["o1"].sign(Label.SIGN_SHARES, evil.terms.session, body)
+    signature = evil.identities["o1"].sign(Domain.SIGN_SHARES, evil.terms.session, body)
     evil.side._take_shares(1, replace(honest, shares=packed, signature=signature))
     return evil
 
@@ -151,7 +151,7 @@ def revealing(wrong: set[str], *, lie: Callable[[bytes], bytes]) -> MaliciousCoo
 
 def signed_reveal(evil: MaliciousCoordinator, owner: str, reply: SharesRevealed, shares: bytes) -> SharesRevealed:
     body = hashlib.sha256(shares).digest()
-    signature = evil.identities[owner].sign(Label.SIGN_REVEAL, evil.terms.session, body)
+    signature = evil.identities[owner].sign(Domain.SIGN_REVEAL, evil.terms.session, body)
     return replace(reply, shares=shares, signature=signature)
 
 

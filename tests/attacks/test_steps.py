@@ -9,15 +9,16 @@ import pytest
 
 from client.owner import Owner
 from common.agreement import AgreementDraft
+from common.certificates import candidates_digest
 from common.errors import ConsentError, RemoteProtocolError
 from common.merge_methods import merged_layout, step_layout, steps
 from common.messages import PROTOCOL_VERSION, CandidatePart, Message, OpenSum, RollCall
-from common.models import load_base, merge_plan
-from common.result import candidates_digest
+from common.models.loading import load_base
+from common.models.plan import merge_plan
 from common.settings_file import load_settings
-from deploy.agree import consent_text
+from deploy.commands.agree import consent_text
 from deploy.complete import complete_agreement
-from deploy.simulate import find_owner_files, make_identities, set_up_parties
+from deploy.simulation.simulate import find_owner_files, make_identities, set_up_parties
 
 RUN = "ab" * 32
 METHOD = "refit"

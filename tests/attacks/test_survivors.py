@@ -6,14 +6,14 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from common.domain_separation import Domain
 from common.errors import RemoteProtocolError
 from common.identity import Identity
-from common.labels import Label
 from common.messages import Acknowledgements, SharesRevealed, SurvivorList, SurvivorsSigned
-from common.summation.masked import MASK, SELF, _survivors_body
+from common.summation.masked.book import MASK, SELF, survivors_body
 from common.summation.protocol import SessionOver
 from common.summation.records import RevealedShare, Signed, Survivor
-from tests.attacks.malicious import MaliciousCoordinator, flip, held_by
+from tests.support.malicious import MaliciousCoordinator, flip, held_by
 
 
 def survivors_for(evil: MaliciousCoordinator, names: Sequence[str]) -> SurvivorList:
@@ -146,8 +146,8 @@ def test_19_a_signer_who_is_not_on_the_roster_or_no_survivor() -> None:
         requests = survivors_for(evil, ["o0", "o1", "o2", "o3"])
         evil.send("o0", requests)
         stranger = Identity(name="o5", seed=b"x" * 32)
-        body = _survivors_body(evil.terms, requests.survivors)
-        signature = stranger.sign(Label.SIGN_SURVIVORS, evil.terms.session, body)
+        body = survivors_body(evil.terms, requests.survivors)
+        signature = stranger.sign(Domain.SIGN_SURVIVORS, evil.terms.session, body)
         signed = [evil.sign_as(name, requests.survivors) for name in ("o0", "o1", "o2")]
         with evil.refused("o0", "somebody signed who is no survivor"):
             evil.send("o0", acknowledgements(evil, [*signed, Signed(place, signature)]))

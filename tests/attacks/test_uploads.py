@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.domain_separation import Domain
 from common.errors import NumericalError, RemoteProtocolError, SettingsError
-from common.labels import Label
 from common.messages import KeyShares, MaskedPart, PartRequest, SurvivorList
 from common.summation import fixed_point
-from common.summation.masked import _part_body
+from common.summation.masked.book import part_body
 from common.tensor_layout import RingBits, TensorLayout
-from tests.attacks.malicious import MaliciousCoordinator
-from tests.sums import layout_of
+from tests.support.malicious import MaliciousCoordinator
+from tests.support.sums import layout_of
 
 
 def first_part(evil: MaliciousCoordinator) -> MaskedPart:
@@ -28,8 +28,8 @@ def first_part(evil: MaliciousCoordinator) -> MaskedPart:
 def signed(evil: MaliciousCoordinator, part: MaskedPart) -> MaskedPart:
     """The malicious owner signs whatever it sends."""
     digest = hashlib.sha256(np.ascontiguousarray(part.payload).data).digest()
-    body = _part_body(part.part, digest)
-    return replace(part, signature=evil.identities["o0"].sign(Label.SIGN_PART, evil.terms.session, body))
+    body = part_body(part.part, digest)
+    return replace(part, signature=evil.identities["o0"].sign(Domain.SIGN_PART, evil.terms.session, body))
 
 
 def test_23_a_second_upload() -> None:

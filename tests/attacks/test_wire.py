@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from client.app import app
 from common.errors import RemoteProtocolError
-from common.flower_records import from_record, to_record
 from common.messages import KINDS, Finish, Refusal, SurvivorList
 from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
-from deploy.in_process_grid import InProcessGrid
+from common.wire import from_record, to_record
+from deploy.simulation.in_process_grid import InProcessGrid
 from server.app import FlowerChannel
-from tests.attacks.malicious import MaliciousCoordinator
 from tests.attacks.test_owner_process import Process
-from tests.parties import Parties
+from tests.support.malicious import MaliciousCoordinator
+from tests.support.parties import Parties
 
 RECORDS = (KeyEntry, SealedShare, ShareDelivery, Survivor, Signed, RevealedShare)
 
@@ -214,7 +214,7 @@ def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> Non
 def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing() -> None:
     """With atheris, which exists for Linux on x86-64 only; elsewhere the tests above do what they can."""
     pytest.importorskip("atheris")
-    command = [sys.executable, "-m", "tests.attacks.fuzz", "-max_total_time=30", "-max_len=2000", "-seed=1"]
+    command = [sys.executable, "-m", "tests.support.fuzz", "-max_total_time=30", "-max_len=2000", "-seed=1"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.agreement import Task
-from common.models import digest_of, load_base, load_fine_tuned
-from deploy.simulate import simulate
-from tests.conftest import delta_of
+from common.models.loading import digest_of, load_base, load_fine_tuned
+from deploy.simulation.simulate import simulate
+from tests.support.models import delta_of
 from tests.test_adapter import write_adapter
 
 OWNERS = ("hotel", "cinema", "phones")

@@ -16,12 +16,12 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from deploy.client import find_node, supernode
-from deploy.keys import write_certificate, write_node_key
+from deploy.commands.client import find_node, supernode
+from deploy.commands.keys import write_certificate, write_node_key
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
 from deploy.launch.processes import free_port, started
-from deploy.simulate import write_settings
-from tests.network import (
+from deploy.simulation.simulate import write_settings
+from tests.support.network import (
     OWNERS,
     Command,
     Network,
@@ -206,7 +206,7 @@ def test_a_bundle_that_reads_the_owner_s_rows_is_refused_and_would_have_got_them
     for package in ("client", "server", "common"):
         (evil / package).mkdir(parents=True)
         (evil / package / "__init__.py").touch()
-    for name in ("pyproject.toml", "server/model_card.jinja.md"):  # the second is named in the first
+    for name in ("pyproject.toml", "server/report/model_card.jinja.md"):  # the second is named in the first
         shutil.copy(APP_FOLDER / name, evil / name)
     (evil / "client" / "app.py").write_text(EVIL_CLIENT.format(started=str(started_file), rows=str(rows)))
     (evil / "server" / "app.py").write_text(EVIL_SERVER)

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.keys import write_certificate
-from server.report import read_report
-from tests.network import (
+from deploy.commands.keys import write_certificate
+from server.report.report import read_report
+from tests.support.network import (
     OWNERS,
     Command,
     Network,
@@ -27,7 +27,7 @@ from tests.network import (
     simulated_twin,
     wait_until,
 )
-from tests.proxy import Proxy
+from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.slow
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 import client.owner
 from common.agreement import Agreement
 from common.merge_methods import candidates, solve
-from common.models import load_base, merge_plan
+from common.models.loading import load_base
+from common.models.plan import merge_plan
 from common.settings_file import load_settings
 from common.summation import fixed_point
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
 
 

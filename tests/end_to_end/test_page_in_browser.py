@@ -11,10 +11,10 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from deploy.simulate import simulate
-from server.page import render_report
-from server.report import save_report
-from tests.reports import HOSTILE, hand_written
+from deploy.simulation.simulate import simulate
+from server.report.page import render_report
+from server.report.report import save_report
+from tests.support.reports import HOSTILE, hand_written
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

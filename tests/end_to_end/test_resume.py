@@ -27,9 +27,8 @@ from common.messages import (
 )
 from server.checkpoint import Checkpoint
 from server.merge import CHECKPOINT, run_merge
-from server.report import read_report
-from tests.conftest import parties_of
-from tests.parties import OwnersChannel, Parties, consortium_in_32_bits
+from server.report.report import read_report
+from tests.support.parties import OwnersChannel, Parties, consortium_in_32_bits, parties_of
 
 
 class Killed(BaseException):

@@ -21,11 +21,11 @@ from transformers import (
 from client.settings import Training
 from common.agreement import Task
 from common.errors import AmalgramError, SettingsError
-from common.models import digest_of
+from common.models.loading import digest_of
 from deploy.demo import digits
 from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_a_missing_owner_is_named(consortium: Path, tmp_path: Path) -> None:
 def test_a_refusal_in_the_middle_tells_the_owner_s_reason(
     consortium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from client import finetune
+    from client.measurement import fine_tuning as finetune
     from common.errors import NumericalError
 
     def diverge(*_: object) -> None:

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from common.agreement import Task
-from common.models import digest_of
+from common.models.loading import digest_of
 from deploy.example.reviews import make_tokenizer
-from deploy.simulate import simulate
+from deploy.simulation.simulate import simulate
 
 OWNERS = {"ada": ("room", "bed", "staff"), "bea": ("film", "plot", "actor"), "cyd": ("phone", "screen", "case")}
 WORDS = {"negative": ("dull", "slow", "rude"), "positive": ("clean", "witty", "fast")}

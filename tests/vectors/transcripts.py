@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.labels import Label
+from common.domain_separation import Domain
 from common.messages import (
     Acknowledgements,
     Envelope,
@@ -24,9 +24,9 @@ from common.messages import (
     decode,
     encode,
 )
-from common.summation.masked import _survivors_body
+from common.summation.masked.book import survivors_body
 from common.summation.records import KeyEntry, ShareDelivery, Signed, Survivor
-from tests.attacks.malicious import MaliciousCoordinator, flip
+from tests.support.malicious import MaliciousCoordinator, flip
 
 FOLDER = Path(__file__).parent
 CASES: dict[str, dict[str, Any]] = {
@@ -127,9 +127,9 @@ def bad_requests(coordinator: MaliciousCoordinator, honest: Message) -> Iterator
         yield "acknowledgements_too_few", replace(honest, signatures=fewer), "a quorum is"
         forged_signature = Signed.pack_all([*signed[:-1], replace(signed[-1], signature=flip(signed[-1].signature))])
         yield "acknowledgements_forged", replace(honest, signatures=forged_signature), "does not hold"
-        other = _survivors_body(coordinator.terms, b"")
+        other = survivors_body(coordinator.terms, b"")
         name = coordinator.terms.names[signed[-1].owner]
-        signature = coordinator.identities[name].sign(Label.SIGN_SURVIVORS, coordinator.terms.session, other)
+        signature = coordinator.identities[name].sign(Domain.SIGN_SURVIVORS, coordinator.terms.session, other)
         elsewhere = Signed.pack_all([*signed[:-1], replace(signed[-1], signature=signature)])
         yield "acknowledgements_of_another_list", replace(honest, signatures=elsewhere), "does not hold"
         yield "survivors_twice", SurvivorList(session=honest.session, survivors=b""), "in phase signed"

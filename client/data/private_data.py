@@ -1,0 +1,75 @@
+"""An owner's private rows, by split. `row_files.py` opens the files, `row_readers.py` makes rows of their columns."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from client.data.readers import Reader
+from client.data.rows import Rows
+from client.settings import Data
+from common.agreement import Task
+from common.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateData:
+    """An owner's files, relative to `folder`. Reading raises DataError with one line."""
+
+    data: Data
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    folder: Path
+    seed: int
+
+    def train(self) -> Rows:
+        """The rows that are measured, and trained on."""
+        rows = self._read(self.data.train, self.data.max_train_rows)
+        return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
+
+    def validation(self) -> Rows:
+        """The rows that decide a sweep."""
+        if self.data.validation is not None:
+            return self._read(self.data.validation, self.data.max_validation_rows)
+        rows = self._read(self.data.train, self.data.max_train_rows)
+        return rows.take(self._set_aside(rows)[0])
+
+    def test(self) -> Rows:
+        """The rows that give the figures."""
+        return self._read(self.data.test, self.data.max_test_rows)
+
+    def label_set(self) -> NDArray[np.int64]:
+        """The labels among which this owner's rows are judged: those that occur in its files, or all."""
+        if self.task.label_set == "all" or not self.task.has_labels:
+            return np.arange(len(self.task.labels))
+        splits = (
+            (self.data.train, self.data.max_train_rows),
+            (self.data.validation, self.data.max_validation_rows),
+            (self.data.test, self.data.max_test_rows),
+        )
+        return np.unique(
+            np.concatenate(
+                [self._reader.labels(self.folder / path, max_rows) for path, max_rows in splits if path is not None]
+            )
+        )
+
+    def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A tenth of the training rows for validation, and the rest."""
+        if len(rows) < 10:
+            raise DataError(
+                f"{self.folder / self.data.train}: {len(rows)} rows; without a validation file at least 10 are needed, "
+                "of which a tenth is set aside"
+            )
+        order = np.random.default_rng(self.seed).permutation(len(rows))
+        return order[: len(rows) // 10], order[len(rows) // 10 :]
+
+    def _read(self, path: Path, max_rows: int | None) -> Rows:
+        return self._reader.read(self.folder / path, max_rows)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(data=self.data, task=self.task, model=self.model, tokenizer=self.tokenizer)

@@ -1,0 +1,213 @@
+"""A model run block by block over an owner's rows, with what enters the block reached last kept on disk.
+
+Between two steps of a method only the blocks in between are run again, not the whole prefix. The model's own forward
+pass does it all: blocks that lie behind are passed over, the first one that is run is fed what was kept, and the pass
+is broken off where it has gone far enough. So masks, positions and whatever else a model hands its blocks are its own.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from client.data.rows import Batch
+from client.measurement.gram import FarEnough
+from common import private_file
+from common.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class BlockStream:
+    """One model's activations on one set of batches, in a subfolder of `folder` named after the block last reached."""
+
+    folder: Path
+    blocks: tuple[str, ...]
+
+    @property
+    def reached(self) -> int | None:
+        """The block whose inputs are kept."""
+        return next((int(path.name) for path in sorted(self.folder.glob("[0-9]*")) if path.name.isdecimal()), None)
+
+    @contextmanager
+    def advancing(
+        self, model: PreTrainedModel, batches: Sequence[Batch], block: int | None, *, keep: int | None
+    ) -> Iterator[Callable[[int], None]]:
+        """While open, a call with a batch's number runs it through `block` (to the end, where that is None). Closed
+        without an error, what entered block `keep` is kept, unless that is None: `block`, for a model that changes
+        between two steps, or the one after it, where the same model goes on. Raises DataError where the disk has no
+        room.
+        """
+        start = self.reached
+        if start is not None and block is not None and start > block:
+            start = None  # an earlier block than the one kept: from the beginning
+        partial = self.folder / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        private_file.make_private_folder(self.folder)
+        private_file.make_private_folder(partial)
+        shape = BlockShape.of(model, self.blocks, batches[0])
+
+        def run(number: int) -> None:
+            kept = None if start is None else np.load(self.folder / str(start) / f"{number}.npy")
+            entered = run_blocks(model, shape, batches[number], start, kept, through=block, keep=keep)
+            if entered is None:
+                return
+            if number == 0:
+                self._check_room(self._bytes_kept(start) or int(entered.nbytes * _times_the_first(batches)))
+            _save(partial / f"{number}.npy", entered.numpy())
+
+        yield run
+        if keep is None:
+            shutil.rmtree(partial)
+            return
+        old = self.reached
+        if old is not None:
+            shutil.rmtree(self.folder / str(old))
+        partial.rename(self.folder / str(keep))
+
+    def _bytes_kept(self, block: int | None) -> int:
+        return 0 if block is None else sum(path.stat().st_size for path in (self.folder / str(block)).iterdir())
+
+    def _check_room(self, needed_bytes: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed_bytes:
+            raise DataError(
+                f"{self.folder}: {free / 1e6:.0f} MB are free, the activations between two steps need "
+                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, move the state folder with its ledger, "
+                "or agree on fewer rows (regmean.measured_examples)"
+            )
+
+
+def check_blocks(model: PreTrainedModel, blocks: tuple[str, ...], batch: Batch) -> None:
+    """Raise ModelError unless the model is one chain of blocks, each of which runs once a pass."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or len(blocks) < 2:
+        raise ModelError(f"{name}: methods that go block by block need one chain of transformer blocks; use regmean")
+    calls: list[str] = []
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks, torch.inference_mode():
+        for block in blocks:
+            handle = modules[block].register_forward_pre_hook(lambda _, __, block=block: calls.append(block))
+            hooks.callback(handle.remove)
+        model(**batch)
+    if calls != list(blocks):
+        raise ModelError(f"{name}: its blocks do not run once each, in order; methods that go block by block need that")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The blocks of a model, and how many values each returns beside the hidden states; None for a bare tensor."""
+
+    names: tuple[str, ...]
+    extra: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, names: tuple[str, ...], batch: Batch) -> "BlockShape":
+        """Seen by running one example through the first block."""
+        returned: list[Any] = []
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            returned.append(output)
+            raise FarEnough
+
+        hook = model.get_submodule(names[0]).register_forward_hook(leave)
+        with torch.inference_mode(), suppress(FarEnough):
+            model(**first_example(batch))
+        hook.remove()
+        return cls(names, len(returned[0]) - 1 if isinstance(returned[0], tuple) else None)
+
+
+@torch.inference_mode()
+def run_blocks(
+    model: PreTrainedModel,
+    shape: BlockShape,
+    batch: Batch,
+    start: int | None,
+    kept: Any,
+    *,
+    through: int | None,
+    keep: int | None,
+) -> Tensor | None:
+    """One pass through block `through`, or to the end, from `start` where its input `kept` is given. Returns what
+    entered block `keep`, (examples, tokens, d), if there is one to be kept.
+    """
+    modules = [model.get_submodule(name) for name in shape.names]
+    entered: list[Tensor] = []
+    with ExitStack() as hooks:
+
+        def at(index: int, hook: Any) -> None:
+            hooks.callback(modules[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+        if start is not None:
+            for module in modules[:start]:
+                hooks.enter_context(_passed_over(module, shape))
+            at(start, lambda _, args, kwargs: _with_hidden(args, kwargs, torch.from_numpy(kept)))
+        if keep is not None:
+            at(keep, lambda _, args, kwargs: entered.append(hidden_states(args, kwargs).detach().clone()))
+        if through is not None and through + 1 < len(modules):
+
+            def leave(*_: Any) -> None:
+                raise FarEnough
+
+            at(through + 1, leave)
+        with suppress(FarEnough):
+            model(**batch)
+    return entered[0] if entered else None
+
+
+@contextmanager
+def _passed_over(block: nn.Module, shape: BlockShape) -> Iterator[None]:
+    """While open, the block gives back what it is given."""
+    forward = block.forward
+
+    def give_back(*args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_states(args, kwargs)
+        return hidden if shape.extra is None else (hidden, *[None] * shape.extra)
+
+    block.forward = give_back
+    try:
+        yield
+    finally:
+        block.forward = forward
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block is given."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}
+
+
+def first_example(batch: Batch) -> Batch:
+    return {name: tensor[:1] for name, tensor in batch.items()}
+
+
+def _times_the_first(batches: Sequence[Batch]) -> float:
+    """How many times as large as the first batch all of them are."""
+    return sum(map(_tokens, batches)) / _tokens(batches[0])
+
+
+def _tokens(batch: Batch) -> int:
+    """Positions of a batch, padding among them; for images, images."""
+    return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    try:
+        with private_file.create(path) as file:
+            np.save(file, array)
+    except OSError as error:
+        raise DataError(f"{path}: the activations cannot be written ({error.strerror}); nothing has left") from None

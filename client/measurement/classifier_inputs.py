@@ -1,0 +1,42 @@
+"""What an owner measures to refit the classifier (common/merge_methods/refit.py)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from client.data.rows import IGNORED, Rows
+from client.measurement.disk_model import DiskModel
+from client.measurement.gram import layer_inputs, with_constant
+from common.merge_methods.refit import classifier
+from common.merge_methods.terms import HeadTerms
+from common.models.plan import MergePlan
+
+
+@torch.inference_mode()
+def measure_head(
+    base: Mapping[str, Tensor], own: DiskModel, merged: DiskModel, plan: MergePlan, rows: Rows, batch_size: int
+) -> HeadTerms:
+    """The classifier's inputs on the merged model, the labels, and the own model's scores, prediction by prediction.
+    One model after the other, so that one is in memory.
+    """
+    layer = classifier(plan)
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    scores: list[Tensor] = []
+    with layer_inputs(merged.model, lambda _, fed: features.append(fed.rows), {layer.weight}):
+        for _, batch, targets in rows.batches(batch_size):
+            judged = targets != IGNORED
+            merged.model(**batch)
+            features[-1] = features[-1][judged]
+            labels.append(targets[judged])
+    merged.release()
+    for _, batch, targets in rows.batches(batch_size):
+        scores.append(own.model(**batch).logits[targets != IGNORED])
+    fed = torch.cat(features).double()
+    return HeadTerms(
+        features=fed if layer.bias is None else with_constant(fed),
+        targets=torch.cat(labels),
+        scores=torch.cat(scores).double(),
+        start=layer.take(base).double(),
+    )

@@ -1,0 +1,82 @@
+"""How well a model does on an owner's held-out rows."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
+from transformers import PreTrainedModel
+
+from client.data.rows import IGNORED, Rows
+from common.agreement import Task
+from common.metrics import MAX_NATS, Score
+
+Entity = tuple[int, int, int, str]  # row, first word, word after the last, type
+
+
+def evaluate(model: PreTrainedModel, rows: Rows, batch_size: int, task: Task, allowed: NDArray[np.int64]) -> Score:
+    """One model on one split, as the task judges it."""
+    if not task.has_labels:
+        return _score_next_tokens(model, rows, batch_size)
+    return score_logits(predict_logits(model, rows, batch_size), rows, task, allowed)
+
+
+@torch.inference_mode()
+def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int) -> NDArray[np.float32]:
+    """(predictions, labels) float32, in the order of the rows, and within a row of what is judged of it."""
+    model.eval()
+    found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
+    for indices, batch, targets in rows.batches(batch_size):
+        for index, logits, wanted in zip(indices, model(**batch).logits.float(), targets, strict=True):
+            found[index] = logits[wanted != IGNORED].numpy() if wanted.ndim else logits[None].numpy()
+    return np.concatenate(found)
+
+
+def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: NDArray[np.int64]) -> Score:
+    """Judge predictions among the `allowed` labels. Macro F1 is the mean over the labels that occur in the rows."""
+    predicted = allowed[logits[:, allowed].argmax(axis=1)]
+    targets = np.concatenate([np.atleast_1d(target) for target in rows.targets])
+    targets = targets[targets != IGNORED]
+    if task.kind == "token-classification":
+        words = [int((target != IGNORED).sum()) for target in rows.targets]
+        figure = _entity_f1(_entities(targets, words, task.labels), _entities(predicted, words, task.labels))
+    else:
+        figure = float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
+    return Score(correct=int((predicted == targets).sum()), rows=len(targets), figure=figure)
+
+
+@torch.inference_mode()
+def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> Score:
+    """A batch at a time: the logits of all rows over a whole vocabulary would fit in no memory."""
+    model.eval()
+    correct, count, nats = 0, 0, 0.0
+    for _, batch, targets in rows.batches(batch_size):
+        judged = targets != IGNORED
+        logits, wanted = model(**batch).logits[judged].float(), targets[judged]  # (predictions, vocabulary)
+        correct += int((logits.argmax(-1) == wanted).sum())
+        count += len(wanted)
+        nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+    return Score(correct=correct, rows=max(count, 1), figure=max(-nats / max(count, 1), -MAX_NATS))
+
+
+def _entity_f1(wanted: set[Entity], found: set[Entity]) -> float:
+    """F1 over whole entities (Tjong Kim Sang and De Meulder, CoNLL 2003): the same words and the same type."""
+    return 2 * len(wanted & found) / (len(wanted) + len(found)) if wanted or found else 1.0
+
+
+def _entities(tags: NDArray[np.int64], words: list[int], labels: tuple[str, ...]) -> set[Entity]:
+    """Runs of B-X, I-X... A type that changes, or an I-X after O, begins an entity, as CoNLL's own script counts."""
+    entities: set[Entity] = set()
+    position = 0
+    for row, count in enumerate(words):
+        start, kind = 0, ""
+        for word in range(count + 1):
+            tag = labels[tags[position + word]] if word < count else "O"
+            prefix, _, of_type = tag.partition("-")
+            of_type = "" if tag == "O" else of_type or prefix
+            if kind and (of_type != kind or prefix == "B"):
+                entities.add((row, start, word, kind))
+                kind = ""
+            if of_type and not kind:
+                start, kind = word, of_type
+        position += count
+    return entities

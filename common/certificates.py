@@ -1,0 +1,99 @@
+"""What owners certify together: receipts of what was published, and sessions that will never be opened.
+
+Both are lists of signatures under the same words, relayed by the coordinator.
+
+Receipts. Each owner compares the result with the models that it was sent, signs it, and then sees everybody's
+signatures under the very same result. Two groups that were given different results would each lack the other's.
+
+Burned sessions. After a crash, an owner that burns a session signs that it never revealed, and never will reveal, a
+share in it. Up to c of b signatures may be lies; with b > N - t + c, fewer than t owners are left who could reveal, and
+t shares are needed. So what was offered to that session may be offered again.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from common.agreement import COORDINATOR, Agreement
+from common.domain_separation import Domain
+from common.errors import ConsentError, RemoteProtocolError
+from common.identity import Identity, verify
+from common.messages import Result
+from common.summation.records import Signed
+from common.thresholds import MAX_COMPLETE, burn_quorum
+
+Candidate = tuple[str, str, str]  # (model, split, SHA-256 of its delta), in the order in which they were sent
+
+
+def candidates_digest(candidates: Sequence[Candidate]) -> str:
+    """64 hexadecimal digits for everything that was sent to the owners."""
+    canonical = json.dumps([list(candidate) for candidate in candidates], separators=(",", ":")).encode()
+    return hashlib.sha256(Domain.CANDIDATES.value + canonical).hexdigest()
+
+
+def result_body(agreement: Agreement, model: str, model_digest: str, digest: str) -> bytes:
+    """What is signed about a result."""
+    canonical = json.dumps([agreement.digest(), model, model_digest, digest], separators=(",", ":")).encode()
+    return hashlib.sha256(Domain.RESULT.value + canonical).digest()
+
+
+def body_of(agreement: Agreement, result: Result) -> bytes:
+    return result_body(agreement, result.model, result.model_digest, result.candidates_digest)
+
+
+def check_result(agreement: Agreement, result: Result) -> None:
+    """Raise RemoteProtocolError unless the coordinator of the agreement signed it."""
+    public_key = bytes.fromhex(agreement.coordinator.public_key)
+    body = body_of(agreement, result)
+    verify(public_key, Domain.SIGN_RESULT, bytes.fromhex(result.run), COORDINATOR, body, result.signature)
+
+
+def check_receipts(agreement: Agreement, result: Result, signatures: bytes) -> list[str]:
+    """The owners that signed the same result. Raises RemoteProtocolError if they are fewer than the agreement needs."""
+    run, body = bytes.fromhex(result.run), body_of(agreement, result)
+    signers = check_signed(agreement.roster, Domain.SIGN_RECEIPT, run, body, signatures)
+    if len(signers) < agreement.needed_owners:
+        raise RemoteProtocolError(
+            f"receipts: {len(signers)} owners signed the result that was given here, {agreement.needed_owners} must "
+            "have; others may have been given another one"
+        )
+    return signers
+
+
+def check_signed(
+    roster: Mapping[str, bytes], label: Domain, session: bytes, body: bytes, signatures: bytes
+) -> list[str]:
+    """The owners that signed `body`, each once. Raises RemoteProtocolError if one of the signatures does not hold."""
+    names = tuple(roster)
+    signers = []
+    for signed in Signed.unpack_all(signatures):
+        if signed.owner >= len(names):
+            raise RemoteProtocolError(f"there is no owner {signed.owner} on a roster of {len(names)}")
+        name = names[signed.owner]
+        verify(roster[name], label, session, name, body, signed.signature)
+        signers.append(name)
+    return signers
+
+
+def sign_burned(identity: Identity, agreement_digest: str, session: str) -> bytes:
+    return identity.sign(Domain.SIGN_BURNED, bytes.fromhex(session), bytes.fromhex(agreement_digest))
+
+
+def check_burned_by(agreement: Agreement, session: str, signed: Sequence[Signed]) -> list[str]:
+    """The owners that burned `session`. Raises RemoteProtocolError if one of the signatures does not hold."""
+    body = bytes.fromhex(agreement.digest())
+    packed = Signed.pack_all(signed)
+    return check_signed(agreement.roster, Domain.SIGN_BURNED, bytes.fromhex(session), body, packed)
+
+
+def check_burned(agreement: Agreement, session: str, signatures: bytes) -> None:
+    """Raise RemoteProtocolError unless `signatures` prove that nobody can open `session`."""
+    count = len(agreement.owners)
+    if count > MAX_COMPLETE:
+        raise ConsentError(
+            f"above {MAX_COMPLETE} owners a session cannot be certified as over; a new run needs a new agreement"
+        )
+    signers = check_burned_by(agreement, session, Signed.unpack_all(signatures))
+    needed = burn_quorum(count, agreement.colluders)
+    if len(signers) < needed:
+        raise RemoteProtocolError(f"certificate: {len(signers)} owners burned the session, {needed} must have")

@@ -1,0 +1,38 @@
+"""Every label that keeps one use of a key apart from another. A label is used at one place and never again.
+
+A signature says "this owner, in this session, about this"; a derived key serves one purpose. Both begin with a label,
+so that nothing signed or derived for one step can be passed off as another's.
+"""
+
+from enum import Enum
+
+
+class Domain(Enum):
+    """Numbered, so that an addition never collides; the version is part of each."""
+
+    # What is hashed.
+    SESSION = b"amalgram v1 01 session\n"
+    KEY_BOOK = b"amalgram v1 02 key book\n"
+    SEED_COMMITMENT = b"amalgram v1 03 commitment to a self-mask seed\n"
+    UPLOAD = b"amalgram v1 04 masked upload\n"
+    SURVIVORS = b"amalgram v1 05 survivor list\n"
+    NEIGHBOURS = b"amalgram v1 06 neighbour graph\n"
+    RESULT = b"amalgram v1 07 result of a run\n"
+    FINGERPRINT = b"amalgram v1 08 fingerprint\n"
+    CANDIDATES = b"amalgram v1 09 candidates of a run\n"
+    # What is signed.
+    SIGN_PRESENT = b"amalgram v1 21 sign presence\n"
+    SIGN_KEYS = b"amalgram v1 22 sign advertised keys\n"
+    SIGN_SHARES = b"amalgram v1 23 sign sealed shares\n"
+    SIGN_PART = b"amalgram v1 24 sign masked part\n"
+    SIGN_SURVIVORS = b"amalgram v1 25 sign survivor list\n"
+    SIGN_REVEAL = b"amalgram v1 26 sign revealed shares\n"
+    SIGN_BURNED = b"amalgram v1 27 sign burned session\n"
+    SIGN_RESULT = b"amalgram v1 28 sign result\n"
+    SIGN_RECEIPT = b"amalgram v1 29 sign receipt of a result\n"
+    # What is derived.
+    CHANNEL_KEY = b"amalgram v1 41 channel private key\n"
+    MASK_KEY = b"amalgram v1 42 mask private key\n"
+    SEAL_KEY = b"amalgram v1 43 key that seals shares\n"
+    PAIR_MASK = b"amalgram v1 44 mask of a pair\n"
+    SELF_MASK = b"amalgram v1 45 mask of one owner\n"

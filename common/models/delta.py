@@ -1,0 +1,70 @@
+"""Deltas: what fine-tuning changed, as differences of models and as the vectors that travel."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import inf
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.mapped import copy_of
+from common.models.plan import MergePlan
+from common.tensor_layout import TensorEntry, TensorLayout
+
+
+class Delta(Mapping[str, Tensor]):
+    """What fine-tuning changed: W_i - W_0 by parameter name, float32, computed when it is asked for."""
+
+    def __init__(self, fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+        self._fine_tuned, self._base = fine_tuned, base
+        self._experts: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._experts:
+            return self._experts[name]
+        change = (self._fine_tuned[name] - self._base[name]).detach()
+        if change.ndim > 2:  # of fused experts, slices of two parameters are asked for in turn
+            self._experts = dict(list(self._experts.items())[-1:]) | {name: change}
+        return change
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fine_tuned)
+
+    def __len__(self) -> int:
+        return len(self._fine_tuned)
+
+
+@torch.no_grad()
+def add_delta(base: nn.Module, delta: Mapping[str, Tensor]) -> None:
+    """Turn `base` into W_0 + delta, in place."""
+    for name, parameter in base.named_parameters():
+        parameter.add_(delta[name].to(parameter.dtype))
+
+
+def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorLayout:
+    """How a merged delta, or those of its tensors that are named, travels back to the owners, as float32."""
+    wanted = plan.changed if names is None else names
+    return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in wanted))
+
+
+class VectorDelta(Mapping[str, Tensor]):
+    """A merged delta in the flat vectors as which it travels, float32, each tensor read when it is asked for: from the
+    last vector that has it; zeros, which take no memory, where none has.
+    """
+
+    def __init__(self, plan: MergePlan, *parts: tuple[TensorLayout, NDArray[np.float32]]) -> None:
+        self._shapes = plan.shapes
+        self._parts = {entry.name: (layout, vector) for layout, vector in parts for entry in layout.entries}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return torch.zeros(()).expand(self._shapes[name])
+        layout, vector = self._parts[name]
+        return torch.from_numpy(copy_of(layout.read(vector, name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

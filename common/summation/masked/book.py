@@ -1,0 +1,118 @@
+"""What both sides of a masked sum compute alike: the key book, its keys and masks, what is hashed and signed."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from common.domain_separation import Domain
+from common.errors import RemoteProtocolError
+from common.identity import verify
+from common.summation import key_agreement, mask_stream
+from common.summation.masked.neighbours import NeighbourGraph
+from common.summation.protocol import (
+    SumTerms,
+)
+from common.summation.records import KeyEntry
+
+SELF, MASK = b"s", b"m"  # which of an owner's two secrets a revealed share belongs to
+
+
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Book:
+    """The key book of one session: who takes part with which keys, and who is whose neighbour."""
+
+    terms: SumTerms
+    data: bytes  # KeyEntry.pack_all
+
+    @cached_property
+    def entries(self) -> dict[int, KeyEntry]:
+        return {entry.owner: entry for entry in KeyEntry.unpack_all(self.data)}
+
+    @cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(Domain.KEY_BOOK.value + self.terms.session + self.data).digest()
+
+    @cached_property
+    def neighbours(self) -> NeighbourGraph:
+        return NeighbourGraph(self.digest, list(self.entries), self.terms.neighbourhood.degree)
+
+    def check(self) -> None:
+        """Signatures under the pinned keys, and no key twice. Raises RemoteProtocolError.
+
+        A weak key shows as soon as it is used, in `seal_key` or `pair_masks`.
+        """
+        keys = [key for entry in self.entries.values() for key in (entry.channel_key, entry.mask_key)]
+        if len(set(keys)) != len(keys):
+            raise RemoteProtocolError("key book: a key stands in it twice")
+        for entry in self.entries.values():
+            check_entry(self.terms, entry)
+
+    def seal_key(self, private_seed: bytes, sender: int, recipient: int, me: int) -> bytes:
+        """The key for what `sender` seals to `recipient`; `private_seed` is the channel seed of `me`, one of them."""
+        other = self.entries[recipient if me == sender else sender].channel_key
+        private = key_agreement.private_key(private_seed, Domain.CHANNEL_KEY, self.terms.session)
+        shared = key_agreement.agree(private, other)
+        return key_agreement.derive(shared, Domain.SEAL_KEY, self.digest, _direction(sender, recipient))
+
+    def pair_masks(self, mask_seed: bytes, me: int, others: Sequence[int]) -> list[mask_stream.Mask]:
+        """The masks that `me` has in common with each of `others`; the owner earlier on the roster adds."""
+        private = key_agreement.private_key(mask_seed, Domain.MASK_KEY, self.terms.session)
+        return [(self._pair_key(private, me, other), 1 if me < other else -1) for other in others]
+
+    def _pair_key(self, private: Any, me: int, other: int) -> bytes:
+        shared = key_agreement.agree(private, self.entries[other].mask_key)
+        pair = _direction(min(me, other), max(me, other))
+        return key_agreement.derive(shared, Domain.PAIR_MASK, self.digest, pair, mask_stream.KEY_BYTES)
+
+    def self_mask(self, self_seed: bytes) -> bytes:
+        return key_agreement.derive(self_seed, Domain.SELF_MASK, self.digest, length=mask_stream.KEY_BYTES)
+
+    def commitment(self, owner: int, self_seed: bytes) -> bytes:
+        return hashlib.sha256(Domain.SEED_COMMITMENT.value + self.digest + index_bytes(owner) + self_seed).digest()
+
+    def associated_data(self, sender: int, recipient: int) -> bytes:
+        return self.digest + _direction(sender, recipient)
+
+
+def check_entry(terms: SumTerms, entry: KeyEntry) -> None:
+    """One owner's line of the key book: signed under its pinned key, for this session."""
+    verify_owner(terms, entry.owner, Domain.SIGN_KEYS, entry.channel_key + entry.mask_key, entry.signature)
+
+
+def upload_digest(terms: SumTerms, part_digests: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(Domain.UPLOAD.value + terms.session + b"".join(part_digests)).digest()
+
+
+def survivors_body(terms: SumTerms, survivors: bytes) -> bytes:
+    return hashlib.sha256(Domain.SURVIVORS.value + terms.session + survivors).digest()
+
+
+def shares_body(book: Book, commitment: bytes, manifest: bytes) -> bytes:
+    return book.digest + commitment + manifest
+
+
+def part_body(part: int, digest: bytes) -> bytes:
+    return part.to_bytes(4) + digest
+
+
+def verify_owner(terms: SumTerms, place: int, label: Domain, body: bytes, signature: bytes) -> None:
+    name = terms.name_of(place)
+    verify(terms.roster[name], label, terms.session, name, body, signature)
+
+
+def index_bytes(owner: int) -> bytes:
+    return owner.to_bytes(2)
+
+
+def _direction(sender: int, recipient: int) -> bytes:
+    return index_bytes(sender) + index_bytes(recipient)
+
+
+def require(condition: bool, violation: str) -> None:
+    if not condition:
+        raise RemoteProtocolError(violation)

@@ -1,0 +1,84 @@
+"""References to hold a merge against, which need every owner's model and rows in one place: in simulation only.
+
+own          each owner's own model on every owner's test rows, averaged: what sharing nothing gives
+ensemble     the mean of the own models' probabilities: N models to run instead of one
+multi_task   the base fine-tuned on all owners' pooled rows: what pooling the data would give
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.data.rows import pool
+from client.measurement import fine_tuning as finetune
+from client.measurement.evaluation import evaluate, predict_logits, score_logits
+from client.owner import Owner
+from common.metrics import Score
+
+
+def reference_scores(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
+    """Scores by model and owner. `ensemble` only of models with labels, whose probabilities fit in memory; `multi_task`
+    only where all owners make their models from one recipe; none of them where heads are private.
+    """
+    if owners[0].agreement.task.head == "private":
+        return {}  # no model has a head for another owner's rows
+    scores = _own_and_ensemble(owners)
+    recipes = {owner.settings.training for owner in owners}
+    if len(recipes) == 1 and None not in recipes:
+        scores["multi_task"] = _multi_task(owners)
+    return scores
+
+
+def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
+    task = owners[0].agreement.task
+    tests = {owner.name: owner.workbench.data.test() for owner in owners}
+    labels = {owner.name: owner.workbench.data.label_set() for owner in owners}
+    own: dict[str, list[Score]] = {name: [] for name in tests}
+    probabilities: dict[str, NDArray[np.float32]] = {}
+    for owner in owners:
+        model, batch_size = owner.workbench.own_model(), owner.settings.batch_size
+        for name, rows in tests.items():
+            if task.has_labels:
+                logits = predict_logits(model, rows, batch_size)
+                own[name].append(score_logits(logits, rows, task, labels[name]))
+                probabilities[name] = probabilities.get(name, 0) + torch.from_numpy(logits).softmax(-1).numpy()
+            else:
+                own[name].append(evaluate(model, rows, batch_size, task, labels[name]))
+    scores = {"own": {name: _mean(own[name]) for name in tests}}
+    if probabilities:
+        scores["ensemble"] = {
+            name: score_logits(probabilities[name], rows, task, labels[name]) for name, rows in tests.items()
+        }
+    return scores
+
+
+def mean_figures(scores: Mapping[str, Score], figure: str) -> dict[str, float]:
+    """Means over owners, in the form that report.json has for every model."""
+    rows = sum(score.rows for score in scores.values())
+    return {
+        "accuracy": float(np.mean([score.correct / score.rows for score in scores.values()])),
+        figure: float(np.mean([score.figure for score in scores.values()])),
+        "pooled_accuracy": sum(score.correct for score in scores.values()) / rows,
+        "rows": rows,
+    }
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    """Several models on the same rows: all of them together, as one score of that many times the rows."""
+    return Score(
+        correct=sum(score.correct for score in scores),
+        rows=sum(score.rows for score in scores),
+        figure=float(np.mean([score.figure for score in scores])),
+    )
+
+
+def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:
+    first = owners[0]
+    training = first.settings.training
+    assert training is not None  # the caller looked
+    model = first.workbench.load_base()
+    pooled = pool([owner.workbench.data.train() for owner in owners])
+    finetune.fine_tune(model, pooled, training, first.agreement.seed, "reference: multi-task training")
+    return {owner.name: owner.workbench.score(model, "test") for owner in owners}

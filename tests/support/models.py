@@ -1,0 +1,30 @@
+"""Tiny models made here, so that nothing is fetched, and what a merge changes in them."""
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from common.models.delta import Delta
+
+
+def delta_of(fine_tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
+    """What fine-tuning changed, all of it at once."""
+    return dict(Delta(dict(fine_tuned.named_parameters()), dict(base.named_parameters())))
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    """A BERT of two blocks with random weights."""
+    config = BertConfig(
+        vocab_size=80,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
+        label2id={"a": 0, "b": 1, "c": 2},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config).eval()

@@ -1,0 +1,150 @@
+"""A coordinator and three owners set up as for machines of their own, and their commands as processes of the tests."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from client.owner import Owner
+from common.agreement import COORDINATOR, Agreement, AgreementDraft
+from common.identity import Identity, write_identity
+from common.settings_file import load_settings
+from deploy.commands.agree import give_consent
+from deploy.commands.keys import write_certificate, write_node_key
+from deploy.complete import complete_agreement
+from deploy.launch.processes import free_port
+from deploy.simulation.simulate import simulate, write_settings
+
+OWNERS = ("hotel", "cinema", "phones")
+AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}  # threads: as many as in the tests' own process
+
+
+@dataclass(frozen=True)
+class Network:
+    """All parties' files, in one folder; nothing is running."""
+
+    folder: Path
+    port: int
+    agreement: Agreement
+
+    @property
+    def coordinator(self) -> Path:
+        return self.folder / "coordinator.toml"
+
+    def owner(self, name: str) -> Path:
+        return self.folder / f"{name}.toml"
+
+
+def set_up(folder: Path, short: str, owners: Sequence[str] = OWNERS) -> Network:
+    """`folder` holds the example; `short` replaces its agreement.toml. Listens on every address of this machine."""
+    port = free_port()
+    (folder / "agreement.toml").unlink(missing_ok=True)
+    (folder / "short.toml").write_text(short)
+    keys, node_keys = {}, {}
+    for number, name in enumerate((*owners, COORDINATOR), 1):
+        identity = Identity(name=name, seed=bytes([number]) * 32)
+        keys[name] = identity.public_key
+        if name != COORDINATOR:
+            node_keys[name] = write_node_key(folder / f"{name}.node")
+        write_identity(folder / f"{name}.key", identity, node_keys.get(name))
+    write_certificate(folder, ["localhost"])
+    draft = load_settings(folder / "short.toml", AgreementDraft)
+    agreement = complete_agreement(draft, folder / "base", keys, node_keys)
+    write_settings(folder / "agreement.toml", agreement)
+    network = Network(folder, port, agreement)
+    network.coordinator.write_text(
+        f'agreement = "agreement.toml"\noutput = "output"\n[network]\nlisten = "0.0.0.0:{port}"\n'
+    )
+    for name in owners:
+        settings = network.owner(name).read_text()
+        table = f'\n[network]\naddress = "127.0.0.1:{port}"\n'
+        network.owner(name).write_text(f'state = "state-{name}"\n{settings}{table}')
+        give_consent(Owner(network.owner(name)))
+    return network
+
+
+def short_agreement(reply_timeout_seconds: int) -> str:
+    """As little of a merge as can be, so that a test waits for messages and not for computing."""
+    return f"""
+title = "Reviews of three shops"
+base = "base"
+method = "average"
+[task]
+max_tokens = 32
+[summation]
+reply_timeout_seconds = {reply_timeout_seconds}
+""" + "".join(f'[[owners]]\nname = "{name}"\n' for name in OWNERS)
+
+
+def set_up_example(example: Path, folder: Path, short: str) -> Network:
+    """The example's rows and models, copied to `folder`, with another agreement."""
+    shutil.copytree(example, folder, ignore=shutil.ignore_patterns("output"))
+    return set_up(folder, short)
+
+
+def simulated_twin(network: Network, folder: Path) -> dict[str, Any]:
+    """The report of a simulation with the same files, seeds and agreement."""
+    shutil.copytree(network.folder, folder, ignore=shutil.ignore_patterns("output", "state-*", "*state", "*.toml"))
+    shutil.copy(network.folder / "short.toml", folder / "agreement.toml")
+    for name in OWNERS:
+        shutil.copy(network.owner(name), folder)
+    return simulate(folder, folder / "output", with_references=False)
+
+
+@dataclass
+class Command:
+    """A command of ours that is running, and what it has said."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
+        wait_until(lambda: text in self.said or self.process.poll() is not None, f"{text!r} in:\n{self.said}", seconds)
+        assert text in self.said, self.said
+
+    def exit_code(self, seconds: float) -> int:
+        return self.process.wait(seconds)
+
+    def family(self) -> list[psutil.Process]:
+        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+
+
+@contextmanager
+def running(*arguments: str | Path) -> Iterator[Command]:
+    """`amalgram ARGUMENTS`, ended with SIGTERM when the block is left; then nothing of it may be left running."""
+    log = Path(arguments[-1]).with_suffix(f".{arguments[0]}.{time.monotonic_ns()}.log")
+    with log.open("wb") as output:
+        command = [*AMALGRAM, *map(str, arguments)]
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True)
+        started = Command(process, log)
+        try:
+            yield started
+        finally:
+            family = started.family() if process.poll() is None else []
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            left = psutil.wait_procs(family, 10)[1]
+            for each in left:
+                each.kill()
+    assert left == []
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.2)

@@ -1,0 +1,99 @@
+"""The example's three owners and the coordinator, set up as a simulation sets them up."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.owner import Owner
+from common.agreement import Agreement, AgreementDraft
+from common.identity import Identity
+from common.messages import Message, Packet
+from common.models.loading import load_base
+from common.models.plan import MergePlan, merge_plan
+from common.settings_file import load_settings
+from deploy.complete import complete_agreement
+from deploy.simulation.simulate import find_owner_files, make_identities, set_up_parties
+
+NAMES = ("ada", "bea", "cyd", "coordinator")
+# The parties of the `agreement` fixture, with keys that are the same in every run.
+IDENTITIES = {name: Identity(name=name, seed=bytes([number]) * 32) for number, name in enumerate(NAMES, 1)}
+
+
+@dataclass(frozen=True)
+class Parties:
+    """`files`: each owner's settings file; all in `folder`, whose `state/` they use. Results go to `output`."""
+
+    folder: Path
+    output: Path
+    base: Path
+    coordinator: Path
+    files: Mapping[str, Path]
+    agreement: Agreement
+    identities: Mapping[str, Identity]
+    plan: MergePlan
+
+
+def consortium_in_32_bits(reviews_folder: Path, folder: Path, alphas: str) -> Path:
+    """The example, in `folder`, in two sums: one for the scales, and RegMean's on them."""
+    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
+    path = folder / "agreement.toml"
+    text = path.read_text().replace("[summation]\n", "[summation]\nring_bits = 32\n")
+    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", f"alphas = {alphas}")
+    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    return folder
+
+
+@contextmanager
+def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
+    """The parties of a consortium, as a simulation sets them up."""
+    draft = load_settings(consortium / "agreement.toml", AgreementDraft)
+    base = consortium / "base"
+    identities = make_identities(draft, output)
+    agreement = complete_agreement(draft, base, {name: each.public_key for name, each in identities.items()})
+    files = find_owner_files(consortium, draft)
+    with set_up_parties(output, agreement, base, files, identities) as (coordinator, party_files):
+        yield Parties(
+            folder=coordinator.parent,
+            output=output,
+            base=base,
+            coordinator=coordinator,
+            files=dict(zip(files, party_files, strict=True)),
+            agreement=agreement,
+            identities=identities,
+            plan=merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors),
+        )
+
+
+class OwnersChannel:
+    """Owners as the network has them, each built anew for every message."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = list(files.values())
+        self.asked: list[Packet] = []
+
+    def wait_for_nodes(self, count: int, timeout_seconds: float) -> list[int]:
+        return list(range(len(self.files)))
+
+    def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
+        self.asked.append(next(iter(requests.values())))
+        for node, packet in requests.items():
+            yield node, self._answers(node, packet)
+
+    @property
+    def kinds(self) -> list[tuple[type[Message], ...]]:
+        """What each packet held that the owners were asked."""
+        return [tuple(type(message) for message in packet) for packet in self.asked]
+
+    def _answers(self, node: int, packet: Packet) -> Packet | None:
+        answers = []
+        for request in packet:
+            answer = self.answer(node, request)
+            if answer is None:
+                return None
+            answers.append(answer)
+        return tuple(answers)
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        return Owner(self.files[node]).answer(request)
