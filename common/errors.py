@@ -13,8 +13,8 @@
     ├── EngineError              the Flower engine did not do its part                 exit 1
     └── OwnerRefused             an owner answered with one of the codes above         that code's exit
 
-A message is one line: what, where, the value, the bound, what to do. `code` is all of an error that ever crosses
-the wire: an exception's text may quote a private row.
+An error has two parts. The message is one line: what is wrong, where, the value and the bound. The hint says what to do
+about it. Only `code` ever crosses the wire, because an exception's text may quote a private row.
 """
 
 
@@ -23,6 +23,14 @@ class AmalgramError(Exception):
 
     code = "unexpected"
     exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
 class SettingsError(AmalgramError):
@@ -93,7 +101,8 @@ class OwnerRefused(AmalgramError):  # noqa: N818 - the name is the sentence
 
     def __init__(self, owner: str, refusal_code: str) -> None:
         super().__init__(
-            f"owner {owner} refused: {refusal_code}. The reason stays with the owner; its log and error.txt tell it"
+            f"owner {owner} refused ({refusal_code})",
+            hint="the reason stays on the owner's machine, in its log and error.txt",
         )
         self.owner = owner
         self.code = refusal_code

@@ -371,21 +371,21 @@ def main() -> None:
         # Not on its own: typer would turn every exception into one of its own.
         exit_code = cli(prog_name="amalgram", standalone_mode=False)
         if exit_code == INTERRUPTED:
-            _fail("interrupted; nothing was published. The same command goes on where this one was", INTERRUPTED)
+            _fail("interrupted; nothing was published", INTERRUPTED, "run the same command again to resume")
         sys.exit(exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except AmalgramError as error:
-        _fail(str(error), error.exit_code)
+        _fail(error.message, error.exit_code, error.hint)
     except OSError as error:
-        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        hint = "free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}{hint}", SettingsError.exit_code)
+        _fail(f"{where}{error.strerror or error}", SettingsError.exit_code, hint)
     except Exception as error:
         if os.environ.get("AMALGRAM_DEBUG"):
             raise
-        _fail(f"unexpected {type(error).__name__}: {error}. AMALGRAM_DEBUG=1 shows where", AmalgramError.exit_code)
+        _fail(f"unexpected {type(error).__name__}: {error}", AmalgramError.exit_code, "AMALGRAM_DEBUG=1 shows where")
 
 
 def _until_stopped(run: Callable[[], None]) -> None:
@@ -396,12 +396,14 @@ def _until_stopped(run: Callable[[], None]) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    message = " ".join(message.split())
+def _fail(message: str, exit_code: int, hint: str = "") -> None:
+    message, hint = " ".join(message.split()), " ".join(hint.split())
     if shows_json():
-        log.error("%s", message, extra={"about": {"exit_code": exit_code}})
+        log.error("%s", message, extra={"about": {"exit_code": exit_code, "hint": hint}})
     else:
         messages.print("[red]error:[/]", escape(message), soft_wrap=True, highlight=False)
+        if hint:
+            messages.print("[yellow]hint:[/]", escape(hint), soft_wrap=True, highlight=False)
     sys.exit(exit_code)
 
 
