@@ -39,7 +39,8 @@ from common.models.adapter import is_adapter
 from common.models.delta import Delta, VectorDelta, add_delta, delta_layout
 from common.models.folders import base_model_folder, check_tokenizer, fine_tuned_folder, load_tokenizer, named_labels
 from common.models.loading import check_base, check_change, digest_of, load_base, load_fine_tuned
-from common.models.parameters import body_parameters, copy_parameters, private_head
+from common.models.parameters import body_parameters, copy_parameters
+from common.models.loading import private_head
 from common.models.plan import MergePlan, merge_plan
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout

@@ -13,6 +13,7 @@ t shares are needed. So what was offered to that session may be offered again.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from common.agreement import COORDINATOR, Agreement
 from common.domain_separation import Domain
@@ -22,13 +23,23 @@ from common.messages import Result
 from common.summation.records import Signed
 from common.thresholds import MAX_COMPLETE, burn_quorum
 
-Candidate = tuple[str, str, str]  # (model, split, SHA-256 of its delta), in the order in which they were sent
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """What the coordinator sent every owner at `position` of the schedule.
+
+    `model` is a candidate's name, empty for anything else; `digest` is the SHA-256 of the vector as it travelled.
+    """
+
+    position: int
+    model: str
+    digest: str
 
 
-def candidates_digest(candidates: Sequence[Candidate]) -> str:
-    """64 hexadecimal digits for everything that was sent to the owners."""
-    canonical = json.dumps([list(candidate) for candidate in candidates], separators=(",", ":")).encode()
-    return hashlib.sha256(Domain.CANDIDATES.value + canonical).hexdigest()
+def deliveries_digest(delivered: Sequence[Delivered]) -> str:
+    """64 hexadecimal digits for everything that was sent to the owners, in order."""
+    canonical = json.dumps([[each.position, each.model, each.digest] for each in delivered], separators=(",", ":"))
+    return hashlib.sha256(Domain.DELIVERIES.value + canonical.encode()).hexdigest()
 
 
 def result_body(agreement: Agreement, model: str, model_digest: str, digest: str) -> bytes:
@@ -38,7 +49,7 @@ def result_body(agreement: Agreement, model: str, model_digest: str, digest: str
 
 
 def body_of(agreement: Agreement, result: Result) -> bytes:
-    return result_body(agreement, result.model, result.model_digest, result.candidates_digest)
+    return result_body(agreement, result.model, result.model_digest, result.deliveries_digest)
 
 
 def check_result(agreement: Agreement, result: Result) -> None:

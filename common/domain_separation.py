@@ -19,7 +19,7 @@ class Domain(Enum):
     NEIGHBOURS = b"amalgram v1 06 neighbour graph\n"
     RESULT = b"amalgram v1 07 result of a run\n"
     FINGERPRINT = b"amalgram v1 08 fingerprint\n"
-    CANDIDATES = b"amalgram v1 09 candidates of a run\n"
+    DELIVERIES = b"amalgram v1 09 deliveries of a run\n"
     # What is signed.
     SIGN_PRESENT = b"amalgram v1 21 sign presence\n"
     SIGN_KEYS = b"amalgram v1 22 sign advertised keys\n"

@@ -80,6 +80,14 @@ class EngineError(AmalgramError):
     code = "engine"
 
 
+class RuleError(ValueError):
+    """Raised inside a settings object, which turns it into a SettingsError; pydantic expects a ValueError there."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 EXIT_CODES: dict[str, int] = {
     kind.code: kind.exit_code
     for kind in (

@@ -1,29 +1,32 @@
-"""Every message on the wire, in order of flow. This file knows nothing of Flower, sockets or files.
+"""Every message on the wire, in order of flow. This file does not depend on Flower, sockets or files.
 
-    coordinator -> owner    owner -> coordinator
-    RollCall                Present
-    BurnSession             SessionBurned        after a crash: an earlier session will never be opened (recovery.py)
-    BurnCertificate         CertificateKept
-    OpenSum                 KeysAdvertised       masked sum; the owner computes its vector, nothing of it leaves yet
-    KeyBook                 SharesSealed
-    KeyShares               MaskedPart           part 0
-    PartRequest             MaskedPart           parts 1, 2, ...
-    SurvivorList            SurvivorsSigned
-    Acknowledgements        SharesRevealed
-    OpenSum                 SumOpened            plain sum
-    PartRequest             VectorPart
-    CandidatePart           CandidateReceived    a merged candidate, in parts; after the last it is evaluated
-    Result                  ResultReceived       what is published, signed by the coordinator
-    Receipts                ReceiptsKept         everybody's signature under the same result; ends the run
-    Finish                  Finished             ends a run without a result
-    (any)                   Refusal              a code, never an exception's text
+    step                coordinator -> owner     owner -> coordinator
+    roll call           RollCall                 Present
+    after a crash       BurnSession              SessionBurned       an earlier session will never be unmasked
+                        BurnCertificate          CertificateKept
+    AdvertiseKeys       OpenSum                  KeysAdvertised      masked; nothing of the owner's vector leaves yet
+    ShareKeys           KeyBook                  SharesSealed
+    MaskedInput         KeyShares                MaskedPart          part 0
+                        PartRequest              MaskedPart          parts 1, 2, ...
+    ConsistencyCheck    SurvivorList             SurvivorsSigned
+    Unmasking           Acknowledgements         SharesRevealed
+    plain sum           OpenSum                  SumOpened
+                        PartRequest              VectorPart
+    between rounds      CandidatePart            PartReceived        a merged model to be judged, in parts
+                        MergedStepPart           PartReceived        what a step merged, to measure the next step with
+                        ScalesPart               PartReceived        the scales that contributions are summed on
+    the end             Result                   ResultReceived      what is published, signed by the coordinator
+                        Receipts                 ReceiptsKept        everybody's signature under the same result
+                        Finish                   Finished            ends a run without a result
+    any                 (any)                    Refusal             a code, never an exception's text
 
-Messages travel in packets, since a node starts a process for each packet. Candidates, and the result, wait for no
-answer: they travel ahead of the next message, as many as fit. An owner answers one message of a packet after the other,
-as if each had come alone, and stops at the first that it refuses.
+Messages travel in packets, because a node starts a process for each packet. Parts and the result wait for no answer:
+they travel ahead of the next message, as many as fit. An owner answers the messages of a packet one after the other, as
+if each had come alone, and stops at the first that it refuses.
 
-A message is frozen and checked when it is built, so one that exists is well formed. `encode` and `decode` are exact:
-unknown kinds, missing or additional fields, wrong types or ranges are refused.
+A message is frozen and checked when it is built, so every message that exists is well formed. Building a malformed one
+raises LocalProtocolError; `decode` raises RemoteProtocolError for unknown kinds, missing or additional fields, wrong
+types and ranges.
 """
 
 import hashlib
@@ -31,39 +34,35 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.domain_separation import Domain
-from common.errors import EXIT_CODES, RemoteProtocolError
+from common.errors import EXIT_CODES, LocalProtocolError, RemoteProtocolError
 from common.tensor_layout import PART_BYTES
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-STATISTICS = ("scales", "contribution", "validation", "test")
-STEP = re.compile(r"[a-z_]{1,40} [1-9][0-9]{0,3}")  # of a method of several: `regmean_plus_plus 3`
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
 MAX_ROUND = 2**62
 MAX_LIST_BYTES = 16_000_000
 
-Split = Literal["validation", "test"]
 Field = str | int | bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Base of all messages. `payload` is the one large array a message may carry."""
+    """Base of all messages. `payload` is the one large array a message may carry. Raises LocalProtocolError."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             check = _CHECKS[field.name]
             if not check(value):
-                raise RemoteProtocolError(f"{type(self).__name__}: {field.name} is malformed")
+                raise LocalProtocolError(f"{type(self).__name__}: {field.name} is malformed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ class RollCall(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Present(Message):
-    """`pending`: an earlier session in which this owner offered its vector and that may be open; empty if none is."""
+    """`pending`: an earlier session that this owner offered its vector to and that may be open; empty if none is."""
 
     run: str
     owner: str
@@ -98,7 +97,7 @@ class SessionBurned(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class BurnCertificate(Message):
-    """`signatures`: `records.Signed` of the owners that will never reveal anything of `session`."""
+    """`signatures`: `records.Signed` by the owners that will never reveal anything of `session`."""
 
     run: str
     session: str
@@ -113,23 +112,23 @@ class CertificateKept(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSum(Message):
-    """`models` names, comma-separated, the models a metrics sum is about, `candidates_digest` everything that was sent
-    to be evaluated before it. The session is the hash of all of this, so owners that are told different things are in
-    different sessions.
+    """Opens the round at `position` of the schedule (common/schedule.py). AdvertiseKeys.
+
+    `deliveries_digest` covers everything that was sent before it. The session is the hash of the whole message, so
+    owners that are told different things are in different sessions.
     """
 
     run: str
     agreement_digest: str
-    round: int
+    round: int  # ascending at an owner, across runs
     nonce: str
-    statistic: str
-    models: str
-    candidates_digest: str
+    position: int
+    deliveries_digest: str
     layout_digest: str
 
     @property
     def session(self) -> str:
-        """64 hexadecimal digits: SHA-256(label | everything in this message)."""
+        """64 hexadecimal digits: SHA-256(domain | everything in this message)."""
         values = [getattr(self, field.name) for field in fields(self)]
         canonical = json.dumps(values, separators=(",", ":"), ensure_ascii=True).encode()
         return hashlib.sha256(Domain.SESSION.value + canonical).hexdigest()
@@ -235,38 +234,50 @@ class VectorPart(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidatePart(Message):
-    """Part `part` of `parts` of the merged candidate `model`, to be evaluated on the rows of `split`.
-
-    Where `split` is `prefix`: of what step `model`, `regmean_plus_plus 3`, gave, for the next step to be measured with.
-    Where it is `scales`: of the scales on which contributions are summed (scaling.py).
-    """
+class DeliveryPart(Message):
+    """Part `part` of `parts` of what the coordinator sends at `position` of the schedule."""
 
     run: str
     agreement_digest: str
-    model: str
-    split: str
+    position: int
     part: int
     parts: int
     payload: NDArray  # (part size,) float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidateReceived(Message):
+class CandidatePart(DeliveryPart):
+    """Of the merged candidate `model`, to be judged on the examples that the schedule says."""
+
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedStepPart(DeliveryPart):
+    """Of what a step of a multi-round method merged, for the next step to be measured with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalesPart(DeliveryPart):
+    """Of the scales on which contributions are summed (scaling.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReceived(Message):
     run: str
     owner: str
-    model: str
+    position: int
     part: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Message):
-    """What is published: the candidate's name, the model's digest, the digest of all candidates that were sent."""
+    """What is published: the candidate's name, the model's digest, the digest of everything that was sent."""
 
     run: str
     model: str
     model_digest: str
-    candidates_digest: str
+    deliveries_digest: str
     signature: bytes
 
 
@@ -332,7 +343,9 @@ KINDS: dict[str, type[Message]] = {
         SumOpened,
         VectorPart,
         CandidatePart,
-        CandidateReceived,
+        MergedStepPart,
+        ScalesPart,
+        PartReceived,
         Result,
         ResultReceived,
         Receipts,
@@ -361,33 +374,36 @@ def encode(message: Message) -> Envelope:
 
 
 def decode(envelope: Envelope) -> Message:
-    """Build the message that `envelope` holds. Raises RemoteProtocolError on anything that is not exactly one."""
+    """Build the message that `envelope` holds. Raises RemoteProtocolError for anything that is not exactly one."""
     kind = KINDS.get(envelope.kind)
     if kind is None:
         raise RemoteProtocolError(f"unknown message kind {envelope.kind[:40]!r}")
     values: dict[str, object] = dict(envelope.fields)
     if "payload" in values:
-        raise RemoteProtocolError(f"{envelope.kind}: payload is no small field")
+        raise RemoteProtocolError(f"{envelope.kind}: payload is not a small field")
     if envelope.payload is not None:
         values["payload"] = envelope.payload
     expected = {field.name for field in fields(kind)}
     if set(values) != expected:
         differing = ", ".join(sorted(str(name)[:40] for name in set(values) ^ expected))
         raise RemoteProtocolError(f"{envelope.kind}: missing or unexpected fields: {differing}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except LocalProtocolError as malformed:
+        raise RemoteProtocolError(malformed.message) from None
 
 
 def check_packet(packet: Packet) -> None:
-    """Raise RemoteProtocolError for one that holds nothing, or more than one message may carry."""
+    """Raise RemoteProtocolError for an empty packet, or one that carries more bytes than one message may."""
     if not packet:
         raise RemoteProtocolError("a packet holds no message")
     size = sum(map(payload_bytes, packet))
     if size > PART_BYTES:
-        raise RemoteProtocolError(f"a packet carries {size} bytes, {PART_BYTES} are allowed")
+        raise RemoteProtocolError(f"a packet carries {size} bytes, at most {PART_BYTES} are allowed")
 
 
 def payload_bytes(message: Message) -> int:
-    """The array of a message: a part of a vector."""
+    """The size of a message's array, a part of a vector."""
     payload = encode(message).payload
     return 0 if payload is None else payload.nbytes
 
@@ -402,10 +418,6 @@ def _is_owner(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
-
-
-def _is_model_list(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 100 * MAX_TEXT and (value == "" or value.isprintable())
 
 
 def _is_index(value: object) -> bool:
@@ -437,7 +449,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "round": lambda value: type(value) is int and 0 <= value < MAX_ROUND,
     "nonce": _is_hex_64,
     "model_digest": _is_hex_64,
-    "candidates_digest": _is_hex_64,
+    "deliveries_digest": _is_hex_64,
     "channel_key": _is_bytes(32),
     "mask_key": _is_bytes(32),
     "commitment": _is_bytes(32),
@@ -451,10 +463,8 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "agreement_digest": _is_hex_64,
     "layout_digest": _is_hex_64,
     "owner": _is_owner,
-    "statistic": lambda value: isinstance(value, str) and (value in STATISTICS or STEP.fullmatch(value) is not None),
-    "split": lambda value: isinstance(value, str) and value in ("validation", "test", "prefix", "scales"),
+    "position": _is_index,
     "model": _is_text,
-    "models": _is_model_list,
     "part": _is_index,
     "parts": _is_index,
     "payload": _is_payload,

@@ -1,19 +1,20 @@
-"""Metrics travel as sums and counts, through the same sum as everything else; one division at the end.
+"""Metrics travel as sums and counts, through the same sum as everything else, with one division at the end.
 
-A *figure* stands beside accuracy, by the kind of task: macro F1 for classification, F1 of entities for token
-classification, mean log likelihood of a token in nats for language models. More is better, for all of them.
+Beside accuracy, each kind of task has one more metric: macro F1 for classification, F1 of entities for token
+classification, the mean log likelihood of a token in nats for language models. For all of them, more is better.
 
-Per model, an owner adds:
-    mean      (3,)      its accuracy, its figure, and 1: the total gives means in which every owner counts alike.
-                        Both are rounded to thousandths: a sum of exact fractions tells each one's denominator
-    pooled    (2,)      its correct predictions and its predictions ("rows": one a row, or one a word or token of it):
-                        the total gives the accuracy in which every prediction counts alike
-    shown     (S, 3)    on test rows only: correct, rows, figure, in the row of each of the S owners whose figures
-                        may be shown singly
+For each model, an owner adds:
+    mean      (3,)      its accuracy, its metric, and 1: the total gives means in which every owner counts alike.
+                        Both are rounded to thousandths, because a sum of exact fractions exposes each denominator
+    pooled    (2,)      its correct predictions and its predictions ("rows": one an example, or one for each of its
+                        words or tokens): the total gives the accuracy in which every prediction counts alike
+    shown     (S, 3)    on test examples only: correct, rows and metric, in the row of each of the S owners whose
+                        metrics may be shown by name
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +22,30 @@ from numpy.typing import NDArray
 from common.agreement import Agreement
 from common.tensor_layout import TensorEntry, TensorLayout
 
-MAX_NATS = 100.0  # a token less likely than that counts as this unlikely
+MAX_NATS = 100.0  # a less likely token counts as this unlikely
+BASE, OWN_AT_HOME = "base", "own_at_home"  # models that every evaluation on test examples has, beside the merged ones
+Split = Literal["validation", "test"]
+METRIC_KINDS = {
+    "mean": "a model's accuracy and metric on {their} examples, in thousandths",
+    "pooled": "the number of {their} predictions by a model, and how many are right",
+    "shown": "the same by name, for owners that agreed to it; zeros for the others",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How one model did on one owner's rows."""
+    """How one model did on one owner's examples."""
 
     correct: int
     rows: int
-    figure: float
+    metric: float
 
 
-def metrics_layout(agreement: Agreement, split: str, models: Sequence[str]) -> TensorLayout:
-    """The layout of a metrics sum over `models` on the rows of a split."""
+def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) -> TensorLayout:
+    """The layout of a metrics round over `models` on the examples of a split."""
     entries = []
     for model in models:
-        rows = float(agreement.bounds.examples * agreement.task.predictions_per_row)
+        rows = float(agreement.bounds.examples * agreement.task.predictions_per_example)
         entries.append(TensorEntry(name=f"{model}/mean", shape=(3,), bound=MAX_NATS))
         entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
         if shows_single(agreement, split):
@@ -45,59 +53,64 @@ def metrics_layout(agreement: Agreement, split: str, models: Sequence[str]) -> T
     return TensorLayout(tuple(entries))
 
 
-def shows_single(agreement: Agreement, split: str) -> bool:
-    """Whether figures of single owners are in the sums of this split: of test rows, where somebody agreed."""
+def metric_kind(name: str) -> str:
+    """Which of METRIC_KINDS the tensor `name` is."""
+    return name.rpartition("/")[2]
+
+
+def shows_single(agreement: Agreement, split: Split) -> bool:
+    """Whether metrics of single owners are in the rounds of this split: on test examples, where somebody agreed."""
     return split == "test" and bool(agreement.shown_owners)
 
 
 def contribution(
-    agreement: Agreement, owner: str, split: str, scores: Mapping[str, Score]
+    agreement: Agreement, owner: str, split: Split, scores: Mapping[str, Score]
 ) -> Iterator[tuple[str, NDArray]]:
     """One owner's named tensors, in the order of `metrics_layout(agreement, split, list(scores))`."""
     for model, score in scores.items():
-        yield f"{model}/mean", np.array([_thousandths(score.correct / score.rows), _thousandths(score.figure), 1.0])
+        yield f"{model}/mean", np.array([_thousandths(score.correct / score.rows), _thousandths(score.metric), 1.0])
         yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
         if shows_single(agreement, split):
             shown = np.zeros((len(agreement.shown_owners), 3))
             if owner in agreement.shown_owners:
-                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, score.figure
+                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, score.metric
             yield f"{model}/shown", shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanScore:
-    """A model's figures over all owners, and singly where an owner agreed."""
+    """A model's metrics over all owners, and by owner where an owner agreed."""
 
     accuracy: float
-    figure: float
+    metric: float
     pooled_accuracy: float
     rows: int
     by_owner: Mapping[str, Score]
 
     def chosen_by(self, measure: str) -> float:
-        """What a sweep is decided by: `accuracy`, or the task's figure."""
-        return self.accuracy if measure == "accuracy" else self.figure
+        """The number that decides a sweep: `accuracy`, or the task's metric."""
+        return self.accuracy if measure == "accuracy" else self.metric
 
 
 def _thousandths(share: float) -> float:
     return round(1000 * share) / 1000
 
 
-def read_total(agreement: Agreement, split: str, models: Sequence[str], total: NDArray) -> dict[str, MeanScore]:
-    """Turn the summed vector into figures: the only division of a metric."""
+def read_total(agreement: Agreement, split: Split, models: Sequence[str], total: NDArray) -> dict[str, MeanScore]:
+    """Turn the summed vector into metrics: the only division of a metric."""
     layout = metrics_layout(agreement, split, models)
     scores = {}
     for model in models:
-        accuracy, figure, owners = layout.read(total, f"{model}/mean")
+        accuracy, metric, owners = layout.read(total, f"{model}/mean")
         correct, rows = layout.read(total, f"{model}/pooled")
         shown = layout.read(total, f"{model}/shown") if shows_single(agreement, split) else np.empty((0, 3))
         scores[model] = MeanScore(
             accuracy=float(accuracy / owners),
-            figure=float(figure / owners),
+            metric=float(metric / owners),
             pooled_accuracy=float(correct / rows),
             rows=round(rows),
             by_owner={
-                owner: Score(correct=round(row[0]), rows=round(row[1]), figure=float(row[2]))
+                owner: Score(correct=round(row[0]), rows=round(row[1]), metric=float(row[2]))
                 for owner, row in zip(agreement.shown_owners, shown, strict=False)
                 if row[1] > 0  # an owner that dropped out left its row empty
             },

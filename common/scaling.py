@@ -1,7 +1,7 @@
 """Sums in half the bytes: every tensor on a scale of its own, so that integers of 32 bits are enough.
 
-Where an agreement says so, two sums are made in place of one. A Gram G_i is positive semidefinite, so by Cauchy and
-Schwarz, with D_j = sum_i G_i[j, j] over the owners,
+Where an agreement says so, one round becomes two. A Gram G_i is positive semidefinite, so by Cauchy and Schwarz, with
+D_j = sum_i G_i[j, j] over the owners,
 
     |G_i[j, k]| <= sqrt(G_i[j, j] G_i[k, k]) <= sqrt(D_j D_k)
 
@@ -9,15 +9,15 @@ and for a product P_i of G_i and a delta, with R_k = sum_i max_j P_i[j, k]^2 / G
 
     |P_i[j, k]| <= sqrt(D_j R_k)
 
-What is neither lies within M = sum_i max |T_i|. So D, R and M are summed first (`measures`), in 64 bits, with the
-single numbers, which need no scale. The coordinator sends the owners the powers of two above sqrt(D), sqrt(R)
-and M (`choose`), and the tensors are summed divided by them, each number within [-1, 1] at every owner, in 32 bits.
+Every other tensor lies within M = sum_i max |T_i|. So D, R and M are summed first (`measures`), in 64 bits, together
+with the single numbers, which need no scale. The coordinator sends the owners the powers of two above sqrt(D), sqrt(R)
+and M (`choose`). Then the tensors, divided by them, are summed in 32 bits: every number is within [-1, 1].
 
-Only powers of two are sent, since all owners see them: they tell sizes within a factor of two, and scaling by them is
-exact. What a coordinator could do with other scales than these: send each owner its own, so that one owner's numbers
-stay and the others' round to zero. So owners contribute only into a session that has the scales they were sent in its
-hash, and take one set of scales under an agreement. With scales of its own making, the same for all, it can make all
-numbers coarser; an owner of whose own fewer than LEAST_BITS would be left refuses (`check`).
+Only powers of two are sent, because all owners see them: they show sizes within a factor of two, and scaling by them is
+exact. A malicious coordinator could send each owner its own scales, so that one owner's numbers stay and the others'
+round to zero. So owners contribute only into a session whose hash covers the scales they were sent, and accept one set
+of scales under an agreement. A coordinator that makes up scales, the same for all, can make all numbers coarser; an
+owner that would keep fewer than LEAST_BITS of its own refuses (`check`).
 """
 
 from collections.abc import Iterator
@@ -28,24 +28,26 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from common.contents import contribution_kind
 from common.errors import NumericalError, RemoteProtocolError
 from common.mapped import releasing
 from common.summation.fixed_point import fraction_bits
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-SCALES = "scales"  # the name of the first sum, and of what the coordinator sends after it
-# What the owners' and the coordinator's rounding may add to a number that is 1 at most.
+# What the owners' and the coordinator's rounding may add to a number of at most 1.
 BOUND = 1 + 2.0**-10
-LEAST_BITS = 10  # so many of an owner's own numbers are left, beside the largest that the others can have
+LEAST_BITS = 10  # an owner's own numbers keep at least this many, next to the largest that the others can have
 MAX_EXPONENT = 200  # far beyond what bounds allow
-PRODUCTS = ("gram_delta", "diagonal_delta", "data_free_gram_delta", "data_free_diagonal_delta")
 DIAGONAL, COLUMNS, LARGEST = "diagonal", "columns", "largest"  # what is measured: D, R, M
+SCALE_KINDS = {
+    "diagonal": "the diagonals of Gram matrices, alone and first, for the scales on which the rest is summed",
+    "columns": "the size of each column of Gram matrices times {their} weight changes, for the scales",
+    "largest": "the largest of {their} weight changes in each tensor, times {their} weight in the mean, for the scales",
+}
 
 
 def measures_layout(layout: TensorLayout) -> TensorLayout:
-    """The first sum's tensors, where `layout` is the contribution's."""
+    """The tensors of the first round; `layout` is the contribution's."""
     return TensorLayout(tuple(_measure(entry) if _has_scale(entry) else entry for entry in layout.entries))
 
 
@@ -56,13 +58,13 @@ def exponents_layout(layout: TensorLayout) -> TensorLayout:
 
 
 def scaled_layout(layout: TensorLayout) -> TensorLayout:
-    """The second sum's tensors."""
+    """The tensors of the second round."""
     entries = tuple(replace(entry, bound=BOUND) for entry in layout.entries if _has_scale(entry))
     return TensorLayout(entries, ring_bits=32)
 
 
 def measures(layout: TensorLayout, vector: NDArray[np.float64]) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """One owner's tensors of the first sum, in the order of its layout; `vector` (layout.size,) is its contribution."""
+    """One owner's tensors of the first round, in order; `vector` (layout.size,) is its contribution."""
     diagonal = np.empty(0)
     for entry in layout.entries:
         tensor = layout.read(vector, entry.name)
@@ -74,7 +76,9 @@ def measures(layout: TensorLayout, vector: NDArray[np.float64]) -> Iterator[tupl
             diagonal = tensor.diagonal().copy()  # (d,)
             measured = diagonal
         elif kind == COLUMNS:
-            seen = np.broadcast_to(diagonal[:, None] > 0, tensor.shape)  # what is not adds nothing to a product
+            seen = np.broadcast_to(
+                diagonal[:, None] > 0, tensor.shape
+            )  # an input that is never seen adds nothing to a product
             measured = np.divide(tensor**2, diagonal[:, None], out=np.zeros(tensor.shape), where=seen).max(axis=0)
         else:
             measured = np.abs(tensor).max(keepdims=True).reshape(1)
@@ -82,7 +86,7 @@ def measures(layout: TensorLayout, vector: NDArray[np.float64]) -> Iterator[tupl
 
 
 def choose(layout: TensorLayout, measured: Total) -> NDArray[np.float32]:
-    """The exponents of the scales, in the order of `exponents_layout`. By the coordinator, from the first sum."""
+    """The exponents of the scales, in the order of `exponents_layout`; the coordinator chooses them after round one."""
     exponents = []
     for entry in layout.entries:
         if _has_scale(entry):
@@ -96,8 +100,8 @@ def choose(layout: TensorLayout, measured: Total) -> NDArray[np.float32]:
 class Scales:
     """What the tensors of a contribution are divided by: number [j, k] of each by rows[j] * columns[k].
 
-    `layout` is the contribution's; `exponents` as `choose` gives them. Raises RemoteProtocolError unless they are
-    exponents of two.
+    `layout` is the contribution's; `exponents` are as `choose` gives them. Raises RemoteProtocolError unless they are
+    whole numbers within MAX_EXPONENT.
     """
 
     layout: TensorLayout
@@ -106,10 +110,10 @@ class Scales:
     def __post_init__(self) -> None:
         exponents = self.exponents
         if not (np.abs(exponents) <= MAX_EXPONENT).all() or (exponents != np.rint(exponents)).any():
-            raise RemoteProtocolError("the coordinator sent scales that are no powers of two")
+            raise RemoteProtocolError("the coordinator sent scales that are not powers of two")
 
     def __getitem__(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(rows, columns), to be multiplied with the tensor `name` as they are."""
+        """(rows, columns), ready to be multiplied with the tensor `name`."""
         entry, gram = self._entries[name]
         columns = self._powers[_measure(entry).name]
         return (np.ones(1) if _kind(entry) == LARGEST else self._powers[_measure(gram).name][:, None]), columns
@@ -122,15 +126,17 @@ class Scales:
         return scaled
 
     def up(self, name: str, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The tensor whose scaled numbers these are: a new one."""
+        """The tensor back on its true scale: a new one."""
         rows, columns = self[name]
         tensor: NDArray[np.float64] = scaled * rows
         tensor *= columns
         return tensor
 
     def check(self, vector: NDArray[np.float64], num_owners: int) -> None:
-        """Raise RemoteProtocolError unless this owner's contribution lies within the scales, and NumericalError where
-        so little of it would be left, by its size or of most of its numbers, that others might be alone in the sum.
+        """Raise RemoteProtocolError unless this owner's contribution lies within the scales.
+
+        Raise NumericalError if it would keep so few bits, in its size or in most of its numbers, that others might be
+        alone in the sum.
         """
         most = 2.0 ** (fraction_bits(BOUND, num_owners, ring_bits=32) - LEAST_BITS)
         own = dict(releasing(measures(self.layout, vector), vector))
@@ -141,14 +147,14 @@ class Scales:
             sent = powers if _kind(entry) == LARGEST else powers**2
             if not (mine <= sent).all():
                 raise RemoteProtocolError(
-                    f"the coordinator sent a scale of {entry.name} below this owner's own numbers"
+                    f"the coordinator sent a scale for {entry.name} below this owner's own numbers"
                 )
             worth, seen = most * mine, mine > 0
             if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():
                 raise NumericalError(
-                    f"{entry.name}: beside the scale that the coordinator sent, which all owners' numbers should make, "
-                    f"fewer than {LEAST_BITS} bits of most of this owner's would be left; nothing more has left. Where "
-                    "owners are that unlike, agree on summation.ring_bits = 64"
+                    f"{entry.name}: on the scale that the coordinator sent, most of this owner's values would keep "
+                    f"fewer than {LEAST_BITS} bits; nothing more has left",
+                    hint="where owners differ that much, agree on summation.ring_bits = 64",
                 )
 
     @cached_property
@@ -158,74 +164,72 @@ class Scales:
 
     @cached_property
     def _entries(self) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-        """Every tensor that is scaled, and the Gram it belongs to: its products stand behind it (System.entries)."""
-        entries, gram = {}, self.layout.entries[0]
-        for entry in self.layout.entries:
-            gram = entry if entry.packing == "symmetric" else gram
-            entries[entry.name] = entry, gram
-        return entries
+        """Every tensor, and the Gram it belongs to; an entry that is no product stands for itself."""
+        by_name = {entry.name: entry for entry in self.layout.entries}
+        return {name: (entry, by_name[entry.product_of or name]) for name, entry in by_name.items()}
 
 
 def scaled(scales: Scales, vector: NDArray[np.float64]) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """One owner's tensors of the second sum, in the order of its layout; `vector` is its contribution."""
+    """One owner's tensors of the second round, in the order of its layout; `vector` is its contribution."""
     for entry in scales.layout.entries:
         if _has_scale(entry):
             yield entry.name, scales.down(entry.name, scales.layout.read(vector, entry.name))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescaledTotal(Total):
-    """The total of the contributions, out of both sums; `vector` stays scaled, a tensor is rescaled as it is read."""
+class RescaledTotal:
+    """The total of the contributions (summation.totals.SummedTensors), from both rounds.
 
+    `scaled` stays as it was summed; each tensor is put back on its true scale as it is read.
+    """
+
+    scaled: Total
     measured: Total
     scales: Scales
 
-    @classmethod
-    def of(cls, scaled: Total, measured: Total, scales: Scales) -> "RescaledTotal":
-        """Of the second sum, the first, and what lies between them."""
-        return cls(
-            layout=scaled.layout,
-            vector=scaled.vector,
-            owners=scaled.owners,
-            roster_size=scaled.roster_size,
-            measured=measured,
-            scales=scales,
-        )
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return self.scaled.owners
+
+    @property
+    def num_owners(self) -> int:
+        return self.scaled.num_owners
 
     def __contains__(self, name: object) -> bool:
         return name in self.scales.layout
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        return self.scales.up(name, super().__getitem__(name)) if name in self.layout else self.measured[name]
+        return self.scales.up(name, self.scaled[name]) if name in self.scaled else self.measured[name]
 
     def rounding_error(self, name: str) -> float:
         rows, columns = self.scales[name]
-        return super().rounding_error(name) * float(rows.max() * columns.max())
+        return self.scaled.rounding_error(name) * float(rows.max() * columns.max())
 
     def diagonal_error(self, name: str) -> NDArray[np.float64]:
         rows, columns = self.scales[name]
-        error: NDArray[np.float64] = super().rounding_error(name) * rows[:, 0] * columns
+        error: NDArray[np.float64] = self.scaled.rounding_error(name) * rows[:, 0] * columns
         return error
 
     def destroy(self) -> None:
-        super().destroy()
+        self.scaled.destroy()
         self.measured.destroy()
 
 
 def _has_scale(entry: TensorEntry) -> bool:
-    """All but the single numbers, such as counts."""
+    """Everything except single numbers, such as counts."""
     return entry.size > 1 or _kind(entry) != LARGEST
 
 
 def _kind(entry: TensorEntry) -> str:
     if entry.packing == "symmetric":
         return DIAGONAL
-    return COLUMNS if contribution_kind(entry.name) in PRODUCTS else LARGEST
+    return COLUMNS if entry.product_of else LARGEST
 
 
 def _measure(entry: TensorEntry) -> TensorEntry:
-    """What of a tensor is summed first. R_k is at most the sum of squares of what a delta changes in output k, of which
-    the bound of its product speaks already.
+    """What is summed of a tensor in the first round.
+
+    R_k is at most the sum of squares of what a delta changes in output k, which the product's bound covers already.
     """
     kind = _kind(entry)
     length = 1 if kind == LARGEST else entry.shape[-1]

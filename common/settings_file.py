@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.errors import SettingsError
+from common.errors import RuleError, SettingsError
 
 MAX_FILE_BYTES = 16_000_000
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
@@ -68,6 +68,8 @@ def _one_line(error: ValidationError, kind: type[Settings], where: str) -> str:
     if first["type"] == "missing":
         return f"{where}: {key} is missing{more}"
     reason = first["msg"].removeprefix("Value error, ")
+    rule = first.get("ctx", {}).get("error")
+    reason = f"{reason}; {rule.hint}" if isinstance(rule, RuleError) and rule.hint else reason
     if not key:  # a rule about several keys together
         return f"{where}: {reason}{more}"
     value = repr(first["input"])

@@ -29,13 +29,14 @@ class TensorEntry:
     """One tensor of a layout. `symmetric` means a (d, d) matrix kept as its d (d + 1) / 2 upper entries.
 
     `bound` is the largest absolute value that one owner may add, on which the fixed-point encoding of a sum rests;
-    infinite where a tensor is never summed.
+    infinite where a tensor is never summed. `product_of`: the tensor before it, a Gram, that this is a product of.
     """
 
     name: str
     shape: tuple[int, ...]
     bound: float
     packing: Packing = "full"
+    product_of: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -102,16 +103,19 @@ class TensorLayout:
         return self._slices.values()
 
     def to_json(self) -> list[Any]:
-        """The ring, then names, shapes, bounds and packings, in order."""
-        return [self.ring_bits, *([entry.name, [*entry.shape], entry.bound, entry.packing] for entry in self.entries)]
+        """The ring, then every field of each entry, in order."""
+        return [
+            self.ring_bits,
+            *([each.name, [*each.shape], each.bound, each.packing, each.product_of] for each in self.entries),
+        ]
 
     @classmethod
     def from_json(cls, description: list[Any]) -> "TensorLayout":
         ring_bits, *entries = description
         return cls(
             tuple(
-                TensorEntry(name=name, shape=tuple(shape), bound=bound, packing=packing)
-                for name, shape, bound, packing in entries
+                TensorEntry(name=name, shape=tuple(shape), bound=bound, packing=packing, product_of=product_of)
+                for name, shape, bound, packing, product_of in entries
             ),
             ring_bits,
         )
@@ -119,7 +123,7 @@ class TensorLayout:
     def digest(self) -> str:
         """SHA-256 over all of `to_json`, in hexadecimal."""
         canonical = json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=False).encode()
-        return hashlib.sha256(b"amalgram layout v2\n" + canonical).hexdigest()
+        return hashlib.sha256(b"amalgram layout v3\n" + canonical).hexdigest()
 
     def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:
         """Write every tensor into `vector` (size,), in the layout's order, so that a generator need hold only one.

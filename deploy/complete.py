@@ -25,7 +25,8 @@ from common.metrics import metrics_layout
 from common.models.folders import base_labels, image_shape, load_tokenizer
 from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
 from common.models.loading import digest_of, load_base
-from common.models.parameters import parameter_shapes, private_head
+from common.models.parameters import parameter_shapes
+from common.models.loading import private_head
 from common.models.plan import MergePlan, merge_plan
 from common.summation.fixed_point import check_layout
 from deploy.launch.flower import bundle_digest

@@ -38,7 +38,7 @@ from common.models.delta import VectorDelta, add_delta, delta_layout
 from common.models.folders import base_model_folder, load_tokenizer
 from common.models.loading import check_base, digest_of, load_base, weights_made_here
 from common.models.low_rank import AdapterPlan, LowRank, adapter_plan, cut
-from common.models.parameters import private_head
+from common.models.loading import private_head
 from common.models.plan import MergePlan, merge_plan
 from common.scaling import SCALES, RescaledTotal, Scales
 from common.settings_file import load_settings

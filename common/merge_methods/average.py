@@ -3,14 +3,16 @@
 delta = sum n_i delta_i / sum n_i        n_i: the owner's examples, or 1 when every owner counts alike
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from numpy.typing import NDArray
 
-from common.agreement import Agreement, AgreementDraft
+from common.merge_methods.method import Measurement, SingleRoundMethod, register
 from common.merge_methods.terms import (
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
     OwnerTerms,
-    Solution,
     mean_delta,
     unchanged,
     weight_entries,
@@ -18,28 +20,42 @@ from common.merge_methods.terms import (
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models.plan import MergePlan
-from common.summation.protocol import Total
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
 
 
-def measurements(agreement: AgreementDraft) -> frozenset[str]:
-    return frozenset()
+class AverageTable(Hyperparameters):
+    """The average has no hyperparameters."""
 
 
-def knobs(agreement: Agreement) -> tuple[None]:
-    return (None,)
+class Average(SingleRoundMethod[AverageTable]):
+    """The weighted mean."""
+
+    name = "average"
+    title = "Average"
+    summary = "the plain mean of the owners' weights"
+    paper = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
+    order = 1
+    table = AverageTable
+    fits_32_bits = True
+    can_be_refitted = True
+
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        return {}
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        entries = weighted_delta_entries(settings, settings.plan.changed)
+        return TensorLayout((*weight_entries(settings), *entries))
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        yield from weight_tensors(settings, owner)
+        yield from weighted_delta_tensors(settings, owner, settings.plan.changed)
+
+    def solve(
+        self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
+    ) -> MergedDelta:
+        delta = {name: mean_delta(total, name).float() for name in settings.plan.changed}
+        return MergedDelta(delta=delta | unchanged(settings.plan))
 
 
-def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    return TensorLayout((*weight_entries(agreement), *weighted_delta_entries(agreement, plan, plan.changed)))
-
-
-def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    yield from weight_tensors(agreement, owner)
-    yield from weighted_delta_tensors(agreement, owner, plan.changed)
-
-
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None) -> Solution:
-    delta = {name: mean_delta(total, name).float() for name in plan.changed}
-    return Solution(delta=delta | unchanged(plan))
+AVERAGE = register(Average())

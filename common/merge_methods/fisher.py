@@ -2,74 +2,109 @@
 
     delta = sum F_i delta_i / sum F_i        elementwise; F_i: the diagonal of the owner's Fisher information
 
-F_i is the owner's mean over its measured examples times its weight. Where sum F_i is not above `floor` times the
-largest entry of its tensor, nobody's loss depends on the parameter and the weighted mean is taken; likewise where it is
-so small that the sum's fixed point would show in the quotient. How many entries that were is reported.
+F_i is the owner's mean over its measured examples, times its weight. An entry takes the weighted mean instead where
+sum F_i is at most `floor` times the largest entry of its tensor, because nobody's loss depends on that parameter. It
+does so, too, where sum F_i is so small that the sum's fixed point would show in the quotient. The report counts both.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated
+
 from numpy.typing import NDArray
+from pydantic import Field
 
-from common.agreement import Agreement, AgreementDraft
+from common.lazy import lazy_module
+from common.merge_methods.method import Measurement, SingleRoundMethod, register
 from common.merge_methods.terms import (
+    WEIGHT_KINDS,
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
     OwnerTerms,
-    Solution,
     mean_delta,
     owner_weight,
     to_array,
     unchanged,
-    weight_bound,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
     weighted_delta_tensors,
 )
-from common.models.plan import MergePlan
-from common.summation.protocol import Total
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy_module("torch")
 
 QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
 
 
-def measurements(agreement: AgreementDraft) -> frozenset[str]:
-    return frozenset({"fisher"})
+class FisherTable(Hyperparameters):
+    """`measured_examples`: at most so many of an owner's training examples are measured."""
+
+    floor: Annotated[float, Field(ge=0, le=1)] = 1e-12
+    measured_examples: Annotated[int, Field(ge=1)] = 256
 
 
-def knobs(agreement: Agreement) -> tuple[None]:
-    return (None,)
+class Fisher(SingleRoundMethod[FisherTable]):
+    """The mean weighted by Fisher information."""
+
+    name = "fisher"
+    title = "Fisher"
+    summary = "the mean of the weights, each weighted by its Fisher information"
+    paper = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
+    order = 3
+    table = FisherTable
+    tensor_kinds = WEIGHT_KINDS | {
+        "fisher": "squared gradients, summed over {their} examples (Fisher information)",
+        "fisher_delta": "squared gradients times {their} weight changes",
+    }
+
+    def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        return (
+            "Squared gradients (Fisher) of token embeddings show which tokens occur at any of the owners, whether or "
+            "not the embeddings were frozen.",
+        )
+
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        return {Measurement.FISHER: self.hyperparameters(settings).measured_examples}
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        plan, bounds = settings.plan, settings.bounds
+        entries = [*weight_entries(settings), *weighted_delta_entries(settings, plan.changed)]
+        for name in plan.changed:
+            bound, shape = settings.weight_bound * bounds.fisher[name], plan.shapes[name]
+            entries.append(TensorEntry(name=f"fisher/{name}", shape=shape, bound=bound))
+            entries.append(TensorEntry(name=f"fisher_delta/{name}", shape=shape, bound=bound * bounds.delta))
+        return TensorLayout(tuple(entries))
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        yield from weight_tensors(settings, owner)
+        yield from weighted_delta_tensors(settings, owner, settings.plan.changed)
+        scale = owner_weight(settings, owner) / owner.fisher_examples
+        for name in settings.plan.changed:
+            fisher = scale * to_array(owner.fisher[name])
+            yield f"fisher/{name}", fisher
+            yield f"fisher_delta/{name}", fisher * to_array(owner.delta[name])
+
+    def solve(
+        self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
+    ) -> MergedDelta:
+        floor, delta, below_floor = self.hyperparameters(settings).floor, {}, 0
+        for name in settings.plan.changed:
+            fisher = torch.from_numpy(total[f"fisher/{name}"])
+            rounding = total.rounding_error(f"fisher_delta/{name}")
+            known = fisher > max(floor * float(fisher.max()), QUOTIENT_PRECISION * rounding)
+            weighted = torch.from_numpy(total[f"fisher_delta/{name}"]) / torch.where(known, fisher, 1.0)
+            delta[name] = torch.where(known, weighted, mean_delta(total, name)).float()
+            below_floor += int((~known).sum())
+        parameters = sum(tensor.numel() for tensor in delta.values())
+        note = f"{below_floor} of {parameters} parameters have no Fisher information above the floor and take the mean"
+        return MergedDelta(delta=delta | unchanged(settings.plan), notes=(note,))
 
 
-def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    entries = [*weight_entries(agreement), *weighted_delta_entries(agreement, plan, plan.changed)]
-    for name, squared_gradient in zip(plan.changed, agreement.bounds.fisher, strict=True):
-        bound, shape = weight_bound(agreement) * squared_gradient, plan.shapes[name]
-        entries.append(TensorEntry(name=f"fisher/{name}", shape=shape, bound=bound))
-        entries.append(TensorEntry(name=f"fisher_delta/{name}", shape=shape, bound=bound * agreement.bounds.delta))
-    return TensorLayout(tuple(entries))
-
-
-def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    yield from weight_tensors(agreement, owner)
-    yield from weighted_delta_tensors(agreement, owner, plan.changed)
-    scale = owner_weight(agreement, owner) / owner.fisher_examples
-    for name in plan.changed:
-        fisher = scale * to_array(owner.fisher[name])
-        yield f"fisher/{name}", fisher
-        yield f"fisher_delta/{name}", fisher * to_array(owner.delta[name])
-
-
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: None) -> Solution:
-    delta = {}
-    below_floor = 0
-    for name in plan.changed:
-        fisher = torch.from_numpy(total[f"fisher/{name}"])
-        rounding = total.rounding_error(f"fisher_delta/{name}")
-        known = fisher > max(agreement.fisher.floor * float(fisher.max()), QUOTIENT_PRECISION * rounding)
-        weighted = torch.from_numpy(total[f"fisher_delta/{name}"]) / torch.where(known, fisher, 1.0)
-        delta[name] = torch.where(known, weighted, mean_delta(total, name)).float()
-        below_floor += int((~known).sum())
-    parameters = sum(tensor.numel() for tensor in delta.values())
-    note = f"{below_floor} of {parameters} parameters have no Fisher information above the floor and take the mean"
-    return Solution(delta=delta | unchanged(plan), notes=(note,))
+FISHER = register(Fisher())

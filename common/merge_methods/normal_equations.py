@@ -1,35 +1,43 @@
-"""The linear systems that RegMean solves, whatever the Gram matrices are made of.
+"""The linear systems that RegMean solves, for Gram matrices made of inputs or of weight changes.
 
     H_i = alpha G_i + (1 - alpha) diag(G_i)
     (sum H_i) delta^T = sum H_i delta_i^T
 
-Summed over owners: G, and per layer that shares it G delta^T and, when several alphas are to be tried, diag(G) delta^T,
-so that the coordinator solves for every alpha without another round.
+Summed over owners: G, and for each layer that shares it G delta^T. When several alphas are to be tried, diag(G) delta^T
+is summed too, so the coordinator solves for every alpha without another round.
 
 Ridge. Every owner adds ridge * mean(diag G_i) to its diagonal, in the Gram and in the products alike. Their sums then
-pull the solution toward the owners' mean delta, each weighted by its mean diagonal, never toward zero weights; it costs
-no byte, and with ridge = 0 the equations above hold to the letter.
+pull the merged delta toward the owners' mean delta, each weighted by its mean diagonal, never toward zero weights. The
+ridge costs no bytes, and with ridge = 0 the equations above hold exactly.
 
-What a solve can meet, each reported per system:
+A solve ends in one of four ways, reported per system:
     solved       one Cholesky factorisation for all the layers that share the Gram
     singular     no owner's Gram reaches some directions: there the layer keeps the base's behaviour (least norm delta)
     indefinite   negative eigenvalues, which no honest sum of Grams has: those directions keep the base's behaviour
-    empty        a Gram of zeros, as of an expert that nobody's tokens reach: the layer keeps the base's weights
+    empty        a Gram of zeros, for example of an expert that no token reaches: the layer keeps the base's weights
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from common.lazy import lazy_module
 from common.merge_methods.terms import LayerNote, to_array
 from common.models.layers import Layer
-from common.summation.protocol import Total
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry
 
-SURE_PIVOT = 1e-10  # of a Cholesky factor, relative to the diagonal: far above what rounding leaves of a zero
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+SURE_PIVOT = 1e-10  # squared pivot of a Cholesky factor, relative to the diagonal; rounding leaves far less of a zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,24 +45,23 @@ class System:
     """One Gram, and the layers that are solved with it."""
 
     name: str
-    kind: str  # before the names of tensors: what the Gram is made of; empty for inputs
+    kind: str  # prefix of the tensors' names, for what the Gram is made of; empty for inputs
     gram_size: int
     layers: tuple[Layer, ...]
     alphas: tuple[float, ...]
 
     def entries(self, bound: float, product_bound: float) -> Iterator[TensorEntry]:
-        """The tensors that are summed; the bounds are of what one owner adds to an entry of Gram and products."""
-        square = (self.gram_size, self.gram_size)
-        yield TensorEntry(name=f"{self.kind}gram/{self.name}", shape=square, bound=bound, packing="symmetric")
+        """The tensors that are summed. The bounds hold for what one owner adds to an entry of Gram and products."""
+        square, gram = (self.gram_size, self.gram_size), f"{self.kind}gram/{self.name}"
+        yield TensorEntry(name=gram, shape=square, bound=bound, packing="symmetric")
         for layer in self.layers:
             shape = (self.gram_size, layer.d_out)
-            yield TensorEntry(name=f"{self.kind}gram_delta/{layer.weight}", shape=shape, bound=product_bound)
-            if len(self.alphas) > 1:
-                name = f"{self.kind}diagonal_delta/{layer.weight}"
-                yield TensorEntry(name=name, shape=shape, bound=product_bound)
+            for product in ("gram_delta", "diagonal_delta") if len(self.alphas) > 1 else ("gram_delta",):
+                name = f"{self.kind}{product}/{layer.weight}"
+                yield TensorEntry(name=name, shape=shape, bound=product_bound, product_of=gram)
 
     def tensors(self, gram: Tensor, delta: Mapping[str, Tensor]) -> Iterator[tuple[str, NDArray]]:
-        """One owner's part. `gram` (gram_size, gram_size) float64, ridge and all; `delta` by parameter name."""
+        """One owner's part. `gram` (gram_size, gram_size) float64 includes the ridge; `delta` is by parameter name."""
         diagonal = gram.diagonal()[:, None]  # (gram_size, 1)
         yield f"{self.kind}gram/{self.name}", to_array(gram)
         for layer in self.layers:
@@ -68,11 +75,11 @@ class System:
                 yield f"{self.kind}gram_delta/{layer.weight}", to_array(product)
 
     def solve(
-        self, total: Total, alpha: float, rows: int | None, with_spectrum: bool = True
+        self, total: SummedTensors, alpha: float, rows: int | None, with_spectrum: bool = True
     ) -> tuple[dict[str, Tensor], LayerNote]:
-        """The merged deltas by layer (see `models.join_slices`), and how it went. `rows`: those behind the Gram.
+        """The merged deltas by layer (see `layers.join_slices`), and how the solve went. `rows`: those behind the Gram.
 
-        Eigenvalues cost more than the solve itself, so a sweep goes without.
+        Eigenvalues cost more than the solve itself, so a sweep does without.
         """
         gram = torch.from_numpy(total[f"{self.kind}gram/{self.name}"])  # (gram_size, gram_size) float64
         diagonal = gram.diagonal().clone()
@@ -80,7 +87,7 @@ class System:
         gram.diagonal().copy_(diagonal)
         products = torch.cat([self._product(total, layer, alpha) for layer in self.layers], dim=1)
         error = torch.from_numpy(total.diagonal_error(f"{self.kind}gram/{self.name}"))  # (gram_size,)
-        solution, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
+        solved, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
         condition, effective_rank = spectrum(gram) if with_spectrum else (None, None)
         note = LayerNote(
             name=self.name,
@@ -93,12 +100,12 @@ class System:
             unseen_directions=unseen,
         )
         merged: dict[str, Tensor] = {}
-        parts = solution.split([layer.d_out for layer in self.layers], dim=1)
+        parts = solved.split([layer.d_out for layer in self.layers], dim=1)
         for layer, part in zip(self.layers, parts, strict=True):
             merged |= layer.give(part.float())
         return merged, note
 
-    def _product(self, total: Total, layer: Layer, alpha: float) -> Tensor:
+    def _product(self, total: SummedTensors, layer: Layer, alpha: float) -> Tensor:
         product = torch.from_numpy(total[f"{self.kind}gram_delta/{layer.weight}"])  # (gram_size, d_out)
         if len(self.alphas) == 1:
             return product
@@ -112,7 +119,7 @@ def add_ridge(gram: Tensor, ridge: float) -> Tensor:
 
 
 def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:
-    """What a reader should know about solves that did not simply work."""
+    """What a reader should know about every solve that did not simply work."""
     return tuple(
         f"{note.name}: {note.status}; {note.unseen_directions} of {note.gram_size} directions keep the base's behaviour"
         for note in layers
@@ -121,12 +128,12 @@ def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:
 
 
 def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) -> tuple[Tensor, str, int]:
-    """Solve matrix @ x = right, float64, and say how it went: (x, status, directions left out).
+    """Solve matrix @ x = right, float64. Returns (x, status, number of directions left out).
 
-    One Cholesky factorisation where the matrix is numerically positive definite. Otherwise the minimum norm solution
-    over the directions whose eigenvalue is clearly positive: exact for a singular sum of Grams, whose products lie in
-    those directions, and harmless for anything else. `error` (d,): how far the diagonal may be from the true one, and
-    number [j, k] by the geometric mean of errors j and k.
+    A matrix that is numerically positive definite takes one Cholesky factorisation. Any other gets the minimum norm
+    solution over the directions whose eigenvalue is clearly positive. That is exact for a singular sum of Grams, whose
+    products lie in those directions, and harmless otherwise. `error` (d,): how far each number on the diagonal may be
+    off; number [j, k] is off by at most the geometric mean of errors j and k.
     """
     dimension = len(matrix)
     error = torch.zeros(dimension) if error is None else error
@@ -135,9 +142,10 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) 
     if not matrix.any():
         return torch.zeros_like(right), "empty", dimension
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    # L_jj^2 is what of direction j the directions before it leave unexplained; rounding adds to it, the more the nearer
-    # those are to singular themselves. Eigenvalues, which are dear, decide where that is in doubt.
-    # With the matrix scaled so that all errors are alike, they add up to `dimension` of them, and L_jj^2 scales along.
+    # L_jj^2 is the part of direction j that the directions before it leave unexplained. Rounding adds to it, all the
+    # more where those are nearly singular. Where that leaves doubt, eigenvalues decide, which cost more.
+    # With the matrix scaled so that all errors are equal, they add up to `dimension` times the error, and L_jj^2 scales
+    # along.
     if not failed and (factor.diagonal() ** 2 > SURE_PIVOT * diagonal + dimension * error).all():
         return torch.cholesky_solve(right, factor), "solved", 0
     values, vectors = torch.linalg.eigh(matrix)
@@ -145,10 +153,10 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) 
     kept = values > noise
     indefinite = bool((values < -noise).any())
     basis = vectors[:, kept]
-    solution = basis @ ((basis.T @ right) / values[kept, None])
+    solved = basis @ ((basis.T @ right) / values[kept, None])
     if kept.all():
-        return solution, "solved", 0
-    return solution, "indefinite" if indefinite else "singular", int((~kept).sum())
+        return solved, "solved", 0
+    return solved, "indefinite" if indefinite else "singular", int((~kept).sum())
 
 
 def spectrum(matrix: Tensor) -> tuple[float | None, float | None]:

@@ -1,8 +1,8 @@
-"""A body merged by another method, then one more sum: the classifier is refitted on it.
+"""A body merged by another method, then one more round: the classifier is refitted on it.
 
-What a merge loses it loses mostly in the classifier: heads of owners with other labels and other shares of them do not
-average. But for the classifier alone the whole problem is a least squares whose terms are sums over rows. With f the
-classifier's input on the merged body, and 1 after it for the bias, each owner adds
+Most of what a merge loses, it loses in the classifier: heads of owners with other labels, and other shares of them, do
+not average. For the classifier alone, though, the whole problem is a least squares whose terms are sums over rows. With
+f the classifier's input on the merged body, and 1 after it for the bias, each owner adds
 
     G_i = sum w f f^T      C_i = sum w f t^T
 
@@ -10,129 +10,228 @@ and the coordinator solves (sum G_i) W^T = sum C_i. The targets t are
 
     labels    onehot - 1/K. A row's weight w is (the share of its class at the owner)^-balance, scaled so that an
               owner's weights add up to its rows; several balances are a sweep. The scores are then scaled to be as
-              large, in the mean, as those of the owners' own models: the same decisions, and probabilities that mean
-              something
+              large, in the mean, as those of the owners' own models: the decisions stay the same, and the probabilities
+              mean something
     scores    what the owner's own model puts out on the row; w = 1. No label is used
 
-Ridge: every owner adds HEAD_RIDGE * mean(diag G_i) to its diagonal. It pulls to zero for labels, and for scores to the
-base's classifier, whose terms G_i W_0^T travel too, since merged models are told as deltas.
+Ridge: every owner adds CLASSIFIER_RIDGE * mean(diag G_i) to its diagonal. For labels it pulls toward zero, for scores
+toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged models are
+sent as deltas.
 
-The body (refit.body) is any merge that needs one sum and gives one model for a value of alpha.
+The body (`body`) is any single-round method that can be refitted, at one value of its alpha.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import ModuleType
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
 
-from common.agreement import Agreement, AgreementDraft
-from common.merge_methods import average, data_free, regmean
+from common.lazy import lazy_module
+from common.merge_methods.method import METHODS, Measurement, MultiRoundMethod, SingleRoundMethod, Step, register
 from common.merge_methods.normal_equations import add_ridge, solve_symmetric, spectrum
-from common.merge_methods.sequence import Step
-from common.merge_methods.terms import HeadTerms, LayerNote, OwnerTerms, Solution, to_array, weight_bound
+from common.merge_methods.regmean import MAX_ROWS_PER_EXAMPLE
+from common.merge_methods.terms import (
+    ClassifierTerms,
+    Hyperparameters,
+    LayerNote,
+    MergedDelta,
+    MergeSettings,
+    OwnerTerms,
+    to_array,
+)
 from common.models.layers import Layer
 from common.models.plan import MergePlan
-from common.summation.protocol import Total
+from common.settings_file import Probability
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
-BODIES: dict[str, ModuleType] = {"average": average, "data_free": data_free, "regmean": regmean}
-HEAD_RIDGE = 1e-2
-LEAST_COUNT = 3  # a class of fewer rows weighs as if it had so many
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+CLASSIFIER_RIDGE = 1e-2
+LEAST_COUNT = 3  # a class with fewer rows weighs as if it had this many
 LARGEST_SCORE = 1000.0
 
 
-def knobs(agreement: Agreement) -> tuple[float, ...] | tuple[None]:
-    return agreement.refit.balances if agreement.refit.targets == "labels" else (None,)
+class RefitTable(Hyperparameters):
+    """`body` merges everything but the classifier. `alpha` is one of the body's alphas: left out, the largest.
+
+    `targets`: the classifier is fitted to the owners' labels, or, without looking at a label, to their models' scores.
+    Several `balances` (0: every row weighs the same, 1: every class of an owner weighs the same) are a sweep; in a
+    masked sum they need two more honest owners than there are balances.
+    """
+
+    body: str = "data_free"
+    alpha: Probability | None = None
+    targets: Literal["labels", "scores"] = "labels"
+    balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.5,)
+    measured_examples: Annotated[int, Field(ge=1)] = 2000
 
 
-def measurements(agreement: AgreementDraft) -> frozenset[str]:
-    of_body: frozenset[str] = _body(agreement).measurements(agreement)
-    return of_body
+class Refit(MultiRoundMethod[RefitTable]):
+    """A merged body with a classifier fitted to it."""
 
+    name = "refit"
+    title = "refit"
+    summary = "a body merged in one round, then the classifier fitted anew on it"
+    paper = "least squares on the merged features; see docs/how-it-works.md"
+    order = 6
+    table = RefitTable
+    tensor_kinds = MappingProxyType(
+        {
+            "head_gram": "products of the classifier's inputs on the merged model, summed over {their} rows",
+            "head_start": "those products times the base's classifier",
+            "head_targets": "the classifier's inputs times what it is fitted to, summed over {their} rows",
+            "head_scores": "the size of {their} own model's scores",
+            "head_rows": "the number of rows that the classifier is fitted to",
+        }
+    )
+    needs_classifier = True
 
-def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    of_body: TensorLayout = _body(agreement).layout(agreement, plan)
-    return of_body
+    def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float | None, ...]:
+        table = self.of(tables)
+        return table.balances if table.targets == "labels" else (None,)
 
+    def check(self, tables: Mapping[str, Hyperparameters]) -> None:
+        table, alphas = self.of(tables), self._body(tables).swept(tables)
+        if table.alpha is not None and table.alpha not in alphas:
+            allowed = [alpha for alpha in alphas if alpha is not None]
+            raise ValueError(f"refit.alpha = {table.alpha}: must be one of {table.body}.alphas = {allowed}")
 
-def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    yield from _body(agreement).contribution(agreement, plan, owner)
+    def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> int:
+        return len(self.swept(tables))
 
+    def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        if self.of(tables).targets == "scores":
+            return ()
+        return (
+            "The classifier is fitted to {their} labels. The total shows how many rows of each label there are, and "
+            "the sum of the classifier's inputs on them, summed over the owners. If only one owner has a label, both "
+            "are that owner's alone.",
+        )
 
-def start(agreement: Agreement, plan: MergePlan, total: Total) -> Solution:
-    merged: Solution = _body(agreement).solve(agreement, plan, total, agreement.refit_alpha)
-    return merged
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        return self._body(settings.tables).measurements(settings)
 
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        return self._body(settings.tables).layout(settings)
 
-def _body(agreement: AgreementDraft) -> ModuleType:
-    return BODIES[agreement.refit.body]
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        return self._body(settings.tables).contribution(settings, owner)
 
+    def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:
+        body, alpha = self._body(settings.tables), self.hyperparameters(settings).alpha
+        if alpha is None:
+            alpha = max((each for each in body.swept(settings.tables) if each is not None), default=None)
+        return body.solve(settings, total, alpha, with_spectra=True)
 
-def steps(plan: MergePlan) -> tuple[Step, ...]:
-    return (Step(number=1, block=None, inputs=plan.inputs[-1:]),)
+    def steps(self, settings: MergeSettings) -> tuple[Step, ...]:
+        step = Step(
+            number=1,
+            block=None,
+            inputs=settings.plan.inputs[-1:],
+            measurement=Measurement.CLASSIFIER,
+            max_examples=self.hyperparameters(settings).measured_examples,
+        )
+        return (step,)
 
+    def merged_names(self, settings: MergeSettings, number: int) -> tuple[str, ...]:
+        return settings.plan.changed
 
-def merged_names(plan: MergePlan, number: int) -> tuple[str, ...]:
-    return plan.changed
+    def step_layout(self, settings: MergeSettings, step: Step) -> TensorLayout:
+        layer = classifier(settings.plan)
+        features = layer.d_in + (layer.bias is not None)
+        weight = settings.weight_bound
+        bound = weight * max(1.0, settings.bounds.grams[settings.plan.inputs[-1].name])
+        entries = [TensorEntry(name="head_rows", shape=(1,), bound=weight * MAX_ROWS_PER_EXAMPLE)]
+        for balance in self._balances(settings):
+            square, rectangle = (features, features), (features, layer.d_out)
+            entries += [
+                TensorEntry(name=f"head_gram@{balance!r}", shape=square, bound=bound, packing="symmetric"),
+                TensorEntry(name=f"head_start@{balance!r}", shape=rectangle, bound=bound),
+                TensorEntry(name=f"head_targets@{balance!r}", shape=rectangle, bound=bound),
+                TensorEntry(name=f"head_scores@{balance!r}", shape=(1,), bound=weight * LARGEST_SCORE**2),
+            ]
+        return TensorLayout(tuple(entries))
+
+    def step_contribution(
+        self, settings: MergeSettings, step: Step, owner: OwnerTerms
+    ) -> Iterator[tuple[str, NDArray]]:
+        terms = owner.classifier
+        assert terms is not None  # measured in this step
+        rows = len(terms.scores)
+        scale = owner.examples / rows if settings.weighting == "rows" else 1 / rows
+        yield "head_rows", to_array(torch.tensor([scale * rows]))
+        centred = terms.scores - terms.scores.mean(dim=1, keepdim=True)  # (rows, classes); decisions ignore the mean
+        for balance in self._balances(settings):
+            weights = scale * class_weights(terms.targets, balance)  # (rows,)
+            weighted = weights[:, None] * terms.features
+            gram = add_ridge(weighted.T @ terms.features, CLASSIFIER_RIDGE)  # (features, features) float64
+            yield f"head_gram@{balance!r}", to_array(gram)
+            yield f"head_start@{balance!r}", to_array(gram @ terms.start)
+            yield f"head_targets@{balance!r}", to_array(self._towards(settings, terms, weighted, gram))
+            yield f"head_scores@{balance!r}", to_array((weights * (centred**2).sum(dim=1)).sum()[None])
+
+    def _towards(self, settings: MergeSettings, terms: ClassifierTerms, weighted: Tensor, gram: Tensor) -> Tensor:
+        """The right-hand side, (features, classes) float64, including the ridge's part."""
+        if self.hyperparameters(settings).targets == "labels":
+            classes = terms.scores.shape[1]
+            onehot = torch.nn.functional.one_hot(terms.targets, classes).double() - 1 / classes
+            return weighted.T @ onehot
+        without_ridge = weighted.T @ terms.features
+        return weighted.T @ terms.scores + (gram - without_ridge) @ terms.start
+
+    def _balances(self, settings: MergeSettings) -> tuple[float, ...]:
+        return tuple(0.0 if balance is None else balance for balance in self.swept(settings.tables))
+
+    def solve_step(
+        self, settings: MergeSettings, step: Step, total: SummedTensors, hyperparameter: float | None
+    ) -> MergedDelta:
+        layer, balance = classifier(settings.plan), 0.0 if hyperparameter is None else hyperparameter
+        gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
+        targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
+        before = torch.from_numpy(total[f"head_start@{balance!r}"])
+        error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
+        solved, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
+        fitted, base = solved.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, the base's
+        if self.hyperparameters(settings).targets == "labels":
+            fitted = fitted * _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
+        condition, effective_rank = spectrum(gram)
+        note = LayerNote(
+            name=step.inputs[0].name,
+            status=status,
+            d_in=layer.d_in,
+            gram_size=len(gram),
+            rows=round(float(total["head_rows"][0])),
+            condition=condition,
+            effective_rank=effective_rank,
+            unseen_directions=unseen,
+        )
+        return MergedDelta(delta=layer.give((fitted - base).float()), layers=(note,))
+
+    def _body(self, tables: Mapping[str, Hyperparameters]) -> SingleRoundMethod[Hyperparameters]:
+        """The method that merges the body. Raises ValueError for one that cannot be refitted."""
+        name = self.of(tables).body
+        body = METHODS.get(name)
+        if not isinstance(body, SingleRoundMethod) or not body.can_be_refitted:
+            allowed = sorted(each.name for each in METHODS.values() if each.can_be_refitted)
+            raise ValueError(f"refit.body = {name!r}: must be one of {', '.join(allowed)}")
+        return body
 
 
 def classifier(plan: MergePlan) -> Layer:
-    """The last layer of the plan, with its bias if it has one: here it is fitted whether it is a feature or not."""
+    """The last layer of the plan. Its bias, if it has one, is fitted with it, whether it is a feature or not."""
     (layer,) = plan.inputs[-1].layers
     bias = f"{plan.inputs[-1].name}.bias"
     return replace(layer, bias=bias if bias in plan.shapes else None)
-
-
-def step_layout(agreement: Agreement, plan: MergePlan, step: Step) -> TensorLayout:
-    layer = classifier(plan)
-    features = layer.d_in + (layer.bias is not None)
-    weight = weight_bound(agreement)
-    bound = weight * max(1.0, agreement.bounds.grams[-1])
-    entries = [TensorEntry(name="head_rows", shape=(1,), bound=weight * regmean.MAX_ROWS_PER_EXAMPLE)]
-    for balance in _balances(agreement):
-        square, rectangle = (features, features), (features, layer.d_out)
-        entries += [
-            TensorEntry(name=f"head_gram@{balance!r}", shape=square, bound=bound, packing="symmetric"),
-            TensorEntry(name=f"head_start@{balance!r}", shape=rectangle, bound=bound),
-            TensorEntry(name=f"head_targets@{balance!r}", shape=rectangle, bound=bound),
-            TensorEntry(name=f"head_scores@{balance!r}", shape=(1,), bound=weight * LARGEST_SCORE**2),
-        ]
-    return TensorLayout(tuple(entries))
-
-
-def step_contribution(
-    agreement: Agreement, plan: MergePlan, step: Step, owner: OwnerTerms
-) -> Iterator[tuple[str, NDArray]]:
-    terms = owner.head
-    assert terms is not None  # measured in this step
-    rows, classes = terms.scores.shape
-    scale = owner.examples / rows if agreement.weighting == "rows" else 1 / rows
-    yield "head_rows", to_array(torch.tensor([scale * rows]))
-    centred = terms.scores - terms.scores.mean(dim=1, keepdim=True)  # (rows, classes); decisions do not see the mean
-    for balance in _balances(agreement):
-        weights = scale * class_weights(terms.targets, balance)  # (rows,)
-        weighted = weights[:, None] * terms.features
-        gram = add_ridge(weighted.T @ terms.features, HEAD_RIDGE)  # (features, features) float64
-        yield f"head_gram@{balance!r}", to_array(gram)
-        yield f"head_start@{balance!r}", to_array(gram @ terms.start)
-        yield f"head_targets@{balance!r}", to_array(_towards(agreement, terms, weighted, gram, classes))
-        yield f"head_scores@{balance!r}", to_array((weights * (centred**2).sum(dim=1)).sum()[None])
-
-
-def _towards(agreement: Agreement, terms: HeadTerms, weighted: Tensor, gram: Tensor, classes: int) -> Tensor:
-    """The right-hand side, (features, classes) float64, the ridge's part of it included."""
-    if agreement.refit.targets == "labels":
-        onehot = torch.nn.functional.one_hot(terms.targets, classes).double() - 1 / classes
-        return weighted.T @ onehot
-    without_ridge = weighted.T @ terms.features
-    return weighted.T @ terms.scores + (gram - without_ridge) @ terms.start
-
-
-def _balances(agreement: Agreement) -> tuple[float, ...]:
-    return agreement.refit.balances if agreement.refit.targets == "labels" else (0.0,)
 
 
 def class_weights(targets: Tensor, balance: float) -> Tensor:
@@ -142,31 +241,10 @@ def class_weights(targets: Tensor, balance: float) -> Tensor:
     return weights * len(targets) / weights.sum()
 
 
-def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, knob: float | None) -> Solution:
-    layer, balance = classifier(plan), 0.0 if knob is None else knob
-    gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
-    targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
-    before = torch.from_numpy(total[f"head_start@{balance!r}"])
-    error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
-    solution, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
-    fitted, base = solution.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, and the base's
-    if agreement.refit.targets == "labels":
-        fitted = fitted * _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
-    condition, effective_rank = spectrum(gram)
-    note = LayerNote(
-        name=step.inputs[0].name,
-        status=status,
-        d_in=layer.d_in,
-        gram_size=len(gram),
-        rows=round(float(total["head_rows"][0])),
-        condition=condition,
-        effective_rank=effective_rank,
-        unseen_directions=unseen,
-    )
-    return Solution(delta=layer.give((fitted - base).float()), layers=(note,))
-
-
 def _scale(gram: Tensor, fitted: Tensor, squared_scores: float) -> float:
-    """What makes the fitted scores, squared and summed over all rows, as large as the owners' own models'."""
+    """The factor that makes the fitted scores, squared and summed over all rows, as large as the own models' scores."""
     size = float((fitted * (gram @ fitted)).sum())
     return float((squared_scores / size) ** 0.5) if size > 0 and squared_scores > 0 else 1.0
+
+
+REFIT = register(Refit())

@@ -1,106 +1,188 @@
 """RegMean (Jin et al., ICLR 2023, arXiv 2212.09849, section 3.2, equation 2), over deltas.
 
-For a linear layer y = W x with input rows X_i at owner i, the W that is closest to what every owner's own layer does
-on its own rows, min sum_i ||X_i W^T - X_i W_i^T||^2, is a closed form in the Gram matrices G_i = X_i^T X_i. With off-
-diagonal entries scaled by alpha (their section 3.2) and for deltas (W_0 cancels exactly) it is the linear system of
-`normal_equations.py`, which says also what is summed and what a solve can meet.
+For a linear layer y = W x with input rows X_i at owner i, RegMean looks for the W that is closest to what every owner's
+own layer does on its own rows: min sum_i ||X_i W^T - X_i W_i^T||^2. The solution is a closed form in the Gram matrices
+G_i = X_i^T X_i. With off-diagonal entries scaled by alpha (their section 3.2), and for deltas (W_0 cancels exactly), it
+is the linear system of `normal_equations.py`, which also says what is summed and what a solve can meet.
 
-There is one system per distinct input. What is no linear layer's weight is averaged; biases too, unless the agreement
-takes them as weights of one more input that is always 1: then X has a column of ones, and delta^T the bias's change as
-its last row. Layers that the agreement names data-free have the Gram of `data_free.py` instead of a measured one.
+There is one system per distinct input. All other parameters are averaged, and so are biases, unless the agreement
+treats a bias as the weight of one more input that is always 1: then X has a column of ones, and delta^T has the bias's
+change as its last row. Layers that the agreement names data-free have the Gram of `data_free.py` instead.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
 
-from common.agreement import Agreement, AgreementDraft
-from common.merge_methods import data_free
+from common.lazy import lazy_module
+from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
+from common.merge_methods.method import Measurement, SingleRoundMethod, register
 from common.merge_methods.normal_equations import System, add_ridge, notes_on
 from common.merge_methods.terms import (
-    Gram,
+    WEIGHT_KINDS,
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
     OwnerTerms,
-    Solution,
     mean_delta,
     owner_scale,
     to_array,
-    unchanged,
-    weight_bound,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
     weighted_delta_tensors,
+    with_unchanged,
 )
-from common.models.layers import join_slices
-from common.models.plan import MergePlan, SharedInput
-from common.summation.protocol import Total
+from common.models.layers import Layer, join_slices
+from common.models.plan import SharedInput
+from common.settings_file import Probability
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
 MAX_ROWS_PER_EXAMPLE = 100_000  # tokens of the longest text that an agreement allows
+GRAM_KINDS = {
+    "gram": "Gram matrices: sums over {their} rows of products of a layer's inputs",
+    "gram_delta": "Gram matrices times {their} weight changes",
+    "diagonal_delta": "diagonals of Gram matrices times {their} weight changes",
+    "rows": "the number of rows behind each Gram matrix",
+}
 
 
-def measurements(agreement: AgreementDraft) -> frozenset[str]:
-    return frozenset({"grams"})
+class RegMeanTable(Hyperparameters):
+    """Several alphas are a sweep, decided by the owners' summed metric.
+
+    `bias_feature`: solve a bias with its weight, as the weight of one more input that is always 1, where every layer
+    that shares the input has a bias. Otherwise biases are averaged. `data_free_layers`: weights of linear layers that
+    are merged with the Gram of `data_free.py`, as [data_free] says: names, the beginnings of names up to a dot, or
+    patterns (`*.attention.*`). `largest_gram`: a layer with more inputs than this is merged in blocks of its inputs, as
+    if the inputs of different blocks were uncorrelated: fewer bytes, a coarser merge.
+    """
+
+    alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
+    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    measured_examples: Annotated[int, Field(ge=1)] = 1000
+    bias_feature: bool = False
+    data_free_layers: tuple[str, ...] = ()
+    largest_gram: Annotated[int, Field(ge=1)] | None = None
 
 
-def knobs(agreement: Agreement) -> tuple[float, ...]:
-    return agreement.regmean.alphas
+@dataclass(frozen=True, kw_only=True)
+class GramPart:
+    """Some of a plan's parameters, merged as RegMean merges: all of them, or those of one step of a method.
+
+    `alphas`: several leave separate products for each alpha to be tried; one folds alpha in before anything leaves.
+    """
+
+    inputs: tuple[SharedInput, ...]
+    alphas: tuple[float, ...]
+    ridge: float
+    data_free: tuple[Layer, ...] = ()
+    averaged: tuple[str, ...] = ()
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        entries = weight_entries(settings)
+        most_rows = settings.bounds.examples * MAX_ROWS_PER_EXAMPLE
+        for shared in self.inputs:
+            # For the products too: fine-tuning changes a layer's outputs by less than the largest of its inputs.
+            bound = settings.weight_bound * settings.bounds.grams[shared.name]
+            entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,), bound=most_rows))
+            entries += self._system_of(shared).entries(bound, bound)
+        for layer in self.data_free:
+            entries += DATA_FREE.layer_entries(settings, layer)
+        return TensorLayout((*entries, *weighted_delta_entries(settings, self.averaged)))
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        yield from weight_tensors(settings, owner)
+        for shared in self.inputs:
+            gram = owner.grams[shared.name]
+            yield f"rows/{shared.name}", to_array(torch.tensor([float(gram.rows)]))
+            weighted = add_ridge(owner_scale(settings, owner, gram) * gram.matrix, self.ridge)
+            yield from self._system_of(shared).tensors(weighted, owner.delta)
+        for layer in self.data_free:
+            yield from DATA_FREE.layer_tensors(settings, layer, owner)
+        yield from weighted_delta_tensors(settings, owner, self.averaged)
+
+    def solve(self, settings: MergeSettings, total: SummedTensors, alpha: float, *, with_spectra: bool) -> MergedDelta:
+        merged, layers = dict[str, "Tensor"](), []
+        for shared in self.inputs:
+            rows = round(total[f"rows/{shared.name}"][0])
+            solved, note = self._system_of(shared).solve(total, alpha, rows, with_spectra)
+            merged |= solved
+            layers.append(note)
+        for layer in self.data_free:
+            (data_free_alpha,) = DATA_FREE.hyperparameters(settings).alphas
+            solved, note = DATA_FREE.system_of(settings, layer).solve(total, data_free_alpha, None, with_spectra)
+            merged |= solved
+            layers.append(note)
+        averaged = {name: mean_delta(total, name).float() for name in self.averaged}
+        solved_layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)
+        delta = averaged | join_slices(merged, solved_layers, settings.plan.shapes)
+        return MergedDelta(delta=delta, layers=tuple(layers), notes=notes_on(layers))
+
+    def _system_of(self, shared: SharedInput) -> System:
+        return System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=self.alphas)
 
 
-def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    entries = weight_entries(agreement)
-    most_rows = agreement.bounds.examples * MAX_ROWS_PER_EXAMPLE
-    for shared, one_example in zip(plan.inputs, agreement.bounds.grams, strict=True):
-        # Of the products too: fine-tuning changes what a layer puts out by less than the largest that goes in.
-        bound = weight_bound(agreement) * one_example
-        entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,), bound=most_rows))
-        entries += _system_of(agreement, shared).entries(bound, bound)
-    for layer in plan.data_free:
-        entries += data_free.layer_entries(agreement, layer)
-    return TensorLayout((*entries, *weighted_delta_entries(agreement, plan, plan.averaged)))
+class RegMean(SingleRoundMethod[RegMeanTable]):
+    """Least squares with the owners' Gram matrices."""
+
+    name = "regmean"
+    title = "RegMean"
+    summary = "least squares with the summed Gram matrices of the layers' inputs"
+    paper = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    order = 5
+    table = RegMeanTable
+    tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS
+    fits_32_bits = True
+    can_be_refitted = True
+
+    def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
+        return self.of(tables).alphas
+
+    def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        if not self.of(tables).bias_feature:
+            return ()
+        return (
+            "A constant 1 is among the inputs of layers with a bias, so their Gram matrices also hold the sum of the "
+            "inputs.",
+        )
+
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        return {Measurement.GRAMS: self.hyperparameters(settings).measured_examples}
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        return self._part(settings).layout(settings)
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        return self._part(settings).contribution(settings, owner)
+
+    def solve(
+        self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
+    ) -> MergedDelta:
+        assert hyperparameter is not None
+        merged = self._part(settings).solve(settings, total, hyperparameter, with_spectra=with_spectra)
+        return with_unchanged(settings, merged)
+
+    def _part(self, settings: MergeSettings) -> GramPart:
+        table, plan = self.hyperparameters(settings), settings.plan
+        return GramPart(
+            inputs=plan.inputs,
+            alphas=table.alphas,
+            ridge=table.ridge,
+            data_free=plan.data_free,
+            averaged=plan.averaged,
+        )
 
 
-def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    yield from weight_tensors(agreement, owner)
-    for shared in plan.inputs:
-        gram = owner.grams[shared.name]
-        yield f"rows/{shared.name}", to_array(torch.tensor([float(gram.rows)]))
-        yield from _system_of(agreement, shared).tensors(_weighted_gram(agreement, owner, gram), owner.delta)
-    for layer in plan.data_free:
-        yield from data_free.layer_tensors(agreement, layer, owner)
-    yield from weighted_delta_tensors(agreement, owner, plan.averaged)
-
-
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float, with_spectra: bool = True) -> Solution:
-    merged: dict[str, Tensor] = {}
-    layers = []
-    for shared in plan.inputs:
-        rows = round(total[f"rows/{shared.name}"][0])
-        solved, note = _system_of(agreement, shared).solve(total, knob, rows, with_spectra)
-        merged |= solved
-        layers.append(note)
-    for layer in plan.data_free:
-        (alpha,) = agreement.data_free.alphas
-        solved, note = data_free.system_of(agreement, layer).solve(total, alpha, None, with_spectra)
-        merged |= solved
-        layers.append(note)
-    averaged = {name: mean_delta(total, name).float() for name in plan.averaged}
-    delta = averaged | unchanged(plan) | join_slices(merged, (*plan.layers(), *plan.data_free), plan.shapes)
-    return Solution(delta=delta, layers=tuple(layers), notes=notes_on(layers))
-
-
-def _system_of(agreement: Agreement, shared: SharedInput) -> System:
-    return System(
-        name=shared.name,
-        kind="",
-        gram_size=shared.gram_size,
-        layers=shared.layers,
-        alphas=agreement.regmean.alphas,
-    )
-
-
-def _weighted_gram(agreement: Agreement, owner: OwnerTerms, gram: Gram) -> Tensor:
-    """The owner's Gram on the scale on which owners are added up, with its ridge."""
-    return add_ridge(owner_scale(agreement, owner, gram) * gram.matrix, agreement.regmean.ridge)
+REGMEAN = register(RegMean())

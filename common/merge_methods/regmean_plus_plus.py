@@ -1,91 +1,129 @@
 """RegMean++ (Nguyen et al., 2025, arXiv 2508.03121, section 3): RegMean, block after block.
 
-Block l's Grams are those of the rows that the merged blocks before it produce, run through the owner's own block l:
-each layer is solved for the inputs that it will really get. Otherwise each step is a RegMean of its own (`regmean.py`),
-at one alpha. What stands before the first block belongs to the first step; of what follows the last block (pooler,
-classifier) each distinct input is a step of its own. What is averaged is merged before the first step.
+The Grams of block l are those of the rows that the merged blocks before it produce, run through the owner's own block
+l. So each layer is solved for the inputs that it will really get. Otherwise each step is a RegMean of its own
+(`regmean.py`), at one alpha. What comes before the first block belongs to the first step. After the last block (pooler,
+classifier), each distinct input is a step of its own. What is averaged is merged before the first step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from numpy.typing import NDArray
 
-from common.agreement import Agreement, AgreementDraft
-from common.merge_methods import regmean
-from common.merge_methods.sequence import Step, agreement_of, plan_of
-from common.merge_methods.terms import OwnerTerms, Solution
+from common.merge_methods.data_free import DATA_FREE_KINDS
+from common.merge_methods.method import Measurement, MultiRoundMethod, Step, register
+from common.merge_methods.regmean import GRAM_KINDS, REGMEAN, GramPart
+from common.merge_methods.terms import (
+    WEIGHT_KINDS,
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
+    OwnerTerms,
+    with_unchanged,
+)
 from common.models.layers import parameter_of
-from common.models.plan import MergePlan, SharedInput
-from common.summation.protocol import Total
+from common.models.plan import SharedInput
+from common.settings_file import Probability
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
 
 
-def measurements(agreement: AgreementDraft) -> frozenset[str]:
-    return frozenset()
+class RegMeanPlusPlusTable(Hyperparameters):
+    """`ridge` and `measured_examples` are those of [regmean]."""
+
+    alpha: Probability = 0.9
 
 
-def knobs(agreement: Agreement) -> tuple[None]:
-    return (None,)
+class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
+    """RegMean on the inputs that the merged model makes."""
+
+    name = "regmean_plus_plus"
+    title = "RegMean++"
+    summary = "RegMean, layer after layer on the inputs that the merged model makes"
+    paper = "Nguyen et al., 2025, arXiv 2508.03121"
+    order = 7
+    table = RegMeanPlusPlusTable
+    tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS
+    needs_blocks = True
+
+    def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        return REGMEAN.disclosures(tables)
+
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        return {}
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        return self._start_part(settings).layout(settings)
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        return self._start_part(settings).contribution(settings, owner)
+
+    def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:
+        alpha = self.hyperparameters(settings).alpha
+        merged = self._start_part(settings).solve(settings, total, alpha, with_spectra=True)
+        return with_unchanged(settings, merged)
+
+    def steps(self, settings: MergeSettings) -> tuple[Step, ...]:
+        """Every input of the plan, in the order of first use, in exactly one step."""
+        plan, max_examples = settings.plan, REGMEAN.hyperparameters(settings).measured_examples
+        by_block: dict[int, list[SharedInput]] = {}
+        after: list[SharedInput] = []
+        for shared in plan.inputs:
+            block = next((index for index, name in enumerate(plan.blocks) if shared.name.startswith(f"{name}.")), None)
+            if block is not None:
+                by_block.setdefault(block, []).append(shared)
+            elif by_block:
+                after.append(shared)
+            else:
+                by_block[0] = [shared]
+        parts: list[tuple[int | None, list[SharedInput]]] = [(block, by_block[block]) for block in sorted(by_block)]
+        parts += [(None, [shared]) for shared in after]
+        return tuple(
+            Step(
+                number=number,
+                block=block,
+                inputs=tuple(inputs),
+                measurement=Measurement.GRAMS,
+                max_examples=max_examples,
+            )
+            for number, (block, inputs) in enumerate(parts, 1)
+        )
+
+    def merged_names(self, settings: MergeSettings, number: int) -> tuple[str, ...]:
+        if number == 0:
+            plan = settings.plan
+            return tuple(dict.fromkeys([*plan.averaged, *(parameter_of(layer.weight) for layer in plan.data_free)]))
+        layers = [layer for shared in self.steps(settings)[number - 1].inputs for layer in shared.layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return tuple(dict.fromkeys([*(parameter_of(layer.weight) for layer in layers), *biases]))
+
+    def step_layout(self, settings: MergeSettings, step: Step) -> TensorLayout:
+        return self._step_part(settings, step).layout(settings)
+
+    def step_contribution(
+        self, settings: MergeSettings, step: Step, owner: OwnerTerms
+    ) -> Iterator[tuple[str, NDArray]]:
+        return self._step_part(settings, step).contribution(settings, owner)
+
+    def solve_step(
+        self, settings: MergeSettings, step: Step, total: SummedTensors, hyperparameter: float | None
+    ) -> MergedDelta:
+        alpha = self.hyperparameters(settings).alpha
+        return self._step_part(settings, step).solve(settings, total, alpha, with_spectra=True)
+
+    def _start_part(self, settings: MergeSettings) -> GramPart:
+        """What needs no measured Gram."""
+        plan = settings.plan
+        part = self._part(settings, inputs=())
+        return replace(part, data_free=plan.data_free, averaged=plan.averaged)
+
+    def _step_part(self, settings: MergeSettings, step: Step) -> GramPart:
+        return self._part(settings, step.inputs)
+
+    def _part(self, settings: MergeSettings, inputs: tuple[SharedInput, ...]) -> GramPart:
+        alpha, ridge = self.hyperparameters(settings).alpha, REGMEAN.hyperparameters(settings).ridge
+        return GramPart(inputs=inputs, alphas=(alpha,), ridge=ridge)
 
 
-# Before the first step: a RegMean of what needs no Gram of inputs.
-
-
-def layout(agreement: Agreement, plan: MergePlan) -> TensorLayout:
-    bounds = agreement.bounds.model_copy(update={"grams": ()})
-    return regmean.layout(agreement.model_copy(update={"bounds": bounds}), replace(plan, inputs=()))
-
-
-def contribution(agreement: Agreement, plan: MergePlan, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    return regmean.contribution(agreement, replace(plan, inputs=()), owner)
-
-
-def start(agreement: Agreement, plan: MergePlan, total: Total) -> Solution:
-    return regmean.solve(agreement, replace(plan, inputs=()), total, agreement.regmean_plus_plus.alpha)
-
-
-def steps(plan: MergePlan) -> tuple[Step, ...]:
-    """Every input of the plan, in the order of first use, in exactly one step."""
-    by_block: dict[int, list[SharedInput]] = {}
-    after: list[SharedInput] = []
-    for shared in plan.inputs:
-        block = next((index for index, name in enumerate(plan.blocks) if shared.name.startswith(f"{name}.")), None)
-        if block is not None:
-            by_block.setdefault(block, []).append(shared)
-        elif by_block:
-            after.append(shared)
-        else:
-            by_block[0] = [shared]
-    parts: list[tuple[int | None, list[SharedInput]]] = [(block, by_block[block]) for block in sorted(by_block)]
-    parts += [(None, [shared]) for shared in after]
-    return tuple(
-        Step(number=number, block=block, inputs=tuple(inputs)) for number, (block, inputs) in enumerate(parts, 1)
-    )
-
-
-def merged_names(plan: MergePlan, number: int) -> tuple[str, ...]:
-    if number == 0:
-        return tuple(dict.fromkeys([*plan.averaged, *(parameter_of(layer.weight) for layer in plan.data_free)]))
-    layers = [layer for shared in steps(plan)[number - 1].inputs for layer in shared.layers]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return tuple(dict.fromkeys([*(parameter_of(layer.weight) for layer in layers), *biases]))
-
-
-def step_layout(agreement: Agreement, plan: MergePlan, step: Step) -> TensorLayout:
-    return regmean.layout(_for(agreement, plan, step), plan_of(plan, step))
-
-
-def step_contribution(
-    agreement: Agreement, plan: MergePlan, step: Step, owner: OwnerTerms
-) -> Iterator[tuple[str, NDArray]]:
-    return regmean.contribution(_for(agreement, plan, step), plan_of(plan, step), owner)
-
-
-def solve_step(agreement: Agreement, plan: MergePlan, step: Step, total: Total, knob: None) -> Solution:
-    alpha = agreement.regmean_plus_plus.alpha
-    return regmean.solve(_for(agreement, plan, step), plan_of(plan, step), total, alpha)
-
-
-def _for(agreement: Agreement, plan: MergePlan, step: Step) -> Agreement:
-    return agreement_of(agreement, plan, step, agreement.regmean_plus_plus.alpha)
+REGMEAN_PLUS_PLUS = register(RegMeanPlusPlus())

@@ -2,24 +2,61 @@
 
 delta = scale * N * sum n_i delta_i / sum n_i        N owners; the scale is swept
 
-Where every owner counts alike (n_i = 1) this is the paper's scale * sum delta_i. Where owners count by their rows it is
-the same sum that the average is made of: two sums of the same deltas with two kinds of weights would tell, of three
-owners, each the others' deltas (tests/attacks/test_leaks.py).
+When every owner counts alike (n_i = 1) this is the paper's scale * sum delta_i. When owners count by their examples it
+uses the same sum as the average. Two sums of the same deltas with two kinds of weights would expose, among three
+owners, the others' deltas to each (tests/attacks/test_leaks.py).
 """
 
-from common.agreement import Agreement
-from common.merge_methods.average import contribution, layout, measurements
-from common.merge_methods.terms import Solution, mean_delta, unchanged
-from common.models.plan import MergePlan
-from common.summation.protocol import Total
+from collections.abc import Iterator, Mapping
+from typing import Annotated
 
-__all__ = ["contribution", "layout", "measurements"]
+from numpy.typing import NDArray
+from pydantic import Field
+
+from common.merge_methods.average import AVERAGE
+from common.merge_methods.method import Measurement, SingleRoundMethod, register
+from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings, OwnerTerms, mean_delta, unchanged
+from common.settings_file import Positive
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorLayout
 
 
-def knobs(agreement: Agreement) -> tuple[float, ...]:
-    return agreement.task_arithmetic.scales
+class TaskArithmeticTable(Hyperparameters):
+    """Several scales are a sweep."""
+
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=20)] = (0.3, 0.5, 1.0)
 
 
-def solve(agreement: Agreement, plan: MergePlan, total: Total, knob: float) -> Solution:
-    delta = {name: (knob * total.num_owners * mean_delta(total, name)).float() for name in plan.changed}
-    return Solution(delta=delta | unchanged(plan))
+class TaskArithmetic(SingleRoundMethod[TaskArithmeticTable]):
+    """The scaled sum of task vectors."""
+
+    name = "task_arithmetic"
+    title = "Task arithmetic"
+    summary = "the base plus a multiple of the owners' mean change"
+    paper = "Ilharco et al., ICLR 2023, arXiv 2212.04089"
+    order = 2
+    table = TaskArithmeticTable
+    fits_32_bits = True
+
+    def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
+        return self.of(tables).scales
+
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        return {}
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        return AVERAGE.layout(settings)
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        return AVERAGE.contribution(settings, owner)
+
+    def solve(
+        self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
+    ) -> MergedDelta:
+        assert hyperparameter is not None
+        scale = hyperparameter * total.num_owners
+        delta = {name: (scale * mean_delta(total, name)).float() for name in settings.plan.changed}
+        return MergedDelta(delta=delta | unchanged(settings.plan))
+
+
+TASK_ARITHMETIC = register(TaskArithmetic())

@@ -1,42 +1,95 @@
-"""The words that all merge methods share: what an owner brings, what a solve gives back, the weighted mean."""
+"""What every merge method shares: what the agreement says, what an owner brings, what a merge returns, and the mean.
+
+The weighted mean of the owners' deltas is sum n_i delta_i / sum n_i, where n_i is the owner's training examples, or 1
+when every owner counts alike (`weighting`).
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from common.agreement import Agreement
 from common.errors import NumericalError
-from common.models.low_rank import LowRank
+from common.lazy import lazy_module
 from common.models.plan import MergePlan
-from common.summation.protocol import Total
+from common.settings_file import Settings
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from common.models.low_rank import LowRank
+else:
+    torch = lazy_module("torch")
+
+Weighting = Literal["rows", "owners"]
+
+WEIGHT_KINDS = {
+    "weight": "{their} weight in the mean",
+    "examples": "{their} number of training examples",
+    "weighted_delta": "{their} weight changes times {their} weight in the mean",
+}
+
+
+class Hyperparameters(Settings):
+    """Base of every method's own table in the agreement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeBounds:
+    """The largest absolute values that one owner may add, on which the fixed-point encoding rests.
+
+    `grams` (by the name of the shared input) and `fisher` (by parameter) are for one example.
+    """
+
+    examples: int
+    delta: float
+    grams: Mapping[str, float]
+    fisher: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """All that an agreement says to a method. `tables`: every method's hyperparameters by the method's name."""
+
+    plan: MergePlan
+    weighting: Weighting
+    bounds: MergeBounds
+    tables: Mapping[str, Hyperparameters]
+
+    @property
+    def weight_bound(self) -> float:
+        """The largest weight that one owner can have."""
+        return float(self.bounds.examples) if self.weighting == "rows" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """`matrix` = sum over rows of x x^T, (gram_size, gram_size) float64; `rows` = how many rows that were."""
+    """`matrix` = sum over token rows of x x^T, (gram_size, gram_size) float64; `rows` = how many token rows."""
 
     matrix: Tensor
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadTerms:
-    """What the classifier is fitted to, row by row; only sums over the rows leave (refit.py)."""
+class ClassifierTerms:
+    """What a classifier is fitted to, row by row; only sums over the rows leave the owner (refit.py)."""
 
     features: Tensor  # (rows, d_in, and one more that is 1 where the classifier has a bias) float64
     targets: Tensor  # (rows,) int64
-    scores: Tensor  # (rows, classes) float64: the owner's own model's
-    start: Tensor  # (features, classes) float64: the base's classifier
+    scores: Tensor  # (rows, classes) float64, by the owner's own model
+    start: Tensor  # (features, classes) float64, the base's classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerTerms:
-    """What one owner knows: its delta, and sums that it measured over `measured_*` of its `examples`."""
+    """What one owner knows: its delta, and sums that it measured over `*_examples` of its `examples`."""
 
     examples: int
     delta: Mapping[str, Tensor]
@@ -44,14 +97,14 @@ class OwnerTerms:
     gram_examples: int = 1
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     fisher_examples: int = 1
-    head: HeadTerms | None = None
+    classifier: ClassifierTerms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNote:
     """How the solve of one Gram went. `status`: solved, singular, indefinite or empty (see normal_equations.py).
 
-    `rows`: how many input rows are behind the Gram; None for one that is made of weight changes.
+    `rows`: how many token rows are behind the Gram; None for a Gram made of weight changes.
     """
 
     name: str
@@ -65,79 +118,86 @@ class LayerNote:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
-    """A merged delta by parameter name (float32), and what there is to say about it; `low_rank` if it was cut."""
+class MergedDelta:
+    """A merged delta by parameter name (float32), with notes for the report; `low_rank` if it was cut to a rank.
+
+    Raises NumericalError if a number is not finite.
+    """
 
     delta: Mapping[str, Tensor]
     layers: tuple[LayerNote, ...] = ()
     notes: tuple[str, ...] = ()
     low_rank: LowRank | None = None
 
-    def followed_by(self, later: "Solution") -> "Solution":
-        """This solution with what a later step gave, which takes the place of what it gave anew."""
+    def followed_by(self, later: MergedDelta) -> MergedDelta:
+        """This merged delta with that of a later step, which replaces what both have."""
         renewed = {note.name for note in later.layers}
         kept = tuple(note for note in self.layers if note.name not in renewed)
-        return Solution(
+        return MergedDelta(
             delta={**self.delta, **later.delta}, layers=(*kept, *later.layers), notes=(*self.notes, *later.notes)
         )
 
     def __post_init__(self) -> None:
         for name, tensor in self.delta.items():
             if not torch.isfinite(tensor).all():
-                raise NumericalError(f"merge: the solution for {name} is not finite; the sums are unusable")
+                raise NumericalError(
+                    f"merge: the merged delta of {name} is not finite",
+                    hint="the summed contributions are unusable; check the owners' models and bounds, and agree anew",
+                )
 
 
-def owner_weight(agreement: Agreement, owner: OwnerTerms) -> float:
-    """How much an owner counts: by its examples, or like every other."""
-    return float(owner.examples) if agreement.weighting == "rows" else 1.0
+def owner_weight(settings: MergeSettings, owner: OwnerTerms) -> float:
+    """How much an owner counts: by its examples, or like every other owner."""
+    return float(owner.examples) if settings.weighting == "rows" else 1.0
 
 
-def owner_scale(agreement: Agreement, owner: OwnerTerms, gram: Gram) -> float:
-    """What turns sums over the measured rows into the owner's share of the sum over owners."""
+def owner_scale(settings: MergeSettings, owner: OwnerTerms, gram: Gram) -> float:
+    """The factor that turns a sum over the measured rows into the owner's share of the sum over owners."""
     if gram.rows == 0:
         return 0.0
-    return owner.examples / owner.gram_examples if agreement.weighting == "rows" else 1 / gram.rows
+    return owner.examples / owner.gram_examples if settings.weighting == "rows" else 1 / gram.rows
 
 
-def weight_bound(agreement: Agreement) -> float:
-    """The most that `owner_weight` can be."""
-    return float(agreement.bounds.examples) if agreement.weighting == "rows" else 1.0
-
-
-def weight_entries(agreement: Agreement) -> list[TensorEntry]:
+def weight_entries(settings: MergeSettings) -> list[TensorEntry]:
     return [
-        TensorEntry(name="weight", shape=(1,), bound=weight_bound(agreement)),
-        TensorEntry(name="examples", shape=(1,), bound=agreement.bounds.examples),
+        TensorEntry(name="weight", shape=(1,), bound=settings.weight_bound),
+        TensorEntry(name="examples", shape=(1,), bound=settings.bounds.examples),
     ]
 
 
-def weight_tensors(agreement: Agreement, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
-    yield "weight", np.array([owner_weight(agreement, owner)])
+def weight_tensors(settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+    yield "weight", np.array([owner_weight(settings, owner)])
     yield "examples", np.array([float(owner.examples)])
 
 
-def weighted_delta_entries(agreement: Agreement, plan: MergePlan, names: Iterable[str]) -> list[TensorEntry]:
-    bound = weight_bound(agreement) * agreement.bounds.delta
-    return [TensorEntry(name=f"weighted_delta/{name}", shape=plan.shapes[name], bound=bound) for name in names]
+def weighted_delta_entries(settings: MergeSettings, names: Iterable[str]) -> list[TensorEntry]:
+    bound = settings.weight_bound * settings.bounds.delta
+    shapes = settings.plan.shapes
+    return [TensorEntry(name=f"weighted_delta/{name}", shape=shapes[name], bound=bound) for name in names]
 
 
 def weighted_delta_tensors(
-    agreement: Agreement, owner: OwnerTerms, names: Iterable[str]
+    settings: MergeSettings, owner: OwnerTerms, names: Iterable[str]
 ) -> Iterator[tuple[str, NDArray]]:
-    weight = owner_weight(agreement, owner)
+    weight = owner_weight(settings, owner)
     for name in names:
         # float64 products of float32 numbers, without a float64 copy of them: embeddings are large
         yield f"weighted_delta/{name}", np.multiply(weight, owner.delta[name].detach().numpy(), dtype=np.float64)
 
 
-def mean_delta(total: Total, name: str) -> Tensor:
+def mean_delta(total: SummedTensors, name: str) -> Tensor:
     """sum n_i delta_i / sum n_i, float64."""
     return torch.from_numpy(total[f"weighted_delta/{name}"] / total["weight"][0])
 
 
 def unchanged(plan: MergePlan) -> dict[str, Tensor]:
-    """Zero deltas for what is left alone, which take no memory."""
+    """Zero deltas, which take no memory, for the parameters that are left alone."""
     return {name: torch.zeros(()).expand(plan.shapes[name]) for name in plan.left_alone}
+
+
+def with_unchanged(settings: MergeSettings, merged: MergedDelta) -> MergedDelta:
+    """A whole merged delta: that of every changed parameter, and zeros for those that are left alone."""
+    return replace(merged, delta={**merged.delta, **unchanged(settings.plan)})
 
 
 def to_array(tensor: Tensor) -> NDArray[np.float64]:

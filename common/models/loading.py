@@ -24,7 +24,7 @@ from common.agreement import Agreement, Task
 from common.errors import ModelError, first_line
 from common.models.adapter import is_adapter, with_adapter
 from common.models.folders import load_tokenizer, named_labels, read_config
-from common.models.parameters import parameter_shapes, private_head
+from common.models.parameters import parameter_shapes
 
 # The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled;
 # MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 below 0.4.
@@ -193,6 +193,19 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
+
+
+def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
+    """The parameters that stay with each owner: all outside the model's body where heads are private, else none."""
+    if task.head == "shared":
+        return ()
+    body = f"{model.base_model_prefix}."
+    head = tuple(name for name in parameter_shapes(model) if not name.startswith(body))
+    if not head or len(head) == len(parameter_shapes(model)):
+        raise ModelError(
+            f'{type(model).__name__}: its head cannot be told from its body; agree on task.head = "shared"'
+        )
+    return head
 
 
 def digest_of(model: PreTrainedModel, task: Task) -> str:

@@ -4,12 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
-
-from common.agreement import Task
-from common.errors import ModelError
+from transformers import PreTrainedModel
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -22,19 +17,6 @@ def body_parameters(model: PreTrainedModel) -> tuple[str, ...]:
     names = tuple(parameter_shapes(model))
     body = tuple(name for name in names if name.startswith(f"{model.base_model_prefix}."))
     return body or names
-
-
-def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
-    """The parameters that stay with each owner: all outside the model's body where heads are private, else none."""
-    if task.head == "shared":
-        return ()
-    body = f"{model.base_model_prefix}."
-    head = tuple(name for name in parameter_shapes(model) if not name.startswith(body))
-    if not head or len(head) == len(parameter_shapes(model)):
-        raise ModelError(
-            f'{type(model).__name__}: its head cannot be told from its body; agree on task.head = "shared"'
-        )
-    return head
 
 
 @torch.no_grad()

@@ -4,14 +4,30 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 
-from common.agreement import TensorRoles
 from common.errors import ModelError
 from common.models.layers import Layer, block_names, layer_biases, merge_layers, parameter_of
 from common.models.parameters import parameter_shapes
+from common.settings_file import Settings
+
+
+class PlannedTensors(Settings):
+    """The merge plan by parameter name, as the agreement holds it; together the tables name each parameter once."""
+
+    # Weights of linear layers that are merged in closed form; those in one group multiply the same input tensor.
+    # Where one parameter holds the weights of several experts, each slice stands by itself: `name[0]`, `name[1]`, ...
+    # A bias in a group is solved with its layer's weight; then every layer of the group has one.
+    merged: tuple[tuple[str, ...], ...]
+    # Layers with more inputs than this are merged in blocks of their inputs, a Gram each.
+    largest_gram: Annotated[int, Field(ge=1)] | None = None
+    # Weights of linear layers that RegMean merges by their changes alone.
+    data_free: tuple[str, ...] = ()
+    averaged: tuple[str, ...]
+    left_alone: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +97,28 @@ class MergePlan:
         return {each.name: of_layer[each.layers[0].whole] for each in self.inputs}
 
 
-def merge_plan(model: nn.Module, roles: TensorRoles) -> MergePlan:
-    """The roles with this model's shapes. Raises ModelError unless they name exactly the model's parameters."""
+def merge_plan(model: nn.Module, tensors: PlannedTensors) -> MergePlan:
+    """The agreement's plan with this model's shapes. Raises ModelError unless it names exactly its parameters."""
     shapes = parameter_shapes(model)
     layers = merge_layers(model)
-    merged = [*(name for group in roles.merged for name in group), *roles.data_free]
-    named = [*merged, *roles.averaged, *roles.left_alone]
+    merged = [*(name for group in tensors.merged for name in group), *tensors.data_free]
+    named = [*merged, *tensors.averaged, *tensors.left_alone]
     for name in sorted(set(named) ^ _names_as_in(named, shapes, layers)):
         missing_in = "the base model" if name in named else "the agreement's tensors"
         raise ModelError(f"parameter {name} is missing in {missing_in}")
-    for name in roles.data_free:
+    for name in tensors.data_free:
         if name not in layers:
             raise ModelError(f"parameter {name} is to be merged, but it is no linear layer's weight")
     return MergePlan(
         inputs=tuple(
             block
-            for group in roles.merged
-            for block in _in_blocks(_shared_input(group, layers, layer_biases(model)), roles.largest_gram)
+            for group in tensors.merged
+            for block in _in_blocks(_shared_input(group, layers, layer_biases(model)), tensors.largest_gram)
         ),
-        data_free=tuple(layers[name] for name in roles.data_free),
-        linear_layers=tuple(layer for name, layer in layers.items() if parameter_of(name) not in roles.left_alone),
-        averaged=roles.averaged,
-        left_alone=roles.left_alone,
+        data_free=tuple(layers[name] for name in tensors.data_free),
+        linear_layers=tuple(layer for name, layer in layers.items() if parameter_of(name) not in tensors.left_alone),
+        averaged=tensors.averaged,
+        left_alone=tensors.left_alone,
         shapes=shapes,
         blocks=block_names(model),
     )

@@ -1,0 +1,90 @@
+"""The agreement: the one file that all parties hold identically.
+
+People write a draft (`agreement.toml`). Against the base model it is completed to an `Agreement`, whose digest is what
+an owner consents to. Everything that the published model or its privacy rests on is in here and nowhere else; none of
+it is ever taken from a message.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from common.agreement.rules import RULES
+from common.agreement.tables import CoordinatorEntry, DraftTables
+from common.errors import RuleError, SettingsError
+from common.merge_methods.terms import MergeBounds, MergeSettings
+from common.models.plan import MergePlan, PlannedTensors
+
+CANONICAL_LABEL = b"amalgram agreement v4\n"
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AgreementDraft(DraftTables):
+    """What people write, checked against every rule."""
+
+    @model_validator(mode="after")
+    def _follows_the_rules(self) -> "AgreementDraft":
+        for rule in RULES:
+            rule(self)
+        return self
+
+
+class Agreement(AgreementDraft):
+    """A draft completed against its base model: nothing is left open."""
+
+    base_digest: Digest
+    bundle_digest: Digest  # of the code that runs at the owners, as Flower bundles it
+    tensors: PlannedTensors
+    coordinator: CoordinatorEntry
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> "Agreement":
+        for owner in self.owners:
+            if owner.public_key is None:
+                raise RuleError(
+                    f"owners: {owner.name} has no public_key",
+                    hint="`amalgram draft` adds it from the owner's .pub file",
+                )
+        if None in (self.min_owners, self.summation.colluders, self.summation.quorum):
+            raise RuleError("an agreement must state min_owners, summation.colluders and summation.quorum")
+        if self.task.has_labels and len(self.task.labels) < 2:
+            raise RuleError(f"task.labels = {list(self.task.labels)}: at least two labels are needed")
+        names = list(self.tensors_by_name())
+        if len(set(names)) != len(names):
+            raise RuleError("tensors: duplicate parameter name")
+        return self
+
+    def tensors_by_name(self) -> Iterator[str]:
+        for group in self.tensors.merged:
+            yield from group
+        yield from self.tensors.data_free
+        yield from self.tensors.averaged
+        yield from self.tensors.left_alone
+
+    def merge_settings(self, plan: MergePlan) -> MergeSettings:
+        """What this agreement says to a merge method. Raises SettingsError if the bounds belong to another plan."""
+        if len(self.bounds.grams) != len(plan.inputs):
+            raise SettingsError(
+                f"agreement: bounds.grams has {len(self.bounds.grams)} values, but the base model's tensors make "
+                f"{len(plan.inputs)} Grams",
+                hint="complete the draft again: amalgram draft",
+            )
+        grams = {shared.name: bound for shared, bound in zip(plan.inputs, self.bounds.grams, strict=True)}
+        fisher = dict(zip(plan.changed, self.bounds.fisher, strict=False))
+        bounds = MergeBounds(examples=self.bounds.examples, delta=self.bounds.delta, grams=grams, fisher=fisher)
+        return MergeSettings(plan=plan, weighting=self.weighting, bounds=bounds, tables=self.tables)
+
+    def canonical_bytes(self) -> bytes:
+        """The same bytes at every party: labelled, sorted keys, shortest floats, UTF-8."""
+        fields = self.model_dump(mode="json")
+        return (
+            CANONICAL_LABEL
+            + json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hexadecimal."""
+        return hashlib.sha256(self.canonical_bytes()).hexdigest()

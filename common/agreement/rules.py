@@ -1,0 +1,181 @@
+"""What an agreement must satisfy, one named function per rule. Each raises ValueError with the value and the bound."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from common.agreement.tables import COORDINATOR, DraftTables
+from common.errors import RuleError
+from common.merge_methods import METHODS, ORDERED
+from common.thresholds import quorum
+
+MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
+
+
+def each_owner_is_named_once(draft: DraftTables) -> None:
+    for name, count in Counter(draft.owner_names).items():
+        if count > 1:
+            raise RuleError(f"owners: duplicate owner name {name!r}")
+    if COORDINATOR in draft.owner_names:
+        raise RuleError(f"owners: {COORDINATOR!r} is the coordinator's name", hint="give the owner another name")
+
+
+def min_owners_is_at_most_all(draft: DraftTables) -> None:
+    if draft.needed_owners > len(draft.owners):
+        raise RuleError(f"min_owners = {draft.min_owners}: there are {len(draft.owners)} owners")
+
+
+def every_party_has_its_own_keys(draft: DraftTables) -> None:
+    keys = [owner.public_key for owner in draft.owners if owner.public_key is not None]
+    keys += [] if draft.coordinator is None else [draft.coordinator.public_key]
+    if len(set(keys)) != len(keys):
+        raise RuleError("owners: duplicate public key", hint="every party makes its own: amalgram keys new NAME")
+    node_keys = [owner.node_key for owner in draft.owners if owner.node_key is not None]
+    if len(set(node_keys)) != len(node_keys):
+        raise RuleError("owners: duplicate node_key", hint="every owner makes its own: amalgram keys new NAME")
+
+
+def a_masked_total_has_three_honest_owners(draft: DraftTables) -> None:
+    """At least three honest inputs in every total, and a quorum that can sign at most one survivor list."""
+    if draft.summation.kind != "masked":
+        return
+    count, needed, colluders = len(draft.owners), draft.needed_owners, draft.colluders
+    if needed < 3:
+        raise RuleError(
+            f"owners: a masked sum needs at least 3 of them, min_owners would be {needed}; with two, each knows the "
+            "other's part of any total",
+            hint='if both accept that, agree on summation.kind = "plain"',
+        )
+    least = max(quorum(count, colluders), colluders + 3)
+    if needed < least:
+        raise RuleError(
+            f"min_owners = {needed}: with {count} owners, of whom {colluders} may collude, at least {least} must take "
+            f"part (the quorum of {quorum(count, colluders)}, and three honest owners)"
+        )
+    if draft.summation.quorum not in (None, quorum(count, colluders)):
+        raise RuleError(
+            f"summation.quorum = {draft.summation.quorum}: with {count} owners, of whom {colluders} may collude, it is "
+            f"{quorum(count, colluders)}",
+            hint="leave it out",
+        )
+
+
+def the_same_rows_are_weighted_in_few_ways(draft: DraftTables) -> None:
+    """Sums of the same rows with as many kinds of weights as there are honest owners tell these owners apart.
+
+    As in any other total, which has three owners and one sum, two more owners must be unknown than there are sums.
+    """
+    if draft.summation.kind != "masked":
+        return
+    honest = draft.needed_owners - draft.colluders
+    for name in draft.methods:
+        weightings = METHODS[name].weightings_of_the_same_rows(draft.tables)
+        if weightings > max(1, honest - 2):
+            raise RuleError(
+                f"{name}: sums of the same rows with {weightings} kinds of weights would tell {honest} honest owners "
+                f"apart ({draft.needed_owners} take part, {draft.colluders} may collude)",
+                hint=f"sweep at most {max(1, honest - 2)} values (refit.balances), or lower summation.colluders",
+            )
+
+
+def hidden_metrics_cannot_be_subtracted_out(draft: DraftTables) -> None:
+    hidden = len(draft.owners) - len(draft.shown_owners)
+    may_drop_out = len(draft.owners) - draft.needed_owners
+    least = may_drop_out + draft.colluders + 3
+    if 0 < hidden < least:
+        raise RuleError(
+            f'owners: {hidden} have metrics = "summed", {may_drop_out} may drop out and {draft.colluders} may collude; '
+            "the total minus the known metrics would show too much",
+            hint=f'set metrics = "summed" for no owner, or for at least {least}',
+        )
+
+
+def multi_round_methods_need_all_owners(draft: DraftTables) -> None:
+    if draft.multi_round_methods and draft.needed_owners < len(draft.owners):
+        raise RuleError(
+            f"min_owners = {draft.needed_owners}: {draft.multi_round_methods[0].name} needs several rounds, and "
+            "rounds over different owners would expose the difference",
+            hint=f"all {len(draft.owners)} owners must take part: leave min_owners out",
+        )
+
+
+def thirty_two_bits_are_enough(draft: DraftTables) -> None:
+    if not draft.summation.has_scales:
+        return
+    count = len(draft.owners)
+    fitting = [method.name for method in ORDERED if method.fits_32_bits]
+    for name in draft.methods:
+        if name not in fitting:
+            raise RuleError(
+                f"summation.ring_bits = 32: {name} needs 64",
+                hint=f"32 bits are enough for {', '.join(fitting)}",
+            )
+    if draft.needed_owners < count:
+        raise RuleError(
+            f"min_owners = {draft.needed_owners}: with summation.ring_bits = 32 there are two rounds, and rounds over "
+            "different owners would expose the difference",
+            hint=f"all {count} owners must take part: leave min_owners out",
+        )
+    if count > MAX_OWNERS_IN_32_BITS:
+        raise RuleError(
+            f"summation.ring_bits = 32: at most {MAX_OWNERS_IN_32_BITS} owners, there are {count}; with more, a "
+            "contribution smaller than the others would be rounded away",
+            hint="agree on summation.ring_bits = 64",
+        )
+
+
+def methods_fit_together(draft: DraftTables) -> None:
+    if len(set(draft.methods)) != len(draft.methods):
+        raise RuleError(f"compare_with = {list(draft.compare_with)}: names a method twice, or {draft.method!r} again")
+    for name in draft.methods:
+        METHODS[name].check(draft.tables)
+
+
+def a_sweep_tries_each_value_once(draft: DraftTables) -> None:
+    for method, table in draft.tables.items():
+        for key, values in table:
+            if isinstance(values, tuple) and len(set(values)) != len(values):
+                raise RuleError(f"{method}.{key} = {list(values)}: duplicate value")
+
+
+def data_free_layers_have_one_alpha(draft: DraftTables) -> None:
+    tables = draft.tables
+    layers, alphas = getattr(tables["regmean"], "data_free_layers", ()), METHODS["data_free"].swept(tables)
+    if layers and len(alphas) > 1:
+        raise RuleError(
+            f"data_free.alphas = {list(alphas)}: regmean.data_free_layers needs exactly one alpha",
+            hint="RegMean tries only its own alphas; leave one in data_free.alphas",
+        )
+
+
+def the_task_is_consistent(draft: DraftTables) -> None:
+    task = draft.task
+    if task.head == "private" and not task.has_labels:
+        raise RuleError(f'task.head = "private": a model of kind {task.kind} has no head over labels')
+    if task.head == "private" and draft.publish.adapter_rank is not None:
+        raise RuleError('publish.adapter_rank: an adapter holds a shared head, but task.head is "private"')
+    if not task.has_labels and task.labels:
+        raise RuleError(f"task.labels = {list(task.labels)}: a model of kind {task.kind} has no labels")
+    if len(task.labels) == 1:
+        raise RuleError(f"task.labels = {list(task.labels)}: at least two labels are needed")
+    if len(set(task.labels)) != len(task.labels):
+        raise RuleError(f"task.labels = {list(task.labels)}: duplicate label")
+    if draft.evaluation.choose_by not in ("accuracy", task.metric):
+        raise RuleError(
+            f"evaluation.choose_by = {draft.evaluation.choose_by!r}: must be accuracy or {task.metric} for {task.kind}"
+        )
+
+
+RULES: tuple[Callable[[DraftTables], None], ...] = (
+    each_owner_is_named_once,
+    min_owners_is_at_most_all,
+    every_party_has_its_own_keys,
+    a_masked_total_has_three_honest_owners,
+    the_same_rows_are_weighted_in_few_ways,
+    hidden_metrics_cannot_be_subtracted_out,
+    multi_round_methods_need_all_owners,
+    thirty_two_bits_are_enough,
+    methods_fit_together,
+    the_task_is_consistent,
+    a_sweep_tries_each_value_once,
+    data_free_layers_have_one_alpha,
+)

@@ -1,0 +1,241 @@
+"""What people write in an agreement, table by table. A method's own table is in its file (common/merge_methods/)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field, create_model
+
+from common.merge_methods import METHODS, ORDERED, Hyperparameters
+from common.merge_methods.method import Method, MultiRoundMethod
+from common.merge_methods.terms import Weighting
+from common.settings_file import Name, Positive, Settings
+from common.summation.records import MAX_OWNERS
+from common.tensor_layout import RingBits
+from common.thresholds import quorum
+
+COORDINATOR = "coordinator"  # the name of the party that no owner may have
+
+TaskKind = Literal[
+    "text-classification", "token-classification", "causal-lm", "sequence-to-sequence", "image-classification"
+]
+Metric = Literal["macro_f1", "entity_f1", "log_likelihood"]
+METRICS: dict[TaskKind, Metric] = {
+    "text-classification": "macro_f1",
+    "image-classification": "macro_f1",
+    "token-classification": "entity_f1",
+    "causal-lm": "log_likelihood",
+    "sequence-to-sequence": "log_likelihood",
+}
+LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"unknown method; known: {', '.join(method.name for method in ORDERED)}")
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_known_method)]
+
+
+class OwnerEntry(Settings):
+    """One owner of the roster; `metrics` says whether its own test metrics may be shown by name.
+
+    `node_key`: the key by which the coordinator's server knows the owner's machine. A simulation needs none.
+    """
+
+    name: Name
+    public_key: PublicKey | None = None
+    node_key: NodeKey | None = None
+    metrics: Literal["shown", "summed"] = "shown"
+
+
+class CoordinatorEntry(Settings):
+    """Who signs the published model."""
+
+    public_key: PublicKey
+
+
+class Task(Settings):
+    """What the model does. Labels left empty are the base model's own; a language model has none."""
+
+    kind: TaskKind = "text-classification"
+    labels: tuple[str, ...] = ()
+    max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 128
+    # "own": an owner's rows are judged among the labels that occur in its files; "all": among all labels.
+    label_set: Literal["own", "all"] = "own"
+    # "private": every owner keeps its own head, over labels of its own; the body is merged and published without one.
+    head: Literal["shared", "private"] = "shared"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the model has a head over labels; a language model's is over its vocabulary."""
+        return self.kind not in LANGUAGE_MODELLING
+
+    @property
+    def metric(self) -> Metric:
+        """What is measured beside accuracy (metrics.py)."""
+        return METRICS[self.kind]
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind != "image-classification"
+
+    @property
+    def judges_tokens(self) -> bool:
+        """Whether an example has many predictions, one for each of its words or tokens."""
+        return self.kind in ("token-classification", *LANGUAGE_MODELLING)
+
+    @property
+    def predictions_per_example(self) -> int:
+        """The most predictions that are judged on one example."""
+        return self.max_tokens if self.judges_tokens else 1
+
+
+class Summation(Settings):
+    """How the owners' vectors are added up. `masked`: the coordinator learns the total; `plain`: it sees every vector.
+
+    `colluders`: how many owners may collude with the coordinator. `quorum`: how many must sign a survivor list before
+    anything is unmasked. Left out, both follow from the number of owners and min_owners. `ring_bits`: 32 halves what is
+    sent, at the cost of one small round more over the same owners (scaling.py).
+    """
+
+    kind: Literal["masked", "plain"] = "masked"
+    colluders: Annotated[int, Field(ge=0)] | None = None
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    ring_bits: RingBits = 64
+    reply_timeout_seconds: Positive = 3600.0
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether contributions are summed on scales, which a small round before theirs gives (scaling.py)."""
+        return self.ring_bits == 32
+
+
+class Bounds(Settings):
+    """The largest absolute values that one owner may add to a sum; the fixed-point encoding rests on them.
+
+    `grams`, one for each Gram, and `fisher`, one for each changed tensor, are for one example. They are measured on the
+    base model with made-up inputs, times `headroom`, when a draft is completed.
+    """
+
+    examples: Count = 1_000_000
+    delta: Positive = 4.0
+    headroom: Positive = 1024.0
+    grams: tuple[Positive, ...] = ()
+    fisher: tuple[Positive, ...] = ()
+
+
+class Privacy(Settings):
+    """What is held back because even its sum would expose too much (SECURITY.md).
+
+    `min_rows_per_dimension`: an owner with fewer rows than this times the dimension of some Gram does not take part.
+    Below 1, a Gram tells members from non-members outright; above, less and less, also in a sum. `merge_token_inputs`:
+    merge layers in closed form even if their input depends only on the token and its position; their Gram is a table of
+    token counts. `merge_routed_inputs`: merge the experts of a mixture in closed form; an expert's Gram covers only the
+    few tokens that were routed to it, and the minimum of rows does not apply to it.
+    """
+
+    min_rows_per_dimension: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    merge_token_inputs: bool = False
+    merge_routed_inputs: bool = False
+
+
+class Evaluation(Settings):
+    """The metric by which a sweep is decided, on validation examples."""
+
+    choose_by: Literal["accuracy"] | Metric = "accuracy"
+
+
+class Publish(Settings):
+    """The form of the published model: whole, or with `adapter_rank` a LoRA adapter of the base with that rank."""
+
+    adapter_rank: Annotated[int, Field(ge=1)] | None = None
+
+
+if TYPE_CHECKING:
+
+    class MethodTables(Settings):
+        """Every method's own table, under the method's name."""
+else:
+    MethodTables = create_model(
+        "MethodTables",
+        __base__=Settings,
+        **{method.name: (method.table, method.table()) for method in ORDERED},
+    )
+
+
+class DraftTables(MethodTables):
+    """All that people write. `base` names the base model: a Hugging Face folder (relative to the file) or hub name."""
+
+    title: Annotated[str, Field(min_length=1, max_length=200)]
+    base: Annotated[str, Field(min_length=1)]
+    owners: Annotated[tuple[OwnerEntry, ...], Field(min_length=2, max_length=MAX_OWNERS)]
+    coordinator: CoordinatorEntry | None = None
+    min_owners: Annotated[int, Field(ge=2)] | None = None
+    method: MethodName = "regmean"
+    compare_with: tuple[MethodName, ...] = ()
+    # "rows": an owner counts by its examples; "owners": every owner counts alike.
+    weighting: Weighting = "rows"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    task: Task = Task()
+    summation: Summation = Summation()
+    bounds: Bounds = Bounds()
+    privacy: Privacy = Privacy()
+    evaluation: Evaluation = Evaluation()
+    publish: Publish = Publish()
+
+    @property
+    def owner_names(self) -> tuple[str, ...]:
+        return tuple(owner.name for owner in self.owners)
+
+    @property
+    def shown_owners(self) -> tuple[str, ...]:
+        """The owners whose own test metrics may be shown by name."""
+        return tuple(owner.name for owner in self.owners if owner.metrics == "shown")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The method whose model is published, then those it is compared with."""
+        return (self.method, *self.compare_with)
+
+    @property
+    def multi_round_methods(self) -> tuple[MultiRoundMethod[Hyperparameters], ...]:
+        """Those of the methods that need more than one round."""
+        found = (METHODS[name] for name in self.methods)
+        return tuple(method for method in found if isinstance(method, MultiRoundMethod))
+
+    @property
+    def tables(self) -> Mapping[str, Hyperparameters]:
+        """Every method's hyperparameters, by the method's name."""
+        return {name: getattr(self, name) for name in METHODS}
+
+    def agreed(self, method: Method) -> dict[str, float | None]:
+        """The method's candidates by name, with the hyperparameter of each."""
+        return method.candidates(self.tables)
+
+    @property
+    def needed_owners(self) -> int:
+        """The fewest owners whose sum may be unmasked: all of them unless the agreement says otherwise."""
+        return len(self.owners) if self.min_owners is None else self.min_owners
+
+    @property
+    def colluders(self) -> int:
+        """How many owners may collude with the coordinator: as many as min_owners allows, or as the draft says."""
+        if self.summation.colluders is not None:
+            return self.summation.colluders
+        count, needed = len(self.owners), self.needed_owners
+        return max((c for c in range(count) if max(quorum(count, c), c + 3) <= needed), default=0)
+
+    @property
+    def quorum(self) -> int:
+        """How many owners must sign a survivor list before anything is unmasked."""
+        return quorum(len(self.owners), self.colluders)
+
+    @property
+    def roster(self) -> dict[str, bytes]:
+        """Every owner's public key, in the agreed order."""
+        return {owner.name: bytes.fromhex(owner.public_key or "") for owner in self.owners}

@@ -1,0 +1,161 @@
+"""What is known of a merge method: one descriptor a method, in one file of this folder, registered by that file.
+
+Everything else in the product asks the descriptor: the agreement for its table and rules, the owner for what to
+measure and what leaves, the coordinator for the merge, the consent text and the report for words.
+
+A single-round method needs one secure sum. A multi-round method makes one more for each of its steps, measured on what
+the steps before have merged. All its rounds must be over the same owners: the same rows, measured twice and summed over
+two groups, would expose the difference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Generic, TypeVar
+
+from numpy.typing import NDArray
+
+from common.merge_methods.terms import WEIGHT_KINDS, Hyperparameters, MergedDelta, MergeSettings, OwnerTerms
+from common.models.plan import SharedInput
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorLayout
+
+H = TypeVar("H", bound=Hyperparameters)
+
+
+class Measurement(StrEnum):
+    """What an owner measures on its rows."""
+
+    GRAMS = "grams"
+    FISHER = "fisher"
+    CLASSIFIER = "classifier"
+
+
+class Method(ABC, Generic[H]):
+    """Base of all descriptors; see SingleRoundMethod and MultiRoundMethod."""
+
+    name: ClassVar[str]  # in agreements: method = "regmean"
+    title: ClassVar[str]  # in tables: RegMean
+    summary: ClassVar[str]  # in half a sentence, for the report
+    paper: ClassVar[str]
+    order: ClassVar[int]  # in tables, simpler methods first
+    table: type[H]  # its hyperparameters, [regmean] in the agreement
+    tensor_kinds: ClassVar[Mapping[str, str]] = WEIGHT_KINDS  # kind of tensor -> what it holds, in words
+
+    fits_32_bits: ClassVar[bool] = False  # whether its numbers can be scaled so that 32 bits are enough (scaling.py)
+    can_be_refitted: ClassVar[bool] = False  # whether its merged delta may be the body of `refit`
+    needs_blocks: ClassVar[bool] = False  # whether the model must run block by block
+    needs_classifier: ClassVar[bool] = False  # whether the model must end in a classifier that is merged as a whole
+
+    def hyperparameters(self, settings: MergeSettings) -> H:
+        """This method's own table."""
+        return self.of(settings.tables)
+
+    def of(self, tables: Mapping[str, Hyperparameters]) -> H:
+        """This method's own table among those of all methods."""
+        table = tables[self.name]
+        assert isinstance(table, self.table)
+        return table
+
+    def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float | None, ...]:
+        """The values of its hyperparameter to be tried; (None,) for a method without one."""
+        return (None,)
+
+    def candidates(self, tables: Mapping[str, Hyperparameters]) -> dict[str, float | None]:
+        """Its merged models by name, with the hyperparameter of each: `regmean@0.9`, or just `average`."""
+        values = self.swept(tables)
+        names = {f"{self.name}@{value!r}": value for value in values}
+        return names if len(values) > 1 else {self.name: values[0]}
+
+    def check(self, tables: Mapping[str, Hyperparameters]) -> None:
+        """Raise ValueError for hyperparameters that do not go together."""
+
+    def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> int:
+        """How many sums of the same rows, each with other weights, the totals hold."""
+        return 1
+
+    def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        """What must be understood before consent: what its totals show. {their}: `your`, or `the owners'`."""
+        return ()
+
+    @abstractmethod
+    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+        """What an owner measures for the first round, each on at most so many examples."""
+
+    @abstractmethod
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        """The tensors of the first round."""
+
+    @abstractmethod
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        """One owner's tensors, in the order of `layout`. Deltas and Grams are computed when they are asked for."""
+
+
+class SingleRoundMethod(Method[H]):
+    """A method that merges from one sum."""
+
+    @abstractmethod
+    def solve(
+        self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
+    ) -> MergedDelta:
+        """The merged delta. `with_spectra`: note condition and rank of each Gram, which costs more than the solve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a multi-round method. `number` counts from 1; `block` from 0, and is None after the last block."""
+
+    number: int
+    block: int | None
+    inputs: tuple[SharedInput, ...]
+    measurement: Measurement
+    max_examples: int
+
+
+class MultiRoundMethod(Method[H]):
+    """A method that makes one more sum for each step, after the round that all methods share.
+
+    Between two rounds the coordinator sends what it merged. A malicious coordinator can choose what it sends, so these
+    methods rest on a trusted one (SECURITY.md, b4), and the consent text says so.
+    """
+
+    @abstractmethod
+    def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:
+        """What is merged before the first step."""
+
+    @abstractmethod
+    def steps(self, settings: MergeSettings) -> tuple[Step, ...]: ...
+
+    @abstractmethod
+    def merged_names(self, settings: MergeSettings, number: int) -> tuple[str, ...]:
+        """The parameters that step `number` merges; number 0 is `start`."""
+
+    @abstractmethod
+    def step_layout(self, settings: MergeSettings, step: Step) -> TensorLayout:
+        """The tensors of the step's round."""
+
+    @abstractmethod
+    def step_contribution(
+        self, settings: MergeSettings, step: Step, owner: OwnerTerms
+    ) -> Iterator[tuple[str, NDArray]]:
+        """One owner's tensors, in the order of `step_layout`."""
+
+    @abstractmethod
+    def solve_step(
+        self, settings: MergeSettings, step: Step, total: SummedTensors, hyperparameter: float | None
+    ) -> MergedDelta:
+        """The merged delta of the step's parameters; the hyperparameter matters in the last step."""
+
+
+METHODS: dict[str, Method[Hyperparameters]] = {}  # by name; filled by importing this folder
+
+M = TypeVar("M", bound=Method)
+
+
+def register(method: M) -> M:
+    """Make a method known to the whole product."""
+    METHODS[method.name] = method
+    return method

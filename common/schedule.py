@@ -1,0 +1,252 @@
+"""The rounds of an agreement: which secure sums are made, in which order, and what the coordinator sends between them.
+
+Coordinator and owners each make the schedule from their own copy of the agreement, so it is never negotiated. The
+coordinator works through it. An owner refuses everything that is not the next event of its own schedule. The consent
+text, the progress display and the report print it.
+
+    scales round, scales                    only if contributions are summed in 32 bits (scaling.py)
+    contribution round                      what all methods need first
+    merged step 0, step round, merged ...   for every multi-round method; the last round is not followed by a step
+    candidates, metrics round               on validation examples, for the methods that sweep a hyperparameter
+    candidates, metrics round               on test examples, the chosen candidate of every method
+
+An event is known by its `position`. Agreement, position and layout together say exactly what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from common import scaling
+from common.agreement import COORDINATOR, Agreement
+from common.errors import LocalProtocolError, RemoteProtocolError
+from common.merge_methods import METHODS, contribution_layout, kind_of, tensor_kinds
+from common.merge_methods.method import MultiRoundMethod, Step
+from common.merge_methods.terms import Hyperparameters, MergeSettings
+from common.metrics import BASE, METRIC_KINDS, OWN_AT_HOME, Split, metric_kind, metrics_layout
+from common.models.delta import delta_layout
+from common.models.plan import MergePlan
+from common.scaling import SCALE_KINDS
+from common.tensor_layout import TensorLayout
+
+RoundKind = Literal["scales", "contribution", "step", "metrics"]
+DeliveryKind = Literal["scales", "merged_step", "candidate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Some of the tensors of a round: their kind, what they hold in words, how many numbers they are."""
+
+    kind: str
+    meaning: str
+    numbers: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One secure sum, from opening to total. `models`: the models that a metrics round is about."""
+
+    position: int
+    kind: RoundKind
+    layout: TensorLayout
+    method: str | None = None
+    step: Step | None = None
+    split: Split | None = None
+    models: tuple[str, ...] = ()
+    learned_by: tuple[str, ...] = (COORDINATOR,)  # who learns the total
+
+    @property
+    def title(self) -> str:
+        """What is summed, for people: `contributions`."""
+        if self.kind == "step" and self.method is not None and self.step is not None:
+            return f"{METHODS[self.method].title} step {self.step.number}"
+        if self.kind == "metrics":
+            return f"{self.split} metrics"
+        return {"scales": "scales", "contribution": "contributions"}[self.kind]
+
+    @property
+    def name(self) -> str:
+        """What progress, log lines and errors call the round."""
+        return f"sum of {self.title}"
+
+    @property
+    def phase(self) -> str:
+        """What the report counts the round's cost under: all steps of a method are one phase."""
+        return self.name if self.method is None else f"sums of {METHODS[self.method].title}"
+
+    def contents(self, their: str) -> tuple[Content, ...]:
+        """What is in one owner's vector, by kind of tensor. `their`: `your`, or `the owner's`."""
+        metrics = self.kind == "metrics"
+        meanings = METRIC_KINDS if metrics else tensor_kinds() | SCALE_KINDS
+        found: dict[str, list[tuple[str, int]]] = {}
+        for entry in self.layout.entries:
+            kind = metric_kind(entry.name) if metrics else kind_of(entry.name)
+            found.setdefault(kind, []).append((entry.name, entry.size))
+        return tuple(
+            Content(
+                kind=kind,
+                meaning=meanings[kind].format(their=their),
+                numbers=sum(size for _, size in tensors),
+                tensors=tuple(name for name, _ in tensors),
+            )
+            for kind, tensors in found.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """What the coordinator sends every owner, as float32 in `layout`, for what follows to be measured with.
+
+    scales       the scales on which contributions are summed
+    merged_step  what step `step` of a multi-round method merged; number 0 is what it merged before its first round
+    candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent
+    """
+
+    position: int
+    kind: DeliveryKind
+    layout: TensorLayout
+    method: str | None = None
+    step: int | None = None
+    split: Split | None = None
+    names: tuple[str, ...] = ("",)
+
+    @property
+    def name(self) -> str:
+        """What progress, log lines and errors call the delivery."""
+        if self.kind == "merged_step" and self.method is not None:
+            return f"{METHODS[self.method].title}, merged after step {self.step}"
+        if self.kind == "candidate":
+            return f"{self.method} candidate for {self.split}"
+        return "scales"
+
+    @property
+    def phase(self) -> str:
+        """What the report counts the delivery's cost under."""
+        if self.kind == "candidate":
+            return "candidates to validate" if self.split == "validation" else "candidates to test"
+        return "scales" if self.kind == "scales" else "merged layers"
+
+
+Event = Round | Delivery
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The events of an agreement, each at its own position."""
+
+    events: tuple[Event, ...]
+
+    @cached_property
+    def rounds(self) -> tuple[Round, ...]:
+        return tuple(event for event in self.events if isinstance(event, Round))
+
+    def round_at(self, position: int) -> Round:
+        """Raises RemoteProtocolError if the coordinator asked for something else than a round."""
+        event = self._at(position)
+        if not isinstance(event, Round):
+            raise RemoteProtocolError(
+                f"the coordinator opened a sum at position {position}, where it sends {event.name}"
+            )
+        return event
+
+    def delivery_at(self, position: int, kind: DeliveryKind) -> Delivery:
+        """Raises RemoteProtocolError if the coordinator sent something else than was agreed there."""
+        event = self._at(position)
+        if not isinstance(event, Delivery) or event.kind != kind:
+            raise RemoteProtocolError(
+                f"the coordinator sent a {kind.replace('_', ' ')} at position {position}, which is for {event.name}"
+            )
+        return event
+
+    def find(self, kind: RoundKind, *, split: Split | None = None) -> Round:
+        """The round of a kind that an agreement has once."""
+        for each in self.rounds:
+            if each.kind == kind and each.split == split:
+                return each
+        raise LocalProtocolError(f"schedule: this agreement has no round of kind {kind}")
+
+    def steps(self, method: str) -> tuple[Round, ...]:
+        """The step rounds of a multi-round method."""
+        return tuple(each for each in self.rounds if each.kind == "step" and each.method == method)
+
+    def deliveries(
+        self, kind: DeliveryKind, *, method: str | None = None, split: Split | None = None
+    ) -> tuple[Delivery, ...]:
+        """The deliveries of a kind, in order."""
+        return tuple(
+            event
+            for event in self.events
+            if isinstance(event, Delivery) and (event.kind, event.method, event.split) == (kind, method, split)
+        )
+
+    def check_follows(self, position: int, begun: int | None, *, is_complete: bool) -> None:
+        """Raise RemoteProtocolError unless the event at `position` is the one that was begun last, or the next one.
+
+        The next one must wait until the one begun last `is_complete`. `begun` is None before the first event.
+        """
+        following = 0 if begun is None else begun + 1
+        if position == begun or (position == following and is_complete):
+            return
+        due = following if is_complete or begun is None else begun
+        expected = self.events[due].name if due < len(self.events) else "nothing"
+        raise RemoteProtocolError(f"the coordinator went on with {self._at(position).name}, but {expected} is due")
+
+    def _at(self, position: int) -> Event:
+        if position >= len(self.events):
+            raise RemoteProtocolError(f"the coordinator named event {position} of a schedule of {len(self.events)}")
+        return self.events[position]
+
+
+def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
+    """The schedule that an agreement makes of a base model's merge plan."""
+    settings = agreement.merge_settings(plan)
+    events: list[Event] = []
+
+    def add_round(kind: RoundKind, layout: TensorLayout, **what: object) -> None:
+        events.append(Round(position=len(events), kind=kind, layout=layout, **what))  # type: ignore[arg-type]
+
+    def add_delivery(kind: DeliveryKind, layout: TensorLayout, **what: object) -> None:
+        events.append(Delivery(position=len(events), kind=kind, layout=layout, **what))  # type: ignore[arg-type]
+
+    layout = contribution_layout(agreement.methods, settings)
+    if agreement.summation.has_scales:
+        add_round("scales", scaling.measures_layout(layout))
+        add_delivery("scales", scaling.exponents_layout(layout))
+    add_round("contribution", scaling.scaled_layout(layout) if agreement.summation.has_scales else layout)
+
+    for method in agreement.multi_round_methods:
+        add_delivery("merged_step", _merged_layout(method, settings, 0), method=method.name, step=0)
+        *before, last = method.steps(settings)
+        for step in before:
+            add_round("step", method.step_layout(settings, step), method=method.name, step=step)
+            merged = _merged_layout(method, settings, step.number)
+            add_delivery("merged_step", merged, method=method.name, step=step.number)
+        add_round("step", method.step_layout(settings, last), method=method.name, step=last)
+
+    whole = delta_layout(plan)
+    candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods}
+    swept = {method: names for method, names in candidates.items() if len(names) > 1}
+    for method_name, names in swept.items():
+        for name in names:
+            add_delivery("candidate", whole, method=method_name, split="validation", names=(name,))
+    if swept:
+        models = tuple(name for names in swept.values() for name in names)
+        add_round("metrics", metrics_layout(agreement, "validation", models), split="validation", models=models)
+    for method_name, names in candidates.items():
+        add_delivery("candidate", whole, method=method_name, split="test", names=names)
+    tested = (BASE, OWN_AT_HOME, *agreement.methods)
+    add_round("metrics", metrics_layout(agreement, "test", tested), split="test", models=tested)
+    return Schedule(tuple(events))
+
+
+def _merged_layout(method: MultiRoundMethod[Hyperparameters], settings: MergeSettings, number: int) -> TensorLayout:
+    return delta_layout(settings.plan, method.merged_names(settings, number))
+
+
+def contribution_rounds(schedule: Schedule) -> Iterator[Round]:
+    """The rounds that hold models and Grams, not metrics."""
+    return (each for each in schedule.rounds if each.kind != "metrics")
