@@ -1,100 +1,260 @@
-"""What an owner keeps between two messages: files in its own state folder, readable by nobody else.
+"""What an owner keeps between two messages: typed files in its own state folder, readable by nobody else.
 
-`run/` is bound to one run; a new run, or the end of this one, deletes it. Nothing is kept in the framework's own
-context, which outlives a run and which other processes of the machine can read.
+    version             which version of this format the folder has
+    run/                the run in progress; a new run, or the end of this one, deletes it
+        run.json        RunState: which run, how far it is, what arrived
+        round.json      OpenRound: the secure sum in progress, with its secrets
+        *.layout.json   the layouts of arrays that outlive a message, so that most messages need no model
+        *.bin           arrays: the vector of the open round, what is arriving, what has arrived
+    ledger.json, consent.json, receipts/, fine_tuned/, error.txt       what outlives a run
+
+Nothing is kept in Flower's own context, which outlives a run and which other processes of the machine can read.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from client.ledger import Ledger
 from common import private_file
-from common.errors import DataError, RemoteProtocolError
+from common.certificates import Delivered
+from common.errors import DataError, RemoteProtocolError, SettingsError
+from common.messages import OpenSum, Result
+from common.metrics import Score
 from common.private_file import make_private_folder, write_whole
+from common.tensor_layout import TensorLayout
+
+STATE_VERSION = 2
+RoundKind = Literal["scales", "contribution", "step", "metrics"]  # schedule.RoundKind, which needs more imports
+
+
+class Record(BaseModel):
+    """Base of what is written to a file: frozen, and read back exactly."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ReceivedRecord(Record):
+    """A delivery that has arrived whole (certificates.Delivered)."""
+
+    position: int
+    model: str
+    digest: str
+
+
+class ScoreRecord(Record):
+    """How the candidate that was delivered at `position` did here; `model_digest` is of the model it makes."""
+
+    position: int
+    model: str
+    model_digest: str
+    correct: int
+    rows: int
+    metric: float
+
+
+class ArrivingRecord(Record):
+    """A delivery of which parts are still to come."""
+
+    position: int
+    model: str
+    next_part: int
+
+
+class ResultRecord(Record):
+    """The coordinator's signed result."""
+
+    model: str
+    model_digest: str
+    deliveries_digest: str
+    signature: str
+
+
+class RunState(Record):
+    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over."""
+
+    run: str
+    agreement_digest: str
+    begun: int | None = None
+    is_complete: bool = True
+    received: tuple[ReceivedRecord, ...] = ()
+    scores: tuple[ScoreRecord, ...] = ()
+    arriving: ArrivingRecord | None = None
+    result: ResultRecord | None = None
+
+    @property
+    def delivered(self) -> list[Delivered]:
+        """Everything that this owner was sent in this run, in order."""
+        return [Delivered(position=each.position, model=each.model, digest=each.digest) for each in self.received]
+
+    def score_at(self, position: int) -> ScoreRecord | None:
+        """How the candidate of that position did; None if it has not arrived."""
+        return next((each for each in self.scores if each.position == position), None)
+
+    def signed_result(self) -> Result | None:
+        """The result that the coordinator sent; None if it has not arrived."""
+        if self.result is None:
+            return None
+        kept = self.result.model_dump()
+        return Result(run=self.run, **{**kept, "signature": bytes.fromhex(kept["signature"])})
+
+
+class OpenRound(Record):
+    """The secure sum in progress: the kind of round, the message that opened it, this owner's side with its secrets."""
+
+    kind: RoundKind
+    request: dict[str, str | int]
+    side: dict[str, Any]
+
+    @property
+    def open_sum(self) -> OpenSum:
+        return OpenSum(**self.request)  # type: ignore[arg-type]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def merged_step_array(method: str, step: int) -> str:
+    """The name of the array that holds what a step merged."""
+    return f"merged-{method}-{step}"
+
+
+def score_record(position: int, model: str, model_digest: str, score: Score) -> ScoreRecord:
+    return ScoreRecord(position=position, model=model, model_digest=model_digest, **asdict(score))
 
 
 class OwnerState:
-    """The state folder: `run/`, and what outlives a run: ledger, consent, receipts, a model made here, `error.txt`."""
+    """The state folder. Raises SettingsError for a folder that another version wrote."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_private_folder(folder)
+        self._check_version()
+
+    def _check_version(self) -> None:
+        path = self.folder / "version"
+        if path.is_file():
+            found = path.read_text(errors="replace").strip()[:20]
+        else:
+            found = "1" if any((self.folder / name).exists() for name in ("ledger.json", "consent.json", "run")) else ""
+        if found not in ("", str(STATE_VERSION)):
+            raise SettingsError(
+                f"{self.folder}: state of version {found}, this program writes version {STATE_VERSION}",
+                hint="finish its run with the version that wrote it; keep the folder, because its ledger says what was "
+                "given, and name a new state folder for a new agreement",
+            )
+        if not found:
+            write_whole(path, f"{STATE_VERSION}\n".encode())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One message at a time: two processes that both read the same step could each take another next one."""
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with private_file.locked(self.folder / "lock"):
             yield
-        finally:
-            os.close(descriptor)
 
     # --- the run in progress ---
 
     def start_run(self, run: str, agreement_digest: str) -> None:
-        """Begin this run, under this agreement and no other, or go on with it; any other run is forgotten."""
+        """Begin this run under this agreement, or resume it; any other run is forgotten."""
         (self.folder / "error.txt").unlink(missing_ok=True)
-        started = {"run": run, "agreement_digest": agreement_digest}
-        if self.read_json("run") == started:
+        kept = self._read("run", RunState)
+        if kept is not None and (kept.run, kept.agreement_digest) == (run, agreement_digest):
             return
         self.end_run()
         make_private_folder(self._run_folder)
-        self.write_json("run", started)
+        self._write("run", RunState(run=run, agreement_digest=agreement_digest))
 
     def check_run(self, run: str, agreement_digest: str) -> None:
         """Raise RemoteProtocolError unless `run` is the one in progress, and under this agreement."""
-        if self.read_json("run") != {"run": run, "agreement_digest": agreement_digest}:
-            raise RemoteProtocolError("the coordinator speaks of another run or agreement than those that were opened")
+        kept = self._read("run", RunState)
+        if kept is None or (kept.run, kept.agreement_digest) != (run, agreement_digest):
+            raise RemoteProtocolError("the coordinator's message belongs to another run or agreement")
+
+    @property
+    def run(self) -> RunState:
+        """The run in progress. Raises RemoteProtocolError if there is none."""
+        kept = self._read("run", RunState)
+        if kept is None:
+            raise RemoteProtocolError("the coordinator's message belongs to no run that was started here")
+        return kept
+
+    def update_run(self, **changes: object) -> None:
+        """Write the run's state with some fields replaced."""
+        self._write("run", self.run.model_copy(update=changes))
 
     def end_run(self) -> None:
-        """Forget the run, whole or not at all: half forgotten it could be begun anew and go on with what was left."""
+        """Forget the run, whole or not at all: from half a run, another could be begun that resumes from the rest."""
         forgotten = self.folder / "run.forgotten"
         shutil.rmtree(forgotten, ignore_errors=True)
         if self._run_folder.exists():
             self._run_folder.rename(forgotten)
             shutil.rmtree(forgotten, ignore_errors=True)
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Write a small value, whole or not at all; on the disk before this returns."""
-        write_whole(self._run_folder / f"{name}.json", json.dumps(value).encode())
+    @property
+    def open_round(self) -> OpenRound | None:
+        return self._read("round", OpenRound)
 
-    def read_json(self, name: str) -> Any:
-        """A value written before, or None."""
-        path = self._run_folder / f"{name}.json"
-        return json.loads(path.read_bytes()) if path.is_file() else None
+    def write_open_round(self, kind: RoundKind, request: OpenSum, side: dict[str, Any]) -> None:
+        self._write("round", OpenRound(kind=kind, request=asdict(request), side=side))
 
-    def forget_sum(self) -> None:
-        """Wipe the secrets and the vector of the sum in progress."""
-        (self._run_folder / "sum.json").unlink(missing_ok=True)
+    def forget_round(self) -> None:
+        """Wipe the secrets and the vector of the round in progress."""
+        (self._run_folder / "round.json").unlink(missing_ok=True)
         self.delete_array("vector")
 
+    def write_layout(self, name: str, layout: TensorLayout) -> None:
+        write_whole(self._run_folder / f"{name}.layout.json", json.dumps(layout.to_json()).encode())
+
+    def read_layout(self, name: str) -> TensorLayout:
+        """Raises RemoteProtocolError if nothing of this name was made in this run."""
+        path = self._run_folder / f"{name}.layout.json"
+        if not path.is_file():
+            raise RemoteProtocolError(f"the coordinator asked for the {name} before it was made")
+        return TensorLayout.from_json(json.loads(path.read_bytes()))
+
+    def _write(self, name: str, record: Record) -> None:
+        """Write a record, whole or not at all; it is on the disk before this returns."""
+        write_whole(self._run_folder / f"{name}.json", record.model_dump_json().encode())
+
+    def _read(self, name: str, kind: type[R]) -> R | None:
+        path = self._run_folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            return kind.model_validate_json(path.read_bytes())
+        except ValidationError:
+            raise SettingsError(
+                f"{path}: damaged", hint="the run cannot be resumed; a new run needs a new agreement"
+            ) from None
+
+    # --- arrays ---
+
     def create_array(self, name: str, size: int, dtype: str) -> NDArray:
-        """A new array (size,) on disk, of zeros. Raises DataError where the disk has no room."""
+        """A new array (size,) of zeros on disk. Raises DataError if the disk has no room."""
         path = self._run_folder / f"{name}.bin"
         path.unlink(missing_ok=True)
         if size == 0:
             return np.empty(0, dtype)
         num_bytes = size * np.dtype(dtype).itemsize
         with private_file.create(path) as file:
-            if sys.platform == "linux":  # else writing to a mapped file ends the process where the disk is full
+            if sys.platform == "linux":  # elsewhere, writing to a mapped file ends the process when the disk is full
                 try:
                     os.posix_fallocate(file.fileno(), 0, num_bytes)
                 except OSError as error:
                     path.unlink()
                     raise DataError(
-                        f"{path}: {num_bytes / 1e6:.0f} MB cannot be written here ({error.strerror}); nothing has "
-                        "left. Make room, or move the whole state folder, with its ledger, to where there is some"
+                        f"{path}: cannot write {num_bytes / 1e6:.0f} MB here ({error.strerror}); nothing has left",
+                        hint="make room, or move the whole state folder, with its ledger, to where there is some",
                     ) from None
         return np.memmap(path, dtype=dtype, mode="r+", shape=(size,))
 
@@ -108,10 +268,14 @@ class OwnerState:
         """Give a whole array the name under which later messages look for it."""
         (self._run_folder / f"{name}.bin").rename(self._run_folder / f"{under}.bin")
 
+    def delete_array(self, name: str) -> None:
+        (self._run_folder / f"{name}.bin").unlink(missing_ok=True)
+
     @contextmanager
     def scratch_folder(self) -> Iterator[Path]:
-        """A folder for what is private and of use to one answer alone: removed with it, also after an error; after a
-        crash, with the run or when the next answer begins.
+        """A private folder for one answer alone.
+
+        It is removed with the answer, also after an error; after a crash, with the run or when the next answer begins.
         """
         folder = self._run_folder / "scratch"
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,9 +289,6 @@ class OwnerState:
     @property
     def activations_folder(self) -> Path:
         return self._run_folder / "activations"
-
-    def delete_array(self, name: str) -> None:
-        (self._run_folder / f"{name}.bin").unlink(missing_ok=True)
 
     # --- beyond a run ---
 
@@ -151,7 +312,7 @@ class OwnerState:
         write_whole(self.folder / "receipts" / f"{run}.json", json.dumps(receipt, indent=1).encode())
 
     def has_receipt(self, run: str) -> bool:
-        """Whether the run has ended here with a result."""
+        """Whether the run has ended here with a published model."""
         return (self.folder / "receipts" / f"{run}.json").is_file()
 
     @property
@@ -160,7 +321,7 @@ class OwnerState:
 
     @staticmethod
     def seal(folder: Path) -> None:
-        """Let nobody else read what a library wrote to `folder`."""
+        """Make what a library wrote to `folder` readable by its owner only."""
         folder.chmod(0o700)
         for path in folder.iterdir():
             path.chmod(0o600)

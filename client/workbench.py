@@ -1,6 +1,6 @@
-"""An owner's models and rows, and what is measured on them: all of an owner that needs torch.
+"""An owner's models and rows, and what is measured on them: everything of an owner that needs torch.
 
-`owner.py` imports this only for the messages that need it. Flower answers each message in a new process, where
+`context.py` imports this only for the messages that need it. Flower answers each packet in a new process, where
 importing torch and transformers takes longer than most answers.
 """
 
@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,27 +22,29 @@ from transformers import PreTrainedModel
 from client.data.private_data import PrivateData
 from client.data.rows import Rows
 from client.measurement import fine_tuning as finetune
-from client.measurement.classifier_inputs import measure_head
+from client.measurement.classifier_inputs import measure_classifier
 from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
-from client.measurement.merged_prefix import measure_step, put_merged_prefix
+from client.measurement.merged_prefix import load_merged_so_far, measure_inputs
 from client.settings import OwnerSettings
-from client.state import OwnerState
+from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement, Task
 from common.errors import DataError
-from common.merge_methods.sequence import Step
-from common.merge_methods.terms import Gram, OwnerTerms
-from common.metrics import Score
+from common.merge_methods import METHODS
+from common.merge_methods.method import Measurement, MultiRoundMethod, Step
+from common.merge_methods.refit import classifier
+from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
+from common.metrics import Score, Split
 from common.models.adapter import is_adapter
-from common.models.delta import Delta, VectorDelta, add_delta, delta_layout
+from common.models.delta import Delta, VectorDelta, add_delta
 from common.models.folders import base_model_folder, check_tokenizer, fine_tuned_folder, load_tokenizer, named_labels
-from common.models.loading import check_base, check_change, digest_of, load_base, load_fine_tuned
+from common.models.loading import check_base, check_change, digest_of, load_base, load_fine_tuned, private_head
 from common.models.parameters import body_parameters, copy_parameters
-from common.models.loading import private_head
 from common.models.plan import MergePlan, merge_plan
+from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
@@ -49,7 +52,7 @@ log = logging.getLogger("amalgram.owner")
 
 
 class Workbench:
-    """What one owner has, and how it is measured. `home` is the folder that the settings' paths are relative to."""
+    """What one owner has, and how it is measured. `home`: the folder that paths in the settings are relative to."""
 
     def __init__(self, settings: OwnerSettings, home: Path, agreement: Agreement, state: OwnerState) -> None:
         self.settings, self.agreement, self.state = settings, agreement, state
@@ -72,43 +75,24 @@ class Workbench:
     # --- what the agreement makes of this base model ---
 
     @cached_property
-    def agreed_candidates(self) -> frozenset[str]:
-        """The names of all merged models that may be sent to this owner."""
-        return frozenset(name for method in self.agreement.methods for name in self.candidates(method))
+    def schedule(self) -> Schedule:
+        """The rounds of the agreement."""
+        return schedule_of(self.agreement, self.plan)
 
-    def candidates(self, method: str) -> frozenset[str]:
-        """The names of one method's merged models."""
-        return frozenset(merge_methods.candidates(self.agreement, method))
-
-    def candidate_layout(self) -> TensorLayout:
-        """How a merged model travels here."""
-        return delta_layout(self.plan)
-
-    def merged_layout(self, method: str, number: int) -> TensorLayout:
-        """How what step `number` merged travels here."""
-        return merge_methods.merged_layout(self.plan, method, number)
-
-    def count_steps(self, method: str) -> int:
-        """How many steps a method of several sums has."""
-        return len(merge_methods.steps(self.plan, method))
-
-    def step_named(self, statistic: str) -> tuple[str, Step] | None:
-        """The method and step that a statistic is about; None if it is no agreed one."""
-        return merge_methods.step_named(self.agreement, self.plan, statistic)
+    @cached_property
+    def merge_settings(self) -> MergeSettings:
+        """What the agreement says to the merge methods."""
+        return self.agreement.merge_settings(self.plan)
 
     def contribution_layout(self) -> TensorLayout:
-        """The first sum's tensors."""
-        return merge_methods.contribution_layout(self.agreement, self.plan)
-
-    def step_layout(self, method: str, step: Step) -> TensorLayout:
-        """The tensors of one step's sum."""
-        return merge_methods.step_layout(self.agreement, self.plan, method, step)
+        """The tensors that all methods need first, on their true scale."""
+        return merge_methods.contribution_layout(self.agreement.methods, self.merge_settings)
 
     # --- what the owner has ---
 
     @cached_property
     def task(self) -> Task:
-        """The agreed task; where heads are private, over this owner's own labels."""
+        """The agreed task; if heads are private, over this owner's own labels."""
         task = self.agreement.task
         if task.head == "shared":
             return task
@@ -130,7 +114,7 @@ class Workbench:
 
     @cached_property
     def _outline(self) -> PreTrainedModel:
-        """The base model without its weights: what it is made of, and of which shapes."""
+        """The base model without its weights: its modules and their shapes."""
         base = self.load_base()
         for parameter in base.parameters():
             parameter.data = torch.zeros(()).expand(parameter.shape)
@@ -185,7 +169,7 @@ class Workbench:
         return folder
 
     def _recipe(self) -> str:
-        """All that a fine-tuned model depends on: when it is the same, the model need not be made again."""
+        """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""
         data = self.settings.data
         files = [path for path in (data.train, data.validation) if path is not None]
         parts = {
@@ -200,119 +184,135 @@ class Workbench:
     # --- measuring ---
 
     def contribution(self) -> Iterator[tuple[str, NDArray]]:
-        """This owner's tensors of the first sum, in the order of its layout."""
+        """This owner's tensors of the contribution round, in the order of `contribution_layout`."""
         with self.state.scratch_folder() as activations:
-            yield from merge_methods.contribution(self.agreement, self.plan, self.measure(activations))
+            terms = self.measure(activations)
+            yield from merge_methods.contribution(self.agreement.methods, self.merge_settings, terms)
 
-    def step_contribution(self, method: str, step: Step) -> Iterator[tuple[str, NDArray]]:
-        """This owner's tensors of one step's sum, in the order of its layout."""
-        return merge_methods.step_contribution(
-            self.agreement, self.plan, method, step, self._measure_step(method, step)
-        )
+    def step_contribution(self, method_name: str, step: Step) -> Iterator[tuple[str, NDArray]]:
+        """This owner's tensors of one step's round, in the order of its layout."""
+        method = _multi_round(method_name)
+        return method.step_contribution(self.merge_settings, step, self._measure_step(method, step))
 
     def measure(self, activations: Path) -> OwnerTerms:
-        """All that the first sum's methods need of this owner, most of it measured or computed when it is asked for.
+        """Everything the contribution round needs of this owner, most of it measured or computed when it is asked for.
 
-        Reading a Gram raises DataError where it is of too few rows. `activations`: a private folder to work in.
+        Reading a Gram raises DataError if it covers too few rows. `activations`: a private folder to work in.
         """
-        agreement, wanted = self.agreement, merge_methods.measurements(self.agreement)
+        wanted, seed = merge_methods.measurements(self.agreement.methods, self.agreement.tables), self.agreement.seed
         train = self.data.train()
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
         log.info("  %s: measuring", self.name)
-        gram_rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
-        fisher_rows = _sample(train, agreement.fisher.measured_examples, agreement.seed)
-        batches = Batches(gram_rows, self.settings.batch_size)
-        return OwnerTerms(
-            examples=len(train),
-            delta=Delta(own, base),
-            grams=GramStream(own, self.plan, batches, activations, self._checked) if "grams" in wanted else {},
-            gram_examples=len(gram_rows),
-            fisher=measure_fisher(own.model, fisher_rows, agreement.seed) if "fisher" in wanted else {},
-            fisher_examples=len(fisher_rows),
-        )
+        terms = OwnerTerms(examples=len(train), delta=Delta(own, base))
+        if Measurement.GRAMS in wanted:
+            rows = _sample(train, wanted[Measurement.GRAMS], seed)
+            batches = Batches(rows, self.settings.batch_size)
+            grams = GramStream(own, self.plan, batches, activations, self._checked)
+            terms = replace(terms, grams=grams, gram_examples=len(rows))
+        if Measurement.FISHER in wanted:
+            rows = _sample(train, wanted[Measurement.FISHER], seed)
+            terms = replace(terms, fisher=measure_fisher(own.model, rows, seed), fisher_examples=len(rows))
+        return terms
 
-    def _measure_step(self, method: str, step: Step) -> OwnerTerms:
-        agreement, train = self.agreement, self.data.train()
+    def _measure_step(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> OwnerTerms:
+        log.info("  %s: measuring %s step %d", self.name, method.title, step.number)
+        train = self.data.train()
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
-        log.info("  %s: measuring %s %d", self.name, method, step.number)
         merged = self._merged_so_far(method, step)
-        if method == "refit":
-            rows = _sample(train, agreement.refit.measured_examples, agreement.seed)
-            head = measure_head(base, own, merged, self.plan, rows, self.settings.batch_size)
-            self._check_rows("the classifier's input", len(head.features), head.features.shape[1], method)
-            return OwnerTerms(examples=len(train), delta={}, head=head)
-        rows = _sample(train, agreement.regmean.measured_examples, agreement.seed)
-        batches = Batches(rows, self.settings.batch_size)
-        names = [name for shared in step.inputs for layer in shared.layers for name in layer.parameters]
+        rows = _sample(train, step.max_examples, self.agreement.seed)
+        if step.measurement is Measurement.CLASSIFIER:
+            terms = measure_classifier(base, own, merged, classifier(self.plan), rows, self.settings.batch_size)
+            self._check_rows("the classifier's input", len(terms.features), terms.features.shape[1])
+            return OwnerTerms(examples=len(train), delta={}, classifier=terms)
         delta = Delta(own, base)
-        of_step = {name: delta[name] for name in names}  # before the owner's model becomes the merged stream's
-        put_merged_prefix(own.model, merged, self.plan, step)
-        grams = measure_step(own.model, self.plan, step, batches, self.state.activations_folder, keep=step.block)
+        names = [name for shared in step.inputs for layer in shared.layers for name in layer.parameters]
+        of_step = {name: delta[name] for name in names}  # before the owner's model becomes the one to measure on
+        merged_names = [
+            name for number in range(step.number) for name in method.merged_names(self.merge_settings, number)
+        ]
+        load_merged_so_far(own.model, merged, merged_names, self._modules_from(method, step))
+        batches, folder = Batches(rows, self.settings.batch_size), self.state.activations_folder
+        grams = measure_inputs(own.model, self.plan, step.inputs, step.block, batches, folder, keep=step.block)
         return OwnerTerms(examples=len(train), delta=of_step, grams=self._checked(grams), gram_examples=len(rows))
 
-    def _merged_so_far(self, method: str, step: Step) -> DiskModel:
+    def _modules_from(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> set[str]:
+        """The blocks and layers from this step on."""
+        later = method.steps(self.merge_settings)[step.number - 1 :]
+        layers = {
+            layer.weight.rpartition(".")[0] for each in later for shared in each.inputs for layer in shared.layers
+        }
+        return layers if step.block is None else layers | set(self.plan.blocks[step.block :])
+
+    def _merged_so_far(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""
         merged = self.load_base()
-        layouts = [self.merged_layout(method, number) for number in range(step.number)]
         parts = [
-            (layout, self.state.open_array(f"{method}-{number}", layout.size, "<f4"))
-            for number, layout in enumerate(layouts)
+            (each.layout, self.state.open_array(merged_step_array(method.name, number), each.layout.size, "<f4"))
+            for number, each in enumerate(self.schedule.deliveries("merged_step", method=method.name)[: step.number])
+            if each.layout.size
         ]
         add_delta(merged, VectorDelta(self.plan, *parts))
         return self._on_disk(merged)
 
     def _checked(self, grams: Mapping[str, Gram]) -> Mapping[str, Gram]:
-        """Raise DataError for a Gram of so few rows that it would tell which rows they are.
+        """Raise DataError for a Gram that covers so few rows that it would identify them.
 
         The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
-        How many rows reach an expert is not in its hands; whether experts have Grams is privacy.merge_routed_inputs.
+        How many rows reach an expert is not in the owner's hands; whether experts have Grams is
+        privacy.merge_routed_inputs.
         """
         routed = {shared.name for shared in self.plan.inputs if shared.is_routed}
         dimensions = self.plan.dimensions()
         for name, gram in grams.items():
             if name not in routed:
-                self._check_rows(name, gram.rows, dimensions.get(name, len(gram.matrix)), "regmean")
+                self._check_rows(name, gram.rows, dimensions.get(name, len(gram.matrix)))
         return grams
 
-    def _check_rows(self, name: str, rows: int, dimensions: int, method: str) -> None:
+    def _check_rows(self, name: str, rows: int, dimensions: int) -> None:
         least = self.agreement.privacy.min_rows_per_dimension
         if rows < least * dimensions:
             raise DataError(
                 f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
-                f"{least:g} a dimension; nothing has left. Measure more rows ({method}.measured_examples), or agree on "
-                "a lower privacy.min_rows_per_dimension"
+                f"{least:g} per dimension; nothing has left",
+                hint="measure more examples (measured_examples), or agree on a lower privacy.min_rows_per_dimension",
             )
 
     # --- scoring ---
 
-    def score_candidate(self, split: str, layout: TensorLayout, vector: NDArray[np.float32]) -> tuple[str, Score]:
-        """The digest of the merged model that was sent as `vector`, and how it does on this owner's rows of a split."""
+    def score_candidate(self, split: Split, layout: TensorLayout, vector: NDArray[np.float32]) -> tuple[str, Score]:
+        """The digest of the merged model that was sent as `vector`, and how it does on the examples of a split."""
         head, model = self._own_head(), self.load_base()
         add_delta(model, VectorDelta(self.plan, (layout, vector)))
         digest = digest_of(model, self.task)
         copy_parameters(head, head, model)
         return digest, self.score(model, split)
 
-    def score_base(self, split: str) -> Score:
-        """How the base model does, on this owner's head where heads are private."""
+    def score_base(self, split: Split) -> Score:
+        """How the base model does, with this owner's head if heads are private."""
         head, base = self._own_head(), self.load_base()
         copy_parameters(head, head, base)
         return self.score(base, split)
 
     def _own_head(self) -> dict[str, Tensor]:
-        """What stays with this owner where heads are private: copies, so that the model that has them can go."""
+        """Copies of this owner's head if heads are private, so that the model that has it can be dropped."""
         names = private_head(self._outline, self.task)
         own = dict(self.own_model().named_parameters()) if names else {}
         return {name: own[name].detach().clone() for name in names}
 
-    def score(self, model: PreTrainedModel, split: str) -> Score:
-        """How `model` does on this owner's rows of a split."""
+    def score(self, model: PreTrainedModel, split: Split) -> Score:
+        """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
         return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
 
 
 def _sample(rows: Rows, limit: int, seed: int) -> Rows:
-    """At most `limit` rows, drawn without replacement."""
+    """At most `limit` examples, drawn without replacement."""
     if len(rows) <= limit:
         return rows
     return rows.take(np.random.default_rng(seed).permutation(len(rows))[:limit])
+
+
+def _multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:
+    method = METHODS[name]
+    assert isinstance(method, MultiRoundMethod)  # the schedule has steps for these alone
+    return method

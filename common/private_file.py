@@ -1,23 +1,37 @@
-"""Files that only their owner reads: 0600, written whole or not at all, and on the disk before the call returns."""
+"""Files and folders that only their owner can read, and locks that keep two processes apart.
 
+Files are 0600 and folders 0700. `write_whole` replaces a file whole or not at all, and it is on the disk before the
+call returns. A key file is never overwritten, and a secret that others can read is refused.
+"""
+
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import BinaryIO
 
+from common.errors import AmalgramError, SettingsError
+
+MAX_SECRET_BYTES = 100_000
+POLL_SECONDS = 0.3
+
 
 def make_private_folder(folder: Path) -> None:
-    """A folder that nobody else can enter."""
+    """Make a folder, and its parents, that nobody else can enter; close an existing one to others."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 
 
-def create(path: Path) -> BinaryIO:
-    """A new file, to be written. Raises FileExistsError if there is one."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+def create(path: Path, mode: int = 0o600) -> BinaryIO:
+    """Open a new file for writing. Raises FileExistsError if `path` exists, and never follows a link (O_EXCL)."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Replace `path` by `content`. After a crash at any point it holds the old or the new content."""
+    """Replace `path` by `content`. After a crash at any point it holds either the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     with create(partial) as file:
@@ -30,3 +44,60 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+# --- keys ---
+
+
+def write_key(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a key to a new file. Raises SettingsError if the file exists."""
+    try:
+        with create(path, mode) as file:
+            file.write(content)
+    except FileExistsError:
+        raise SettingsError(
+            f"{path}: already exists, and a key is never overwritten", hint="choose another file name"
+        ) from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_secret(path: Path) -> bytes:
+    """The first 100 kB of a secret file. Raises SettingsError if other users may read it."""
+    try:
+        with path.open("rb") as file:
+            mode, content = os.fstat(file.fileno()).st_mode, file.read(MAX_SECRET_BYTES)
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+    if mode & 0o077:
+        raise SettingsError(f"{path}: other users may read this secret", hint=f"chmod 600 {path}")
+    return content
+
+
+# --- locks ---
+
+
+@contextmanager
+def locked(path: Path, *, wait_seconds: float = inf, busy: AmalgramError | None = None) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs; the lock goes with the process, even one that is killed.
+
+    Raises `busy` (by default BlockingIOError) if another process still holds the lock after `wait_seconds`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while not _take_lock(descriptor, wait=wait_seconds == inf):
+            if time.monotonic() >= deadline:
+                raise busy or BlockingIOError(f"{path}: another process holds this lock")
+            time.sleep(POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(descriptor: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

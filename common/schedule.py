@@ -15,7 +15,6 @@ An event is known by its `position`. Agreement, position and layout together say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -183,6 +182,15 @@ class Schedule:
             if isinstance(event, Delivery) and (event.kind, event.method, event.split) == (kind, method, split)
         )
 
+    def delivery_of(self, model: str, split: Split) -> Delivery:
+        """The delivery of a model that a metrics round names: by candidate on validation, by method on test."""
+        for event in self.events:
+            if not isinstance(event, Delivery) or (event.kind, event.split) != ("candidate", split):
+                continue
+            if model == (event.method if split == "test" else event.names[0]):
+                return event
+        raise LocalProtocolError(f"schedule: no candidate {model!r} is delivered for {split}")
+
     def check_follows(self, position: int, begun: int | None, *, is_complete: bool) -> None:
         """Raise RemoteProtocolError unless the event at `position` is the one that was begun last, or the next one.
 
@@ -245,8 +253,3 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
 
 def _merged_layout(method: MultiRoundMethod[Hyperparameters], settings: MergeSettings, number: int) -> TensorLayout:
     return delta_layout(settings.plan, method.merged_names(settings, number))
-
-
-def contribution_rounds(schedule: Schedule) -> Iterator[Round]:
-    """The rounds that hold models and Grams, not metrics."""
-    return (each for each in schedule.rounds if each.kind != "metrics")

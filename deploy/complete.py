@@ -1,4 +1,4 @@
-"""Complete a draft of an agreement against its base model: labels, digest, tensor roles, thresholds, bounds.
+"""Complete a draft of an agreement against its base model: labels, digest, merge plan, thresholds, bounds.
 
 What is measured here is measured on the public base model with made-up inputs; no owner's row is needed or seen.
 """
@@ -18,16 +18,17 @@ from client.data.rows import Rows
 from client.measurement.blocks import check_blocks
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
-from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task, TensorRoles
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task
 from common.errors import ModelError, SettingsError
-from common.merge_methods import contribution_layout, measurements
+from common.merge_methods import METHODS, contribution_layout, measurements
+from common.merge_methods.method import Measurement
+from common.merge_methods.regmean import REGMEAN
 from common.metrics import metrics_layout
 from common.models.folders import base_labels, image_shape, load_tokenizer
 from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
-from common.models.loading import digest_of, load_base
+from common.models.loading import digest_of, load_base, private_head
 from common.models.parameters import parameter_shapes
-from common.models.loading import private_head
-from common.models.plan import MergePlan, merge_plan
+from common.models.plan import MergePlan, PlannedTensors, merge_plan
 from common.summation.fixed_point import check_layout
 from deploy.launch.flower import bundle_digest
 
@@ -52,11 +53,11 @@ def complete_agreement(
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
     probe = _probe(base, task, base_folder, draft.seed)
-    if "regmean_plus_plus" in draft.methods:
+    if any(METHODS[name].needs_blocks for name in draft.methods):
         check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
-    roles = _tensor_roles(base, probe, base_folder, private_head(base, task), draft)
-    if "refit" in draft.methods:
-        _check_classifier(base, draft, probe, roles)
+    tensors = _planned_tensors(base, probe, base_folder, private_head(base, task), draft)
+    if any(METHODS[name].needs_classifier for name in draft.methods):
+        _check_classifier(base, draft, probe, tensors)
     with_keys = _with_keys(draft, public_keys, node_keys or {})
     agreement = Agreement(
         **{
@@ -64,23 +65,23 @@ def complete_agreement(
             "task": task,
             "min_owners": draft.needed_owners,
             "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
-            "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, roles)),
+            "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, tensors)),
         },
         base_digest=digest_of(base, task),
         bundle_digest=bundle_digest(),
-        tensors=roles,
+        tensors=tensors,
     )
     for layout in (
-        contribution_layout(agreement, merge_plan(base, roles)),
+        contribution_layout(agreement.methods, agreement.merge_settings(merge_plan(base, tensors))),
         metrics_layout(agreement, "test", ["base"]),
     ):
         check_layout(layout, len(agreement.owners))
     return agreement
 
 
-def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, roles: TensorRoles) -> None:
+def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors) -> None:
     """Raise ModelError unless the last layer that is merged is a classifier that is fed one row a prediction."""
-    last = merge_plan(base, roles).inputs[-1].layers
+    last = merge_plan(base, tensors).inputs[-1].layers
     fed: list[Tensor] = []
     ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
     with layer_inputs(base, lambda _, each: fed.append(each.rows), {last[0].whole}), torch.inference_mode():
@@ -89,8 +90,9 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
     whole = last[0].features is None
     if not draft.task.has_labels or draft.task.head == "private" or not per_prediction or not whole:
         raise ModelError(
-            f"{type(base).__name__}: has no shared classifier that is fed one row a prediction and is merged as a "
-            "whole (regmean.largest_gram), which refit fits; use regmean"
+            f"{type(base).__name__}: has no shared classifier that is fed one row per prediction and is merged as a "
+            "whole (regmean.largest_gram), which refit needs",
+            hint='use method = "regmean"',
         )
 
 
@@ -118,9 +120,9 @@ def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def _tensor_roles(
+def _planned_tensors(
     base: PreTrainedModel, probe: Rows, folder: Path, left_alone: tuple[str, ...], draft: AgreementDraft
-) -> TensorRoles:
+) -> PlannedTensors:
     try:
         ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
         groups = find_shared_inputs(base, batch)
@@ -129,25 +131,25 @@ def _tensor_roles(
             held_back |= _token_inputs(base, batch)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
-    layers = merge_layers(base)
-    data_free = _data_free_layers(draft.regmean.data_free_layers, layers)
+    layers, table = merge_layers(base), REGMEAN.of(draft.tables)
+    data_free = _data_free_layers(table.data_free_layers, layers)
     if not draft.privacy.merge_routed_inputs:
         held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.expert is not None}
     measured = (tuple(weight for weight in group if weight not in data_free) for group in groups)
     merged = tuple(group for group in measured if group and not held_back & set(map(parameter_of, group)))
-    if draft.regmean.bias_feature:
+    if table.bias_feature:
         biases = layer_biases(base)
         merged = tuple(
             (*group, *(biases[weight] for weight in group))
-            if set(group) <= set(biases) and layers[group[0]].d_in <= (draft.regmean.largest_gram or inf)
+            if set(group) <= set(biases) and layers[group[0]].d_in <= (table.largest_gram or inf)
             else group
             for group in merged
         )
     solved = {parameter_of(name) for name in (*data_free, *(name for group in merged for name in group))}
     averaged = tuple(name for name in parameter_shapes(base) if name not in solved | set(left_alone))
-    return TensorRoles(
+    return PlannedTensors(
         merged=merged,
-        largest_gram=draft.regmean.largest_gram,
+        largest_gram=table.largest_gram,
         data_free=data_free,
         averaged=averaged,
         left_alone=left_alone,
@@ -282,15 +284,15 @@ def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
 
 
 def _measured_bounds(
-    draft: AgreementDraft, task: Task, base: PreTrainedModel, probe: Rows, roles: TensorRoles
+    draft: AgreementDraft, task: Task, base: PreTrainedModel, probe: Rows, tensors: PlannedTensors
 ) -> dict[str, tuple[float, ...]]:
     headroom = draft.bounds.headroom
     if task.is_text:
         headroom *= max(1.0, task.max_tokens / PROBE_TOKENS)
-    plan = merge_plan(base, roles)
+    plan = merge_plan(base, tensors)
     grams = [_power_of_two(headroom * value) for value in _largest_gram_entries(base, probe, plan)]
     fisher: tuple[float, ...] = ()
-    if "fisher" in measurements(draft):
+    if Measurement.FISHER in measurements(draft.methods, draft.tables):
         squares = measure_fisher(base, probe, draft.seed)
         highest = {name: float(squares[name].max()) for name in plan.changed}
         everywhere = max(highest.values())  # for a tensor that the probe did not reach

@@ -8,19 +8,17 @@ from torch import Tensor
 from client.data.rows import IGNORED, Rows
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import layer_inputs, with_constant
-from common.merge_methods.refit import classifier
-from common.merge_methods.terms import HeadTerms
-from common.models.plan import MergePlan
+from common.merge_methods.terms import ClassifierTerms
+from common.models.layers import Layer
 
 
 @torch.inference_mode()
-def measure_head(
-    base: Mapping[str, Tensor], own: DiskModel, merged: DiskModel, plan: MergePlan, rows: Rows, batch_size: int
-) -> HeadTerms:
+def measure_classifier(
+    base: Mapping[str, Tensor], own: DiskModel, merged: DiskModel, layer: Layer, rows: Rows, batch_size: int
+) -> ClassifierTerms:
     """The classifier's inputs on the merged model, the labels, and the own model's scores, prediction by prediction.
     One model after the other, so that one is in memory.
     """
-    layer = classifier(plan)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     scores: list[Tensor] = []
@@ -34,7 +32,7 @@ def measure_head(
     for _, batch, targets in rows.batches(batch_size):
         scores.append(own.model(**batch).logits[targets != IGNORED])
     fed = torch.cat(features).double()
-    return HeadTerms(
+    return ClassifierTerms(
         features=fed if layer.bias is None else with_constant(fed),
         targets=torch.cat(labels),
         scores=torch.cat(scores).double(),

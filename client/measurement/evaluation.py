@@ -41,7 +41,7 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
         figure = _entity_f1(_entities(targets, words, task.labels), _entities(predicted, words, task.labels))
     else:
         figure = float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
-    return Score(correct=int((predicted == targets).sum()), rows=len(targets), figure=figure)
+    return Score(correct=int((predicted == targets).sum()), rows=len(targets), metric=figure)
 
 
 @torch.inference_mode()
@@ -55,7 +55,7 @@ def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> S
         correct += int((logits.argmax(-1) == wanted).sum())
         count += len(wanted)
         nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-    return Score(correct=correct, rows=max(count, 1), figure=max(-nats / max(count, 1), -MAX_NATS))
+    return Score(correct=correct, rows=max(count, 1), metric=max(-nats / max(count, 1), -MAX_NATS))
 
 
 def _entity_f1(wanted: set[Entity], found: set[Entity]) -> float:

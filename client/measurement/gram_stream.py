@@ -8,6 +8,7 @@ Any other is measured whole, in one pass.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,19 @@ from client.data.rows import Batch, Rows
 from client.measurement.blocks import BlockShape, check_blocks, first_example, run_blocks
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import LayerInput, layer_inputs, measure_grams
-from client.measurement.merged_prefix import measure_step
-from common.merge_methods.sequence import Step
+from client.measurement.merged_prefix import measure_inputs
 from common.merge_methods.terms import Gram
 from common.models.plan import MergePlan, SharedInput
 
 Fed = dict[str, list[str]]  # by a layer's weight: a digest of what each of its calls was fed
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInputs:
+    """Inputs of the plan that are fed in one block; `block` is None for all that follows the last."""
+
+    block: int | None
+    inputs: tuple[SharedInput, ...]
 
 
 class Batches(Sequence[Batch]):
@@ -74,20 +82,22 @@ class GramStream(Mapping[str, Gram]):
     def __len__(self) -> int:
         return len(self._step_of)
 
-    def _measure(self, step: Step) -> dict[str, Gram]:
+    def _measure(self, step: BlockInputs) -> dict[str, Gram]:
         if len(self._steps) == 1:
             grams = measure_grams(self._own.model, self._plan, self._batches)
         else:
             keep = None if step.block is None else step.block + 1
-            grams = measure_step(self._own.model, self._plan, step, self._batches, self._folder, keep=keep)
+            grams = measure_inputs(
+                self._own.model, self._plan, step.inputs, step.block, self._batches, self._folder, keep=keep
+            )
         self._own.release()
         self._check(grams)
         return grams
 
 
-def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) -> tuple[Step, ...]:
+def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) -> tuple[BlockInputs, ...]:
     """The plan's inputs by the block in which they are fed; one step with all of them where that cannot be."""
-    whole = (Step(number=1, block=None, inputs=plan.inputs),)
+    whole = (BlockInputs(block=None, inputs=plan.inputs),)
     places = _places(model, plan, first_example(batches[-1])) if len(batches) else None  # the longest rows come last
     if places is None:
         return whole
@@ -99,8 +109,7 @@ def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) ->
         by_block.setdefault(found.pop(), []).append(shared)
     last = len(plan.blocks) - 1
     return tuple(
-        Step(number=number, block=block if block < last else None, inputs=tuple(by_block[block]))
-        for number, block in enumerate(sorted(by_block), 1)
+        BlockInputs(block=block if block < last else None, inputs=tuple(by_block[block])) for block in sorted(by_block)
     )
 
 

@@ -1,6 +1,7 @@
-"""What an owner measures in one step of a method that goes block by block (common/merge_methods/sequence.py)."""
+"""What an owner measures in one step of a multi-round method that merges block by block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,45 +11,42 @@ from transformers import PreTrainedModel
 from client.data.rows import Batch
 from client.measurement.blocks import BlockStream
 from client.measurement.gram import collecting
-from common.merge_methods.regmean_plus_plus import merged_names, steps
-from common.merge_methods.sequence import Step, plan_of
 from common.merge_methods.terms import Gram
 from common.models.parameters import copy_parameters
-from common.models.plan import MergePlan
+from common.models.plan import MergePlan, SharedInput
 
 
-def put_merged_prefix(own: PreTrainedModel, merged: Mapping[str, Tensor], plan: MergePlan, step: Step) -> None:
-    """Turn `own`, in place, into the merged stream's model at `step`: what lies before the step is taken from `merged`,
-    which has parameters by name.
+def load_merged_so_far(
+    own: PreTrainedModel, merged: Mapping[str, Tensor], names: Iterable[str], modules_ahead: Iterable[str]
+) -> None:
+    """Turn `own`, in place, into the model that the next step is measured on.
 
-    Of the blocks and layers from this step on, everything stays the owner's, their biases and norms too.
+    The parameters `names`, merged so far, come from `merged`, except those of `modules_ahead`: the blocks and layers
+    from this step on stay the owner's, with their biases and norms.
     """
-    all_steps = steps(plan)
-    layers_ahead = (
-        layer for later in all_steps[step.number - 1 :] for shared in later.inputs for layer in shared.layers
-    )
-    ahead_modules = {layer.weight.rpartition(".")[0] for layer in layers_ahead}
-    if step.block is not None:
-        ahead_modules |= set(plan.blocks[step.block :])
-    names = [
-        name
-        for number in range(step.number)
-        for name in merged_names(plan, number)
-        if not any(name.startswith(f"{module}.") for module in ahead_modules)
-    ]
-    copy_parameters(names, merged, own)
+    ahead = tuple(f"{module}." for module in modules_ahead)
+    copy_parameters([name for name in names if not name.startswith(ahead)], merged, own)
 
 
 @torch.inference_mode()
-def measure_step(
-    model: PreTrainedModel, plan: MergePlan, step: Step, batches: Sequence[Batch], folder: Path, *, keep: int | None
+def measure_inputs(
+    model: PreTrainedModel,
+    plan: MergePlan,
+    inputs: tuple[SharedInput, ...],
+    block: int | None,
+    batches: Sequence[Batch],
+    folder: Path,
+    *,
+    keep: int | None,
 ) -> dict[str, Gram]:
-    """The Grams of the step's inputs, on the stream of which `folder` keeps the activations; what enters block `keep`
-    is kept for the step that follows.
+    """The Grams of `inputs`, fed from `block` on (None: after the last), with activations kept in `folder`.
+
+    What enters block `keep` is kept for the next call.
     """
+    plan = replace(plan, inputs=inputs, data_free=(), averaged=(), left_alone=())
     with (
-        BlockStream(folder, plan.blocks).advancing(model, batches, step.block, keep=keep) as run,
-        collecting(model, plan_of(plan, step)) as collector,
+        BlockStream(folder, plan.blocks).advancing(model, batches, block, keep=keep) as run,
+        collecting(model, plan) as collector,
     ):
         for number, batch in enumerate(batches):
             collector.start_batch(batch)

@@ -31,9 +31,9 @@ def kind_of(name: str) -> str:
     return name.split("/")[0].split("@")[0]
 
 
-def measurements(methods: Iterable[str], settings: MergeSettings) -> Mapping[Measurement, int]:
+def measurements(methods: Iterable[str], tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
     """What an owner must measure for the first round of all methods, each on at most so many examples."""
-    return {kind: count for name in methods for kind, count in METHODS[name].measurements(settings).items()}
+    return {kind: count for name in methods for kind, count in METHODS[name].measurements(tables).items()}
 
 
 def contribution_layout(methods: Iterable[str], settings: MergeSettings) -> TensorLayout:

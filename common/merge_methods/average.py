@@ -40,7 +40,7 @@ class Average(SingleRoundMethod[AverageTable]):
     fits_32_bits = True
     can_be_refitted = True
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
         return {}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:

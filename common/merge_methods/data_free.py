@@ -82,7 +82,7 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
         return self.of(tables).alphas
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
         return {}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:

@@ -70,8 +70,8 @@ class Fisher(SingleRoundMethod[FisherTable]):
             "not the embeddings were frozen.",
         )
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
-        return {Measurement.FISHER: self.hyperparameters(settings).measured_examples}
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
+        return {Measurement.FISHER: self.of(tables).measured_examples}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:
         plan, bounds = settings.plan, settings.bounds

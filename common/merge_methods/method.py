@@ -82,7 +82,7 @@ class Method(ABC, Generic[H]):
         return ()
 
     @abstractmethod
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
         """What an owner measures for the first round, each on at most so many examples."""
 
     @abstractmethod

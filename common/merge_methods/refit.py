@@ -118,8 +118,8 @@ class Refit(MultiRoundMethod[RefitTable]):
             "are that owner's alone.",
         )
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
-        return self._body(settings.tables).measurements(settings)
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
+        return self._body(tables).measurements(tables)
 
     def layout(self, settings: MergeSettings) -> TensorLayout:
         return self._body(settings.tables).layout(settings)

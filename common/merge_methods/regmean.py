@@ -158,8 +158,8 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
             "inputs.",
         )
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
-        return {Measurement.GRAMS: self.hyperparameters(settings).measured_examples}
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
+        return {Measurement.GRAMS: self.of(tables).measured_examples}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:
         return self._part(settings).layout(settings)

@@ -50,7 +50,7 @@ class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return REGMEAN.disclosures(tables)
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
         return {}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:

@@ -41,7 +41,7 @@ class TaskArithmetic(SingleRoundMethod[TaskArithmeticTable]):
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
         return self.of(tables).scales
 
-    def measurements(self, settings: MergeSettings) -> Mapping[Measurement, int]:
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
         return {}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:

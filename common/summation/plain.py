@@ -41,6 +41,7 @@ class PlainOwner:
     terms: SumTerms
     owner: str
     phase: str = OPEN
+    is_complete: bool = False
 
     @classmethod
     def open(cls, terms: SumTerms, identity: Identity, random_bytes: RandomBytes) -> tuple["PlainOwner", Message]:
@@ -57,7 +58,8 @@ class PlainOwner:
             raise RemoteProtocolError(f"sum: coordinator asked for part {request.part} of {len(slices)}")
         payload = np.ascontiguousarray(encoded[slices[request.part]])
         reply = VectorPart(session=request.session, owner=self.owner, part=request.part, payload=payload)
-        return replace(self, phase=phase), reply
+        whole = self.is_complete or request.part + 1 == len(slices)
+        return replace(self, phase=phase, is_complete=whole), reply
 
     @property
     def offers(self) -> bool:
@@ -72,11 +74,11 @@ class PlainOwner:
         return False  # any part may be asked for again, so the vector stays until the next sum or the end of the run
 
     def to_json(self) -> dict[str, Any]:
-        return {"phase": self.phase}
+        return {"phase": self.phase, "is_complete": self.is_complete}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any], terms: SumTerms, identity: Identity) -> "PlainOwner":
-        return cls(terms=terms, owner=identity.name, phase=state["phase"])
+        return cls(terms=terms, owner=identity.name, phase=state["phase"], is_complete=state["is_complete"])
 
 
 class PlainCoordinator:

@@ -130,6 +130,10 @@ class OwnerSide(Protocol):
         """Whether this owner has helped to open the sum."""
 
     @property
+    def is_complete(self) -> bool:
+        """Whether everything that the coordinator needs for the total has left."""
+
+    @property
     def is_done(self) -> bool:
         """Whether the vector is no longer needed."""
 

@@ -1,44 +1,26 @@
 """What an owner consents to, in plain words, for whoever says yes or no: what leaves, who sees it, what it reveals."""
 
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from client.owner import Owner
-from common import scaling
-from common.agreement import SEQUENTIAL, Agreement
-from common.contents import CONTRIBUTIONS, contribution_kind
+from common.agreement import Agreement
 from common.identity import fingerprint
-from common.merge_methods import candidates, contribution_layout, step_layout, step_statistic, steps
+from common.merge_methods import METHODS
 from common.metrics import metrics_layout
 from common.models.delta import delta_layout
-from common.models.plan import merge_plan
-from common.tensor_layout import TensorLayout
+from common.schedule import Content, Round
 from deploy.launch.flower import bundle_digest
 
 
 def consent_text(owner: Owner) -> str:
-    """All that there is to know before saying yes. Raises the AmalgramError that a run would meet as things are."""
+    """Everything to know before saying yes. Raises the AmalgramError that a run would meet as things are."""
     owner.check()
-    agreement = owner.agreement
-    plan = merge_plan(owner.workbench.load_base(), agreement.tensors)
-    later = {
-        step_statistic(method, step): step_layout(agreement, plan, method, step)
-        for method in agreement.methods
-        if method in SEQUENTIAL
-        for step in steps(plan, method)
-    }
-    layouts = [*_first_sums(agreement, contribution_layout(agreement, plan)), *later.values()]
-    numbers: Counter[str] = Counter()
-    tensors: Counter[str] = Counter()
-    for layout in layouts:
-        for entry in layout.entries:
-            kind = contribution_kind(entry.name)
-            numbers[kind] += entry.size
-            tensors[kind] += 1
-    names = [model for method in agreement.methods for model in candidates(agreement, method)]
+    agreement, plan = owner.agreement, owner.workbench.plan
+    rounds = [each for each in owner.schedule.rounds if each.kind != "metrics"]
+    candidates = [model for name in agreement.methods for model in agreement.agreed(METHODS[name])]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -46,32 +28,36 @@ def consent_text(owner: Owner) -> str:
         agreement=agreement,
         owner=owner.name,
         same_bundle=bundle_digest() == agreement.bundle_digest,
-        figure=agreement.task.figure.replace("_", " "),
+        metric=agreement.task.metric.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
-        numbers=sum(layout.size for layout in layouts),
-        vector_bytes=_bytes(sum(layout.num_bytes for layout in layouts)),
-        num_sums=len(layouts),
-        later_sums=len(later),
-        kinds=[
-            {
-                "numbers": numbers[kind],
-                "tensors": tensors[kind],
-                "meaning": CONTRIBUTIONS[kind].format(their="your"),
-            }
-            for kind in sorted(numbers)
-        ],
-        candidates=len(names),
-        figures_bytes=_bytes(metrics_layout(agreement, "test", ["base", "own_at_home", *names]).num_bytes),
+        rounds=[{"title": each.title, "numbers": each.layout.size} for each in rounds],
+        numbers=sum(each.layout.size for each in rounds),
+        vector_bytes=_bytes(sum(each.layout.num_bytes for each in rounds)),
+        multi_round=[method.title for method in agreement.multi_round_methods],
+        contents=_contents(rounds),
+        candidates=len(candidates),
+        metrics_bytes=_bytes(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
         model_bytes=_bytes(delta_layout(plan).size * 4),
+        disclosures=_disclosures(agreement),
         earlier=owner.state.ledger(agreement.digest()).earlier_contributions,
     )
 
 
-def _first_sums(agreement: Agreement, layout: TensorLayout) -> list[TensorLayout]:
-    """What the contribution is summed as: by itself, or after what its scales are made of."""
-    if not agreement.summation.has_scales:
-        return [layout]
-    return [scaling.measures_layout(layout), scaling.scaled_layout(layout)]
+def _contents(rounds: list[Round]) -> list[Content]:
+    """What is in all rounds together, by kind of tensor."""
+    found: dict[str, Content] = {}
+    for content in (content for each in rounds for content in each.contents("your")):
+        before = found.get(content.kind)
+        numbers = content.numbers + (before.numbers if before else 0)
+        tensors = (*(before.tensors if before else ()), *content.tensors)
+        found[content.kind] = Content(kind=content.kind, meaning=content.meaning, numbers=numbers, tensors=tensors)
+    return [found[kind] for kind in sorted(found)]
+
+
+def _disclosures(agreement: Agreement) -> list[str]:
+    """What the agreed methods' totals show, in the words of each method, each sentence once."""
+    texts = (text for name in agreement.methods for text in METHODS[name].disclosures(agreement.tables))
+    return list(dict.fromkeys(text.format(their="your") for text in texts))
 
 
 def give_consent(owner: Owner) -> None:

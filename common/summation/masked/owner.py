@@ -290,6 +290,10 @@ class MaskedOwner:
         return self.phase == REVEALED
 
     @property
+    def is_complete(self) -> bool:
+        return self.phase == REVEALED
+
+    @property
     def is_done(self) -> bool:
         return self.phase in (SIGNED, REVEALED)
 

@@ -1,0 +1,109 @@
+"""What the coordinator sends an owner between rounds: candidates to be judged, merged steps and scales to measure with.
+
+Each arrives in parts and is taken once. The same delivery may be repeated, bit for bit, because a coordinator that was
+started again repeats what it sent last; another one in its place is refused.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.context import OwnerContext
+from client.state import ArrivingRecord, ReceivedRecord, merged_step_array, score_record
+from common.errors import ConsentError, RemoteProtocolError
+from common.mapped import is_finite, sha256_of
+from common.messages import CandidatePart, DeliveryPart, MergedStepPart, Message, PartReceived, ScalesPart
+from common.schedule import Delivery, DeliveryKind
+from common.tensor_layout import TensorLayout
+
+KINDS: dict[type[DeliveryPart], DeliveryKind] = {
+    CandidatePart: "candidate",
+    MergedStepPart: "merged_step",
+    ScalesPart: "scales",
+}
+ARRIVING = "arriving"
+
+
+def take_part(owner: OwnerContext, message: DeliveryPart) -> Message:
+    """Take one part. With the last one, a candidate is judged and anything else is kept for the next round."""
+    model = message.model if isinstance(message, CandidatePart) else ""
+    arriving = owner.state.run.arriving
+    continues = message.part > 0 and arriving is not None
+    if continues and arriving is not None and (arriving.position, arriving.model) == (message.position, model):
+        layout, expected = owner.state.read_layout(ARRIVING), arriving.next_part
+    else:
+        layout, expected = _begin(owner, message, model), 0
+    slices = layout.part_slices(bytes_per_number=4)
+    position = slices[expected]
+    if (
+        (message.part, message.parts) != (expected, len(slices))
+        or message.payload.shape != (position.stop - position.start,)
+        or message.payload.dtype != np.dtype("<f4")
+    ):
+        raise RemoteProtocolError(
+            f"the coordinator sent part {message.part} of event {message.position} out of order or with another shape"
+        )
+    if expected == 0:
+        array = _start_arrival(owner, message, layout)
+    else:
+        array = owner.state.open_array(ARRIVING, layout.size, "<f4", writable=True)
+    array[position] = message.payload
+    if expected + 1 < len(slices):
+        record = ArrivingRecord(position=message.position, model=model, next_part=expected + 1)
+        owner.state.update_run(arriving=record)
+    else:
+        _take_whole(owner, message, model, layout, array)
+    return PartReceived(run=message.run, owner=owner.name, position=message.position, part=message.part)
+
+
+def _begin(owner: OwnerContext, message: DeliveryPart, model: str) -> TensorLayout:
+    """The layout of a delivery that begins now. Raises unless it is the next one, or one that was taken before."""
+    run, schedule = owner.state.run, owner.schedule
+    delivery = schedule.delivery_at(message.position, KINDS[type(message)])
+    if model not in delivery.names:
+        raise ConsentError(f"the coordinator sent a model {model!r} that was not agreed")
+    if not _was_taken(owner, message.position):
+        schedule.check_follows(message.position, run.begun, is_complete=run.is_complete)
+    return delivery.layout
+
+
+def _start_arrival(owner: OwnerContext, message: DeliveryPart, layout: TensorLayout) -> NDArray:
+    array = owner.state.create_array(ARRIVING, layout.size, "<f4")
+    owner.state.write_layout(ARRIVING, layout)
+    if not _was_taken(owner, message.position):
+        owner.state.update_run(begun=message.position, is_complete=False)
+    return array
+
+
+def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: TensorLayout, array: NDArray) -> None:
+    if not is_finite(array):
+        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite ({model or 'merged layers'})")
+    run = owner.state.run
+    received = ReceivedRecord(position=message.position, model=model, digest=sha256_of(array))
+    if _was_taken(owner, message.position):
+        if received not in run.received:
+            raise ConsentError(f"the coordinator sent a second model in place of {model or 'its merged layers'}")
+        owner.state.delete_array(ARRIVING)
+        owner.state.update_run(arriving=None)
+        return
+    if owner.ledger.has_signed:
+        raise ConsentError(f"the coordinator sent {model or 'merged layers'} after the result")
+    delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
+    scores = run.scores
+    if delivery.kind == "candidate":
+        assert delivery.split is not None
+        digest, score = owner.workbench.score_candidate(delivery.split, layout, array)
+        scores = (*scores, score_record(message.position, model, digest, score))
+        owner.state.delete_array(ARRIVING)
+    elif layout.size:
+        owner.state.keep_array(ARRIVING, under=_kept_as(delivery))
+    owner.state.update_run(arriving=None, received=(*run.received, received), scores=scores, is_complete=True)
+
+
+def _was_taken(owner: OwnerContext, position: int) -> bool:
+    return any(each.position == position for each in owner.state.run.received)
+
+
+def _kept_as(delivery: Delivery) -> str:
+    if delivery.method is None or delivery.step is None:
+        return "scales"
+    return merged_step_array(delivery.method, delivery.step)

@@ -1,0 +1,152 @@
+"""An owner's part in secure sums: open the round that is next, measure its vector, give it away as the sum demands."""
+
+import secrets
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.context import OwnerContext
+from common import scaling
+from common.certificates import deliveries_digest
+from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
+from common.mapped import releasing
+from common.messages import Message, OpenSum
+from common.metrics import BASE, OWN_AT_HOME, Score
+from common.metrics import contribution as metric_contribution
+from common.scaling import Scales
+from common.schedule import Round
+from common.summation import fixed_point
+from common.summation.protocol import SessionOver, SumTerms
+from common.tensor_layout import TensorLayout
+
+CONTRIBUTION = "contribution"  # the array that is measured once, in the scales round, and contributed in the next one
+
+
+def open_round(owner: OwnerContext, message: OpenSum) -> Message:
+    """Measure what the round is about and begin the sum. Nothing of the vector leaves yet."""
+    schedule, run = owner.schedule, owner.state.run
+    round_ = schedule.round_at(message.position)
+    schedule.check_follows(message.position, run.begun, is_complete=run.is_complete)
+    if message.deliveries_digest != deliveries_digest(run.delivered):
+        raise RemoteProtocolError(
+            f"the coordinator opened the {round_.name} after sending other models than those sent to this owner"
+        )
+    terms = _terms(owner, message, round_.layout)
+    owner.ledger.begin(message.round, message.session, message.position, round_.title)
+    owner.state.forget_round()
+    owner.state.update_run(begun=message.position, is_complete=False)
+    vector = owner.state.create_array("vector", terms.layout.size, "<f8")
+    try:
+        terms.layout.flatten(releasing(_tensors(owner, round_), vector), vector)
+        fixed_point.encode(terms.layout, vector, len(terms.roster))
+    except BaseException:  # what was measured so far must not stay on the disk
+        owner.state.delete_array("vector")
+        if round_.kind == "scales":
+            owner.state.delete_array(CONTRIBUTION)
+        raise
+    side, reply = owner.summation.open(terms, owner.identity, secrets.token_bytes)
+    owner.state.write_layout("vector", terms.layout)  # so that the next messages need no model
+    owner.state.write_open_round(round_.kind, message, side.to_json())
+    return reply
+
+
+def opened(owner: OwnerContext, message: Message) -> OpenSum:
+    """What opened the round that `message` continues. Raises RemoteProtocolError if none is open."""
+    kept = owner.state.open_round
+    if kept is None:
+        raise RemoteProtocolError(f"the coordinator sent {type(message).__name__} before it opened a sum")
+    return kept.open_sum
+
+
+def continue_round(owner: OwnerContext, message: Message) -> Message:
+    """One more step of the open round."""
+    kept = owner.state.open_round
+    assert kept is not None  # `opened` was asked before
+    request = kept.open_sum
+    terms = _terms(owner, request, owner.state.read_layout("vector"))
+    side = owner.summation.from_json(kept.side, terms, owner.identity)
+    # Once the survivors are signed for, no part is given any more, and the vector is deleted.
+    words = np.empty(0, "<u8") if side.is_done else owner.state.open_array("vector", terms.layout.size, "<u8")
+    try:
+        side, reply = side.answer(message, fixed_point.numbers(terms.layout, words), secrets.token_bytes)
+    except SessionOver:
+        owner.state.forget_round()
+        raise
+    # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
+    if side.offers:
+        owner.ledger.offer(request.position, request.session, request.deliveries_digest)
+    if side.reveals:
+        owner.ledger.reveal(request.session)
+    owner.state.write_open_round(kept.kind, request, side.to_json())
+    if side.is_done:
+        owner.state.delete_array("vector")
+    if side.reveals and kept.kind == "contribution":  # before that, the session can still be burned
+        owner.state.delete_array(CONTRIBUTION)
+    if side.is_complete:  # all that the coordinator needs has left, so the next event may come
+        owner.state.update_run(is_complete=True)
+    return reply
+
+
+def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout) -> SumTerms:
+    """What the sum is about, from the owner's own agreement; `request` is checked, not believed."""
+    if layout.digest() != request.layout_digest:
+        raise ConsentError("the coordinator's layout for this round is not the one that was agreed")
+    return SumTerms(
+        request=request,
+        layout=layout,
+        roster=owner.agreement.roster,
+        needed_owners=owner.agreement.needed_owners,
+        colluders=owner.agreement.colluders,
+    )
+
+
+def _tensors(owner: OwnerContext, round_: Round) -> Iterator[tuple[str, NDArray]]:
+    """What this owner adds to a round, in the order of its layout."""
+    if round_.kind == "scales":
+        return _measure_for_scales(owner)
+    if round_.kind == "contribution":
+        return _scaled(owner) if owner.agreement.summation.has_scales else owner.workbench.contribution()
+    if round_.kind == "step":
+        assert round_.method is not None
+        assert round_.step is not None
+        return owner.workbench.step_contribution(round_.method, round_.step)
+    assert round_.split is not None
+    return metric_contribution(owner.agreement, owner.name, round_.split, _scores(owner, round_))
+
+
+def _measure_for_scales(owner: OwnerContext) -> Iterator[tuple[str, NDArray]]:
+    """What the scales are made of. The contribution is measured now, once, and kept for the next round."""
+    layout = owner.workbench.contribution_layout()
+    contribution = owner.state.create_array(CONTRIBUTION, layout.size, "<f8")
+    layout.flatten(releasing(owner.workbench.contribution(), contribution), contribution)
+    owner.state.write_layout(CONTRIBUTION, layout)
+    return releasing(scaling.measures(layout, contribution), contribution)
+
+
+def _scaled(owner: OwnerContext) -> Iterator[tuple[str, NDArray]]:
+    """The contribution on the scales that all owners were sent."""
+    layout = owner.state.read_layout(CONTRIBUTION)
+    contribution = owner.state.open_array(CONTRIBUTION, layout.size, "<f8")
+    exponents = owner.state.open_array("scales", scaling.exponents_layout(layout).size, "<f4")
+    scales = Scales(layout, np.array(exponents))
+    scales.check(contribution, len(owner.agreement.owners))
+    return releasing(scaling.scaled(scales, contribution), contribution)
+
+
+def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
+    """How each model of a metrics round did. Candidates were judged when they arrived."""
+    split = round_.split
+    assert split is not None
+    scores = {}
+    for model in round_.models:
+        if model == BASE:
+            scores[model] = owner.workbench.score_base(split)
+        elif model == OWN_AT_HOME:
+            scores[model] = owner.workbench.score(owner.workbench.own_model(), split)
+        else:
+            kept = owner.state.run.score_at(owner.schedule.delivery_of(model, split).position)
+            if kept is None:  # the schedule lets no metrics round begin before its candidates are complete
+                raise LocalProtocolError(f"no score was kept for {model} on {split} examples")
+            scores[model] = Score(correct=kept.correct, rows=kept.rows, metric=kept.metric)
+    return scores
