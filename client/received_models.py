@@ -75,18 +75,19 @@ def _start_arrival(owner: OwnerContext, message: DeliveryPart, layout: TensorLay
 
 
 def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: TensorLayout, array: NDArray) -> None:
+    what = model or KINDS[type(message)].replace("_", " ")
     if not is_finite(array):
-        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite ({model or 'merged layers'})")
+        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite ({what})")
     run = owner.state.run
     received = ReceivedRecord(position=message.position, model=model, digest=sha256_of(array))
     if _was_taken(owner, message.position):
         if received not in run.received:
-            raise ConsentError(f"the coordinator sent a second model in place of {model or 'its merged layers'}")
+            raise ConsentError(f"the coordinator sent a second version of {what}")
         owner.state.delete_array(ARRIVING)
         owner.state.update_run(arriving=None)
         return
     if owner.ledger.has_signed:
-        raise ConsentError(f"the coordinator sent {model or 'merged layers'} after the result")
+        raise ConsentError(f"the coordinator sent {what} after the result")
     delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
     scores = run.scores
     if delivery.kind == "candidate":

@@ -6,7 +6,6 @@ import resource
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,33 +18,33 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import app
 from client.owner import Owner
 from client.workbench import Workbench
-from common.certificates import Candidate, candidates_digest
-from common.errors import AmalgramError, ConsentError, DataError, RemoteProtocolError
+from common.certificates import Delivered
+from common.errors import AmalgramError, ConsentError, DataError, RemoteProtocolError, SettingsError
 from common.identity import Identity, write_identity
-from common.merge_methods import contribution_layout
 from common.messages import (
-    PROTOCOL_VERSION,
     CandidatePart,
-    CandidateReceived,
     Finish,
     Finished,
     Message,
-    OpenSum,
+    PartReceived,
     PartRequest,
-    Present,
     Refusal,
-    RollCall,
 )
-from common.metrics import metrics_layout
-from common.models.delta import delta_layout
-from common.summation.masked.coordinator import MaskedCoordinator
-from common.summation.protocol import SumTerms, Total, drive
+from common.schedule import Delivery, Round, schedule_of
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
 from deploy.simulation.simulate import write_settings
+from tests.support.owner_process import (
+    OTHER,
+    RUN,
+    Process,
+    fast_forward,
+    opening_of,
+    part_of,
+    roll_call,
+)
 from tests.support.parties import Parties
 
-RUN, OTHER, NONCE = "ab" * 32, "cd" * 32, "ef" * 32
 SESSION = OTHER  # of a request that belongs to no sum
 
 
@@ -56,40 +55,26 @@ def party(parties: Parties) -> Path:
     return parties.files["hotel"]
 
 
-def roll_call(parties: Parties) -> RollCall:
-    return RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=parties.agreement.digest())
+def candidate(parties: Parties) -> CandidatePart:
+    """The test candidate of `average`, without any change."""
+    part = part_of(parties, slot_of(parties))
+    assert isinstance(part, CandidatePart)
+    return part
 
 
-def open_sum(
-    parties: Parties,
-    statistic: str,
-    layout: TensorLayout,
-    models: str = "",
-    round_number: int = 1,
-    candidates: Sequence[Candidate] = (),
-) -> OpenSum:
-    return OpenSum(
-        run=RUN,
-        agreement_digest=parties.agreement.digest(),
-        round=round_number,
-        nonce=NONCE,
-        statistic=statistic,
-        models=models,
-        candidates_digest=candidates_digest(candidates),
-        layout_digest=layout.digest(),
-    )
+def slot_of(parties: Parties, method: str = "average") -> Delivery:
+    return schedule_of(parties.agreement, parties.plan).deliveries("candidate", method=method, split="test")[0]
 
 
-def candidate(parties: Parties, model: str = "average") -> CandidatePart:
-    return CandidatePart(
-        run=RUN,
-        agreement_digest=parties.agreement.digest(),
-        model=model,
-        split="test",
-        part=0,
-        parts=1,
-        payload=np.zeros(delta_layout(parties.plan).size, dtype=np.float32),
-    )
+def contribution_round(parties: Parties) -> Round:
+    return schedule_of(parties.agreement, parties.plan).find("contribution")
+
+
+@pytest.fixture
+def ready(parties: Parties, party: Path) -> Path:
+    """The owner, to which the test candidate of `average` is due."""
+    fast_forward(Owner(party), slot_of(parties).position)
+    return party
 
 
 def answer(parties: Parties, owner: str, message: Message) -> Message:
@@ -97,61 +82,68 @@ def answer(parties: Parties, owner: str, message: Message) -> Message:
 
 
 def test_owners_answer_a_whole_run_one_process_per_message(parties: Parties) -> None:
-    for owner in parties.files:
-        assert isinstance(answer(parties, owner, roll_call(parties)), Present)
-    layout = contribution_layout(parties.agreement, parties.plan)
-    total = masked_sum(parties, open_sum(parties, "contribution", layout), layout)
+    process = Process(parties)
+    total = process.sum(process.open_sum(1))
     assert total["examples"][0] == 3 * 200
-    for owner in parties.files:
-        assert isinstance(answer(parties, owner, candidate(parties)), CandidateReceived)
-    layout = metrics_layout(parties.agreement, "test", ["base", "average"])
-    sent = [("average", "test", hashlib.sha256(candidate(parties).payload.data).hexdigest())]
-    request = open_sum(parties, "test", layout, "base,average", round_number=2, candidates=sent)
-    figures = masked_sum(parties, request, layout)
+    swept = process.deliver_candidates("validation")
+    validation = process.schedule.find("metrics", split="validation")
+    process.sum(process.open_sum(2, validation, swept))
+    sent = [*swept, *process.deliver_candidates("test")]
+    metrics = process.sum(process.open_sum(3, process.schedule.find("metrics", split="test"), sent))
     # a candidate of zero change is the base
-    assert (figures["base/mean"] == figures["average/mean"]).all()
+    assert (metrics["base/mean"] == metrics["average/mean"]).all()
     assert answer(parties, "hotel", Finish(run=RUN)) == Finished(run=RUN, owner="hotel")
     assert not (parties.folder / "state" / "hotel" / "run").exists()
 
 
-def masked_sum(parties: Parties, request: OpenSum, layout: TensorLayout) -> Total:
-    """Drive one sum over the real owners."""
-    terms = SumTerms(
-        request=request,
-        layout=layout,
-        roster=parties.agreement.roster,
-        needed_owners=parties.agreement.needed_owners,
-        colluders=parties.agreement.colluders,
-    )
+def test_an_owner_answers_only_the_next_event_of_its_schedule(parties: Parties, party: Path) -> None:
+    """After the contributions, whatever else the agreement has: refused before anything is computed."""
+    schedule = schedule_of(parties.agreement, parties.plan)
+    for event in schedule.events[1:]:
+        is_round = isinstance(event, Round)
+        message = opening_of(parties, event) if is_round else part_of(parties, event)  # type: ignore[arg-type]
+        with pytest.raises(RemoteProtocolError, match="but sum of contributions is due"):
+            Owner(party).answer(message)
+    Owner(party).answer(opening_of(parties, contribution_round(parties)))
+    with pytest.raises(RemoteProtocolError, match="but sum of contributions is due"):  # it is not over
+        Owner(party).answer(part_of(parties, schedule.events[1]))  # type: ignore[arg-type]
 
-    def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
-        for owner, message in requests.items():
-            yield owner, answer(parties, owner, message)
 
-    def exclude(owner: str, violation: RemoteProtocolError) -> None:
-        raise violation
+@pytest.mark.parametrize("kind", ["round", "delivery", "beyond the end"])
+def test_an_event_is_of_the_kind_that_the_schedule_has_there(kind: str, parties: Parties, party: Path) -> None:
+    opening, part = opening_of(parties, contribution_round(parties)), candidate(parties)
+    bad: dict[str, Message] = {
+        "round": replace(part, position=0),
+        "delivery": replace(opening, position=part.position),
+        "beyond the end": replace(opening, position=10_000),
+    }
+    with pytest.raises(RemoteProtocolError, match=r"position 0, which is for|where it sends|of a schedule of"):
+        Owner(party).answer(bad[kind])
 
-    return drive(MaskedCoordinator(terms, terms.names), exchange, exclude)
+
+def test_a_state_folder_of_the_version_before_is_refused(parties: Parties, party: Path) -> None:
+    version = parties.folder / "state" / "hotel" / "version"
+    for found in ("1", "3", None):
+        version.unlink() if found is None else version.write_text(f"{found}\n")
+        with pytest.raises(SettingsError, match=f"state of version {found or 1}, this program writes version 2"):
+            Owner(party)
 
 
 def test_state_is_readable_by_the_owner_alone(parties: Parties, party: Path) -> None:
-    layout = contribution_layout(parties.agreement, parties.plan)
-    Owner(party).answer(open_sum(parties, "contribution", layout))
+    Owner(party).answer(opening_of(parties, contribution_round(parties)))
     state = parties.folder / "state" / "hotel"
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     files = [path for path in (state / "run").iterdir() if path.is_file()]
-    assert {path.name for path in files} >= {"vector.bin", "sum.json", "run.json"}
+    assert {path.name for path in files} >= {"vector.bin", "round.json", "run.json"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 def test_vector_and_secrets_are_gone_once_the_sum_is_open(parties: Parties) -> None:
-    for owner in parties.files:
-        answer(parties, owner, roll_call(parties))
-    layout = contribution_layout(parties.agreement, parties.plan)
-    masked_sum(parties, open_sum(parties, "contribution", layout), layout)
+    process = Process(parties)
+    process.sum(process.open_sum(1))
     state = parties.folder / "state" / "hotel" / "run"
     assert not (state / "vector.bin").exists()
-    side = json.loads((state / "sum.json").read_text())["side"]
+    side = json.loads((state / "round.json").read_text())["side"]
     assert not any(side[secret] for secret in ("channel_seed", "mask_seed", "self_seed", "own_shares", "masks", "held"))
 
 
@@ -166,7 +158,7 @@ def test_a_full_disk_is_one_line_and_not_the_end_of_the_process(parties: Parties
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"vector.bin: 8 MB cannot be written here \(File too large\)"):
+        with pytest.raises(DataError, match=r"vector.bin: cannot write 8 MB here \(File too large\)"):
             state.create_array("vector", 1_000_000, "<f8")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -178,7 +170,7 @@ def test_an_owner_without_consent_refuses_before_it_reads_a_row(
 ) -> None:
     monkeypatch.setattr(Owner, "check", lambda *_: pytest.fail("looked at the rows"))
     (parties.folder / "state" / "hotel" / "consent.json").unlink()
-    with pytest.raises(ConsentError, match=r"nobody has consented to agreement .* amalgram agree"):
+    with pytest.raises(ConsentError, match=r"(?s)nobody has consented to agreement .* amalgram agree"):
         answer(parties, "hotel", roll_call(parties))
 
 
@@ -196,28 +188,29 @@ def test_an_owner_with_too_few_rows_for_a_gram_takes_no_part(parties: Parties, p
     assert list(Owner(party).workbench.contribution())
     privacy = parties.agreement.privacy.model_copy(update={"min_rows_per_dimension": 100.0})
     write_settings(parties.folder / "agreement.toml", parties.agreement.model_copy(update={"privacy": privacy}))
-    with pytest.raises(DataError, match=r"rows for .* dimensions, the agreement demands 100 a dimension; nothing has"):
+    with pytest.raises(
+        DataError, match=r"rows for .* dimensions, the agreement demands 100 per dimension; nothing has"
+    ):
         list(Owner(party).workbench.contribution())
 
 
 @pytest.mark.parametrize(
     "what",
-    ["digest", "run", "layout", "statistic models", "models of a contribution", "model name", "finish", "unopened"],
+    ["digest", "run", "layout", "test metrics", "other deliveries", "model name", "finish", "unopened"],
 )
 def test_what_was_not_agreed_is_refused_before_anything_is_computed(
     what: str, parties: Parties, party: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for work in ("measure", "score"):
         monkeypatch.setattr(Workbench, work, lambda *_: pytest.fail("computed something"))
-    layout = contribution_layout(parties.agreement, parties.plan)
-    good = open_sum(parties, "contribution", layout)
+    good = opening_of(parties, contribution_round(parties))
     bad: dict[str, Message] = {
         "digest": replace(good, agreement_digest=OTHER),
         "run": replace(good, run=OTHER),
         "layout": replace(good, layout_digest=OTHER),
-        "statistic models": replace(good, statistic="test", models="base,secret"),
-        "models of a contribution": replace(good, models="base"),
-        "model name": candidate(parties, "regmean@0.123"),
+        "test metrics": replace(good, position=slot_of(parties).position + 10),
+        "other deliveries": replace(good, deliveries_digest=OTHER),
+        "model name": replace(candidate(parties), model="regmean@0.123"),
         "finish": Finish(run=OTHER),
         "unopened": PartRequest(session=SESSION, part=0),
     }
@@ -235,9 +228,9 @@ def test_a_roll_call_of_another_version_or_agreement_is_refused(field: str, part
 @pytest.mark.parametrize(
     "change", [{"part": 1}, {"parts": 2}, {"payload": np.zeros(3, np.float32)}, {"payload": np.zeros(3, "<u8")}]
 )
-def test_a_candidate_out_of_turn_or_shape_is_refused(change: dict, parties: Parties, party: Path) -> None:
-    with pytest.raises(RemoteProtocolError, match="out of turn or shape"):
-        Owner(party).answer(replace(candidate(parties), **change))
+def test_a_candidate_out_of_order_or_shape_is_refused(change: dict, parties: Parties, ready: Path) -> None:
+    with pytest.raises(RemoteProtocolError, match="out of order or with another shape"):
+        Owner(ready).answer(replace(candidate(parties), **change))
 
 
 @pytest.fixture
@@ -249,29 +242,31 @@ def three_parts(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> list[Candi
     monkeypatch.setattr(
         TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, part_bytes)
     )
-    pieces = delta_layout(parties.plan).part_slices(4)
+    pieces = slot_of(parties).layout.part_slices(4)
     assert len(pieces) == 3
     payload = np.random.default_rng(0).normal(scale=1e-3, size=whole.payload.size).astype(np.float32)
     return [replace(whole, part=number, parts=3, payload=payload[piece]) for number, piece in enumerate(pieces)]
 
 
-def test_a_candidate_in_parts_is_taken_whole(three_parts: list[CandidatePart], party: Path) -> None:
+def test_a_candidate_in_parts_is_taken_whole(three_parts: list[CandidatePart], ready: Path) -> None:
     for message in three_parts:
-        assert not Owner(party).state.read_json("candidates")
-        Owner(party).answer(message)
+        assert not Owner(ready).state.run.received
+        Owner(ready).answer(message)
     sent = np.concatenate([message.payload for message in three_parts])
     digest = hashlib.sha256(sent.data).hexdigest()
-    assert Owner(party).state.read_json("candidates") == [["average", "test", digest]]
+    (received,) = Owner(ready).state.run.delivered
+    assert received == Delivered(position=three_parts[0].position, model="average", digest=digest)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"model": "regmean@0.9"},  # agreed on, but not begun
+        {"model": "regmean@0.9"},  # agreed on, but for another position
         {"model": "regmean@0.123"},
         {"model": "refit 0"},
-        {"split": "validation"},
-        {"split": "prefix"},
+        {"position": 0},
+        {"position": 3},
+        {"position": 10_000},
         {"part": 2},
         {"parts": 2},
         {"run": OTHER},
@@ -281,43 +276,60 @@ def test_a_candidate_in_parts_is_taken_whole(three_parts: list[CandidatePart], p
     ids=str,
 )
 def test_a_candidate_that_changes_between_two_parts_is_refused(
-    change: dict, three_parts: list[CandidatePart], party: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict, three_parts: list[CandidatePart], ready: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Workbench, "score", lambda *_: pytest.fail("computed something"))
-    Owner(party).answer(three_parts[0])
+    Owner(ready).answer(three_parts[0])
     with pytest.raises((ConsentError, RemoteProtocolError)):
-        Owner(party).answer(replace(three_parts[1], **change))
-    Owner(party).answer(three_parts[1])  # what was refused changed nothing
+        Owner(ready).answer(replace(three_parts[1], **change))
+    Owner(ready).answer(three_parts[1])  # what was refused changed nothing
     with pytest.raises((ConsentError, RemoteProtocolError)):
-        Owner(party).answer(replace(three_parts[2], **{"part": 1} if change == {"part": 2} else change))
-    assert not Owner(party).state.read_json("candidates")
+        Owner(ready).answer(replace(three_parts[2], **{"part": 1} if change == {"part": 2} else change))
+    assert not Owner(ready).state.run.received
 
 
-def test_a_part_goes_on_with_the_candidate_begun_last_and_with_no_other(
-    three_parts: list[CandidatePart], parties: Parties, party: Path
+def test_a_part_continues_the_candidate_that_was_begun_last_and_no_other(
+    three_parts: list[CandidatePart], parties: Parties, ready: Path
 ) -> None:
-    first, second, _ = three_parts
-    Owner(party).answer(first)
-    Owner(party).answer(replace(first, model="regmean@0.9"))
-    with pytest.raises(RemoteProtocolError, match="out of turn"):
-        Owner(party).answer(second)
-    Owner(party).answer(replace(second, model="regmean@0.9"))
-    Owner(party).answer(replace(roll_call(parties), run=OTHER))  # a new run knows nothing of an earlier one's parts
-    with pytest.raises(RemoteProtocolError, match="out of turn"):
-        Owner(party).answer(replace(three_parts[2], model="regmean@0.9", run=OTHER))
+    """Of the candidates that may be published for a method, one is sent; while it arrives, another may replace it."""
+    position = slot_of(parties, "regmean").position
+    fast_forward(Owner(ready), position)
+    first, second, third = (replace(part, position=position, model="regmean@0.5") for part in three_parts)
+    Owner(ready).answer(first)
+    Owner(ready).answer(replace(first, model="regmean@0.9"))
+    with pytest.raises(RemoteProtocolError, match="out of order"):
+        Owner(ready).answer(second)
+    Owner(ready).answer(replace(second, model="regmean@0.9"))
+    Owner(ready).answer(roll_call(parties, OTHER))  # a new run knows nothing of an earlier one's parts
+    fast_forward(Owner(ready), position)
+    with pytest.raises(RemoteProtocolError, match="out of order"):
+        Owner(ready).answer(replace(third, model="regmean@0.9", run=OTHER))
 
 
-def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, party: Path) -> None:
+def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, ready: Path) -> None:
     broken = candidate(parties)
     broken.payload[5] = np.nan
     with pytest.raises(RemoteProtocolError, match="not finite"):
-        Owner(party).answer(broken)
+        Owner(ready).answer(broken)
 
 
-def test_figures_of_a_candidate_that_was_never_sent_are_refused(parties: Parties, party: Path) -> None:
-    layout = metrics_layout(parties.agreement, "test", ["average"])
-    with pytest.raises(RemoteProtocolError, match="before it sent the model"):
-        Owner(party).answer(open_sum(parties, "test", layout, "average"))
+def test_a_delivery_is_repeated_bit_for_bit_or_refused(parties: Parties, ready: Path) -> None:
+    """A coordinator that was started again repeats what it sent last, also when the next event has begun."""
+    part = candidate(parties)
+    Owner(ready).answer(part)
+    Owner(ready).answer(replace(part, position=part.position + 1, model="task_arithmetic@0.3"))
+    before = Owner(ready).state.run
+    assert isinstance(Owner(ready).answer(part), PartReceived)
+    assert Owner(ready).state.run == before
+    with pytest.raises(ConsentError, match="a second version of average"):
+        Owner(ready).answer(replace(part, payload=part.payload + 1))
+    assert Owner(ready).state.run.received == before.received
+
+
+def test_metrics_of_a_candidate_that_was_never_sent_are_refused(parties: Parties, ready: Path) -> None:
+    schedule = schedule_of(parties.agreement, parties.plan)
+    with pytest.raises(RemoteProtocolError, match="average candidate for test is due"):
+        Owner(ready).answer(opening_of(parties, schedule.find("metrics", split="test")))
 
 
 def test_an_owner_with_another_base_model_refuses(parties: Parties, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""What a cheating coordinator learns by choosing the models that owners measure and test on: documented breaks.
+"""What a malicious coordinator learns by choosing the models that owners measure and test on: documented breaks.
 
-It may send any model as a merged candidate, and any layers between two sums. Here it sends a detector of one word, of
-which it knows that one owner alone uses it. Every message is one that honest owners accept, every total is over all of
-them; but all the other owners' parts of it are nothing, or known. SECURITY.md b4 and g say so.
+It may send any model as a merged candidate, and any layers between two rounds. Here it sends a detector of one word,
+of which it knows that only one owner uses it. Honest owners accept every message, and every total is over all of them.
+But all the other owners' parts of it are zero, or known. SECURITY.md, b4 and g, says so.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from client.owner import Owner
-from common.merge_methods import merged_layout, solve_step, step_layout, step_statistic, steps
-from common.metrics import metrics_layout, read_total
-from common.models.delta import delta_layout
+from common.merge_methods import METHODS, Hyperparameters
+from common.merge_methods.method import MultiRoundMethod
+from common.metrics import read_total
 from common.models.folders import load_tokenizer
+from common.schedule import Schedule, schedule_of
 from common.tensor_layout import TensorLayout
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from tests.support.models import delta_of
-from tests.support.parties import OwnersChannel, Parties, parties_of
+from tests.support.parties import OwnersChannel, Parties, parties_with_method
 
 VICTIM, WORD = "hotel", "breakfast"
 SIZE = 4.0  # of the detector's code for the word, in every place
@@ -35,13 +35,7 @@ def start(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) 
     """Parties that agreed on one method, and a coordinator of whom the owners have heard."""
 
     def start_run(method: str) -> tuple[Parties, Coordinator]:
-        consortium = tmp_path / "consortium"
-        shutil.copytree(reviews_folder, consortium)
-        path = consortium / "agreement.toml"
-        text = path.read_text().replace('method = "regmean"', f'method = "{method}"')
-        text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
-        path.write_text(text.replace("[task_arithmetic]", "[refit]\nbalances = [0.0]\n\n[task_arithmetic]"))
-        context = parties_of(consortium, tmp_path / "output")
+        context = parties_with_method(reviews_folder, tmp_path, method)
         parties = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         coordinator = Coordinator(
@@ -52,15 +46,21 @@ def start(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) 
             num_steps=1,
         )
         coordinator.roll_call()
+        coordinator.sum(schedule_for(parties).find("contribution"))
         return parties, coordinator
 
     return start_run
 
 
+def schedule_for(parties: Parties) -> Schedule:
+    return schedule_of(parties.agreement, parties.plan)
+
+
 @torch.no_grad()
 def word_detector(parties: Parties) -> PreTrainedModel:
-    """The base model, turned into one that puts out nothing at all unless the word is in the text. Then its first two
-    places say so, and the label is 1 instead of 0.
+    """The base model, turned into one whose output is zero unless the word is in the text.
+
+    Then its first two outputs say so, and the label is 1 instead of 0.
     """
     model = Owner(parties.files[VICTIM]).workbench.load_base()
     for parameter in model.parameters():
@@ -87,9 +87,14 @@ def vector_of(parties: Parties, layout: TensorLayout, model: PreTrainedModel) ->
 
 
 def send_layers(parties: Parties, coordinator: Coordinator, method: str, number: int) -> None:
-    layout = merged_layout(parties.plan, method, number)
-    vector = vector_of(parties, layout, word_detector(parties))
-    coordinator.send_candidate(f"{method} {number}", "prefix", layout, vector)
+    delivery = schedule_for(parties).deliveries("merged_step", method=method)[number]
+    coordinator.deliver(delivery, vector_of(parties, delivery.layout, word_detector(parties)))
+
+
+def multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:
+    method = METHODS[name]
+    assert isinstance(method, MultiRoundMethod)
+    return method
 
 
 def texts(parties: Parties, owner: str, split: str) -> list[tuple[bool, int]]:
@@ -102,16 +107,19 @@ def texts(parties: Parties, owner: str, split: str) -> list[tuple[bool, int]]:
     ]
 
 
-def test_42_layers_chosen_between_sums_give_one_owner_s_weight_changes_to_the_last_digit(start: Start) -> None:
-    """No sum but one is needed: the coordinator's own solve of the total is then the victim's model, not the mean."""
-    method = "regmean_plus_plus"
-    parties, coordinator = start(method)
-    send_layers(parties, coordinator, method, 0)
-    send_layers(parties, coordinator, method, 1)
-    step = steps(parties.plan, method)[1]
-    total = coordinator.sum(step_statistic(method, step), step_layout(parties.agreement, parties.plan, method, step))
+def test_42_layers_chosen_between_rounds_give_one_owner_s_weight_changes_to_the_last_digit(start: Start) -> None:
+    """The coordinator's own solve of the step's total is then the victim's model, not the mean."""
+    method = multi_round("regmean_plus_plus")
+    parties, coordinator = start(method.name)
+    settings = parties.agreement.merge_settings(parties.plan)
+    first, second = schedule_for(parties).steps(method.name)[:2]
+    send_layers(parties, coordinator, method.name, 0)
+    coordinator.sum(first)
+    send_layers(parties, coordinator, method.name, 1)
+    total = coordinator.sum(second)
     assert total.num_owners == 3
-    solved = solve_step(parties.agreement, parties.plan, method, step, total, None).delta
+    assert second.step is not None
+    solved = method.solve_step(settings, second.step, total, None).delta
     for part in ("query", "key", "value"):
         name = f"bert.encoder.layer.1.attention.self.{part}.weight"
         victim = Owner(parties.files[VICTIM])
@@ -120,33 +128,32 @@ def test_42_layers_chosen_between_sums_give_one_owner_s_weight_changes_to_the_la
         torch.testing.assert_close(solved[name], true, atol=1e-6, rtol=1e-3)
 
 
-def test_42_layers_chosen_between_sums_count_labels_of_one_owner_s_rows_with_a_word(start: Start) -> None:
-    method = "refit"
-    parties, coordinator = start(method)
-    send_layers(parties, coordinator, method, 0)
-    (step,) = steps(parties.plan, method)
-    total = coordinator.sum(step_statistic(method, step), step_layout(parties.agreement, parties.plan, method, step))
+def test_42_layers_chosen_between_rounds_count_labels_of_one_owner_s_rows_with_a_word(start: Start) -> None:
+    parties, coordinator = start("refit")
+    send_layers(parties, coordinator, "refit", 0)
+    total = coordinator.sum(schedule_for(parties).steps("refit")[0])
     rows = texts(parties, VICTIM, "train")
     labels = [label for has_word, label in rows if has_word]
-    targets = total["head_targets@0.0"][0]  # the first place, which the pooler makes 1, times onehot - 1/2
+    targets = total["head_targets@0.0"][0]  # the first input, which the pooler makes 1, times onehot - 1/2
     assert targets[1] * 2 == pytest.approx(sum(labels) - (len(labels) - sum(labels)), abs=0.01)
     assert 0 < len(labels) < len(rows)
 
 
-def test_43_a_chosen_candidate_turns_summed_figures_into_a_count_of_one_owner_s_rows(start: Start) -> None:
+def test_43_a_chosen_candidate_turns_summed_metrics_into_a_count_of_one_owner_s_rows(start: Start) -> None:
     """In any method with a sweep: accuracy on validation rows says how many rows have a word, and under which label."""
     parties, coordinator = start("regmean")
-    first, second = sorted(Owner(parties.files[VICTIM]).workbench.agreed_candidates)[:2]
-    layout = delta_layout(parties.plan)
     detector = word_detector(parties)
-    coordinator.send_candidate(first, "validation", layout, vector_of(parties, layout, detector))
-    with torch.no_grad():
-        detector.classifier.weight.zero_()  # always says 0
-    coordinator.send_candidate(second, "validation", layout, vector_of(parties, layout, detector))
-    metrics = metrics_layout(parties.agreement, "validation", (first, second))
-    total = coordinator.sum("validation", metrics, (first, second))
-    figures = read_total(parties.agreement, "validation", (first, second), total.vector)
-    learned = round((figures[first].pooled_accuracy - figures[second].pooled_accuracy) * figures[first].rows)
+    slots = schedule_for(parties).deliveries("candidate", method="regmean", split="validation")
+    for number, slot in enumerate(slots):
+        coordinator.deliver(slot, vector_of(parties, slot.layout, detector), slot.names[0])
+        if number == 0:
+            with torch.no_grad():
+                detector.classifier.weight.zero_()  # from the second on, it always says 0
+    validation = schedule_for(parties).find("metrics", split="validation")
+    total = coordinator.sum(validation)
+    metrics = read_total(parties.agreement, "validation", validation.models, total.vector)
+    first, second = (metrics[slot.names[0]] for slot in slots[:2])
+    learned = round((first.pooled_accuracy - second.pooled_accuracy) * first.rows)
     labels = [label for has_word, label in texts(parties, VICTIM, "validation") if has_word]
     assert labels
     assert learned == sum(labels) - (len(labels) - sum(labels))

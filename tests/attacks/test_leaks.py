@@ -13,14 +13,18 @@ from client.app import app as client_app
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram import measure_grams
 from client.owner import Owner
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Refit, Summation, Task
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Summation, Task
 from common.errors import DataError
-from common.merge_methods import contribution_layout, refit, solve
-from common.merge_methods.terms import Gram, HeadTerms, OwnerTerms
+from common.merge_methods import contribution_layout
+from common.merge_methods.average import AVERAGE
+from common.merge_methods.refit import REFIT, RefitTable, class_weights
+from common.merge_methods.task_arithmetic import TASK_ARITHMETIC
+from common.merge_methods.terms import ClassifierTerms, Gram, OwnerTerms
 from common.models.folders import load_tokenizer
 from common.models.layers import Layer
 from common.models.loading import load_base
 from common.models.plan import MergePlan, SharedInput, merge_plan
+from common.schedule import schedule_of
 from common.summation import fixed_point
 from common.summation.protocol import Total
 from deploy.commands.agree import consent_text
@@ -97,7 +101,7 @@ def test_no_delta_leaves_an_owner_and_no_total_stays(parties: Parties, monkeypat
     node_configs = [{"settings": str(path)} for path in parties.files.values()]
     run_in_process(server_app, client_app, node_configs, {"coordinator": str(parties.coordinator)})
 
-    layout = contribution_layout(parties.agreement, parties.plan)
+    layout = schedule_of(parties.agreement, parties.plan).find("contribution").layout
     uploads = {node: data for node, data in arrived if len(data) > layout.size * 8}
     assert set(uploads) == {2, 3, 4}
     for node, path in zip(uploads, parties.files.values(), strict=True):
@@ -179,7 +183,9 @@ def test_the_token_histogram_comes_out_of_a_first_gram_unless_the_rule_keeps_it(
     kept = [group for group in on.tensors.merged if first in group]
     assert kept == []
     assert first in on.tensors.averaged
-    names = {entry.name for entry in contribution_layout(on, merge_plan(base, on.tensors)).entries}
+    names = {
+        entry.name for entry in contribution_layout(on.methods, on.merge_settings(merge_plan(base, on.tensors))).entries
+    }
     assert f"gram/{first.removesuffix('.weight')}" not in names
     # Of the same width, the next block's input has seen its neighbours: nothing comes out of it.
     second = next(name for name in grams if "layers.1.self_attn.q_proj" in name)
@@ -218,10 +224,10 @@ def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: Merg
     then, class by class, three equations give three owners' sums of the classifier's inputs.
     """
     balances, random = (0.0, 0.5, 1.0), np.random.default_rng(3)
-    knobs = agreement.refit.model_copy(update={"balances": balances})
-    agreement = agreement.model_copy(update={"refit": knobs})
-    (step,) = refit.steps(plan)
-    layout = refit.step_layout(agreement, plan, step)
+    agreement = agreement.model_copy(update={"refit": RefitTable(balances=balances)})
+    settings = agreement.merge_settings(plan)
+    (step,) = REFIT.steps(settings)
+    layout = REFIT.step_layout(settings, step)
     counts = sorted([(5, 9, 12), (3, 11, 4), (10, 6, 7)])  # rows of each label, owner by owner
     d, classes = next(entry.shape for entry in layout.entries if entry.name == "head_targets@0.0")
     total = np.zeros(layout.size, "<u8")
@@ -231,15 +237,15 @@ def test_three_balances_tell_three_owners_apart(agreement: Agreement, plan: Merg
         features = torch.from_numpy(random.standard_normal((len(labels), d)))
         features[:, -1] = 1
         true.append(torch.stack([features[labels == label].sum(dim=0) for label in range(classes)]).numpy())
-        head = HeadTerms(
+        classifier = ClassifierTerms(
             features=features,
             targets=labels,
             scores=torch.zeros(len(labels), classes, dtype=torch.float64),
             start=torch.zeros(d, classes, dtype=torch.float64),
         )
         vector = np.empty(layout.size)
-        terms = OwnerTerms(examples=len(labels), delta={}, head=head)
-        layout.flatten(refit.step_contribution(agreement, plan, step, terms), vector)
+        terms = OwnerTerms(examples=len(labels), delta={}, classifier=classifier)
+        layout.flatten(REFIT.step_contribution(settings, step, terms), vector)
         total += fixed_point.encode(layout, vector, 3)
     known = Total(
         layout=layout, vector=fixed_point.decode(layout, total, 3, 3), owners=("ada", "bea", "cyd"), roster_size=3
@@ -268,7 +274,7 @@ def test_an_agreement_on_as_many_balances_as_tell_honest_owners_apart_is_refused
             base="b",
             owners=tuple(OwnerEntry(name=f"o{index}") for index in range(owners)),
             method="refit",
-            refit=Refit(balances=tuple(index / 10 for index in range(count))),
+            refit=RefitTable(balances=tuple(index / 10 for index in range(count))),
             summation=Summation(colluders=colluders),
         )
 
@@ -279,7 +285,7 @@ def test_an_agreement_on_as_many_balances_as_tell_honest_owners_apart_is_refused
 
 def weight_of_class(counts: tuple[int, ...], label: int, balance: float) -> float:
     labels = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-    return float(refit.class_weights(labels, balance)[labels == label][0])
+    return float(class_weights(labels, balance)[labels == label][0])
 
 
 def single_counts(totals: np.ndarray, at_half: np.ndarray) -> list[tuple[tuple[int, ...], ...]]:
@@ -314,11 +320,13 @@ def test_weight_changes_summed_with_two_kinds_of_weights_tell_two_owners_apart_s
     np.testing.assert_allclose(np.linalg.solve([rows[1:], [1, 1]], others), deltas[1:], atol=1e-9)
 
     both = agreement.model_copy(update={"method": "average", "compare_with": ("task_arithmetic",)})
-    layout = contribution_layout(both, plan)
+    settings = both.merge_settings(plan)
+    layout = contribution_layout(both.methods, settings)
     assert {entry.name.split("/")[0] for entry in layout.entries} == {"weight", "examples", "weighted_delta"}
     total = Total(layout=layout, vector=random.random(layout.size), owners=("ada", "bea", "cyd"), roster_size=3)
     candidates = [
-        solve(both, plan, *knob).delta for knob in (("average", total, None), ("task_arithmetic", total, 0.5))
+        AVERAGE.solve(settings, total, None, with_spectra=False).delta,
+        TASK_ARITHMETIC.solve(settings, total, 0.5, with_spectra=False).delta,
     ]
     for name in plan.changed:
         torch.testing.assert_close(candidates[1][name], 0.5 * 3 * candidates[0][name])

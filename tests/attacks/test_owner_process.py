@@ -1,23 +1,21 @@
 """Attacks 8 to 11, 16, 17, 28, 29 and 33: the owner's own process, with its files, ledger and agreement on disk."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
+from typing import Any
 
 import numpy as np
 import pytest
 
 from client.owner import Owner
 from client.state import OwnerState
-from common.certificates import Candidate, candidates_digest, result_body, sign_burned
+from common.certificates import deliveries_digest, result_body, sign_burned
 from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, ModelError, RemoteProtocolError, SettingsError
-from common.merge_methods import contribution_layout
 from common.messages import (
     PROTOCOL_VERSION,
     Acknowledgements,
@@ -28,8 +26,6 @@ from common.messages import (
     Finish,
     KeyShares,
     Message,
-    OpenSum,
-    Present,
     Receipts,
     ReceiptsKept,
     Result,
@@ -42,76 +38,13 @@ from common.messages import (
 from common.metrics import metrics_layout
 from common.models.delta import delta_layout
 from common.models.loading import digest_of
-from common.summation.masked.coordinator import MaskedCoordinator
-from common.summation.protocol import SumTerms
+from common.schedule import Delivery
 from common.summation.records import Signed
 from common.thresholds import burn_quorum
 from deploy.commands.agree import give_consent
 from deploy.simulation.simulate import write_settings
+from tests.support.owner_process import OTHER, RUN, Process, delivered_by, part_of
 from tests.support.parties import Parties
-
-RUN, OTHER = "ab" * 32, "cd" * 32
-
-
-class Process:
-    """Three owners, each a new process per message, and a coordinator that plays by the book until asked not to."""
-
-    def __init__(self, parties: Parties) -> None:
-        self.parties = parties
-        self.layout = contribution_layout(parties.agreement, parties.plan)
-        self.side: MaskedCoordinator
-        self.roll_call()
-
-    def send(self, owner: str, message: Message) -> Message:
-        return Owner(self.parties.files[owner]).answer(message)
-
-    def roll_call(self, run: str = RUN) -> dict[str, Present]:
-        digest = self.parties.agreement.digest()
-        request = RollCall(version=PROTOCOL_VERSION, run=run, agreement_digest=digest)
-        return {owner: self.send(owner, request) for owner in self.parties.files}  # type: ignore[misc]
-
-    def open_sum(
-        self,
-        round_number: int,
-        *,
-        statistic: str = "contribution",
-        models: str = "",
-        candidates: Sequence[Candidate] = (),
-    ) -> OpenSum:
-        agreement = self.parties.agreement
-        layout = self.layout if not models else metrics_layout(agreement, statistic, models.split(","))
-        return OpenSum(
-            run=RUN,
-            agreement_digest=agreement.digest(),
-            round=round_number,
-            nonce=OTHER,
-            statistic=statistic,
-            models=models,
-            candidates_digest=candidates_digest(candidates),
-            layout_digest=layout.digest(),
-        )
-
-    def begin(self, request: OpenSum) -> None:
-        agreement = self.parties.agreement
-        models = request.models.split(",")
-        layout = metrics_layout(agreement, request.statistic, models) if request.models else self.layout
-        self.terms = SumTerms(
-            request=request, layout=layout, roster=agreement.roster, needed_owners=agreement.needed_owners
-        )
-        self.side = MaskedCoordinator(self.terms, self.terms.names)
-
-    def until(self, kind: type[Message] | None) -> Mapping[str, Message]:
-        while requests := self.side.requests():
-            if kind is not None and isinstance(next(iter(requests.values())), kind):
-                break
-            for owner, request in requests.items():
-                self.side.receive(owner, self.send(owner, request))
-            self.side.end_step()
-        return requests
-
-    def sum(self, request: OpenSum) -> None:
-        self.begin(request)
-        self.until(None)
 
 
 @pytest.fixture
@@ -125,7 +58,7 @@ def process(parties: Parties) -> Process:
 @pytest.mark.parametrize("later", [5, 4, 0])
 def test_8_9_a_reused_nonce_or_an_old_round(process: Process, later: int) -> None:
     process.send("hotel", process.open_sum(5))
-    with pytest.raises(ConsentError, match=f"opened round {later}, the last one here was 5"):
+    with pytest.raises(ConsentError, match=f"opened round {later}, but the last one here was 5"):
         process.send("hotel", process.open_sum(later))
 
 
@@ -185,20 +118,19 @@ def test_11_an_agreement_with_another_threshold_cannot_be_loaded(process: Proces
         process.send("hotel", process.open_sum(1))
 
 
-def test_10_two_owners_asked_for_two_statistics_under_one_nonce_are_in_two_sessions(process: Process) -> None:
+def test_10_two_owners_asked_for_two_rounds_under_one_nonce_are_in_two_sessions(process: Process) -> None:
     """The session is the hash of everything in the request, so nothing of one fits the other."""
     one = process.open_sum(1)
     sessions = {
         one.session,
-        replace(one, statistic="test", models="base").session,
-        replace(one, models="base").session,
+        replace(one, position=1).session,
         replace(one, run=OTHER).session,
-        replace(one, candidates_digest=OTHER).session,
+        replace(one, deliveries_digest=OTHER).session,
         replace(one, layout_digest=OTHER).session,
         replace(one, round=2).session,
         replace(one, nonce=RUN).session,
     }
-    assert len(sessions) == 8
+    assert len(sessions) == 7
 
 
 def test_37_another_agreement_is_put_in_place_in_the_middle_of_a_run(process: Process) -> None:
@@ -224,27 +156,31 @@ def test_37_a_sum_that_began_under_one_agreement_does_not_go_on_under_another(pr
         process.send("hotel", request)
 
 
-def test_38_a_candidate_of_its_own_for_every_owner_opens_no_sum_of_figures(process: Process) -> None:
-    """With one model for the victim and another for the others, sums of figures would tell the victim's apart."""
-    agreement, layout = process.parties.agreement, delta_layout(process.parties.plan)
-    names = {}
+def test_38_a_candidate_of_its_own_for_every_owner_opens_no_round_of_metrics(process: Process) -> None:
+    """With one model for the victim and another for the others, summed metrics would tell the victim's apart."""
+    sent = process.deliver_candidates("test")
+    *before, last = [each for each in process.schedule.events if isinstance(each, Delivery) and each.split == "test"]
+    for path in process.parties.files.values():  # all have all but the last candidate; now each gets its own
+        state = Owner(path).state
+        state.update_run(received=state.run.received[: len(before)], scores=state.run.scores[: len(before)])
+    process.fast_forward(last.position)
+    delivered = {}
     for owner in process.parties.files:
-        delta = np.full(layout.size, 0.5 if owner == "hotel" else 0.0, dtype=np.float32)
-        message = CandidatePart(
-            run=RUN, agreement_digest=agreement.digest(), model="average", split="test", part=0, parts=1, payload=delta
-        )
-        process.send(owner, message)
-        names[owner] = [("average", "test", hashlib.sha256(delta.data).hexdigest())]
+        delta = np.full(last.layout.size, 0.5 if owner == "hotel" else 0.0, dtype=np.float32)
+        part = part_of(process.parties, last, delta)
+        process.send(owner, part)
+        delivered[owner] = [*sent[:-1], delivered_by(part)]
+    metrics = process.schedule.find("metrics", split="test")
     for owner in process.parties.files:
-        request = process.open_sum(1, statistic="test", models="average", candidates=names["cinema"])
+        request = process.open_sum(1, metrics, delivered["cinema"])
         if owner == "hotel":
             with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
                 process.send(owner, request)
         else:
             process.send(owner, request)
     # Telling the victim what it wants to hear puts it into another session.
-    told = process.open_sum(2, statistic="test", models="average", candidates=names["hotel"])
-    assert told.session != replace(told, candidates_digest=candidates_digest(names["cinema"])).session
+    told = process.open_sum(2, metrics, delivered["hotel"])
+    assert told.session != process.open_sum(2, metrics, delivered["cinema"]).session
 
 
 # --- the latch ---
@@ -256,7 +192,7 @@ def test_17_a_second_survivor_list_after_the_owner_s_process_restarts(process: P
     request = requests["hotel"]
     assert isinstance(request, SurvivorList)
     assert isinstance(process.send("hotel", request), SurvivorsSigned)
-    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase signed"):
+    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase"):
         process.send("hotel", request)
 
 
@@ -278,7 +214,7 @@ def test_17_a_second_survivor_list_after_the_reveal(process: Process) -> None:
     process.begin(process.open_sum(1))
     lists = process.until(SurvivorList)
     process.send("hotel", process.until(Acknowledgements)["hotel"])
-    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase revealed"):
+    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase"):
         process.send("hotel", lists["hotel"])
 
 
@@ -288,27 +224,27 @@ def test_17_the_latch_is_on_the_disk_before_the_signature_leaves(
     """The machine dies between writing and answering: the signature is lost, and no second one is ever given."""
     process.begin(process.open_sum(1))
     request = process.until(SurvivorList)["hotel"]
-    write = OwnerState.write_json
+    write = OwnerState.write_open_round
 
-    def write_and_die(self: OwnerState, name: str, value: object) -> None:
-        write(self, name, value)
+    def write_and_die(self: OwnerState, *what: Any) -> None:
+        write(self, *what)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(OwnerState, "write_json", write_and_die)
+        patch.setattr(OwnerState, "write_open_round", write_and_die)
         with pytest.raises(KeyboardInterrupt):
             process.send("hotel", request)
-    with pytest.raises(RemoteProtocolError, match="in phase signed"):
+    with pytest.raises(RemoteProtocolError, match="in phase"):
         process.send("hotel", request)
 
 
 def test_39_two_processes_at_once_sign_one_list_only(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     """Survivor lists that arrive in the same moment, each read by a process of its own before another has written."""
-    write = OwnerState.write_json
+    write = OwnerState.write_open_round
 
-    def slow_write(self: OwnerState, name: str, value: object) -> None:
+    def slow_write(self: OwnerState, *what: Any) -> None:
         sleep(0.2)
-        write(self, name, value)
+        write(self, *what)
 
     process.begin(process.open_sum(1))
     request = process.until(SurvivorList)["hotel"]
@@ -320,7 +256,7 @@ def test_39_two_processes_at_once_sign_one_list_only(process: Process, monkeypat
         except AmalgramError as refusal:
             return refusal
 
-    monkeypatch.setattr(OwnerState, "write_json", slow_write)
+    monkeypatch.setattr(OwnerState, "write_open_round", slow_write)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, range(4)))
     assert sum(isinstance(answer, SurvivorsSigned) for answer in answers) == 1
@@ -334,7 +270,7 @@ def test_a_session_whose_rules_were_broken_is_over_for_good(process: Process) ->
     with pytest.raises(RemoteProtocolError, match="its secrets are wiped"):
         process.send("hotel", replace(request, manifests=b""))
     run = process.parties.folder / "state" / "hotel" / "run"
-    assert not (run / "sum.json").exists()
+    assert not (run / "round.json").exists()
     assert not (run / "vector.bin").exists()
     with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
         process.send("hotel", request)
@@ -345,10 +281,10 @@ def test_a_session_whose_rules_were_broken_is_over_for_good(process: Process) ->
 
 def test_28_the_same_statistic_twice(process: Process) -> None:
     process.sum(process.open_sum(1))
-    with pytest.raises(ConsentError, match="contribution was given into a sum under this agreement before"):
+    with pytest.raises(ConsentError, match="contributions: already contributed under this agreement"):
         process.send("hotel", process.open_sum(2))
     process.roll_call(OTHER)
-    with pytest.raises(ConsentError, match="contribution was given into a sum under this agreement before"):
+    with pytest.raises(ConsentError, match="contributions: already contributed under this agreement"):
         process.send("hotel", replace(process.open_sum(3), run=OTHER))
 
 
@@ -357,28 +293,35 @@ def test_29_all_owners_and_then_all_but_one(process: Process) -> None:
     process.begin(process.open_sum(1))
     process.until(SurvivorList)
     for owner in process.parties.files:
-        with pytest.raises(ConsentError, match="was given into a sum"):
+        with pytest.raises(ConsentError, match="already contributed"):
             process.send(owner, process.open_sum(2))
 
 
-@pytest.mark.parametrize("models", ["base", "base,own_at_home", "own_at_home"])
-def test_29_figures_asked_for_in_two_groupings(process: Process, models: str) -> None:
-    """Of another model too: the row counts behind them are the same, and a model of zero change is the base again."""
-    process.sum(process.open_sum(1, statistic="test", models="base"))
-    with pytest.raises(ConsentError, match="test was given into a sum"):
-        process.send("hotel", process.open_sum(2, statistic="test", models=models))
-    process.send("hotel", process.open_sum(3, statistic="validation", models=models))
+@pytest.mark.parametrize("models", [["base"], ["base", "own_at_home"], ["own_at_home"]])
+def test_29_metrics_asked_for_in_two_groupings(process: Process, models: list[str]) -> None:
+    """Of other models too: the row counts behind them are the same, and a model of zero change is the base again."""
+    swept = process.deliver_candidates("validation")
+    test, validation = (process.schedule.find("metrics", split=split) for split in ("test", "validation"))
+    sent = [*swept, *process.deliver_candidates("test")]
+    grouped = metrics_layout(process.parties.agreement, "test", models)
+    with pytest.raises(ConsentError, match="layout for this round is not the one that was agreed"):
+        process.send("hotel", replace(process.open_sum(1, test, sent), layout_digest=grouped.digest()))
+    process.sum(process.open_sum(2, test, sent))
+    with pytest.raises(ConsentError, match="test metrics: already contributed"):
+        process.send("hotel", process.open_sum(3, test, sent))
+    process.fast_forward(validation.position)
+    process.send("hotel", process.open_sum(4, validation, sent))
 
 
 def test_an_offer_is_in_the_ledger_before_the_first_part_leaves(process: Process) -> None:
     ledger = process.parties.folder / "state" / "hotel" / "ledger.json"
     process.begin(process.open_sum(1))
     process.until(KeyShares)
-    assert "contribution" not in ledger.read_text()
+    digest = process.parties.agreement.digest()
+    assert json.loads(ledger.read_text())["pages"][digest]["offers"] == []
     process.send("hotel", process.side.requests()["hotel"])
-    assert json.loads(ledger.read_text())[process.parties.agreement.digest()]["offered"] == {
-        "contribution": process.terms.request.session
-    }
+    (offer,) = json.loads(ledger.read_text())["pages"][digest]["offers"]
+    assert (offer["position"], offer["session"]) == (0, process.terms.request.session)
 
 
 def test_nothing_is_offered_where_nothing_left(process: Process) -> None:
@@ -389,9 +332,10 @@ def test_nothing_is_offered_where_nothing_left(process: Process) -> None:
 
 
 def test_a_damaged_ledger_stops_the_owner(process: Process) -> None:
-    (process.parties.folder / "state" / "hotel" / "ledger.json").write_text("{")
-    with pytest.raises(SettingsError, match="is damaged"):
-        process.send("hotel", process.open_sum(1))
+    for content in ("{", "{}", '{"version": 1, "pages": {}}'):
+        (process.parties.folder / "state" / "hotel" / "ledger.json").write_text(content)
+        with pytest.raises(SettingsError, match="damaged, so what was given before is unknown"):
+            process.send("hotel", process.open_sum(1))
 
 
 # --- after a crash ---
@@ -443,7 +387,7 @@ def test_too_few_forged_or_foreign_burn_signatures_release_nothing(process: Proc
     for why, message in bad.items():
         with pytest.raises(RemoteProtocolError, match=why):
             process.send("hotel", message)
-        with pytest.raises(ConsentError, match="was given into a sum"):
+        with pytest.raises(ConsentError, match="already contributed"):
             process.send("hotel", process.open_sum(7))
 
 
@@ -451,9 +395,9 @@ def test_an_owner_that_has_revealed_neither_burns_nor_releases(process: Process)
     process.sum(process.open_sum(1))
     session = process.terms.request.session
     for message in (BurnSession(run=RUN, session=session), certificate(process, session, ["cinema", "phones"])):
-        with pytest.raises(ConsentError, match="that this owner has helped to open"):
+        with pytest.raises(ConsentError, match="that this owner has helped to unmask"):
             process.send("hotel", message)
-    with pytest.raises(ConsentError, match="was given into a sum"):
+    with pytest.raises(ConsentError, match="already contributed"):
         process.send("hotel", process.open_sum(2))
 
 
@@ -465,7 +409,7 @@ def test_a_burned_session_is_never_opened_signed_or_revealed(process: Process) -
         process.send("hotel", request)
     later = process.open_sum(9)
     process.send("hotel", BurnSession(run=RUN, session=later.session))
-    with pytest.raises(ConsentError, match="declared over"):
+    with pytest.raises(ConsentError, match="has burned"):
         process.send("hotel", later)
 
 
@@ -473,23 +417,23 @@ def test_44_a_burned_session_s_file_that_comes_back_is_not_revealed_from(process
     """Deleted, but not yet on the disk when the power failed: with it the owner would open what it signed as over."""
     process.begin(process.open_sum(1))
     request = process.until(Acknowledgements)["hotel"]
-    path = process.parties.folder / "state" / "hotel" / "run" / "sum.json"
+    path = process.parties.folder / "state" / "hotel" / "run" / "round.json"
     before = path.read_bytes()
     process.send("hotel", BurnSession(run=RUN, session=process.terms.request.session))
     path.write_bytes(before)
-    with pytest.raises(ConsentError, match="declared over"):
+    with pytest.raises(ConsentError, match="has burned"):
         process.send("hotel", request)
 
 
 def test_44_a_burned_session_s_file_that_comes_back_gives_no_part(process: Process) -> None:
     process.begin(process.open_sum(1))
     request = process.until(KeyShares)["hotel"]
-    path = process.parties.folder / "state" / "hotel" / "run" / "sum.json"
+    path = process.parties.folder / "state" / "hotel" / "run" / "round.json"
     before, vector = path.read_bytes(), path.with_name("vector.bin").read_bytes()
     process.send("hotel", BurnSession(run=RUN, session=process.terms.request.session))
     path.write_bytes(before)
     path.with_name("vector.bin").write_bytes(vector)
-    with pytest.raises(ConsentError, match="declared over"):
+    with pytest.raises(ConsentError, match="has burned"):
         process.send("hotel", request)
 
 
@@ -505,24 +449,27 @@ def test_a_certificate_alone_makes_the_owner_forget_the_session_too(process: Pro
 # --- killed between two writes ---
 
 
-def candidate_for(process: Process, delta: np.ndarray, run: str = RUN) -> CandidatePart:
-    digest = process.parties.agreement.digest()
-    return CandidatePart(
-        run=run, agreement_digest=digest, model="average", split="test", part=0, parts=1, payload=delta
-    )
+def candidate_for(process: Process, delta: np.ndarray, run: str = RUN, method: str = "average") -> CandidatePart:
+    part = part_of(process.parties, process.candidate_slot(method), delta, run=run)
+    assert isinstance(part, CandidatePart)
+    return part
 
 
-def test_45_a_run_that_was_half_forgotten_does_not_go_on(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while an old run is deleted, then asked for that run again: what it was sent is forgotten, and its figures
-    with it. Otherwise they could be summed as if of no model, beside other figures of the others.
+def zeros(process: Process) -> np.ndarray:
+    return np.zeros(delta_layout(process.parties.plan).size, dtype=np.float32)
+
+
+def test_45_a_run_that_was_half_forgotten_is_not_resumed(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while an old run is deleted, then asked for that run again: what it was sent is forgotten, and its metrics
+    with it. Otherwise they could be summed as if of no model, beside other metrics of the others.
     """
-    size = delta_layout(process.parties.plan).size
-    process.send("hotel", candidate_for(process, np.full(size, 0.5, dtype=np.float32)))
+    process.fast_forward(process.candidate_slot().position)
+    process.send("hotel", candidate_for(process, zeros(process) + 0.5))
+    state = Owner(process.parties.files["hotel"]).state
+    assert state.run.scores
     run = process.parties.folder / "state" / "hotel" / "run"
-    assert (run / "scores.json").exists()
 
     def die_halfway(folder: Path, ignore_errors: bool = False) -> None:
-        (folder / "candidates.json").unlink(missing_ok=True)
         if folder.exists():
             raise KeyboardInterrupt
 
@@ -532,56 +479,56 @@ def test_45_a_run_that_was_half_forgotten_does_not_go_on(process: Process, monke
         with pytest.raises(KeyboardInterrupt):
             process.send("hotel", RollCall(version=PROTOCOL_VERSION, run=OTHER, agreement_digest=digest))
     process.send("hotel", RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest))
-    assert not (run / "scores.json").exists()
+    assert state.run.scores == ()
+    assert [path.name for path in run.iterdir()] == ["run.json"]
 
 
-def test_46_figures_of_a_candidate_that_was_never_taken_whole(
+def test_46_metrics_of_a_candidate_that_was_never_taken_whole(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed when the figures are written and the candidate is not: it may be sent again, or another in its place."""
-    size = delta_layout(process.parties.plan).size
-    write = OwnerState.write_json
+    """Killed when the model is judged and not yet noted: it may be sent again, or another in its place."""
+    slots = [each for each in process.schedule.events if isinstance(each, Delivery) and each.split == "test"]
+    process.fast_forward(slots[0].position)
+    sent = [part_of(process.parties, slot) for slot in slots]
+    for part in sent[:-1]:
+        process.send("hotel", part)
+    update = OwnerState.update_run
 
-    def die_before_candidates(self: OwnerState, name: str, value: object) -> None:
-        if name == "candidates":
+    def die_before_it_is_noted(self: OwnerState, **changes: object) -> None:
+        if "received" in changes:
             raise KeyboardInterrupt
-        write(self, name, value)
+        update(self, **changes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OwnerState, "write_json", die_before_candidates)
+        patch.setattr(OwnerState, "update_run", die_before_it_is_noted)
         with pytest.raises(KeyboardInterrupt):
-            process.send("hotel", candidate_for(process, np.full(size, 0.5, dtype=np.float32)))
-    with pytest.raises(RemoteProtocolError, match="before it sent the model"):
-        process.send("hotel", process.open_sum(1, statistic="test", models="average"))
-    process.send("hotel", candidate_for(process, np.zeros(size, dtype=np.float32)))
-    taken = [("average", "test", hashlib.sha256(np.zeros(size, dtype=np.float32).data).hexdigest())]
-    process.send("hotel", process.open_sum(2, statistic="test", models="average", candidates=taken))
+            process.send("hotel", replace(sent[-1], payload=sent[-1].payload + 0.5))
+    metrics = process.schedule.find("metrics", split="test")
+    with pytest.raises(RemoteProtocolError, match="fisher candidate for test is due"):
+        process.send("hotel", process.open_sum(1, metrics, [delivered_by(part) for part in sent]))
+    process.send("hotel", sent[-1])
+    process.send("hotel", process.open_sum(2, metrics, [delivered_by(part) for part in sent]))
 
 
 # --- results ---
 
 
 def with_a_candidate(process: Process) -> tuple[Result, np.ndarray]:
-    """Every owner gets the same candidate; the honest result about it, signed."""
-    agreement, plan = process.parties.agreement, process.parties.plan
-    layout = delta_layout(plan)
-    delta = np.zeros(layout.size, dtype=np.float32)
-    (name, *_) = [f"regmean@{alpha!r}" for alpha in agreement.regmean.alphas]
-    message = CandidatePart(
-        run=RUN, agreement_digest=agreement.digest(), model=name, split="test", part=0, parts=1, payload=delta
-    )
-    for owner in process.parties.files:
-        process.send(owner, message)
-    digest = candidates_digest([(name, "test", hashlib.sha256(delta.data).hexdigest())])
+    """Every owner gets the same candidate to test; the honest result about it, signed."""
+    slot, delta = process.candidate_slot("regmean"), zeros(process)
+    part = candidate_for(process, delta, method="regmean")
+    process.fast_forward(slot.position)
+    process.send_all(part)
     hotel = Owner(process.parties.files["hotel"])
+    digest = deliveries_digest(hotel.state.run.delivered)
     model = digest_of(hotel.workbench.load_base(), hotel.workbench.task)
-    return sign_result(process, name, model, digest), delta
+    return sign_result(process, part.model, model, digest), delta
 
 
 def sign_result(process: Process, name: str, model: str, digest: str) -> Result:
     body = result_body(process.parties.agreement, name, model, digest)
     signature = process.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(RUN), body)
-    return Result(run=RUN, model=name, model_digest=model, candidates_digest=digest, signature=signature)
+    return Result(run=RUN, model=name, model_digest=model, deliveries_digest=digest, signature=signature)
 
 
 def receipts(process: Process, result: Result, owners: list[str]) -> Receipts:
@@ -607,8 +554,8 @@ def test_33_different_results_to_different_owners(process: Process) -> None:
     """The coordinator signs two results; each group's signatures are missing under the other's."""
     result, _ = with_a_candidate(process)
     with pytest.raises(RemoteProtocolError, match="another model than the one that this owner tested"):
-        process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
-    with pytest.raises(RemoteProtocolError, match="other candidates than those sent to this owner"):
+        process.send("hotel", sign_result(process, result.model, OTHER, result.deliveries_digest))
+    with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
         process.send("hotel", sign_result(process, result.model, result.model_digest, OTHER))
     some = receipts(process, result, ["hotel", "cinema"])
     with pytest.raises(RemoteProtocolError, match="2 owners signed the result that was given here, 3 must"):
@@ -620,10 +567,10 @@ def test_33_an_owner_signs_one_result_under_one_agreement(process: Process) -> N
     result, _ = with_a_candidate(process)
     process.send("hotel", result)
     process.send("hotel", result)
-    run = process.parties.folder / "state" / "hotel" / "run"
-    (run / "tested.json").write_text(json.dumps({result.model: OTHER}))
+    state = Owner(process.parties.files["hotel"]).state
+    state.update_run(scores=tuple(each.model_copy(update={"model_digest": OTHER}) for each in state.run.scores))
     with pytest.raises(ConsentError, match="another result under this agreement than the one signed here"):
-        process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
+        process.send("hotel", sign_result(process, result.model, OTHER, result.deliveries_digest))
 
 
 def test_33_a_result_is_signed_again_for_a_coordinator_that_was_started_again_when_the_run_has_ended(
@@ -638,7 +585,7 @@ def test_33_a_result_is_signed_again_for_a_coordinator_that_was_started_again_wh
         process.send("hotel", everybody)
     process.roll_call()
     with pytest.raises(ConsentError, match="another result under this agreement than the one signed here"):
-        process.send("hotel", sign_result(process, result.model, OTHER, result.candidates_digest))
+        process.send("hotel", sign_result(process, result.model, OTHER, result.deliveries_digest))
     assert process.send("hotel", result) == signed
     assert isinstance(process.send("hotel", everybody), ReceiptsKept)
 
@@ -647,9 +594,9 @@ def test_33_a_result_signed_in_one_run_is_not_signed_unseen_in_another(process: 
     result, _ = with_a_candidate(process)
     process.send("hotel", receipts(process, result, list(process.parties.files)))
     process.roll_call(OTHER)
-    body = result_body(process.parties.agreement, result.model, result.model_digest, result.candidates_digest)
+    body = result_body(process.parties.agreement, result.model, result.model_digest, result.deliveries_digest)
     signature = process.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(OTHER), body)
-    with pytest.raises(RemoteProtocolError, match="other candidates than those sent to this owner"):
+    with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
         process.send("hotel", replace(result, run=OTHER, signature=signature))
 
 
@@ -662,16 +609,18 @@ def test_33_receipts_of_another_run_do_not_end_this_one(process: Process) -> Non
     assert not (process.parties.folder / "state" / "hotel" / "receipts").exists()
 
 
-def test_48_a_candidate_that_the_signed_result_does_not_know_of(process: Process) -> None:
-    """The result travels ahead of the last sum: that sum could be about a model that no receipt tells of."""
+def test_48_a_candidate_that_the_signed_result_omits(process: Process) -> None:
+    """The result travels ahead of the last round: that round could be about a model that no receipt names."""
     result, delta = with_a_candidate(process)
     process.send("hotel", result)
-    process.send("hotel", replace(candidate_for(process, delta), model=result.model))  # what it knows of: once more
-    with pytest.raises(ConsentError, match="sent the model average after the result"):
+    process.send("hotel", candidate_for(process, delta, method="regmean"))  # the one that it names: once more
+    with pytest.raises(ConsentError, match="sent average after the result"):
         process.send("hotel", candidate_for(process, delta))
-    taken = [(result.model, "test", hashlib.sha256(delta.data).hexdigest())]
-    assert candidates_digest(taken) == result.candidates_digest
-    process.send("hotel", process.open_sum(1, statistic="test", models=result.model, candidates=taken))
+    metrics = process.schedule.find("metrics", split="test")
+    taken = Owner(process.parties.files["hotel"]).state.run.delivered
+    assert deliveries_digest(taken) == result.deliveries_digest
+    with pytest.raises(RemoteProtocolError, match="average candidate for test is due"):
+        process.send("hotel", process.open_sum(1, metrics, taken))
 
 
 @pytest.mark.parametrize("run", [RUN, OTHER])
@@ -680,48 +629,40 @@ def test_52_a_model_after_the_run_has_ended(process: Process, run: str) -> None:
     result, delta = with_a_candidate(process)
     process.send("hotel", receipts(process, result, list(process.parties.files)))
     process.roll_call(run)
-    with pytest.raises(ConsentError, match="sent the model average after the result"):
+    process.fast_forward(process.candidate_slot().position)
+    with pytest.raises(ConsentError, match="sent average after the result"):
         process.send("hotel", candidate_for(process, delta, run))
 
 
 @pytest.mark.parametrize("opened", [True, False])
-def test_52_a_model_whose_figures_were_summed_before_the_owners_forgot_the_run(process: Process, opened: bool) -> None:
-    """A model that looks for a word is tested, and its figures are summed. Then the run is ended, and begun anew with
+def test_52_a_model_whose_metrics_were_summed_before_the_owners_forgot_the_run(process: Process, opened: bool) -> None:
+    """A model that looks for a word is judged, and its metrics are summed. Then the run is ended, and begun anew with
     the model that is published: everybody would sign that there was no other.
     """
-    evil = np.full(delta_layout(process.parties.plan).size, 0.5, dtype=np.float32)
-    for owner in process.parties.files:
-        process.send(owner, candidate_for(process, evil))
-    taken = [("average", "test", hashlib.sha256(evil.data).hexdigest())]
-    process.begin(process.open_sum(1, statistic="test", models="average", candidates=taken))
-    process.until(None if opened else SurvivorList)  # from its first part on, others may open a sum
+    evil = process.deliver_candidates("test")
+    process.begin(process.open_sum(1, process.schedule.find("metrics", split="test"), evil))
+    process.until(None if opened else SurvivorList)  # from its first part on, others may unmask a sum
     for owner in process.parties.files:
         process.send(owner, Finish(run=RUN))
     process.roll_call()
     result, _ = with_a_candidate(process)
-    with pytest.raises(RemoteProtocolError, match="the result does not tell of all models"):
+    with pytest.raises(RemoteProtocolError, match="the result omits models that were sent to this owner"):
         process.send("hotel", result)
 
 
-def test_52_a_result_is_signed_that_tells_of_all_models_that_sums_were_of(process: Process) -> None:
-    """More models may follow a sum, as the chosen ones do those of a sweep."""
+def test_52_a_result_is_signed_that_names_all_models_that_rounds_were_about(process: Process) -> None:
+    """More models may follow a round, as the chosen ones follow those of a sweep."""
     process.sum(process.open_sum(1))
-    delta = np.zeros(delta_layout(process.parties.plan).size, dtype=np.float32)
-    for owner in process.parties.files:
-        process.send(owner, replace(candidate_for(process, delta), split="validation"))
-    swept = ("average", "validation", hashlib.sha256(delta.data).hexdigest())
-    process.sum(process.open_sum(2, statistic="validation", models="average", candidates=[swept]))
+    swept = process.deliver_candidates("validation")
+    process.sum(process.open_sum(2, process.schedule.find("metrics", split="validation"), swept))
     result, _ = with_a_candidate(process)
-    told = candidates_digest([swept, (result.model, "test", swept[2])])
-    assert isinstance(
-        process.send("hotel", sign_result(process, result.model, result.model_digest, told)), ResultReceived
-    )
+    assert isinstance(process.send("hotel", result), ResultReceived)
 
 
 def test_33_receipts_under_another_result_do_not_count(process: Process) -> None:
     result, _ = with_a_candidate(process)
     good = receipts(process, result, list(process.parties.files))
-    body = result_body(process.parties.agreement, result.model, OTHER, result.candidates_digest)
+    body = result_body(process.parties.agreement, result.model, OTHER, result.deliveries_digest)
     other = process.parties.identities["phones"].sign(Domain.SIGN_RECEIPT, bytes.fromhex(RUN), body)
     *signed, last = Signed.unpack_all(good.signatures)
     with pytest.raises(RemoteProtocolError, match="the signature of phones does not hold"):
@@ -736,6 +677,6 @@ def test_33_a_result_that_the_agreement_s_coordinator_did_not_sign(process: Proc
 
 def test_33_a_result_of_a_method_that_was_not_agreed_on(process: Process) -> None:
     result, _ = with_a_candidate(process)
-    changed = sign_result(process, "average", result.model_digest, result.candidates_digest)
-    with pytest.raises(ConsentError, match="'average', which is not of the agreed method"):
+    changed = sign_result(process, "average", result.model_digest, result.deliveries_digest)
+    with pytest.raises(ConsentError, match="'average', which does not belong to the agreed method"):
         process.send("hotel", changed)

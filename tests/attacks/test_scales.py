@@ -4,8 +4,7 @@ A number that is small beside its scale rounds to zero. With a scale of its own 
 read one owner: its numbers at their true scale, everybody else's at one so large that nothing of them is left.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,102 +15,57 @@ from numpy.typing import NDArray
 from client.measurement import gram_stream
 from client.owner import Owner
 from common import scaling
-from common.certificates import Candidate, candidates_digest
 from common.errors import AmalgramError, ConsentError, DataError, NumericalError, RemoteProtocolError
 from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
 from common.messages import (
-    PROTOCOL_VERSION,
     Acknowledgements,
-    CandidatePart,
+    DeliveryPart,
     KeyBook,
     KeysAdvertised,
     KeyShares,
     Message,
     OpenSum,
-    RollCall,
+    ScalesPart,
 )
-from common.scaling import SCALES, Scales
+from common.scaling import Scales
+from common.schedule import RoundKind
 from common.summation import fixed_point
-from common.summation.masked.coordinator import MaskedCoordinator
-from common.summation.protocol import SessionOver, SumTerms, Total
+from common.summation.protocol import SessionOver
 from common.summation.records import KeyEntry
-from common.tensor_layout import TensorLayout
 from deploy.commands.agree import consent_text
+from tests.support.owner_process import RUN, Process, delivered_by, part_of
 from tests.support.parties import Parties, consortium_in_32_bits, parties_of
 
-RUN, OTHER = "ab" * 32, "cd" * 32
 
-
-class Coordinator:
+class Coordinator(Process):
     """Plays by the book until an attack begins; the owners are new processes for every message."""
 
     def __init__(self, parties: Parties) -> None:
-        self.parties = parties
-        self.layout = contribution_layout(parties.agreement, parties.plan)
-        self.round = 0
-        call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=parties.agreement.digest())
-        for owner in parties.files:
-            self.send(owner, call)
+        super().__init__(parties)
+        self.layout = contribution_layout(parties.agreement.methods, parties.agreement.merge_settings(parties.plan))
+        self.number = 0
 
-    def send(self, owner: str, message: Message) -> Message:
-        return Owner(self.parties.files[owner]).answer(message)
-
-    def request(self, statistic: str, layout: TensorLayout, sent: NDArray[np.float32] | None = None) -> OpenSum:
-        self.round += 1
-        received: list[Candidate] = [] if sent is None else [(SCALES, SCALES, digest_of(sent))]
-        return OpenSum(
-            run=RUN,
-            agreement_digest=self.parties.agreement.digest(),
-            round=self.round,
-            nonce=OTHER,
-            statistic=statistic,
-            models="",
-            candidates_digest=candidates_digest(received),
-            layout_digest=layout.digest(),
-        )
+    def request(self, kind: RoundKind, sent: NDArray[np.float32] | None = None) -> OpenSum:
+        self.number += 1
+        delivered = [] if sent is None else [delivered_by(self.scales_part(sent))]
+        return self.open_sum(self.number, self.schedule.find(kind), delivered)
 
     def ask_scales(self) -> OpenSum:
-        return self.request(SCALES, scaling.measures_layout(self.layout))
+        return self.request("scales")
 
     def ask_contribution(self, sent: NDArray[np.float32]) -> OpenSum:
-        return self.request("contribution", scaling.scaled_layout(self.layout), sent)
-
-    def side(self, request: OpenSum, layout: TensorLayout) -> MaskedCoordinator:
-        agreement = self.parties.agreement
-        self.terms = SumTerms(request=request, layout=layout, roster=agreement.roster, needed_owners=3)
-        return MaskedCoordinator(self.terms, self.terms.names)
-
-    def drive(self, side: MaskedCoordinator, until: type[Message] | None = None) -> Mapping[str, Message]:
-        while requests := side.requests():
-            if until is not None and isinstance(next(iter(requests.values())), until):
-                break
-            for owner, message in requests.items():
-                side.receive(owner, self.send(owner, message))
-            side.end_step()
-        return requests
+        return self.request("contribution", sent)
 
     def sum_scales(self) -> NDArray[np.float32]:
-        """The first sum, to its end: the true scales."""
-        side = self.side(self.ask_scales(), scaling.measures_layout(self.layout))
-        self.drive(side)
-        return scaling.choose(self.layout, side.total())
+        """The first round, to its end: the true scales."""
+        return scaling.choose(self.layout, self.sum(self.ask_scales()))
+
+    def scales_part(self, exponents: NDArray[np.float32]) -> DeliveryPart:
+        return part_of(self.parties, self.schedule.deliveries("scales")[0], exponents)
 
     def send_scales(self, owner: str, exponents: NDArray[np.float32]) -> Message:
-        part = CandidatePart(
-            run=RUN,
-            agreement_digest=self.parties.agreement.digest(),
-            model=SCALES,
-            split=SCALES,
-            part=0,
-            parts=1,
-            payload=exponents,
-        )
-        return self.send(owner, part)
-
-
-def digest_of(exponents: NDArray[np.float32]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(exponents).data).hexdigest()
+        return self.send(owner, self.scales_part(exponents))
 
 
 @pytest.fixture
@@ -145,16 +99,16 @@ def test_50_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
     of_owner = {"hotel": true, "cinema": true + 1, "phones": true + 1}
     for owner, exponents in of_owner.items():
         evil.send_scales(owner, exponents)
-    with pytest.raises(RemoteProtocolError, match="a sum about other models than those sent to this owner"):
+    with pytest.raises(RemoteProtocolError, match="after sending other models than those sent to this owner"):
         evil.send("cinema", evil.ask_contribution(true))
     entries = []
     for owner, exponents in of_owner.items():
-        evil.round = 9
+        evil.number = 9
         reply = evil.send(owner, evil.ask_contribution(exponents))
         assert isinstance(reply, KeysAdvertised)
         place = list(evil.parties.agreement.roster).index(owner)
         entries.append(KeyEntry(place, reply.channel_key, reply.mask_key, reply.signature))
-    evil.round = 9
+    evil.number = 9
     book = KeyBook(session=evil.ask_contribution(true).session, entries=KeyEntry.pack_all(entries))
     with pytest.raises(SessionOver, match="the signature of cinema does not hold"):
         evil.send("hotel", book)
@@ -163,10 +117,10 @@ def test_50_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (-3, RemoteProtocolError, "a scale of .* below this owner's own numbers"),
-        (30, NumericalError, "fewer than 10 bits of most of this owner's would be left; nothing more has left"),
-        (0.5, RemoteProtocolError, "scales that are no powers of two"),
-        (1e4, RemoteProtocolError, "scales that are no powers of two"),
+        (-3, RemoteProtocolError, "a scale for .* below this owner's own numbers"),
+        (30, NumericalError, "most of this owner's values would keep fewer than 10 bits; nothing more has left"),
+        (0.5, RemoteProtocolError, "scales that are not powers of two"),
+        (1e4, RemoteProtocolError, "scales that are not powers of two"),
     ],
 )
 def test_51_scales_of_its_own_making_and_then_others(
@@ -179,7 +133,7 @@ def test_51_scales_of_its_own_making_and_then_others(
     with pytest.raises(error, match=says):
         evil.send("hotel", evil.ask_contribution(false))
     for again in (true, true + 1):
-        with pytest.raises(ConsentError, match="sent a second model as scales"):
+        with pytest.raises(ConsentError, match="sent a second version of scales"):
             evil.send_scales("hotel", again)
     assert not Owner(evil.parties.files["hotel"]).state.ledger(evil.parties.agreement.digest()).pending
 
@@ -193,24 +147,24 @@ def test_51_one_scale_among_many_is_looked_at_too(evil: Coordinator) -> None:
         evil.send("hotel", evil.ask_contribution(false))
 
 
-def test_51_scales_before_the_sum_that_they_are_made_of_is_open_for_good(evil: Coordinator) -> None:
-    """Else that sum could be declared over and asked for again, each time with other scales to try."""
+def test_51_scales_before_the_round_that_they_derive_from_is_over(evil: Coordinator) -> None:
+    """Else that round could be burned and asked for again, each time with other scales to try."""
     exponents = np.zeros(scaling.exponents_layout(evil.layout).size, np.float32)
-    with pytest.raises(RemoteProtocolError, match="before the sum that they are made of"):
+    with pytest.raises(RemoteProtocolError, match="but sum of scales is due"):
         evil.send_scales("hotel", exponents)
-    side = evil.side(evil.ask_scales(), scaling.measures_layout(evil.layout))
+    evil.begin(evil.ask_scales())
     for kind in (KeyShares, Acknowledgements):
-        evil.drive(side, until=kind)
-        with pytest.raises(RemoteProtocolError, match="before the sum that they are made of"):
+        evil.until(kind)
+        with pytest.raises(RemoteProtocolError, match="but sum of scales is due"):
             evil.send_scales("hotel", exponents)
-    evil.drive(side)
+    evil.until(None)
     evil.send_scales("hotel", exponents)
 
 
 def test_51_a_contribution_before_the_scales_were_sent(evil: Coordinator) -> None:
     evil.sum_scales()
-    request = evil.request("contribution", scaling.scaled_layout(evil.layout))
-    with pytest.raises(RemoteProtocolError, match="before it sent the scales"):
+    request = evil.request("contribution")
+    with pytest.raises(RemoteProtocolError, match="but scales is due"):
         evil.send("hotel", request)
 
 
@@ -219,18 +173,28 @@ def test_51_contributions_in_another_ring_or_not_scaled_at_all(evil: Coordinator
     evil.send_scales("hotel", true)
     in_64 = replace(scaling.scaled_layout(evil.layout), ring_bits=64)
     for layout in (in_64, evil.layout, replace(evil.layout, ring_bits=32)):
-        with pytest.raises(ConsentError, match="layout for contribution is not the one that was agreed"):
-            evil.send("hotel", evil.request("contribution", layout, true))
-    with pytest.raises(ConsentError, match="scales was given into a sum under this agreement before"):
+        with pytest.raises(ConsentError, match="layout for this round is not the one that was agreed"):
+            evil.send("hotel", replace(evil.ask_contribution(true), layout_digest=layout.digest()))
+    evil.fast_forward(0)
+    with pytest.raises(ConsentError, match="scales: already contributed under this agreement"):
         evil.send("hotel", evil.ask_scales())
 
 
-def test_51_scales_that_nobody_agreed_on(parties: Parties) -> None:
-    in_64 = Coordinator(parties)
-    with pytest.raises(ConsentError, match="which nobody agreed on"):
-        in_64.send("hotel", in_64.ask_scales())
-    with pytest.raises(ConsentError, match="sent scales, which nobody agreed on"):
-        in_64.send_scales("hotel", np.zeros(3, np.float32))
+def test_51_scales_that_nobody_agreed_on(parties: Parties, evil: Coordinator) -> None:
+    in_64 = Process(parties)
+    opening = in_64.open_sum(1)
+    with pytest.raises(ConsentError, match="layout for this round is not the one that was agreed"):
+        in_64.send("hotel", replace(opening, layout_digest=evil.schedule.find("scales").layout.digest()))
+    scales = ScalesPart(
+        run=RUN,
+        agreement_digest=parties.agreement.digest(),
+        position=1,
+        part=0,
+        parts=1,
+        payload=np.zeros(3, np.float32),
+    )
+    with pytest.raises(RemoteProtocolError, match="sent a scales at position 1, which is for"):
+        in_64.send("hotel", scales)
 
 
 def test_54_what_was_measured_does_not_stay_where_the_sum_for_the_scales_was_not_begun(
@@ -245,8 +209,8 @@ def test_54_what_was_measured_does_not_stay_where_the_sum_for_the_scales_was_not
             raise DataError("the disk broke")
         return measured[-1]
 
-    step = gram_stream.measure_step
-    monkeypatch.setattr(gram_stream, "measure_step", measure)
+    step = gram_stream.measure_inputs
+    monkeypatch.setattr(gram_stream, "measure_inputs", measure)
     with pytest.raises(DataError, match="the disk broke"):
         evil.send("hotel", evil.ask_scales())
     run = evil.parties.folder / "state" / "hotel" / "run"
@@ -260,15 +224,13 @@ def test_an_honest_coordinator_gets_the_total(evil: Coordinator) -> None:
         evil.send_scales(owner, exponents)
     kept = evil.parties.folder / "state" / "hotel" / "run" / "contribution.bin"
     assert kept.stat().st_mode & 0o777 == 0o600
-    side = evil.side(evil.ask_contribution(exponents), scaling.scaled_layout(evil.layout))
-    evil.drive(side)
-    total: Total = side.total()
+    total = evil.sum(evil.ask_contribution(exponents))
     assert total.num_owners == 3
     assert not kept.exists()
 
 
-def test_the_consent_text_tells_of_the_sum_for_the_scales_and_who_sees_them(evil: Coordinator) -> None:
+def test_the_consent_text_names_the_round_for_the_scales_and_who_sees_them(evil: Coordinator) -> None:
     text = consent_text(Owner(evil.parties.files["hotel"]))
-    assert "in 2 sums one after the other" in text
+    assert "in 2 rounds, one after the other" in text
     assert "ALL OWNERS SEE THE SCALES" in text
-    assert "BETWEEN TWO SUMS" not in text
+    assert "BETWEEN TWO ROUNDS" not in text

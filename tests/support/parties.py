@@ -66,6 +66,19 @@ def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
         )
 
 
+@contextmanager
+def parties_with_method(reviews_folder: Path, folder: Path, method: str) -> Iterator[Parties]:
+    """The example's parties, who agreed on this one method."""
+    consortium = folder / "consortium"
+    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    path = consortium / "agreement.toml"
+    text = path.read_text().replace('method = "regmean"', f'method = "{method}"')
+    text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
+    path.write_text(text.replace("[task_arithmetic]", "[refit]\nbalances = [0.0]\n\n[task_arithmetic]"))
+    with parties_of(consortium, folder / "output") as parties:
+        yield parties
+
+
 class OwnersChannel:
     """Owners as the network has them, each built anew for every message."""
 
