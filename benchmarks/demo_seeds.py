@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from deploy.demo.run import run_demo
+from server.report.report import Report
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,23 +32,23 @@ def main() -> None:
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int) -> Report:
     """The demo's report for one seed."""
     with tempfile.TemporaryDirectory() as folder:
         return run_demo(Path(folder), seed)
 
 
-def summarise(reports: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(reports: list[Report]) -> dict[str, Any]:
     """Mean accuracy over the five domains: per model over seeds, and how often RegMean beat the average."""
-    models = reports[0]["evaluation"]["mean"]
-    accuracies = {model: [report["evaluation"]["mean"][model]["accuracy"] for report in reports] for model in models}
+    models = reports[0].evaluation.mean
+    accuracies = {model: [report.evaluation.mean[model].accuracy for report in reports] for model in models}
     return {
         "seeds": len(reports),
         "regmean_beats_average": sum(
             regmean > average for regmean, average in zip(accuracies["regmean"], accuracies["average"], strict=True)
         ),
-        "seconds": [report["seconds"] for report in reports],
-        "chosen_alpha": [report["chosen"]["regmean"]["knob"] for report in reports],
+        "seconds": [report.seconds for report in reports],
+        "chosen_alpha": [report.chosen["regmean"].hyperparameter for report in reports],
         "accuracy": {
             model: {
                 "mean": mean(values),
@@ -56,7 +57,7 @@ def summarise(reports: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for model, values in accuracies.items()
         },
-        "versions": reports[0]["versions"],
+        "versions": reports[0].versions,
     }
 
 

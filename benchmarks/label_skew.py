@@ -92,9 +92,9 @@ def run(data: Path, base: Path, concentration: float) -> dict[str, Any]:
         "rows": {
             owner: [sum(row["label"] == label for row in part) for label in labels] for owner, part in parts.items()
         },
-        "mean": report["evaluation"]["mean"],
-        "chosen": report["chosen"],
-        "seconds": report["seconds"],
+        "mean": {model: scores.model_dump() for model, scores in report.evaluation.mean.items()},
+        "chosen": {method: choice.model_dump() for method, choice in report.chosen.items()},
+        "seconds": report.seconds,
     }
 
 

@@ -137,11 +137,10 @@ def merge(folder: Path) -> dict[str, Any]:
     report = simulate(folder, with_references=False)
     return {
         "seconds": time.perf_counter() - started,
-        "steps": {step["name"]: step["seconds"] for step in report["steps"]},
-        "numbers": report["sums"][0]["numbers"],
+        "steps": {step.title: step.seconds for step in report.steps},
+        "numbers": report.rounds[0].numbers,
         "gigabytes_an_owner": max(
-            sum(step["by_owner"][name]["bytes_received"] for step in report["steps"] if name in step["by_owner"])
-            for name in OWNERS
+            sum(step.by_owner[name].bytes_received for step in report.steps if name in step.by_owner) for name in OWNERS
         )
         / 1e9,
         "peak_gigabytes": peak_megabytes() / 1e3,

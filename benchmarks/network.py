@@ -106,10 +106,10 @@ def measure(folder: Path, hidden: int, count: int) -> dict[str, Any]:
         "owners": count,
         "numbers": numbers,
         "seconds": seconds,
-        "bytes_to_owners": sum(step["bytes_sent"] for step in report["steps"]),
-        "bytes_from_owners": sum(step["bytes_received"] for step in report["steps"]),
+        "bytes_to_owners": sum(step.bytes_sent for step in report.steps),
+        "bytes_from_owners": sum(step.bytes_received for step in report.steps),
         "peak_bytes": peaks.bytes,
-        "steps": {step["name"]: step["seconds"] for step in report["steps"]},
+        "steps": {step.title: step.seconds for step in report.steps},
     }
 
 

@@ -42,6 +42,7 @@ from common.models.loading import load_base
 from common.tensor_layout import TensorLayout
 from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
+from server.report.report import Report
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
@@ -117,9 +118,7 @@ def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float
         Coordinator.send_candidate = send  # type: ignore[method-assign]
 
 
-def merged_by_the_product(
-    bench: Bench, suffix: str = "", **consortium: Any
-) -> tuple[dict[str, Figures], dict[str, Any]]:
+def merged_by_the_product(bench: Bench, suffix: str = "", **consortium: Any) -> tuple[dict[str, Figures], Report]:
     """Every candidate of one masked run, judged here on all domains, and the run's own report."""
     with tempfile.TemporaryDirectory() as folder, candidates_kept() as kept:
         write_consortium(Path(folder) / "consortium", bench.data, bench.models, **consortium)
@@ -132,12 +131,12 @@ def merged_by_the_product(
     return figures, report
 
 
-def _check_same(report: dict[str, Any], figures: dict[str, Figures], suffix: str) -> None:
+def _check_same(report: Report, figures: dict[str, Figures], suffix: str) -> None:
     """The product's report and this benchmark must tell the same of the same models."""
-    for owner, by_model in report["evaluation"]["by_owner"].items():
-        for method, chosen in report["chosen"].items():
-            here = figures[chosen["candidate"] + suffix][owner]["macro_f1"]
-            if abs(by_model[method]["macro_f1"] - here) > 1e-9:
+    for owner, by_model in report.evaluation.by_owner.items():
+        for method, chosen in report.chosen.items():
+            here = figures[chosen.candidate + suffix][owner]["macro_f1"]
+            if abs(by_model[method].metric - here) > 1e-9:
                 raise SystemExit(f"{method} at {owner}: {by_model[method]['macro_f1']} in the report, {here} here")
 
 
@@ -259,14 +258,14 @@ def run_blocks(bench: Bench) -> dict[str, Any]:
     for largest in (1536, 768, 384):
         figures, report = merged_by_the_product(bench, methods=("regmean",), alphas=(0.9,), largest_gram=largest)
         both = [mean_over(figures["regmean"], domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
-        found[str(largest)] = {"macro_f1": both, "numbers": report["sums"][0]["numbers"]}
+        found[str(largest)] = {"macro_f1": both, "numbers": report.rounds[0].numbers}
     return found
 
 
 def _methods_of_one_run(bench: Bench, suffix: str, **consortium: Any) -> dict[str, Any]:
     figures, report = merged_by_the_product(bench, suffix, **consortium)
-    chosen = [choice["candidate"] + suffix for choice in report["chosen"].values()]
-    return {"figures": figures, "chosen": chosen, "seconds": report["seconds"], "versions": report["versions"]}
+    chosen = [choice.candidate + suffix for choice in report.chosen.values()]
+    return {"figures": figures, "chosen": chosen, "seconds": report.seconds, "versions": report.versions}
 
 
 def run_seeds(bench: Bench) -> dict[str, Any]:
@@ -287,8 +286,8 @@ def run_owners(bench: Bench) -> dict[str, Any]:
         owners = IN_DOMAIN[:count]
         methods = ("regmean", "average", "data_free", "refit")
         _, report = merged_by_the_product(bench, methods=methods, alphas=(0.9,), owners=owners)
-        mean = report["evaluation"]["mean"]
-        found[str(count)] = {model: mean[model]["macro_f1"] for model in ("own_at_home", *methods)}
+        mean = report.evaluation.mean
+        found[str(count)] = {model: mean[model].metric for model in ("own_at_home", *methods)}
     return found
 
 

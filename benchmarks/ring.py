@@ -57,14 +57,12 @@ def merge(data: Path, models: Path, ring_bits: int) -> tuple[dict[str, Any], Can
         write_consortium(consortium, data, models, methods=METHODS, alphas=ALPHAS, ring_bits=ring_bits)
         report = simulate(consortium, Path(folder) / "output", with_references=False)
     run = {
-        "chosen": {method: choice["candidate"] for method, choice in report["chosen"].items()},
-        "macro_f1": {method: report["evaluation"]["mean"][method]["macro_f1"] for method in METHODS},
+        "chosen": {method: choice.candidate for method, choice in report.chosen.items()},
+        "macro_f1": {method: report.evaluation.mean[method].metric for method in METHODS},
         "bytes_an_owner": sum(
-            max(cost["bytes_received"] for cost in step["by_owner"].values())
-            for step in report["steps"]
-            if step["name"] in SUMS
+            max(cost.bytes_received for cost in step.by_owner.values()) for step in report.steps if step.title in SUMS
         ),
-        "statuses": sorted({layer["status"] for layer in report["layers"]}),
+        "statuses": sorted({layer.status for layer in report.layers}),
     }
     return run, kept
 

@@ -79,7 +79,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     return {
         "owners": count,
         "seconds": seconds,
-        "coordinator_megabytes_received": sum(step["bytes_received"] for step in report["steps"]) / 1e6,
+        "coordinator_megabytes_received": sum(step.bytes_received for step in report.steps) / 1e6,
         "peak_megabytes": peak_megabytes(),
     }
 

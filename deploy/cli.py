@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -20,6 +20,9 @@ from rich.markup import escape
 
 from common.errors import AmalgramError, ConsentError, SettingsError
 from deploy.terminal import messages, progress_below_log, show_log, shows_json
+
+if TYPE_CHECKING:
+    from server.report.report import Report
 
 cli = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
 keys = typer.Typer(no_args_is_help=True)
@@ -422,11 +425,11 @@ def _answer(found: dict[str, Any], as_json: bool, text: str = "", hint: str = ""
         messages.print(hint, soft_wrap=True, markup=False, highlight=False)
 
 
-def _show(report: dict[str, Any], out: Path, as_json: bool) -> None:
+def _show(report: "Report", out: Path, as_json: bool) -> None:
     from deploy.commands.table import print_report
 
     if as_json:
-        _answer(report, as_json)
+        _answer(report.model_dump(mode="json"), as_json)
     else:
         print_report(console, report, out)
 

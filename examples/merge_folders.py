@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import tomli_w
 import transformers
@@ -25,6 +25,7 @@ from deploy.commands.table import print_report
 from deploy.simulation.simulate import simulate
 from deploy.terminal import progress_below_log, show_log
 from server.merge import claim_output
+from server.report.report import Report
 
 TASKS: dict[str, TaskKind] = {  # by the end of the name of a Hugging Face model class
     "ForSequenceClassification": "text-classification",
@@ -49,7 +50,7 @@ def merge_folders(
     task: TaskKind | None = None,
     method: str = "regmean",
     columns: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Merge the models of `owners`, each (name, fine-tuned folder, training rows, test rows). Returns the report.
 
     `task` left out is what the base's configuration names; `columns` says what "text", "label", "image" ... are called

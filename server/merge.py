@@ -7,7 +7,7 @@ the result -> sum of test figures -> model folder and report
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,11 +44,24 @@ from common.scaling import SCALES, RescaledTotal, Scales
 from common.settings_file import load_settings
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
+from server import checkpoint as kept
 from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
-from server.coordinator import Channel, Coordinator
+from server.coordinator import Channel, Coordinator, OpenedSum
 from server.report.card import write_model_card
-from server.report.report import agreement_of_report, make_report, save_report
+from server.report.outcome import MethodChoice, OpenedRound, Outcome, Tried, make_report
+from server.report.report import (
+    OwnerCost,
+    Report,
+    Sent,
+    SentCandidate,
+    SentMergedStep,
+    SentScales,
+    Step,
+    agreement_of_report,
+    save_report,
+)
+from server.report.words import described
 from server.settings import CoordinatorSettings
 
 ALWAYS_EVALUATED = ("base", "own_at_home")
@@ -62,22 +75,10 @@ class SolutionOf(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The candidate of one method that its sweep chose, and the whole sweep on validation rows."""
+class Merged:
+    """What the rounds gave: by method the choice and its merged delta, over `owners`; `test` by candidate."""
 
-    name: str
-    knob: float | None
-    sweep: dict[str, MeanScore]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Everything that the report tells."""
-
-    agreement: Agreement
-    plan: MergePlan
-    coordinator: Coordinator
-    choices: dict[str, Choice]
+    choices: dict[str, MethodChoice]
     solutions: dict[str, Solution]
     owners: tuple[str, ...]
     examples: int | None
@@ -106,12 +107,12 @@ def run_merge(settings_path: Path, channel: Channel) -> None:
     )
     try:
         coordinator.roll_call()
-        outcome = _merge(coordinator, base_folder, plan, adapter)
+        merged = _merge(coordinator, base_folder, plan, adapter)
         coordinator.confirm_result()
-        merged = outcome.solutions[agreement.method]
-        model = _published(base_folder, agreement, merged)
-        report = make_report(outcome, model, checkpoint.seconds)
-        _write_model(model, merged.low_rank, base_folder, agreement, report, output / "model")
+        published = merged.solutions[agreement.method]
+        model = _published(base_folder, agreement, published)
+        report = make_report(outcome_of(coordinator, plan, merged), model)
+        _write_model(model, published.low_rank, base_folder, agreement, report, output / "model")
         save_report(report, output)
     except NumericalError:  # the same totals would end alike; after any other error the same command goes on
         checkpoint.remove()
@@ -152,7 +153,7 @@ def _plans(base_folder: Path, agreement: Agreement) -> tuple[MergePlan, AdapterP
     return plan, adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
 
 
-def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter: AdapterPlan | None) -> Outcome:
+def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter: AdapterPlan | None) -> Merged:
     """All sums, and the result, which goes to the owners with the last of them."""
     agreement = coordinator.agreement
     total = _sum_contributions(coordinator, contribution_layout(agreement, plan))
@@ -169,18 +170,15 @@ def _merge(coordinator: Coordinator, base_folder: Path, plan: MergePlan, adapter
     for method, choice in choices.items():
         with_spectra = method == agreement.method
         solutions[method] = _send(
-            coordinator, plan, choice.name, "test", solutions_of[method](choice.knob, with_spectra)
+            coordinator, plan, choice.candidate, "test", solutions_of[method](choice.hyperparameter, with_spectra)
         )
     digest = digest_of(_published(base_folder, agreement, solutions[agreement.method]), agreement.task)
-    coordinator.send_result(choices[agreement.method].name, digest)
+    coordinator.send_result(choices[agreement.method].candidate, digest)
     owners, examples = total.owners, _examples(total)
     for statistic in (SCALES, "contribution"):
         coordinator.destroy(statistic, total)
-    models = (*ALWAYS_EVALUATED, *(choice.name for choice in choices.values()))
-    return Outcome(
-        agreement=agreement,
-        plan=plan,
-        coordinator=coordinator,
+    models = (*ALWAYS_EVALUATED, *(choice.candidate for choice in choices.values()))
+    return Merged(
         choices=choices,
         solutions=solutions,
         owners=owners,
@@ -271,7 +269,9 @@ def _cut_to(adapter: AdapterPlan, solution_of: SolutionOf) -> SolutionOf:
     return cut_solution_of
 
 
-def _choose(coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str, SolutionOf]) -> dict[str, Choice]:
+def _choose(
+    coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str, SolutionOf]
+) -> dict[str, MethodChoice]:
     """Per method, the candidate with the best summed metric on validation rows; the first of equals."""
     agreement = coordinator.agreement
     tried = {method: candidates(agreement, method) for method in agreement.methods}
@@ -281,12 +281,16 @@ def _choose(coordinator: Coordinator, plan: MergePlan, solutions_of: Mapping[str
             for name, knob in names.items():
                 _send(coordinator, plan, name, "validation", solutions_of[method](knob, with_spectra=False))
     figures = _figures(coordinator, "validation", tuple(swept)) if swept else {}
-    choices: dict[str, Choice] = {}
+    choices: dict[str, MethodChoice] = {}
     for method, names in tried.items():
-        sweep = {name: figures[name] for name in names if name in figures}
+        sweep = {
+            name: Tried(hyperparameter=knob, score=figures[name])
+            for name, knob in names.items()
+            if name in figures and knob is not None
+        }
         chosen = max(sweep, key=lambda name: figures[name].chosen_by(agreement.evaluation.choose_by), default=None)
         name = chosen or next(iter(names))
-        choices[method] = Choice(name=name, knob=names[name], sweep=sweep)
+        choices[method] = MethodChoice(candidate=name, hyperparameter=names[name], sweep=sweep)
     return choices
 
 
@@ -321,7 +325,7 @@ def _write_model(
     low_rank: LowRank | None,
     base_folder: Path,
     agreement: Agreement,
-    report: dict[str, Any],
+    report: Report,
     folder: Path,
 ) -> None:
     """A Hugging Face folder of the model, or of its adapter, with its card: whole or not at all."""
@@ -339,3 +343,97 @@ def _write_model(
     for weights in unfinished.glob("*.safetensors"):
         weights.chmod(next(unfinished.glob("*config.json")).stat().st_mode)  # it is there to be read
     unfinished.replace(folder)
+
+
+# --- what the report needs, from the coordinator's own records ---
+
+ROUND_TITLES = {
+    SCALES: "scales",
+    "contribution": "contributions",
+    "validation": "validation metrics",
+    "test": "test metrics",
+}
+PHASES = {"validation": "candidates to validate", "test": "candidates to test", "prefix": "merged layers"}
+
+
+def outcome_of(coordinator: Coordinator, plan: MergePlan, merged: Merged) -> Outcome:
+    """Everything that the report is made of."""
+    method_of = {choice.candidate: method for method, choice in merged.choices.items()}
+    tried = {
+        name: method for method in coordinator.agreement.methods for name in candidates(coordinator.agreement, method)
+    }
+    return Outcome(
+        agreement=coordinator.agreement,
+        plan=plan,
+        choices=merged.choices,
+        merged=merged.solutions,
+        owners=merged.owners,
+        examples=merged.examples,
+        test={method_of.get(name, name): score for name, score in merged.test.items()},
+        rounds=tuple(map(_opened_round, coordinator.sums)),
+        sent=tuple(_sent(each, tried) for each in coordinator.checkpoint.candidates),
+        steps=tuple(map(_step, coordinator.steps)),
+        dropped_out=coordinator.lost,
+        receipts=coordinator.receipts,
+        seconds=coordinator.checkpoint.seconds,
+    )
+
+
+def _opened_round(opened: OpenedSum) -> OpenedRound:
+    opened_as = partial(
+        OpenedRound,
+        title=_title(opened.statistic),
+        layout=opened.layout,
+        owners=opened.owners,
+        destroyed=opened.destroyed,
+    )
+    match opened.statistic.split():
+        case ["scales" | "contribution" as kind]:
+            return opened_as(kind=kind)
+        case ["validation" | "test" as split]:
+            return opened_as(kind="metrics", split=split)
+        case method, number:
+            return opened_as(kind="step", method=method, step=int(number))
+        case _:
+            raise AssertionError(opened.statistic)
+
+
+def _title(statistic: str) -> str:
+    method, _, number = statistic.partition(" ")
+    return f"{described(method).title}, step {number}" if number else ROUND_TITLES[statistic]
+
+
+def _sent(sent: kept.SentCandidate, tried: Mapping[str, str]) -> Sent:
+    common: dict[str, Any] = {"digest": sent.digest, "bytes": sent.bytes, "owners": sent.owners}
+    if sent.split == SCALES:
+        return SentScales(title="scales", **common)
+    if sent.split == "prefix":
+        method, _, number = sent.model.partition(" ")
+        return SentMergedStep(title=_title(sent.model), method=method, step=int(number), **common)
+    split: Any = sent.split
+    return SentCandidate(title=sent.model, method=tried[sent.model], candidate=sent.model, split=split, **common)
+
+
+def _step(step: kept.Step) -> Step:
+    by_owner = {
+        owner: OwnerCost(**asdict(cost) | {"waited_seconds": round(cost.waited_seconds, 3)})
+        for owner, cost in step.by_owner.items()
+    }
+    return Step(
+        title=step.name,
+        phase=_phase(step.name),
+        seconds=round(step.seconds, 3),
+        bytes_sent=step.bytes_sent,
+        bytes_received=step.bytes_received,
+        by_owner=by_owner,
+    )
+
+
+def _phase(name: str) -> str:
+    """Steps of one kind are one bar of the cost plots."""
+    statistic = name.removeprefix("sum of ")
+    if statistic != name:
+        method, _, number = statistic.partition(" ")
+        return f"rounds of {described(method).title}" if number else ROUND_TITLES[statistic]
+    split = name.rpartition(" on ")[2] if name.startswith("candidate ") else name
+    return PHASES.get(split, split)

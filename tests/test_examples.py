@@ -39,10 +39,10 @@ def test_three_folders_are_merged_masked_into_one_that_loads(
         owner("phones", base, "parquet", reviews_folder),
     ]
     report = merge_folders(str(base), owners, tmp_path / "merged", method="average")
-    assert report["summation"] == "masked"
+    assert report.summation == "masked"
     assert "PLAIN" not in capsys.readouterr().err
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged" / "model")
-    assert digest_of(merged, Task()) == report["digests"]["model"]
+    assert digest_of(merged, Task()) == report.digests.model
     before = AutoModelForSequenceClassification.from_pretrained(base)
     moved = (merged.classifier.bias - before.classifier.bias).tolist()
     assert moved == pytest.approx([0.1, 0.1], abs=1e-5)  # all three have 200 rows
@@ -54,7 +54,7 @@ def test_two_folders_are_summed_plainly_and_that_is_said_loudly(
     base = reviews_folder / "base"
     owners = [owner("hotel", base, "jsonl", reviews_folder), owner("cinema", base, "csv", reviews_folder)]
     report = merge_folders(str(base), owners, tmp_path / "merged", method="average")
-    assert report["summation"] == "plain"
+    assert report.summation == "plain"
     assert capsys.readouterr().err.startswith("TWO OWNERS: THE SUM IS PLAIN, NOT MASKED.")
 
 
@@ -102,4 +102,4 @@ def test_columns_may_have_other_names(reviews_folder: Path, tmp_path: Path) -> N
         owners.append((name, base, str(path), str(path)))
     columns = {"text": "message", "label": "queue"}
     report = merge_folders(base, owners, tmp_path / "merged", method="average", columns=columns)
-    assert report["examples"] == 360  # a tenth of each owner's 200 rows is set aside for validation
+    assert report.examples == 360  # a tenth of each owner's 200 rows is set aside for validation

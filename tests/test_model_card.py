@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from server.report.card import CARD, write_model_card
-from tests.support.reports import hand_written
+from tests.support.reports import as_report, hand_written
 
 
 def card_of(report: dict[str, Any], folder: Path, base_card: str | None = None, hub: bool = False) -> ModelCard:
@@ -16,7 +16,7 @@ def card_of(report: dict[str, Any], folder: Path, base_card: str | None = None, 
     base.mkdir(parents=True)
     if base_card is not None:
         (base / CARD).write_text(base_card)
-    write_model_card(report, base, folder)
+    write_model_card(as_report(report), base, folder)
     return ModelCard.load(folder / CARD)
 
 
@@ -29,14 +29,14 @@ def test_the_licence_is_the_base_s(tmp_path: Path) -> None:
     card = card_of(merged_whole(), tmp_path, told)
     assert (card.data.license, card.data.license_name) == ("other", "gift")
     assert card.data.license_link == "https://example.org/gift"
-    assert "The licence above is the base's." in card.text
+    assert "The one above is the base's." in card.text
 
 
 @pytest.mark.parametrize("base_card", [None, "A base without metadata.\n", "---\ntags: [x]\n---\nA base.\n"])
-def test_a_licence_that_nobody_told_is_left_out_and_said_to_be_unknown(base_card: str | None, tmp_path: Path) -> None:
+def test_an_unknown_licence_is_left_out_and_said_to_be_unknown(base_card: str | None, tmp_path: Path) -> None:
     card = card_of(merged_whole(), tmp_path, base_card)
     assert card.data.license is None
-    assert "ask those who made it before you share the model" in card.text
+    assert "Ask the people who made it before you share the model" in card.text
 
 
 def test_a_base_from_the_hub_is_named_and_a_folder_is_not(tmp_path: Path) -> None:
@@ -52,13 +52,13 @@ def test_the_tags_say_merge_and_the_kind_of_task(tmp_path: Path) -> None:
     assert card.data.metrics == ["accuracy", "f1"]
 
 
-def test_the_figures_are_the_report_s_and_references_stay_out(tmp_path: Path) -> None:
+def test_the_metrics_are_the_report_s_and_references_stay_out(tmp_path: Path) -> None:
     text = card_of(merged_whole(), tmp_path).text
     assert "| **RegMean, this model** | 0.750 | 0.500 |" in text
     assert "| Fisher | 0.812 | 0.562 |" in text
     assert "| ada | 0.812 | 0.938 | 400 |" in text
     assert "> fisher did better" in text
-    assert "Lost on the way: cyd (at sum of contribution)" in text
+    assert "Dropped out: cyd (at contributions)" in text
 
 
 def test_words_from_settings_are_neither_markup_nor_lines_of_their_own(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from common.errors import SettingsError
-from server.report.page import page_of, render_report, verdict
-from server.report.report import read_report, save_report
-from tests.support.reports import HOSTILE, hand_written
+from server.report.page import page_of, render_report
+from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_report, schema_text
+from server.report.verdict import verdict
+from tests.support.reports import HOSTILE, as_report, hand_written
+
+SCHEMA = Path(__file__).resolve().parent.parent / "docs" / "report.schema.json"
 
 
 class Page(HTMLParser):
@@ -36,24 +39,24 @@ class Page(HTMLParser):
 
 
 def shown(report: dict[str, Any]) -> str:
-    return " ".join(Page(page_of(report)).text.replace("\u00a0", " ").split())
+    return " ".join(Page(page_of(as_report(report))).text.replace("\u00a0", " ").split())
 
 
 def test_the_page_fetches_nothing_and_runs_nothing() -> None:
-    page = Page(page_of(hand_written()))
+    page = Page(page_of(as_report(hand_written())))
     assert page.outside == []
     assert "script" not in page.tags
     assert "@import" not in page.text
     assert "url(" not in page.text
 
 
-def test_every_id_of_the_page_stands_once() -> None:
-    page = Page(page_of(hand_written()))
+def test_every_id_of_the_page_is_unique() -> None:
+    page = Page(page_of(as_report(hand_written())))
     assert len(page.ids) == len(set(page.ids))
 
 
 def test_the_same_report_gives_the_same_bytes() -> None:
-    assert page_of(hand_written()) == page_of(hand_written())
+    assert page_of(as_report(hand_written())) == page_of(as_report(hand_written()))
 
 
 def test_the_page_shows_what_the_report_says_and_escapes_words() -> None:
@@ -67,31 +70,37 @@ def test_the_page_shows_what_the_report_says_and_escapes_words() -> None:
         "LoRA adapter of rank 8",
         "25.0 %",
         "1.2e+04",
-        "20.0 MB from the owners",
+        "The owners sent 20.0 MB and received 2.0 kB.",
         "01234 56789 01234 56789",
         "a" * 64,
         "python 3.11",
+        "Token embeddings show which tokens occur.",
     ):
         assert each in text, each
 
 
-def test_words_that_an_owner_could_choose_are_escaped_wherever_they_stand() -> None:
+def test_words_that_an_owner_could_choose_are_escaped_everywhere() -> None:
     report = hand_written()
     word = "<img src=x onerror=alert(1)>$x_y$"
     report["owners"] = [word, "bea"]
-    report["lost"] = {word: word}
-    report["receipts"] = report["notes"] = report["advice"] = [word]
+    report["dropped_out"] = {word: word}
+    report["receipts"] = report["notes"] = report["advice"] = report["disclosures"] = [word]
     report["tensors"]["averaged"] = [word]
     report["layers"][0]["name"] = report["changes"][0]["name"] = word
     report["agreement"]["base"] = report["agreement"]["task"]["labels"][0] = word
     report["agreement"]["owners"][0]["name"] = word
     report["evaluation"]["by_owner"] = {word: report["evaluation"]["by_owner"]["ada"]}
-    report["sums"][0]["owners"] = report["sent"][0]["owners"] = [word]
-    report["sums"][0]["statistic"] = report["sent"][0]["model"] = report["steps"][0]["name"] = word
-    report["sums"][0]["contents"][0]["tensors"] = [word]
+    report["rounds"][0]["owners"] = report["sent"][0]["owners"] = [word]
+    report["rounds"][0]["title"] = report["sent"][0]["title"] = report["steps"][0]["title"] = word
+    report["steps"][0]["phase"] = word
+    report["rounds"][0]["contents"][0] |= {"meaning": word, "tensors": [word]}
+    for described in report["methods"].values():
+        described.update(dict.fromkeys(described, word))
+    for trial in (report["chosen"]["regmean"], report["evaluation"]["sweep"]["regmean"][1]):
+        trial["candidate"] = word
     report["steps"][0]["by_owner"] = {word: report["steps"][0]["by_owner"]["ada"]}
     report["versions"][word] = word
-    page = Page(page_of(report))
+    page = Page(page_of(as_report(report)))
     assert "img" not in page.tags
     assert page.text.count(word) > 20
 
@@ -104,44 +113,44 @@ def test_the_page_says_that_a_plain_sum_hides_nothing() -> None:
 
 def test_the_page_says_that_a_masked_sum_hides_single_owners_and_from_how_many() -> None:
     report = hand_written()
-    report["summation"] = report["agreement"]["summation"]["kind"] = "masked"
-    report["agreement"]["summation"]["colluders"] = 2
+    report["summation"] = "masked"
+    report["agreement"]["colluders"] = 2
     text = shown(report)
     assert "saw each owner's vector" not in text
-    assert "stay so even if it cheats and up to 2 of the 3 owners help it" in text
-    assert "where it sends what it solved" not in text
-    first = next(each for each in report["sums"] if each["statistic"] == "contribution")
-    report["sums"].append({**first, "statistic": "refit 1"})
-    assert "where it sends what it solved" in shown(report)
+    assert "They stay hidden from a malicious coordinator with up to 2 colluding owners of 3." in text
+    assert "only if the coordinator sends what it solved" not in text
+    first = next(each for each in report["rounds"] if each["kind"] == "contribution")
+    report["rounds"].append({**first, "kind": "step", "method": "refit", "step": 1, "title": "refit, step 1"})
+    assert "only if the coordinator sends what it solved" in shown(report)
 
 
-def test_the_page_says_who_was_lost_where_and_that_its_numbers_are_in_no_sum() -> None:
+def test_the_page_says_who_dropped_out_and_that_its_numbers_are_in_no_round() -> None:
     text = shown(hand_written())
-    assert "Owner cyd was lost at: sum of contribution. Its part is not in the merged model." in text
-    assert "cyd sum of contribution no sum" in text
+    assert "Owner cyd dropped out at: contributions. Its numbers are not in the merged model." in text
+    assert "cyd contributions no round" in text
 
 
-def test_an_owner_lost_after_its_numbers_were_summed_is_said_to_be_in_that_sum() -> None:
+def test_an_owner_that_drops_out_after_its_numbers_were_summed_is_in_that_round() -> None:
     report = hand_written()
-    report["sums"][0]["owners"].append("cyd")
+    report["rounds"][0]["owners"].append("cyd")
     report["owners"].append("cyd")
-    report["lost"]["cyd"] = "sum of test"
+    report["dropped_out"]["cyd"] = "test metrics"
     text = shown(report)
-    assert "Owner cyd was lost at: sum of test. Its part is in the merged model." in text
-    assert "cyd sum of test contribution" in text
+    assert "Owner cyd dropped out at: test metrics. Its numbers are in the merged model." in text
+    assert "cyd test metrics contributions" in text
 
 
-def test_a_total_that_was_not_destroyed_is_said_to_be_there() -> None:
+def test_the_page_says_which_total_was_not_destroyed() -> None:
     report = hand_written()
     assert "not destroyed" not in shown(report)
-    report["sums"][0]["destroyed"] = False
+    report["rounds"][0]["destroyed"] = False
     text = shown(report)
     assert "not destroyed" in text
     assert "overwrote them after the solve" not in text
 
 
-def test_figures_that_an_owner_keeps_to_itself_are_not_promised_by_name() -> None:
-    assert "No of bea: means only" in shown(hand_written())
+def test_metrics_that_an_owner_keeps_to_itself_are_not_shown_by_name() -> None:
+    assert "No for bea: means only" in shown(hand_written())
 
 
 def test_a_simulation_is_called_one() -> None:
@@ -152,8 +161,8 @@ def test_a_simulation_is_called_one() -> None:
 
 
 def test_the_verdict_names_what_is_better_and_what_is_worse() -> None:
-    # 400 rows of ada, 400 of bea whose figures are hidden: 1.96 sqrt(2 * 0.75 * 0.25 / 800) = 0.042
-    assert verdict(hand_written()).replace("\u00a0", " ") == (
+    # 400 rows of ada, 400 of bea whose metrics are hidden: 1.96 sqrt(2 * 0.75 * 0.25 / 800) = 0.042
+    assert verdict(as_report(hand_written())).replace("\u00a0", " ") == (
         "The merged model (RegMean) is right on 75.0 % of the owners' test rows: better than the plain average "
         "(62.5 %) and the base model (25.0 %); worse than each owner's own model at home (87.5 %) and Fisher averaging "
         "(81.2 %)."
@@ -164,10 +173,10 @@ def test_the_verdict_does_not_call_better_what_chance_explains() -> None:
     report = hand_written()
     mean = report["evaluation"]["mean"]
     mean["average"]["accuracy"], mean["fisher"]["accuracy"] = 0.71, 0.79
-    said = verdict(report)
+    said = verdict(as_report(report))
     assert "not clearly different from Fisher averaging (79.0\u00a0%) and the plain average (71.0\u00a0%)" in said
     mean["average"]["accuracy"] = 0.70
-    assert "better than the plain average (70.0\u00a0%)" in verdict(report)
+    assert "better than the plain average (70.0\u00a0%)" in verdict(as_report(report))
 
 
 @pytest.mark.parametrize("owners", [2, 30])
@@ -179,26 +188,123 @@ def test_many_owners_and_few_fit_on_the_page(owners: int) -> None:
     assert ("the others" in shown(report)) == (owners > 7)
 
 
-def test_a_report_without_grams_knobs_or_single_figures_has_a_page() -> None:
+def test_a_report_without_grams_sweeps_or_single_metrics_has_a_page() -> None:
     report = hand_written()
     report["layers"], report["low_rank"], report["examples"] = [], None, None
     report["evaluation"]["sweep"], report["evaluation"]["by_owner"] = {}, {}
-    report["chosen"]["regmean"] = {"candidate": "regmean", "knob": None}
+    report["chosen"]["regmean"] = {"candidate": "regmean", "hyperparameter": None}
     for change in report["changes"]:
         change["from_average"] = None
     text = shown(report)
-    assert "had one candidate" in text
+    assert "had only one candidate" in text
     assert "Condition" not in text
 
 
 def test_the_page_lies_beside_the_report(tmp_path: Path) -> None:
-    save_report(hand_written(), tmp_path)
-    assert render_report(tmp_path).read_text() == page_of(hand_written())
+    report = as_report(hand_written())
+    save_report(report, tmp_path)
+    assert render_report(tmp_path).read_text() == page_of(report)
 
 
 def test_a_missing_or_foreign_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"report_version": 99}))
-    with pytest.raises(SettingsError, match="report_version is 99, this reads 2"):
+    with pytest.raises(SettingsError, match="report_version is 99, this release reads 3"):
         read_report(tmp_path)
+
+
+def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    report = as_report(hand_written())
+    save_report(report, tmp_path)
+    assert read_report(tmp_path) == report
+    assert json.loads(as_json(report)) == hand_written()
+
+
+def set_at(content: Any, place: tuple[str | int, ...], value: Any) -> None:
+    for step in place[:-1]:
+        content = content[step]
+    content[place[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("seconds",), "12", "seconds: Input should be a valid number"),
+        (("seconds",), float("nan"), "seconds: Input should be a finite number"),
+        (("seconds",), float("inf"), "seconds: Input should be a finite number"),
+        (("owners",), [], "owners: Tuple should have at least 1 item"),
+        (("evaluation", "mean", "base", "predictions"), 0, "evaluation.mean.base.predictions: Input should be greater"),
+        (("evaluation", "mean", "base", "accuracy"), 1.5, "evaluation.mean.base.accuracy: Input should be less"),
+        (
+            ("rounds", 0, "kind"),
+            "theft",
+            "rounds.0.kind: Input should be 'scales', 'contribution', 'step' or 'metrics'",
+        ),
+        (("sent", 0, "kind"), "<b>\n", r"sent.0: Input tag '<b>\n' found using 'kind'"),
+        (("<b>\n\u202e" + 1000 * "x",), 1, r"<b>\n\u202exxx"),
+        (("layers", 0, "rows"), 1, "layers.0.rows: Extra inputs are not permitted"),
+        (("evaluation", "mean", "stock"), {}, "evaluation.mean.stock.accuracy: Field required"),
+        (("method",), "stock", "method names a method that `methods` lacks"),
+        (("agreement", "compare_with"), ["stock"], "agreement.compare_with names a method that `methods` lacks"),
+        (("sent", 0, "method"), "stock", "sent names a method that `methods` lacks"),
+        (("methods", "base"), hand_written()["methods"]["regmean"], "methods: a method has the name of a reference"),
+        (("chosen",), {}, "chosen lacks a method that was published or swept"),
+        (("chosen", "regmean", "candidate"), "x", "chosen names a candidate that its sweep lacks"),
+        (("evaluation", "by_owner", "bea"), {}, "evaluation lacks the published method or own_at_home"),
+    ],
+)
+def test_a_malformed_report_is_refused_in_one_line_with_a_hint(
+    place: tuple[str | int, ...], value: Any, says: str, tmp_path: Path
+) -> None:
+    content = hand_written()
+    set_at(content, place, value)
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(SettingsError) as caught:
+        read_report(tmp_path)
+    assert says in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < len(str(tmp_path)) + 400
+    assert "get it again" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", 100_000 * b"[", 100_000 * b'{"title":'])
+def test_a_file_that_holds_no_report_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        read_report(tmp_path)
+    assert caught.value.message.isprintable()
+    assert caught.value.hint
+
+
+def test_a_report_that_is_too_large_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    with (tmp_path / "report.json").open("wb") as file:
+        file.truncate(MAX_REPORT_BYTES + 1)
+    with pytest.raises(SettingsError, match="more than 64000000 bytes"):
+        read_report(tmp_path)
+
+
+def test_a_method_that_no_table_knows_is_on_the_page() -> None:
+    report = hand_written()
+    report["methods"]["model_stock"] = report["methods"]["average"] | {"title": "Model Stock", "phrase": "Model Stock"}
+    report["chosen"]["model_stock"] = {"candidate": "model_stock", "hyperparameter": None}
+    report["agreement"]["compare_with"].append("model_stock")
+    for models in (report["evaluation"]["mean"], *report["evaluation"]["by_owner"].values()):
+        models["model_stock"] = models["average"]
+    text = shown(report)
+    assert "better than the plain average (62.5 %), Model Stock (62.5 %) and the base model" in text
+    assert "compared with average, Fisher and Model Stock" in text
+
+
+def test_the_schema_in_the_documents_is_the_one_that_is_read() -> None:
+    text = SCHEMA.read_text()
+    assert text == schema_text(), "run: python -m server.report.report > docs/report.schema.json"
+    assert "version 3" in json.loads(text)["title"]
+
+
+def test_every_field_of_the_schema_is_described() -> None:
+    tables = json.loads(schema_text())
+    for name, table in {"Report": tables, **tables["$defs"]}.items():
+        for field, rules in table["properties"].items():
+            part = tables["$defs"].get(rules.get("$ref", "").rpartition("/")[2], {})
+            assert rules.get("description") or part.get("description"), f"{name}.{field}"

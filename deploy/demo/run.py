@@ -1,18 +1,16 @@
 """The demo from end to end, for the command line and the benchmark."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deploy.demo.digits import write_consortium
 from deploy.simulation.simulate import Engine, simulate
 from server.merge import claim_output
+from server.report.report import Report
 
 
-def run_demo(
-    output: Path, seed: int = 0, *, engine: Engine = "in-process", with_references: bool = True
-) -> dict[str, Any]:
+def run_demo(output: Path, seed: int = 0, *, engine: Engine = "in-process", with_references: bool = True) -> Report:
     """Make the consortium in OUT/consortium and merge it. Returns the report."""
     # A model this small gains nothing from a second thread, and where another program wants the core, threads that
     # wait for each other cost ten times as long as one alone.

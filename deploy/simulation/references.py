@@ -15,11 +15,11 @@ from client.data.rows import pool
 from client.measurement import fine_tuning as finetune
 from client.measurement.evaluation import evaluate, predict_logits, score_logits
 from client.owner import Owner
-from common.metrics import Score
+from common.metrics import MeanScore, Score
 
 
-def reference_scores(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
-    """Scores by model and owner. `ensemble` only of models with labels, whose probabilities fit in memory; `multi_task`
+def reference_scores(owners: Sequence[Owner]) -> dict[str, MeanScore]:
+    """Scores by model. `ensemble` only of models with labels, whose probabilities fit in memory; `multi_task`
     only where all owners make their models from one recipe; none of them where heads are private.
     """
     if owners[0].agreement.task.head == "private":
@@ -28,7 +28,7 @@ def reference_scores(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     recipes = {owner.settings.training for owner in owners}
     if len(recipes) == 1 and None not in recipes:
         scores["multi_task"] = _multi_task(owners)
-    return scores
+    return {model: _over_owners(by_owner) for model, by_owner in scores.items()}
 
 
 def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
@@ -54,15 +54,16 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     return scores
 
 
-def mean_figures(scores: Mapping[str, Score], figure: str) -> dict[str, float]:
-    """Means over owners, in the form that report.json has for every model."""
+def _over_owners(scores: Mapping[str, Score]) -> MeanScore:
+    """Means in which every owner counts alike."""
     rows = sum(score.rows for score in scores.values())
-    return {
-        "accuracy": float(np.mean([score.correct / score.rows for score in scores.values()])),
-        figure: float(np.mean([score.figure for score in scores.values()])),
-        "pooled_accuracy": sum(score.correct for score in scores.values()) / rows,
-        "rows": rows,
-    }
+    return MeanScore(
+        accuracy=float(np.mean([score.correct / score.rows for score in scores.values()])),
+        figure=float(np.mean([score.figure for score in scores.values()])),
+        pooled_accuracy=sum(score.correct for score in scores.values()) / rows,
+        rows=rows,
+        by_owner=scores,
+    )
 
 
 def _mean(scores: Sequence[Score]) -> Score:

@@ -2,7 +2,7 @@
 
 from deploy.simulation.simulate import simulate
 report = simulate("my-consortium")
-report["evaluation"]["mean"]["regmean"]["accuracy"]
+report.evaluation.mean["regmean"].accuracy
 """
 
 import logging
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tomli_w
 
@@ -32,8 +32,9 @@ from deploy.simulation.in_process_grid import run_in_process
 from server.app import app as server_app
 from server.checkpoint import is_checkpoint_of
 from server.merge import CHECKPOINT, claim_output
+from server.report.outcome import add_references
 from server.report.page import render_report
-from server.report.report import own_figures, read_report, save_report
+from server.report.report import Report, read_report, save_report
 
 Engine = Literal["in-process", "ray"]
 PARTIES = "parties"
@@ -46,7 +47,7 @@ def simulate(
     *,
     engine: Engine = "in-process",
     with_references: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Merge the consortium in `folder`; write `model/`, `report.html` and `report.json`. For scripts and notebooks.
 
     folder           holds `agreement.toml` (a draft is enough) and one settings file per owner, `<name>.toml` or
@@ -57,9 +58,9 @@ def simulate(
                      is the same
     with_references  add to the report what only somebody who holds all models and rows can know (references.py)
 
-    Returns the report, in the form that `server/report/report.py` documents. Raises an AmalgramError, whose text is one
-    line; then no report was written. An interrupted run, rather than a failed one, resumes when this is called again on
-    the same folders. Progress goes to the logger "amalgram".
+    Returns the report, whose fields `server/report/report.py` describes. Raises an AmalgramError; then no report was
+    written. An interrupted run, rather than a failed one, resumes when this is called again on the same folders.
+    Progress goes to the logger "amalgram".
     """
     output = Path(folder) / "output" if output is None else output
     folder, output = Path(folder).resolve(), Path(output).resolve()
@@ -82,10 +83,12 @@ def simulate(
         for path in party_files:
             Owner(path).check()
         _run(engine, coordinator_file, party_files)
-        report = read_report(output) | {"simulated": True}
+        report = read_report(output).model_copy(update={"simulated": True})
         if with_references:
             log.info("computing references")
-            _add_references(report, [Owner(path) for path in party_files])
+            owners = [Owner(path) for path in party_files]
+            scores = references.reference_scores([owner for owner in owners if owner.name in report.owners])
+            report = add_references(report, scores)
         save_report(report, output)
     render_report(output)
     return report
@@ -205,13 +208,3 @@ def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> Non
         error = AmalgramError(f"owner {refusal.owner}: {reason.read_text().strip().splitlines()[-1]}")
         error.code, error.exit_code = refusal.code, refusal.exit_code
         raise error from None
-
-
-def _add_references(report: dict[str, Any], owners: list[Owner]) -> None:
-    figure = report["evaluation"]["figure"]
-    taking_part = [owner for owner in owners if owner.name in report["owners"]]
-    for model, scores in references.reference_scores(taking_part).items():
-        report["evaluation"]["mean"][model] = references.mean_figures(scores, figure)
-        for owner, figures in report["evaluation"]["by_owner"].items():
-            if owner in scores:
-                figures[model] = own_figures(scores[owner], figure)

@@ -1,7 +1,12 @@
-"""`report.html`, made from report.json alone: one file, no script, nothing fetched."""
+"""`report.html`, made from report.json alone: one file that runs no script and fetches nothing.
+
+The page is a frame (report.html.jinja, page.css) and eight sections. Each section is one function here, which gathers
+what it shows, and one template of the same name in sections/.
+"""
 
 from collections import defaultdict
-from math import log10, sqrt
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +14,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from server.report import plots
-from server.report.report import FIGURE_SUMS, read_report
-from server.report.words import EXPLAINED, FIGURES, METHODS, MODELS, TASKS, listed, models_in, percent, size
+from server.report.heat_map import heat_map
+from server.report.report import OwnerCost, Report, Sent, read_report
+from server.report.verdict import by_metric, difference, verdict
+from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, size, summary_of, title_of
 
-TWO_SIDED_95 = 1.96
-MAX_PARTS = 7  # owners that a stacked bar tells apart; the others are one part
+FOLDER = Path(__file__).parent
+MAX_PARTS = 7  # owners that a stacked bar shows one by one; beyond that, some are put together
 COORDINATOR = "coordinator"
-NONE = "\u2013"  # stands where there is no number
-LAYER_COLUMNS = (
-    # key, heading, how it is printed, whether the colour goes by the order of magnitude
-    ("rows", "Rows", "{:,.0f}", False),
-    ("condition", "Condition", "{:.2g}", True),
-    ("effective_rank", "Effective rank", "{:.1f}", False),
-    ("unseen_directions", "Unseen directions", "{:.0f}", False),
-    ("change", "Change from base", "{:.1%}", False),
-    ("from_average", "Distance from average", "{:.1%}", False),
-)
+OTHERS = "the others"
+BETWEEN_STEPS = "between steps"
 
 
 def render_report(output: Path) -> Path:
@@ -34,231 +33,224 @@ def render_report(output: Path) -> Path:
     return page
 
 
-def page_of(report: dict[str, Any]) -> str:
+def page_of(report: Report) -> str:
     """The whole page."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "size": size, "listed": listed}
-    return environment.get_template("report.html.jinja").render(
-        report=report,
-        models=models_in(report),
-        names=MODELS,
-        explained=EXPLAINED,
-        methods=METHODS,
-        figures=FIGURES,
-        tasks=TASKS,
-        figure_sums=FIGURE_SUMS,
-        verdict=verdict(report),
-        by_figure=by_figure(report),
-        difference=difference,
-        models_plot=_models_plot(report),
-        sweep_plots=_sweep_plots(report),
-        cost_plots=_cost_plots(report),
-        layers=_layers(report),
-        received=_received(report),
-        sums_of={
-            owner: [each["statistic"] for each in report["sums"] if owner in each["owners"]] for owner in report["lost"]
-        },
-    )
-
-
-# --- the verdict ---
-
-
-def verdict(report: dict[str, Any]) -> str:
-    """One sentence on the merged model's accuracy beside every other model's, and how sure the difference is."""
-    mean, method = report["evaluation"]["mean"], report["method"]
-    merged = mean[method]["accuracy"]
-    groups: dict[str, list[str]] = {"better than": [], "not clearly different from": [], "worse than": []}
-    others = sorted(models_in(report)[1:], key=lambda model: -float(mean[model]["accuracy"]))
-    for model in others:
-        gain = merged - mean[model]["accuracy"]
-        if abs(gain) <= chance(report, model):
-            relation = "not clearly different from"
-        else:
-            relation = "better than" if gain > 0 else "worse than"
-        groups[relation].append(f"{IN_A_SENTENCE[model]} ({percent(mean[model]['accuracy'])})")
-    said = "; ".join(f"{relation} {listed(models)}" for relation, models in groups.items() if models)
-    kind = report["agreement"]["task"]["kind"]
-    return (
-        f"The merged model ({METHODS[method]}) is right on {percent(merged)} of the owners' test {UNITS[kind]}: {said}."
-    )
-
-
-UNITS = {
-    "text-classification": "rows",
-    "image-classification": "rows",
-    "token-classification": "words",
-    "causal-lm": "tokens",
-    "sequence-to-sequence": "tokens",
-}
-
-
-IN_A_SENTENCE = {
-    "base": "the base model",
-    "own_at_home": "each owner's own model at home",
-    "own": "an owner's own model on everybody's rows",
-    "average": "the plain average",
-    "task_arithmetic": "task arithmetic",
-    "fisher": "Fisher averaging",
-    "data_free": "data-free merging",
-    "regmean": "RegMean",
-    "refit": "a refitted classifier on a merged body",
-    "regmean_plus_plus": "RegMean++",
-    "ensemble": "the ensemble of all own models",
-    "multi_task": "training on everybody's data",
-}
-
-
-def by_figure(report: dict[str, Any]) -> str:
-    """How the merged model stands by the task's figure, which may tell another story than accuracy."""
-    figure, mean = report["evaluation"]["figure"], report["evaluation"]["mean"]
-    merged = mean[report["method"]][figure]
-    ahead = [model for model in models_in(report)[1:] if mean[model][figure] > merged]
-    ahead.sort(key=lambda model: -float(mean[model][figure]))
-    if not ahead:
-        return f"By {FIGURES[figure]}, {merged:.3f}, no model here is ahead of it."
-    before = listed([f"{IN_A_SENTENCE[model]} ({mean[model][figure]:.3f})" for model in ahead])
-    return f"By {FIGURES[figure]}, {merged:.3f}, ahead of it: {before}."
-
-
-def chance(report: dict[str, Any], model: str) -> float:
-    """The difference in mean accuracy to `model` that chance alone makes in one of twenty repetitions, were the rows
-    independent and other ones for each model: 1.96 sqrt(var + var), var = sum of p (1 - p) / rows / owners^2.
-    """
-    variance = 0.0
-    owners = len(report["owners"])
-    for each in (report["method"], model):
-        mean = report["evaluation"]["mean"][each]
-        shown = [scores[each] for scores in report["evaluation"]["by_owner"].values() if each in scores]
-        if len(shown) == owners:
-            variance += sum(one["accuracy"] * (1 - one["accuracy"]) / one["rows"] for one in shown) / owners**2
-        else:
-            variance += mean["accuracy"] * (1 - mean["accuracy"]) / mean["rows"]
-    return TWO_SIDED_95 * sqrt(variance)
-
-
-def difference(merged: float, other: float, points: bool) -> str:
-    """How much better (or worse) the merged model is than another, as a sign that needs no colour."""
-    gain = (merged - other) * (100 if points else 1)
-    shown = f"{abs(gain):.1f}" if points else f"{abs(gain):.3f}"
-    if not float(shown):
-        return "= same"
-    return f"▲ {shown}" if gain > 0 else f"▼ {shown}"
-
-
-# --- plots ---
-
-
-def _models_plot(report: dict[str, Any]) -> Markup:
-    evaluation = report["evaluation"]
-    models = sorted(models_in(report), key=lambda model: -float(evaluation["mean"][model]["accuracy"]))
-    owners = [
-        [scores[model]["accuracy"] for scores in evaluation["by_owner"].values() if model in scores] for model in models
+    environment.filters |= {
+        "percent": percent,
+        "size": size,
+        "listed": listed,
+        "capitalised": capitalised,
+        "three": "{:.3f}".format,
+        "grouped": "{:,}".format,
+    }
+    environment.globals |= {
+        "report": report,
+        "is_masked": report.summation == "masked",
+        "hidden": [owner.name for owner in report.agreement.owners if owner.metrics == "summed"],
+        "metric_names": METRICS,
+        "task_names": TASKS,
+        "title_of": title_of,
+    }
+    sections = [
+        Markup(environment.get_template(f"sections/{name}.html.jinja").render(gather(report)))
+        for name, gather in SECTIONS.items()
     ]
-    means = [evaluation["mean"][model]["accuracy"] for model in models]
-    names = [f"{MODELS[model]} (merged)" if model == report["method"] else MODELS[model] for model in models]
-    return Markup(plots.models_plot(names, means, owners, models.index(report["method"]), "accuracy on test rows"))
+    css = Markup((FOLDER / "page.css").read_text())
+    return environment.get_template("report.html.jinja").render(sections=sections, css=css)
 
 
-def _sweep_plots(report: dict[str, Any]) -> dict[str, Markup]:
-    figure = report["evaluation"]["figure"]
+# --- the sections ---
+
+
+def verdict_section(report: Report) -> dict[str, Any]:
+    return {"verdict": verdict(report), "by_metric": by_metric(report)}
+
+
+def metrics_section(report: Report) -> dict[str, Any]:
+    return {
+        "models": models_in(report),
+        "difference": difference,
+        "summary_of": summary_of,
+        "plot": _models_plot(report),
+    }
+
+
+def choice_section(report: Report) -> dict[str, Any]:
+    swept = {report.methods[method].hyperparameter_summary for method in report.evaluation.sweep}
+    return {"plots": _sweep_plots(report), "explained": sorted(swept - {None})}
+
+
+def revealed_section(report: Report) -> dict[str, Any]:
+    measured = [each for each in report.rounds if each.kind != "metrics"]
+    return {
+        "has_later_rounds": len(measured) > 1,
+        "all_destroyed": all(each.destroyed for each in measured),
+        "models_sent": [each for each in report.sent if each.kind != "scales"],
+        "deliveries": _deliveries(report),
+        "rounds_with": {
+            owner: [each.title for each in report.rounds if owner in each.owners] for owner in report.dropped_out
+        },
+    }
+
+
+def layers_section(report: Report) -> dict[str, Any]:
+    return {"heat_map": heat_map(report), "num_merged": sum(map(len, report.tensors.merged))}
+
+
+def cost_section(report: Report) -> dict[str, Any]:
+    return {
+        "charts": _cost_charts(report),
+        "bytes_sent": sum(step.bytes_sent for step in report.steps),
+        "bytes_received": sum(step.bytes_received for step in report.steps),
+    }
+
+
+def agreement_section(report: Report) -> dict[str, Any]:
+    return {"compared": [report.methods[method].title for method in report.agreement.compare_with]}
+
+
+def digests_section(report: Report) -> dict[str, Any]:
+    return {"digests": report.digests.model_dump()}
+
+
+SECTIONS: dict[str, Callable[[Report], dict[str, Any]]] = {  # by the section's id, in the order of the page
+    "verdict": verdict_section,
+    "metrics": metrics_section,
+    "choice": choice_section,
+    "revealed": revealed_section,
+    "layers": layers_section,
+    "cost": cost_section,
+    "agreement": agreement_section,
+    "digests": digests_section,
+}
+
+
+# --- metrics and sweeps ---
+
+
+def _models_plot(report: Report) -> Markup:
+    evaluation = report.evaluation
+    models = sorted(models_in(report), key=lambda model: -evaluation.mean[model].accuracy)
+    owners = [
+        [scores[model].accuracy for scores in evaluation.by_owner.values() if model in scores] for model in models
+    ]
+    means = [evaluation.mean[model].accuracy for model in models]
+    names = [capitalised(title_of(report, model)) for model in models]
+    merged = models.index(report.method)
+    names[merged] += " (merged)"
+    return Markup(plots.models_plot(names, means, owners, merged, "accuracy on test rows"))
+
+
+def _sweep_plots(report: Report) -> dict[str, Markup]:
     made = {}
-    for method, sweep in report["evaluation"]["sweep"].items():
-        tried = sorted(sweep, key=lambda row: float(row["knob"]))
-        chosen = [row["candidate"] for row in tried].index(report["chosen"][method]["candidate"])
-        curves = {FIGURES[each]: [row[each] for row in tried] for each in ("accuracy", figure)}
-        made[method] = Markup(plots.sweep_plot(method, [row["knob"] for row in tried], curves, chosen))
+    for number, (method, sweep) in enumerate(report.evaluation.sweep.items()):
+        tried = sorted(sweep, key=lambda trial: trial.hyperparameter)
+        chosen = [trial.candidate for trial in tried].index(report.chosen[method].candidate)
+        curves = {
+            "accuracy": [trial.accuracy for trial in tried],
+            METRICS[report.evaluation.metric]: [trial.metric for trial in tried],
+        }
+        values = [trial.hyperparameter for trial in tried]
+        made[method] = Markup(plots.sweep_plot(str(number), values, curves, chosen))
     return made
-
-
-def _cost_plots(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Time, bytes from and bytes to owners; per phase, cut into owners. With the same numbers as rows."""
-    phases = _phases(report)
-    owners = list(dict.fromkeys(owner for costs in phases.values() for owner in costs if owner != COORDINATOR))
-    columns = owners if len(owners) <= MAX_PARTS else [*owners[: MAX_PARTS - 1], "the others"]
-    charts = []
-    for key, title, unit in (
-        ("waited_seconds", "Time", 1.0),
-        ("bytes_received", "From the owners", 1e6),
-        ("bytes_sent", "To the owners", 1e6),
-    ):
-        parts: dict[str, list[float]] = {column: [0.0] * len(phases) for column in columns}
-        if key == "waited_seconds":
-            parts[COORDINATOR] = [0.0] * len(phases)
-        for row, costs in enumerate(phases.values()):
-            for party, cost in costs.items():
-                if party in parts or party != COORDINATOR:
-                    parts[party if party in parts else "the others"][row] += cost[key] / unit
-        name = "seconds" if unit == 1.0 else "MB"
-        svg = Markup(plots.stacked_plot(key.replace("_", "-"), list(phases), parts, name, COORDINATOR))
-        charts.append({"title": title, "unit": name, "svg": svg, "rows": list(phases), "parts": parts})
-    return charts
-
-
-def _phases(report: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Steps of one kind put together: costs by owner, and the coordinator's own time."""
-    phases: dict[str, dict[str, dict[str, float]]] = {}
-    for step in report["steps"]:
-        costs = phases.setdefault(_phase(step["name"], report), defaultdict(lambda: defaultdict(float)))
-        for owner, cost in step["by_owner"].items():
-            for key, value in cost.items():
-                costs[owner][key] += value
-        waited = sum(cost["waited_seconds"] for cost in step["by_owner"].values())
-        costs[COORDINATOR]["waited_seconds"] += max(0.0, step["seconds"] - waited)
-    between = report["seconds"] - sum(step["seconds"] for step in report["steps"])
-    phases["between steps"] = {COORDINATOR: defaultdict(float, {"waited_seconds": max(0.0, between)})}
-    return phases
-
-
-def _phase(step: str, report: dict[str, Any]) -> str:
-    for method, name in METHODS.items():
-        if step.startswith(f"sum of {method} "):
-            return f"sums of {name}"
-    for split, name in (
-        ("scales", "scales"),
-        ("prefix", "merged layers"),
-        ("validation", "candidates to validate"),
-        ("test", "candidates to test"),
-    ):
-        if step.startswith("candidate ") and step.endswith(f" on {split}"):
-            return name
-    return step
-
-
-# --- layers ---
-
-
-def _layers(report: dict[str, Any]) -> dict[str, Any]:
-    """The heat map: columns that have a number, and per row its cells with colour, ink and text."""
-    notes = {note["name"]: note for note in report["layers"]}
-    rows = [{"status": NONE, **change, **notes.get(change["name"], {})} for change in report["changes"]]
-    columns = [column for column in LAYER_COLUMNS if any(row.get(column[0]) is not None for row in rows)]
-    for key, _, form, logarithmic in columns:
-        shares = _shares([row.get(key) for row in rows], logarithmic)
-        for row, share in zip(rows, shares, strict=True):
-            cells = row.setdefault("cells", [])
-            colour, ink = ("transparent", "inherit") if share is None else plots.heat(share)
-            text = NONE if row.get(key) is None else form.format(row[key])
-            cells.append({"text": text, "colour": colour, "ink": ink})
-    return {"columns": [heading for _, heading, _, _ in columns], "rows": rows}
-
-
-def _shares(values: list[float | None], logarithmic: bool) -> list[float | None]:
-    """Each number between the smallest (0) and the largest (1) of its column; None where all are the same."""
-    scaled = [log10(value) if logarithmic and value else value for value in values]
-    known = [value for value in scaled if value is not None]
-    low, high = min(known), max(known)
-    return [None if value is None or low == high else (value - low) / (high - low) for value in scaled]
 
 
 # --- what owners received ---
 
 
-def _received(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Candidates by what they were for, with all owners that got all of them."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for candidate in report["sent"]:
-        groups[candidate["split"]].append(candidate)
-    return [{"split": split, "candidates": candidates} for split, candidates in groups.items()]
+@dataclass(frozen=True, kw_only=True)
+class DeliveryGroup:
+    """Deliveries of one purpose, with every owner that received any of them."""
+
+    purpose: str
+    titles: tuple[str, ...]
+    owners: tuple[str, ...]
+    largest_bytes: int
+
+
+def _deliveries(report: Report) -> list[DeliveryGroup]:
+    groups: dict[str, list[Sent]] = defaultdict(list)
+    for sent in report.sent:
+        groups[_purpose(sent)].append(sent)
+    return [
+        DeliveryGroup(
+            purpose=purpose,
+            titles=tuple(sent.title for sent in group),
+            owners=tuple(dict.fromkeys(owner for sent in group for owner in sent.owners)),
+            largest_bytes=max(sent.bytes for sent in group),
+        )
+        for purpose, group in groups.items()
+    ]
+
+
+def _purpose(sent: Sent) -> str:
+    if sent.kind == "scales":
+        return "scaling the numbers of a 32-bit round"
+    if sent.kind == "merged_step":
+        return "measuring the next round"
+    return "choosing, on validation rows" if sent.split == "validation" else "the metrics, on test rows"
+
+
+# --- time and bytes ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostChart:
+    """One plot with its numbers: `parts` has, by owner, one value per phase."""
+
+    title: str
+    unit: str
+    svg: Markup
+    phases: tuple[str, ...]
+    parts: dict[str, list[float]]
+
+
+def _cost_charts(report: Report) -> list[CostChart]:
+    """Time, bytes from owners and bytes to owners. Each bar is a phase, cut into owners."""
+    waited = _by_phase(report, lambda cost: cost.waited_seconds)
+    received = _by_phase(report, lambda cost: cost.bytes_received / 1e6)
+    sent = _by_phase(report, lambda cost: cost.bytes_sent / 1e6)
+    for phase, seconds in _coordinator_seconds(report).items():
+        waited.setdefault(phase, {})[COORDINATOR] = seconds
+    charts = [("Time", "seconds", waited), ("From the owners", "MB", received), ("To the owners", "MB", sent)]
+    return [_cost_chart(title, unit, costs) for title, unit, costs in charts if any(costs.values())]
+
+
+def _cost_chart(title: str, unit: str, costs: dict[str, dict[str, float]]) -> CostChart:
+    owners = list(dict.fromkeys(party for by_party in costs.values() for party in by_party if party != COORDINATOR))
+    columns = owners if len(owners) <= MAX_PARTS else [*owners[: MAX_PARTS - 1], OTHERS]
+    if any(COORDINATOR in by_party for by_party in costs.values()):
+        columns.append(COORDINATOR)
+    parts = {column: [0.0] * len(costs) for column in columns}
+    for row, by_party in enumerate(costs.values()):
+        for party, cost in by_party.items():
+            parts[party if party in parts else OTHERS][row] += cost
+    svg = Markup(plots.stacked_plot(title.lower().replace(" ", "-"), list(costs), parts, unit, COORDINATOR))
+    return CostChart(title=title, unit=unit, svg=svg, phases=tuple(costs), parts=parts)
+
+
+def _by_phase(report: Report, of: Callable[[OwnerCost], float]) -> dict[str, dict[str, float]]:
+    """One kind of cost by phase and owner."""
+    costs: dict[str, dict[str, float]] = {}
+    for step in report.steps:
+        phase = costs.setdefault(step.phase, {})
+        for owner, cost in step.by_owner.items():
+            phase[owner] = phase.get(owner, 0.0) + of(cost)
+    return costs
+
+
+def _coordinator_seconds(report: Report) -> dict[str, float]:
+    """By phase, the time in which the coordinator waited for nobody."""
+    own: dict[str, float] = {}
+    for step in report.steps:
+        waited = sum(cost.waited_seconds for cost in step.by_owner.values())
+        own[step.phase] = own.get(step.phase, 0.0) + max(0.0, step.seconds - waited)
+    own[BETWEEN_STEPS] = max(0.0, report.seconds - sum(step.seconds for step in report.steps))
+    return own

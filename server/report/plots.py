@@ -1,6 +1,7 @@
-"""The page's plots as inline SVG: text stays text, ink takes the page's colour, the same report gives the same bytes.
+"""The page's plots as inline SVG. The heat map is a table (heat_map.py).
 
-Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; nothing is told by colour alone.
+Text stays text, ink takes the page's colour, and the same report gives the same bytes. Colours are Okabe and Ito's
+(2008), which colour-blind readers can tell apart; a marker, a hatch or a label always says the same as a colour.
 """
 
 import io
@@ -13,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-HATCHES = ("", "///", "\\\\\\", "---", "|||", "xxx", "+++")  # lines alone: dots make a page ten times as large
+HATCHES = ("", "///", "\\\\\\", "---", "|||", "xxx", "+++")  # only lines: dots would make a page ten times as large
 ACCENT, OTHERS = "#d55e00", "#999999"
-INK = "#010203"  # stands for the page's own text colour
-WIDTH_INCHES = 4.9  # as wide as a phone shows without making text smaller
+INK = "#010203"  # replaced by the page's own text colour
+WIDTH_INCHES = 4.9  # the most that a phone shows without shrinking the text
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "amalgram",
@@ -35,7 +36,7 @@ STYLE: dict[Any, Any] = {
 def models_plot(
     names: Sequence[str], means: Sequence[float], owners: Sequence[Sequence[float]], merged: int, label: str
 ) -> str:
-    """A row per model: a diamond for the mean, a small circle per owner; `merged` is the row to stand out."""
+    """One row per model: a diamond for the mean, a small circle per owner; row `merged` stands out."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes(height_inches=0.6 + 0.3 * len(names))
         places = range(len(names))[::-1]
@@ -52,18 +53,18 @@ def models_plot(
         return _svg(figure, "models")
 
 
-def sweep_plot(name: str, knobs: Sequence[float], figures: Mapping[str, Sequence[float]], chosen: int) -> str:
-    """A line per figure over the knob's values, which stand evenly; the chosen one is ringed."""
+def sweep_plot(name: str, values: Sequence[float], curves: Mapping[str, Sequence[float]], chosen: int) -> str:
+    """One curve per metric over the hyperparameter's values, evenly spaced; the chosen value is ringed."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes(height_inches=2.4)
-        places = list(range(len(knobs)))
+        places = list(range(len(values)))
         axes.axvline(chosen, color=INK, alpha=0.35, linewidth=1)
-        for (label, values), colour, marker, line in zip(
-            figures.items(), PALETTE, "osv", ("-", "--", ":"), strict=False
+        for (label, heights), colour, marker, line in zip(
+            curves.items(), PALETTE, "osv", ("-", "--", ":"), strict=False
         ):
-            axes.plot(places, values, marker=marker, linestyle=line, color=colour, label=label)
-            axes.plot(chosen, values[chosen], "o", color=ACCENT, fillstyle="none", markersize=13, markeredgewidth=2)
-        axes.set_xticks(places, [f"{knob:g}" for knob in knobs])
+            axes.plot(places, heights, marker=marker, linestyle=line, color=colour, label=label)
+            axes.plot(chosen, heights[chosen], "o", color=ACCENT, fillstyle="none", markersize=13, markeredgewidth=2)
+        axes.set_xticks(places, [f"{value:g}" for value in values])
         axes.margins(x=0.1, y=0.2)
         axes.grid(axis="y", color=INK, alpha=0.15)
         axes.legend(loc="best")
@@ -73,7 +74,7 @@ def sweep_plot(name: str, knobs: Sequence[float], figures: Mapping[str, Sequence
 def stacked_plot(
     name: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]], label: str, other: str | None = None
 ) -> str:
-    """A bar per row, cut into parts that differ by colour and hatch; `other` is the part drawn in grey."""
+    """One bar per row, cut into parts that differ by colour and hatch; part `other` is grey."""
     with mpl.rc_context(STYLE):
         figure, axes = _axes(height_inches=1.0 + 0.3 * len(rows) + 0.2 * (len(parts) // 3))
         places = list(range(len(rows)))[::-1]
@@ -90,20 +91,13 @@ def stacked_plot(
         return _svg(figure, name)
 
 
-def heat(share: float) -> tuple[str, str]:
-    """The cividis colour of a number from 0 to 1, and the ink that is readable on it."""
-    red, green, blue, _ = mpl.colormaps["cividis"](share)
-    ink = "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#ffffff"
-    return mpl.colors.to_hex((red, green, blue)), ink
-
-
 def _axes(height_inches: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The <svg> element alone, its ids its own on a page of several plots; the page gives the text alternative."""
+    """The <svg> element, with ids that no other plot of the page has; the page's tables are its text alternative."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()

@@ -1,284 +1,399 @@
-"""What a run tells: `report.json`. The page (page.py) is made from it alone, the model card (model_card.py) too.
+"""`report.json`: what one run did, found and revealed. The page, the model card and the table need nothing else.
 
-report.json, `report_version` 2:
-    title, method, summation, seconds          what was run, how it was summed, how long the run took
-    simulated                                  whether all parties were on one machine, in one pair of hands
-    owners, lost                               names of those in the merged model; of those lost, with the step
-    receipts                                   names of those that signed what was published
-    agreement                                  the agreement, without bounds and tensors; its fingerprint
-    base_parameters                            how many numbers the base model has
-    chosen.<method>                            candidate and knob that the sweep chose
-    evaluation.figure                          what FIGURE is below: macro_f1, entity_f1 or log_likelihood
-    evaluation.mean.<model>                    accuracy, FIGURE: means over owners, every owner counts alike;
-                                               pooled_accuracy, rows: every prediction counts alike; on test rows
-    evaluation.by_owner.<owner>.<model>        accuracy, FIGURE, rows; owners with figures = "summed" are not here
-    evaluation.sweep.<method>                  candidate, knob, accuracy, FIGURE on validation rows
-    layers[]                                   per Gram of the published model: name, status, d_in, gram_size (1 more if
-                                               biases are solved too), rows (null: a data-free Gram), condition,
-                                               effective_rank, unseen_directions
-    changes[]                                  per Gram (or linear layer, where there is none) of the published model:
-                                               name; change, |merged - base| / |base|; from_average,
-                                               |merged - average| / |average - base| where the average was computed,
-                                               else null; Frobenius norms of the layers that share it
-    tensors                                    merged (groups that share an input), data_free, averaged, left_alone,
-                                               by name
-    low_rank                                   of a model published as an adapter: rank; layers[], per weight its name
-                                               and relative_error, |cut off| / |delta| in Frobenius norms; the same of
-                                               all of them together; dropped, the share of the whole delta's norm
-                                               that no adapter holds (embeddings, norms, biases). Else null
-    notes[]                                    what a reader should know about the solves
-    advice[]                                   what a reader might do differently next time
-    sums[]                                     what the coordinator learned, per sum in order: statistic; owners whose
-                                               numbers are in it; numbers, how many each sent; contents[], each its
-                                               kind, meaning, numbers and tensors (names); destroyed, whether the
-                                               coordinator's program overwrote the total
-    sent[]                                     what owners received, in order: model, split, digest, bytes, owners
-    steps[]                                    name, seconds, bytes_sent, bytes_received (payloads, all owners);
-                                               by_owner.<owner>: waited_seconds, messages (to the owner),
-                                               bytes_sent, bytes_received
-    examples                                   training rows, summed over owners
-    digests                                    agreement, base, model
-    versions                                   of the libraries that computed this
+`Report` is the whole. Its JSON schema, with every description below, is docs/report.schema.json:
 
-Models: `base`; `own_at_home`, each owner's own model on its own rows; one per method, under the method's name. A
-simulation, which has everything in one place, adds references that no real run can have: `own`, each owner's own model
-on every owner's rows; `ensemble`, the mean of the own models' probabilities; `multi_task`, the base fine-tuned on the
-pooled rows.
+    python -m server.report.report > docs/report.schema.json
+
+A *model* in a report is `base`, `own_at_home` (each owner's own model on its own rows) or a method's name. A simulation
+adds references that no real run can have: `own` (each owner's own model on every owner's rows), `ensemble` (the mean of
+the own models' probabilities) and `multi_task` (the base fine-tuned on the pooled rows).
 """
 
-from __future__ import annotations
-
 import json
-import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from common.contents import CONTRIBUTIONS, FIGURES, contribution_kind, figure_kind
+from common.agreement import Figure, TaskKind, Weighting
 from common.errors import SettingsError
-from common.identity import fingerprint
-from common.merge_methods import candidates
-from common.metrics import MeanScore, Score
-from common.models.layers import Layer
-from common.models.loading import digest_of
-from common.models.low_rank import LowRank
-from common.models.plan import MergePlan
 
-if TYPE_CHECKING:
-    from server.coordinator import Coordinator, OpenedSum
-    from server.merge import Outcome
+REPORT_VERSION = 3
+MAX_REPORT_BYTES = 64_000_000
+MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
+FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
 
-REPORT_VERSION = 2
-FIGURE_SUMS = ("validation", "test")
-LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[float, Field(ge=0)]  # a norm, a duration, a ratio of norms
+Share = Annotated[float, Field(ge=0, le=1)]
+Split = Literal["validation", "test"]
 
 
-def save_report(report: dict[str, Any], output: Path) -> None:
-    """Write OUT/report.json whole or not at all; last of all, for where it stands, the run is done."""
+class Table(BaseModel):
+    """Base of every part of a report: frozen, strict, finite numbers, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class MethodDescription(Table):
+    """A merge method, explained to people."""
+
+    title: str = Field(description="Its name as it reads in mid-sentence.")
+    phrase: str = Field(description="What a sentence compares with: `the plain average`.")
+    summary: str = Field(description="How it merges, in one sentence without a full stop.")
+    paper: str | None = Field(None, description="Where it comes from: authors, year and arXiv number.")
+    hyperparameter: str | None = Field(None, description="What its sweep varies, or null if it has no sweep.")
+    hyperparameter_summary: str | None = Field(None, description="What its values do, in one sentence.")
+
+
+class AgreedOwner(Table):
+    """One owner on the roster."""
+
+    name: str = Field(description="The owner's name.")
+    public_key: str = Field(description="The key that verifies its signatures, in hexadecimal.")
+    metrics: Literal["shown", "summed"] = Field(description="Whether its own test metrics may be shown by name.")
+
+
+class AgreedTask(Table):
+    """What the model does."""
+
+    kind: TaskKind = Field(description="The kind of task.")
+    labels: tuple[str, ...] = Field(description="The labels in order; empty for a language model.")
+    head: Literal["shared", "private"] = Field(description="Whether the head is merged or each owner keeps its own.")
+
+
+class AgreedPrivacy(Table):
+    """What the owners agreed to hold back."""
+
+    min_rows_per_dimension: Size = Field(description="Fewest token rows per dimension of a Gram matrix.")
+    merge_token_inputs: bool = Field(description="Whether Gram matrices that count tokens were summed.")
+    merge_routed_inputs: bool = Field(description="Whether Gram matrices of a mixture's experts were summed.")
+
+
+class Agreed(Table):
+    """The agreement that every owner consented to, without its bounds."""
+
+    fingerprint: str = Field(description="Forty decimal digits to compare by phone.")
+    base: str = Field(description="The base model's name on the hub, or its folder.")
+    owners: tuple[AgreedOwner, ...] = Field(min_length=1, description="The roster.")
+    min_owners: Count = Field(description="The fewest owners whose sum may be opened.")
+    colluders: Count = Field(description="How many owners may collude with the coordinator.")
+    quorum: Count = Field(description="How many owners must sign who is in a sum before it is opened.")
+    ring_bits: Literal[32, 64] = Field(description="How many bits each masked number has.")
+    compare_with: tuple[str, ...] = Field(description="Methods that were merged only to be compared.")
+    weighting: Weighting = Field(description="Whether an owner counts by its rows or like every other.")
+    seed: Count = Field(description="The seed of everything that is drawn at random, except keys and masks.")
+    task: AgreedTask = Field(description="What the model does.")
+    privacy: AgreedPrivacy = Field(description="What was held back.")
+    hyperparameters: dict[str, dict[str, JsonValue]] = Field(description="By method, its table of the agreement.")
+
+
+class Choice(Table):
+    """The candidate of one method that was evaluated on test rows."""
+
+    candidate: str = Field(description="The candidate's name: `regmean@0.9`, or `average`.")
+    hyperparameter: float | None = Field(description="The value of its hyperparameter, or null if it has none.")
+
+
+class MeanMetrics(Table):
+    """How one model did over all owners' test rows."""
+
+    accuracy: Share = Field(description="Mean accuracy over owners; every owner counts alike.")
+    metric: float = Field(description="Mean of `evaluation.metric` over owners; every owner counts alike.")
+    pooled_accuracy: Share = Field(description="Accuracy over all predictions; every prediction counts alike.")
+    predictions: int = Field(ge=1, description="How many predictions were judged.")
+
+
+class OwnerMetrics(Table):
+    """How one model did on one owner's test rows."""
+
+    accuracy: Share = Field(description="The share of correct predictions.")
+    metric: float = Field(description="The value of `evaluation.metric`.")
+    predictions: int = Field(ge=1, description="How many predictions were judged.")
+
+
+class Trial(Table):
+    """One candidate of a sweep, on validation rows."""
+
+    candidate: str = Field(description="The candidate's name.")
+    hyperparameter: float = Field(description="The value that was tried.")
+    accuracy: Share = Field(description="Mean accuracy over owners.")
+    metric: float = Field(description="Mean of `evaluation.metric` over owners.")
+
+
+class Evaluation(Table):
+    """What the owners measured."""
+
+    choose_by: Literal["accuracy"] | Figure = Field(description="The metric that decides a sweep.")
+    metric: Figure = Field(description="The metric beside accuracy.")
+    label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
+    mean: dict[str, MeanMetrics] = Field(description="By model, on test rows.")
+    by_owner: dict[str, dict[str, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")
+    sweep: dict[str, Annotated[tuple[Trial, ...], Field(min_length=1)]] = Field(description="By method with a sweep.")
+
+
+class Layer(Table):
+    """How one Gram matrix of the published model was solved."""
+
+    name: str = Field(description="The layer whose input it is of.")
+    status: str = Field(description="solved, singular, indefinite or empty.")
+    d_in: Count = Field(description="The width of the input.")
+    gram_size: Count = Field(description="The size of the Gram matrix: one more than d_in if biases are solved too.")
+    token_rows: Count | None = Field(description="How many token rows were summed; null if it was made without data.")
+    condition: Size | None = Field(description="The largest eigenvalue divided by the smallest.")
+    effective_rank: Size | None = Field(description="How many directions the inputs really use.")
+    unseen_directions: Count = Field(description="How many directions no input had.")
+
+
+class Change(Table):
+    """How far the published model moved, in Frobenius norms over the layers that share one input."""
+
+    name: str = Field(description="The name of the Gram matrix, or of the layer where there is none.")
+    change: Size | None = Field(description="|merged - base| / |base|; null if the base is zero.")
+    from_average: Size | None = Field(
+        description="|merged - average| / |average - base|; null unless the average was computed and moved."
+    )
+
+
+class AdapterLayer(Table):
+    """What one weight lost when it was cut to the adapter's rank."""
+
+    name: str = Field(description="The weight's name.")
+    relative_error: Size = Field(description="|cut off| / |change|, in Frobenius norms.")
+
+
+class LowRank(Table):
+    """What a model that is published as a LoRA adapter lost."""
+
+    rank: int = Field(ge=1, description="The adapter's rank.")
+    relative_error: Size = Field(description="|cut off| / |change| over all layers together, in Frobenius norms.")
+    dropped: Size = Field(description="The share of the whole change's norm that no adapter can hold.")
+    layers: tuple[AdapterLayer, ...] = Field(description="By weight.")
+
+
+class Tensors(Table):
+    """What happened to each tensor of the model, by parameter name."""
+
+    merged: tuple[tuple[str, ...], ...] = Field(description="Merged in closed form, in groups that share an input.")
+    data_free: tuple[str, ...] = Field(description="Merged by their weight changes alone.")
+    averaged: tuple[str, ...] = Field(description="Averaged.")
+    left_alone: tuple[str, ...] = Field(description="Left as in the base.")
+
+
+class Content(Table):
+    """One kind of number in a round."""
+
+    kind: str = Field(description="The kind's short name.")
+    meaning: str = Field(description="What these numbers are, in plain words.")
+    numbers: Count = Field(description="How many of them each owner sent.")
+    tensors: tuple[str, ...] = Field(description="The names of the tensors that hold them.")
+
+
+class Round(Table):
+    """One secure sum: what the coordinator learned."""
+
+    kind: Literal["scales", "contribution", "step", "metrics"] = Field(description="What the sum was for.")
+    method: str | None = Field(description="The multi-round method that a step belongs to, else null.")
+    step: int | None = Field(description="The step's number, from 1, else null.")
+    split: Split | None = Field(description="The rows that metrics were measured on, else null.")
+    title: str = Field(description="The round's name for people.")
+    owners: tuple[str, ...] = Field(description="The owners whose numbers are in the total.")
+    numbers: Count = Field(description="How many numbers each owner sent.")
+    contents: tuple[Content, ...] = Field(description="What these numbers are.")
+    destroyed: bool = Field(description="Whether the coordinator's program overwrote the total.")
+
+
+class Delivery(Table):
+    """Something that the coordinator sent to every owner, in whole."""
+
+    title: str = Field(description="Its name for people.")
+    digest: str = Field(description="SHA-256 of its bytes, in hexadecimal.")
+    bytes: Count = Field(description="How large it was.")
+    owners: tuple[str, ...] = Field(description="The owners that received all of it.")
+
+
+class SentCandidate(Delivery):
+    """A merged candidate, which the owners evaluated."""
+
+    kind: Literal["candidate"] = Field("candidate", description="What was sent.")
+    method: str = Field(description="The method that merged it.")
+    candidate: str = Field(description="The candidate's name.")
+    split: Split = Field(description="The rows that it was evaluated on.")
+
+
+class SentMergedStep(Delivery):
+    """What a step of a multi-round method merged, on which the owners measured the next step."""
+
+    kind: Literal["merged_step"] = Field("merged_step", description="What was sent.")
+    method: str = Field(description="The multi-round method.")
+    step: Count = Field(description="The step that merged it; 0 before the first.")
+
+
+class SentScales(Delivery):
+    """The scales by which the owners divided their numbers before a round in 32 bits."""
+
+    kind: Literal["scales"] = Field("scales", description="What was sent.")
+
+
+Sent = Annotated[SentCandidate | SentMergedStep | SentScales, Field(discriminator="kind")]
+
+
+class OwnerCost(Table):
+    """One owner's part in what a step cost."""
+
+    waited_seconds: Size = Field(description="How long the coordinator waited for this owner and for nobody else.")
+    messages: Count = Field(description="How many messages the owner was sent.")
+    bytes_sent: Count = Field(description="Payload sent to the owner.")
+    bytes_received: Count = Field(description="Payload received from the owner.")
+
+
+class Step(Table):
+    """What one step of the run cost."""
+
+    title: str = Field(description="The step's name for people.")
+    phase: str = Field(description="What it is grouped under in the plots of time and bytes.")
+    seconds: Size = Field(description="From the first message to the last answer.")
+    bytes_sent: Count = Field(description="Payload sent to all owners.")
+    bytes_received: Count = Field(description="Payload received from all owners.")
+    by_owner: dict[str, OwnerCost] = Field(description="By owner.")
+
+
+class Digests(Table):
+    """SHA-256 digests, in hexadecimal."""
+
+    agreement: str = Field(description="The agreement.")
+    base: str = Field(description="The base model's weights.")
+    bundle: str = Field(description="The code that ran at the owners.")
+    model: str = Field(description="The published model's weights.")
+
+
+class Report(Table):
+    """Everything that is known of one run."""
+
+    report_version: Literal[3] = Field(REPORT_VERSION, description="The version of this form.")
+    title: str = Field(description="The agreement's title.")
+    method: str = Field(description="The method whose model is published.")
+    methods: dict[str, MethodDescription] = Field(description="By agreed method, what people should know of it.")
+    summation: Literal["masked", "plain"] = Field(description="Whether owners' vectors were masked before the sum.")
+    simulated: bool = Field(description="Whether all parties ran on one machine, in one pair of hands.")
+    seconds: Size = Field(description="How long the run took.")
+    owners: tuple[str, ...] = Field(min_length=1, description="The owners whose numbers are in the merged model.")
+    dropped_out: dict[str, str] = Field(description="By owner that dropped out, the step at which it did.")
+    receipts: tuple[str, ...] = Field(description="The owners that signed the published model's digest.")
+    agreement: Agreed = Field(description="What was agreed.")
+    base_parameters: Count = Field(description="How many numbers the base model has.")
+    chosen: dict[str, Choice] = Field(description="By method, the candidate that was evaluated on test rows.")
+    evaluation: Evaluation = Field(description="How good the models are.")
+    layers: tuple[Layer, ...] = Field(description="By Gram matrix of the published model.")
+    changes: tuple[Change, ...] = Field(description="By Gram matrix, or by linear layer where there is none.")
+    low_rank: LowRank | None = Field(description="What publishing an adapter lost; null if the model is whole.")
+    tensors: Tensors = Field(description="What happened to each tensor.")
+    notes: tuple[str, ...] = Field(description="What a reader should know about the solves.")
+    advice: tuple[str, ...] = Field(description="What a reader might do differently next time.")
+    disclosures: tuple[str, ...] = Field(description="What this run reveals in spite of its protection.")
+    rounds: tuple[Round, ...] = Field(description="What the coordinator learned, in order.")
+    sent: tuple[Sent, ...] = Field(description="What the owners received, in order.")
+    steps: tuple[Step, ...] = Field(description="What each step cost, in order.")
+    examples: Count | None = Field(description="Training rows of all owners together, if they were summed.")
+    digests: Digests = Field(description="Digests of what went in and came out.")
+    versions: dict[str, str] = Field(description="By library, the version that computed this.")
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Report":
+        """Readers look methods up by name, so every name that is used must be there."""
+        known = set(self.methods)
+        for where, names in (
+            ("method", {self.method}),
+            ("agreement.compare_with", set(self.agreement.compare_with)),
+            ("chosen", set(self.chosen)),
+            ("evaluation.sweep", set(self.evaluation.sweep)),
+            ("evaluation.mean", set(self.evaluation.mean) - set(FIXED_MODELS)),
+            ("sent", {each.method for each in self.sent if not isinstance(each, SentScales)}),
+        ):
+            if not names <= known:
+                raise ValueError(f"{where} names a method that `methods` lacks")
+        if not self.methods.keys().isdisjoint(FIXED_MODELS):
+            raise ValueError("methods: a method has the name of a reference")
+        if not {self.method, *self.evaluation.sweep} <= set(self.chosen):
+            raise ValueError("chosen lacks a method that was published or swept")
+        for method, trials in self.evaluation.sweep.items():
+            if self.chosen[method].candidate not in {trial.candidate for trial in trials}:
+                raise ValueError("chosen names a candidate that its sweep lacks")
+        needed = {self.method, "own_at_home"}
+        if any(not needed <= set(models) for models in (self.evaluation.mean, *self.evaluation.by_owner.values())):
+            raise ValueError("evaluation lacks the published method or own_at_home")
+        return self
+
+
+def save_report(report: Report, output: Path) -> None:
+    """Write OUT/report.json whole or not at all. It is written last: where it stands, the run is complete."""
     partial = output / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    partial.write_text(as_json(report) + "\n")
     partial.replace(output / "report.json")
 
 
-def read_report(output: Path) -> dict[str, Any]:
-    """OUT/report.json. Raises SettingsError when there is none, or one of another version."""
+def as_json(report: Report) -> str:
+    return json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def read_report(output: Path) -> Report:
+    """OUT/report.json. Raises SettingsError if it is missing, too large, malformed or of another version."""
     path = output / "report.json"
     if not path.is_file():
-        raise SettingsError(f"{path}: no such file; a run that ended well writes it")
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report.get("report_version") != REPORT_VERSION:
+        raise SettingsError(f"{path}: no such file", hint="name the output folder of a run that succeeded")
+    with path.open("rb") as file:
+        content = file.read(MAX_REPORT_BYTES + 1)
+    if len(content) > MAX_REPORT_BYTES:
         raise SettingsError(
-            f"{path}: report_version is {report.get('report_version')}, this reads {REPORT_VERSION}; "
-            "run the merge again, or read it with the release that wrote it"
+            f"{path}: more than {MAX_REPORT_BYTES} bytes, the most that a report may have",
+            hint="ask for the file again; no run writes one this large",
         )
-    return report
+    try:
+        return Report.model_validate_json(content)
+    except ValidationError as error:
+        raise _as_settings_error(error, path) from None
+
+
+def _as_settings_error(error: ValidationError, path: Path) -> SettingsError:
+    """One line of plain characters: the file's words may be anybody's."""
+    problems = error.errors(include_url=False)
+    version = next((problem["input"] for problem in problems if problem["loc"] == ("report_version",)), None)
+    if isinstance(version, int):
+        return SettingsError(
+            f"{path}: report_version is {version}, this release reads {REPORT_VERSION}",
+            hint="read it with the release that wrote it, or run the merge again",
+        )
+    first = problems[0]
+    place = ".".join(map(str, first["loc"]))[:MAX_QUOTED_CHARACTERS]
+    reason = first["msg"].removeprefix("Value error, ")[:MAX_QUOTED_CHARACTERS]
+    return SettingsError(
+        f"{path}: " + ascii(f"{place}: {reason}" if place else reason)[1:-1],
+        hint="the file was changed after the run wrote it; get it again, or run the merge again",
+    )
 
 
 def agreement_of_report(output: Path) -> str | None:
-    """The digest of the agreement that OUT/report.json is of; None where there is none, or of another version."""
+    """The digest of the agreement that OUT/report.json belongs to; None if there is no report that can be read."""
     try:
-        return str(read_report(output)["digests"]["agreement"])
+        return read_report(output).digests.agreement
     except SettingsError:
         return None
 
 
-def mean_figures(score: MeanScore, figure: str) -> dict[str, Any]:
+def schema() -> dict[str, Any]:
+    """The JSON schema of report.json."""
+    made = Report.model_json_schema(mode="serialization")
     return {
-        "accuracy": score.accuracy,
-        figure: score.figure,
-        "pooled_accuracy": score.pooled_accuracy,
-        "rows": score.rows,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **made,
+        "title": f"Amalgram's report.json, version {REPORT_VERSION}",
     }
 
 
-def own_figures(score: Score, figure: str) -> dict[str, Any]:
-    return {"accuracy": score.correct / score.rows, figure: score.figure, "rows": score.rows}
+def schema_text() -> str:
+    """The content of docs/report.schema.json."""
+    return json.dumps(schema(), indent=2) + "\n"
 
 
-def make_report(outcome: Outcome, merged: PreTrainedModel, seconds: float) -> dict[str, Any]:
-    """The report of a run that published `merged`, base + delta."""
-    agreement, figure = outcome.agreement, outcome.agreement.task.figure
-    method_of = {choice.name: method for method, choice in outcome.choices.items()}
-    test = {method_of.get(name, name): score for name, score in outcome.test.items()}
-    published = outcome.solutions[agreement.method]
-    notes = [f"{method}: {note}" for method, solution in outcome.solutions.items() for note in solution.notes]
-    mean = {name: mean_figures(score, figure) for name, score in test.items()}
-    return {
-        "report_version": REPORT_VERSION,
-        "title": agreement.title,
-        "method": agreement.method,
-        "summation": agreement.summation.kind,
-        "seconds": round(seconds, 3),
-        "simulated": False,
-        "owners": list(outcome.owners),
-        "lost": outcome.coordinator.lost,
-        "receipts": list(outcome.coordinator.receipts),
-        "agreement": agreement.model_dump(mode="json", exclude={"bounds", "tensors"})
-        | {"fingerprint": fingerprint(bytes.fromhex(agreement.digest()))},
-        "base_parameters": sum(parameter.numel() for parameter in merged.parameters()),
-        "chosen": {
-            method: {"candidate": choice.name, "knob": choice.knob} for method, choice in outcome.choices.items()
-        },
-        "evaluation": {
-            "choose_by": agreement.evaluation.choose_by,
-            "figure": figure,
-            "label_set": agreement.task.label_set,
-            "mean": mean,
-            "by_owner": {
-                owner: {name: own_figures(score.by_owner[owner], figure) for name, score in test.items()}
-                for owner in agreement.shown_owners
-                if all(owner in score.by_owner for score in test.values())
-            },
-            "sweep": {
-                method: [
-                    {
-                        "candidate": name,
-                        "knob": candidates(agreement, method)[name],
-                        "accuracy": score.accuracy,
-                        figure: score.figure,
-                    }
-                    for name, score in choice.sweep.items()
-                ]
-                for method, choice in outcome.choices.items()
-                if choice.sweep
-            },
-        },
-        "layers": [vars(layer) for layer in published.layers],
-        "changes": list(_changes(outcome, merged)),
-        "low_rank": _low_rank(published.low_rank),
-        "tensors": agreement.tensors.model_dump(mode="json"),
-        "notes": notes,
-        "advice": _advice(outcome, mean),
-        "sums": [_opened_sum(each) for each in outcome.coordinator.sums],
-        "sent": [asdict(candidate) for candidate in outcome.coordinator.checkpoint.candidates],
-        "steps": list(_steps(outcome.coordinator)),
-        "examples": outcome.examples,
-        "digests": {
-            "agreement": agreement.digest(),
-            "base": agreement.base_digest,
-            "model": digest_of(merged, agreement.task),
-        },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-    }
-
-
-def _low_rank(low_rank: LowRank | None) -> dict[str, Any] | None:
-    if low_rank is None:
-        return None
-    return {
-        "rank": low_rank.plan.rank,
-        "relative_error": low_rank.relative_error,
-        "dropped": low_rank.dropped,
-        "layers": [vars(layer) for layer in low_rank.layers],
-    }
-
-
-def _changes(outcome: Outcome, merged: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """How far the published model is from both sides that are known here: the base, and the owners' average."""
-    delta = outcome.solutions[outcome.agreement.method].delta
-    average = outcome.solutions["average"].delta if "average" in outcome.solutions else None
-    weights = dict(merged.named_parameters())
-    for name, layers in _groups(outcome.plan, outcome.agreement.method).items():
-        change = _stacked(layers, delta)
-        base = _stacked(layers, weights) - change
-        from_average = None
-        if average is not None:
-            mean = _stacked(layers, average)
-            from_average = _ratio(change - mean, mean)
-        yield {"name": name, "change": _ratio(change, base), "from_average": from_average}
-
-
-def _groups(plan: MergePlan, method: str) -> dict[str, tuple[Layer, ...]]:
-    """The layers behind each entry of `layers`; single linear layers where no Gram is shared."""
-    shared = {each.name: each.layers for each in plan.inputs}
-    single: dict[str, tuple[Layer, ...]] = {
-        layer.weight.removesuffix(".weight"): (layer,) for layer in plan.linear_layers
-    }
-    if method == "data_free" or not shared:
-        return single
-    return shared | {layer.weight.removesuffix(".weight"): (layer,) for layer in plan.data_free}
-
-
-def _stacked(layers: tuple[Layer, ...], tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([layer.take(tensors).detach().double().flatten() for layer in layers])
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float | None:
-    norm = float(whole.norm())
-    return float(part.norm()) / norm if norm > 0 else None
-
-
-def _opened_sum(opened: OpenedSum) -> dict[str, Any]:
-    figures = opened.statistic in FIGURE_SUMS
-    meanings, kind_of = (FIGURES, figure_kind) if figures else (CONTRIBUTIONS, contribution_kind)
-    contents: dict[str, dict[str, Any]] = {}
-    for entry in opened.layout.entries:
-        kind = kind_of(entry.name)
-        meaning = meanings[kind].format(their="the owner's")
-        content = contents.setdefault(kind, {"kind": kind, "meaning": meaning, "numbers": 0, "tensors": []})
-        content["numbers"] += entry.size
-        content["tensors"].append(entry.name)
-    return {
-        "statistic": opened.statistic,
-        "owners": list(opened.owners),
-        "numbers": opened.layout.size,
-        "contents": list(contents.values()),
-        "destroyed": opened.destroyed,
-    }
-
-
-def _steps(coordinator: Coordinator) -> Iterator[dict[str, Any]]:
-    for step in coordinator.steps:
-        yield {
-            "name": step.name,
-            "seconds": round(step.seconds, 3),
-            "bytes_sent": step.bytes_sent,
-            "bytes_received": step.bytes_received,
-            "by_owner": {
-                owner: asdict(cost) | {"waited_seconds": round(cost.waited_seconds, 3)}
-                for owner, cost in step.by_owner.items()
-            },
-        }
-
-
-def _advice(outcome: Outcome, mean: dict[str, dict[str, Any]]) -> list[str]:
-    """What a reader would do differently next time."""
-    agreement, figure = outcome.agreement, outcome.agreement.evaluation.choose_by
-    published, advice = mean[agreement.method][figure], []
-    best = max(agreement.methods, key=lambda method: mean[method][figure])
-    if mean[best][figure] > published:
-        advice.append(
-            f"{best} did better than {agreement.method} on the test rows ({figure.replace('_', ' ')} "
-            f'{mean[best][figure]:.3f} to {published:.3f}); method = "{best}" would publish it'
-        )
-    for choice in outcome.choices.values():
-        tried = list(choice.sweep)
-        if len(tried) > 2 and choice.name in (tried[0], tried[-1]) and choice.knob not in (0.0, 1.0):
-            advice.append(f"{choice.name} is at the end of its sweep; values beyond it may do better")
-    return advice
+if __name__ == "__main__":
+    print(schema_text(), end="")

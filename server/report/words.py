@@ -1,39 +1,89 @@
-"""Words that the page and the model card share: what models, methods and figures are called, and numbers as people
-read them.
+"""What models, tasks and metrics are called, and numbers as people read them.
+
+Readers of a report take a method's name from the report (`title_of`, `phrase_of`, `summary_of`). Only make_report asks
+`described`, so a method that this table lacks still gets a page, a card and a table.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
+from server.report.report import MethodDescription, Report
+
+ALPHA = (
+    "Alpha is how much of a Gram matrix's off-diagonal is kept: 1 is plain least squares, 0 keeps the diagonal alone."
+)
 METHODS = {
-    "average": "Average",
-    "task_arithmetic": "Task arithmetic",
-    "fisher": "Fisher",
-    "data_free": "Data-free",
-    "regmean": "RegMean",
-    "refit": "refit",
-    "regmean_plus_plus": "RegMean++",
+    "average": MethodDescription(
+        title="average",
+        phrase="the plain average",
+        summary="the mean of the owners' weights",
+        paper="McMahan et al. 2017, arXiv 1602.05629",
+    ),
+    "task_arithmetic": MethodDescription(
+        title="task arithmetic",
+        phrase="task arithmetic",
+        summary="the base plus a multiple of the owners' mean change",
+        paper="Ilharco et al. 2023, arXiv 2212.04089",
+        hyperparameter="scale",
+        hyperparameter_summary="The scale is how far the base is moved: with N owners, 1/N is the average.",
+    ),
+    "fisher": MethodDescription(
+        title="Fisher",
+        phrase="Fisher averaging",
+        summary="the mean of the owners' weights, each weighted by how much the owner's loss depends on it",
+        paper="Matena and Raffel 2022, arXiv 2111.09832",
+    ),
+    "data_free": MethodDescription(
+        title="data-free",
+        phrase="data-free merging",
+        summary="least squares with Gram matrices made from weight changes alone",
+        paper="WUDI 2025, arXiv 2503.08099",
+        hyperparameter="alpha",
+        hyperparameter_summary=ALPHA,
+    ),
+    "regmean": MethodDescription(
+        title="RegMean",
+        phrase="RegMean",
+        summary="least squares with the summed Gram matrices of the layers' inputs",
+        paper="Jin et al. 2023, arXiv 2212.09849",
+        hyperparameter="alpha",
+        hyperparameter_summary=ALPHA,
+    ),
+    "refit": MethodDescription(
+        title="refit",
+        phrase="a refitted classifier on a merged body",
+        summary="a body merged in one round, then the classifier fitted again on it",
+        hyperparameter="balance of classes",
+        hyperparameter_summary="The balance is how much rare classes count: 0 counts rows alike, 1 classes alike.",
+    ),
+    "regmean_plus_plus": MethodDescription(
+        title="RegMean++",
+        phrase="RegMean++",
+        summary="RegMean, block after block, each on the inputs that the merged blocks before it produce",
+        paper="Nguyen et al. 2025, arXiv 2508.03121",
+    ),
 }
-MODELS = {
-    "base": "Base",
-    "own_at_home": "Own at home",
-    "own": "Own",
-    **METHODS,
-    "ensemble": "Ensemble",
-    "multi_task": "Multi-task",
-}
-EXPLAINED = {
-    "base": "the base model as it was, before anybody fine-tuned it",
-    "own_at_home": "each owner's own model on its own rows: what an owner has without a merge, at home",
-    "own": "the owners' own models on everybody's rows, averaged: what an owner has without a merge, elsewhere",
-    "average": "the plain mean of the owners' weights",
-    "task_arithmetic": "the base plus a multiple of the owners' mean change",
-    "fisher": "the mean of the weights, each weighted by its Fisher information",
-    "data_free": "least squares with Gram matrices made of weight changes alone",
-    "regmean": "least squares with the summed Gram matrices of the layers' inputs",
-    "refit": "A body merged in one sum, then the classifier fitted anew on it",
-    "regmean_plus_plus": "RegMean, layer after layer on the inputs that the merged model makes",
-    "ensemble": "a reference: the mean of all own models' probabilities, which needs every model in one place",
-    "multi_task": "a reference: the base fine-tuned on all rows, which needs everybody's data in one place",
+MODELS = {  # everything else that a report compares: title, phrase, summary
+    "base": ("base", "the base model", "the base model, before anybody fine-tuned it"),
+    "own_at_home": (
+        "own at home",
+        "each owner's own model at home",
+        "each owner's own model on its own rows: what an owner has at home without a merge",
+    ),
+    "own": (
+        "own",
+        "an owner's own model on everybody's rows",
+        "the owners' own models on everybody's rows: what an owner has elsewhere without a merge",
+    ),
+    "ensemble": (
+        "ensemble",
+        "the ensemble of all own models",
+        "a reference: the mean of all own models' probabilities, which needs every model in one place",
+    ),
+    "multi_task": (
+        "multi-task",
+        "training on everybody's data",
+        "a reference: the base fine-tuned on all rows, which needs all data in one place",
+    ),
 }
 TASKS = {
     "text-classification": "text classification",
@@ -42,12 +92,43 @@ TASKS = {
     "sequence-to-sequence": "text to text",
     "image-classification": "image classification",
 }
-FIGURES = {
+METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
     "entity_f1": "entity F1",
     "log_likelihood": "log likelihood",
 }
+
+
+def described(method: str) -> MethodDescription:
+    """A method as people should know it; a method that nobody has described is called by its name."""
+    name = method.replace("_", " ")
+    return METHODS.get(method, MethodDescription(title=name, phrase=name, summary="a merge method of its own"))
+
+
+def title_of(report: Report, model: str) -> str:
+    """A model's name in a table, as it reads in mid-sentence."""
+    return MODELS[model][0] if model in MODELS else report.methods[model].title
+
+
+def phrase_of(report: Report, model: str) -> str:
+    """What a sentence compares the merged model with."""
+    return MODELS[model][1] if model in MODELS else report.methods[model].phrase
+
+
+def summary_of(report: Report, model: str) -> str:
+    return MODELS[model][2] if model in MODELS else report.methods[model].summary
+
+
+def models_in(report: Report) -> list[str]:
+    """The report's models in the order in which people compare them, the merged one first."""
+    order = [report.method, "base", "own_at_home", "own", *report.methods, "ensemble", "multi_task"]
+    return [model for model in dict.fromkeys(order) if model in report.evaluation.mean]
+
+
+def capitalised(text: str) -> str:
+    """The first letter as a heading has it; the others stay."""
+    return text[:1].upper() + text[1:]
 
 
 def percent(share: float) -> str:
@@ -62,15 +143,6 @@ def size(count: float) -> str:
     return f"{count:.0f}\u00a0bytes"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
-def models_in(report: dict[str, Any]) -> list[str]:
-    """The report's models in the order in which people compare them, the merged one first."""
-    return [report["method"], *(model for model in MODELS if model in _others(report))]
-
-
-def _others(report: dict[str, Any]) -> set[str]:
-    return set(report["evaluation"]["mean"]) - {report["method"]}

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from common.agreement import Task
 from common.models.loading import digest_of, load_base, load_fine_tuned
 from deploy.simulation.simulate import simulate
+from server.report.report import Report
 from tests.support.models import delta_of
 from tests.test_adapter import write_adapter
 
@@ -48,7 +49,7 @@ def test_adapters_are_averaged_as_the_weights_that_they_make(consortium: Path, t
     base = load_base(path / "base", TASK, seed=0)
     deltas = [delta_of(load_fine_tuned(path / "models" / name, TASK, base), base) for name in OWNERS]
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output" / "model")
-    assert digest_of(merged, TASK) == report["digests"]["model"]
+    assert digest_of(merged, TASK) == report.digests.model
     for name, tensor in delta_of(merged, base).items():
         mean = torch.stack([delta[name] for delta in deltas]).mean(0)  # every owner has 200 rows
         torch.testing.assert_close(tensor, mean, rtol=0, atol=1e-6)
@@ -73,7 +74,7 @@ def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return simulate(folder, folder / "output", with_references=False), folder / "output", folder / "base"
 
 
-def test_the_published_adapter_gives_the_signed_model_s_logits(published: tuple[dict, Path, Path]) -> None:
+def test_the_published_adapter_gives_the_signed_model_s_logits(published: tuple[Report, Path, Path]) -> None:
     report, output, base_folder = published
     assert {path.name for path in (output / "model").iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
@@ -87,7 +88,7 @@ def test_the_published_adapter_gives_the_signed_model_s_logits(published: tuple[
 
 
 @torch.no_grad()
-def signed_model(report: dict, output: Path, base_folder: Path) -> PreTrainedModel:
+def signed_model(report: Report, output: Path, base_folder: Path) -> PreTrainedModel:
     """By hand from the file: the factors' product in float64, rounded once, on the base; what goes whole as it is."""
     file = load_file(output / "model" / "adapter_model.safetensors")
     model = load_base(base_folder, TASK, seed=0)
@@ -99,11 +100,11 @@ def signed_model(report: dict, output: Path, base_folder: Path) -> PreTrainedMod
         elif f"base_model.model.{name}" in file:
             parameter.copy_(file.pop(f"base_model.model.{name}"))
     assert not file
-    assert digest_of(model, TASK) == report["digests"]["model"]
+    assert digest_of(model, TASK) == report.digests.model
     return model
 
 
-def test_the_model_card_s_code_gives_the_signed_model_s_logits(published: tuple[dict, Path, Path]) -> None:
+def test_the_model_card_s_code_gives_the_signed_model_s_logits(published: tuple[Report, Path, Path]) -> None:
     report, output, base_folder = published
     card = ModelCard.load(output / "model" / "README.md")
     assert card.data.library_name == "peft"
@@ -118,15 +119,15 @@ def test_the_model_card_s_code_gives_the_signed_model_s_logits(published: tuple[
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_the_report_says_what_the_cut_lost(published: tuple[dict, Path, Path]) -> None:
-    low_rank = published[0]["low_rank"]
-    assert low_rank["rank"] == 4
-    assert 0 < low_rank["relative_error"] < 1
-    assert 0 < low_rank["dropped"] < 1
+def test_the_report_says_what_the_cut_lost(published: tuple[Report, Path, Path]) -> None:
+    low_rank = published[0].low_rank
+    assert low_rank.rank == 4
+    assert 0 < low_rank.relative_error < 1
+    assert 0 < low_rank.dropped < 1
     assert "LoRA adapter of rank 4" in (published[1] / "report.html").read_text()
 
 
-def test_a_published_adapter_may_be_an_owner_s_model(published: tuple[dict, Path, Path]) -> None:
+def test_a_published_adapter_may_be_an_owner_s_model(published: tuple[Report, Path, Path]) -> None:
     report, output, base_folder = published
     again = load_fine_tuned(output / "model", TASK, load_base(base_folder, TASK, seed=0))
     signed = signed_model(report, output, base_folder)

@@ -21,6 +21,7 @@ from deploy.commands.keys import write_certificate, write_node_key
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
 from deploy.launch.processes import free_port, started
 from deploy.simulation.simulate import write_settings
+from server.report.report import read_report
 from tests.support.network import (
     OWNERS,
     Command,
@@ -317,8 +318,8 @@ def test_three_owners_merge_over_tls_to_the_very_model_of_a_simulation(
         "masked sum: the coordinator saw totals",
     ):
         assert shown in merge.said
-    report = json.loads((network.folder / "output" / "report.json").read_text())
-    assert (report["owners"], report["lost"]) == (list(OWNERS), {})
+    report = read_report(network.folder / "output")
+    assert (report.owners, report.dropped_out) == (OWNERS, {})
     simulated = simulated_twin(network, tmp_path / "simulated")
-    assert report["digests"]["model"] == simulated["digests"]["model"]
-    assert report["evaluation"] == simulated["evaluation"]
+    assert report.digests.model == simulated.digests.model
+    assert report.evaluation == simulated.evaluation

@@ -115,13 +115,13 @@ def test_a_merge_whose_every_part_is_killed_in_turn_goes_on_to_the_very_model_of
         merge = stack.enter_context(running("merge", network.coordinator))
         assert merge.exit_code(1500) == 0, merge.said
     report = read_report(network.folder / "output")
-    assert (report["owners"], report["lost"]) == (list(OWNERS), {})
+    assert (report.owners, report.dropped_out) == (OWNERS, {})
     assert {name: offered(network, name)["contribution"] for name in OWNERS} == given
     assert len({offered(network, name)["test"] for name in OWNERS}) == 1
     assert not (network.folder / "output" / "checkpoint").exists()
     simulated = simulated_twin(network, tmp_path / "simulated")
-    assert report["digests"]["model"] == simulated["digests"]["model"]
-    assert report["evaluation"] == simulated["evaluation"]
+    assert report.digests.model == simulated.digests.model
+    assert report.evaluation == simulated.evaluation
 
 
 def test_owners_that_are_too_slow_or_whose_line_is_tampered_with_are_left_out_and_may_come_back(
@@ -160,9 +160,9 @@ def test_owners_that_are_too_slow_or_whose_line_is_tampered_with_are_left_out_an
         merge = stack.enter_context(running("merge", network.coordinator))
         assert merge.exit_code(900) == 0, merge.said
     report = read_report(network.folder / "output")
-    assert report["owners"] == ["hotel", "cinema"]  # whose numbers are in the model
-    assert report["lost"] == {}
-    assert [step["name"] for step in report["steps"]].count("sum of contribution") == 1
+    assert report.owners == ("hotel", "cinema")  # whose numbers are in the model
+    assert report.dropped_out == {}
+    assert [step.title for step in report.steps].count("sum of contribution") == 1
 
 
 def is_slowed(process: psutil.Process) -> bool:

@@ -52,9 +52,9 @@ def runs(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def test_masked_and_plain_publish_the_same_model_bit_for_bit_and_the_same_figures(runs: dict[str, Any]) -> None:
     masked, plain = runs["masked"], runs["plain"]
-    assert (masked["summation"], plain["summation"]) == ("masked", "plain")
-    assert masked["digests"]["model"] == plain["digests"]["model"]
-    assert masked["evaluation"] == plain["evaluation"]
+    assert (masked.summation, plain.summation) == ("masked", "plain")
+    assert masked.digests.model == plain.digests.model
+    assert masked.evaluation == plain.evaluation
 
 
 def test_every_method_s_model_differs_from_that_of_real_sums_by_less_than_a_millionth(runs: dict[str, Any]) -> None:
@@ -92,12 +92,12 @@ def test_in_32_bits_the_model_is_the_same_to_a_ten_thousandth_for_half_the_bytes
         text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
         path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', '["average", "data_free"]'))
         report = simulate(folder, folder / "out", with_references=False)
-        received = {step["name"]: step["bytes_received"] for step in report["steps"]}
+        received = {step.title: step.bytes_received for step in report.steps}
         sums = received.get("sum of scales", 0) + received["sum of contribution"]
         published[kind, ring_bits] = load_file(folder / "out" / "model" / "model.safetensors"), report, sums
     (in_64, report_64, bytes_64), (in_32, report_32, bytes_32) = published["masked", 64], published["masked", 32]
-    assert report_32["digests"]["model"] == published["plain", 32][1]["digests"]["model"]
-    assert report_32["evaluation"]["mean"] == report_64["evaluation"]["mean"]
+    assert report_32.digests.model == published["plain", 32][1].digests.model
+    assert report_32.evaluation.mean == report_64.evaluation.mean
     assert bytes_32 < 0.52 * bytes_64
     base = load_file(runs["folder"] / "plain-consortium" / "base" / "model.safetensors")
     for name, weight in in_64.items():

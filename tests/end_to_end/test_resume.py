@@ -117,7 +117,7 @@ def undisturbed(consortium: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 def published(parties: Parties) -> dict[str, Any]:
     report = read_report(parties.output)
-    return {"model": report["digests"]["model"], "evaluation": report["evaluation"], "layers": report["layers"]}
+    return {"model": report.digests.model, "evaluation": report.evaluation, "layers": report.layers}
 
 
 def start_until_done(parties: Parties, channels: Iterator[OwnersChannel]) -> int:
@@ -196,9 +196,13 @@ def test_a_run_in_32_bits_goes_on_within_and_between_its_two_sums(in_32_bits: Pa
             run_merge(in_32_bits.coordinator, KilledInSum(in_32_bits.files, kind, reached, statistic))
     run_merge(in_32_bits.coordinator, OwnersChannel(in_32_bits.files))
     report = read_report(in_32_bits.output)
-    assert [each["statistic"] for each in report["sums"]] == ["scales", "contribution", "test"]
-    assert [each["destroyed"] for each in report["sums"]] == [True, True, False]
-    assert report["sums"][0]["owners"] == report["sums"][1]["owners"]
+    assert [(each.kind, each.split) for each in report.rounds] == [
+        ("scales", None),
+        ("contribution", None),
+        ("metrics", "test"),
+    ]
+    assert [each.destroyed for each in report.rounds] == [True, True, False]
+    assert report.rounds[0].owners == report.rounds[1].owners
     assert not any((in_32_bits.folder / "state" / name / "run").exists() for name in ("hotel", "cinema", "phones"))
 
 
@@ -222,7 +226,7 @@ def test_an_owner_that_a_sum_was_opened_without_is_back_when_the_run_goes_on(one
     again = OwnersChannel(one_may_drop_out.files)
     run_merge(one_may_drop_out.coordinator, again)
     assert (BurnSession,) not in again.kinds
-    assert read_report(one_may_drop_out.output)["owners"]
+    assert read_report(one_may_drop_out.output).owners
 
 
 def test_what_is_published_is_neither_made_nor_removed_again(several_sums: Parties) -> None:

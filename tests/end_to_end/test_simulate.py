@@ -26,10 +26,11 @@ from deploy.demo import digits
 from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
+from server.report.report import Report, SentCandidate, read_report
 
 
 @pytest.fixture(scope="module")
-def result(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+def result(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     output = tmp_path_factory.mktemp("output")
     return simulate(reviews_folder, output), output
 
@@ -46,73 +47,80 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_the_merged_model_is_better_for_everybody_than_what_sharing_nothing_gives(result: tuple[dict, Path]) -> None:
-    mean = result[0]["evaluation"]["mean"]
-    assert mean["regmean"]["accuracy"] > mean["own"]["accuracy"] + 0.1
-    assert mean["regmean"]["accuracy"] > mean["base"]["accuracy"] + 0.1
+def test_the_merged_model_is_better_for_everybody_than_what_sharing_nothing_gives(result: tuple[Report, Path]) -> None:
+    mean = result[0].evaluation.mean
+    assert mean["regmean"].accuracy > mean["own"].accuracy + 0.1
+    assert mean["regmean"].accuracy > mean["base"].accuracy + 0.1
 
 
-def test_the_report_has_what_its_schema_names(result: tuple[dict, Path]) -> None:
+def test_the_report_has_what_its_schema_names(result: tuple[Report, Path]) -> None:
     report, output = result
-    assert report == json.loads((output / "report.json").read_text())
-    assert report["summation"] == "masked"
-    assert report["owners"] == ["hotel", "cinema", "phones"]
-    assert report["seconds"] > 0
-    assert report["examples"] == 600
-    assert set(report["evaluation"]["mean"]) == {
+    assert report == read_report(output)
+    assert report.model_dump(mode="json") == json.loads((output / "report.json").read_text())
+    assert report.summation == "masked"
+    assert report.owners == ("hotel", "cinema", "phones")
+    assert report.seconds > 0
+    assert report.examples == 600
+    assert set(report.evaluation.mean) == {
         "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "regmean", "ensemble", "multi_task",
     }  # fmt: skip
-    assert {layer["status"] for layer in report["layers"]} == {"solved"}
+    assert {layer.status for layer in report.layers} == {"solved"}
     assert (output / "report.html").is_file()
 
 
-def test_the_report_says_when_another_method_did_better(result: tuple[dict, Path]) -> None:
-    mean, advice = result[0]["evaluation"]["mean"], " ".join(result[0]["advice"])
-    best = max(("regmean", "average", "task_arithmetic", "fisher"), key=lambda method: mean[method]["accuracy"])
-    better = mean[best]["accuracy"] > mean["regmean"]["accuracy"]
+def test_the_report_says_when_another_method_did_better(result: tuple[Report, Path]) -> None:
+    mean, advice = result[0].evaluation.mean, " ".join(result[0].advice)
+    best = max(("regmean", "average", "task_arithmetic", "fisher"), key=lambda method: mean[method].accuracy)
+    better = mean[best].accuracy > mean["regmean"].accuracy
     assert (f"{best} did better than regmean" in advice) == better
 
 
-def test_the_model_folder_loads_and_classifies(result: tuple[dict, Path]) -> None:
+def test_the_model_folder_loads_and_classifies(result: tuple[Report, Path]) -> None:
     report, output = result
     model = AutoModelForSequenceClassification.from_pretrained(output / "model")
-    assert digest_of(model, Task()) == report["digests"]["model"]
+    assert digest_of(model, Task()) == report.digests.model
     classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(output / "model"))
     assert classify("the staff was rude")[0]["label"] == "negative"
     assert classify("the film was gripping")[0]["label"] == "positive"
 
 
-def test_the_report_tells_every_sum_and_everything_that_was_sent(result: tuple[dict, Path]) -> None:
+def test_the_report_tells_every_sum_and_everything_that_was_sent(result: tuple[Report, Path]) -> None:
     report = result[0]
-    assert report["simulated"]
-    assert [each["statistic"] for each in report["sums"]] == ["contribution", "validation", "test"]
-    assert [each["destroyed"] for each in report["sums"]] == [True, False, False]
-    for each in report["sums"]:
-        assert each["owners"] == ["hotel", "cinema", "phones"]
-        assert each["numbers"] == sum(content["numbers"] for content in each["contents"])
-    grams = {content["kind"]: content["tensors"] for content in report["sums"][0]["contents"]}["gram"]
-    assert len(grams) == len(report["layers"]) == len(report["tensors"]["merged"])
-    sent = [(each["model"], each["split"]) for each in report["sent"]]
-    tried = [row["candidate"] for sweep in report["evaluation"]["sweep"].values() for row in sweep]
-    chosen = [choice["candidate"] for choice in report["chosen"].values()]
+    assert report.simulated
+    assert [(each.kind, each.split) for each in report.rounds] == [
+        ("contribution", None),
+        ("metrics", "validation"),
+        ("metrics", "test"),
+    ]
+    assert [each.destroyed for each in report.rounds] == [True, False, False]
+    for each in report.rounds:
+        assert each.owners == ("hotel", "cinema", "phones")
+        assert each.numbers == sum(content.numbers for content in each.contents)
+    grams = {content.kind: content.tensors for content in report.rounds[0].contents}["gram"]
+    assert len(grams) == len(report.layers) == len(report.tensors.merged)
+    sent = [(each.candidate, each.split) for each in report.sent if isinstance(each, SentCandidate)]
+    assert len(sent) == len(report.sent)
+    tried = [trial.candidate for sweep in report.evaluation.sweep.values() for trial in sweep]
+    chosen = [choice.candidate for choice in report.chosen.values()]
     assert sorted(sent) == sorted([(name, "validation") for name in tried] + [(name, "test") for name in chosen])
-    assert all(each["owners"] == ["hotel", "cinema", "phones"] for each in report["sent"])
-    assert report["receipts"] == report["owners"]
+    assert all(each.owners == ("hotel", "cinema", "phones") for each in report.sent)
+    assert report.receipts == report.owners
 
 
-def test_the_report_s_distances_are_those_of_the_weights(result: tuple[dict, Path], reviews_folder: Path) -> None:
+def test_the_report_s_distances_are_those_of_the_weights(result: tuple[Report, Path], reviews_folder: Path) -> None:
     report, output = result
     merged = AutoModelForSequenceClassification.from_pretrained(output / "model").state_dict()
     base = AutoModelForSequenceClassification.from_pretrained(reviews_folder / "base").state_dict()
-    assert [change["name"] for change in report["changes"]] == [layer["name"] for layer in report["layers"]]
-    for change, group in zip(report["changes"], report["tensors"]["merged"], strict=True):
+    assert [change.name for change in report.changes] == [layer.name for layer in report.layers]
+    for change, group in zip(report.changes, report.tensors.merged, strict=True):
         before = torch.cat([base[name].flatten() for name in group])
         after = torch.cat([merged[name].flatten() for name in group])
-        assert change["change"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
-        assert change["from_average"] > 0
+        assert change.change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+        assert change.from_average is not None
+        assert change.from_average > 0
 
 
-def test_the_model_card_s_code_runs(result: tuple[dict, Path]) -> None:
+def test_the_model_card_s_code_runs(result: tuple[Report, Path]) -> None:
     folder = result[1] / "model"
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "text-classification"
@@ -123,11 +131,13 @@ def test_the_model_card_s_code_runs(result: tuple[dict, Path]) -> None:
     assert names["model"]("the staff was rude")[0]["label"] == "negative"
 
 
-def test_no_owner_s_state_is_left_behind(result: tuple[dict, Path]) -> None:
+def test_no_owner_s_state_is_left_behind(result: tuple[Report, Path]) -> None:
     assert not (result[1] / "parties" / "state").exists()
 
 
-def test_the_report_s_figures_are_those_of_the_published_model(result: tuple[dict, Path], reviews_folder: Path) -> None:
+def test_the_report_s_figures_are_those_of_the_published_model(
+    result: tuple[Report, Path], reviews_folder: Path
+) -> None:
     report, output = result
     model = AutoModelForSequenceClassification.from_pretrained(output / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
@@ -137,21 +147,21 @@ def test_the_report_s_figures_are_those_of_the_published_model(result: tuple[dic
     correct = np.mean(
         [model.config.id2label[int(i)] == row["label"] for i, row in zip(logits.argmax(-1), rows, strict=True)]
     )
-    assert report["evaluation"]["by_owner"]["hotel"]["regmean"]["accuracy"] == pytest.approx(correct)
+    assert report.evaluation.by_owner["hotel"]["regmean"].accuracy == pytest.approx(correct)
 
 
-def test_the_same_seed_gives_the_same_model(result: tuple[dict, Path], reviews_folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_model(result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path) -> None:
     again = simulate(reviews_folder, tmp_path, with_references=False)
-    assert again["digests"]["model"] == result[0]["digests"]["model"]  # keys are fresh, so the agreement is another
-    assert "own" not in again["evaluation"]["mean"]
+    assert again.digests.model == result[0].digests.model  # keys are fresh, so the agreement is another
+    assert "own" not in again.evaluation.mean
 
 
 @pytest.mark.slow
 def test_flower_s_own_engine_gives_the_same_model_bit_for_bit(
-    result: tuple[dict, Path], reviews_folder: Path, tmp_path: Path
+    result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path
 ) -> None:
     report = simulate(reviews_folder, tmp_path, engine="ray", with_references=False)
-    assert report["digests"]["model"] == result[0]["digests"]["model"]
+    assert report.digests.model == result[0].digests.model
 
 
 def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: Path) -> None:
@@ -159,7 +169,7 @@ def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: P
         settings = consortium / f"{name}.toml"
         change(settings, "[training]\nepochs = 6\nlearning_rate = 1e-3\nbatch_size = 32\n", 'fine_tuned = "base"\n')
     report = simulate(consortium, tmp_path / "output")
-    mean = report["evaluation"]["mean"]
+    mean = report.evaluation.mean
     assert mean["regmean"] == mean["average"] == mean["base"] == mean["own_at_home"]  # nobody changed anything
     assert "multi_task" not in mean
 
@@ -168,8 +178,8 @@ def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Pat
     for name in ("hotel", "cinema", "phones"):
         change(consortium / "agreement.toml", f'name = "{name}"', f'name = "{name}"\nfigures = "summed"')
     report = simulate(consortium, tmp_path / "output")
-    assert report["evaluation"]["by_owner"] == {}
-    assert report["evaluation"]["mean"]["regmean"]["rows"] == 360
+    assert report.evaluation.by_owner == {}
+    assert report.evaluation.mean["regmean"].predictions == 360
 
 
 def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_path: Path) -> None:
@@ -177,7 +187,7 @@ def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_pat
     (consortium / "hotel.toml").rename(consortium / "hotel" / "owner.toml")
     change(consortium / "hotel" / "owner.toml", '"data/', '"../data/')
     report = simulate(consortium, tmp_path / "output", with_references=False)
-    assert len(report["owners"]) == 3
+    assert len(report.owners) == 3
 
 
 @pytest.mark.parametrize(
@@ -231,14 +241,14 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
     monkeypatch.setattr(digits, "OWNER_TRAINING", Training(epochs=2, learning_rate=1e-3))
     monkeypatch.setattr(digits, "AGREEMENT", digits.AGREEMENT + "[fisher]\nmeasured_examples = 20\n")
     report = run_demo(tmp_path / "demo")
-    assert report["owners"] == list(digits.SCANNERS)
-    assert set(report["evaluation"]["mean"]) == {
+    assert report.owners == tuple(digits.SCANNERS)
+    assert set(report.evaluation.mean) == {
         "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "data_free", "regmean", "refit",
         "ensemble", "multi_task",
     }  # fmt: skip
-    assert {figures["regmean"]["rows"] for figures in report["evaluation"]["by_owner"].values()} == {300}
+    assert {scores["regmean"].predictions for scores in report.evaluation.by_owner.values()} == {300}
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "demo" / "model")
-    assert digest_of(model, Task()) == report["digests"]["model"]
+    assert digest_of(model, Task()) == report.digests.model
 
 
 def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -> None:
@@ -252,15 +262,15 @@ def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -
     tokenizer.save_pretrained(tmp_path / "gpt2")
     change(consortium / "agreement.toml", 'base = "base"', f'base = "{tmp_path / "gpt2"}"')
     report = simulate(consortium, tmp_path / "output", with_references=False)
-    merged = {name for group in report["tensors"]["merged"] for name in group}
+    merged = {name for group in report.tensors.merged for name in group}
     assert {"transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_proj.weight", "score.weight"} <= merged
-    assert "transformer.h.0.attn.c_attn.weight" in report["tensors"]["averaged"]
+    assert "transformer.h.0.attn.c_attn.weight" in report.tensors.averaged
 
 
 def test_an_owner_may_name_its_own_copy_of_the_base(consortium: Path, tmp_path: Path) -> None:
     shutil.copytree(consortium / "base", consortium / "copy")
     change(consortium / "hotel.toml", 'name = "hotel"', 'name = "hotel"\nbase = "copy"')
-    assert simulate(consortium, tmp_path / "output", with_references=False)["owners"][0] == "hotel"
+    assert simulate(consortium, tmp_path / "output", with_references=False).owners[0] == "hotel"
 
 
 def test_a_folder_that_holds_something_else_is_not_touched(consortium: Path) -> None:

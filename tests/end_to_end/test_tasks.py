@@ -35,6 +35,7 @@ from common.agreement import Task
 from common.models.loading import digest_of
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
+from server.report.report import MeanMetrics, Report
 
 OWNERS = {"ada": ("room", "bed", "staff"), "bea": ("film", "plot", "actor"), "cyd": ("phone", "screen", "case")}
 WORDS = {"negative": ("dull", "slow", "rude"), "positive": ("clean", "witty", "fast")}
@@ -146,19 +147,19 @@ def write_rows(folder: Path, row_of: Callable[[random.Random, str], Row]) -> Non
             (folder / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def check_report(report: dict[str, Any], figure: str, references: set[str]) -> dict[str, dict[str, float]]:
-    mean: dict[str, dict[str, float]] = report["evaluation"]["mean"]
+def check_report(report: Report, output: Path, metric: str, references: set[str]) -> dict[str, MeanMetrics]:
+    mean = report.evaluation.mean
     methods = {"base", "own_at_home", "average", "task_arithmetic", "fisher", "regmean"}
     assert set(mean) == methods | references
-    assert all(figure in figures for figures in mean.values())
-    assert mean["own_at_home"]["accuracy"] > mean["base"]["accuracy"]
-    assert mean["regmean"]["accuracy"] > mean["base"]["accuracy"]
-    assert "regmean" in (Path(report["_output"]) / "report.html").read_text()
+    assert report.evaluation.metric == metric
+    assert mean["own_at_home"].accuracy > mean["base"].accuracy
+    assert mean["regmean"].accuracy > mean["base"].accuracy
+    assert "regmean" in (output / "report.html").read_text()
     return mean
 
 
-def run(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    return simulate(folder, tmp_path / "output") | {"_output": tmp_path / "output"}
+def run(folder: Path, tmp_path: Path) -> Report:
+    return simulate(folder, tmp_path / "output")
 
 
 def test_words_are_tagged(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_words_are_tagged(tmp_path: Path) -> None:
         )
         (folder / f"ada-{split}.conll").write_text("-DOCSTART- O\n\n" + "\n".join(sentences))
     report = run(folder, tmp_path)
-    check_report(report, "entity_f1", {"own", "ensemble", "multi_task"})
+    check_report(report, tmp_path / "output", "entity_f1", {"own", "ensemble", "multi_task"})
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "output" / "model")
     assert model.config.id2label[1] == "B-THING"
 
@@ -184,11 +185,11 @@ def test_the_next_word_is_predicted(tmp_path: Path) -> None:
     write_consortium(folder, 'kind = "causal-lm"', llama, epochs=6)
     write_rows(folder, plain_text)
     report = run(folder, tmp_path)
-    mean = check_report(report, "log_likelihood", {"own", "multi_task"})
-    assert mean["base"]["log_likelihood"] < mean["regmean"]["log_likelihood"] < 0
+    mean = check_report(report, tmp_path / "output", "log_likelihood", {"own", "multi_task"})
+    assert mean["base"].metric < mean["regmean"].metric < 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "output" / "model")
-    assert digest_of(model, Task(kind="causal-lm")) == report["digests"]["model"]
-    assert "lm_head.weight" in {name for group in report["tensors"]["merged"] for name in group}
+    assert digest_of(model, Task(kind="causal-lm")) == report.digests.model
+    assert "lm_head.weight" in {name for group in report.tensors.merged for name in group}
 
 
 def test_a_text_is_turned_into_another(tmp_path: Path) -> None:
@@ -196,9 +197,9 @@ def test_a_text_is_turned_into_another(tmp_path: Path) -> None:
     write_consortium(folder, 'kind = "sequence-to-sequence"', t5, epochs=8)
     write_rows(folder, shortened)
     report = run(folder, tmp_path)
-    check_report(report, "log_likelihood", {"own", "multi_task"})
+    check_report(report, tmp_path / "output", "log_likelihood", {"own", "multi_task"})
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "output" / "model")
-    assert digest_of(model, Task(kind="sequence-to-sequence")) == report["digests"]["model"]
+    assert digest_of(model, Task(kind="sequence-to-sequence")) == report.digests.model
 
 
 def test_owners_with_labels_of_their_own_share_a_body_and_keep_their_heads(tmp_path: Path) -> None:
@@ -211,8 +212,8 @@ def test_owners_with_labels_of_their_own_share_a_body_and_keep_their_heads(tmp_p
         path = folder / f"{name}.toml"
         path.write_text(path.read_text().replace("[training]", f"labels = {json.dumps(own)}\n[training]"))
     report = run(folder, tmp_path)
-    check_report(report, "macro_f1", set())
-    assert report["tensors"]["left_alone"] == ["classifier.weight", "classifier.bias"]
+    check_report(report, tmp_path / "output", "macro_f1", set())
+    assert report.tensors.left_alone == ("classifier.weight", "classifier.bias")
     body = AutoModel.from_pretrained(tmp_path / "output" / "model")
     assert type(body).__name__ == "BertModel"
     assert "classifier" not in (tmp_path / "output" / "model" / "model.safetensors").read_bytes()[:20_000].decode(
@@ -255,9 +256,9 @@ def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> Non
             images = random_source.normal(labels[:, None, None] - 0.5, 0.5, (count, 8, 8)).astype(np.float32)
             np.savez(folder / f"{name}-{split}.npz", image=images, label=labels)
     report = run(folder, tmp_path)
-    check_report(report, "macro_f1", {"own", "ensemble", "multi_task"})
+    check_report(report, tmp_path / "output", "macro_f1", {"own", "ensemble", "multi_task"})
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "output" / "model")
-    assert digest_of(model, Task(kind="image-classification", labels=("dark", "light"))) == report["digests"]["model"]
+    assert digest_of(model, Task(kind="image-classification", labels=("dark", "light"))) == report.digests.model
 
 
 @pytest.mark.parametrize(

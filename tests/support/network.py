@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -23,6 +22,7 @@ from deploy.commands.keys import write_certificate, write_node_key
 from deploy.complete import complete_agreement
 from deploy.launch.processes import free_port
 from deploy.simulation.simulate import simulate, write_settings
+from server.report.report import Report
 
 OWNERS = ("hotel", "cinema", "phones")
 AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
@@ -92,7 +92,7 @@ def set_up_example(example: Path, folder: Path, short: str) -> Network:
     return set_up(folder, short)
 
 
-def simulated_twin(network: Network, folder: Path) -> dict[str, Any]:
+def simulated_twin(network: Network, folder: Path) -> Report:
     """The report of a simulation with the same files, seeds and agreement."""
     shutil.copytree(network.folder, folder, ignore=shutil.ignore_patterns("output", "state-*", "*state", "*.toml"))
     shutil.copy(network.folder / "short.toml", folder / "agreement.toml")

@@ -1,57 +1,73 @@
-"""A report written by hand, with everything that a page has to cope with: hostile words, a lost owner, a plain sum."""
+"""A report written by hand that is hard on a page: hostile words, an owner that dropped out, a plain sum."""
 
+import json
 from copy import deepcopy
 from typing import Any
+
+from server.report.report import Report
 
 HOSTILE = 'Ward <b>7</b> & <script>alert("x")</script>'
 
 
-def _scores(accuracy: float, rows: int, **figures: float) -> dict[str, Any]:
-    return {"accuracy": accuracy, "macro_f1": accuracy - 0.25, "rows": rows, **figures}
+def _scores(accuracy: float, predictions: int, **more: float) -> dict[str, Any]:
+    return {"accuracy": accuracy, "metric": accuracy - 0.25, "predictions": predictions, **more}
+
+
+def _method(title: str, phrase: str, hyperparameter: str | None = None) -> dict[str, Any]:
+    return {
+        "title": title,
+        "phrase": phrase,
+        "summary": f"how {title} merges",
+        "paper": None,
+        "hyperparameter": hyperparameter,
+        "hyperparameter_summary": hyperparameter and f"What {hyperparameter} does.",
+    }
 
 
 ACCURACIES = {"base": 0.25, "own_at_home": 0.875, "regmean": 0.75, "average": 0.625, "fisher": 0.8125}
 _REPORT: dict[str, Any] = {
-    "report_version": 2,
+    "report_version": 3,
     "title": HOSTILE,
     "method": "regmean",
+    "methods": {
+        "regmean": _method("RegMean", "RegMean", "alpha"),
+        "average": _method("average", "the plain average"),
+        "fisher": _method("Fisher", "Fisher averaging"),
+    },
     "summation": "plain",
     "simulated": False,
     "seconds": 12.5,
     "owners": ["ada", "bea"],
-    "lost": {"cyd": "sum of contribution"},
+    "dropped_out": {"cyd": "contributions"},
     "receipts": ["ada", "bea"],
     "agreement": {
-        "title": HOSTILE,
         "fingerprint": "01234 56789 01234 56789 01234 56789 01234 56789",
         "base": "somebody/model",
         "owners": [
-            {"name": "ada", "public_key": "1" * 64, "figures": "shown"},
-            {"name": "bea", "public_key": "2" * 64, "figures": "summed"},
-            {"name": "cyd", "public_key": "3" * 64, "figures": "shown"},
+            {"name": "ada", "public_key": "1" * 64, "metrics": "shown"},
+            {"name": "bea", "public_key": "2" * 64, "metrics": "summed"},
+            {"name": "cyd", "public_key": "3" * 64, "metrics": "shown"},
         ],
         "min_owners": 2,
+        "colluders": 0,
+        "quorum": 2,
+        "ring_bits": 64,
         "compare_with": ["average", "fisher"],
         "weighting": "rows",
         "seed": 7,
-        "task": {
-            "kind": "text-classification",
-            "labels": ["<i>good</i>", "bad"],
-            "head": "shared",
-        },
-        "summation": {"kind": "plain", "colluders": 0, "quorum": 2},
+        "task": {"kind": "text-classification", "labels": ["<i>good</i>", "bad"], "head": "shared"},
         "privacy": {"min_rows_per_dimension": 1.0, "merge_token_inputs": False, "merge_routed_inputs": False},
-        "refit": {"targets": "labels"},
+        "hyperparameters": {"regmean": {"alphas": [0.5, 0.9]}},
     },
     "base_parameters": 1234,
     "chosen": {
-        "regmean": {"candidate": "regmean@0.9", "knob": 0.9},
-        "average": {"candidate": "average", "knob": None},
-        "fisher": {"candidate": "fisher", "knob": None},
+        "regmean": {"candidate": "regmean@0.9", "hyperparameter": 0.9},
+        "average": {"candidate": "average", "hyperparameter": None},
+        "fisher": {"candidate": "fisher", "hyperparameter": None},
     },
     "evaluation": {
         "choose_by": "macro_f1",
-        "figure": "macro_f1",
+        "metric": "macro_f1",
         "label_set": "own",
         "mean": {
             model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01) for model, accuracy in ACCURACIES.items()
@@ -59,8 +75,8 @@ _REPORT: dict[str, Any] = {
         "by_owner": {"ada": {model: _scores(accuracy + 0.0625, 400) for model, accuracy in ACCURACIES.items()}},
         "sweep": {
             "regmean": [
-                {"candidate": "regmean@0.5", "knob": 0.5, "accuracy": 0.6, "macro_f1": 0.5},
-                {"candidate": "regmean@0.9", "knob": 0.9, "accuracy": 0.7, "macro_f1": 0.6},
+                {"candidate": "regmean@0.5", "hyperparameter": 0.5, "accuracy": 0.6, "metric": 0.5},
+                {"candidate": "regmean@0.9", "hyperparameter": 0.9, "accuracy": 0.7, "metric": 0.6},
             ]
         },
     },
@@ -70,7 +86,7 @@ _REPORT: dict[str, Any] = {
             "status": "empty",
             "d_in": 8,
             "gram_size": 9,
-            "rows": 0,
+            "token_rows": 0,
             "condition": None,
             "effective_rank": None,
             "unseen_directions": 8,
@@ -80,7 +96,7 @@ _REPORT: dict[str, Any] = {
             "status": "solved",
             "d_in": 8,
             "gram_size": 9,
-            "rows": 100,
+            "token_rows": 100,
             "condition": 12345.0,
             "effective_rank": 3.25,
             "unseen_directions": 0,
@@ -104,9 +120,14 @@ _REPORT: dict[str, Any] = {
     },
     "notes": ["l0: empty"],
     "advice": ["fisher did better"],
-    "sums": [
+    "disclosures": ["Token embeddings show which tokens occur."],
+    "rounds": [
         {
-            "statistic": "contribution",
+            "kind": "contribution",
+            "method": None,
+            "step": None,
+            "split": None,
+            "title": "contributions",
             "owners": ["ada", "bea"],
             "numbers": 99,
             "contents": [
@@ -116,31 +137,53 @@ _REPORT: dict[str, Any] = {
             "destroyed": True,
         },
         {
-            "statistic": "test",
+            "kind": "metrics",
+            "method": None,
+            "step": None,
+            "split": "test",
+            "title": "test metrics",
             "owners": ["ada", "bea"],
             "numbers": 10,
-            "contents": [{"kind": "mean", "meaning": "a model's figures", "numbers": 10, "tensors": ["base/mean"]}],
+            "contents": [{"kind": "mean", "meaning": "a model's metrics", "numbers": 10, "tensors": ["base/mean"]}],
             "destroyed": False,
         },
     ],
-    "sent": [{"model": "regmean@0.9", "split": "test", "digest": "d" * 64, "bytes": 4936, "owners": ["ada", "bea"]}],
+    "sent": [
+        {
+            "kind": "candidate",
+            "method": "regmean",
+            "candidate": "regmean@0.9",
+            "split": "test",
+            "title": "regmean@0.9",
+            "digest": "d" * 64,
+            "bytes": 4936,
+            "owners": ["ada", "bea"],
+        }
+    ],
     "steps": [
         {
-            "name": "sum of contribution",
+            "title": "round: contributions",
+            "phase": "contributions",
             "seconds": 4.0,
             "bytes_sent": 2000,
             "bytes_received": 2 * 10**7,
             "by_owner": {
-                owner: {"waited_seconds": 1.5, "bytes_sent": 1000, "bytes_received": 10**7} for owner in ("ada", "bea")
+                owner: {"waited_seconds": 1.5, "messages": 4, "bytes_sent": 1000, "bytes_received": 10**7}
+                for owner in ("ada", "bea")
             },
         }
     ],
     "examples": 100,
-    "digests": {"agreement": "a" * 64, "base": "b" * 64, "model": "c" * 64},
+    "digests": {"agreement": "a" * 64, "base": "b" * 64, "bundle": "e" * 64, "model": "c" * 64},
     "versions": {"python": "3.11", "amalgram": "0.1.0"},
 }
 
 
 def hand_written() -> dict[str, Any]:
-    """A copy that a test may change."""
+    """What its file holds, as a copy that a test may change."""
     return deepcopy(_REPORT)
+
+
+def as_report(content: dict[str, Any]) -> Report:
+    """The report that reading this content gives."""
+    return Report.model_validate_json(json.dumps(content))

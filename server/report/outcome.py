@@ -1,0 +1,388 @@
+"""What a run hands over, and the report that is made of it.
+
+`Outcome` says what a report needs, in the words of `common/` and of report.py alone: this module knows neither the
+coordinator nor how a merge is driven. They import it.
+"""
+
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.agreement import Agreement
+from common.contents import CONTRIBUTIONS, FIGURES, contribution_kind, figure_kind
+from common.identity import fingerprint
+from common.merge_methods import METHODS
+from common.merge_methods.terms import LayerNote, Solution
+from common.metrics import MeanScore, Score
+from common.models import low_rank
+from common.models.layers import Layer as LinearLayer
+from common.models.loading import digest_of
+from common.models.plan import MergePlan
+from common.tensor_layout import TensorLayout
+from server.report.report import (
+    AdapterLayer,
+    Agreed,
+    AgreedOwner,
+    AgreedPrivacy,
+    AgreedTask,
+    Change,
+    Choice,
+    Content,
+    Digests,
+    Evaluation,
+    Layer,
+    LowRank,
+    MeanMetrics,
+    OwnerMetrics,
+    Report,
+    Round,
+    Sent,
+    Split,
+    Step,
+    Tensors,
+    Trial,
+)
+from server.report.words import described
+
+LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One candidate of a sweep: its hyperparameter, and how it did on validation rows."""
+
+    hyperparameter: float
+    score: MeanScore
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodChoice:
+    """The candidate of one method that was evaluated on test rows; `sweep` has all candidates if there were several."""
+
+    candidate: str
+    hyperparameter: float | None
+    sweep: Mapping[str, Tried]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRound:
+    """A round whose total the coordinator learned. The fields are those of `Round`, with the layout of the vector."""
+
+    kind: Literal["scales", "contribution", "step", "metrics"]
+    method: str | None = None
+    step: int | None = None
+    split: Split | None = None
+    title: str
+    layout: TensorLayout
+    owners: tuple[str, ...]
+    destroyed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that a report is made of.
+
+    choices     by method, in the agreed order
+    merged      by method, the merged delta that was evaluated on test rows
+    owners      those whose numbers are in the merged model, of `examples` training rows if these were summed
+    test        by model: `base`, `own_at_home` and every method
+    rounds      everything that was learned from the owners, in order
+    sent        everything that was sent to them, in order
+    steps       what each step cost, in order
+    dropped_out by owner, the step at which it dropped out
+    receipts    the owners that signed the result
+    """
+
+    agreement: Agreement
+    plan: MergePlan
+    choices: Mapping[str, MethodChoice]
+    merged: Mapping[str, Solution]
+    owners: tuple[str, ...]
+    examples: int | None
+    test: Mapping[str, MeanScore]
+    rounds: tuple[OpenedRound, ...]
+    sent: tuple[Sent, ...]
+    steps: tuple[Step, ...]
+    dropped_out: Mapping[str, str]
+    receipts: tuple[str, ...]
+    seconds: float
+
+
+def make_report(outcome: Outcome, model: PreTrainedModel) -> Report:
+    """The report of a run that published `model`, the base plus the merged delta of the agreed method."""
+    agreement = outcome.agreement
+    published = outcome.merged[agreement.method]
+    return Report(
+        title=agreement.title,
+        method=agreement.method,
+        methods={method: described(method) for method in agreement.methods},
+        summation=agreement.summation.kind,
+        simulated=False,
+        seconds=round(outcome.seconds, 3),
+        owners=outcome.owners,
+        dropped_out=dict(outcome.dropped_out),
+        receipts=outcome.receipts,
+        agreement=_agreed(agreement),
+        base_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        chosen={
+            method: Choice(candidate=choice.candidate, hyperparameter=choice.hyperparameter)
+            for method, choice in outcome.choices.items()
+        },
+        evaluation=_evaluation(outcome),
+        layers=tuple(map(_layer, published.layers)),
+        changes=tuple(_changes(outcome, model)),
+        low_rank=_low_rank(published.low_rank),
+        tensors=Tensors(
+            merged=agreement.tensors.merged,
+            data_free=agreement.tensors.data_free,
+            averaged=agreement.tensors.averaged,
+            left_alone=agreement.tensors.left_alone,
+        ),
+        notes=tuple(f"{method}: {note}" for method, merged in outcome.merged.items() for note in merged.notes),
+        advice=tuple(_advice(outcome)),
+        disclosures=tuple(_disclosures(outcome)),
+        rounds=tuple(map(_round, outcome.rounds)),
+        sent=outcome.sent,
+        steps=outcome.steps,
+        examples=outcome.examples,
+        digests=Digests(
+            agreement=agreement.digest(),
+            base=agreement.base_digest,
+            bundle=agreement.bundle_digest,
+            model=digest_of(model, agreement.task),
+        ),
+        versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    )
+
+
+def add_references(report: Report, references: Mapping[str, MeanScore]) -> Report:
+    """A copy that also has the scores of models that only a simulation can judge."""
+    mean = report.evaluation.mean | {model: _mean_metrics(score) for model, score in references.items()}
+    by_owner = {
+        owner: models
+        | {
+            model: _owner_metrics(score.by_owner[owner])
+            for model, score in references.items()
+            if owner in score.by_owner
+        }
+        for owner, models in report.evaluation.by_owner.items()
+    }
+    evaluation = report.evaluation.model_copy(update={"mean": mean, "by_owner": by_owner})
+    return report.model_copy(update={"evaluation": evaluation})
+
+
+# --- what was agreed ---
+
+
+def _agreed(agreement: Agreement) -> Agreed:
+    fields = agreement.model_dump(mode="json")
+    return Agreed(
+        fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
+        base=agreement.base,
+        owners=tuple(
+            AgreedOwner(name=owner.name, public_key=owner.public_key or "", metrics=owner.figures)
+            for owner in agreement.owners
+        ),
+        min_owners=agreement.needed_owners,
+        colluders=agreement.colluders,
+        quorum=agreement.quorum,
+        ring_bits=agreement.summation.ring_bits,
+        compare_with=agreement.compare_with,
+        weighting=agreement.weighting,
+        seed=agreement.seed,
+        task=AgreedTask(kind=agreement.task.kind, labels=agreement.task.labels, head=agreement.task.head),
+        privacy=AgreedPrivacy(
+            min_rows_per_dimension=agreement.privacy.min_rows_per_dimension,
+            merge_token_inputs=agreement.privacy.merge_token_inputs,
+            merge_routed_inputs=agreement.privacy.merge_routed_inputs,
+        ),
+        hyperparameters={method: fields[method] for method in METHODS if method in fields},
+    )
+
+
+# --- how good the models are ---
+
+
+def _evaluation(outcome: Outcome) -> Evaluation:
+    agreement = outcome.agreement
+    return Evaluation(
+        choose_by=agreement.evaluation.choose_by,
+        metric=agreement.task.figure,
+        label_set=agreement.task.label_set,
+        mean={model: _mean_metrics(score) for model, score in outcome.test.items()},
+        by_owner={
+            owner: {model: _owner_metrics(score.by_owner[owner]) for model, score in outcome.test.items()}
+            for owner in agreement.shown_owners
+            if all(owner in score.by_owner for score in outcome.test.values())
+        },
+        sweep={
+            method: tuple(
+                Trial(
+                    candidate=candidate,
+                    hyperparameter=tried.hyperparameter,
+                    accuracy=tried.score.accuracy,
+                    metric=tried.score.figure,
+                )
+                for candidate, tried in choice.sweep.items()
+            )
+            for method, choice in outcome.choices.items()
+            if choice.sweep
+        },
+    )
+
+
+def _mean_metrics(score: MeanScore) -> MeanMetrics:
+    return MeanMetrics(
+        accuracy=score.accuracy,
+        metric=score.figure,
+        pooled_accuracy=score.pooled_accuracy,
+        predictions=score.rows,
+    )
+
+
+def _owner_metrics(score: Score) -> OwnerMetrics:
+    return OwnerMetrics(accuracy=score.correct / score.rows, metric=score.figure, predictions=score.rows)
+
+
+def _advice(outcome: Outcome) -> Iterator[str]:
+    """What a reader could do differently next time."""
+    agreement, metric = outcome.agreement, outcome.agreement.evaluation.choose_by
+    scores = {method: outcome.test[method].chosen_by(metric) for method in agreement.methods}
+    best = max(agreement.methods, key=lambda method: scores[method])
+    if scores[best] > scores[agreement.method]:
+        yield (
+            f"{best} did better than {agreement.method} on the test rows: {metric.replace('_', ' ')} "
+            f'{scores[best]:.3f} against {scores[agreement.method]:.3f}. To publish it, set method = "{best}".'
+        )
+    for choice in outcome.choices.values():
+        tried = list(choice.sweep)
+        if len(tried) > 2 and choice.candidate in (tried[0], tried[-1]) and choice.hyperparameter not in (0.0, 1.0):
+            yield f"{choice.candidate} is at the end of its sweep. Values beyond it may do better."
+
+
+# --- what happened to the layers ---
+
+
+def _layer(note: LayerNote) -> Layer:
+    return Layer(
+        name=note.name,
+        status=note.status,
+        d_in=note.d_in,
+        gram_size=note.gram_size,
+        token_rows=note.rows,
+        condition=note.condition,
+        effective_rank=note.effective_rank,
+        unseen_directions=note.unseen_directions,
+    )
+
+
+def _low_rank(cut: low_rank.LowRank | None) -> LowRank | None:
+    if cut is None:
+        return None
+    layers = tuple(AdapterLayer(name=layer.name, relative_error=layer.relative_error) for layer in cut.layers)
+    return LowRank(rank=cut.plan.rank, relative_error=cut.relative_error, dropped=cut.dropped, layers=layers)
+
+
+def _changes(outcome: Outcome, model: PreTrainedModel) -> Iterator[Change]:
+    """How far the published model is from the two models that are known here: the base and the owners' average."""
+    delta = outcome.merged[outcome.agreement.method].delta
+    average = outcome.merged["average"].delta if "average" in outcome.merged else None
+    weights = dict(model.named_parameters())
+    for name, layers in _groups(outcome.plan, outcome.agreement.method).items():
+        change = _stacked(layers, delta)
+        base = _stacked(layers, weights) - change
+        from_average = None
+        if average is not None:
+            mean = _stacked(layers, average)
+            from_average = _ratio(change - mean, mean)
+        yield Change(name=name, change=_ratio(change, base), from_average=from_average)
+
+
+def _groups(plan: MergePlan, method: str) -> dict[str, tuple[LinearLayer, ...]]:
+    """The layers behind each entry of `layers`; single linear layers where no Gram matrix is shared."""
+    shared = {each.name: each.layers for each in plan.inputs}
+    single: dict[str, tuple[LinearLayer, ...]] = {
+        layer.weight.removesuffix(".weight"): (layer,) for layer in plan.linear_layers
+    }
+    if method == "data_free" or not shared:
+        return single
+    return shared | {layer.weight.removesuffix(".weight"): (layer,) for layer in plan.data_free}
+
+
+def _stacked(layers: tuple[LinearLayer, ...], tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([layer.take(tensors).detach().double().flatten() for layer in layers])  # (numbers,) float64
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float | None:
+    norm = float(whole.norm())
+    return float(part.norm()) / norm if norm > 0 else None
+
+
+# --- what was revealed ---
+
+
+def _round(opened: OpenedRound) -> Round:
+    is_metrics = opened.kind == "metrics"
+    meanings, kind_of = (FIGURES, figure_kind) if is_metrics else (CONTRIBUTIONS, contribution_kind)
+    entries: dict[str, list[tuple[str, int]]] = {}
+    for entry in opened.layout.entries:
+        entries.setdefault(kind_of(entry.name), []).append((entry.name, entry.size))
+    return Round(
+        kind=opened.kind,
+        method=opened.method,
+        step=opened.step,
+        split=opened.split,
+        title=opened.title,
+        owners=opened.owners,
+        numbers=opened.layout.size,
+        contents=tuple(
+            Content(
+                kind=kind,
+                meaning=meanings[kind].format(their="the owner's"),
+                numbers=sum(size for _, size in tensors),
+                tensors=tuple(name for name, _ in tensors),
+            )
+            for kind, tensors in entries.items()
+        ),
+        destroyed=opened.destroyed,
+    )
+
+
+def _disclosures(outcome: Outcome) -> Iterator[str]:
+    """What this run reveals in spite of masks, one paragraph each (SECURITY.md, b3 to b6)."""
+    agreement = outcome.agreement
+    if agreement.privacy.merge_token_inputs:
+        yield (
+            "Some layers see only the token and its position. Their totals show how often each token occurs, summed "
+            "over the owners."
+        )
+    if agreement.privacy.merge_routed_inputs:
+        yield "The totals include Gram matrices of single experts, however few token rows reached them."
+    if agreement.task.is_text:
+        yield (
+            "Weight changes of token embeddings, and of a language model's output layer, show which tokens occur at "
+            "any owner, in the totals and in the published model. Owners that freeze both avoid this."
+        )
+    if agreement.task.is_text and "fisher" in agreement.methods:
+        yield "Squared gradients (Fisher) show which tokens occur at any owner, even if the embeddings were frozen."
+    if "refit" in agreement.methods and agreement.refit.targets == "labels":
+        yield (
+            "The totals show how many rows have each label, and the sum of the classifier's inputs over these rows, "
+            "summed over the owners. If only one owner has a label, both are that owner's."
+        )
+    if any(opened.kind == "scales" for opened in outcome.rounds):
+        yield (
+            "Every owner received the scales of the 32-bit round. They give the size of the totals within a factor of "
+            "two. A malicious coordinator could send coarse scales, so that only one owner's numbers survive rounding."
+        )
+    if any(opened.kind == "step" for opened in outcome.rounds):
+        yield (
+            "Between rounds the coordinator sent merged layers. A malicious coordinator could craft layers so that the "
+            "next total is a single owner's. The owners had to trust it to send what it solved."
+        )
