@@ -137,7 +137,7 @@ def _check_same(report: Report, figures: dict[str, Figures], suffix: str) -> Non
         for method, chosen in report.chosen.items():
             here = figures[chosen.candidate + suffix][owner]["macro_f1"]
             if abs(by_model[method].metric - here) > 1e-9:
-                raise SystemExit(f"{method} at {owner}: {by_model[method]['macro_f1']} in the report, {here} here")
+                raise SystemExit(f"{method} at {owner}: {by_model[method].metric} in the report, {here} here")
 
 
 def references(bench: Bench) -> dict[str, Figures]:

@@ -17,17 +17,23 @@ class Column:
 
     heading: str
     form: str
-    value: Callable[[Layer | None, Change], float | None]
+    of_layer: Callable[[Layer], float | None] | None = None
+    of_change: Callable[[Change], float | None] | None = None
     is_logarithmic: bool = False
+
+    def value(self, layer: Layer | None, change: Change) -> float | None:
+        if self.of_change:
+            return self.of_change(change)
+        return self.of_layer(layer) if self.of_layer and layer else None
 
 
 COLUMNS = (
-    Column(heading="Token rows", form="{:,.0f}", value=lambda layer, _: layer and layer.token_rows),
-    Column(heading="Condition", form="{:.2g}", value=lambda layer, _: layer and layer.condition, is_logarithmic=True),
-    Column(heading="Effective rank", form="{:.1f}", value=lambda layer, _: layer and layer.effective_rank),
-    Column(heading="Unseen directions", form="{:.0f}", value=lambda layer, _: layer and layer.unseen_directions),
-    Column(heading="Change from base", form="{:.1%}", value=lambda _, change: change.change),
-    Column(heading="Distance from average", form="{:.1%}", value=lambda _, change: change.from_average),
+    Column(heading="Token rows", form="{:,.0f}", of_layer=lambda layer: layer.token_rows),
+    Column(heading="Condition", form="{:.2g}", of_layer=lambda layer: layer.condition, is_logarithmic=True),
+    Column(heading="Effective rank", form="{:.1f}", of_layer=lambda layer: layer.effective_rank),
+    Column(heading="Unseen directions", form="{:.0f}", of_layer=lambda layer: layer.unseen_directions),
+    Column(heading="Change from base", form="{:.1%}", of_change=lambda change: change.change),
+    Column(heading="Distance from average", form="{:.1%}", of_change=lambda change: change.from_average),
 )
 
 

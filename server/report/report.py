@@ -41,9 +41,9 @@ class MethodDescription(Table):
     title: str = Field(description="Its name as it reads in mid-sentence.")
     phrase: str = Field(description="What a sentence compares with: `the plain average`.")
     summary: str = Field(description="How it merges, in one sentence without a full stop.")
-    paper: str | None = Field(None, description="Where it comes from: authors, year and arXiv number.")
-    hyperparameter: str | None = Field(None, description="What its sweep varies, or null if it has no sweep.")
-    hyperparameter_summary: str | None = Field(None, description="What its values do, in one sentence.")
+    paper: str | None = Field(default=None, description="Where it comes from: authors, year and arXiv number.")
+    hyperparameter: str | None = Field(default=None, description="What its sweep varies, or null if it has no sweep.")
+    hyperparameter_summary: str | None = Field(default=None, description="What its values do, in one sentence.")
 
 
 class AgreedOwner(Table):
@@ -215,7 +215,7 @@ class Delivery(Table):
 class SentCandidate(Delivery):
     """A merged candidate, which the owners evaluated."""
 
-    kind: Literal["candidate"] = Field("candidate", description="What was sent.")
+    kind: Literal["candidate"] = Field(default="candidate", description="What was sent.")
     method: str = Field(description="The method that merged it.")
     candidate: str = Field(description="The candidate's name.")
     split: Split = Field(description="The rows that it was evaluated on.")
@@ -224,7 +224,7 @@ class SentCandidate(Delivery):
 class SentMergedStep(Delivery):
     """What a step of a multi-round method merged, on which the owners measured the next step."""
 
-    kind: Literal["merged_step"] = Field("merged_step", description="What was sent.")
+    kind: Literal["merged_step"] = Field(default="merged_step", description="What was sent.")
     method: str = Field(description="The multi-round method.")
     step: Count = Field(description="The step that merged it; 0 before the first.")
 
@@ -232,7 +232,7 @@ class SentMergedStep(Delivery):
 class SentScales(Delivery):
     """The scales by which the owners divided their numbers before a round in 32 bits."""
 
-    kind: Literal["scales"] = Field("scales", description="What was sent.")
+    kind: Literal["scales"] = Field(default="scales", description="What was sent.")
 
 
 Sent = Annotated[SentCandidate | SentMergedStep | SentScales, Field(discriminator="kind")]
@@ -270,7 +270,7 @@ class Digests(Table):
 class Report(Table):
     """Everything that is known of one run."""
 
-    report_version: Literal[3] = Field(REPORT_VERSION, description="The version of this form.")
+    report_version: Literal[3] = Field(default=REPORT_VERSION, description="The version of this form.")
     title: str = Field(description="The agreement's title.")
     method: str = Field(description="The method whose model is published.")
     methods: dict[str, MethodDescription] = Field(description="By agreed method, what people should know of it.")

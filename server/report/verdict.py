@@ -15,8 +15,8 @@ UNITS = {
 }
 
 
-def verdict(report: Report) -> str:
-    """The merged model's accuracy beside every other model's. A difference that chance explains is called none."""
+def verdict(report: Report) -> list[str]:
+    """Sentences: the merged model's accuracy, then how it compares with every other model's (`chance`)."""
     mean = report.evaluation.mean
     merged = mean[report.method].accuracy
     groups: dict[str, list[str]] = {"better than": [], "not clearly different from": [], "worse than": []}
@@ -28,11 +28,11 @@ def verdict(report: Report) -> str:
         else:
             relation = "better than" if gain > 0 else "worse than"
         groups[relation].append(f"{phrase_of(report, model)} ({percent(mean[model].accuracy)})")
-    said = "; ".join(f"{relation} {listed(models)}" for relation, models in groups.items() if models)
-    return (
+    return [
         f"The merged model ({report.methods[report.method].title}) is right on {percent(merged)} of the owners' test "
-        f"{UNITS[report.agreement.task.kind]}: {said}."
-    )
+        f"{UNITS[report.agreement.task.kind]}.",
+        *(f"It is {relation} {listed(models)}." for relation, models in groups.items() if models),
+    ]
 
 
 def by_metric(report: Report) -> str:

@@ -1,10 +1,9 @@
-"""The page of a real run in a real browser: Chromium, headless, from disk."""
+"""The pages of a real and of a hand-written report, opened from disk in headless Chromium."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -13,15 +12,16 @@ from selenium.webdriver.common.by import By
 
 from deploy.simulation.simulate import simulate
 from server.report.page import render_report
-from server.report.report import save_report
-from tests.support.reports import HOSTILE, hand_written
+from server.report.report import Report, read_report, save_report
+from server.report.words import capitalised
+from tests.support.reports import HOSTILE, as_report, hand_written
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     BROWSER is None or DRIVER is None, reason="needs Chromium and its chromedriver (Debian: chromium, chromium-driver)"
 )
-SECTIONS = ["verdict", "figures", "knobs", "revealed", "layers", "cost", "agreement", "digests"]
+SECTIONS = ["verdict", "metrics", "choice", "revealed", "layers", "cost", "agreement", "digests"]
 DESKTOP, PHONE = 1280, 390  # CSS pixels
 
 
@@ -56,7 +56,7 @@ def real(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("hostile")
-    save_report(hand_written(), output)
+    save_report(as_report(hand_written()), output)
     render_report(output)
     return output
 
@@ -67,18 +67,17 @@ def output(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def show(browser: webdriver.Chrome, output: Path, width: int = DESKTOP, scheme: str = "light") -> dict[str, Any]:
+def show(browser: webdriver.Chrome, output: Path, width: int = DESKTOP, scheme: str = "light") -> Report:
     """Open the page; the report that it was made from."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     browser.get((output / "report.html").as_uri())
-    report: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return report
+    return read_report(output)
 
 
-def test_nothing_is_complained_about_and_no_request_leaves_the_page(browser: webdriver.Chrome, output: Path) -> None:
+def test_the_browser_logs_nothing_and_no_request_leaves_the_page(browser: webdriver.Chrome, output: Path) -> None:
     browser.get_log("browser")
     browser.get_log("performance")
     show(browser, output)
@@ -101,34 +100,34 @@ def test_every_section_is_there_and_reached_from_the_top(browser: webdriver.Chro
         assert plot.size["height"] > 100
 
 
-def test_the_table_has_the_report_s_figures(browser: webdriver.Chrome, output: Path) -> None:
-    evaluation = show(browser, output)["evaluation"]
-    rows = {"mean": evaluation["mean"], **evaluation["by_owner"]}
+def test_the_table_has_the_report_s_metrics(browser: webdriver.Chrome, output: Path) -> None:
+    evaluation = show(browser, output).evaluation
+    rows = {"mean": evaluation.mean, **evaluation.by_owner}
     expected = {
-        f"{row}/{model}/{key}": f"{scores[key]:.3f}"
+        f"{row}/{model}/{key}": f"{getattr(scores, key):.3f}"
         for row, models in rows.items()
         for model, scores in models.items()
-        for key in ("accuracy", evaluation["figure"])
+        for key in ("accuracy", "metric")
     }
     cells = browser.find_elements(By.CSS_SELECTOR, "[data-cell]")
     shown = {each.get_attribute("data-cell"): each.find_element(By.TAG_NAME, "span") for each in cells}
     assert {name: each.get_property("textContent") for name, each in shown.items()} == expected
 
 
-def test_the_sums_and_who_is_in_them_are_the_report_s(browser: webdriver.Chrome, output: Path) -> None:
+def test_the_rounds_and_who_is_in_them_are_the_report_s(browser: webdriver.Chrome, output: Path) -> None:
     report = show(browser, output)
-    rows = browser.find_elements(By.CSS_SELECTOR, "#sums tbody tr")
-    assert len(rows) == len(report["sums"])
-    for row, summed in zip(rows, report["sums"], strict=True):
-        assert summed["statistic"] in row.text
-        assert f"{summed['numbers']:,} numbers" in row.text
-        for owner in summed["owners"]:
+    rows = browser.find_elements(By.CSS_SELECTOR, "#rounds tbody tr")
+    assert len(rows) == len(report.rounds)
+    for row, summed in zip(rows, report.rounds, strict=True):
+        assert capitalised(summed.title) in row.text
+        assert f"{summed.numbers:,} numbers" in row.text
+        for owner in summed.owners:
             assert owner in row.text
-        for content in summed["contents"]:
-            assert content["meaning"] in row.text
+        for content in summed.contents:
+            assert content.meaning in row.text
 
 
-def test_words_from_settings_are_shown_as_they_are_written(browser: webdriver.Chrome, hostile: Path) -> None:
+def test_words_from_settings_are_shown_as_written(browser: webdriver.Chrome, hostile: Path) -> None:
     show(browser, hostile)
     assert browser.find_element(By.TAG_NAME, "h1").text == HOSTILE
     assert browser.find_elements(By.TAG_NAME, "script") == []
