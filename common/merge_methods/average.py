@@ -32,8 +32,9 @@ class Average(SingleRoundMethod[AverageTable]):
     """The weighted mean."""
 
     name = "average"
-    title = "Average"
-    summary = "the plain mean of the owners' weights"
+    title = "average"
+    phrase = "the plain average"
+    summary = "the mean of the owners' weights"
     paper = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
     order = 1
     table = AverageTable

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from common.lazy import lazy_module
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
-from common.merge_methods.normal_equations import System, add_ridge, notes_on
+from common.merge_methods.normal_equations import ALPHA_SUMMARY, System, add_ridge, notes_on
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Hyperparameters,
@@ -70,9 +70,12 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
     """RegMean with the Gram matrices of weight changes."""
 
     name = "data_free"
-    title = "Data-free"
-    summary = "least squares with Gram matrices made of weight changes alone"
+    title = "data-free"
+    phrase = "data-free merging"
+    summary = "least squares with Gram matrices made from weight changes alone"
     paper = "WUDI, arXiv 2503.08099; ACTMat, arXiv 2604.01329"
+    swept_name = "alpha"
+    swept_summary = ALPHA_SUMMARY
     order = 4
     table = DataFreeTable
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS

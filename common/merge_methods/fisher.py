@@ -55,7 +55,8 @@ class Fisher(SingleRoundMethod[FisherTable]):
 
     name = "fisher"
     title = "Fisher"
-    summary = "the mean of the weights, each weighted by its Fisher information"
+    phrase = "Fisher averaging"
+    summary = "the mean of the owners' weights, each weighted by how much the owner's loss depends on it"
     paper = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
     order = 3
     table = FisherTable

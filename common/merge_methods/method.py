@@ -38,9 +38,12 @@ class Method(ABC, Generic[H]):
     """Base of all descriptors; see SingleRoundMethod and MultiRoundMethod."""
 
     name: ClassVar[str]  # in agreements: method = "regmean"
-    title: ClassVar[str]  # in tables: RegMean
-    summary: ClassVar[str]  # in half a sentence, for the report
+    title: ClassVar[str]  # in tables, as it reads in mid-sentence: RegMean
+    phrase: ClassVar[str]  # what a sentence compares with: the plain average
+    summary: ClassVar[str]  # how it merges, in one sentence without a full stop
     paper: ClassVar[str]
+    swept_name: ClassVar[str | None] = None  # what its sweep varies: alpha
+    swept_summary: ClassVar[str | None] = None  # what the values do, in one sentence
     order: ClassVar[int]  # in tables, simpler methods first
     table: type[H]  # its hyperparameters, [regmean] in the agreement
     tensor_kinds: ClassVar[Mapping[str, str]] = WEIGHT_KINDS  # kind of tensor -> what it holds, in words

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
+ALPHA_SUMMARY = (
+    "Alpha is how much of a Gram matrix's off-diagonal is kept: 1 is plain least squares, 0 keeps the diagonal alone."
+)
 SURE_PIVOT = 1e-10  # squared pivot of a Cholesky factor, relative to the diagonal; rounding leaves far less of a zero
 
 

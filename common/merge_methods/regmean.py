@@ -22,7 +22,7 @@ from pydantic import Field
 from common.lazy import lazy_module
 from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
-from common.merge_methods.normal_equations import System, add_ridge, notes_on
+from common.merge_methods.normal_equations import ALPHA_SUMMARY, System, add_ridge, notes_on
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Hyperparameters,
@@ -139,8 +139,11 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
 
     name = "regmean"
     title = "RegMean"
+    phrase = "RegMean"
     summary = "least squares with the summed Gram matrices of the layers' inputs"
     paper = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    swept_name = "alpha"
+    swept_summary = ALPHA_SUMMARY
     order = 5
     table = RegMeanTable
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS

@@ -40,7 +40,8 @@ class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
 
     name = "regmean_plus_plus"
     title = "RegMean++"
-    summary = "RegMean, layer after layer on the inputs that the merged model makes"
+    phrase = "RegMean++"
+    summary = "RegMean, block after block, each on the inputs that the merged blocks before it produce"
     paper = "Nguyen et al., 2025, arXiv 2508.03121"
     order = 7
     table = RegMeanPlusPlusTable

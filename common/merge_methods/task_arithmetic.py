@@ -31,9 +31,12 @@ class TaskArithmetic(SingleRoundMethod[TaskArithmeticTable]):
     """The scaled sum of task vectors."""
 
     name = "task_arithmetic"
-    title = "Task arithmetic"
+    title = "task arithmetic"
+    phrase = "task arithmetic"
     summary = "the base plus a multiple of the owners' mean change"
     paper = "Ilharco et al., ICLR 2023, arXiv 2212.04089"
+    swept_name = "scale"
+    swept_summary = "The scale is how far the base is moved: with N owners, 1/N is the average."
     order = 2
     table = TaskArithmeticTable
     fits_32_bits = True

@@ -8,23 +8,22 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common import schedule
 from common.agreement import Agreement
-from common.contents import CONTRIBUTIONS, FIGURES, contribution_kind, figure_kind
 from common.identity import fingerprint
 from common.merge_methods import METHODS
-from common.merge_methods.terms import LayerNote, Solution
+from common.merge_methods.method import Method
+from common.merge_methods.terms import LayerNote, MergedDelta
 from common.metrics import MeanScore, Score
 from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
 from common.models.plan import MergePlan
-from common.tensor_layout import TensorLayout
 from server.report.report import (
     AdapterLayer,
     Agreed,
@@ -39,16 +38,15 @@ from server.report.report import (
     Layer,
     LowRank,
     MeanMetrics,
+    MethodDescription,
     OwnerMetrics,
     Report,
     Round,
     Sent,
-    Split,
     Step,
     Tensors,
     Trial,
 )
-from server.report.words import described
 
 LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
 
@@ -72,14 +70,9 @@ class MethodChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedRound:
-    """A round whose total the coordinator learned. The fields are those of `Round`, with the layout of the vector."""
+    """A round whose total the coordinator learned, over `owners`; whether its program overwrote the total since."""
 
-    kind: Literal["scales", "contribution", "step", "metrics"]
-    method: str | None = None
-    step: int | None = None
-    split: Split | None = None
-    title: str
-    layout: TensorLayout
+    round: schedule.Round
     owners: tuple[str, ...]
     destroyed: bool
 
@@ -102,7 +95,7 @@ class Outcome:
     agreement: Agreement
     plan: MergePlan
     choices: Mapping[str, MethodChoice]
-    merged: Mapping[str, Solution]
+    merged: Mapping[str, MergedDelta]
     owners: tuple[str, ...]
     examples: int | None
     test: Mapping[str, MeanScore]
@@ -121,7 +114,7 @@ def make_report(outcome: Outcome, model: PreTrainedModel) -> Report:
     return Report(
         title=agreement.title,
         method=agreement.method,
-        methods={method: described(method) for method in agreement.methods},
+        methods={method: _described(METHODS[method]) for method in agreement.methods},
         summation=agreement.summation.kind,
         simulated=False,
         seconds=round(outcome.seconds, 3),
@@ -186,7 +179,7 @@ def _agreed(agreement: Agreement) -> Agreed:
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         base=agreement.base,
         owners=tuple(
-            AgreedOwner(name=owner.name, public_key=owner.public_key or "", metrics=owner.figures)
+            AgreedOwner(name=owner.name, public_key=owner.public_key or "", metrics=owner.metrics)
             for owner in agreement.owners
         ),
         min_owners=agreement.needed_owners,
@@ -209,11 +202,22 @@ def _agreed(agreement: Agreement) -> Agreed:
 # --- how good the models are ---
 
 
+def _described(method: Method) -> MethodDescription:
+    return MethodDescription(
+        title=method.title,
+        phrase=method.phrase,
+        summary=method.summary,
+        paper=method.paper,
+        hyperparameter=method.swept_name,
+        hyperparameter_summary=method.swept_summary,
+    )
+
+
 def _evaluation(outcome: Outcome) -> Evaluation:
     agreement = outcome.agreement
     return Evaluation(
         choose_by=agreement.evaluation.choose_by,
-        metric=agreement.task.figure,
+        metric=agreement.task.metric,
         label_set=agreement.task.label_set,
         mean={model: _mean_metrics(score) for model, score in outcome.test.items()},
         by_owner={
@@ -227,7 +231,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
                     candidate=candidate,
                     hyperparameter=tried.hyperparameter,
                     accuracy=tried.score.accuracy,
-                    metric=tried.score.figure,
+                    metric=tried.score.metric,
                 )
                 for candidate, tried in choice.sweep.items()
             )
@@ -240,14 +244,14 @@ def _evaluation(outcome: Outcome) -> Evaluation:
 def _mean_metrics(score: MeanScore) -> MeanMetrics:
     return MeanMetrics(
         accuracy=score.accuracy,
-        metric=score.figure,
+        metric=score.metric,
         pooled_accuracy=score.pooled_accuracy,
         predictions=score.rows,
     )
 
 
 def _owner_metrics(score: Score) -> OwnerMetrics:
-    return OwnerMetrics(accuracy=score.correct / score.rows, metric=score.figure, predictions=score.rows)
+    return OwnerMetrics(accuracy=score.correct / score.rows, metric=score.metric, predictions=score.rows)
 
 
 def _advice(outcome: Outcome) -> Iterator[str]:
@@ -294,7 +298,7 @@ def _changes(outcome: Outcome, model: PreTrainedModel) -> Iterator[Change]:
     delta = outcome.merged[outcome.agreement.method].delta
     average = outcome.merged["average"].delta if "average" in outcome.merged else None
     weights = dict(model.named_parameters())
-    for name, layers in _groups(outcome.plan, outcome.agreement.method).items():
+    for name, layers in _groups(outcome.plan, outcome.merged[outcome.agreement.method].layers).items():
         change = _stacked(layers, delta)
         base = _stacked(layers, weights) - change
         from_average = None
@@ -304,15 +308,13 @@ def _changes(outcome: Outcome, model: PreTrainedModel) -> Iterator[Change]:
         yield Change(name=name, change=_ratio(change, base), from_average=from_average)
 
 
-def _groups(plan: MergePlan, method: str) -> dict[str, tuple[LinearLayer, ...]]:
-    """The layers behind each entry of `layers`; single linear layers where no Gram matrix is shared."""
+def _groups(plan: MergePlan, layers: tuple[LayerNote, ...]) -> dict[str, tuple[LinearLayer, ...]]:
+    """The layers behind each entry of `layers`; single linear layers if it shares no Gram matrix of the plan."""
     shared = {each.name: each.layers for each in plan.inputs}
-    single: dict[str, tuple[LinearLayer, ...]] = {
-        layer.weight.removesuffix(".weight"): (layer,) for layer in plan.linear_layers
-    }
-    if method == "data_free" or not shared:
-        return single
-    return shared | {layer.weight.removesuffix(".weight"): (layer,) for layer in plan.data_free}
+    known = shared | {layer.weight.removesuffix(".weight"): (layer,) for layer in plan.data_free}
+    if shared and {note.name for note in layers} <= known.keys():
+        return known
+    return {layer.weight.removesuffix(".weight"): (layer,) for layer in plan.linear_layers}
 
 
 def _stacked(layers: tuple[LinearLayer, ...], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -328,27 +330,18 @@ def _ratio(part: Tensor, whole: Tensor) -> float | None:
 
 
 def _round(opened: OpenedRound) -> Round:
-    is_metrics = opened.kind == "metrics"
-    meanings, kind_of = (FIGURES, figure_kind) if is_metrics else (CONTRIBUTIONS, contribution_kind)
-    entries: dict[str, list[tuple[str, int]]] = {}
-    for entry in opened.layout.entries:
-        entries.setdefault(kind_of(entry.name), []).append((entry.name, entry.size))
+    summed = opened.round
     return Round(
-        kind=opened.kind,
-        method=opened.method,
-        step=opened.step,
-        split=opened.split,
-        title=opened.title,
+        kind=summed.kind,
+        method=summed.method,
+        step=None if summed.step is None else summed.step.number,
+        split=summed.split,
+        title=summed.title,
         owners=opened.owners,
-        numbers=opened.layout.size,
+        numbers=summed.layout.size,
         contents=tuple(
-            Content(
-                kind=kind,
-                meaning=meanings[kind].format(their="the owner's"),
-                numbers=sum(size for _, size in tensors),
-                tensors=tuple(name for name, _ in tensors),
-            )
-            for kind, tensors in entries.items()
+            Content(kind=each.kind, meaning=each.meaning, numbers=each.numbers, tensors=each.tensors)
+            for each in summed.contents("the owner's")
         ),
         destroyed=opened.destroyed,
     )
@@ -369,19 +362,14 @@ def _disclosures(outcome: Outcome) -> Iterator[str]:
             "Weight changes of token embeddings, and of a language model's output layer, show which tokens occur at "
             "any owner, in the totals and in the published model. Owners that freeze both avoid this."
         )
-    if agreement.task.is_text and "fisher" in agreement.methods:
-        yield "Squared gradients (Fisher) show which tokens occur at any owner, even if the embeddings were frozen."
-    if "refit" in agreement.methods and agreement.refit.targets == "labels":
-        yield (
-            "The totals show how many rows have each label, and the sum of the classifier's inputs over these rows, "
-            "summed over the owners. If only one owner has a label, both are that owner's."
-        )
-    if any(opened.kind == "scales" for opened in outcome.rounds):
+    texts = (text for method in agreement.methods for text in METHODS[method].disclosures(agreement.tables))
+    yield from dict.fromkeys(text.format(their="the owners'") for text in texts)
+    if any(opened.round.kind == "scales" for opened in outcome.rounds):
         yield (
             "Every owner received the scales of the 32-bit round. They give the size of the totals within a factor of "
             "two. A malicious coordinator could send coarse scales, so that only one owner's numbers survive rounding."
         )
-    if any(opened.kind == "step" for opened in outcome.rounds):
+    if any(opened.round.kind == "step" for opened in outcome.rounds):
         yield (
             "Between rounds the coordinator sent merged layers. A malicious coordinator could craft layers so that the "
             "next total is a single owner's. The owners had to trust it to send what it solved."

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from common.agreement import Figure, TaskKind, Weighting
+from common.agreement.tables import Metric, TaskKind
 from common.errors import SettingsError
+from common.merge_methods.terms import Weighting
+from common.metrics import Split
 
 REPORT_VERSION = 3
 MAX_REPORT_BYTES = 64_000_000
@@ -26,7 +28,6 @@ FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[float, Field(ge=0)]  # a norm, a duration, a ratio of norms
 Share = Annotated[float, Field(ge=0, le=1)]
-Split = Literal["validation", "test"]
 
 
 class Table(BaseModel):
@@ -124,8 +125,8 @@ class Trial(Table):
 class Evaluation(Table):
     """What the owners measured."""
 
-    choose_by: Literal["accuracy"] | Figure = Field(description="The metric that decides a sweep.")
-    metric: Figure = Field(description="The metric beside accuracy.")
+    choose_by: Literal["accuracy"] | Metric = Field(description="The metric that decides a sweep.")
+    metric: Metric = Field(description="The metric beside accuracy.")
     label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
     mean: dict[str, MeanMetrics] = Field(description="By model, on test rows.")
     by_owner: dict[str, dict[str, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")

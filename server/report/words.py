@@ -1,67 +1,12 @@
 """What models, tasks and metrics are called, and numbers as people read them.
 
-Readers of a report take a method's name from the report (`title_of`, `phrase_of`, `summary_of`). Only make_report asks
-`described`, so a method that this table lacks still gets a page, a card and a table.
+A method's words come from its descriptor, by way of the report (`title_of`, `phrase_of`, `summary_of`).
 """
 
 from collections.abc import Sequence
 
-from server.report.report import MethodDescription, Report
+from server.report.report import Report
 
-ALPHA = (
-    "Alpha is how much of a Gram matrix's off-diagonal is kept: 1 is plain least squares, 0 keeps the diagonal alone."
-)
-METHODS = {
-    "average": MethodDescription(
-        title="average",
-        phrase="the plain average",
-        summary="the mean of the owners' weights",
-        paper="McMahan et al. 2017, arXiv 1602.05629",
-    ),
-    "task_arithmetic": MethodDescription(
-        title="task arithmetic",
-        phrase="task arithmetic",
-        summary="the base plus a multiple of the owners' mean change",
-        paper="Ilharco et al. 2023, arXiv 2212.04089",
-        hyperparameter="scale",
-        hyperparameter_summary="The scale is how far the base is moved: with N owners, 1/N is the average.",
-    ),
-    "fisher": MethodDescription(
-        title="Fisher",
-        phrase="Fisher averaging",
-        summary="the mean of the owners' weights, each weighted by how much the owner's loss depends on it",
-        paper="Matena and Raffel 2022, arXiv 2111.09832",
-    ),
-    "data_free": MethodDescription(
-        title="data-free",
-        phrase="data-free merging",
-        summary="least squares with Gram matrices made from weight changes alone",
-        paper="WUDI 2025, arXiv 2503.08099",
-        hyperparameter="alpha",
-        hyperparameter_summary=ALPHA,
-    ),
-    "regmean": MethodDescription(
-        title="RegMean",
-        phrase="RegMean",
-        summary="least squares with the summed Gram matrices of the layers' inputs",
-        paper="Jin et al. 2023, arXiv 2212.09849",
-        hyperparameter="alpha",
-        hyperparameter_summary=ALPHA,
-    ),
-    "refit": MethodDescription(
-        title="refit",
-        phrase="a refitted classifier on a merged body",
-        summary="a body merged in one round, then the classifier fitted again on it",
-        hyperparameter="balance of classes",
-        hyperparameter_summary="The balance is how much rare classes count: 0 counts rows alike, 1 classes alike.",
-    ),
-    "regmean_plus_plus": MethodDescription(
-        title="RegMean++",
-        phrase="RegMean++",
-        summary="RegMean, block after block, each on the inputs that the merged blocks before it produce",
-        paper="Nguyen et al. 2025, arXiv 2508.03121",
-    ),
-}
 MODELS = {  # everything else that a report compares: title, phrase, summary
     "base": ("base", "the base model", "the base model, before anybody fine-tuned it"),
     "own_at_home": (
@@ -98,12 +43,6 @@ METRICS = {
     "entity_f1": "entity F1",
     "log_likelihood": "log likelihood",
 }
-
-
-def described(method: str) -> MethodDescription:
-    """A method as people should know it; a method that nobody has described is called by its name."""
-    name = method.replace("_", " ")
-    return METHODS.get(method, MethodDescription(title=name, phrase=name, summary="a merge method of its own"))
 
 
 def title_of(report: Report, model: str) -> str:
