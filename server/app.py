@@ -1,4 +1,4 @@
-"""The coordinator's Flower ServerApp: a channel over Flower's grid, then the merge."""
+"""The coordinator's Flower ServerApp: it runs the merge over a channel through Flower's grid."""
 
 import fcntl
 import json
@@ -27,12 +27,12 @@ from common.messages import Packet, Refusal
 from common.private_file import write_whole
 from common.settings_file import load_settings
 from common.wire import from_record, to_record
+from server.exchange import RESUME_HINT
 from server.merge import claim_output, run_merge
 from server.settings import CoordinatorSettings
 
 POLL_SECONDS, EARLIER_RUN_SECONDS = 0.3, 60.0
-GO_ON = "run the same command again: it goes on where this one was"
-PROGRESS = "progress.jsonl"  # in the output folder: how far the run in progress is, or how the last one went
+PROGRESS = "progress.jsonl"  # in the output folder: how far the current run is, or how far the last one came
 app = ServerApp()
 
 
@@ -46,16 +46,16 @@ def main(grid: Grid, context: Context) -> None:
         with _only_one_in(output), _progress_in(output):
             run_merge(settings_path, FlowerChannel(grid))
     except AmalgramError as error:
-        _keep(settings_path, error)
+        _save_failure(settings_path, error)
         raise
     except Exception as error:  # a full disk, most likely
         reason = f"{type(error).__name__}: {first_line(error)}"
-        _keep(settings_path, EngineError(f"the coordinator's program failed ({reason}); {GO_ON}"))
+        _save_failure(settings_path, EngineError(f"the coordinator's program failed ({reason})", hint=RESUME_HINT))
         raise
 
 
 class FlowerChannel:
-    """Packets over a Flower grid. Pulls one answer at a time, so that one part per node is held at most."""
+    """Packets over a Flower grid. It pulls one answer at a time, so it holds at most one part per node."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -83,7 +83,7 @@ class FlowerChannel:
             yield node, None
 
     def _push(self, requests: Mapping[int, Packet], timeout_seconds: float) -> dict[str, int]:
-        """Message id -> node, of the nodes that Flower still knows. What all nodes are sent is one record."""
+        """Message id -> node, for the nodes that Flower still knows. What all nodes are sent is one record."""
         node_of = {}
         record, recorded = RecordDict(), None
         for node, request in requests.items():
@@ -97,27 +97,27 @@ class FlowerChannel:
 
 
 def _read(reply: FlowerMessage) -> Packet | None:
-    """The answer in a Flower reply; None where Flower itself reports that the node is gone or broke down."""
+    """The answer in a Flower reply; None if Flower reports that the node has gone or failed."""
     if reply.has_error():
-        # Only a node that does not run our bundle at all answers so: its owner did not consent to that bundle.
+        # Only a node that does not run our bundle at all answers this: its owner did not consent to the bundle.
         return (Refusal(code=ConsentError.code),) if reply.error.code == ErrorCode.INVALID_FAB else None
     try:
         return from_record(reply.content)
     except RemoteProtocolError:
-        return None  # an owner that does not speak the protocol counts as lost, and cannot stop the others
+        return None  # an owner that does not speak the protocol drops out, and cannot stop the others
 
 
 @contextmanager
 def _only_one_in(output: Path) -> Iterator[None]:
-    """Wait until the app of an earlier run, which Flower has stopped, has come to its end: two must not write here."""
+    """Wait until the app of an earlier run, which Flower has stopped, has exited: two must not write here."""
     descriptor = os.open(output / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = time.monotonic() + EARLIER_RUN_SECONDS
         while not _is_locked(descriptor):
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"{output}: an earlier run's program is still at work here; wait until it has ended, or end it, "
-                    "and run the same command again"
+                    f"{output}: an earlier run's program is still running here",
+                    hint="wait until it has exited, or stop it, then run the same command again",
                 )
             time.sleep(POLL_SECONDS)
         yield
@@ -135,7 +135,7 @@ def _is_locked(descriptor: int) -> bool:
 
 @contextmanager
 def _progress_in(output: Path) -> Iterator[None]:
-    """Leave a line per step, and per answer, where the command that started this app finds it."""
+    """Write a line per step and per answer to where the command that started this app reads it."""
     handler = logging.FileHandler(output / PROGRESS, mode="w", encoding="utf-8")
     handler.setFormatter(JsonLines())
     log = logging.getLogger("amalgram")
@@ -154,10 +154,15 @@ def _output_folder(settings_path: Path) -> Path:
     return settings_path.parent / load_settings(settings_path, CoordinatorSettings).output
 
 
-def _keep(settings_path: Path, error: AmalgramError) -> None:
-    """Leave the reason where the command that started this app finds it: Flower does not pass it on."""
+def _save_failure(settings_path: Path, error: AmalgramError) -> None:
+    """Write the error to where the command that started this app reads it, because Flower does not pass it on."""
     output = _output_folder(settings_path)
     output.mkdir(parents=True, exist_ok=True)
-    owner = error.owner if isinstance(error, OwnerRefused) else None
-    failure = {"code": error.code, "exit_code": error.exit_code, "message": str(error), "owner": owner}
+    failure = {
+        "code": error.code,
+        "exit_code": error.exit_code,
+        "message": error.message,
+        "hint": error.hint,
+        "owner": error.owner if isinstance(error, OwnerRefused) else None,
+    }
     write_whole(output / "failure.json", json.dumps(failure).encode())

@@ -1,13 +1,13 @@
-"""What a run has reached, on the coordinator's disk, so that the same command goes on after a crash.
+"""What a run has reached, on the coordinator's disk, so that the same command resumes it after a crash.
 
 OUT/checkpoint/
-    run.json     which run of which agreement, what each step cost, the sums that are in, the candidates that are out
-    sum-N.bin    the N-th total, float64
-    opening.bin  the masked sum of a session whose opening was asked for
+    run.json     SavedRun: which run of which agreement, the rounds that are summed, what was delivered, step costs
+    sum-N.bin    the total of the N-th round, float64
+    opening.bin  the masked sum of a session that the owners were asked to open
 
-A run is a fixed sequence of sums and candidates. A coordinator that is started again goes through it from the beginning
-with the kept totals, without a message, until it comes to the first that is not kept. So a checkpoint holds totals:
-it is readable by the coordinator alone, and removed with the run.
+A run is a fixed sequence of deliveries and rounds (common/schedule.py). A coordinator that restarts goes through it
+from the beginning with the saved totals, without a message, until it reaches the first round that is not saved. So a
+checkpoint holds totals: only the coordinator can read it, and it is removed with the run.
 """
 
 import json
@@ -15,48 +15,63 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from common.certificates import Candidate
-from common.errors import SettingsError
-from common.messages import OpenSum
+from common.certificates import Delivered
+from common.errors import RemoteProtocolError, SettingsError
+from common.messages import Envelope, OpenSum, decode, encode
 from common.private_file import make_private_folder, write_whole
+from common.schedule import Round
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, Total
-from common.tensor_layout import TensorLayout
 
+VERSION: Final = 2  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
-MOST_BYTES_IN_MEMORY = 256_000_000  # a vector that is larger lies on the disk
+MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 PIECE_WORDS = 1 << 20
 WORD_BYTES = 8
+EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 log = logging.getLogger("amalgram.coordinator")
+
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+# --- what is saved ---
 
 
 @dataclass
 class OwnerCost:
-    """One owner's part in what a step cost. `waited_seconds`: how long its answers were waited for, and nobody else's;
-    of owners that work at the same time, the first to answer has most of it.
+    """One owner's share in what a step cost.
+
+    `waited_seconds`: how long the coordinator waited for this owner and nobody else. When owners work at the same time,
+    the first to answer has most of it.
     """
 
-    waited_seconds: float = 0.0
-    messages: int = 0  # to the owner; its node starts a process for each
-    bytes_sent: int = 0  # to the owner
-    bytes_received: int = 0  # from the owner
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
+    waited_seconds: Seconds = 0.0
+    messages: Count = 0  # to the owner, whose node starts a process for each
+    bytes_sent: Count = 0  # to the owner
+    bytes_received: Count = 0  # from the owner
 
 
 @dataclass
 class Step:
-    """What one step of a run cost; `seconds` from the first message to the last answer taken in."""
+    """What one step of a run cost, from its first message to the last answer; `phase` groups steps for people."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = EXACT
     name: str
-    seconds: float = 0.0
+    phase: str
+    seconds: Seconds = 0.0
     by_owner: dict[str, OwnerCost] = field(default_factory=dict)
 
     @property
@@ -68,19 +83,58 @@ class Step:
         return sum(cost.bytes_received for cost in self.by_owner.values())
 
 
-@dataclass(frozen=True)
-class SentCandidate:
-    """A merged candidate, and the owners that have all of it."""
+class Saved(BaseModel):
+    """Base of everything in run.json: frozen, strict, no unknown keys."""
 
+    model_config = EXACT | ConfigDict(frozen=True)
+
+
+class SavedDelivery(Saved):
+    """What was sent to the owners at `position` of the schedule (certificates.Delivered), and who has all of it."""
+
+    position: Count
     model: str
-    split: str
-    digest: str
-    bytes: int
-    owners: tuple[str, ...] = ()
+    digest: Hex64
+    bytes: Count
+    owners: tuple[str, ...]
 
     @property
-    def candidate(self) -> Candidate:
-        return self.model, self.split, self.digest
+    def delivered(self) -> Delivered:
+        return Delivered(position=self.position, model=self.model, digest=self.digest)
+
+
+class SavedSum(Saved):
+    """A round whose total is saved; `layout` is the digest of its layout."""
+
+    position: Count
+    session: Hex64
+    layout: Hex64
+    owners: tuple[str, ...]
+    roster_size: Count
+
+
+class SavedOpening(Saved):
+    """A session that the owners were asked to open: its OpenSum, the state of the sum, the size of opening.bin."""
+
+    request: dict[str, str | int]
+    state: dict[str, JsonValue]
+    size: Count
+
+
+class SavedRun(Saved):
+    """The content of run.json."""
+
+    version: Literal[2] = VERSION
+    agreement_digest: Hex64
+    run: Hex64
+    seconds: Seconds
+    steps: tuple[Step, ...]
+    deliveries: tuple[SavedDelivery, ...]
+    sums: tuple[SavedSum, ...]
+    opening: SavedOpening | None
+
+
+# --- reading and writing it ---
 
 
 @dataclass(kw_only=True)
@@ -91,28 +145,31 @@ class Checkpoint:
     agreement_digest: str
     run: str = field(default_factory=lambda: secrets.token_hex(32))
     steps: list[Step] = field(default_factory=list)
-    candidates: list[SentCandidate] = field(default_factory=list)  # those that every owner has
-    sums: list[dict[str, Any]] = field(default_factory=list)
+    deliveries: list[SavedDelivery] = field(default_factory=list)  # those that every owner has
+    sums: list[SavedSum] = field(default_factory=list)
     seconds_before: float = 0.0  # of the earlier starts of this run
-    opening_of: dict[str, Any] | None = None  # the OpenSum, and the state of its session
+    _opening: SavedOpening | None = None
     _replayed: int = 0
     _started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, folder: Path, agreement_digest: str) -> "Checkpoint":
-        """The run to go on with: the one in `folder`, or a new one. One of another agreement is removed."""
-        if is_checkpoint_of(folder, agreement_digest):
-            kept = json.loads((folder / RUN).read_bytes())
-            log.info("going on with the run that was interrupted; %s holds what it had reached", folder)
+        """The run to resume from `folder`, or else a new one. A checkpoint of another agreement is removed.
+
+        Raises SettingsError for a checkpoint that is damaged or that another version wrote.
+        """
+        saved = _read(folder)
+        if saved is not None and saved.agreement_digest == agreement_digest:
+            log.info("resuming the interrupted run in %s", folder)
             return cls(
                 folder=folder,
                 agreement_digest=agreement_digest,
-                run=kept["run"],
-                steps=[_step(step) for step in kept["steps"]],
-                candidates=[_sent_candidate(candidate) for candidate in kept["candidates"]],
-                sums=kept["sums"],
-                seconds_before=kept["seconds"],
-                opening_of=kept["opening_of"],
+                run=saved.run,
+                steps=list(saved.steps),
+                deliveries=list(saved.deliveries),
+                sums=list(saved.sums),
+                seconds_before=saved.seconds,
+                _opening=saved.opening,
             )
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint = cls(folder=folder, agreement_digest=agreement_digest)
@@ -124,80 +181,85 @@ class Checkpoint:
         """How long the run has taken, over all its starts."""
         return self.seconds_before + time.monotonic() - self._started
 
-    def next_total(self, statistic: str, models: Sequence[str], layout: TensorLayout) -> Total | None:
-        """The kept total of the sum that the run has come to, or None if this one is still to be done."""
+    def next_total(self, round: Round) -> Total | None:
+        """The saved total of the round that the run has come to, or None if it is still to be summed."""
         if self._replayed == len(self.sums):
             return None
-        kept = self.sums[self._replayed]
-        if [kept["statistic"], kept["models"], kept["layout"]] != [statistic, list(models), layout.digest()]:
+        saved = self.sums[self._replayed]
+        if (saved.position, saved.layout) != (round.position, round.layout.digest()):
             raise SettingsError(
-                f"{self.folder}: the interrupted run summed {kept['statistic']} where this one sums {statistic}; "
-                "another version of the software wrote it. Go on with that one, or begin a new agreement"
+                f"{self.folder}: the interrupted run has another total in place of the {round.name}; another version "
+                "wrote it",
+                hint="resume with that version, or start anew with a new agreement",
             )
-        vector = self._read_array(self._total_file(self._replayed), layout.size).view("<f8")
+        vector = self._read_array(self._total_file(self._replayed), round.layout.size).view("<f8")
         self._replayed += 1
-        return Total(layout=layout, vector=vector, owners=tuple(kept["owners"]), roster_size=kept["roster_size"])
+        return Total(layout=round.layout, vector=vector, owners=saved.owners, roster_size=saved.roster_size)
 
-    def keep_total(self, statistic: str, models: Sequence[str], session: str, total: Total) -> None:
+    def save_total(self, round: Round, session: str, total: Total) -> None:
+        """Save the total of a round; the session that gave it is open, and needs no help any more."""
         write_whole(self._total_file(len(self.sums)), np.ascontiguousarray(total.vector).data.cast("B"))
         self.sums.append(
-            {
-                "statistic": statistic,
-                "models": list(models),
-                "session": session,
-                "layout": total.layout.digest(),
-                "owners": list(total.owners),
-                "roster_size": total.roster_size,
-            }
+            SavedSum(
+                position=round.position,
+                session=session,
+                layout=total.layout.digest(),
+                owners=total.owners,
+                roster_size=total.roster_size,
+            )
         )
         self._replayed = len(self.sums)
-        self.opening_of = None
+        self._opening = None
         self.save()
         (self.folder / OPENING).unlink(missing_ok=True)
 
     @property
     def opened_sessions(self) -> set[str]:
-        """The sessions whose totals are kept."""
-        return {kept["session"] for kept in self.sums}
+        """The sessions whose totals are saved."""
+        return {saved.session for saved in self.sums}
 
-    def keep_candidate(self, candidate: SentCandidate) -> None:
-        self.candidates.append(candidate)
+    def save_delivery(self, delivery: SavedDelivery) -> None:
+        self.deliveries.append(delivery)
         self.save()
 
-    def keep_opening(self, request: OpenSum, opening: Opening) -> None:
-        """The owners are about to open a session: they do so once, so what opens with their help must not be lost."""
+    def save_opening(self, request: OpenSum, opening: Opening) -> None:
+        """Save a session before the owners open it. They do so only once, so the result must not be lost."""
         write_whole(self.folder / OPENING, np.ascontiguousarray(opening.words).data.cast("B"))
-        self.opening_of = {"request": asdict(request), "state": dict(opening.state), "size": len(opening.words)}
+        self._opening = SavedOpening(request=_fields(request), state=dict(opening.state), size=len(opening.words))
         self.save()
 
-    def kept_opening(self) -> tuple[OpenSum, Opening] | None:
-        if self.opening_of is None:
+    def saved_opening(self) -> tuple[OpenSum, Opening] | None:
+        """The session that the owners were asked to open when an earlier start of this run ended."""
+        if self._opening is None:
             return None
-        vector = self._read_array(self.folder / OPENING, self.opening_of["size"])
-        return OpenSum(**self.opening_of["request"]), Opening(self.opening_of["state"], vector)
+        words = self._read_array(self.folder / OPENING, self._opening.size)
+        return _open_sum(self._opening.request), Opening(self._opening.state, words)
 
     def save(self) -> None:
+        """Write run.json."""
         make_private_folder(self.folder)
-        content = {
-            "run": self.run,
-            "agreement_digest": self.agreement_digest,
-            "seconds": self.seconds,
-            "steps": [asdict(step) for step in self.steps],
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-            "sums": self.sums,
-            "opening_of": self.opening_of,
-        }
-        write_whole(self.folder / RUN, json.dumps(content).encode())
+        saved = SavedRun(
+            agreement_digest=self.agreement_digest,
+            run=self.run,
+            seconds=self.seconds,
+            steps=tuple(self.steps),
+            deliveries=tuple(self.deliveries),
+            sums=tuple(self.sums),
+            opening=self._opening,
+        )
+        write_whole(self.folder / RUN, saved.model_dump_json().encode())
 
     def remove(self) -> None:
         """Delete all totals."""
         shutil.rmtree(self.folder)
 
     def zeros(self, size: int) -> NDArray[np.uint64]:
-        """A new vector to gather a sum in. A large one is mapped from a file without a name, which goes with the
-        vector, so that the system may take its memory when it is short of it.
+        """A new vector of zeros, (size,).
+
+        A large one is mapped from a file without a name, which disappears with the vector. The system can then reclaim
+        its memory when it is short.
         """
-        if size * WORD_BYTES <= MOST_BYTES_IN_MEMORY:
+        if size * WORD_BYTES <= MAX_BYTES_IN_MEMORY:
             return zeros_in_memory(size)
         with TemporaryFile(dir=self.folder) as file:
             for start in range(0, size, PIECE_WORDS):  # written, so that a full disk is an error here or never
@@ -208,31 +270,56 @@ class Checkpoint:
         return self.folder / f"sum-{number}.bin"
 
     def _read_array(self, path: Path, size: int) -> NDArray[np.uint64]:
-        """A kept vector (size,). Raises SettingsError if it is not whole."""
+        """A saved vector, (size,). Raises SettingsError if it is incomplete."""
         found = path.stat().st_size // WORD_BYTES if path.is_file() else 0
         if found != size:
-            raise SettingsError(
-                f"{path}: holds {found} of {size} numbers; remove {path.parent} and begin anew, with a new agreement"
-            )
+            raise SettingsError(f"{path}: holds {found} of {size} numbers", hint=_start_anew(self.folder))
         vector = self.zeros(size)
         with path.open("rb") as file:
             file.readinto(vector.data.cast("B"))
         return vector
 
 
-def _sent_candidate(kept: dict[str, Any]) -> SentCandidate:
-    return SentCandidate(**{**kept, "owners": tuple(kept["owners"])})
-
-
-def _step(kept: dict[str, Any]) -> Step:
-    by_owner = {owner: OwnerCost(**cost) for owner, cost in kept["by_owner"].items()}
-    return Step(kept["name"], kept["seconds"], by_owner)
-
-
 def is_checkpoint_of(folder: Path, agreement_digest: str) -> bool:
-    """Whether `folder` holds a run of this agreement that has not ended. Raises SettingsError if it is damaged."""
+    """Whether `folder` holds an unfinished run of this agreement.
+
+    Raises SettingsError for a checkpoint that is damaged or that another version wrote.
+    """
+    saved = _read(folder)
+    return saved is not None and saved.agreement_digest == agreement_digest
+
+
+def _read(folder: Path) -> SavedRun | None:
     path = folder / RUN
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
     try:
-        return path.is_file() and json.loads(path.read_bytes())["agreement_digest"] == agreement_digest
-    except (ValueError, KeyError):
-        raise SettingsError(f"{path}: is damaged; remove {folder} and begin anew, with a new agreement") from None
+        values: Any = json.loads(content)
+        version = values.get("version", 1) if isinstance(values, dict) else VERSION
+        if version != VERSION:
+            raise SettingsError(
+                f"{path}: another version of Amalgram wrote it (format {version}, this one reads format {VERSION})",
+                hint=f"resume with that version, or {_start_anew(folder)}",
+            )
+        saved = SavedRun.model_validate_json(content)
+        if saved.opening is not None:
+            _open_sum(saved.opening.request)
+    except (ValueError, ValidationError, RemoteProtocolError):
+        raise SettingsError(f"{path}: is damaged", hint=_start_anew(folder)) from None
+    return saved
+
+
+def _fields(request: OpenSum) -> dict[str, str | int]:
+    return {name: value for name, value in encode(request).fields.items() if not isinstance(value, bytes)}
+
+
+def _open_sum(fields: Mapping[str, str | int]) -> OpenSum:
+    """Raises RemoteProtocolError unless `fields` make exactly one."""
+    message = decode(Envelope(kind=OpenSum.__name__, fields=dict(fields), payload=None))
+    assert isinstance(message, OpenSum)
+    return message
+
+
+def _start_anew(folder: Path) -> str:
+    return f"remove {folder} and start anew, with a new agreement"

@@ -1,4 +1,4 @@
-"""The coordinator's settings file: where the agreement and the base model are, where results go, where it listens."""
+"""The coordinator's settings file: where it finds the agreement and the base, where it writes, where it listens."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ class ServerNetwork(Settings):
     """Where `amalgram server` listens, and the files that `amalgram keys certificate` makes.
 
     `listen`: "0.0.0.0:PORT" or "[::]:PORT" for owners elsewhere, "127.0.0.1:PORT" for this machine alone. The
-    coordinator's own programs come from this machine, too, so the certificate also names 127.0.0.1.
+    coordinator's own programs connect from this machine, so the certificate also names 127.0.0.1.
     """
 
     listen: Listen
@@ -30,7 +30,7 @@ class CoordinatorSettings(Settings):
     agreement: Path
     output: Path
     identity: Path = Path("coordinator.key")
-    # The coordinator's copy of the base model, where it is not what the agreement names.
+    # The coordinator's copy of the base model, if it is not where the agreement says.
     base: str | None = None
-    # What `amalgram server` and `amalgram merge` need; a simulation does without.
+    # `amalgram server` and `amalgram merge` need it; a simulation does not.
     network: ServerNetwork | None = None

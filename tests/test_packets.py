@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
 
-import server.coordinator
+import server.exchange
 from client.app import app
 from client.owner import Owner
 from common.agreement import Agreement
@@ -20,13 +20,13 @@ from common.messages import (
     PROTOCOL_VERSION,
     Acknowledgements,
     CandidatePart,
-    CandidateReceived,
     Finish,
     KeyBook,
     KeyShares,
     Message,
     OpenSum,
     Packet,
+    PartReceived,
     Receipts,
     Refusal,
     Result,
@@ -41,15 +41,20 @@ from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import through_serialisation
 from server.merge import run_merge
 from tests.support.parties import OwnersChannel, Parties, parties_of
-from tests.test_coordinator import LAYOUT, ScriptedChannel, coordinator_of, honest, own_folder
+from tests.support.scripted_owners import DELIVERY, ROUND, TEST_ROUND, ScriptedChannel, coordinator_of, honest
 
-__all__ = ["own_folder"]  # a fixture that every test of a coordinator needs
 Kinds = tuple[type[Message], ...]
 RUN, HEX = "ab" * 32, "cd" * 32
 SUM: list[Kinds] = [(KeyBook,), (KeyShares,), (SurvivorList,), (Acknowledgements,)]  # what follows its OpenSum
 PART = CandidatePart(
-    run=RUN, agreement_digest=HEX, model="m", split="test", part=0, parts=1, payload=np.zeros(3, np.float32)
+    run=RUN, agreement_digest=HEX, position=1, model="m", part=0, parts=1, payload=np.zeros(3, np.float32)
 )
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the coordinator saves its checkpoint."""
+    monkeypatch.chdir(tmp_path)
 
 
 # --- how many ---
@@ -110,24 +115,26 @@ def test_a_step_of_a_method_of_several_sums_costs_5_messages(merge: Callable[...
 
 
 def test_candidates_share_messages_as_they_fit(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 28 bytes each, in parts of 12 + 12 + 4, where a message may carry 16."""
+    """Candidates of 28 bytes, in parts of 12 + 12 + 4, when a message may carry 16."""
     cut = TensorLayout.part_slices
     monkeypatch.setattr(TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, 12))
-    monkeypatch.setattr(server.coordinator, "PART_BYTES", 16)
+    monkeypatch.setattr(server.exchange, "PART_BYTES", 16)
     coordinator = coordinator_of(agreement, honest, needed=3, kind="plain")
     coordinator.roll_call()
     for name in ("a", "b"):
-        coordinator.send_candidate(name, "test", LAYOUT, np.arange(7, dtype=np.float32))
-        assert [each.model for each in coordinator.checkpoint.candidates] == {"a": [], "b": ["a"]}[name]
+        coordinator.deliver(DELIVERY, np.arange(7, dtype=np.float32), name)
+        assert [each.model for each in coordinator.checkpoint.deliveries] == {"a": [], "b": ["a"]}[name]
     channel = coordinator.channel
     assert isinstance(channel, ScriptedChannel)
     assert channel.sent[1:] == [(CandidatePart,), (CandidatePart, CandidatePart), (CandidatePart,)]
-    coordinator.sum("contribution", LAYOUT)
+    coordinator.sum(ROUND)
     assert channel.sent[4] == (CandidatePart, CandidatePart, OpenSum)
-    assert [(each.model, each.bytes, len(each.owners)) for each in coordinator.checkpoint.candidates] == [
+    assert [(each.model, each.bytes, len(each.owners)) for each in coordinator.checkpoint.deliveries] == [
         ("a", 28, 3),
         ("b", 28, 3),
     ]
+    steps = [(step.name, step.phase) for step in coordinator.steps]
+    assert steps[1:3] == [("average candidate for test", "candidates to test")] * 2
 
 
 # --- on the wire ---
@@ -168,7 +175,10 @@ def test_49_a_packet_of_nothing_or_of_more_than_a_message_may_carry_is_refused()
     half = VectorPart(session=RUN, owner="ada", part=0, payload=np.zeros(4_000_000, "<u8"))
     check_packet((half, half))
     more = replace(half, payload=np.zeros(4_000_001, "<u8"))
-    for packet, says in (((), "holds no message"), ((half, more), "carries 64000008 bytes, 64000000 are allowed")):
+    for packet, says in (
+        ((), "holds no message"),
+        ((half, more), "carries 64000008 bytes, at most 64000000 are allowed"),
+    ):
         with pytest.raises(RemoteProtocolError, match=says):
             check_packet(packet)
         with pytest.raises(RemoteProtocolError, match=says):
@@ -197,7 +207,7 @@ def test_49_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: P
     roll_call, good = roll_call_and_candidate(parties)
     smuggled = replace(good, model="regmean@0.123")
     answers = through_app(settings, (roll_call, good, smuggled, replace(good, split="validation")))
-    assert [type(answer).__name__ for answer in answers] == ["Present", "CandidateReceived", "Refusal"]
+    assert [type(answer).__name__ for answer in answers] == ["Present", "PartReceived", "Refusal"]
     assert answers[-1] == Refusal(code="consent")
     received = Owner(settings).state.read_json("candidates")
     assert [(model, split) for model, split, _ in received] == [("average", "test")]
@@ -208,7 +218,7 @@ def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: 
     roll_call, good = roll_call_and_candidate(parties)
     answers = through_app(settings, (roll_call, good, replace(good, payload=good.payload + np.float32(1e-3))))
     assert answers[-1] == Refusal(code="consent")
-    assert through_app(settings, (good,)) == (CandidateReceived(run=RUN, owner="hotel", model="average", part=0),)
+    assert through_app(settings, (good,)) == (PartReceived(run=RUN, owner="hotel", position=good.position, part=0),)
 
 
 # --- at the coordinator ---
@@ -225,7 +235,7 @@ def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
         if owner != "bea" or len(packet) == 1 or honest_answers is None:
             return honest_answers
         first, *others = honest_answers
-        assert isinstance(first, CandidateReceived)
+        assert isinstance(first, PartReceived)
         changed: dict[str, Packet] = {
             "too few answers": (first,),
             "another owner's": (replace(first, owner="ada"), *others),
@@ -236,8 +246,8 @@ def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
     monkeypatch.setattr(ScriptedChannel, "answers", spoil)
     coordinator = coordinator_of(agreement, honest, needed=2)
     coordinator.roll_call()
-    coordinator.send_candidate("average", "test", LAYOUT, np.zeros(7, dtype=np.float32))
-    np.testing.assert_array_equal(coordinator.sum("test", LAYOUT).vector, np.full(7, 6.0))
-    assert coordinator.lost == {"bea": "sum of test"}
-    (sent,) = coordinator.checkpoint.candidates
+    coordinator.deliver(DELIVERY, np.zeros(7, dtype=np.float32), "average")
+    np.testing.assert_array_equal(coordinator.sum(TEST_ROUND).vector, np.full(7, 6.0))
+    assert coordinator.dropped_out == {"bea": "sum of test metrics"}
+    (sent,) = coordinator.checkpoint.deliveries
     assert sent.owners == ("ada", "cyd")

@@ -1,0 +1,154 @@
+"""What the coordinator saves of a run: it reads back exactly, or is refused with one error that says what to do."""
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import server.checkpoint
+from common.errors import SettingsError
+from common.messages import OpenSum
+from common.summation.protocol import Opening, Total
+from server.checkpoint import Checkpoint, OwnerCost, SavedDelivery, Step, is_checkpoint_of
+from tests.support.scripted_owners import LAYOUT, ROUND, TEST_ROUND
+
+DIGEST, HEX = "ab" * 32, "cd" * 32
+REQUEST = OpenSum(
+    run=HEX, agreement_digest=DIGEST, round=7, nonce=HEX, position=0, deliveries_digest=HEX, layout_digest=HEX
+)
+
+
+def total(value: float) -> Total:
+    return Total(layout=LAYOUT, vector=np.full(7, value), owners=("ada", "cyd"), roster_size=3)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """A run with one of everything."""
+    made = Checkpoint.open(tmp_path / "checkpoint", DIGEST)
+    made.steps.append(Step("roll call", "roll call", 1.5, {"ada": OwnerCost(0.5, 2, 300, 4000)}))
+    made.save_total(ROUND, HEX, total(3.0))
+    made.save_delivery(SavedDelivery(position=1, model="average", digest=HEX, bytes=28, owners=("ada", "cyd")))
+    made.save_opening(REQUEST, Opening({"remaining": ["ada"]}, np.arange(7, dtype="<u8")))
+    return made
+
+
+def change(checkpoint: Checkpoint, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = checkpoint.folder / "run.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_checkpoint_reads_back_as_it_was_saved(checkpoint: Checkpoint) -> None:
+    again = Checkpoint.open(checkpoint.folder, DIGEST)
+    assert (again.run, again.steps, again.deliveries, again.sums) == (
+        checkpoint.run,
+        checkpoint.steps,
+        checkpoint.deliveries,
+        checkpoint.sums,
+    )
+    assert again.opened_sessions == {HEX}
+    opening = again.saved_opening()
+    assert opening is not None
+    assert opening[0] == REQUEST
+    assert opening[1].state == {"remaining": ["ada"]}
+    np.testing.assert_array_equal(opening[1].words, np.arange(7))
+    kept = again.next_total(ROUND)
+    assert kept is not None
+    assert kept.owners == ("ada", "cyd")
+    np.testing.assert_array_equal(kept.vector, np.full(7, 3.0))
+    assert again.next_total(TEST_ROUND) is None
+    assert again.seconds >= checkpoint.seconds_before
+
+
+def test_only_the_coordinator_can_read_a_checkpoint(checkpoint: Checkpoint) -> None:
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in checkpoint.folder.iterdir()}
+    assert (stat.S_IMODE(checkpoint.folder.stat().st_mode), modes) == (0o700, {0o600})
+
+
+def test_a_saved_opening_ends_with_its_total(checkpoint: Checkpoint) -> None:
+    checkpoint.save_total(TEST_ROUND, DIGEST, total(4.0))
+    again = Checkpoint.open(checkpoint.folder, DIGEST)
+    assert again.saved_opening() is None
+    assert not (checkpoint.folder / "opening.bin").exists()
+
+
+@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+def test_a_checkpoint_of_another_version_is_refused_and_stays(checkpoint: Checkpoint, version: int | None) -> None:
+    """Version 1 did not say so."""
+
+    def edit(values: dict[str, Any]) -> None:
+        values.pop("version") if version is None else values.update(version=version)
+
+    change(checkpoint, edit)
+    for read in (Checkpoint.open, is_checkpoint_of):
+        with pytest.raises(SettingsError, match=r"run\.json: another version of Amalgram wrote it") as caught:
+            read(checkpoint.folder, DIGEST)
+        assert "\n" not in caught.value.message
+        assert caught.value.hint.startswith("resume with that version, or remove ")
+    assert (checkpoint.folder / "sum-0.bin").is_file()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values.update(more=1),
+        lambda values: values.pop("sums"),
+        lambda values: values.update(run="ab"),
+        lambda values: values.update(seconds="1"),
+        lambda values: values.update(seconds=-1.0),
+        lambda values: values["steps"][0].update(more=1),
+        lambda values: values["steps"][0]["by_owner"]["ada"].update(messages=-1),
+        lambda values: values["steps"][0]["by_owner"]["ada"].update(bytes_sent=1.5),
+        lambda values: values["deliveries"][0].update(position=-1),
+        lambda values: values["deliveries"][0].update(digest="AB" * 32),
+        lambda values: values["sums"][0].update(owners="ada"),
+        lambda values: values["sums"][0].pop("session"),
+        lambda values: values["opening"]["request"].update(nonce="ab"),
+        lambda values: values["opening"]["request"].pop("position"),
+        lambda values: values["opening"].update(more=1),
+    ],
+)
+def test_a_checkpoint_that_this_version_would_not_have_written_is_refused(
+    checkpoint: Checkpoint, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    change(checkpoint, edit)
+    with pytest.raises(SettingsError, match=r"run\.json: is damaged\nhint: remove .* with a new agreement"):
+        Checkpoint.open(checkpoint.folder, DIGEST)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"version": 2}'])
+def test_a_checkpoint_that_is_not_one_is_refused(checkpoint: Checkpoint, content: str) -> None:
+    (checkpoint.folder / "run.json").write_text(content)
+    with pytest.raises(SettingsError, match=r"run\.json: is damaged"):
+        is_checkpoint_of(checkpoint.folder, DIGEST)
+
+
+def test_a_total_of_another_round_is_refused(checkpoint: Checkpoint) -> None:
+    again = Checkpoint.open(checkpoint.folder, DIGEST)
+    with pytest.raises(SettingsError, match="another total in place of the sum of test metrics"):
+        again.next_total(TEST_ROUND)
+
+
+def test_a_checkpoint_of_another_agreement_is_removed(checkpoint: Checkpoint) -> None:
+    assert not is_checkpoint_of(checkpoint.folder, HEX)
+    assert Checkpoint.open(checkpoint.folder, HEX).run != checkpoint.run
+    assert [path.name for path in checkpoint.folder.iterdir()] == ["run.json"]
+
+
+def test_a_large_sum_lies_on_the_disk_in_a_file_that_disappears_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 1000)
+    checkpoint = Checkpoint(folder=tmp_path, agreement_digest=DIGEST)
+    assert not isinstance(checkpoint.zeros(125), np.memmap)
+    one, other = checkpoint.zeros(3_000_000), checkpoint.zeros(126)
+    assert isinstance(one, np.memmap)
+    one[:] = 2**64 - 1
+    assert not other.any()
+    assert list(tmp_path.iterdir()) == []
