@@ -82,8 +82,8 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         (('name = "bea"', 'name = "bea"\npublic_key = "123"'), "owners[1].public_key = '123'"),
         (("[[owners]]", "[bounds]\ndelta = 0\n[[owners]]"), "bounds.delta = 0"),
         (
-            ('name = "bea"', 'name = "bea"\nfigures = "summed"'),
-            '1 have figures = "summed", 0 may drop out and 0 collude',
+            ('name = "bea"', 'name = "bea"\nmetrics = "summed"'),
+            '1 have metrics = "summed", 0 may drop out and 0 collude',
         ),
         (("title", "= title"), "not valid TOML"),
         (
@@ -157,7 +157,7 @@ def test_hidden_figures_stay_hidden_after_every_dropout_the_agreement_allows() -
 
 
 def test_hidden_figures_stay_hidden_from_colluders_too() -> None:
-    owners = tuple(OwnerEntry(name=f"o{i}", figures="summed" if i < 4 else "shown") for i in range(6))
+    owners = tuple(OwnerEntry(name=f"o{i}", metrics="summed" if i < 4 else "shown") for i in range(6))
     AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=1))
     with pytest.raises(ValueError, match=r"4 have figures = .*, 0 may drop out and 2 collude"):
         AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=2))

@@ -38,10 +38,10 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
     targets = targets[targets != IGNORED]
     if task.kind == "token-classification":
         words = [int((target != IGNORED).sum()) for target in rows.targets]
-        figure = _entity_f1(_entities(targets, words, task.labels), _entities(predicted, words, task.labels))
+        metric = _entity_f1(_entities(targets, words, task.labels), _entities(predicted, words, task.labels))
     else:
-        figure = float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
-    return Score(correct=int((predicted == targets).sum()), rows=len(targets), metric=figure)
+        metric = float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
+    return Score(correct=int((predicted == targets).sum()), rows=len(targets), metric=metric)
 
 
 @torch.inference_mode()

@@ -96,7 +96,7 @@ choose_by = "accuracy"        # or "macro_f1"
 # [publish]
 # adapter_rank = 8            # the result is a LoRA adapter of the base, cut to this rank, instead of a whole model
 
-# One entry per owner. figures = "summed" keeps an owner's own test figures out of the report (of three, all or none).
+# One entry per owner. metrics = "summed" hides an owner's own test metrics in the report (of three owners, all or none).
 [[owners]]
 name = "hotel"
 
@@ -122,7 +122,7 @@ batch_size = 32
 [data]
 train = "data/{name}/train.{suffix}"            # measured, and trained on; .jsonl, .csv or .parquet
 validation = "data/{name}/validation.{suffix}"  # decides between candidates; left out: a tenth of the training rows
-test = "data/{name}/test.{suffix}"              # gives the figures
+test = "data/{name}/test.{suffix}"              # gives the metrics
 text = "text"                                   # column names
 label = "label"                                 # a label's name, or its number
 # text_pair = "answer"                          # a second text, for pairs

@@ -59,7 +59,7 @@ def _over_owners(scores: Mapping[str, Score]) -> MeanScore:
     rows = sum(score.rows for score in scores.values())
     return MeanScore(
         accuracy=float(np.mean([score.correct / score.rows for score in scores.values()])),
-        figure=float(np.mean([score.figure for score in scores.values()])),
+        metric=float(np.mean([score.metric for score in scores.values()])),
         pooled_accuracy=sum(score.correct for score in scores.values()) / rows,
         rows=rows,
         by_owner=scores,
@@ -71,7 +71,7 @@ def _mean(scores: Sequence[Score]) -> Score:
     return Score(
         correct=sum(score.correct for score in scores),
         rows=sum(score.rows for score in scores),
-        figure=float(np.mean([score.figure for score in scores])),
+        metric=float(np.mean([score.metric for score in scores])),
     )
 
 

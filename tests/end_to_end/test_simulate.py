@@ -176,7 +176,7 @@ def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: P
 
 def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Path) -> None:
     for name in ("hotel", "cinema", "phones"):
-        change(consortium / "agreement.toml", f'name = "{name}"', f'name = "{name}"\nfigures = "summed"')
+        change(consortium / "agreement.toml", f'name = "{name}"', f'name = "{name}"\nmetrics = "summed"')
     report = simulate(consortium, tmp_path / "output")
     assert report.evaluation.by_owner == {}
     assert report.evaluation.mean["regmean"].predictions == 360
