@@ -96,7 +96,7 @@ choose_by = "accuracy"        # or "macro_f1"
 # [publish]
 # adapter_rank = 8            # the result is a LoRA adapter of the base, cut to this rank, instead of a whole model
 
-# One entry per owner. metrics = "summed" hides an owner's own test metrics in the report (of three owners, all or none).
+# metrics = "summed" hides an owner's own test metrics in the report (with three owners: all or none).
 [[owners]]
 name = "hotel"
 

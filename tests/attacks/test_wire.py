@@ -26,7 +26,7 @@ from common.summation.records import KeyEntry, RevealedShare, SealedShare, Share
 from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import InProcessGrid
 from server.app import FlowerChannel
-from tests.attacks.test_owner_process import Process
+from tests.support.owner_process import Process
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.parties import Parties
 
@@ -164,7 +164,7 @@ def test_35_no_secret_in_any_log_error_or_answer(parties: Parties, caplog: pytes
     process.begin(process.open_sum(1))
     process.until(SurvivorList)
     run = parties.folder / "state" / "hotel" / "run"
-    side = json.loads((run / "sum.json").read_text())["side"]
+    side = json.loads((run / "round.json").read_text())["side"]
     secrets = [key for key, _ in side["masks"]] + list(side["held"].values())
     secrets += [identity.seed.hex() for identity in parties.identities.values()]
     assert len(secrets) > 5

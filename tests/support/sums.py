@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.certificates import candidates_digest
+from common.certificates import deliveries_digest
 from common.identity import Identity
 from common.messages import OpenSum
 from common.summation import SUMMATIONS, fixed_point
@@ -54,9 +54,8 @@ def terms_of(
         agreement_digest=AGREEMENT,
         round=1,
         nonce=NONCE,
-        statistic="contribution",
-        models="",
-        candidates_digest=candidates_digest([]),
+        position=0,
+        deliveries_digest=deliveries_digest([]),
         layout_digest=layout.digest(),
     )
     return SumTerms(
