@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 from deploy.cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.05
 FIGURE = re.compile(r"\b\d\.\d{3}\b")
 VARYING = (
