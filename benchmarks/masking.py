@@ -161,7 +161,7 @@ class Parties:
                 break
             for owner, request in requests.items():
                 if owner in lost and now is KeyShares:
-                    self.side.lose(owner)
+                    self.side.drop(owner)
                 else:
                     self.side.receive(owner, self.answer(owner, request))
             if now is not Acknowledgements or kind is None:

@@ -1,14 +1,14 @@
-"""Every label that keeps one use of a key apart from another. A label is used at one place and never again.
+"""The domain separation labels: each keeps one use of a key or hash apart from every other use.
 
 A signature says "this owner, in this session, about this"; a derived key serves one purpose. Both begin with a label,
-so that nothing signed or derived for one step can be passed off as another's.
+so nothing that is signed or derived for one step can be passed off as another's. Each label is used in one place only.
 """
 
 from enum import Enum
 
 
 class Domain(Enum):
-    """Numbered, so that an addition never collides; the version is part of each."""
+    """The labels are numbered, so a new one never collides with an old one; each contains the version."""
 
     # What is hashed.
     SESSION = b"amalgram v1 01 session\n"

@@ -1,9 +1,7 @@
 """The coordinator's Flower ServerApp: it runs the merge over a channel through Flower's grid."""
 
-import fcntl
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from common.errors import (
 )
 from common.logs import JsonLines
 from common.messages import Packet, Refusal
-from common.private_file import write_whole
+from common.private_file import locked, write_whole
 from common.settings_file import load_settings
 from common.wire import from_record, to_record
 from server.exchange import RESUME_HINT
@@ -109,28 +107,13 @@ def _read(reply: FlowerMessage) -> Packet | None:
 
 @contextmanager
 def _only_one_in(output: Path) -> Iterator[None]:
-    """Wait until the app of an earlier run, which Flower has stopped, has exited: two must not write here."""
-    descriptor = os.open(output / "run.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        deadline = time.monotonic() + EARLIER_RUN_SECONDS
-        while not _is_locked(descriptor):
-            if time.monotonic() > deadline:
-                raise EngineError(
-                    f"{output}: an earlier run's program is still running here",
-                    hint="wait until it has exited, or stop it, then run the same command again",
-                )
-            time.sleep(POLL_SECONDS)
+    """Wait until the app of an earlier run, which Flower has stopped, has ended: two must not write to one folder."""
+    busy = EngineError(
+        f"{output}: the program of an earlier run is still running here",
+        hint="wait until it ends, or stop it, and run the same command again",
+    )
+    with locked(output / "run.lock", wait_seconds=EARLIER_RUN_SECONDS, busy=busy):
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

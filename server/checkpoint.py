@@ -25,13 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from common import saved_state
 from common.certificates import Delivered
 from common.errors import RemoteProtocolError, SettingsError
 from common.messages import Envelope, OpenSum, decode, encode
 from common.private_file import make_private_folder, write_whole
 from common.schedule import Round
 from common.summation.accumulator import zeros_in_memory
-from common.summation.protocol import Opening, Total
+from common.summation.protocol import Opening, SavedOpening, Total
 
 VERSION: Final = 2  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
@@ -113,7 +114,7 @@ class SavedSum(Saved):
     roster_size: Count
 
 
-class SavedOpening(Saved):
+class OpenedSession(Saved):
     """A session that the owners were asked to open: its OpenSum, the state of the sum, the size of opening.bin."""
 
     request: dict[str, str | int]
@@ -131,7 +132,7 @@ class SavedRun(Saved):
     steps: tuple[Step, ...]
     deliveries: tuple[SavedDelivery, ...]
     sums: tuple[SavedSum, ...]
-    opening: SavedOpening | None
+    opening: OpenedSession | None
 
 
 # --- reading and writing it ---
@@ -148,7 +149,7 @@ class Checkpoint:
     deliveries: list[SavedDelivery] = field(default_factory=list)  # those that every owner has
     sums: list[SavedSum] = field(default_factory=list)
     seconds_before: float = 0.0  # of the earlier starts of this run
-    _opening: SavedOpening | None = None
+    _opening: OpenedSession | None = None
     _replayed: int = 0
     _started: float = field(default_factory=time.monotonic)
 
@@ -225,7 +226,8 @@ class Checkpoint:
     def save_opening(self, request: OpenSum, opening: Opening) -> None:
         """Save a session before the owners open it. They do so only once, so the result must not be lost."""
         write_whole(self.folder / OPENING, np.ascontiguousarray(opening.words).data.cast("B"))
-        self._opening = SavedOpening(request=_fields(request), state=dict(opening.state), size=len(opening.words))
+        state = saved_state.to_json(SavedOpening, opening.state)
+        self._opening = OpenedSession(request=_fields(request), state=state, size=len(opening.words))
         self.save()
 
     def saved_opening(self) -> tuple[OpenSum, Opening] | None:
@@ -233,7 +235,9 @@ class Checkpoint:
         if self._opening is None:
             return None
         words = self._read_array(self.folder / OPENING, self._opening.size)
-        return _open_sum(self._opening.request), Opening(self._opening.state, words)
+        return _open_sum(self._opening.request), Opening(
+            saved_state.from_json(SavedOpening, self._opening.state), words
+        )
 
     def save(self) -> None:
         """Write run.json."""

@@ -67,6 +67,6 @@ def reopen_sum(
         return None
     request, opening = saved
     side = kind.coordinator.reopen(terms_of(request), opening)
-    for owner in set(opening.state["remaining"]) - set(owners):
-        side.lose(owner)
+    for owner in set(opening.state.remaining) - set(owners):
+        side.drop(owner)
     return request, side

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.summation import masked
+from common.summation.masked.owner import OWNER_TRANSITIONS
+from common.summation.masked.phases import Phase
 from tests.support.command_line import parse, parsers
 from tests.support.documents import ROOT, _matches, blocks, run_document
 
@@ -81,8 +83,11 @@ def test_the_sequence_diagram_is_the_masked_sum_s() -> None:
     (diagram,) = [text for language, text in blocks(ROOT / "docs" / "how-it-works.md") if "sequenceDiagram" in text]
     assert ";" not in diagram  # it would end a statement in the middle of a text
     shown = re.findall(r"(?:C-+>>H|H-+>>C): (\w+)", diagram)
-    rows = re.findall(r"^    [a-z ]+? {2,}(\w+) +(\w+)(?: \w+)? {2,}\S", masked.__doc__ or "", re.MULTILINE)
-    assert shown == [message for request_and_answer in rows[1:] for message in request_and_answer]
+    rows = re.findall(r"^ {4}(\w*) {2,}(\w+) {2,}(\w+)(?: \w+)? {2,}\S", masked.__doc__ or "", re.MULTILINE)
+    assert rows[0] == ("step", "coordinator", "owner")
+    assert [step for step, *_ in rows[1:] if step] == [phase for phase in Phase if phase != Phase.WHOLE_INPUT]
+    assert {request for _, request, _ in rows[2:]} == {kind.__name__ for _, kind in OWNER_TRANSITIONS}
+    assert shown == [message for _, *request_and_answer in rows[1:] for message in request_and_answer]
 
 
 # --- the method that add-a-merge-method.md adds ---

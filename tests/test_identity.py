@@ -1,4 +1,4 @@
-"""Identities: files that are never overwritten nor read by others, signatures that hold for one purpose only."""
+"""Identities: key files are never overwritten and not readable by others; a signature is valid for one purpose."""
 
 import stat
 from pathlib import Path
@@ -35,23 +35,23 @@ def test_an_identity_is_read_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("existing", ["ada.key", "ada.pub"])
 def test_a_key_file_is_never_overwritten(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("something")
-    with pytest.raises(SettingsError, match="is there already, and a key is never overwritten"):
+    with pytest.raises(SettingsError, match="already exists, and a key is never overwritten"):
         write_identity(tmp_path / "ada.key", ADA)
     assert (tmp_path / existing).read_text() == "something"
 
 
-def test_a_link_in_the_place_of_a_key_file_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_where_a_key_file_should_be_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "ada.key").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SettingsError, match="is there already"):
+    with pytest.raises(SettingsError, match="already exists"):
         write_identity(tmp_path / "ada.key", ADA)
     assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
-def test_a_secret_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+def test_a_secret_that_other_users_may_read_is_refused(tmp_path: Path, mode: int) -> None:
     write_identity(tmp_path / "ada.key", ADA)
     (tmp_path / "ada.key").chmod(mode)
-    with pytest.raises(SettingsError, match="others may read this secret; close it: chmod 600"):
+    with pytest.raises(SettingsError, match="other users may read this secret\nhint: chmod 600"):
         read_identity(tmp_path / "ada.key")
 
 
@@ -72,7 +72,7 @@ def test_a_file_that_is_not_exactly_an_identity_is_refused(tmp_path: Path, conte
     path = tmp_path / "ada.key"
     path.write_text(content, newline="")
     path.chmod(0o600)
-    with pytest.raises(SettingsError, match="is no amalgram identity"):
+    with pytest.raises(SettingsError, match="not an amalgram identity"):
         read_identity(path)
 
 
@@ -81,7 +81,7 @@ def test_a_secret_does_not_show() -> None:
     assert repr(ADA.seed) not in repr(ADA)
 
 
-def test_a_signature_holds_for_one_label_session_owner_and_body_only() -> None:
+def test_a_signature_is_valid_for_one_domain_session_owner_and_body_only() -> None:
     session, body = b"s" * 32, b"body"
     signature = ADA.sign(Domain.SIGN_KEYS, session, body)
     verify(ADA.public_key, Domain.SIGN_KEYS, session, "ada", body, signature)
@@ -95,7 +95,7 @@ def test_a_signature_holds_for_one_label_session_owner_and_body_only() -> None:
         (eve.public_key, Domain.SIGN_KEYS, session, "ada", body, signature),
         (b"short", Domain.SIGN_KEYS, session, "ada", body, signature),
     ):
-        with pytest.raises(RemoteProtocolError, match="does not hold"):
+        with pytest.raises(RemoteProtocolError, match="is not valid"):
             verify(*wrong)
 
 
@@ -105,10 +105,10 @@ def test_no_two_things_to_be_signed_are_the_same_bytes(one: tuple, other: tuple)
         assert _signed_bytes(Domain.SIGN_KEYS, *one) != _signed_bytes(Domain.SIGN_KEYS, *other)
 
 
-def test_every_label_is_numbered_once() -> None:
-    numbers = [label.value.split()[2] for label in Domain]
+def test_every_domain_separation_label_has_its_own_number() -> None:
+    numbers = [domain.value.split()[2] for domain in Domain]
     assert len(set(numbers)) == len(numbers) == len(Domain)
-    assert all(label.value.endswith(b"\n") for label in Domain)
+    assert all(domain.value.endswith(b"\n") for domain in Domain)
 
 
 def test_a_fingerprint_is_forty_digits_that_depend_on_every_bit() -> None:

@@ -38,7 +38,7 @@ def test_a_node_key_s_public_part_travels_in_the_pub_file(tmp_path: Path) -> Non
 def test_a_node_key_that_others_may_read_or_that_is_none_is_refused(tmp_path: Path) -> None:
     write_node_key(tmp_path / "ada.node")
     (tmp_path / "ada.node").chmod(0o644)
-    with pytest.raises(SettingsError, match="others may read this secret"):
+    with pytest.raises(SettingsError, match="other users may read this secret"):
         read_node_key(tmp_path / "ada.node")
     (tmp_path / "other").write_text("no key")
     (tmp_path / "other").chmod(0o600)
@@ -92,7 +92,7 @@ def handshake(server: Path, root: Path, name: str) -> ssl.SSLError | None:
 def test_a_second_certificate_comes_from_the_same_root_and_nothing_is_overwritten(tmp_path: Path) -> None:
     write_certificate(tmp_path, ["one.example.org"])
     root = (tmp_path / "ca.pem").read_bytes()
-    with pytest.raises(SettingsError, match=r"server\.key: is there already, and a key is never overwritten"):
+    with pytest.raises(SettingsError, match=r"server\.key: already exists, and a key is never overwritten"):
         write_certificate(tmp_path, ["two.example.org"])
     for name in ("server.key", "server.pem"):
         (tmp_path / name).unlink()
@@ -102,7 +102,7 @@ def test_a_second_certificate_comes_from_the_same_root_and_nothing_is_overwritte
     for name in ("server.key", "server.pem", "ca.key"):
         (tmp_path / name).unlink()
     # Half an authority is not completed with the key of another.
-    with pytest.raises(SettingsError, match=r"ca\.pem: is there already"):
+    with pytest.raises(SettingsError, match=r"ca\.pem: already exists"):
         write_certificate(tmp_path, ["three.example.org"])
 
 
@@ -132,7 +132,7 @@ def test_server_files_that_do_not_belong_together_are_refused(tmp_path: Path) ->
     with pytest.raises(SettingsError, match=r"server\.key: is not the key of"):
         check_server_files(one / "server.pem", two / "server.key", one / "ca.pem")
     (one / "server.key").chmod(0o640)
-    with pytest.raises(SettingsError, match="others may read this secret"):
+    with pytest.raises(SettingsError, match="other users may read this secret"):
         check(one)
 
 

@@ -177,7 +177,7 @@ def test_a_second_run_waits_for_the_program_of_the_first_and_not_for_ever(
     monkeypatch.setattr(server_app, "EARLIER_RUN_SECONDS", 0.0)
     with (
         server_app._only_one_in(tmp_path),
-        pytest.raises(EngineError, match="an earlier run's program is still at work here"),
+        pytest.raises(EngineError, match="the program of an earlier run is still running here"),
         server_app._only_one_in(tmp_path),
     ):
         pass

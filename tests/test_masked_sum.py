@@ -81,7 +81,7 @@ def test_every_group_of_owners_may_drop_at_every_step(count: int) -> None:
                     with pytest.raises(TooFewOwners) as caught:
                         run("masked", identities, terms, vectors, lost)
                     assert caught.value.exit_code == 4
-                    heard = ["never", "open", "sharing", "uploading part 0", "surviving"][step]
+                    heard = ["never", "AdvertiseKeys", "ShareKeys", "MaskedInput, part 0", "ConsistencyCheck"][step]
                     assert all(f"{name} (last heard: {heard})" in str(caught.value) for name in gone)
                     continue
                 total = run("masked", identities, terms, vectors, lost)

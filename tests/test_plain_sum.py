@@ -55,7 +55,7 @@ def test_an_owner_lost_at_any_step_is_in_no_part_of_the_total(step: int) -> None
 
 def test_too_few_owners_stop_the_sum() -> None:
     vectors = {owner: np.ones(4) for owner in OWNERS}
-    with pytest.raises(TooFewOwners, match=r"2 owners are left at step open, the agreement needs 3; lost: o1"):
+    with pytest.raises(TooFewOwners, match=r"2 owners are left at step open, the agreement needs 3; dropped out: o1"):
         run("plain", THREE, terms_of(THREE, layout_of(4)), vectors, {"o1": 0})
     with pytest.raises(TooFewOwners):
         plain.PlainCoordinator(terms_of(THREE, layout_of(4)), ("o0",))
@@ -116,7 +116,7 @@ def test_a_second_upload_of_one_part_is_refused() -> None:
 
 def test_the_total_cannot_be_asked_for_early_nor_a_step_ended_early() -> None:
     side = uploading()
-    with pytest.raises(LocalProtocolError, match="total was asked for in phase uploading"):
+    with pytest.raises(LocalProtocolError, match="total was requested in phase upload"):
         side.total()
     with pytest.raises(LocalProtocolError, match="while waiting for o0, o1, o2"):
         side.end_step()

@@ -1,4 +1,4 @@
-"""Sums over owners. A kind of sum is one file with an owner's side and a coordinator's side; this is their registry."""
+"""Sums over owners. Each kind of sum has an owner's side and a coordinator's side; this is their registry."""
 
 from common.summation.masked.coordinator import MaskedCoordinator
 from common.summation.masked.owner import MaskedOwner

@@ -1,7 +1,7 @@
-"""One vector into which the owners' parts are folded as they arrive. It never holds an owner's upload.
+"""One vector to which the owners' parts are added as they arrive. It never holds a single owner's upload.
 
-An owner that is lost in the middle has some parts in already, so the upload begins again without it: the others send
-the same parts once more, which tells nobody anything new.
+If an owner drops out in the middle, some of its parts are in the sum already. The upload then starts again without it.
+The others send the same parts once more, which reveals nothing new.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from common.mapped import release
 from common.summation import fixed_point
 from common.tensor_layout import TensorLayout
 
-Zeros = Callable[[int], NDArray[np.uint64]]  # a new vector of that many zeros, in memory or on a disk
+Zeros = Callable[[int], NDArray[np.uint64]]  # makes a vector of that many zeros, in memory or on disk
 
 
 def zeros_in_memory(size: int) -> NDArray[np.uint64]:
@@ -22,8 +22,9 @@ def zeros_in_memory(size: int) -> NDArray[np.uint64]:
 
 
 class Accumulator:
-    """`vector` (layout.size,) of the layout's ring is the sum of all parts folded, in the first bytes of `words`, where
-    it can be decoded; `part` is the one being collected.
+    """The sum so far: `vector` (layout.size,) in the layout's ring. `part` is the part that is being collected.
+
+    The vector lies in the first bytes of `words`, 64 bits for each number, so that it can be decoded in place.
     """
 
     def __init__(self, layout: TensorLayout, zeros: Zeros) -> None:
@@ -31,29 +32,29 @@ class Accumulator:
         self.vector = fixed_point.numbers(layout, self.words)
         self.slices = layout.part_slices(layout.dtype.itemsize)
         self.part = 0
-        self._spoilt = False
+        self._must_restart = False
 
     def fold(self, owner: str, part: int, payload: NDArray) -> None:
-        """Add one owner's part. Raises RemoteProtocolError, and then nothing was added, unless it is the right one."""
+        """Add one owner's part. Raises RemoteProtocolError, and adds nothing, unless it is the part expected now."""
         position = self.slices[self.part]
         expected = position.stop - position.start
         if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:
             raise RemoteProtocolError(
-                f"sum: owner {owner} sent {payload.size} numbers of {payload.dtype} as part {part}; "
-                f"part {self.part} has {expected} of {self.vector.dtype}"
+                f"sum: owner {owner} sent {payload.size} {payload.dtype} numbers as part {part}, "
+                f"but part {self.part} has {expected} {self.vector.dtype} numbers"
             )
         self.vector[position] += payload
         release(self.vector)
 
-    def lose_owner(self) -> None:
-        """An owner of whom earlier parts are in is gone: what was folded so far is of no use."""
-        self._spoilt |= self.part > 0
+    def drop_owner(self) -> None:
+        """Start again, at the next `advance`, if parts of the owner that dropped out are in the sum."""
+        self._must_restart |= self.part > 0
 
     def advance(self) -> bool:
-        """Go on to the next part, or begin again where an owner was lost midway; False when everything is in."""
-        if self._spoilt:
+        """Move to the next part, or back to the first after an owner dropped out; False when every part is in."""
+        if self._must_restart:
             self.vector[:] = 0
-            self.part, self._spoilt = 0, False
+            self.part, self._must_restart = 0, False
             return True
         self.part += 1
         return self.part < len(self.slices)

@@ -1,12 +1,12 @@
-"""Real numbers as integers modulo 2^w, so that sums are exact and the same in any order, masked or not.
+"""Real numbers as integers modulo 2^w, so that sums are exact and do not depend on the order, masked or not.
 
 A tensor with the public bound B is encoded as round(x * 2^f), negative numbers as two's complement. The number of
-fraction bits f follows from B, the number of owners N and the ring alone: the largest for which no sum can wrap around,
+fraction bits f follows from B, the number of owners N and the ring. It is the largest for which no sum can wrap around:
 
     N * (B * 2^f + 1) <= 2^(w - 1)               (the 1 covers rounding)
 
-Bounds stand in the agreement (`common/agreement.py`) and in the layout, as the ring does, so every party computes the
-same f. A vector is encoded and decoded where it lies, in 64-bit words: integers of 32 bits take their first half.
+The agreement and the layout fix the bounds and the ring, so every party computes the same f. A vector is encoded and
+decoded in place, in 64-bit words; 32-bit integers take the first half of them.
 """
 
 from fractions import Fraction
@@ -24,15 +24,15 @@ CHUNK_NUMBERS = 1 << 20
 
 
 def fraction_bits(bound: float, num_owners: int, ring_bits: RingBits = 64) -> int:
-    """f for one tensor. Raises SettingsError where not even whole numbers fit."""
+    """f for one tensor. Raises SettingsError if not even whole numbers fit."""
     if bound == inf:
         raise SettingsError("a tensor without a bound cannot be summed")
     room = Fraction(2) ** (ring_bits - 1) / num_owners - 1
     ratio = room / Fraction(bound)
     if ratio < 1:
         raise SettingsError(
-            f"bound {bound:g}: the sum over {num_owners} owners could pass 2^{ring_bits - 1}; "
-            f"the largest bound is {float(room):g}"
+            f"bound {bound:g}: the sum over {num_owners} owners could exceed 2^{ring_bits - 1}, "
+            f"the largest possible bound is {float(room):g}"
         )
     bits = int(ratio).bit_length() - 1  # 2^bits <= ratio < 2^(bits + 1)
     return min(bits, MAX_FRACTION_BITS)
@@ -44,37 +44,37 @@ def check_layout(layout: TensorLayout, num_owners: int) -> None:
         try:
             fraction_bits(entry.bound, num_owners, layout.ring_bits)
         except SettingsError as error:
-            raise SettingsError(f"{entry.name}: {error}; see [bounds] of the agreement") from None
+            raise SettingsError(f"{entry.name}: {error.message}", hint="change [bounds] in the agreement") from None
 
 
 def numbers(layout: TensorLayout, words: NDArray) -> NDArray:
-    """The layout's vector in fixed point, (layout.size,), among the first bytes of as many 64-bit words."""
+    """The layout's vector in fixed point, (layout.size,), as a view of the first bytes of as many 64-bit words."""
     return words.view(layout.dtype)[: layout.size]
 
 
 def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -> NDArray:
-    """Encode (layout.size,) float64 in place; the integers are returned as they travel.
+    """Encode (layout.size,) float64 in place and return the integers as they travel.
 
-    Raises NumericalError, naming the tensor, at the first value that is not finite or outside its bound; the vector is
-    then of no use, and nothing has left.
+    Raises NumericalError, naming the tensor, at the first value that is not finite or is outside its bound. The vector
+    is then partly overwritten, and nothing has left.
     """
     encoded = numbers(layout, vector)
     signed = encoded.view(f"<i{encoded.itemsize}")
     for entry, position in layout.positions():
         bits = fraction_bits(entry.bound, num_owners, layout.ring_bits)
-        # In ascending order: integers are no longer than the numbers that they stand for, and overwrite.
+        # In ascending order: an integer is never longer than the number that it overwrites.
         for start in range(position.start, position.stop, CHUNK_NUMBERS):
             chunk = vector[start : min(start + CHUNK_NUMBERS, position.stop)]
-            # The negation makes a value that is no number fail too.
+            # Negated, so that NaN fails too.
             if not np.abs(chunk).max(initial=0.0) <= entry.bound:
-                raise NumericalError(_out_of_bound(entry, chunk))
+                raise _out_of_bound(entry, chunk)
             signed[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
         release(vector)
     return encoded
 
 
 def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num_summed: int) -> NDArray[np.float64]:
-    """Decode the sum in `words`, over `num_summed` of the `num_owners` owners, in place: they are returned as float64.
+    """Decode the sum in `words`, over `num_summed` of the `num_owners` owners, in place; returns it as float64.
 
     Raises NumericalError if a number is larger than that many honest owners can make it.
     """
@@ -86,20 +86,23 @@ def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num
             chunk = signed[start : min(start + CHUNK_NUMBERS, position.stop)]
             if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:
                 raise NumericalError(
-                    f"sum: {entry.name} exceeds {num_summed} owners times the bound {entry.bound:g}; an owner sent "
-                    "another vector than it should, or masks did not cancel. Nothing was published"
+                    f"sum: {entry.name} exceeds {num_summed} owners times the bound {entry.bound:g}: an owner sent a "
+                    "false vector, or the masks did not cancel. Nothing was published"
                 )
             decoded[start : start + len(chunk)] = np.ldexp(chunk.astype(np.float64), -bits)
         release(words)
     return decoded
 
 
-def _out_of_bound(entry: TensorEntry, chunk: NDArray[np.float64]) -> str:
+def _out_of_bound(entry: TensorEntry, chunk: NDArray[np.float64]) -> NumericalError:
     finite = np.isfinite(chunk)
     if not finite.all():
-        return f"{entry.name}: {chunk[~finite][0]} is not a finite number; nothing has left. Look at the model and rows"
+        return NumericalError(
+            f"{entry.name}: {chunk[~finite][0]} is not a finite number; nothing has left",
+            hint="check the model and the rows",
+        )
     worst = chunk[np.abs(chunk).argmax()]
-    return (
-        f"{entry.name}: value {worst:g} is outside the agreed bound {entry.bound:g}; nothing has left. "
-        "The agreement's [bounds] decide; a larger bound needs a new agreement"
+    return NumericalError(
+        f"{entry.name}: value {worst:g} is outside the agreed bound {entry.bound:g}; nothing has left",
+        hint="a larger bound needs a new agreement: see its [bounds]",
     )

@@ -1,7 +1,7 @@
-"""Two owners that share a secret, and small messages sealed under it: X25519, HKDF-SHA256, AES-256-GCM.
+"""How two owners agree on a secret and seal small messages under it: X25519, HKDF-SHA256, AES-256-GCM.
 
-Every key lives for one session. A private key is derived from a 32-byte seed, because the seed of the mask key is what
-gets shared among the neighbours: whoever rebuilds it can rebuild the key, and check it against the advertised one.
+Every key lives for one session. A private key is derived from a 32-byte seed. The seed of a mask key is shared among
+the neighbours; whoever rebuilds it can rebuild the key and check it against the advertised one.
 """
 
 from cryptography.exceptions import InvalidTag
@@ -16,41 +16,41 @@ from common.errors import RemoteProtocolError
 SEED_BYTES = 32
 KEY_BYTES = 32
 TAG_BYTES = 16
-# Each sealing key is derived for one direction of one pair in one session and seals one message, so its nonce is never
+# A sealing key is derived for one direction of one pair in one session, and seals one message: the nonce is never
 # used twice.
 ONLY_NONCE = bytes(12)
 
 
-def derive(secret: bytes, label: Domain, salt: bytes, info: bytes = b"", length: int = 32) -> bytes:
-    """HKDF-SHA256 (RFC 5869) with info = label | info."""
-    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=label.value + info).derive(secret)
+def derive(secret: bytes, domain: Domain, salt: bytes, info: bytes = b"", length: int = 32) -> bytes:
+    """HKDF-SHA256 (RFC 5869) with info = domain | info."""
+    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=domain.value + info).derive(secret)
 
 
-def private_key(seed: bytes, label: Domain, session: bytes) -> X25519PrivateKey:
-    """The private key that `seed` stands for in `session`; the label tells channel keys from mask keys."""
-    return X25519PrivateKey.from_private_bytes(derive(seed, label, session))
+def private_key(seed: bytes, domain: Domain, session: bytes) -> X25519PrivateKey:
+    """The private key for `seed` in `session`; `domain` separates channel keys from mask keys."""
+    return X25519PrivateKey.from_private_bytes(derive(seed, domain, session))
 
 
-def public_key(seed: bytes, label: Domain, session: bytes) -> bytes:
+def public_key(seed: bytes, domain: Domain, session: bytes) -> bytes:
     """The public key of `private_key`, 32 bytes."""
-    return private_key(seed, label, session).public_key().public_bytes_raw()
+    return private_key(seed, domain, session).public_key().public_bytes_raw()
 
 
 def agree(private: X25519PrivateKey, public: bytes) -> bytes:
     """The secret that both ends compute, 32 bytes. Raises RemoteProtocolError for a low-order point (RFC 7748, 6.1)."""
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:  # the secret would be all zeros, which everybody knows
+    except ValueError:  # the shared secret would be all zeros
         raise RemoteProtocolError("a public key is a point of low order") from None
 
 
 def check_public_key(public: bytes) -> None:
-    """Raise RemoteProtocolError for a point of low order: any multiple of the cofactor takes it to zero."""
+    """Raise RemoteProtocolError for a point of low order, which any multiple of the cofactor takes to zero."""
     agree(X25519PrivateKey.from_private_bytes(bytes(KEY_BYTES)), public)
 
 
 def seal(key: bytes, plain: bytes, associated: bytes) -> bytes:
-    """AES-256-GCM; `len(plain) + 16` bytes. `key` must never have sealed anything before."""
+    """Encrypt with AES-256-GCM: `len(plain) + 16` bytes. `key` must not have sealed anything before."""
     return AESGCM(key).encrypt(ONLY_NONCE, plain, associated)
 
 
@@ -59,4 +59,4 @@ def open_sealed(key: bytes, sealed: bytes, associated: bytes) -> bytes:
     try:
         return AESGCM(key).decrypt(ONLY_NONCE, sealed, associated)
     except InvalidTag:
-        raise RemoteProtocolError("a sealed share does not open") from None
+        raise RemoteProtocolError("a sealed share cannot be opened") from None

@@ -1,9 +1,9 @@
 """Masks: AES-128-CTR keystreams, added to a vector modulo 2^64 or 2^32.
 
-A stream is addressed by its byte: counter block = offset // 16, so parts can be masked in any order and on any number
-of cores. `cryptography` writes the keystream into a reused buffer (`update_into`) and releases the interpreter lock
-while it does, so this runs at the speed of the OpenSSL library itself. One key makes one stream for one session; the
-same key must never mask two vectors.
+A stream can start at any byte: counter block = offset // 16. Parts can therefore be masked in any order and on any
+number of cores. `cryptography` writes the keystream into a reused buffer (`update_into`) and releases the interpreter
+lock meanwhile, so this runs at the speed of OpenSSL itself. One key makes one stream for one session. The same key must
+never mask two vectors.
 """
 
 import os
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 KEY_BYTES = 16
 BLOCK_BYTES = 16
-# Vector and keystream chunk stay in the processor's second-level cache. A multiple of the block size.
+# A multiple of the block size, small enough for chunk and keystream to stay in the second-level cache.
 CHUNK_BYTES = 1 << 18
 
 Mask = tuple[bytes, Literal[1, -1]]  # (key, sign)
@@ -26,7 +26,7 @@ Mask = tuple[bytes, Literal[1, -1]]  # (key, sign)
 def add_masks(values: NDArray, masks: Sequence[Mask], offset: int, threads: int | None = None) -> None:
     """Add every mask to `values` in place, modulo 2^64 or 2^32.
 
-    `values` (n,) little-endian uint64 or uint32 stands at position `offset` (in numbers) of the whole vector.
+    `values` (n,), little-endian uint64 or uint32, begins at number `offset` of the whole vector.
     """
     chunk_numbers = CHUNK_BYTES // values.itemsize
     starts = range(0, len(values), chunk_numbers)
@@ -42,7 +42,7 @@ def add_masks(values: NDArray, masks: Sequence[Mask], offset: int, threads: int 
 
 def _add_range(values: NDArray, masks: Sequence[Mask], offset: int) -> None:
     width, chunk_numbers = values.itemsize, CHUNK_BYTES // values.itemsize
-    skipped = offset * width % BLOCK_BYTES  # a stream is cut at its blocks, a part at its numbers
+    skipped = offset * width % BLOCK_BYTES  # a part need not begin at a block of the stream
     counter = (offset * width // BLOCK_BYTES).to_bytes(BLOCK_BYTES)
     streams = []
     for key, sign in masks:

@@ -1,14 +1,16 @@
 """What every kind of sum has in common: its terms, its two sides, and the loop that drives them.
 
-Each side is (state, inbound, randomness) -> (state, outbound), without sockets, files or clocks. `drive` is the whole
-flow; the coordinator runs it over the network and `run_in_memory` over owners in this process, so that the
-specification, the tests' oracle and the product are the same lines.
+Each side is (state, inbound, randomness) -> (state, outbound), without sockets, files or clocks. One table a side says
+what may arrive in which phase, who handles it, and which phase follows. `drive` is the whole flow. The coordinator runs
+it over the network, and `run_in_memory` over owners in this process, so the specification, the tests' oracle and the
+product are the same lines.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +18,22 @@ from numpy.typing import NDArray
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
 from common.mapped import pieces, release
-from common.messages import Message, OpenSum
+from common.messages import MaskedPart, Message, OpenSum, VectorPart
+from common.saved_state import SavedState
 from common.summation import fixed_point
-from common.summation.accumulator import Zeros
+from common.summation.accumulator import Accumulator, Zeros, zeros_in_memory
+from common.summation.records import name_at
+from common.summation.secret_sharing import RandomBytes
 from common.tensor_layout import TensorLayout
 from common.thresholds import Neighbourhood, neighbourhood, quorum
 
-# (phase, message type) -> next phase. What is not in a side's table is not allowed.
-Transitions = Mapping[tuple[str, type[Message]], str]
+DONE = "done"  # the coordinator's last phase, in every kind of sum: the total is ready
 Exchange = Callable[[Mapping[str, Message]], Iterator[tuple[str, Message | None]]]
-RandomBytes = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SumTerms:
-    """What one sum is about. All but `request` a party takes from its own copy of the agreement."""
+    """What one sum is about. A party takes all of it but `request` from its own copy of the agreement."""
 
     request: OpenSum
     layout: TensorLayout
@@ -40,7 +43,7 @@ class SumTerms:
 
     def __post_init__(self) -> None:
         if self.request.layout_digest != self.layout.digest():
-            raise LocalProtocolError("sum: the request names another layout than the terms")
+            raise LocalProtocolError("sum: the request names a different layout than the terms")
 
     @cached_property
     def session(self) -> bytes:
@@ -49,12 +52,13 @@ class SumTerms:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The roster; an owner's place on it is its number in every record."""
+        """The roster. An owner's position on it is its owner index, which stands for it in every record."""
         return tuple(self.roster)
 
     @cached_property
-    def places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.names)}
+    def indices(self) -> dict[str, int]:
+        """Name -> owner index."""
+        return {name: index for index, name in enumerate(self.names)}
 
     @property
     def quorum(self) -> int:
@@ -64,11 +68,14 @@ class SumTerms:
     def neighbourhood(self) -> Neighbourhood:
         return neighbourhood(len(self.roster), self.colluders, len(self.roster) - self.needed_owners)
 
-    def name_of(self, place: int) -> str:
-        """Raises RemoteProtocolError for a place that the roster does not have."""
-        if place >= len(self.names):
-            raise RemoteProtocolError(f"sum: there is no owner {place} on a roster of {len(self.names)}")
-        return self.names[place]
+    @property
+    def part_slices(self) -> list[slice]:
+        """Where a vector in fixed point is cut into parts for the wire."""
+        return self.layout.part_slices(self.layout.dtype.itemsize)
+
+    def name_of(self, index: int) -> str:
+        """The name at an owner index. Raises RemoteProtocolError if the roster is shorter."""
+        return name_at(self.names, index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +97,8 @@ class Total:
         return float(self.num_owners * 0.5 ** (bits + 1))
 
     def diagonal_error(self, name: str) -> NDArray[np.float64]:
-        """The same for each number on the diagonal of a symmetric tensor, (d,). Number [j, k] is off by the geometric
-        mean of errors j and k at most.
+        """The rounding error of each number on the diagonal of a symmetric tensor, (d,). The error of number [j, k] is
+        at most the geometric mean of errors j and k.
         """
         return np.full(len(self[name]), self.rounding_error(name))
 
@@ -99,31 +106,78 @@ class Total:
         return name in self.layout
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        release(self.vector)  # the memory of what was read before
+        release(self.vector)  # frees the memory of tensors that were read before
         return self.layout.read(self.vector, name)
 
     def destroy(self) -> None:
-        """Overwrite the sums: with the single models known, sums of Grams can be taken apart (SECURITY.md)."""
+        """Overwrite the sums. With the individual models known, sums of Grams can be taken apart (SECURITY.md)."""
         for piece in pieces(self.vector):
             piece[:] = np.nan
 
 
+# --- an owner's side ---
+
+
+class SessionOver(RemoteProtocolError):  # noqa: N818 - the name is the sentence
+    """The coordinator broke a rule that privacy rests on. This session is over, and its secrets must be wiped."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an owner needs for an answer beside its state: its vector in fixed point, (layout.size,), and randomness."""
+
+    encoded: NDArray
+    random_bytes: RandomBytes
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One row of an owner's table. `handle(side, request, inputs)` returns the changed side and the reply."""
+
+    handle: Callable[[Any, Any, Inputs], tuple[Any, Message]]
+    next_phase: str
+    after_last_part: str | None = None  # the next phase once the reply is the vector's last part
+
+    def follow(self, side: Any, request: Message, inputs: Inputs) -> tuple[Any, Message]:
+        """Handle the request and enter the next phase."""
+        state, reply = self.handle(side, request, inputs)
+        next_phase = self.next_phase
+        if self.after_last_part is not None and isinstance(reply, (MaskedPart, VectorPart)):
+            is_last = reply.part == len(side.terms.part_slices) - 1
+            next_phase = self.after_last_part if is_last else next_phase
+        return replace(state, phase=next_phase), reply
+
+
+# What an owner may receive: (its phase, the type of the request) -> what follows. Everything else is refused.
+Transitions = Mapping[tuple[str, type[Message]], Transition]
+
+
+def find_transition(transitions: Transitions, phase: str, request: Message, terms: SumTerms) -> Transition:
+    """The row for this request. Raises RemoteProtocolError if there is none; then nothing has happened."""
+    transition = transitions.get((phase, type(request)))
+    if transition is None:
+        raise RemoteProtocolError(f"sum: coordinator sent {type(request).__name__} in phase {phase}")
+    if getattr(request, "session", None) != terms.request.session:
+        raise RemoteProtocolError(f"sum: coordinator sent {type(request).__name__} for another session")
+    return transition
+
+
 class OwnerSide(Protocol):
-    """One owner in one sum. Frozen, and small enough to be written down between two messages."""
+    """One owner in one sum. Frozen, and small enough to be saved between two messages."""
 
     @classmethod
     def open(cls, terms: SumTerms, identity: Identity, random_bytes: RandomBytes) -> tuple[Self, Message]:
-        """Begin: the first answer."""
+        """Begin: the answer to OpenSum."""
 
     def answer(self, request: Message, encoded: NDArray, random_bytes: RandomBytes) -> tuple[Self, Message]:
-        """One step; `encoded` (layout.size,) is the owner's vector in fixed point.
+        """Answer one request; `encoded` (layout.size,) is the owner's vector in fixed point.
 
-        On SessionOver the state must be forgotten; on any other error nothing has happened and it still stands.
+        On SessionOver the state must be forgotten. On any other error nothing has happened, and the state is unchanged.
         """
 
     @property
     def offers(self) -> bool:
-        """Whether something of the vector has left, so that others could open a sum with it."""
+        """Whether a part of the vector has left, so that others could open a sum with it."""
 
     @property
     def reveals(self) -> bool:
@@ -131,53 +185,157 @@ class OwnerSide(Protocol):
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything that the coordinator needs for the total has left."""
+        """Whether everything that the coordinator needs from this owner for the total has left."""
 
     @property
     def is_done(self) -> bool:
         """Whether the vector is no longer needed."""
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, Any]:
+        """The state to save between two messages."""
 
     @classmethod
-    def from_json(cls, state: Mapping[str, Any], terms: SumTerms, identity: Identity) -> Self: ...
+    def from_json(cls, state: Mapping[str, Any], terms: SumTerms, identity: Identity) -> Self:
+        """The side that was saved. Raises LocalProtocolError if this version would not have saved it like this."""
+
+
+# --- the coordinator's side ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedOpening(SavedState):
+    """What a coordinator needs to open a session after a restart, except the masked sum itself."""
+
+    version: Literal[1] = 1
+    remaining: tuple[str, ...]  # the owners that are asked to open it
+    book: bytes  # KeyEntry.pack_all
+    commitments: Mapping[int, bytes]  # owner index -> commitment to its self-mask seed
+    survivors: bytes  # Survivor.pack_all
+    signatures: Mapping[int, bytes]  # owner index -> signature over `survivors`
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A session that its owners are asked to open, as a coordinator that is started again needs it."""
+    """A session that its owners are asked to open, as a coordinator that restarts needs it."""
 
-    state: Mapping[str, Any]
-    words: NDArray[np.uint64]  # (layout.size,), in which the sum lies with its masks on (see Accumulator)
+    state: SavedOpening
+    words: NDArray[np.uint64]  # (layout.size,): the sum, still masked (see Accumulator)
 
 
-class CoordinatorSide(Protocol):
-    """The coordinator in one sum."""
+@dataclass(frozen=True)
+class CoordinatorStep:
+    """One row of the coordinator's table: what it sends in a phase, what it expects back, and what follows.
 
-    def __init__(self, terms: SumTerms, participants: tuple[str, ...], zeros: Zeros = ...) -> None:
+    `request(side, owner_index)` builds the request to one owner. `handle(side, owner_index, reply)` takes one reply, or
+    raises RemoteProtocolError and changes nothing. `end(side)` runs once every reply is in; it returns whether the
+    phase is over.
+    """
+
+    request: Callable[[Any, int], Message]
+    expects: type[Message]
+    handle: Callable[[Any, int, Any], None]
+    next_phase: str
+    end: Callable[[Any], bool] = lambda side: True
+    in_parts: bool = False  # the phase repeats for each part of the vectors
+
+
+class CoordinatorSide(ABC):
+    """The coordinator in one sum. A kind of sum adds its table, whose first row is the first phase."""
+
+    def __init__(self, terms: SumTerms, participants: tuple[str, ...], zeros: Zeros = zeros_in_memory) -> None:
         """`zeros` makes the vector in which the sum is gathered, and then decoded."""
+        self._phase = next(iter(self._steps))
+        check_enough(len(participants), terms, self._phase, {})
+        self._terms = terms
+        self._remaining = set(participants)
+        self._waiting: set[str] = set()
+        self._last_heard: dict[str, str] = {}
+        self._accumulator = Accumulator(terms.layout, zeros)
+
+    @property
+    @abstractmethod
+    def _steps(self) -> Mapping[str, CoordinatorStep]:
+        """Phase -> its row."""
+
+    @abstractmethod
+    def _summed_owners(self) -> tuple[str, ...]:
+        """The owners whose vectors are in the total, in the roster's order."""
 
     def requests(self) -> Mapping[str, Message]:
-        """The next message to each owner that must answer; empty when the total is ready."""
+        """The next request to each owner that must answer; empty when the total is ready."""
+        if self._phase == DONE:
+            return {}
+        self._waiting = set(self._remaining)
+        in_order = [name for name in self._terms.names if name in self._remaining]
+        request = self._steps[self._phase].request
+        return {name: request(self, self._terms.indices[name]) for name in in_order}
 
     def receive(self, owner: str, reply: Message) -> None:
-        """Take one owner's answer. Raises RemoteProtocolError if it is not the one asked for."""
+        """Take one owner's answer. Raises RemoteProtocolError if it is not the one asked for; then nothing changes."""
+        step = self._steps.get(self._phase)
+        if step is None or type(reply) is not step.expects:
+            raise RemoteProtocolError(f"sum: owner {owner} sent {type(reply).__name__} in phase {self._phase}")
+        if owner not in self._waiting:
+            raise RemoteProtocolError(f"sum: owner {owner} answered twice, or was not asked")
+        fields = vars(reply)
+        if (fields["owner"], fields["session"]) != (owner, self._terms.request.session):
+            raise RemoteProtocolError(f"sum: owner {owner} answered for another owner or session")
+        step.handle(self, self._terms.indices[owner], reply)
+        self._waiting.remove(owner)
+        self._last_heard[owner] = self._step_name
 
-    def lose(self, owner: str) -> None:
-        """The owner did not answer, or broke the rules; this sum goes on without it."""
+    def drop(self, owner: str) -> None:
+        """Continue without an owner that did not answer, or broke the rules."""
+        self._remaining.discard(owner)
+        self._waiting.discard(owner)
+        self._accumulator.drop_owner()
 
     def end_step(self) -> None:
-        """Every answer of this step is in, or lost. Raises TooFewOwners."""
+        """Go on once every owner has answered or dropped out. Raises TooFewOwners."""
+        if self._waiting:
+            raise LocalProtocolError(f"sum: the step ended while waiting for {', '.join(sorted(self._waiting))}")
+        dropped = [name for name in self._terms.names if name not in self._remaining]
+        heard = {name: self._last_heard.get(name, "never") for name in dropped}
+        check_enough(len(self._remaining), self._terms, self._step_name, heard)
+        step = self._steps[self._phase]
+        if step.end(self):
+            self._phase = step.next_phase
 
     def total(self) -> Total:
         """The result, once `requests` is empty."""
+        if self._phase != DONE:
+            raise LocalProtocolError(f"sum: the total was requested in phase {self._phase}")
+        owners, roster_size = self._summed_owners(), len(self._terms.roster)
+        vector = fixed_point.decode(self._terms.layout, self._accumulator.words, roster_size, len(owners))
+        return Total(layout=self._terms.layout, vector=vector, owners=owners, roster_size=roster_size)
 
+    @abstractmethod
     def opening(self) -> Opening | None:
-        """What must be on the disk before the next requests leave, where owners answer them once only."""
+        """What must be on the disk before the next requests leave, if owners answer these only once."""
 
     @classmethod
+    @abstractmethod
     def reopen(cls, terms: SumTerms, opening: Opening) -> Self:
-        """The coordinator that had this `opening`, about to send the same requests again."""
+        """The coordinator that saved this `opening`, about to send the same requests again."""
+
+    @property
+    def _step_name(self) -> str:
+        part = f", part {self._accumulator.part}" if self._steps[self._phase].in_parts else ""
+        return f"{self._phase}{part}"
+
+
+def check_enough(remaining: int, terms: SumTerms, step: str, last_heard: Mapping[str, str]) -> None:
+    """Raise TooFewOwners, saying at which step each of the others last answered, unless enough remain."""
+    if remaining < terms.needed_owners:
+        dropped = ", ".join(f"{owner} (last heard: {where})" for owner, where in last_heard.items())
+        raise TooFewOwners(
+            f"{remaining} owners are left at step {step}, the agreement needs {terms.needed_owners}; "
+            f"dropped out: {dropped or 'none'}. No total was computed",
+            hint="bring the missing owners back and run again",
+        )
+
+
+# --- both ---
 
 
 @dataclass(frozen=True)
@@ -186,42 +344,22 @@ class SumKind:
     coordinator: type[CoordinatorSide]
 
 
-class SessionOver(RemoteProtocolError):  # noqa: N818 - the name is the sentence
-    """The coordinator broke a rule that privacy rests on: this session's secrets are to be wiped, and it is over."""
-
-
-def next_phase(transitions: Transitions, phase: str, message: Message, sender: str) -> str:
-    """The phase after `message`. Raises RemoteProtocolError, and then nothing has happened."""
-    following = transitions.get((phase, type(message)))
-    if following is None:
-        raise RemoteProtocolError(f"sum: {sender} sent {type(message).__name__} in phase {phase}")
-    return following
-
-
-def check_enough(remaining: int, terms: SumTerms, step: str, last_heard: Mapping[str, str]) -> None:
-    """Raise TooFewOwners, saying where the others were heard last, unless enough remain."""
-    if remaining < terms.needed_owners:
-        gone = ", ".join(f"{owner} (last heard: {where})" for owner, where in last_heard.items())
-        raise TooFewOwners(
-            f"{remaining} owners are left at step {step}, the agreement needs {terms.needed_owners}; "
-            f"lost: {gone or 'none'}. No total was computed; bring them back and run again"
-        )
-
-
 def drive(side: CoordinatorSide, exchange: Exchange, exclude: Callable[[str, RemoteProtocolError], None]) -> Total:
-    """Run one sum to its end. `exchange` sends requests and yields each answer as it arrives, None for a lost owner;
-    `exclude` hears of owners that broke the rules and were left out for it.
+    """Run one sum to its end.
+
+    `exchange` sends requests and yields each answer as it arrives, None for an owner that dropped out. `exclude` is
+    told of each owner that broke the rules, which the sum then leaves out.
     """
     while requests := side.requests():
         for owner, reply in exchange(requests):
             if reply is None:
-                side.lose(owner)
+                side.drop(owner)
                 continue
             try:
                 side.receive(owner, reply)
             except RemoteProtocolError as violation:
                 exclude(owner, violation)
-                side.lose(owner)
+                side.drop(owner)
         side.end_step()
     return side.total()
 
@@ -232,9 +370,12 @@ def run_in_memory(
     identities: Mapping[str, Identity],
     vectors: Mapping[str, NDArray[np.float64]],
     random_bytes: RandomBytes,
-    lost_at: Mapping[str, int] | None = None,
+    drops_at: Mapping[str, int] | None = None,
 ) -> Total:
-    """The whole protocol in one process: every owner of `terms` with its vector; `lost_at` drops owners at a step."""
+    """Run the whole protocol in one process, with every owner of `terms` and its vector.
+
+    An owner in `drops_at` answers no request from that exchange on, counted from 0.
+    """
     owners: dict[str, OwnerSide] = {}
     encoded = {
         name: fixed_point.encode(terms.layout, vector.copy(), len(terms.roster)) for name, vector in vectors.items()
@@ -245,7 +386,7 @@ def run_in_memory(
         nonlocal step
         step += 1
         for name, request in requests.items():
-            if lost_at is not None and lost_at.get(name, step + 1) <= step:
+            if drops_at is not None and drops_at.get(name, step + 1) <= step:
                 yield name, None
             elif isinstance(request, OpenSum):
                 owners[name], reply = kind.owner.open(terms, identities[name], random_bytes)
@@ -255,6 +396,6 @@ def run_in_memory(
                 yield name, reply
 
     def exclude(owner: str, violation: RemoteProtocolError) -> None:
-        raise LocalProtocolError(f"sum: honest owner {owner} was found to break the rules") from violation
+        raise LocalProtocolError(f"sum: honest owner {owner} was accused of breaking the rules") from violation
 
     return drive(kind.coordinator(terms, terms.names), exchange, exclude)

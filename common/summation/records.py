@@ -1,10 +1,10 @@
-"""Lists of small fixed-size records in bytes: one owner's line in a key book, a survivor list and so on.
+"""Lists of small fixed-size records in bytes: entries of a key book, of a survivor list and so on.
 
-Canonical: every list stands in strictly ascending order of its first field, the owner's place on the roster. So two
-lists are equal exactly when their bytes are, and no owner stands in one twice.
+Lists are canonical: strictly ascending by their first field, the owner index. Two lists are therefore equal exactly
+when their bytes are, and no owner is in one twice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from struct import Struct
@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from common.errors import RemoteProtocolError
 
-MAX_OWNERS = 65_535  # an owner's place is two bytes
+MAX_OWNERS = 65_535  # an owner index is two bytes
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Record:
 
     @classmethod
     def unpack_all(cls, data: bytes) -> list[Self]:
-        """Exactly whole records, ascending. Raises RemoteProtocolError."""
+        """Read whole records in ascending order. Raises RemoteProtocolError on anything else."""
         if len(data) % cls.FORMAT.size:
             raise RemoteProtocolError(
-                f"{cls.__name__}: {len(data)} bytes are no whole number of {cls.FORMAT.size}-byte records"
+                f"{cls.__name__}: {len(data)} bytes are not a whole number of {cls.FORMAT.size}-byte records"
             )
         records = [cls(*values) for values in cls.FORMAT.iter_unpack(data)]
         if any(later.owner <= earlier.owner for earlier, later in pairwise(records)):
-            raise RemoteProtocolError(f"{cls.__name__}: the owners do not stand once each in ascending order")
+            raise RemoteProtocolError(f"{cls.__name__}: the owners are not in strictly ascending order")
         return records
 
 
 @dataclass(frozen=True)
 class KeyEntry(Record):
-    """An owner's line in the key book: its two public keys, and its signature over them."""
+    """An owner's entry in the key book: its two public keys, and its signature over them."""
 
     FORMAT = Struct(">H32s32s64s")
 
@@ -53,7 +53,7 @@ class KeyEntry(Record):
 
 @dataclass(frozen=True)
 class SealedShare(Record):
-    """For one recipient: its shares of the sender's two seeds, sealed. `owner` is the recipient."""
+    """One recipient's shares of the sender's two seeds, sealed. `owner` is the recipient."""
 
     FORMAT = Struct(">H84s")
 
@@ -62,7 +62,7 @@ class SealedShare(Record):
 
 @dataclass(frozen=True)
 class ShareDelivery(Record):
-    """From one sender (`owner`) to one recipient: its sealed share, the sender's commitment and signature."""
+    """What one sender (`owner`) has for one recipient: commitment, sealed share, signature."""
 
     FORMAT = Struct(">H32s84s64s")
 
@@ -82,7 +82,7 @@ class Survivor(Record):
 
 @dataclass(frozen=True)
 class Signed(Record):
-    """An owner's signature; what it signs, the message says that carries the list."""
+    """An owner's signature. The message that carries the list says what is signed."""
 
     FORMAT = Struct(">H64s")
 
@@ -97,3 +97,10 @@ class RevealedShare(Record):
 
     kind: bytes
     share: bytes
+
+
+def name_at(names: Sequence[str], index: int) -> str:
+    """The owner at an index of the roster. Raises RemoteProtocolError if the roster is shorter."""
+    if index >= len(names):
+        raise RemoteProtocolError(f"there is no owner {index} on a roster of {len(names)}")
+    return names[index]

@@ -16,7 +16,7 @@ from pathlib import Path
 from client.owner import Owner
 from client.settings import OwnerNetwork
 from common.errors import ConsentError, SettingsError
-from common.private_file import write_whole
+from common.private_file import make_private_folder, write_whole
 from deploy.commands.keys import read_certificate, read_node_key
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import MARK, check_internals
@@ -77,8 +77,7 @@ def run_client(node: Node) -> None:
     machine is not fit for it.
     """
     check_internals()
-    node.state.mkdir(parents=True, exist_ok=True)
-    node.state.chmod(0o700)
+    make_private_folder(node.state)
     with alone(node.state, "client"):
         for old in node.state.glob("*.log"):
             old.unlink()

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import SettingsError
-from common.identity import write_new
+from common.private_file import read_secret, write_key
 
 LOCAL_NAMES = ("localhost", "127.0.0.1")  # the coordinator's own programs come this way
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -38,13 +38,13 @@ log = logging.getLogger("amalgram.keys")
 def write_node_key(path: Path) -> str:
     """Write a new node key to `path` (0600) and return its public part. Raises SettingsError if the file exists."""
     key = ec.generate_private_key(ec.SECP384R1())
-    write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), 0o600)
+    write_key(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     return _public_part(key)
 
 
 def read_node_key(path: Path) -> str:
     """The public part of the secret in `path`. Raises SettingsError if it is none, or if others may read it."""
-    content = _read_secret(path)
+    content = read_secret(path)
     try:
         key = load_ssh_private_key(content, None)
     except ValueError:
@@ -69,7 +69,9 @@ def write_certificate(folder: Path, hosts: Sequence[str]) -> list[Path]:
     ca_files, server_files = ([folder / f"{name}{end}" for end in (".key", ".pem")] for name in ("ca", "server"))
     for path in server_files:
         if path.exists():
-            raise SettingsError(f"{path}: is there already, and a key is never overwritten; name another --folder")
+            raise SettingsError(
+                f"{path}: already exists, and a key is never overwritten", hint="choose another --folder"
+            )
     written = [path for path in (*ca_files, *server_files) if not path.exists()]
     if written == server_files:
         ca_key, ca = _read_key(ca_files[0]), read_certificate(ca_files[1])
@@ -136,29 +138,18 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _write_pair(files: Sequence[Path], key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-    write_new(files[0], key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
-    write_new(files[1], certificate.public_bytes(Encoding.PEM), 0o644)
+    write_key(files[0], key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    write_key(files[1], certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        key = load_pem_private_key(_read_secret(path), None)
+        key = load_pem_private_key(read_secret(path), None)
     except (ValueError, TypeError):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SettingsError(f"{path}: is no elliptic-curve key in PEM form without a password")
     return key
-
-
-def _read_secret(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
-    if mode & 0o077:
-        raise SettingsError(f"{path}: others may read this secret; close it: chmod 600 {path}")
-    return content
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -200,7 +191,7 @@ def check_server_files(certificate_file: Path, key_file: Path, root_file: Path) 
 
 def _check_belongs(certificate: x509.Certificate, certificate_file: Path, key_file: Path) -> None:
     try:
-        key = load_pem_private_key(_read_secret(key_file), None)
+        key = load_pem_private_key(read_secret(key_file), None)
     except (ValueError, TypeError):
         raise SettingsError(f"{key_file}: is no key in PEM form without a password") from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.agreement import Agreement
 from common.errors import EngineError, SettingsError
-from common.private_file import write_whole
+from common.private_file import make_private_folder, write_whole
 from common.settings_file import load_settings
 from deploy.commands.keys import check_server_files
 from deploy.launch.flower import CONNECTION, check_bundle, flower_environment, flwr, write_connection
@@ -90,8 +90,7 @@ def serve(place: Place) -> None:
     check_server_files(certificate, key, root)
     host, port = place.host_and_port
     for folder in (place.state, place.flower_home):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        make_private_folder(folder)
     with alone(place.state, "server"), _superlink(place, certificate, key, root) as parts:
         _register_owners(place)
         log.info("listening on %s port %d for %s", host, port, ", ".join(place.agreement.owner_names))

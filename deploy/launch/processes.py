@@ -1,16 +1,16 @@
 """Children of ours: started, watched, and ended by their process group, with everything they started themselves."""
 
-import fcntl
 import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from common.errors import EngineError, SettingsError
+from common.private_file import locked
 
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 60.0, 20.0, 0.5
 Process = subprocess.Popen[bytes]
@@ -36,19 +36,12 @@ def started(command: Sequence[str], environment: Mapping[str, str], folder: Path
             stop_group(process)
 
 
-@contextmanager
-def alone(folder: Path, command: str) -> Iterator[None]:
-    """Raise SettingsError if another process does `command` with this folder; meanwhile no other can."""
-    descriptor = os.open(folder / f"{command}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise SettingsError(f"{folder}: another `amalgram {command}` is at work here; let it end, or end it") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def alone(folder: Path, command: str) -> AbstractContextManager[None]:
+    """Keep other processes from running `command` in this folder. Entering raises SettingsError if one already does."""
+    busy = SettingsError(
+        f"{folder}: another `amalgram {command}` is already running here", hint="wait until it ends, or stop it"
+    )
+    return locked(folder / f"{command}.lock", wait_seconds=0, busy=busy)
 
 
 def listens(port: int) -> bool:

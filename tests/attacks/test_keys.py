@@ -9,6 +9,7 @@ from common.identity import Identity
 from common.messages import KeyBook, KeyShares, OpenSum
 from common.summation import key_agreement
 from common.summation.masked.owner import MaskedOwner
+from common.summation.masked.phases import Phase
 from common.summation.records import KeyEntry
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.sums import repeating_bytes
@@ -43,20 +44,20 @@ def test_1_keys_replaced_in_transit() -> None:
     honest = entries_of(evil.honest_until(KeyBook)["o0"])[1]  # type: ignore[arg-type]
     channel_key, mask_key = attackers_keys()
     for entry in (replace(honest, channel_key=channel_key), replace(honest, mask_key=mask_key)):
-        send_book(MaliciousCoordinator(), {1: entry}, "the signature of o1 does not hold")
+        send_book(MaliciousCoordinator(), {1: entry}, "the signature of o1 is not valid")
 
 
 def test_2_keys_signed_by_a_key_that_is_not_on_the_roster() -> None:
     evil = MaliciousCoordinator()
     channel_key, mask_key = attackers_keys()
     signature = ATTACKER.sign(Domain.SIGN_KEYS, evil.terms.session, channel_key + mask_key)
-    send_book(evil, {1: KeyEntry(1, channel_key, mask_key, signature)}, "the signature of o1 does not hold")
+    send_book(evil, {1: KeyEntry(1, channel_key, mask_key, signature)}, "the signature of o1 is not valid")
 
 
 def test_3_an_owner_s_entry_replayed_as_another_s() -> None:
     evil = MaliciousCoordinator()
     entries = entries_of(evil.honest_until(KeyBook)["o0"])  # type: ignore[arg-type]
-    send_book(evil, {1: None, 2: replace(entries[1], owner=2)}, "the signature of o2 does not hold")
+    send_book(evil, {1: None, 2: replace(entries[1], owner=2)}, "the signature of o2 is not valid")
 
 
 def test_4_an_owner_twice() -> None:
@@ -64,7 +65,7 @@ def test_4_an_owner_twice() -> None:
     book = evil.honest_until(KeyBook)["o0"]
     assert isinstance(book, KeyBook)
     size = KeyEntry.FORMAT.size
-    with evil.refused("o0", "do not stand once each in ascending order"):
+    with evil.refused("o0", "not in strictly ascending order"):
         evil.send("o0", replace(book, entries=book.entries + book.entries[-size:]))
 
 
@@ -73,7 +74,7 @@ def test_4_a_colluder_that_advertises_another_owner_s_keys_as_its_own() -> None:
     entries = entries_of(evil.honest_until(KeyBook)["o0"])  # type: ignore[arg-type]
     stolen = entries[1]
     signature = evil.identities["o2"].sign(Domain.SIGN_KEYS, evil.terms.session, stolen.channel_key + stolen.mask_key)
-    send_book(evil, {2: replace(stolen, owner=2, signature=signature)}, "a key stands in it twice")
+    send_book(evil, {2: replace(stolen, owner=2, signature=signature)}, "duplicate key in the key book")
 
 
 def test_5_my_own_entry_is_one_i_signed_but_not_the_one_i_hold_keys_for() -> None:
@@ -96,7 +97,7 @@ def test_7_an_advertisement_of_an_earlier_round() -> None:
     def next_round(request: OpenSum) -> OpenSum:
         return replace(request, round=2)
 
-    send_book(MaliciousCoordinator(change=next_round, seed=1), {1: stale}, "the signature of o1 does not hold")
+    send_book(MaliciousCoordinator(change=next_round, seed=1), {1: stale}, "the signature of o1 is not valid")
 
 
 def test_12_a_roster_inflated_with_made_up_owners() -> None:
@@ -151,7 +152,7 @@ def test_27_a_low_order_point_signed_by_a_colluder(which: str, point: str) -> No
     evil.owners["o1"] = replace(evil.owners["o1"], book_data=changed.entries)
     for owner in ("o0", "o2", "o3", "o4"):
         evil.side.receive(owner, evil.send(owner, changed))
-    evil.side.lose("o1")
+    evil.side.drop("o1")
     requests = evil.side.end_step() or evil.side.requests()
     del requests
     sealed = _sealed_by_colluder(evil, changed)
@@ -164,7 +165,7 @@ def _sealed_by_colluder(evil: MaliciousCoordinator, book: KeyBook) -> KeyShares:
     weak = evil.owners["o1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MaskedOwner, "_own_entry", lambda self: entries_of(book)[1])
-        patch.setattr("common.summation.masked.Book.check", lambda self: None)
-        _, reply = replace(weak, phase="advertised").answer(book, evil.encoded["o1"], repeating_bytes(5))
+        patch.setattr("common.summation.masked.book.Book.check", lambda self: None)
+        _, reply = replace(weak, phase=Phase.ADVERTISE_KEYS).answer(book, evil.encoded["o1"], repeating_bytes(5))
     evil.side._take_shares(1, reply)  # type: ignore[arg-type]
     return evil.side._key_shares(0)

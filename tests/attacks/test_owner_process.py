@@ -206,7 +206,7 @@ def test_17_a_second_reveal_after_the_owner_s_process_restarts_is_the_first_one(
     assert process.send("hotel", request) == first
     with pytest.raises(RemoteProtocolError, match="a quorum is"):
         process.send("hotel", replace(request, signatures=fewer_signers))
-    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+    with pytest.raises(RemoteProtocolError, match="before it opened a sum"):
         process.send("hotel", request)
 
 
@@ -272,7 +272,7 @@ def test_a_session_whose_rules_were_broken_is_over_for_good(process: Process) ->
     run = process.parties.folder / "state" / "hotel" / "run"
     assert not (run / "round.json").exists()
     assert not (run / "vector.bin").exists()
-    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+    with pytest.raises(RemoteProtocolError, match="before it opened a sum"):
         process.send("hotel", request)
 
 
@@ -377,9 +377,9 @@ def test_too_few_forged_or_foreign_burn_signatures_release_nothing(process: Proc
         for name in ("hotel", "cinema")
     ]
     bad = {
-        "(?s)the signature of hotel does not hold.*": replace(good, signatures=Signed.pack_all(elsewhere)),
+        "(?s)the signature of hotel is not valid.*": replace(good, signatures=Signed.pack_all(elsewhere)),
         "1 owners burned the session, 2 must have": certificate(process, session, ["hotel"]),
-        "the signature of hotel does not hold": replace(
+        "the signature of hotel is not valid": replace(
             certificate(process, OTHER, ["hotel", "cinema"]), session=session
         ),
         "ascending order": replace(good, signatures=good.signatures[:66] * 2),
@@ -405,7 +405,7 @@ def test_a_burned_session_is_never_opened_signed_or_revealed(process: Process) -
     process.begin(process.open_sum(1))
     request = process.until(Acknowledgements)["hotel"]
     process.send("hotel", BurnSession(run=RUN, session=process.terms.request.session))
-    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+    with pytest.raises(RemoteProtocolError, match="before it opened a sum"):
         process.send("hotel", request)
     later = process.open_sum(9)
     process.send("hotel", BurnSession(run=RUN, session=later.session))
@@ -442,7 +442,7 @@ def test_a_certificate_alone_makes_the_owner_forget_the_session_too(process: Pro
     process.begin(process.open_sum(1))
     request = process.until(Acknowledgements)["hotel"]
     process.send("hotel", certificate(process, process.terms.request.session, ["cinema", "phones"]))
-    with pytest.raises(RemoteProtocolError, match="before a sum was opened"):
+    with pytest.raises(RemoteProtocolError, match="before it opened a sum"):
         process.send("hotel", request)
 
 
@@ -665,13 +665,13 @@ def test_33_receipts_under_another_result_do_not_count(process: Process) -> None
     body = result_body(process.parties.agreement, result.model, OTHER, result.deliveries_digest)
     other = process.parties.identities["phones"].sign(Domain.SIGN_RECEIPT, bytes.fromhex(RUN), body)
     *signed, last = Signed.unpack_all(good.signatures)
-    with pytest.raises(RemoteProtocolError, match="the signature of phones does not hold"):
+    with pytest.raises(RemoteProtocolError, match="the signature of phones is not valid"):
         process.send("hotel", replace(good, signatures=Signed.pack_all([*signed, replace(last, signature=other)])))
 
 
 def test_33_a_result_that_the_agreement_s_coordinator_did_not_sign(process: Process) -> None:
     result, _ = with_a_candidate(process)
-    with pytest.raises(RemoteProtocolError, match="the signature of coordinator does not hold"):
+    with pytest.raises(RemoteProtocolError, match="the signature of coordinator is not valid"):
         process.send("hotel", replace(result, signature=bytes(64)))
 
 

@@ -110,7 +110,7 @@ def test_50_scales_of_its_own_for_every_owner(evil: Coordinator) -> None:
         entries.append(KeyEntry(place, reply.channel_key, reply.mask_key, reply.signature))
     evil.number = 9
     book = KeyBook(session=evil.ask_contribution(true).session, entries=KeyEntry.pack_all(entries))
-    with pytest.raises(SessionOver, match="the signature of cinema does not hold"):
+    with pytest.raises(SessionOver, match="the signature of cinema is not valid"):
         evil.send("hotel", book)
 
 

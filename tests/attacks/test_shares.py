@@ -49,7 +49,7 @@ def test_20_a_forged_share_with_a_manifest_that_fits() -> None:
     def adapt(manifests: bytes) -> bytes:
         return hashlib.sha256(forged).digest() + manifests[32:]
 
-    send_shares(forge, "the signature of o1 does not hold", manifests=adapt)
+    send_shares(forge, "the signature of o1 is not valid", manifests=adapt)
 
 
 def test_20_two_senders_shares_swapped() -> None:
@@ -65,7 +65,7 @@ def test_20_another_recipient_s_share() -> None:
     evil = MaliciousCoordinator()
     requests = evil.honest_until(KeyShares)
     for_two = requests["o2"]
-    with evil.refused("o0", "a share is not the one that was sent|is no neighbour of mine"):
+    with evil.refused("o0", "a share is not the one that was sent|is not my neighbour"):
         evil.send("o0", for_two)
 
 
@@ -73,7 +73,7 @@ def test_20_another_commitment() -> None:
     def change(deliveries: dict[int, ShareDelivery]) -> None:
         deliveries[3] = replace(deliveries[3], commitment=bytes(32))
 
-    send_shares(change, "the signature of o3 does not hold")
+    send_shares(change, "the signature of o3 is not valid")
 
 
 @pytest.mark.parametrize("cut", [1, 30, 246])
@@ -81,12 +81,12 @@ def test_20_truncated_shares(cut: int) -> None:
     evil = MaliciousCoordinator()
     request = evil.honest_until(KeyShares)["o0"]
     assert isinstance(request, KeyShares)
-    with evil.refused("o0", "no whole number|the agreement needs 4"):
+    with evil.refused("o0", "not a whole number|the agreement needs 4"):
         evil.send("o0", replace(request, deliveries=request.deliveries[:-cut] if cut < 246 else b""))
 
 
-def test_20_manifests_of_nobody() -> None:
-    send_shares(lambda deliveries: None, "manifests of nobody", manifests=lambda data: data + bytes(32))
+def test_20_more_manifests_than_senders() -> None:
+    send_shares(lambda deliveries: None, "more manifests than senders", manifests=lambda data: data + bytes(32))
 
 
 def colluder_seals(plain: Callable[[bytes], bytes], direction: tuple[int, int] = (1, 0)) -> MaliciousCoordinator:
@@ -115,13 +115,13 @@ def test_20_a_share_at_another_owner_s_point() -> None:
 
 def test_20_a_share_sealed_for_another_direction() -> None:
     evil = colluder_seals(lambda plain: plain, direction=(0, 1))
-    with evil.refused("o0", "a sealed share does not open"):
+    with evil.refused("o0", "a sealed share cannot be opened"):
         evil.send("o0", evil.side._key_shares(0))
 
 
-def test_20_a_share_that_is_no_element_of_the_field() -> None:
+def test_20_a_share_that_is_not_an_element_of_the_field() -> None:
     evil = colluder_seals(lambda plain: plain[:2] + b"\xff" * 33 + plain[35:])
-    with evil.refused("o0", "a share is no element of the field"):
+    with evil.refused("o0", "a share is not an element of the field"):
         evil.send("o0", evil.side._key_shares(0))
 
 
@@ -132,7 +132,7 @@ def test_13_too_few_senders_of_shares(missing: tuple[int, ...]) -> None:
     assert isinstance(request, KeyShares)
     kept = [each for each in ShareDelivery.unpack_all(request.deliveries) if each.owner not in missing]
     manifests = b"".join(evil.side._sealed[each.owner].manifest for each in kept)
-    with evil.refused("o0", "key shares: . owners, the agreement needs 4"):
+    with evil.refused("o0", "MaskedInput: . owners, the agreement needs 4"):
         evil.send("o0", replace(request, deliveries=ShareDelivery.pack_all(kept), manifests=manifests))
 
 
@@ -168,7 +168,7 @@ def test_21_one_wrong_share_at_reveal_is_passed_over() -> None:
 
 def test_21_wrong_shares_that_leave_no_honest_group_stop_the_sum() -> None:
     evil = revealing({"o2", "o3"}, lie=other_share)
-    with pytest.raises(RemoteProtocolError, match="do not fit what it committed to"):
+    with pytest.raises(RemoteProtocolError, match="do not fit its commitment"):
         evil.side.end_step()
 
 
@@ -185,7 +185,7 @@ def test_21_a_share_of_the_wrong_kind_or_owner_or_signature_is_refused() -> None
     for why, changed in bad.items():
         with pytest.raises(RemoteProtocolError, match=why):
             evil.side.receive("o0", signed_reveal(evil, "o0", reply, RevealedShare.pack_all(changed)))
-    with pytest.raises(RemoteProtocolError, match="the signature of o0 does not hold"):
+    with pytest.raises(RemoteProtocolError, match="the signature of o0 is not valid"):
         evil.side.receive("o0", replace(reply, shares=RevealedShare.pack_all([replace(records[0], kind=b"m")])))
     evil.side.receive("o0", reply)
 

@@ -31,9 +31,9 @@ def test_14_survivors_are_one_victim_alone_or_with_colluders(names: list[str]) -
 def test_13_a_list_of_the_right_length_with_somebody_who_shared_nothing() -> None:
     """o4 never shared keys, so it has no part in anybody's masks: a made-up survivor to reach the number."""
     evil = MaliciousCoordinator()
-    evil.honest_until(SurvivorList, lost=["o4"])
+    evil.honest_until(SurvivorList, dropped=["o4"])
     padded = [*Survivor.unpack_all(evil.survivor_list(["o0", "o1", "o2"])), Survivor(4, bytes(32))]
-    with evil.refused("o0", "somebody is listed who shared no keys"):
+    with evil.refused("o0", "a listed owner shared no keys"):
         evil.send("o0", SurvivorList(session=evil.terms.request.session, survivors=Survivor.pack_all(padded)))
 
 
@@ -64,7 +64,7 @@ def revealed_by(evil: MaliciousCoordinator, owner: str) -> list[RevealedShare]:
 
 def test_15_no_request_can_name_both_secrets_and_no_answer_has_both() -> None:
     evil = MaliciousCoordinator()
-    requests = evil.honest_until(Acknowledgements, lost=[])
+    requests = evil.honest_until(Acknowledgements, dropped=[])
     assert {field.name for field in fields(requests["o0"])} == {"session", "signatures"}
     evil.send("o0", requests["o0"])
     revealed = revealed_by(evil, "o0")
@@ -78,12 +78,12 @@ def test_16_both_secrets_in_two_requests() -> None:
     requests = evil.honest_until(Acknowledgements)
     first = evil.send("o0", requests["o0"])
     without = survivors_for(evil, ["o0", "o1", "o2", "o3"])
-    with pytest.raises(RemoteProtocolError, match="in phase revealed"):
+    with pytest.raises(RemoteProtocolError, match="in phase Unmasking"):
         evil.send("o0", without)
     assert evil.send("o0", requests["o0"]) == first
     assert not evil.owners["o0"].held
     signed = Signed.pack_all(evil.sign_as(name, without.survivors) for name in evil.identities)
-    with evil.refused("o0", "the signature of o0 does not hold"):
+    with evil.refused("o0", "the signature of o0 is not valid"):
         evil.send("o0", Acknowledgements(session=without.session, signatures=signed))
     assert {record.kind for record in revealed_by(evil, "o0")} == {SELF}
 
@@ -91,7 +91,7 @@ def test_16_both_secrets_in_two_requests() -> None:
 def test_16_a_second_survivor_list_before_the_reveal() -> None:
     evil = MaliciousCoordinator()
     evil.honest_until(Acknowledgements)
-    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase signed"):
+    with pytest.raises(RemoteProtocolError, match="sent SurvivorList in phase ConsistencyCheck"):
         evil.send("o0", survivors_for(evil, ["o0", "o1", "o2", "o3"]))
     assert sum(isinstance(message, SurvivorsSigned) for message in evil.received["o0"]) == 1
 
@@ -109,7 +109,7 @@ def test_11_19_fewer_signatures_than_the_quorum() -> None:
     for count in range(4):
         evil = MaliciousCoordinator()
         evil.honest_until(Acknowledgements)
-        with evil.refused("o0", f"{count} signed the survivor list, a quorum is 4"):
+        with evil.refused("o0", f"{count} owners signed the survivor list, the quorum is 4"):
             evil.send("o0", acknowledgements(evil, true_signatures(evil)[:count]))
 
 
@@ -118,7 +118,7 @@ def test_19_one_signer_twice() -> None:
     evil.honest_until(Acknowledgements)
     three = true_signatures(evil)[:3]
     twice = b"".join(Signed.FORMAT.pack(each.owner, each.signature) for each in [*three, three[-1]])
-    with evil.refused("o0", "do not stand once each in ascending order"):
+    with evil.refused("o0", "not in strictly ascending order"):
         evil.send("o0", Acknowledgements(session=evil.terms.request.session, signatures=twice))
 
 
@@ -126,7 +126,7 @@ def test_19_a_signature_passed_off_as_another_owner_s() -> None:
     evil = MaliciousCoordinator()
     evil.honest_until(Acknowledgements)
     signed = true_signatures(evil)[:3]
-    with evil.refused("o0", "the signature of o3 does not hold"):
+    with evil.refused("o0", "the signature of o3 is not valid"):
         evil.send("o0", acknowledgements(evil, [*signed, replace(signed[0], owner=3)]))
 
 
@@ -135,12 +135,12 @@ def test_19_signatures_under_another_list() -> None:
     evil.honest_until(Acknowledgements)
     other = evil.survivor_list(["o0", "o1", "o2", "o3"])
     signed = [*true_signatures(evil)[:3], evil.sign_as("o3", other)]
-    with evil.refused("o0", "the signature of o3 does not hold"):
+    with evil.refused("o0", "the signature of o3 is not valid"):
         evil.send("o0", acknowledgements(evil, signed))
 
 
 def test_19_a_signer_who_is_not_on_the_roster_or_no_survivor() -> None:
-    for place in (4, 5):
+    for index in (4, 5):
         evil = MaliciousCoordinator()
         evil.honest_until(SurvivorList)
         requests = survivors_for(evil, ["o0", "o1", "o2", "o3"])
@@ -149,8 +149,8 @@ def test_19_a_signer_who_is_not_on_the_roster_or_no_survivor() -> None:
         body = survivors_body(evil.terms, requests.survivors)
         signature = stranger.sign(Domain.SIGN_SURVIVORS, evil.terms.session, body)
         signed = [evil.sign_as(name, requests.survivors) for name in ("o0", "o1", "o2")]
-        with evil.refused("o0", "somebody signed who is no survivor"):
-            evil.send("o0", acknowledgements(evil, [*signed, Signed(place, signature)]))
+        with evil.refused("o0", "a signer is not a survivor"):
+            evil.send("o0", acknowledgements(evil, [*signed, Signed(index, signature)]))
 
 
 def test_22_a_victim_declared_dropped_after_its_upload_arrived() -> None:
@@ -179,7 +179,7 @@ def evil_seed(evil: MaliciousCoordinator, shares: Sequence[tuple[str, RevealedSh
     """The victim's mask-key seed, which the neighbours rightly gave away."""
     for holder, record in shares:
         if record.owner == 0:
-            evil.side._revealed.setdefault((0, MASK), {})[evil.terms.places[holder] + 1] = record.share
+            evil.side._revealed.setdefault((0, MASK), {})[evil.terms.indices[holder] + 1] = record.share
     return evil.side._rebuild_mask_seed(0)
 
 
@@ -204,7 +204,7 @@ def split_view(count: int, colluders: Sequence[str], colluders_agreed: int) -> t
             try:
                 evil.send(name, acknowledgements(evil, signed))
             except SessionOver as refusal:
-                assert "a quorum is" in str(refusal)  # noqa: PT017 - refusing is what the caller looks at
+                assert "the quorum is" in str(refusal)  # noqa: PT017 - refusing is what the caller looks at
             shares += [(name, record) for record in revealed_by(evil, name)]
     return evil, evil.is_open("o0", evil.open_victim("o0", shares))
 

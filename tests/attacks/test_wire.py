@@ -26,8 +26,8 @@ from common.summation.records import KeyEntry, RevealedShare, SealedShare, Share
 from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import InProcessGrid
 from server.app import FlowerChannel
-from tests.support.owner_process import Process
 from tests.support.malicious import MaliciousCoordinator
+from tests.support.owner_process import Process
 from tests.support.parties import Parties
 
 RECORDS = (KeyEntry, SealedShare, ShareDelivery, Survivor, Signed, RevealedShare)

@@ -236,7 +236,7 @@ def test_a_second_server_or_one_on_a_taken_port_does_not_start_and_does_not_dist
 ) -> None:
     with running("server", network.coordinator) as second:
         assert second.exit_code(60) == 2
-        assert "another `amalgram server` is at work here" in second.said
+        assert "another `amalgram server` is already running here" in second.said
     other = network.coordinator.with_name("coordinator-other.toml")
     other.write_text(network.coordinator.read_text() + 'state = "server-other"\n')
     with running("server", other) as second:

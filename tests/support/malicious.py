@@ -1,4 +1,4 @@
-"""A coordinator that cheats: it has honest owners in front of it and sends them whatever it likes."""
+"""A malicious coordinator: it faces honest owners and sends them whatever it likes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ from tests.support.sums import identities_of, layout_of, repeating_bytes, terms_
 
 
 def delivered(message: Message) -> Message:
-    """What arrives after Flower's own serialisation."""
+    """The message as it arrives after Flower's own serialisation."""
     (arrived,) = from_record(through_serialisation(to_record((message,))))
     return arrived
 
 
 class MaliciousCoordinator:
-    """Plays `count` honest owners' coordinator by the book until an attack begins."""
+    """Follows the protocol with `count` honest owners until an attack begins."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class MaliciousCoordinator:
         self._random_bytes = repeating_bytes(seed)
 
     def send(self, owner: str, message: Message) -> Message:
-        """One message to one honest owner; its answer is kept too. A session that is over is forgotten."""
+        """Send one message to one honest owner and keep its answer. A session that is over is forgotten."""
         message = delivered(message)
         if isinstance(message, OpenSum):
             self.owners[owner], reply = MaskedOwner.open(self.terms, self.identities[owner], self._random_bytes)
@@ -67,12 +67,12 @@ class MaliciousCoordinator:
         self.received[owner].append(delivered(reply))
         return self.received[owner][-1]
 
-    def honest_until(self, kind: type[Message], lost: Sequence[str] = ()) -> Mapping[str, Message]:
-        """Play by the book up to the step whose requests are `kind`; these are returned, not sent."""
+    def honest_until(self, kind: type[Message], dropped: Sequence[str] = ()) -> Mapping[str, Message]:
+        """Follow the protocol up to the step whose requests are `kind`; these are returned, not sent."""
         while not isinstance(next(iter((requests := self.side.requests()).values())), kind):
             for owner, request in requests.items():
-                if owner in lost:
-                    self.side.lose(owner)
+                if owner in dropped:
+                    self.side.drop(owner)
                 else:
                     self.side.receive(owner, self.send(owner, request))
             self.side.end_step()
@@ -80,43 +80,43 @@ class MaliciousCoordinator:
 
     @contextmanager
     def refused(self, owner: str, why: str) -> Iterator[None]:
-        """The owner refuses for this reason, gives nothing, and is done with the session."""
+        """Expect that the owner refuses for this reason, gives nothing, and ends the session."""
         before = len(self.received[owner])
         with pytest.raises(SessionOver, match=why):
             yield
         assert len(self.received[owner]) == before
         assert owner not in self.owners
 
-    # --- what the attacker can work out ---
+    # --- what the attacker can compute ---
 
     def survivor_list(self, names: Sequence[str]) -> bytes:
-        """A survivor list of these owners, with their true uploads."""
+        """A survivor list of these owners, with the digests of their true uploads."""
         records = {record.owner: record for record in self.side._survivor_records()}
-        return Survivor.pack_all(records[self.terms.places[name]] for name in names)
+        return Survivor.pack_all(records[self.terms.indices[name]] for name in names)
 
     def sign_as(self, name: str, survivors: bytes) -> Signed:
         """A colluder's signature under any list."""
         body = survivors_body(self.terms, survivors)
         signature = self.identities[name].sign(Domain.SIGN_SURVIVORS, self.terms.session, body)
-        return Signed(self.terms.places[name], signature)
+        return Signed(self.terms.indices[name], signature)
 
     def open_victim(self, victim: str, shares: Sequence[tuple[str, RevealedShare]]) -> np.ndarray | None:
-        """The victim's vector from its upload, if the shares of both of its secrets suffice; else None."""
-        place, threshold = self.terms.places[victim], self.terms.neighbourhood.threshold
+        """The victim's vector from its upload, if there are enough shares of both its secrets; else None."""
+        index, threshold = self.terms.indices[victim], self.terms.neighbourhood.threshold
         seeds = {}
         for kind in (SELF, MASK):
             known = {
-                self.terms.places[holder] + 1: record.share
+                self.terms.indices[holder] + 1: record.share
                 for holder, record in shares
-                if (record.owner, record.kind) == (place, kind)
+                if (record.owner, record.kind) == (index, kind)
             }
             if len(known) < threshold:
                 return None
             points = sorted(known)[:threshold]
             seeds[kind] = secret_sharing.reconstruct(known, secret_sharing.coefficients_at_zero(points))
         book = self.side._book
-        others = [other for other in book.neighbours[place] if other in self.side._sealed]
-        masks = [*book.pair_masks(seeds[MASK], place, others), (book.self_mask(seeds[SELF]), 1)]
+        others = [other for other in book.neighbours[index] if other in self.side._sealed]
+        masks = [*book.pair_masks(seeds[MASK], index, others), (book.self_mask(seeds[SELF]), 1)]
         return self.unmasked(victim, masks)
 
     def unmasked(self, victim: str, masks: Sequence[mask_stream.Mask]) -> np.ndarray:
@@ -132,11 +132,11 @@ class MaliciousCoordinator:
 
 
 def held_by(owner: MaskedOwner, name: str) -> list[tuple[str, RevealedShare]]:
-    """Everything that a colluder can add: both shares of everybody that it holds."""
+    """Everything that a colluder can add: both shares of each owner whose shares it holds."""
     length = secret_sharing.SHARE_BYTES
     return [
-        (name, RevealedShare(place, kind, both[:length] if kind == SELF else both[length:]))
-        for place, both in owner.held.items()
+        (name, RevealedShare(index, kind, both[:length] if kind == SELF else both[length:]))
+        for index, both in owner.held.items()
         for kind in (SELF, MASK)
     ]
 

@@ -10,7 +10,8 @@ from common.certificates import deliveries_digest
 from common.identity import Identity
 from common.messages import OpenSum
 from common.summation import SUMMATIONS, fixed_point
-from common.summation.protocol import RandomBytes, SumTerms, Total, run_in_memory
+from common.summation.protocol import SumTerms, Total, run_in_memory
+from common.summation.secret_sharing import RandomBytes
 from common.tensor_layout import RingBits, TensorEntry, TensorLayout
 
 RUN, AGREEMENT, NONCE = "0a" * 32, "0b" * 32, "0c" * 32
@@ -79,10 +80,10 @@ def run(
     identities: dict[str, Identity],
     terms: SumTerms,
     vectors: dict[str, NDArray[np.float64]],
-    lost_at: dict[str, int] | None = None,
+    drops_at: dict[str, int] | None = None,
     seed: int = 0,
 ) -> Total:
-    return run_in_memory(SUMMATIONS[kind], terms, identities, vectors, repeating_bytes(seed), lost_at)
+    return run_in_memory(SUMMATIONS[kind], terms, identities, vectors, repeating_bytes(seed), drops_at)
 
 
 def sum_of(terms: SumTerms, vectors: dict[str, NDArray[np.float64]], owners: Sequence[str]) -> NDArray[np.float64]:

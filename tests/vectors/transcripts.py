@@ -1,9 +1,9 @@
-"""Transcripts of whole masked sums as JSON: written by `python -m tests.vectors.transcripts`, replayed by a test.
+"""Transcripts of whole masked sums as JSON: `python -m tests.vectors.transcripts` writes them, a test replays them.
 
 `steps` lists every request to an owner with its exact reply. `bad_...` are requests that an owner must refuse after the
-honest steps up to that point, with the words of the refusal. Another implementation can be checked against these files:
-owner oN has the Ed25519 seed SHA-256("oN"); the k-th call for n random bytes, counted from 1 over all owners in the
-order of the steps, gives the first n bytes of SHA-256("0/k/0") | SHA-256("0/k/1") | ...
+honest steps up to that point, with the words of the refusal. Other implementations can be checked against these files.
+Owner oN has the Ed25519 seed SHA-256("oN"). Calls for random bytes are counted from 1, over all owners in the order of
+the steps; call k for n bytes gives the first n bytes of SHA-256("0/k/0") | SHA-256("0/k/1") | ...
 """
 
 import json
@@ -47,7 +47,7 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Message:
-    """A request; none of them has a payload."""
+    """A request; requests have no payload."""
     fields = {
         name: bytes.fromhex(value["hex"]) if isinstance(value, dict) else value
         for name, value in data["fields"].items()
@@ -63,7 +63,7 @@ def set_up(case: Mapping[str, Any]) -> MaliciousCoordinator:
 
 
 def record(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Play one sum; owners in `lost` answer nothing after they have shared keys."""
+    """Play one sum; owners in `lost` drop out after ShareKeys."""
     coordinator, steps, bad = set_up(case), [], []
     side, lost = coordinator.side, set(case["lost"])
     while requests := side.requests():
@@ -74,7 +74,7 @@ def record(case: Mapping[str, Any]) -> dict[str, Any]:
         ]
         for owner, request in requests.items():
             if owner in lost and kind is KeyShares:
-                side.lose(owner)
+                side.drop(owner)
                 continue
             reply = coordinator.send(owner, request)
             steps.append({"owner": owner, "request": to_json(request), "reply": to_json(reply)})
@@ -94,12 +94,16 @@ def record(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bad_requests(coordinator: MaliciousCoordinator, honest: Message) -> Iterator[tuple[str, Message, str]]:
-    """(name, what o0 is sent instead, the words of its refusal)."""
+    """(name, what the coordinator sends o0 instead, the words of the refusal)."""
     if isinstance(honest, KeyBook):
         entries = KeyEntry.unpack_all(honest.entries)
         yield "key_book_altered_key", replace(honest, entries=flip(honest.entries, 140)), "the signature of o1"
         yield "key_book_without_me", replace(honest, entries=KeyEntry.pack_all(entries[1:])), "my own entry is missing"
-        yield "key_book_truncated", replace(honest, entries=honest.entries[:-1]), "no whole number of 130-byte records"
+        yield (
+            "key_book_truncated",
+            replace(honest, entries=honest.entries[:-1]),
+            "not a whole number of 130-byte records",
+        )
         twice = honest.entries + honest.entries[-130:]
         yield "key_book_owner_twice", replace(honest, entries=twice), "ascending order"
         yield "key_book_too_few", replace(honest, entries=KeyEntry.pack_all(entries[:2])), "the agreement needs"
@@ -112,8 +116,12 @@ def bad_requests(coordinator: MaliciousCoordinator, honest: Message) -> Iterator
         committed = ShareDelivery.pack_all([replace(deliveries[0], commitment=bytes(32)), *deliveries[1:]])
         yield "shares_other_commitment", replace(honest, deliveries=committed), "the signature of o1"
         yield "shares_from_nobody", replace(honest, deliveries=b"", manifests=b""), "the agreement needs"
-        yield "shares_more_manifests", replace(honest, manifests=honest.manifests + bytes(32)), "manifests of nobody"
-        yield "part_out_of_turn", PartRequest(session=honest.session, part=0), "in phase shared"
+        yield (
+            "shares_more_manifests",
+            replace(honest, manifests=honest.manifests + bytes(32)),
+            "more manifests than senders",
+        )
+        yield "part_out_of_turn", PartRequest(session=honest.session, part=0), "in phase ShareKeys"
     if isinstance(honest, SurvivorList):
         listed = Survivor.unpack_all(honest.survivors)
         altered = Survivor.pack_all([replace(listed[0], upload=bytes(32)), *listed[1:]])
@@ -124,15 +132,15 @@ def bad_requests(coordinator: MaliciousCoordinator, honest: Message) -> Iterator
     if isinstance(honest, Acknowledgements):
         signed = Signed.unpack_all(honest.signatures)
         fewer = Signed.pack_all(signed[: coordinator.terms.quorum - 1])
-        yield "acknowledgements_too_few", replace(honest, signatures=fewer), "a quorum is"
+        yield "acknowledgements_too_few", replace(honest, signatures=fewer), "the quorum is"
         forged_signature = Signed.pack_all([*signed[:-1], replace(signed[-1], signature=flip(signed[-1].signature))])
-        yield "acknowledgements_forged", replace(honest, signatures=forged_signature), "does not hold"
+        yield "acknowledgements_forged", replace(honest, signatures=forged_signature), "is not valid"
         other = survivors_body(coordinator.terms, b"")
         name = coordinator.terms.names[signed[-1].owner]
         signature = coordinator.identities[name].sign(Domain.SIGN_SURVIVORS, coordinator.terms.session, other)
         elsewhere = Signed.pack_all([*signed[:-1], replace(signed[-1], signature=signature)])
-        yield "acknowledgements_of_another_list", replace(honest, signatures=elsewhere), "does not hold"
-        yield "survivors_twice", SurvivorList(session=honest.session, survivors=b""), "in phase signed"
+        yield "acknowledgements_of_another_list", replace(honest, signatures=elsewhere), "is not valid"
+        yield "survivors_twice", SurvivorList(session=honest.session, survivors=b""), "in phase ConsistencyCheck"
 
 
 if __name__ == "__main__":

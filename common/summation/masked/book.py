@@ -1,4 +1,4 @@
-"""What both sides of a masked sum compute alike: the key book, its keys and masks, what is hashed and signed."""
+"""What both sides of a masked sum compute alike: the key book, its keys and masks, and what is hashed and signed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,20 +11,17 @@ from common.errors import RemoteProtocolError
 from common.identity import verify
 from common.summation import key_agreement, mask_stream
 from common.summation.masked.neighbours import NeighbourGraph
-from common.summation.protocol import (
-    SumTerms,
-)
+from common.summation.masked.phases import Phase
+from common.summation.protocol import SumTerms
 from common.summation.records import KeyEntry
 
 SELF, MASK = b"s", b"m"  # which of an owner's two secrets a revealed share belongs to
-
-
 DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Book:
-    """The key book of one session: who takes part with which keys, and who is whose neighbour."""
+    """The key book of one session: who takes part with which keys, and who are neighbours."""
 
     terms: SumTerms
     data: bytes  # KeyEntry.pack_all
@@ -42,25 +39,24 @@ class Book:
         return NeighbourGraph(self.digest, list(self.entries), self.terms.neighbourhood.degree)
 
     def check(self) -> None:
-        """Signatures under the pinned keys, and no key twice. Raises RemoteProtocolError.
+        """Raise RemoteProtocolError unless all entries are signed under the pinned keys and all keys are distinct.
 
-        A weak key shows as soon as it is used, in `seal_key` or `pair_masks`.
+        A weak key is found when it is used first, in `seal_key` or `pair_masks`.
         """
         keys = [key for entry in self.entries.values() for key in (entry.channel_key, entry.mask_key)]
-        if len(set(keys)) != len(keys):
-            raise RemoteProtocolError("key book: a key stands in it twice")
+        require(len(set(keys)) == len(keys), f"{Phase.SHARE_KEYS}: duplicate key in the key book")
         for entry in self.entries.values():
             check_entry(self.terms, entry)
 
     def seal_key(self, private_seed: bytes, sender: int, recipient: int, me: int) -> bytes:
-        """The key for what `sender` seals to `recipient`; `private_seed` is the channel seed of `me`, one of them."""
+        """The key that seals from `sender` to `recipient`. `me` is one of them, `private_seed` its channel seed."""
         other = self.entries[recipient if me == sender else sender].channel_key
         private = key_agreement.private_key(private_seed, Domain.CHANNEL_KEY, self.terms.session)
         shared = key_agreement.agree(private, other)
         return key_agreement.derive(shared, Domain.SEAL_KEY, self.digest, _direction(sender, recipient))
 
     def pair_masks(self, mask_seed: bytes, me: int, others: Sequence[int]) -> list[mask_stream.Mask]:
-        """The masks that `me` has in common with each of `others`; the owner earlier on the roster adds."""
+        """The masks that `me` shares with each of `others`. The owner with the smaller index adds its mask."""
         private = key_agreement.private_key(mask_seed, Domain.MASK_KEY, self.terms.session)
         return [(self._pair_key(private, me, other), 1 if me < other else -1) for other in others]
 
@@ -80,7 +76,7 @@ class Book:
 
 
 def check_entry(terms: SumTerms, entry: KeyEntry) -> None:
-    """One owner's line of the key book: signed under its pinned key, for this session."""
+    """Raise RemoteProtocolError unless the owner signed this entry, under its pinned key and for this session."""
     verify_owner(terms, entry.owner, Domain.SIGN_KEYS, entry.channel_key + entry.mask_key, entry.signature)
 
 
@@ -100,9 +96,9 @@ def part_body(part: int, digest: bytes) -> bytes:
     return part.to_bytes(4) + digest
 
 
-def verify_owner(terms: SumTerms, place: int, label: Domain, body: bytes, signature: bytes) -> None:
-    name = terms.name_of(place)
-    verify(terms.roster[name], label, terms.session, name, body, signature)
+def verify_owner(terms: SumTerms, index: int, domain: Domain, body: bytes, signature: bytes) -> None:
+    name = terms.name_of(index)
+    verify(terms.roster[name], domain, terms.session, name, body, signature)
 
 
 def index_bytes(owner: int) -> bytes:

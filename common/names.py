@@ -1,0 +1,4 @@
+"""What a party may be called: in settings files, in identity files and on the wire alike."""
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,31}"
+NAME_RULE = "1 to 32 lower-case letters, digits, - and _, the first of them a letter or digit"
