@@ -1,7 +1,8 @@
-"""Messages: exact over the wire and through Flower's records; anything else is refused with a typed error."""
+"""Messages are exact over the wire and through Flower's records; anything else is refused with a typed error."""
 
 from contextlib import suppress
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import RemoteProtocolError
+from common.errors import LocalProtocolError, RemoteProtocolError
 from common.messages import (
     _CHECKS,
     KINDS,
@@ -17,7 +18,6 @@ from common.messages import (
     BurnCertificate,
     BurnSession,
     CandidatePart,
-    CandidateReceived,
     CertificateKept,
     Envelope,
     Finish,
@@ -26,8 +26,10 @@ from common.messages import (
     KeysAdvertised,
     KeyShares,
     MaskedPart,
+    MergedStepPart,
     Message,
     OpenSum,
+    PartReceived,
     PartRequest,
     Present,
     Receipts,
@@ -36,6 +38,7 @@ from common.messages import (
     Result,
     ResultReceived,
     RollCall,
+    ScalesPart,
     SessionBurned,
     SharesRevealed,
     SharesSealed,
@@ -50,6 +53,14 @@ from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import through_serialisation
 
 HEX, KEY, SIGNATURE = "ab" * 32, b"k" * 32, b"s" * 64
+DELIVERY: dict[str, Any] = {
+    "run": HEX,
+    "agreement_digest": HEX,
+    "position": 4,
+    "part": 0,
+    "parts": 1,
+    "payload": np.array([1.0], dtype=np.float32),
+}
 EXAMPLES: list[Message] = [
     RollCall(version=1, run=HEX, agreement_digest=HEX),
     Present(run=HEX, owner="ada", pending="", signature=SIGNATURE),
@@ -62,9 +73,8 @@ EXAMPLES: list[Message] = [
         agreement_digest=HEX,
         round=7,
         nonce=HEX,
-        statistic="test",
-        models="base,regmean@0.9",
-        candidates_digest=HEX,
+        position=3,
+        deliveries_digest=HEX,
         layout_digest=HEX,
     ),
     KeysAdvertised(session=HEX, owner="ada", channel_key=KEY, mask_key=KEY, signature=SIGNATURE),
@@ -79,17 +89,11 @@ EXAMPLES: list[Message] = [
     SumOpened(session=HEX, owner="ada"),
     PartRequest(session=HEX, part=3),
     VectorPart(session=HEX, owner="ada", part=3, payload=np.array([1, 2, 2**63], "<u8")),
-    CandidatePart(
-        run=HEX,
-        agreement_digest=HEX,
-        model="regmean@0.9",
-        split="test",
-        part=0,
-        parts=1,
-        payload=np.array([1.0], dtype=np.float32),
-    ),
-    CandidateReceived(run=HEX, owner="ada", model="average", part=0),
-    Result(run=HEX, model="average", model_digest=HEX, candidates_digest=HEX, signature=SIGNATURE),
+    CandidatePart(**DELIVERY, model="regmean@0.9"),
+    MergedStepPart(**DELIVERY),
+    ScalesPart(**DELIVERY),
+    PartReceived(run=HEX, owner="ada", position=4, part=0),
+    Result(run=HEX, model="average", model_digest=HEX, deliveries_digest=HEX, signature=SIGNATURE),
     ResultReceived(run=HEX, owner="ada", signature=SIGNATURE),
     Receipts(run=HEX, signatures=b"12"),
     ReceiptsKept(run=HEX, owner="ada"),
@@ -152,6 +156,28 @@ def test_bad_messages_are_refused(envelope: Envelope) -> None:
         decode(envelope)
 
 
+@pytest.mark.parametrize(
+    "change", [{"position": -1}, {"position": "4"}, {"parts": True}, {"payload": None}, {"run": ""}]
+)
+def test_building_a_malformed_message_is_our_own_mistake_and_receiving_one_the_peer_s(change: dict[str, Any]) -> None:
+    fields = {**DELIVERY, **change}
+    with pytest.raises(LocalProtocolError, match=f"ScalesPart: {next(iter(change))} is malformed"):
+        ScalesPart(**fields)
+    payload = fields.pop("payload")
+    with pytest.raises(
+        RemoteProtocolError, match=r"ScalesPart: .*(is malformed|missing or unexpected fields: payload)"
+    ):
+        decode(Envelope(kind="ScalesPart", fields=fields, payload=payload))
+
+
+@pytest.mark.parametrize(("kind", "has_model"), [("CandidatePart", False), ("MergedStepPart", True)])
+def test_a_candidate_alone_names_a_model(kind: str, has_model: bool) -> None:
+    fields = {name: value for name, value in DELIVERY.items() if name != "payload"}
+    fields |= {"model": "average"} if has_model else {}
+    with pytest.raises(RemoteProtocolError, match="missing or unexpected fields: model"):
+        decode(Envelope(kind=kind, fields=fields, payload=DELIVERY["payload"]))
+
+
 @given(
     st.sampled_from([*KINDS, "x"]),
     st.dictionaries(
@@ -166,7 +192,7 @@ def test_garbage_gives_a_message_or_a_typed_error(kind: str, fields: dict, paylo
 
 
 def claiming(length: int) -> bytes:
-    """A NumPy file whose header promises `length` numbers and that holds two."""
+    """A NumPy file whose header promises `length` numbers, but which holds two."""
     content = BytesIO()
     header = {"descr": "<f8", "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(content, header)  # type: ignore[arg-type]

@@ -10,23 +10,26 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from common import scaling
-from common.agreement import IN_32_BITS, Agreement, AgreementDraft, OwnerEntry, RegMean, Summation
+from common.agreement import AgreementDraft, OwnerEntry, Summation
 from common.errors import NumericalError
-from common.merge_methods import METHODS, contribution, contribution_layout, solve
-from common.merge_methods.terms import OwnerTerms
+from common.merge_methods import METHODS, ORDERED, contribution, contribution_layout
+from common.merge_methods.regmean import RegMeanTable
+from common.merge_methods.terms import MergeSettings, OwnerTerms
 from common.models.plan import MergePlan
 from common.scaling import RescaledTotal, Scales
 from common.summation import fixed_point
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
+from tests.support.errors import refused
+from tests.support.merging import merge_settings, owner_for, plan_for, single_round
 from tests.support.sums import identities_of, run, terms_of
-from tests.test_merge_methods import bounded, owner_for, plan_for
 
+TOGETHER = ("regmean", "average", "data_free")  # in one sum
 Vectors = dict[str, NDArray[np.float64]]
 
 
 def sum_in_32_bits(kind: str, layout: TensorLayout, vectors: Mapping[str, NDArray[np.float64]]) -> RescaledTotal:
-    """Both sums, one after the other, as the coordinator asks for them."""
+    """Both rounds, one after the other, as the coordinator opens them."""
     identities = identities_of(len(vectors))
     measures = {name: np.zeros(scaling.measures_layout(layout).size) for name in vectors}
     for name, vector in vectors.items():
@@ -39,33 +42,31 @@ def sum_in_32_bits(kind: str, layout: TensorLayout, vectors: Mapping[str, NDArra
         scaling.scaled_layout(layout).flatten(scaling.scaled(scales, vector), scaled[name])
         assert np.abs(scaled[name]).max() <= 1 + 1e-12  # well within scaling.BOUND
     total = run(kind, identities, terms_of(identities, scaling.scaled_layout(layout)), scaled)
-    return RescaledTotal.of(total, measured, scales)
+    return RescaledTotal(scaled=total, measured=measured, scales=scales)
 
 
 def sum_unless_too_unlike(layout: TensorLayout, vectors: Mapping[str, NDArray[np.float64]]) -> RescaledTotal:
-    """Of random owners, now and then one has next to nothing in the one column of a product, and refuses."""
+    """Skip the few random owners that have almost nothing in the one column of a product, and refuse."""
     try:
         return sum_in_32_bits("plain", layout, vectors)
     except NumericalError:
         reject()
 
 
-def vectors_for(agreement: Agreement, plan: MergePlan, owners: list[OwnerTerms]) -> tuple[TensorLayout, Vectors]:
-    agreement = bounded(agreement, plan)
-    layout = contribution_layout(agreement, plan)
+def vectors_for(settings: MergeSettings, owners: list[OwnerTerms]) -> tuple[TensorLayout, Vectors]:
+    layout = contribution_layout(TOGETHER, settings)
     vectors = {name: np.zeros(layout.size) for name in identities_of(len(owners))}
     for vector, owner in zip(vectors.values(), owners, strict=True):
-        layout.flatten(contribution(agreement, plan, owner), vector)
+        layout.flatten(contribution(TOGETHER, settings, owner), vector)
     return layout, vectors
 
 
-def with_methods(agreement: Agreement, alphas: tuple[float, ...], ridge: float) -> Agreement:
-    regmean = RegMean(alphas=alphas, ridge=ridge)
-    return agreement.model_copy(update={"compare_with": ("average", "data_free"), "regmean": regmean})
+def swept(plan: MergePlan, alphas: tuple[float, ...], ridge: float) -> MergeSettings:
+    return merge_settings(plan, regmean=RegMeanTable(alphas=alphas, ridge=ridge))
 
 
 def rows_for(seed: int, number: int, num_rows: int, d_in: int) -> torch.Tensor:
-    """Rows of one owner. Features differ in size by orders of magnitude, owners by one; some are alike, one is dead."""
+    """One owner's rows. Features differ in size by orders of magnitude, owners by one; two are alike, one is dead."""
     random = torch.Generator().manual_seed(seed)
     sizes = 10 ** (4 * torch.rand(d_in, generator=random, dtype=torch.float64) - 3)
     random.manual_seed(seed + number)
@@ -87,7 +88,6 @@ def rows_for(seed: int, number: int, num_rows: int, d_in: int) -> torch.Tensor:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_number_fits_its_scale_and_the_total_is_as_near_as_it_says(
-    agreement: Agreement,
     d_in: int,
     d_outs: list[int],
     num_owners: int,
@@ -102,7 +102,7 @@ def test_every_number_fits_its_scale_and_the_total_is_as_near_as_it_says(
     if unchanged:
         for tensor in owners[0].delta.values():
             tensor.zero_()
-    layout, vectors = vectors_for(with_methods(agreement, alphas, ridge), plan, owners)
+    layout, vectors = vectors_for(swept(plan, alphas, ridge), owners)
     total = sum_unless_too_unlike(layout, vectors)
     exact = sum(vectors.values())
     for entry in layout.entries:
@@ -112,7 +112,7 @@ def test_every_number_fits_its_scale_and_the_total_is_as_near_as_it_says(
         if entry.packing == "symmetric":
             diagonal = total.diagonal_error(entry.name)
             assert (error <= np.sqrt(np.outer(diagonal, diagonal)) * (1 + 1e-9) + 1e-12).all()
-        elif entry.name in total.layout:
+        elif entry.name in total.scaled:
             assert (error <= total.rounding_error(entry.name) * (1 + 1e-9) + 1e-12).all()
         else:
             assert (error <= 1e-6).all()
@@ -124,33 +124,32 @@ def test_every_number_fits_its_scale_and_the_total_is_as_near_as_it_says(
     num_owners=st.integers(3, 6),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_merge_in_32_bits_is_that_of_the_exact_sum(
-    agreement: Agreement, d_in: int, d_outs: list[int], num_owners: int, seed: int
-) -> None:
+def test_a_merge_in_32_bits_is_that_of_the_exact_sum(d_in: int, d_outs: list[int], num_owners: int, seed: int) -> None:
     plan = plan_for(d_in, d_outs)
     owners = [owner_for(plan, rows_for(seed, number, 6 * d_in, d_in), seed + number) for number in range(num_owners)]
-    agreement = with_methods(agreement, (0.1, 0.5, 0.9, 0.99), 1e-6)
-    layout, vectors = vectors_for(agreement, plan, owners)
+    settings = swept(plan, (0.1, 0.5, 0.9, 0.99), 1e-6)
+    layout, vectors = vectors_for(settings, owners)
     total = np.sum(list(vectors.values()), axis=0)
     exact = Total(layout=layout, vector=total, owners=tuple(vectors), roster_size=num_owners)
     at_32 = sum_unless_too_unlike(layout, vectors)
-    for method in ("regmean", "average", "data_free"):
-        for knob in METHODS[method].knobs(agreement):
-            expected, found = (solve(agreement, plan, method, total, knob) for total in (exact, at_32))
-            # Where a Gram is all but singular, the two sums' rounding may decide.
+    for method in map(single_round, TOGETHER):
+        for value in method.swept(settings.tables):
+            expected, found = (method.solve(settings, total, value, with_spectra=True) for total in (exact, at_32))
+            # If a Gram is almost singular, the rounding of the two sums may decide.
             assume([note.status for note in found.layers] == [note.status for note in expected.layers])
             for name, true in expected.delta.items():
                 assert float((found.delta[name] - true).norm()) <= 1e-4 * float(true.norm())
 
 
-def test_masked_and_plain_sums_of_32_bits_are_the_same_to_the_bit(agreement: Agreement) -> None:
+def test_masked_and_plain_sums_of_32_bits_are_bit_identical() -> None:
     plan = plan_for(5, [3, 2])
     owners = [owner_for(plan, rows_for(0, number, 20, 5), number) for number in range(4)]
-    layout, vectors = vectors_for(with_methods(agreement, (0.5, 0.9), 1e-6), plan, owners)
+    layout, vectors = vectors_for(swept(plan, (0.5, 0.9), 1e-6), owners)
     masked, plain = (sum_in_32_bits(kind, layout, vectors) for kind in ("masked", "plain"))
-    assert masked.vector.tobytes() == plain.vector.tobytes()
+    assert masked.scaled.vector.tobytes() == plain.scaled.vector.tobytes()
     assert masked.scales.exponents.tobytes() == plain.scales.exponents.tobytes()
-    assert masked.layout.num_bytes * 2 == sum(entry.size for entry in layout.entries if entry.name in masked.layout) * 8
+    numbers = sum(entry.size for entry in layout.entries if entry.name in masked.scaled)
+    assert masked.scaled.layout.num_bytes * 2 == numbers * 8
 
 
 GRAM = TensorEntry(name="gram/a", shape=(3, 3), bound=1000.0, packing="symmetric")
@@ -158,7 +157,7 @@ LAYOUT = TensorLayout(
     (
         TensorEntry(name="weight", shape=(1,), bound=100.0),
         GRAM,
-        TensorEntry(name="gram_delta/a", shape=(3, 2), bound=1000.0),
+        TensorEntry(name="gram_delta/a", shape=(3, 2), bound=1000.0, product_of="gram/a"),
         TensorEntry(name="weighted_delta/b", shape=(2, 2), bound=1000.0),
     )
 )
@@ -185,7 +184,7 @@ def test_what_is_measured_and_the_scales_that_it_gives_are_known() -> None:
     np.testing.assert_allclose(measures["columns/gram_delta/a"], [20, 0.8])
     np.testing.assert_allclose(measures["largest/weighted_delta/b"], [7])
     total = sum_in_32_bits("plain", LAYOUT, {f"o{number}": own for number in range(3)})
-    dead = total.scales.exponents[1]  # of what rounding alone could have hidden
+    dead = total.scales.exponents[1]  # as large as what rounding alone could have hidden
     assert total.scales.exponents.tolist() == [2, dead, 1, 3, 1, 5]
     assert dead < -20
     np.testing.assert_allclose(total["gram/a"], np.diag([15, 0, 3.75]))
@@ -202,17 +201,17 @@ def test_a_number_at_the_very_edge_of_a_power_of_two_fits_its_scale() -> None:
 
 @pytest.mark.parametrize("exponents", [[16, 10, 10], [27, 1, 1]])
 def test_scales_that_leave_an_owner_little_are_refused(exponents: list[int]) -> None:
-    """With three owners 19 bits are to spare: of two of three numbers too few are left; of the largest, of all size."""
+    """With three owners 19 bits are spare. Two of three numbers keep too few; then the size of the diagonal does."""
     own = vector_of(1.0, [2.0**30, 1.0, 1.0], [[1.0, 0], [0, 0], [0, 1.0]], [[1, 0], [0, 0]])
     honest = np.array([16, 1, 1, 1, 1, 1], np.float32)
     Scales(LAYOUT, honest).check(own, 3)
     honest[:3] = exponents
-    with pytest.raises(NumericalError, match=r"gram/a: .* fewer than 10 bits of most of this owner's"):
+    with pytest.raises(NumericalError, match=r"gram/a: .* most of this owner's values would keep fewer than 10 bits"):
         Scales(LAYOUT, honest).check(own, 3)
 
 
-def test_a_sum_of_as_many_owners_as_there_may_be_leaves_room_for_unlike_ones() -> None:
-    """Scales are at most twice as large as need be, squared four times: beyond that, one owner may be smaller still."""
+def test_a_sum_over_the_most_owners_leaves_room_for_unlike_ones() -> None:
+    """Scales are at most twice as large as needed, squared four times. One owner may be ten times smaller than that."""
     bits = fixed_point.fraction_bits(scaling.BOUND, 150, ring_bits=32)
     assert 2 ** (bits - scaling.LEAST_BITS) >= 10 * 4 * 150
 
@@ -225,14 +224,15 @@ def draft(**changes: object) -> AgreementDraft:
 
 
 def test_32_bits_are_for_methods_that_were_built_for_them_and_for_all_owners() -> None:
-    assert draft(compare_with=("average", "task_arithmetic", "data_free")).methods == IN_32_BITS
-    for method in sorted(set(METHODS) - set(IN_32_BITS)):
-        with pytest.raises(ValueError, match=rf"ring_bits = 32: {method} needs 64; 32 are enough for regmean, average"):
+    fitting = [method.name for method in ORDERED if method.fits_32_bits]
+    assert set(draft(compare_with=("average", "task_arithmetic", "data_free")).methods) == set(fitting)
+    for method in sorted(set(METHODS) - set(fitting)):
+        with refused(f"ring_bits = 32: {method} needs 64", hint=f"32 bits are enough for {', '.join(fitting)}"):
             draft(compare_with=(method,))
-    with pytest.raises(ValueError, match=r"would show the difference; all 4 must take part, so leave min_owners out"):
+    with refused("would expose the difference", hint="all 4 owners must take part: leave min_owners out"):
         draft(min_owners=3)
     many = tuple(OwnerEntry(name=f"o{number}") for number in range(151))
-    with pytest.raises(ValueError, match="is for at most 150 owners, there are 151"):
+    with pytest.raises(ValueError, match="at most 150 owners, there are 151"):
         draft(owners=many)
     with pytest.raises(ValueError, match="ring_bits"):
         Summation(ring_bits=16)  # type: ignore[arg-type]
