@@ -1,4 +1,4 @@
-"""Packets: how many messages a merge sends an owner, and that what travels together is answered as if it did not."""
+"""Packets: how many messages a merge sends an owner, and that each message is answered as if it had come alone."""
 
 import shutil
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from client.owner import Owner
 from common.agreement import Agreement
 from common.errors import RemoteProtocolError
 from common.messages import (
-    PROTOCOL_VERSION,
     Acknowledgements,
     CandidatePart,
     Finish,
     KeyBook,
     KeyShares,
+    MergedStepPart,
     Message,
     OpenSum,
     Packet,
@@ -35,11 +35,12 @@ from common.messages import (
     VectorPart,
     check_packet,
 )
-from common.models.delta import delta_layout
+from common.schedule import schedule_of
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import through_serialisation
 from server.merge import run_merge
+from tests.support.owner_process import fast_forward, part_of, roll_call
 from tests.support.parties import OwnersChannel, Parties, parties_of
 from tests.support.scripted_owners import DELIVERY, ROUND, TEST_ROUND, ScriptedChannel, coordinator_of, honest
 
@@ -103,18 +104,18 @@ def test_regmean_with_five_alphas_sends_an_owner_17_messages(merge: Callable[...
     assert len(kinds) == 17
 
 
-def test_another_method_compared_costs_no_message(merge: Callable[..., list[Kinds]]) -> None:
+def test_comparing_another_method_costs_no_message(merge: Callable[..., list[Kinds]]) -> None:
     kinds = merge((ALONE[0], '["average"]'), ("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]"))
     assert (CandidatePart, CandidatePart, Result, OpenSum) in kinds
     assert len(kinds) == 12
 
 
-def test_a_step_of_a_method_of_several_sums_costs_5_messages(merge: Callable[..., list[Kinds]]) -> None:
+def test_a_step_of_a_multi_round_method_costs_5_messages(merge: Callable[..., list[Kinds]]) -> None:
     kinds = merge(ALONE, ('method = "regmean"', 'method = "refit"'))
-    assert kinds[:11] == [(RollCall,), (OpenSum,), *SUM, (CandidatePart, OpenSum), *SUM]
+    assert kinds[:11] == [(RollCall,), (OpenSum,), *SUM, (MergedStepPart, OpenSum), *SUM]
 
 
-def test_candidates_share_messages_as_they_fit(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_share_packets_as_they_fit(agreement: Agreement, monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates of 28 bytes, in parts of 12 + 12 + 4, when a message may carry 16."""
     cut = TensorLayout.part_slices
     monkeypatch.setattr(TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, 12))
@@ -166,12 +167,12 @@ def header(run: str = RUN) -> ConfigRecord:
     ],
     ids=lambda record: "+".join(record),
 )
-def test_49_a_packet_with_a_gap_or_something_over_is_refused(record: RecordDict) -> None:
+def test_49_a_packet_with_a_gap_or_with_leftovers_is_refused(record: RecordDict) -> None:
     with pytest.raises(RemoteProtocolError):
         from_record(record)
 
 
-def test_49_a_packet_of_nothing_or_of_more_than_a_message_may_carry_is_refused() -> None:
+def test_49_a_packet_of_nothing_or_of_too_much_is_refused() -> None:
     half = VectorPart(session=RUN, owner="ada", part=0, payload=np.zeros(4_000_000, "<u8"))
     check_packet((half, half))
     more = replace(half, payload=np.zeros(4_000_001, "<u8"))
@@ -195,28 +196,34 @@ def through_app(settings: Path, packet: Packet) -> Packet:
 
 
 def roll_call_and_candidate(parties: Parties) -> tuple[RollCall, CandidatePart]:
-    """What a run begins with, and an agreed candidate that changes nothing."""
-    digest = parties.agreement.digest()
-    zeros = np.zeros(delta_layout(parties.plan).size, np.float32)
-    roll_call = RollCall(version=PROTOCOL_VERSION, run=RUN, agreement_digest=digest)
-    return roll_call, replace(PART, agreement_digest=digest, model="average", payload=zeros)
+    """What a run begins with, and an agreed candidate without any change, to be tested: the next that hotel expects."""
+    (slot,) = schedule_of(parties.agreement, parties.plan).deliveries("candidate", method="average", split="test")
+    opening = roll_call(parties)
+    through_app(parties.files["hotel"], (opening,))
+    fast_forward(Owner(parties.files["hotel"]), slot.position)
+    part = part_of(parties, slot)
+    assert isinstance(part, CandidatePart)
+    return opening, part
 
 
-def test_49_a_packet_is_answered_up_to_what_is_refused_and_no_further(parties: Parties) -> None:
+def test_49_a_packet_is_answered_up_to_the_first_message_that_is_refused(parties: Parties) -> None:
     settings = parties.files["hotel"]
-    roll_call, good = roll_call_and_candidate(parties)
-    smuggled = replace(good, model="regmean@0.123")
-    answers = through_app(settings, (roll_call, good, smuggled, replace(good, split="validation")))
+    opening, good = roll_call_and_candidate(parties)
+    (following,) = schedule_of(parties.agreement, parties.plan).deliveries(
+        "candidate", method="task_arithmetic", split="test"
+    )
+    smuggled = replace(good, position=following.position, model="task_arithmetic@0.123")
+    answers = through_app(settings, (opening, good, smuggled, replace(smuggled, model=following.names[0])))
     assert [type(answer).__name__ for answer in answers] == ["Present", "PartReceived", "Refusal"]
     assert answers[-1] == Refusal(code="consent")
-    received = Owner(settings).state.read_json("candidates")
-    assert [(model, split) for model, split, _ in received] == [("average", "test")]
+    received = Owner(settings).state.run.received
+    assert [(each.position, each.model) for each in received] == [(good.position, "average")]
 
 
 def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: Parties) -> None:
     settings = parties.files["hotel"]
-    roll_call, good = roll_call_and_candidate(parties)
-    answers = through_app(settings, (roll_call, good, replace(good, payload=good.payload + np.float32(1e-3))))
+    opening, good = roll_call_and_candidate(parties)
+    answers = through_app(settings, (opening, good, replace(good, payload=good.payload + np.float32(1e-3))))
     assert answers[-1] == Refusal(code="consent")
     assert through_app(settings, (good,)) == (PartReceived(run=RUN, owner="hotel", position=good.position, part=0),)
 
@@ -225,7 +232,7 @@ def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: 
 
 
 @pytest.mark.parametrize("wrong", ["too few answers", "another owner's", "another part"])
-def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_left_out(
+def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_excluded(
     agreement: Agreement, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = ScriptedChannel.answers

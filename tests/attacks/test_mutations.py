@@ -193,9 +193,9 @@ TABLE = [
     Mutation(PACKETS, "test_49_a_packet_with_a_gap", "common/wire.py", "if not set(record) <=", "if False and not set(record) <="),
     Mutation(PACKETS, "test_49_a_packet_is_answered", OWNER, "if message.model not in self.workbench.agreed_candidates:", "if False:"),
     Mutation(PACKETS, "test_49_a_second_model", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
-    Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/coordinator.py", "if len(answer) != len(packet):", "if False:"),
+    Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/exchange.py", "if len(answer) != len(packet):", "if False:"),
     Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/coordinator.py", "if reply != expected:", "if False:"),
-    Mutation(COORDINATOR, "test_a_signature_of_another", "server/coordinator.py", "            verify(key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)"),
+    Mutation(COORDINATOR, "test_a_signature_of_another", "server/coordinator.py", "        verify(key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)"),
     Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in self.workbench.candidates(self.agreement.method):", "if False:"),
     Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
     Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),
@@ -254,7 +254,7 @@ TABLE = [
     # what a coordinator keeps of a run
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "0o600", "0o644"),
     Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "    folder.chmod(0o700)"),
-    Mutation(RESUME, "test_an_owner_that_a_sum", "server/coordinator.py", "pending - self.checkpoint.opened_sessions - going_on", "pending - going_on"),
+    Mutation(RESUME, "test_an_owner_that_a_sum", "server/recovery.py", "pending - checkpoint.opened_sessions - reopening", "pending - reopening"),
     # logs, and two programs on one output
     Mutation(LOGS, "test_a_line_holds_nothing", "common/logs.py", '"message": record.getMessage(),', '"message": record.getMessage() + str(record.exc_info),'),
     Mutation(LOGS, "test_a_whole_run", WORKBENCH, 'log.info("  %s: measuring", self.name)', 'log.info("  %s: measuring %s", self.name, len(self.data.train()))'),
