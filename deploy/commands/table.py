@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.report.report import LowRank, Report
-from server.report.words import METRICS, models_in, title_of
+from server.report.words import METRICS, title_of
 
 MAX_OWNER_COLUMNS = 6  # with more owners, only the page shows each one's metrics
 FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "multi_task")
@@ -59,10 +59,8 @@ def _table(report: Report) -> Table:
 
 
 def _rows(report: Report) -> list[str]:
-    """The models from top to bottom; of the methods, the published one comes last."""
-    models = models_in(report)
-    compared = [model for model in models if model not in (*FIRST, report.method, *LAST)]
-    return [model for model in (*FIRST, *compared, report.method, *LAST) if model in models]
+    """The models from top to bottom."""
+    return [model for model in (*FIRST, *report.methods, *LAST) if model in report.evaluation.mean]
 
 
 def _adapter_note(low_rank: LowRank) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from common import schedule
 from common.agreement import Agreement
 from common.identity import fingerprint
-from common.merge_methods import METHODS
+from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import Method
 from common.merge_methods.terms import LayerNote, MergedDelta
 from common.metrics import MeanScore, Score
@@ -114,7 +114,7 @@ def make_report(outcome: Outcome, model: PreTrainedModel) -> Report:
     return Report(
         title=agreement.title,
         method=agreement.method,
-        methods={method: _described(METHODS[method]) for method in agreement.methods},
+        methods={method.name: _described(method) for method in ORDERED if method.name in agreement.methods},
         summation=agreement.summation.kind,
         simulated=False,
         seconds=round(outcome.seconds, 3),

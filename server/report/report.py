@@ -274,7 +274,7 @@ class Report(Table):
     report_version: Literal[3] = Field(default=REPORT_VERSION, description="The version of this form.")
     title: str = Field(description="The agreement's title.")
     method: str = Field(description="The method whose model is published.")
-    methods: dict[str, MethodDescription] = Field(description="By agreed method, what people should know of it.")
+    methods: dict[str, MethodDescription] = Field(description="By agreed method, simpler ones first, its description.")
     summation: Literal["masked", "plain"] = Field(description="Whether owners' vectors were masked before the sum.")
     simulated: bool = Field(description="Whether all parties ran on one machine, in one pair of hands.")
     seconds: Size = Field(description="How long the run took.")
