@@ -18,8 +18,9 @@ import tomli_w
 import transformers
 from rich.console import Console
 
-from common.agreement import MethodName, TaskKind
+from common.agreement import TaskKind
 from common.errors import AmalgramError, SettingsError
+from common.merge_methods import METHODS
 from common.models.folders import model_folder
 from deploy.commands.table import print_report
 from deploy.simulation.simulate import simulate
@@ -106,7 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("merged"), help="where model and report go (%(default)s)")
     parser.add_argument("--task", choices=get_args(TaskKind), help="left out, what the base was made for")
-    parser.add_argument("--method", choices=get_args(MethodName), default="regmean", help="(%(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="regmean", help="(%(default)s)")
     parser.add_argument(
         "--column",
         action="append",

@@ -20,7 +20,7 @@ from common.errors import SettingsError
 from common.merge_methods.terms import Weighting
 from common.metrics import Split
 
-REPORT_VERSION = 3
+REPORT_VERSION: Literal[3] = 3
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
 FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
@@ -321,7 +321,8 @@ class Report(Table):
             if self.chosen[method].candidate not in {trial.candidate for trial in trials}:
                 raise ValueError("chosen names a candidate that its sweep lacks")
         needed = {self.method, "own_at_home"}
-        if any(not needed <= set(models) for models in (self.evaluation.mean, *self.evaluation.by_owner.values())):
+        judged = [set(self.evaluation.mean), *map(set, self.evaluation.by_owner.values())]
+        if not all(needed <= models for models in judged):
             raise ValueError("evaluation lacks the published method or own_at_home")
         return self
 
