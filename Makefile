@@ -1,31 +1,33 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else; .venv is made, and remade when it is stale.
+# `make demo` and `make test` need Python 3.11 or newer and nothing else. They make .venv and keep it up to date:
+# `make demo` installs what the product needs, everything else adds the development tools.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/made-from-constraints
-# Two workers with a thread each: with two each, they are in each other's way and take nearly twice as long.
+PRODUCT := .venv/product
+DEVELOPMENT := .venv/development
+# Two workers, one thread each. With two threads each they compete for the cores and take nearly twice as long.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-all check format bench clean
 
-demo: $(STAMP)
+demo: $(PRODUCT)
 	$(BIN)/amalgram simulate
 
-test: $(STAMP)
+test: $(DEVELOPMENT)
 	$(PYTEST)
 
-test-all: $(STAMP)
+test-all: $(DEVELOPMENT)
 	$(PYTEST) -m "slow or not slow"
 
-check: $(STAMP)
+check: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEVELOPMENT)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
+bench: $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.demo_seeds
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.gram --quick
@@ -33,13 +35,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.payload
 	$(BIN)/python -m benchmarks.scale
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("amalgram needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	rm -rf .venv
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
-	touch $(STAMP)
+$(PRODUCT): pyproject.toml constraints.txt
+	$(PYTHON) deploy/set_up.py
+
+$(DEVELOPMENT): pyproject.toml constraints.txt
+	$(PYTHON) deploy/set_up.py --development
 
 clean:
 	rm -rf .venv demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
