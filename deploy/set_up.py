@@ -25,7 +25,7 @@ def main() -> None:
     with (VENV / "set-up.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_fresh(PRODUCT):
-            print("installing what the product needs in .venv: about two minutes", flush=True)
+            print("installing what the product needs in .venv; this takes a few minutes", flush=True)
             subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
             _install("torch")  # alone and first, so that its constraint chooses the build
             _install("--editable", str(ROOT))

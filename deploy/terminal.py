@@ -1,17 +1,20 @@
-"""What a person at a terminal sees of a run while it lasts: log lines, and below them where the run and its owners are.
+"""What a command shows: its answer on standard output; log lines, hints and progress on standard error.
 
-Everything shown comes from the coordinator's log records, so it is what the coordinator is sent anyway: who has
-answered, and how much of its vector has come. A remaining time is shown only while a vector is on its way, since of
-nothing else it is known how much is left.
+While a run lasts, its log lines have rows below them, one for the run and one for each owner. Everything in these rows
+comes from the coordinator's log records, which hold only what the coordinator is sent anyway: who has answered, and how
+much of each vector has arrived. The rows show a remaining time only while a vector arrives, because only then the
+amount that is left is known.
 """
 
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich import get_console, reconfigure
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -30,22 +33,37 @@ from common.logs import JsonLines
 
 MAX_OWNER_ROWS = 12  # more owners share one row
 CLOCK = "%H:%M:%S"
-reconfigure(
-    stderr=True
-)  # whoever shows progress (client/measurement/fine_tuning.py does, too) does so on this one console
-messages = get_console()
+QUIET = {  # the libraries' own warnings and progress bars; their errors still arrive as exceptions
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
 log = logging.getLogger("amalgram")
 
 
-def show_log(as_json: bool) -> None:
-    """Log lines to standard error: for people, or with every owner's answer as well, for programs."""
+def messages() -> Console:
+    """The console on standard error. It is rich's global one, so that every progress bar of this process shares it."""
+    console = get_console()
+    if not console.stderr:
+        reconfigure(stderr=True)
+    return console
+
+
+def set_up_output(as_json: bool) -> None:
+    """Send log lines to standard error, as text for people or as JSON lines, with every owner's answer, for programs.
+
+    The libraries that are imported afterwards keep quiet, unless the environment says otherwise.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    console = messages()
     handler: logging.Handler
     if as_json:
         handler = logging.StreamHandler()
         handler.setFormatter(JsonLines())
-    elif messages.is_terminal:
+    elif console.is_terminal:
         handler = RichHandler(
-            logging.INFO, console=messages, show_level=False, show_path=False, markup=False, log_time_format=CLOCK
+            logging.INFO, console=console, show_level=False, show_path=False, markup=False, log_time_format=CLOCK
         )
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
@@ -58,14 +76,31 @@ def show_log(as_json: bool) -> None:
 
 
 def shows_json() -> bool:
-    """Whether log lines are JSON objects."""
+    """Whether the command was called with --json."""
     return any(isinstance(handler.formatter, JsonLines) for handler in log.handlers)
+
+
+def answer(found: dict[str, Any], text: str = "", hint: str = "") -> None:
+    """Print a command's answer: `found` as one JSON object, or `text`, with the next step on standard error."""
+    if shows_json():
+        print(json.dumps(found, indent=2, ensure_ascii=False), flush=True)
+        return
+    if text:
+        print(text, flush=True)
+    if hint:
+        messages().print(hint, soft_wrap=True, markup=False, highlight=False)
+
+
+def as_lines(found: dict[str, str]) -> str:
+    """One `name  value` line per entry."""
+    return "\n".join(f"{name.replace('_', ' '):<12} {value}" for name, value in found.items())
 
 
 @contextmanager
 def progress_below_log() -> Iterator[None]:
-    """Keep the rows of a run below its log lines, where standard error is a terminal that a person reads."""
-    if not messages.is_terminal or shows_json():
+    """Keep the rows of a run below its log lines, if standard error is a terminal that a person reads."""
+    console = messages()
+    if not console.is_terminal or shows_json():
         yield
         return
     columns = (
@@ -77,7 +112,7 @@ def progress_below_log() -> Iterator[None]:
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=messages, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         rows = _Rows(progress)
         log.addHandler(rows)
         try:
@@ -87,7 +122,7 @@ def progress_below_log() -> Iterator[None]:
 
 
 class _Arrived(ProgressColumn):
-    """A column for rows that count the bytes of a vector, once some have come."""
+    """A column for the rows that count a vector's bytes, empty until the first bytes arrive."""
 
     def __init__(self, column: ProgressColumn) -> None:
         super().__init__()
@@ -101,14 +136,14 @@ class _Arrived(ProgressColumn):
 
 
 class _Arriving(_Arrived):
-    """A column for the same rows, while parts are coming and it is known how fast."""
+    """A column for the same rows, filled only while parts arrive at a known rate."""
 
     def _applies(self, task: Task) -> bool:
         return super()._applies(task) and task.speed is not None and not task.finished
 
 
 class _Rows(logging.Handler):
-    """One row for the run, one for each owner, kept by what the coordinator's records have in `about`."""
+    """Updates a row for the run and a row for each owner from the `about` of the coordinator's records."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()
@@ -142,7 +177,7 @@ class _Rows(logging.Handler):
             if len(names) > 1:
                 state = f"{len(done)} of {len(names)} answered"
             else:
-                state = "answered" if done & set(names) else "at work" if waiting & set(names) else "lost"
+                state = "answered" if done & set(names) else "at work" if waiting & set(names) else "dropped out"
             self._progress.update(row, completed=sum(arrived.get(name, 0) for name in names), state=state)
 
     def _row(self, description: str, total: float | None, *, counts_bytes: bool, completed: int = 0) -> TaskID:

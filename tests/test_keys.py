@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-import deploy.commands.keys
+import deploy.network_keys
 from common.errors import SettingsError
 from common.identity import Identity, read_public_identity, write_identity
-from deploy.commands.keys import check_server_files, read_certificate, read_node_key, write_certificate, write_node_key
+from deploy.network_keys import check_server_files, read_certificate, read_node_key, write_certificate, write_node_key
 
 
 def mode_of(path: Path) -> int:
@@ -109,7 +109,7 @@ def test_a_second_certificate_comes_from_the_same_root_and_nothing_is_overwritte
 def test_a_certificate_s_end_is_told_before_and_refused_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(deploy.commands.keys, "SERVER_DAYS", 29)
+    monkeypatch.setattr(deploy.network_keys, "SERVER_DAYS", 29)
     write_certificate(tmp_path, ["localhost"])
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(logging.getLogger("amalgram"), "propagate", True)
@@ -118,7 +118,7 @@ def test_a_certificate_s_end_is_told_before_and_refused_after(
     assert f"server.pem expires on {end:%Y-%m-%d}, in 28 days" in caplog.text
     (tmp_path / "server.pem").unlink()
     (tmp_path / "server.key").unlink()
-    monkeypatch.setattr(deploy.commands.keys, "SERVER_DAYS", 0)
+    monkeypatch.setattr(deploy.network_keys, "SERVER_DAYS", 0)
     write_certificate(tmp_path, ["localhost"])
     with pytest.raises(SettingsError, match=r"server\.pem: is valid from .* only, today is"):
         check(tmp_path)
@@ -139,7 +139,7 @@ def test_server_files_that_do_not_belong_together_are_refused(tmp_path: Path) ->
 def test_a_server_certificate_that_this_machine_s_programs_would_not_believe_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploy.commands.keys, "LOCAL_NAMES", ())
+    monkeypatch.setattr(deploy.network_keys, "LOCAL_NAMES", ())
     write_certificate(tmp_path, ["merge.example.org"])
     with pytest.raises(SettingsError, match=r"server\.pem: does not name 127\.0\.0\.1"):
         check(tmp_path)

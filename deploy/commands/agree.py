@@ -1,18 +1,22 @@
 """What an owner consents to, in plain words, for whoever says yes or no: what leaves, who sees it, what it reveals."""
 
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from client.owner import Owner
 from common.agreement import Agreement
+from common.errors import ConsentError, SettingsError
 from common.identity import fingerprint
 from common.merge_methods import METHODS
 from common.metrics import metrics_layout
 from common.models.delta import delta_layout
 from common.schedule import Content, Round
 from deploy.launch.flower import bundle_digest
+from deploy.terminal import answer, shows_json
 
 
 def consent_text(owner: Owner) -> str:
@@ -67,3 +71,22 @@ def give_consent(owner: Owner) -> None:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
+
+
+def ask_for_consent(owner_file: Path, yes: bool) -> None:
+    """Show the consent text, ask unless `yes`, and write the consent down. Raises ConsentError for any other answer."""
+    owner = Owner(owner_file)
+    text = consent_text(owner)
+    print(text, file=sys.stderr if shows_json() else sys.stdout, flush=True)  # people read it before they answer
+    if not yes:
+        if not sys.stdin.isatty():
+            raise SettingsError(
+                "consent is asked for at a terminal, and this is not one",
+                hint="in a script, --yes gives consent",
+            )
+        if not typer.confirm(f"Does {owner.name} consent?", err=shows_json()):
+            raise ConsentError("no consent was given, so nothing will leave this machine")
+    give_consent(owner)
+    stored = owner.state.folder / "consent.json"
+    found = {"owner": owner.name, "digest": owner.agreement.digest(), "read": text, "stored": str(stored)}
+    answer(found, hint=f"consent stored in {stored}")

@@ -1,6 +1,6 @@
-"""`amalgram client`: an owner's node, which runs the consented bundle and nothing else, and comes back after any loss.
+"""`amalgram client`: an owner's node. It runs the bundle that the owner consented to, and reconnects after any failure.
 
-What it keeps is in the owner's state folder (0700): `node/`, with Flower's home, a secret, logs.
+It keeps Flower's home, a secret and its logs in `node/` of the owner's state folder (0700).
 """
 
 import logging
@@ -17,21 +17,22 @@ from client.owner import Owner
 from client.settings import OwnerNetwork
 from common.errors import ConsentError, SettingsError
 from common.private_file import make_private_folder, write_whole
-from deploy.commands.keys import read_certificate, read_node_key
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import MARK, check_internals
 from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, free_port, started
+from deploy.network_keys import read_certificate, read_node_key
+from deploy.terminal import answer
 
 RETRY_SECONDS = 5.0
-NO_CONNECTION = "Failed to initialize the connection"  # the SuperNode's words; the next line has the reason
-REFUSED = " refused"  # the owner's app says no more than that: the reason may quote a row
+NO_CONNECTION = "Failed to initialize the connection"  # from the SuperNode's log; its next line has the reason
+REFUSED = " refused"  # from the owner's app, which logs no reason, because that may quote a row
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 log = logging.getLogger("amalgram.client")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One owner's node, checked: everything that its processes need to know."""
+    """One owner's node, checked: everything that its processes need."""
 
     settings_file: Path
     state: Path
@@ -41,22 +42,32 @@ class Node:
     bundle_digest: str
 
 
+def run_client(settings_file: Path) -> None:
+    """Check an owner's node, print where it connects, and run it until stopped."""
+    node = find_node(settings_file)
+    answer({"address": node.address, "state": str(node.state), "bundle_digest": node.bundle_digest})
+    keep_connected(node)
+
+
 def find_node(settings_file: Path) -> Node:
-    """Check an owner's side. Raises ConsentError unless its owner consented to the agreement that its file names, and
-    SettingsError for keys that are not the agreed ones.
+    """Check an owner's settings. Raises ConsentError unless the owner consented to the agreement that they name, and
+    SettingsError unless its keys are the agreed ones.
     """
     owner = Owner(settings_file)
     network = owner.settings.network
     if network is None:
-        raise SettingsError(f'{settings_file}: has no [network] table; it needs at least address = "HOST:PORT"')
+        raise SettingsError(f"{settings_file}: has no [network] table", hint='it needs at least address = "HOST:PORT"')
     agreement = owner.agreement
     if agreement.digest() not in owner.state.consents():
-        raise ConsentError(f"{owner.name} has not consented to this agreement: amalgram agree {settings_file}")
+        raise ConsentError(f"{owner.name} has not consented to this agreement", hint=f"amalgram agree {settings_file}")
     home = settings_file.resolve().parent
     key, root = _key_file(network, owner.name, home), home / network.root_certificate
     agreed = {entry.name: entry.node_key for entry in agreement.owners}
     if read_node_key(key) != agreed.get(owner.name):
-        raise SettingsError(f"{key}: is not the node key that the agreement names for {owner.name}")
+        raise SettingsError(
+            f"{key}: is not the node key that the agreement names for {owner.name}",
+            hint=f"use the {owner.name}.node that was made together with the .pub file in the agreement",
+        )
     read_certificate(root)
     return Node(
         settings_file=settings_file.resolve(),
@@ -72,9 +83,9 @@ def _key_file(network: OwnerNetwork, name: str, home: Path) -> Path:
     return home / (network.node_key or f"{name}.node")
 
 
-def run_client(node: Node) -> None:
-    """Run until stopped; after a loss of the network or the coordinator, connect again. Raises an AmalgramError if this
-    machine is not fit for it.
+def keep_connected(node: Node) -> None:
+    """Run until stopped, and connect again whenever the network or the coordinator fails. Raises an AmalgramError if
+    this machine cannot run the node.
     """
     check_internals()
     make_private_folder(node.state)
@@ -92,8 +103,8 @@ def run_client(node: Node) -> None:
 
 
 def _watch(parts: Mapping[str, Process], said: FollowedFile, answered: FollowedFile) -> str:
-    """Pass on what the node says, and that the owner's app refused, until a part of it ends; then why."""
-    reason, previous = "it said nothing", ""
+    """Log what the node reports and each refusal of the owner's app. Returns which part ended, and why."""
+    reason, previous = "it logged nothing", ""
     while True:
         ended = [name for name, process in parts.items() if process.poll() is not None]
         for line in said.new_lines():
@@ -116,7 +127,7 @@ def supernode(node: Node) -> Iterator[Mapping[str, Process]]:
     environment = flower_environment(node.state / "flower")
     write_whole(node.state / "superexec.secret", secrets.token_bytes(32))
     secret = ["--superexec-auth-secret-file", str(node.state / "superexec.secret")]
-    port = free_port()  # of this machine only; through it the SuperExec fetches messages
+    port = free_port()  # on this machine only: the SuperExec fetches messages from it
     pinned = [sys.executable, "-P", "-m", "deploy.launch.pinned_supernode", node.bundle_digest]
     pinned += ["--superlink", node.address, "--root-certificates", str(node.root_certificate)]
     pinned += ["--auth-supernode-private-key", str(node.key), "--host", "127.0.0.1", "--port", str(port)]

@@ -1,59 +1,74 @@
-"""`amalgram merge`: has the coordinator's server run the merge, shows how far it is, and tells how it ended.
+"""`amalgram merge`: has the coordinator's server run the merge, shows its progress, and reports how it ended.
 
-The merge itself runs in the server's app process, which writes model and report. Run again after a failure, or after
-anything was killed, this command ends what is left of Flower's earlier run and goes on from OUT/checkpoint.
+The merge itself runs in an app process of the server, which writes model and report. When the command is run again
+after a failure or a kill, it ends what is left of Flower's earlier run and resumes from OUT/checkpoint.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from common.errors import AmalgramError, EngineError, TooFewOwners
+from deploy.commands.report import show_report
 from deploy.commands.server import Place, find_place
 from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
 from deploy.launch.processes import FollowedFile, alone
+from deploy.terminal import progress_below_log
 from server.app import PROGRESS
 from server.merge import claim_output
 from server.report.page import render_report
+from server.report.report import read_report
 
 POLL_SECONDS, PATIENCE_SECONDS = 2.0, 30.0
 log = logging.getLogger("amalgram.merge")
 
 
+def merge_and_show(settings_file: Path) -> None:
+    """Run the merge and show its report."""
+    with progress_below_log():
+        output = merge(settings_file)
+    show_report(read_report(output), output)
+
+
 def merge(settings_file: Path) -> Path:
-    """Run the merge of the coordinator's settings file; returns its output. Raises the AmalgramError that it met."""
+    """Run the merge that the coordinator's settings describe, and return its output folder. Raises the AmalgramError
+    that the merge met.
+    """
     place = find_place(settings_file)
-    environment = place.environment
     claim_output(place.output)
     with alone(place.output, "merge"):
         _end_earlier_runs(place)
         _wait_for_owners(place)
         for old in (FAILURE, PROGRESS):
             (place.output / old).unlink(missing_ok=True)
-        progress = Progress(FollowedFile(place.output / PROGRESS))
-        run_id = submit(environment, settings_file.resolve())
-        try:
-            status = wait_for_run(environment, run_id, progress.show)
-        except EngineError as error:
-            raise EngineError(
-                f"the server went away in the middle ({error}); see that `amalgram server` runs, and run the same "
-                "command again: it goes on where this one was"
-            ) from None
-        except BaseException:  # an interrupt too: nobody would be there to see the run's end
-            with suppress(AmalgramError):
-                flwr(environment, "stop", run_id, CONNECTION)
-            raise
-        raise_failure(place.output, status)
+        raise_failure(place.output, _run(place.environment, settings_file, place.output / PROGRESS))
     render_report(place.output)
     return place.output
 
 
+def _run(environment: Mapping[str, str], settings_file: Path, progress_file: Path) -> str:
+    """Submit a run, show its progress, and return its status once it has ended."""
+    progress = Progress(FollowedFile(progress_file))
+    run_id = submit(environment, settings_file.resolve())
+    try:
+        return wait_for_run(environment, run_id, progress.show)
+    except EngineError as error:
+        raise EngineError(
+            f"the server stopped answering during the run ({error.message})",
+            hint="check that `amalgram server` runs, and run the same command again to resume",
+        ) from None
+    except BaseException:  # an interrupt too: nobody would watch the run any more
+        with suppress(AmalgramError):
+            flwr(environment, "stop", run_id, CONNECTION)
+        raise
+
+
 class Progress:
-    """Passes on what the coordinator's app tells, and says who keeps the others waiting."""
+    """Logs what the coordinator's app reports, and names the owners that keep the others waiting."""
 
     def __init__(self, file: FollowedFile) -> None:
         self._file = file
@@ -76,23 +91,25 @@ class Progress:
 
 
 def _end_earlier_runs(place: Place) -> None:
-    """Whoever was killed while waiting for a run left it running; its app would write into the same output."""
+    """End the runs that a killed command left behind: their apps would write into the same output."""
     if not place.nodes_file.is_file():
-        raise EngineError(f"{place.nodes_file}: is missing; start `amalgram server` first and wait until it listens")
+        raise EngineError(
+            f"{place.nodes_file}: is missing", hint="start `amalgram server` first and wait until it listens"
+        )
     environment = place.environment
     answer = flwr(environment, "list", CONNECTION)
     if "runs" not in answer:
-        raise EngineError(f"no server answers on port {place.host_and_port[1]}; is `amalgram server` running?")
+        raise EngineError(f"no server answers on port {place.host_and_port[1]}", hint="is `amalgram server` running?")
     left = [str(run["run-id"]) for run in answer["runs"] if not str(run["status"]).startswith("finished")]
     for run_id in left:
-        log.info("ending run %s, which an earlier command left behind", run_id)
+        log.info("ending run %s, left behind by an earlier command", run_id)
         flwr(environment, "stop", run_id, CONNECTION)
         wait_for_run(environment, run_id, lambda: None)
 
 
 def _wait_for_owners(place: Place) -> None:
-    """Return once enough owners' nodes are connected, and say who is missing meanwhile. Raises TooFewOwners when the
-    agreement's reply timeout is over first. The run itself waits as long again for those that are still missing.
+    """Return once enough owners' nodes are connected, and log who is missing meanwhile. Raises TooFewOwners after the
+    agreement's reply timeout. The run itself waits that long again for the owners that are still missing.
     """
     agreement = place.agreement
     owner_of = {node: owner for owner, node in json.loads(place.nodes_file.read_bytes()).items()}
@@ -107,14 +124,15 @@ def _wait_for_owners(place: Place) -> None:
             return
         if time.monotonic() > deadline:
             raise TooFewOwners(
-                f"{len(agreement.owners) - len(missing)} owners are connected, the agreement needs "
-                f"{agreement.needed_owners}; missing: {', '.join(missing)}"
+                f"{len(agreement.owners) - len(missing)} owners are connected, the agreement needs at least "
+                f"{agreement.needed_owners}",
+                hint=f"`amalgram client` must run at: {', '.join(missing)}",
             )
         time.sleep(POLL_SECONDS)
 
 
 def _say_changes() -> Callable[[str], None]:
-    """A function that logs what it is given, unless that is what it was given last."""
+    """A function that logs a text unless it is the same as the last one."""
     last = ""
 
     def say(text: str) -> None:

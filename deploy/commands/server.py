@@ -1,7 +1,7 @@
-"""`amalgram server`: a guarded SuperLink that knows the owners of one agreement, and what runs the coordinator's app.
+"""`amalgram server`: a guarded SuperLink that admits one agreement's owners, and a SuperExec for the coordinator's app.
 
-Everything it keeps is in `network.state` (0700), made anew with every start: Flower's home, the secret that whoever
-runs an app must know, the node ids of the owners, logs.
+It keeps its files in `network.state` (0700) and makes them anew at every start: Flower's home, the secret that a
+SuperExec must know, the owners' node ids, and logs.
 """
 
 import json
@@ -18,10 +18,11 @@ from common.agreement import Agreement
 from common.errors import EngineError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from common.settings_file import load_settings
-from deploy.commands.keys import check_server_files
 from deploy.launch.flower import CONNECTION, check_bundle, flower_environment, flwr, write_connection
 from deploy.launch.internals import check_internals
 from deploy.launch.processes import POLL_SECONDS, Process, alone, last_line, listens, started, wait_for_port
+from deploy.network_keys import check_server_files
+from deploy.terminal import answer
 from server.settings import CoordinatorSettings, ServerNetwork
 
 log = logging.getLogger("amalgram.server")
@@ -29,12 +30,12 @@ log = logging.getLogger("amalgram.server")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a coordinator's server keeps what it needs; `amalgram merge` finds it there."""
+    """Where a coordinator's server keeps its files, for `amalgram server` and `amalgram merge` alike."""
 
     settings: CoordinatorSettings
     network: ServerNetwork
     agreement: Agreement
-    home: Path  # of the settings file
+    home: Path  # the folder of the settings file
 
     @property
     def state(self) -> Path:
@@ -46,7 +47,7 @@ class Place:
 
     @property
     def nodes_file(self) -> Path:
-        """Owner -> Flower's id of its node."""
+        """JSON: owner -> Flower's id of its node."""
         return self.state / "nodes.json"
 
     @property
@@ -63,27 +64,37 @@ class Place:
         return host.strip("[]"), int(port)
 
 
+def run_server(settings_file: Path) -> None:
+    """Check the coordinator's settings, print where the server listens, and serve until stopped."""
+    place = find_place(settings_file)
+    host, port = place.host_and_port
+    answer({"host": host, "port": port, "owners": place.agreement.owner_names, "state": str(place.state)})
+    serve(place)
+
+
 def find_place(settings_file: Path) -> Place:
-    """The coordinator's settings with the network among them. Raises SettingsError, or ConsentError for another bundle
-    than the agreed one.
+    """The coordinator's checked settings. Raises SettingsError if they or the agreement lack what a network needs, and
+    ConsentError if this program's bundle is not the agreed one.
     """
     settings = load_settings(settings_file, CoordinatorSettings)
     if settings.network is None:
-        raise SettingsError(f'{settings_file}: has no [network] table; it needs at least listen = "0.0.0.0:PORT"')
+        raise SettingsError(
+            f"{settings_file}: has no [network] table", hint='it needs at least listen = "0.0.0.0:PORT"'
+        )
     home = settings_file.resolve().parent
     agreement = load_settings(home / settings.agreement, Agreement)
     for owner in agreement.owners:
         if owner.node_key is None:
             raise SettingsError(
-                f"{home / settings.agreement}: {owner.name} has no node_key; draft it anew with the .pub files of "
-                "`amalgram keys new`"
+                f"{home / settings.agreement}: {owner.name} has no node_key",
+                hint="draft the agreement again, with .pub files that `amalgram keys new` made",
             )
     check_bundle(agreement)
     return Place(settings, settings.network, agreement, home)
 
 
 def serve(place: Place) -> None:
-    """Run until stopped. Raises an AmalgramError if it cannot start, or if a part of it ends."""
+    """Serve until stopped. Raises an AmalgramError if the server cannot start or one of its processes ends."""
     check_internals()
     files = (place.network.certificate, place.network.key, place.network.root_certificate)
     certificate, key, root = (place.home / path for path in files)
@@ -97,7 +108,8 @@ def serve(place: Place) -> None:
         while True:
             for name, process in parts.items():
                 if process.poll() is not None:
-                    raise EngineError(f"{name} ended: {last_line(place.state / f'{name}.log')}")
+                    log_file = place.state / f"{name}.log"
+                    raise EngineError(f"{name} ended: {last_line(log_file)}", hint=f"see {log_file}")
             time.sleep(POLL_SECONDS)
 
 
@@ -113,7 +125,10 @@ def _superlink(place: Place, certificate: Path, key: Path, root: Path) -> Iterat
     """The guarded SuperLink and the SuperExec that starts the coordinator's app for it."""
     host, port = place.host_and_port
     if listens(port):
-        raise SettingsError(f"listen: port {port} of this machine is taken; end what listens there, or name another")
+        raise SettingsError(
+            f"listen: port {port} of this machine is taken",
+            hint="end the program that listens there, or choose another port",
+        )
     _renew_state(place, root)
     secret = ["--superexec-auth-secret-file", str(place.state / "superexec.secret")]
     superlink = [sys.executable, "-P", "-m", "deploy.launch.guarded_superlink", "--host", host, "--port", str(port)]
@@ -129,7 +144,7 @@ def _superlink(place: Place, certificate: Path, key: Path, root: Path) -> Iterat
 
 
 def _register_owners(place: Place) -> None:
-    """Let the nodes of the agreement's owners in; the SuperLink begins with none, so nobody else's."""
+    """Admit the nodes of the agreement's owners. The SuperLink starts without any, so it admits nobody else."""
     nodes = {}
     for owner in place.agreement.owners:
         public = place.state / "node.pub"

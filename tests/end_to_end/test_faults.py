@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.commands.keys import write_certificate
+from deploy.network_keys import write_certificate
 from server.report.report import read_report
 from tests.support.network import (
     OWNERS,
