@@ -24,7 +24,7 @@ from common.merge_methods import METHODS
 from common.models.folders import model_folder
 from deploy.commands.table import print_report
 from deploy.simulation.simulate import simulate
-from deploy.terminal import progress_below_log, show_log
+from deploy.terminal import progress_below_log, set_up_output
 from server.merge import claim_output
 from server.report.report import Report
 
@@ -122,7 +122,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     owners = [tuple(owner) for owner in asked.owner]
     columns = dict(column.split("=", 1) for column in asked.column)
-    show_log(as_json=False)
+    set_up_output(as_json=False)
     try:
         with progress_below_log():
             report = merge_folders(asked.base, owners, asked.out, task=asked.task, method=asked.method, columns=columns)
