@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import EngineError
 from common.messages import Refusal
-from deploy.launch import internals
+from deploy.launch import check_flower, internals
 from deploy.launch.flower import APP_FOLDER, bundle_digest, flower_environment
 from deploy.launch.guarded_superlink import Guard
 from deploy.launch.internals import check_internals
@@ -290,8 +292,6 @@ def test_an_interrupted_message_of_a_run_that_is_over_is_forgotten(
 
 
 def test_a_connection_of_another_shape_is_not_used(tmp_path: Path) -> None:
-    from contextlib import contextmanager
-
     @contextmanager
     def connect() -> Any:
         yield (1, 2, 3)
@@ -362,3 +362,135 @@ def test_what_is_bound_to_a_process_that_is_killed_ends_with_all_its_children(tm
         worked_for.wait()
         assert bound.wait(10) == -signal.SIGKILL
     assert psutil.wait_procs([child], 10)[1] == []
+
+
+# --- comparing with another version ---
+
+OLD_CODE = """import one
+
+def connect(address):
+    return dial(address)
+
+class Loop:
+    @staticmethod
+    def step():
+        return 1
+
+    def rest(self):
+        return 2
+"""
+
+
+def test_check_flower_shows_which_functions_differ_and_how(tmp_path: Path) -> None:
+    changed = OLD_CODE.replace("dial(address)", "dial(address, tls=False)").replace("return 2", "return 3")
+    for folder, code in (("old", OLD_CODE), ("new", changed)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "node.py").write_text(code)
+        (tmp_path / folder / "same.py").write_text(OLD_CODE)
+    (tmp_path / "old" / "gone.py").write_text(OLD_CODE)
+    parts = ("connect", "Loop.step")
+    relied_on = {"node.py": parts, "same.py": ("connect", "Loop.rest"), "gone.py": ("Loop.step",)}
+    found = check_flower.compare(tmp_path / "old", tmp_path / "new", relied_on)
+    assert {name: list(each) for name, each in found.items()} == {
+        "node.py": ["connect", check_flower.REST],
+        "same.py": [],
+        "gone.py": ["Loop.step", check_flower.REST],
+    }
+    assert found["node.py"]["connect"].splitlines()[-2:] == [
+        "-    return dial(address)",
+        "+    return dial(address, tls=False)",
+    ]
+    assert "+        return 3" in found["node.py"][check_flower.REST]
+    assert "-    @staticmethod" in found["gone.py"]["Loop.step"]
+    shown = check_flower.as_text(found)
+    assert "node.py  connect, the rest of the file differs" in shown
+    assert "same.py  unchanged" in shown
+    assert "+    return dial(address, tls=False)" in shown
+
+
+def test_every_file_that_is_pinned_is_compared_by_functions_that_it_has() -> None:
+    assert internals.RELIED_ON.keys() == internals.TRIED.keys()
+    folder = Path(flwr.__file__).parent
+    for name, parts in internals.RELIED_ON.items():
+        found = check_flower._parts_of((folder / name).read_text(), parts)
+        assert all(found.values()), name
+
+
+# --- the fork server ---
+
+FORKS = """
+import os, sys, threading, time
+from deploy.launch.fork_server import ForkServer
+
+def program():
+    import colorsys
+    print(sys.argv[1], os.getppid(), "slow" in sys.modules, len(os.listdir("/proc/self/task")), flush=True)
+    print(open("/proc/self/comm").read(), file=sys.stderr, flush=True)
+
+if __name__ == "__main__":
+    forks = ForkServer({"program": program}, sys.argv[1].split(","))
+    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+    for line in sys.stdin:
+        forks.start(line.split())
+"""
+
+
+@contextmanager
+def fork_server(libraries: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that forks `program` for every line that it is written; `slow` takes a second to import."""
+    (folder / "forks.py").write_text(FORKS)
+    (folder / "slow.py").write_text("import time\ntime.sleep(1)\n")
+    (folder / "client.py").write_text("")
+    (folder / "echo").symlink_to("/bin/echo")
+    environment = os.environ | {"PYTHONPATH": f"{APP_FOLDER}:{folder}", "PATH": f"{folder}:{os.environ['PATH']}"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(folder / "forks.py"), libraries]
+    with subprocess.Popen(command, env=environment, bufsize=1, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="apps are forked on Linux only")
+
+
+@linux_only
+def test_apps_are_forks_of_one_process_that_has_imported_already(tmp_path: Path) -> None:
+    with fork_server("slow", tmp_path) as process:
+        process.stdin.write("program early\n")
+        early = process.stdout.readline().split()
+        time.sleep(1.5)
+        process.stdin.write("program one\nprogram other\n")
+        answers = sorted(process.stdout.readline().split() for _ in range(2))
+        process.stdin.write("echo cold\n")  # not one of the programs: a process as ever
+        assert process.stdout.readline() == "cold\n"
+        parent = psutil.Process(int(early[1]))
+        assert parent.name() == "fork-server"
+        process.stdin.close()
+        assert process.stderr.readline() == "program\n"
+    assert [answer[0] for answer in answers] == ["one", "other"]
+    assert {answer[1] for answer in answers} == {early[1]} != {str(process.pid)}
+    assert [answer[2] for answer in answers] == ["True", "True"]
+    assert {answer[3] for answer in (early, *answers)} == {"1"}  # the thread of whoever asks is not among them
+    assert psutil.wait_procs([parent], 10)[1] == []
+
+
+@linux_only
+def test_no_app_is_forked_once_a_module_of_the_bundle_is_imported(tmp_path: Path) -> None:
+    with fork_server("client", tmp_path) as process:
+        time.sleep(1)
+        process.stdin.write("program one\n")
+        process.stdin.close()
+        assert "client was imported from the installed program" in process.stderr.read()
+        assert process.stdout.read() == ""
+
+
+@linux_only
+def test_when_the_fork_server_is_gone_apps_are_processes_again(tmp_path: Path) -> None:
+    with fork_server("slow", tmp_path) as process:
+        process.stdin.write("program one\n")
+        server = psutil.Process(int(process.stdout.readline().split()[1]))
+        server.kill()
+        psutil.wait_procs([server], 10)
+        (tmp_path / "program").symlink_to("/bin/echo")  # what the command is to a shell
+        process.stdin.write("program cold\n")
+        assert process.stdout.readline() == "cold\n"
