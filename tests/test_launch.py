@@ -424,7 +424,7 @@ from deploy.launch.fork_server import ForkServer
 
 def program():
     import colorsys
-    print(sys.argv[1], os.getppid(), "slow" in sys.modules, len(os.listdir("/proc/self/task")), flush=True)
+    print(sys.argv[1], os.getppid(), "library" in sys.modules, len(os.listdir("/proc/self/task")), flush=True)
     print(open("/proc/self/comm").read(), file=sys.stderr, flush=True)
 
 if __name__ == "__main__":
@@ -437,9 +437,9 @@ if __name__ == "__main__":
 
 @contextmanager
 def fork_server(libraries: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that forks `program` for every line that it is written; `slow` takes a second to import."""
+    """A process that forks `program` for every line that it is written."""
     (folder / "forks.py").write_text(FORKS)
-    (folder / "slow.py").write_text("import time\ntime.sleep(1)\n")
+    (folder / "library.py").write_text("")
     (folder / "client.py").write_text("")
     (folder / "echo").symlink_to("/bin/echo")
     environment = os.environ | {"PYTHONPATH": f"{APP_FOLDER}:{folder}", "PATH": f"{folder}:{os.environ['PATH']}"}
@@ -455,29 +455,27 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="apps are forked
 
 @linux_only
 def test_apps_are_forks_of_one_process_that_has_imported_already(tmp_path: Path) -> None:
-    with fork_server("slow", tmp_path) as process:
-        process.stdin.write("program early\n")
-        early = process.stdout.readline().split()
-        time.sleep(1.5)
+    with fork_server("library", tmp_path) as process:
+        process.stdin.write("program first\n")
+        first = process.stdout.readline().split()
         process.stdin.write("program one\nprogram other\n")
         answers = sorted(process.stdout.readline().split() for _ in range(2))
         process.stdin.write("echo cold\n")  # not one of the programs: a process as ever
         assert process.stdout.readline() == "cold\n"
-        parent = psutil.Process(int(early[1]))
+        parent = psutil.Process(int(first[1]))
         assert parent.name() == "fork-server"
         process.stdin.close()
         assert process.stderr.readline() == "program\n"
     assert [answer[0] for answer in answers] == ["one", "other"]
-    assert {answer[1] for answer in answers} == {early[1]} != {str(process.pid)}
-    assert [answer[2] for answer in answers] == ["True", "True"]
-    assert {answer[3] for answer in (early, *answers)} == {"1"}  # the thread of whoever asks is not among them
+    assert {answer[1] for answer in answers} == {first[1]} != {str(process.pid)}
+    assert {answer[2] for answer in (first, *answers)} == {"True"}
+    assert {answer[3] for answer in (first, *answers)} == {"1"}  # the thread of whoever asks is not among them
     assert psutil.wait_procs([parent], 10)[1] == []
 
 
 @linux_only
 def test_no_app_is_forked_once_a_module_of_the_bundle_is_imported(tmp_path: Path) -> None:
     with fork_server("client", tmp_path) as process:
-        time.sleep(1)
         process.stdin.write("program one\n")
         process.stdin.close()
         assert "client was imported from the installed program" in process.stderr.read()
@@ -486,7 +484,7 @@ def test_no_app_is_forked_once_a_module_of_the_bundle_is_imported(tmp_path: Path
 
 @linux_only
 def test_when_the_fork_server_is_gone_apps_are_processes_again(tmp_path: Path) -> None:
-    with fork_server("slow", tmp_path) as process:
+    with fork_server("library", tmp_path) as process:
         process.stdin.write("program one\n")
         server = psutil.Process(int(process.stdout.readline().split()[1]))
         server.kill()

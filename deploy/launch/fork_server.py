@@ -1,7 +1,8 @@
 """Starts Flower's apps by forking a process that has already imported what they import.
 
 Flower starts a process for every message. Importing torch and transformers takes such a process longer than most of
-its work. Here one process imports them once, and every app is a fork of it.
+its work. Here one process imports them once, when the first app is asked for, and every app is a fork of it. The first
+app waits no longer than if it imported them itself, and a node that waits for a merge holds none of them in memory.
 
 The fork server is itself forked before this process has any Python thread, and never starts one: a fork copies only the
 calling thread, so a lock that another thread holds would stay locked for ever. The libraries that it imports may have
@@ -18,7 +19,6 @@ import gc
 import importlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -61,36 +61,30 @@ class ForkServer:
 
 
 def _serve(connection: socket.socket, libraries: Iterable[str]) -> Mapping[str, Any]:
-    """Fork for every request. Returns in each fork, with its request; ends with whoever asks.
-
-    A request that arrives between two imports is served at once, so the first message waits for one import at most.
-    """
+    """Fork for every request. Returns in each fork, with its request; ends with whoever asks."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system clears away forks that have ended
     set_name("fork-server")
-    for library in libraries:
-        while select.select([connection], [], [], 0)[0]:
-            if (request := _fork_for_next(connection)) is not None:
-                return request
-        with suppress(ImportError):  # an app that needs it says so
-            importlib.import_module(library)
-    gc.collect()
-    gc.freeze()  # a fork's garbage collection leaves the shared pages alone
+    imported = False
     while True:
-        if (request := _fork_for_next(connection)) is not None:
+        content = connection.recv(LONGEST_REQUEST)
+        if not content:  # whoever asks has ended
+            os._exit(0)
+        if not imported:
+            _import(libraries)
+            imported = True
+        check_nothing_of_the_bundle(sys.modules)
+        if os.fork() == 0:
+            connection.close()
+            request: Mapping[str, Any] = json.loads(content)
             return request
 
 
-def _fork_for_next(connection: socket.socket) -> Mapping[str, Any] | None:
-    """Wait for a request and fork: the request in the fork, None in the fork server."""
-    content = connection.recv(LONGEST_REQUEST)
-    if not content:  # whoever asks has ended
-        os._exit(0)
-    check_nothing_of_the_bundle(sys.modules)
-    if os.fork() != 0:
-        return None
-    connection.close()
-    request: Mapping[str, Any] = json.loads(content)
-    return request
+def _import(libraries: Iterable[str]) -> None:
+    for library in libraries:
+        with suppress(ImportError):  # an app that needs it says so
+            importlib.import_module(library)
+    gc.collect()
+    gc.freeze()  # the forks' garbage collectors leave these objects alone, so their memory stays shared
 
 
 def _run_in_fork(programs: Mapping[str, Program], request: Mapping[str, Any]) -> None:
