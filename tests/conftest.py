@@ -14,13 +14,16 @@ import torch
 import transformers
 from hypothesis import settings
 
+from client.measurement import fine_tuning
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
 from deploy.example import reviews
 from tests.support.models import tiny_bert
+from tests.support.once import made_once, shared_folder, trained_once
 from tests.support.parties import IDENTITIES, Parties, parties_of
 
+TRAIN = fine_tuning.fine_tune
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and a busy machine makes it dear
@@ -37,11 +40,29 @@ def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def reviews_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers share."""
+    return shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_trained_once(shared: Path) -> Iterator[None]:
+    (shared / "trained").mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tuning, "fine_tune", trained_once(TRAIN, shared / "trained"))
+        yield
+
+
+@pytest.fixture
+def trained_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the training itself: no weights are taken from an earlier test."""
+    monkeypatch.setattr(fine_tuning, "fine_tune", TRAIN)
+
+
+@pytest.fixture(scope="session")
+def reviews_folder(shared: Path) -> Path:
     """The consortium that `amalgram simulate --init` writes; tests copy it before they change it."""
-    folder = tmp_path_factory.mktemp("reviews") / "consortium"
-    reviews.write_consortium(folder)
-    return folder
+    return made_once(shared / "reviews", reviews.write_consortium)
 
 
 @pytest.fixture

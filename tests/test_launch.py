@@ -108,7 +108,7 @@ def test_nothing_of_the_surroundings_opens_flower_or_says_who_a_peer_is(
 
 @pytest.fixture(scope="module")
 def bundle() -> bytes:
-    return build_fab_from_disk(APP_FOLDER)
+    return build_fab_from_disk(APP_FOLDER)  # as Flower itself makes it
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,7 @@ def test_the_report_s_figures_are_those_of_the_published_model(
     assert report.evaluation.by_owner["hotel"]["regmean"].accuracy == pytest.approx(correct)
 
 
+@pytest.mark.usefixtures("trained_anew")
 def test_the_same_seed_gives_the_same_model(result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path) -> None:
     again = simulate(reviews_folder, tmp_path, with_references=False)
     assert again.digests.model == result[0].digests.model  # keys are fresh, so the agreement is another

@@ -1,24 +1,30 @@
 """The example's three owners and the coordinator, set up as a simulation sets them up."""
 
+import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from client.owner import Owner
-from common.agreement import Agreement, AgreementDraft
+from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.identity import Identity
 from common.messages import Message, Packet
 from common.models.loading import load_base
 from common.models.plan import MergePlan, merge_plan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
-from deploy.simulation.simulate import find_owner_files, make_identities, set_up_parties
+from deploy.simulation.simulate import find_owner_files, set_up_parties
 
-NAMES = ("ada", "bea", "cyd", "coordinator")
-# The parties of the `agreement` fixture, with keys that are the same in every run.
-IDENTITIES = {name: Identity(name=name, seed=bytes([number]) * 32) for number, name in enumerate(NAMES, 1)}
+
+def identities_of(names: Sequence[str]) -> dict[str, Identity]:
+    """Identities that are the same in every run, so that what depends on the agreement's digest is, too."""
+    return {name: Identity(name=name, seed=bytes([number]) * 32) for number, name in enumerate(names, 1)}
+
+
+IDENTITIES = identities_of(("ada", "bea", "cyd", COORDINATOR))  # the parties of the `agreement` fixture
+_completed: dict[tuple[AgreementDraft, str], tuple[Agreement, MergePlan]] = {}
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,31 @@ def consortium_in_32_bits(reviews_folder: Path, folder: Path, alphas: str) -> Pa
     return folder
 
 
+def completed(draft: AgreementDraft, base: Path) -> tuple[Agreement, MergePlan]:
+    """The agreement of a draft among `identities_of` its parties, and its merge plan; made once in this process."""
+    key = draft, _digest_of_files(base)
+    if key not in _completed:
+        keys = {name: each.public_key for name, each in identities_of((*draft.owner_names, COORDINATOR)).items()}
+        agreement = complete_agreement(draft, base, keys)
+        plan = merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors)
+        _completed[key] = agreement, plan
+    return _completed[key]
+
+
+def _digest_of_files(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 @contextmanager
 def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
     """The parties of a consortium, as a simulation sets them up."""
     draft = load_settings(consortium / "agreement.toml", AgreementDraft)
     base = consortium / "base"
-    identities = make_identities(draft, output)
-    agreement = complete_agreement(draft, base, {name: each.public_key for name, each in identities.items()})
+    identities = identities_of((*draft.owner_names, COORDINATOR))
+    agreement, plan = completed(draft, base)
     files = find_owner_files(consortium, draft)
     with set_up_parties(output, agreement, base, files, identities) as (coordinator, party_files):
         yield Parties(
@@ -62,7 +86,7 @@ def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
             files=dict(zip(files, party_files, strict=True)),
             agreement=agreement,
             identities=identities,
-            plan=merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors),
+            plan=plan,
         )
 
 
