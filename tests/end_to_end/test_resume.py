@@ -1,4 +1,4 @@
-"""A run that is killed, at the coordinator or at an owner, at any message: the same command goes on as ever."""
+"""A run that is killed, at the coordinator or at an owner, at any message: the same command resumes it."""
 
 import os
 import random
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import server.checkpoint
@@ -18,13 +17,16 @@ from common.messages import (
     BurnSession,
     CandidatePart,
     KeyShares,
+    MergedStepPart,
     Message,
     OpenSum,
     Receipts,
     Result,
     RollCall,
+    ScalesPart,
     SurvivorList,
 )
+from common.schedule import Round, schedule_of
 from server.checkpoint import Checkpoint
 from server.merge import CHECKPOINT, run_merge
 from server.report.report import read_report
@@ -36,8 +38,9 @@ class Killed(BaseException):
 
 
 class Faulty(OwnersChannel):
-    """After some exchanges, in the middle of one: the coordinator is killed before or after some owner answers, or that
-    owner is killed after its work, so that its answer is lost.
+    """After some exchanges, in the middle of one, the coordinator is killed before or after some owner answers.
+
+    Or that owner is killed after its work, so that its answer is lost.
     """
 
     def __init__(self, files: Mapping[str, Path], chance: random.Random) -> None:
@@ -71,7 +74,7 @@ class KilledAt(OwnersChannel):
 
 @pytest.fixture(scope="module")
 def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, merged by methods of one sum, of several, and with sweeps."""
+    """The example, merged by single-round and multi-round methods, with sweeps."""
     folder = tmp_path_factory.mktemp("resume") / "consortium"
     shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
     path = folder / "agreement.toml"
@@ -83,7 +86,7 @@ def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def one_may_drop_out(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    """Four owners of whom three are enough, and a method of one sum."""
+    """Four owners, three of whom are enough, and a single-round method."""
     consortium = tmp_path / "consortium"
     shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
     shutil.copytree(consortium / "data" / "hotel", consortium / "data" / "inn")
@@ -99,7 +102,7 @@ def one_may_drop_out(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
 
 
 @pytest.fixture
-def several_sums(consortium: Path, tmp_path: Path) -> Iterator[Parties]:
+def several_rounds(consortium: Path, tmp_path: Path) -> Iterator[Parties]:
     (tmp_path / ".amalgram").touch()
     with parties_of(consortium, tmp_path) as made:
         yield made
@@ -107,7 +110,7 @@ def several_sums(consortium: Path, tmp_path: Path) -> Iterator[Parties]:
 
 @pytest.fixture(scope="module")
 def undisturbed(consortium: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run publishes that nothing happened to."""
+    """What an undisturbed run publishes."""
     output = tmp_path_factory.mktemp("undisturbed")
     (output / ".amalgram").touch()
     with parties_of(consortium, output) as made:
@@ -121,7 +124,7 @@ def published(parties: Parties) -> dict[str, Any]:
 
 
 def start_until_done(parties: Parties, channels: Iterator[OwnersChannel]) -> int:
-    """The same command again and again; how many times it was needed."""
+    """Run the same command until it succeeds; how many times that took."""
     for starts, channel in enumerate(channels, 1):
         try:
             run_merge(parties.coordinator, channel)
@@ -133,28 +136,29 @@ def start_until_done(parties: Parties, channels: Iterator[OwnersChannel]) -> int
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
 def test_a_run_that_is_killed_again_and_again_publishes_what_an_undisturbed_one_does(
-    several_sums: Parties, undisturbed: dict[str, Any], seed: int
+    several_rounds: Parties, undisturbed: dict[str, Any], seed: int
 ) -> None:
     chance = random.Random(seed)
-    starts = start_until_done(several_sums, (Faulty(several_sums.files, chance) for _ in range(200)))
+    starts = start_until_done(several_rounds, (Faulty(several_rounds.files, chance) for _ in range(200)))
     assert starts > 5
-    assert published(several_sums) == undisturbed
-    assert not (several_sums.output / CHECKPOINT).exists()
+    assert published(several_rounds) == undisturbed
+    assert not (several_rounds.output / CHECKPOINT).exists()
 
 
-def test_a_coordinator_killed_when_some_owners_have_their_message_goes_on(
-    several_sums: Parties, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_coordinator_that_is_killed_when_some_owners_have_their_message_resumes(
+    several_rounds: Parties, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masked parts are in; a session is half open; a candidate is half out; a result is signed by one; by all.
-    With its sums on the disk, where the undisturbed one had them in memory."""
-    monkeypatch.setattr(server.checkpoint, "MOST_BYTES_IN_MEMORY", 1000)
-    for kind in (KeyShares, Acknowledgements, CandidatePart, Result, Receipts):
+    """Masked parts are in; a session is half open; a merged step or a candidate has reached some; a result is signed by
+    one; by all. Its sums lie on the disk, those of the undisturbed run in memory.
+    """
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 1000)
+    for kind in (KeyShares, Acknowledgements, MergedStepPart, CandidatePart, Result, Receipts):
         with pytest.raises(Killed):
-            run_merge(several_sums.coordinator, KilledAt(several_sums.files, kind, 1))
-    again = OwnersChannel(several_sums.files)
-    run_merge(several_sums.coordinator, again)
+            run_merge(several_rounds.coordinator, KilledAt(several_rounds.files, kind, 1))
+    again = OwnersChannel(several_rounds.files)
+    run_merge(several_rounds.coordinator, again)
     assert again.kinds == [(RollCall,), (Result,), (Receipts,)]
-    assert published(several_sums) == undisturbed
+    assert published(several_rounds) == undisturbed
 
 
 @pytest.fixture
@@ -167,33 +171,36 @@ def in_32_bits(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
         yield made
 
 
-class KilledInSum(KilledAt):
-    """As KilledAt, where the last sum that was begun since the coordinator started is of one statistic."""
+class KilledInRound(KilledAt):
+    """Like KilledAt, while the round that was opened last since the coordinator started is at one position."""
 
-    def __init__(self, files: Mapping[str, Path], kind: type[Message], reached: int, statistic: str) -> None:
+    def __init__(self, files: Mapping[str, Path], kind: type[Message], reached: int, round_: Round) -> None:
         super().__init__(files, kind, reached)
-        self.statistic = statistic
+        self.position = round_.position
 
     def answer(self, node: int, request: Message) -> Message | None:
-        opened = (message for packet in self.asked for message in packet if isinstance(message, OpenSum))
-        begun = ["", *(message.statistic for message in opened)]
-        if begun[-1] != self.statistic:
+        opened = [message.position for packet in self.asked for message in packet if isinstance(message, OpenSum)]
+        if opened[-1:] != [self.position]:
             return OwnersChannel.answer(self, node, request)
         return super().answer(node, request)
 
 
-def test_a_run_in_32_bits_goes_on_within_and_between_its_two_sums(in_32_bits: Parties) -> None:
-    """Owners measure once, for both sums. A second one whose survivors some have signed for is declared over, and what
-    they measured is there for the next.
+def test_a_run_in_32_bits_resumes_within_and_between_its_two_rounds(in_32_bits: Parties) -> None:
+    """Owners measure once, for both rounds.
+
+    If some have signed for the survivors of the second, its session is certified as over, and what they measured is
+    still there for the next one.
     """
-    for kind, reached, statistic in (
-        (Acknowledgements, 1, "scales"),
-        (CandidatePart, 1, "contribution"),  # the scales, ahead of the sum that is made on them
-        (SurvivorList, 2, "contribution"),
-        (Acknowledgements, 1, "contribution"),
+    schedule = schedule_of(in_32_bits.agreement, in_32_bits.plan)
+    scales, contributions = schedule.find("scales"), schedule.find("contribution")
+    for kind, reached, round_ in (
+        (Acknowledgements, 1, scales),
+        (ScalesPart, 1, contributions),  # they travel ahead of the round that is summed on them
+        (SurvivorList, 2, contributions),
+        (Acknowledgements, 1, contributions),
     ):
         with pytest.raises(Killed):
-            run_merge(in_32_bits.coordinator, KilledInSum(in_32_bits.files, kind, reached, statistic))
+            run_merge(in_32_bits.coordinator, KilledInRound(in_32_bits.files, kind, reached, round_))
     run_merge(in_32_bits.coordinator, OwnersChannel(in_32_bits.files))
     report = read_report(in_32_bits.output)
     assert [(each.kind, each.split) for each in report.rounds] == [
@@ -206,69 +213,56 @@ def test_a_run_in_32_bits_goes_on_within_and_between_its_two_sums(in_32_bits: Pa
     assert not any((in_32_bits.folder / "state" / name / "run").exists() for name in ("hotel", "cinema", "phones"))
 
 
-class LostAt(KilledAt):
-    """As KilledAt; and one owner is lost for this start when it has another kind of message before it."""
+class DropsOutAt(KilledAt):
+    """Like KilledAt; and one owner drops out of this start at another kind of message."""
 
-    def __init__(self, files: Mapping[str, Path], kind: type[Message], lost_at: type[Message]) -> None:
+    def __init__(self, files: Mapping[str, Path], kind: type[Message], drops_out_at: type[Message]) -> None:
         super().__init__(files, kind, 0)
-        self.lost_at = lost_at
+        self.drops_out_at = drops_out_at
 
     def answer(self, node: int, request: Message) -> Message | None:
-        if isinstance(request, self.lost_at) and node == 1:
+        if isinstance(request, self.drops_out_at) and node == 1:
             return None
         return super().answer(node, request)
 
 
-def test_an_owner_that_a_sum_was_opened_without_is_back_when_the_run_goes_on(one_may_drop_out: Parties) -> None:
-    """To that owner the session is still pending; the coordinator has its total and asks nobody to declare it over."""
+def test_an_owner_that_a_sum_was_opened_without_is_back_when_the_run_resumes(one_may_drop_out: Parties) -> None:
+    """To that owner the session is still pending. The coordinator has its total and asks nobody to burn it."""
     with pytest.raises(Killed):
-        run_merge(one_may_drop_out.coordinator, LostAt(one_may_drop_out.files, CandidatePart, Acknowledgements))
+        run_merge(one_may_drop_out.coordinator, DropsOutAt(one_may_drop_out.files, CandidatePart, Acknowledgements))
     again = OwnersChannel(one_may_drop_out.files)
     run_merge(one_may_drop_out.coordinator, again)
     assert (BurnSession,) not in again.kinds
     assert read_report(one_may_drop_out.output).owners
 
 
-def test_what_is_published_is_neither_made_nor_removed_again(several_sums: Parties) -> None:
-    run_merge(several_sums.coordinator, OwnersChannel(several_sums.files))
-    before = published(several_sums)
-    channel = OwnersChannel(several_sums.files)
-    with pytest.raises(SettingsError, match="holds the result of this agreement already"):
-        run_merge(several_sums.coordinator, channel)
+def test_what_is_published_is_neither_made_nor_removed_again(several_rounds: Parties) -> None:
+    run_merge(several_rounds.coordinator, OwnersChannel(several_rounds.files))
+    before = published(several_rounds)
+    channel = OwnersChannel(several_rounds.files)
+    with pytest.raises(SettingsError, match="already holds the result of this agreement"):
+        run_merge(several_rounds.coordinator, channel)
     assert channel.asked == []
-    assert published(several_sums) == before
+    assert published(several_rounds) == before
 
 
-def test_totals_are_readable_by_the_coordinator_alone_and_gone_with_another_agreement(several_sums: Parties) -> None:
-    folder = several_sums.output / CHECKPOINT
+def test_totals_are_readable_by_the_coordinator_alone_and_gone_with_another_agreement(several_rounds: Parties) -> None:
+    folder = several_rounds.output / CHECKPOINT
     with pytest.raises(Killed):
-        run_merge(several_sums.coordinator, KilledAt(several_sums.files, CandidatePart, 0))
+        run_merge(several_rounds.coordinator, KilledAt(several_rounds.files, MergedStepPart, 0))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, *sorted(folder.iterdir()))] == [0o700, 0o600, 0o600]
-    kept = Checkpoint.open(folder, several_sums.agreement.digest())
+    kept = Checkpoint.open(folder, several_rounds.agreement.digest())
     assert Checkpoint.open(folder, "ab" * 32).run != kept.run
     assert sorted(path.name for path in folder.iterdir()) == ["run.json"]
 
 
-def test_a_large_sum_lies_on_the_disk_in_a_file_that_goes_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server.checkpoint, "MOST_BYTES_IN_MEMORY", 1000)
-    checkpoint = Checkpoint(folder=tmp_path, agreement_digest="ab" * 32)
-    assert not isinstance(checkpoint.zeros(125), np.memmap)
-    one, other = checkpoint.zeros(3_000_000), checkpoint.zeros(126)
-    assert isinstance(one, np.memmap)
-    one[:] = 2**64 - 1
-    assert not other.any()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_checkpoint_is_named(several_sums: Parties) -> None:
+def test_a_damaged_checkpoint_is_named(several_rounds: Parties) -> None:
     with pytest.raises(Killed):
-        run_merge(several_sums.coordinator, KilledAt(several_sums.files, CandidatePart, 0))
-    folder = several_sums.output / CHECKPOINT
+        run_merge(several_rounds.coordinator, KilledAt(several_rounds.files, MergedStepPart, 0))
+    folder = several_rounds.output / CHECKPOINT
     os.truncate(folder / "sum-0.bin", 800)
-    with pytest.raises(SettingsError, match=r"sum-0\.bin: holds 100 of \d+ numbers; remove"):
-        run_merge(several_sums.coordinator, OwnersChannel(several_sums.files))
+    with pytest.raises(SettingsError, match=r"sum-0\.bin: holds 100 of \d+ numbers\nhint: remove"):
+        run_merge(several_rounds.coordinator, OwnersChannel(several_rounds.files))
     (folder / "run.json").write_text("{")
-    with pytest.raises(SettingsError, match=r"run\.json: is damaged; remove"):
-        run_merge(several_sums.coordinator, OwnersChannel(several_sums.files))
+    with pytest.raises(SettingsError, match=r"run\.json: is damaged\nhint: remove"):
+        run_merge(several_rounds.coordinator, OwnersChannel(several_rounds.files))
