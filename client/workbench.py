@@ -27,7 +27,7 @@ from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
-from client.measurement.merged_prefix import load_merged_so_far, measure_inputs
+from client.measurement.merged_prefix import load_merged_so_far, measure_inputs, modules_from
 from client.settings import OwnerSettings
 from client.state import OwnerState, merged_step_array
 from common import merge_methods
@@ -230,18 +230,11 @@ class Workbench:
         merged_names = [
             name for number in range(step.number) for name in method.merged_names(self.merge_settings, number)
         ]
-        load_merged_so_far(own.model, merged, merged_names, self._modules_from(method, step))
+        ahead = modules_from(self.plan, method.steps(self.merge_settings), step)
+        load_merged_so_far(own.model, merged, merged_names, ahead)
         batches, folder = Batches(rows, self.settings.batch_size), self.state.activations_folder
         grams = measure_inputs(own.model, self.plan, step.inputs, step.block, batches, folder, keep=step.block)
         return OwnerTerms(examples=len(train), delta=of_step, grams=self._checked(grams), gram_examples=len(rows))
-
-    def _modules_from(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> set[str]:
-        """The blocks and layers from this step on."""
-        later = method.steps(self.merge_settings)[step.number - 1 :]
-        layers = {
-            layer.weight.rpartition(".")[0] for each in later for shared in each.inputs for layer in shared.layers
-        }
-        return layers if step.block is None else layers | set(self.plan.blocks[step.block :])
 
     def _merged_so_far(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""

@@ -1,14 +1,16 @@
-"""Settings files: what is refused, and in which words; the digest that consent rests on."""
+"""Settings files: what is refused, and with which words; the digest that consent rests on."""
 
 from pathlib import Path
 
 import pytest
 
-from common.agreement import SEQUENTIAL, Agreement, AgreementDraft, MethodName, OwnerEntry, Summation
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Summation
 from common.errors import SettingsError
-from common.merge_methods import METHODS
+from common.merge_methods import METHODS, ORDERED
+from common.merge_methods.method import MultiRoundMethod
 from common.settings_file import load_settings
 from deploy.simulation.simulate import write_settings
+from tests.support.errors import refused
 
 GOOD = """
 title = "Test"
@@ -42,13 +44,13 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("title =", "titel ="), "titel is no known key; allowed: base, bounds, compare_with"),
-        (('"regmean"', '"regmeen"'), "method = 'regmeen': Input should be 'average', 'task_arithmetic', 'fisher',"),
+        (("title =", "titel ="), "titel is no known key; allowed: average, base, bounds, compare_with"),
+        (('"regmean"', '"regmeen"'), "method = 'regmeen': unknown method; known: average, task_arithmetic, fisher,"),
         (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
-        (('["average"]', '["regmean"]'), "names 'regmean' or a method twice"),
+        (('["average"]', '["regmean"]'), "compare_with = ['regmean']: names a method twice, or 'regmean' again"),
         (('title = "Test"', "title = 3"), "title = 3: Input should be a valid string"),
         (('base = "base"\n', ""), "base is missing"),
-        (('name = "bea"', 'name = "ada"'), "two owners are named 'ada'"),
+        (('name = "bea"', 'name = "ada"'), "duplicate owner name 'ada'"),
         (('name = "bea"', 'name = "Bea Ltd"'), "owners[1].name = 'Bea Ltd'"),
         (('base = "base"', 'base = "base"\nmin_owners = 4'), "min_owners = 4: there are 3 owners"),
         (
@@ -57,7 +59,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         ),
         (("[[owners]]", "[regmean]\nalphas = [1.5]\n[[owners]]"), "regmean.alphas[0] = 1.5: Input should be less than"),
         (("[[owners]]", "[regmean]\nalphas = []\n[[owners]]"), "regmean.alphas = []"),
-        (("[[owners]]", "[regmean]\nalphas = [0.5, 0.5]\n[[owners]]"), "regmean.alphas = [0.5, 0.5]: a value stands"),
+        (("[[owners]]", "[regmean]\nalphas = [0.5, 0.5]\n[[owners]]"), "regmean.alphas = [0.5, 0.5]: duplicate value"),
         (("[[owners]]", "[regmean]\nridge = nan\n[[owners]]"), "regmean.ridge"),
         (("[[owners]]", "[regmean]\nbeta = 1\n[[owners]]"), "regmean.beta is no known key; allowed: alphas,"),
         (
@@ -69,21 +71,21 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         (('base = "base"', 'base = "base"\nmin_owners = 2'), "a masked sum needs at least 3 of them"),
         (
             ("[[owners]]", "[summation]\ncolluders = 1\n[[owners]]"),
-            "min_owners = 3: with 3 owners of whom 1 may collude, at least 4 must take part",
+            "min_owners = 3: with 3 owners, of whom 1 may collude, at least 4 must take part",
         ),
         (
             ("[[owners]]", "[summation]\nquorum = 1\n[[owners]]"),
-            "summation.quorum = 1: with 3 owners of whom 0 may collude it is 2",
+            "summation.quorum = 1: with 3 owners, of whom 0 may collude, it is 2",
         ),
         (
             ('name = "bea"', f'name = "bea"\npublic_key = "{"a" * 64}"\n[coordinator]\npublic_key = "{"a" * 64}"'),
-            "a public key stands twice",
+            "duplicate public key",
         ),
         (('name = "bea"', 'name = "bea"\npublic_key = "123"'), "owners[1].public_key = '123'"),
         (("[[owners]]", "[bounds]\ndelta = 0\n[[owners]]"), "bounds.delta = 0"),
         (
             ('name = "bea"', 'name = "bea"\nmetrics = "summed"'),
-            '1 have metrics = "summed", 0 may drop out and 0 collude',
+            '1 have metrics = "summed", 0 may drop out and 0 may collude',
         ),
         (("title", "= title"), "not valid TOML"),
         (
@@ -92,7 +94,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         ),
         (
             ("[[owners]]", '[data_free]\nalphas = [0.5, 1.0]\n[regmean]\ndata_free_layers = ["x"]\n[[owners]]'),
-            "data_free.alphas = [0.5, 1.0]: one alpha is needed for regmean.data_free_layers",
+            "data_free.alphas = [0.5, 1.0]: regmean.data_free_layers needs exactly one alpha",
         ),
     ],
 )
@@ -101,10 +103,11 @@ def test_a_wrong_draft_is_refused_in_one_line_with_file_key_and_value(
 ) -> None:
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, GOOD.replace(*change, 1))
-    message = str(caught.value)
+    message = caught.value.message
     assert message.startswith(str(tmp_path / "agreement.toml"))
     assert says in message
     assert "\n" not in message
+    assert "\n" not in caught.value.hint
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -112,8 +115,20 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         load_settings(tmp_path / "nothing.toml", AgreementDraft)
 
 
-def test_every_method_of_the_agreement_exists_and_the_other_way_round() -> None:
-    assert set(MethodName.__args__) == set(METHODS)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("method", METHODS)
+def test_an_agreement_may_name_every_method_and_has_its_table(tmp_path: Path, method: str) -> None:
+    draft = load(tmp_path, GOOD.replace('"regmean"', f'"{method}"', 1).replace('["average"]', "[]"))
+    assert draft.methods == (method,)
+    assert draft.tables.keys() == METHODS.keys()
+    assert draft.tables[method] == METHODS[method].table()
+    changed = f"{GOOD}[{method}]\nno_such_hyperparameter = 1\n"
+    with pytest.raises(SettingsError, match=rf"{method}\.no_such_hyperparameter"):
+        load(tmp_path, changed)
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=", ".join(method.name for method in ORDERED)):
+        load(tmp_path, GOOD.replace('"regmean"', '"sequence"', 1))
 
 
 def test_a_written_agreement_reads_back_with_the_same_digest(agreement: Agreement, tmp_path: Path) -> None:
@@ -121,7 +136,7 @@ def test_a_written_agreement_reads_back_with_the_same_digest(agreement: Agreemen
     assert load_settings(tmp_path / "agreement.toml", Agreement).digest() == agreement.digest()
 
 
-def test_a_draft_is_no_agreement(tmp_path: Path) -> None:
+def test_a_draft_is_not_an_agreement(tmp_path: Path) -> None:
     (tmp_path / "agreement.toml").write_text(GOOD)
     with pytest.raises(SettingsError, match=r"coordinator is missing \(and 3 more\)"):
         load_settings(tmp_path / "agreement.toml", Agreement)
@@ -143,33 +158,33 @@ def test_any_change_changes_the_digest(agreement: Agreement, update: dict[str, o
     assert agreement.model_copy(update=update).digest() != agreement.digest()
 
 
-def test_hidden_figures_stay_hidden_after_every_dropout_the_agreement_allows() -> None:
+def test_hidden_metrics_stay_hidden_after_every_dropout_the_agreement_allows() -> None:
     def draft(hidden: int, shown: int, needed: int) -> AgreementDraft:
-        figures = ["summed"] * hidden + ["shown"] * shown
-        owners = tuple(OwnerEntry(name=f"o{index}", figures=kind) for index, kind in enumerate(figures))  # type: ignore[arg-type]
+        kinds = ["summed"] * hidden + ["shown"] * shown
+        owners = tuple(OwnerEntry(name=f"o{index}", metrics=kind) for index, kind in enumerate(kinds))  # type: ignore[arg-type]
         summation = Summation(kind="plain", colluders=0)
         return AgreementDraft(title="t", base="b", owners=owners, min_owners=needed, summation=summation)
 
     draft(hidden=3, shown=0, needed=3)
     draft(hidden=4, shown=1, needed=4)
-    with pytest.raises(ValueError, match="let none have it, or at least 4"):
+    with refused('3 have metrics = "summed", 1 may drop out', hint="for no owner, or for at least 4"):
         draft(hidden=3, shown=2, needed=4)
 
 
-def test_hidden_figures_stay_hidden_from_colluders_too() -> None:
+def test_hidden_metrics_stay_hidden_from_colluders_too() -> None:
     owners = tuple(OwnerEntry(name=f"o{i}", metrics="summed" if i < 4 else "shown") for i in range(6))
     AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=1))
-    with pytest.raises(ValueError, match=r"4 have figures = .*, 0 may drop out and 2 collude"):
+    with pytest.raises(ValueError, match=r"4 have metrics = .*, 0 may drop out and 2 may collude"):
         AgreementDraft(title="t", base="b", owners=owners, summation=Summation(colluders=2))
 
 
-@pytest.mark.parametrize("method", sorted(SEQUENTIAL))
-def test_a_method_of_several_sums_needs_every_owner_in_all_of_them(method: MethodName) -> None:
-    """The same rows measured in two steps and summed over two groups would show the difference: one owner's."""
+@pytest.mark.parametrize("method", [method.name for method in ORDERED if isinstance(method, MultiRoundMethod)])
+def test_a_multi_round_method_needs_every_owner_in_every_round(method: str) -> None:
+    """The same rows, measured in two steps and summed over two groups, would expose the difference: one owner's."""
     owners = tuple(OwnerEntry(name=f"o{index}") for index in range(4))
     AgreementDraft(title="t", base="b", owners=owners, method=method, min_owners=4)
     for methods in ((method, "average"), ("average", method)):
-        with pytest.raises(ValueError, match="all 4 must take part"):
+        with refused("rounds over different owners would expose the difference", hint="all 4 owners must take part"):
             AgreementDraft(
                 title="t", base="b", owners=owners, method=methods[0], compare_with=(methods[1],), min_owners=3
             )

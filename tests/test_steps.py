@@ -1,6 +1,7 @@
-"""Methods of several steps: blocks run one after the other equal the whole model; every step against a slow oracle."""
+"""Multi-round methods: blocks run one after the other equal the whole model; every step against a slow oracle."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +27,19 @@ from transformers import (
 from client.data.rows import Rows
 from client.measurement import blocks as block_stream
 from client.measurement.blocks import BlockStream, check_blocks
-from client.measurement.classifier_inputs import measure_head
+from client.measurement.classifier_inputs import measure_classifier
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import GramCollector, find_shared_inputs, layer_inputs
-from client.measurement.merged_prefix import measure_step, put_merged_prefix
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Refit
+from client.measurement.merged_prefix import load_merged_so_far, measure_inputs, modules_from
+from common.agreement import Agreement, AgreementDraft, OwnerEntry
 from common.errors import DataError, ModelError
 from common.identity import Identity
-from common.merge_methods import refit, solve_step, step_contribution, step_layout, steps
-from common.merge_methods.regmean_plus_plus import merged_names
-from common.merge_methods.sequence import plan_of
-from common.merge_methods.terms import OwnerTerms
+from common.merge_methods.refit import REFIT, RefitTable, class_weights, classifier
+from common.merge_methods.regmean_plus_plus import REGMEAN_PLUS_PLUS
+from common.merge_methods.terms import MergeSettings, OwnerTerms
 from common.models.layers import block_names
 from common.models.plan import MergePlan
+from tests.support.errors import refused
 from tests.support.models import tiny_bert
 from tests.support.sums import run, terms_of
 
@@ -122,7 +123,7 @@ def test_a_model_run_block_by_block_feeds_its_blocks_what_it_feeds_them_in_one_g
         torch.testing.assert_close(found, wanted)
 
 
-def test_models_that_are_no_single_chain_of_blocks_are_refused() -> None:
+def test_models_that_are_not_a_single_chain_of_blocks_are_refused() -> None:
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
     albert = AlbertForSequenceClassification(AlbertConfig(**TEXT, embedding_size=8))
     for model in (t5, albert):
@@ -130,7 +131,7 @@ def test_models_that_are_no_single_chain_of_blocks_are_refused() -> None:
             check_blocks(model, block_names(model), batches_for(made("bert"))[0])
 
 
-def test_no_room_for_activations_is_said_before_anything_leaves(
+def test_an_owner_without_room_for_activations_says_so_before_anything_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_stream.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
@@ -143,34 +144,35 @@ def test_no_room_for_activations_is_said_before_anything_leaves(
         run_batch(0)
 
 
-def test_each_step_s_grams_are_of_merged_blocks_before_it_and_own_layers_in_it(plan: MergePlan, tmp_path: Path) -> None:
+@pytest.fixture
+def merge_settings(agreement: Agreement, plan: MergePlan) -> MergeSettings:
+    return agreement.merge_settings(plan)
+
+
+def test_each_step_s_grams_are_of_merged_blocks_before_it_and_own_layers_in_it(
+    merge_settings: MergeSettings, tmp_path: Path
+) -> None:
+    plan, steps = merge_settings.plan, REGMEAN_PLUS_PLUS.steps(merge_settings)
     own, merged = made("bert", seed=2), made("bert", seed=3)
     batches = batches_for(own)
     done: list[str] = []
-    for step in steps(plan, "regmean_plus_plus"):
-        done += merged_names(plan, step.number - 1)
+    for step in steps:
+        done += REGMEAN_PLUS_PLUS.merged_names(merge_settings, step.number - 1)
         stream, oracle = made("bert", seed=2), made("bert", seed=2)
-        put_merged_prefix(stream, dict(merged.named_parameters()), plan, step)
-        grams = measure_step(stream, plan, step, batches, tmp_path / "activations", keep=step.block)
+        load_merged_so_far(stream, dict(merged.named_parameters()), done, modules_from(plan, steps, step))
+        folder = tmp_path / "activations"
+        grams = measure_inputs(stream, plan, step.inputs, step.block, batches, folder, keep=step.block)
         assert set(grams) == {shared.name for shared in step.inputs}
         # The oracle: whole forward passes of a model whose earlier modules are simply the merged ones.
         from_merged = dict(merged.named_parameters())
-        inside = (
-            (f"bert.encoder.layer.{number}." for number in range(step.block or 0, 2)) if step.block is not None else ()
-        )
-        ahead = (
-            *inside,
-            *(
-                f"{shared.name}."
-                for later in steps(plan, "regmean_plus_plus")[step.number - 1 :]
-                for shared in later.inputs
-            ),
-        )
+        blocks_ahead = [] if step.block is None else plan.blocks[step.block :]
+        layers_ahead = [shared.name for later in steps[step.number - 1 :] for shared in later.inputs]
+        ahead = tuple(f"{module}." for module in (*blocks_ahead, *layers_ahead))
         with torch.no_grad():
             for name, parameter in oracle.named_parameters():
                 if name in done and not name.startswith(ahead):
                     parameter.copy_(from_merged[name])
-        part = plan_of(plan, step)
+        part = replace(plan, inputs=step.inputs)
         collector = GramCollector(part)
         with layer_inputs(oracle, collector.observe, {layer.weight for layer in part.layers()}), torch.no_grad():
             for batch in batches:
@@ -181,15 +183,16 @@ def test_each_step_s_grams_are_of_merged_blocks_before_it_and_own_layers_in_it(p
             torch.testing.assert_close(grams[name].matrix, gram.matrix, rtol=1e-5, atol=1e-5)
 
 
-def test_the_steps_of_a_model_name_every_merged_input_once(plan: MergePlan) -> None:
-    of_blocks = steps(plan, "regmean_plus_plus")
+def test_the_steps_of_a_model_name_every_merged_input_once(merge_settings: MergeSettings) -> None:
+    of_blocks = REGMEAN_PLUS_PLUS.steps(merge_settings)
     assert [step.block for step in of_blocks] == [0, 1, None, None]
-    assert [shared.name for step in of_blocks for shared in step.inputs] == [shared.name for shared in plan.inputs]
-    assert [step.inputs[0].name for step in steps(plan, "refit")] == ["classifier"]
+    inputs = [shared.name for shared in merge_settings.plan.inputs]
+    assert [shared.name for step in of_blocks for shared in step.inputs] == inputs
+    assert [step.inputs[0].name for step in REFIT.steps(merge_settings)] == ["classifier"]
 
 
 class Padded:
-    """Batches that are ready made."""
+    """A tokenizer that pads nothing: all rows are equally long."""
 
     @staticmethod
     def pad(rows: list[dict[str, list[int]]], return_tensors: str) -> dict[str, Tensor]:
@@ -207,39 +210,40 @@ def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
     agreement: Agreement, plan: MergePlan, targets: str, tmp_path: Path
 ) -> None:
     balance = 0.5 if targets == "labels" else None
-    refit = Refit(targets=targets, balances=(0.5,))  # type: ignore[arg-type]
-    agreement = agreement.model_copy(update={"method": "refit", "compare_with": (), "refit": refit})
-    (step,) = steps(plan, "refit")
-    layout = step_layout(agreement, plan, "refit", step)
+    table = RefitTable(targets=targets, balances=(0.5,))  # type: ignore[arg-type]
+    settings = agreement.model_copy(update={"refit": table}).merge_settings(plan)
+    (step,) = REFIT.steps(settings)
+    layout = REFIT.step_layout(settings, step)
     base, merged = made("bert"), made("bert", seed=9)
     before = {name: parameter.detach() for name, parameter in base.named_parameters()}
     terms, vectors = {}, {}
     for index, (name, count) in enumerate((("ada", 30), ("bea", 25), ("cyd", 40))):
         own = DiskModel(made("bert", seed=index + 1), tmp_path)
-        head = measure_head(before, own, DiskModel(merged, tmp_path), plan, labelled(count, index), 8)
-        terms[name] = OwnerTerms(examples=count, delta={}, head=head)
+        rows_of_owner = labelled(count, index)
+        measured = measure_classifier(before, own, DiskModel(merged, tmp_path), classifier(plan), rows_of_owner, 8)
+        terms[name] = OwnerTerms(examples=count, delta={}, classifier=measured)
         vectors[name] = np.zeros(layout.size)
-        layout.flatten(step_contribution(agreement, plan, "refit", step, terms[name]), vectors[name])
+        layout.flatten(REFIT.step_contribution(settings, step, terms[name]), vectors[name])
     identities = {name: Identity(name=name, seed=name.encode().ljust(32)) for name in terms}
     total = run("plain", identities, terms_of(identities, layout), vectors)
-    solution = solve_step(agreement, plan, "refit", step, total, balance)
+    result = REFIT.solve_step(settings, step, total, balance)
 
     rows, wanted, ridge, sizes = [], [], torch.zeros(()).double(), torch.zeros(()).double()
     start = torch.cat([base.classifier.weight.T, base.classifier.bias[None]]).detach().double()
     for owner in terms.values():
-        head = owner.head
-        assert head is not None
-        weights = torch.ones(len(head.targets)).double()
+        own_terms = owner.classifier
+        assert own_terms is not None
+        weights = torch.ones(len(own_terms.targets)).double()
         if targets == "labels":
-            shares = torch.bincount(head.targets).double() / len(head.targets)
-            weights = shares[head.targets] ** -0.5
+            shares = torch.bincount(own_terms.targets).double() / len(own_terms.targets)
+            weights = shares[own_terms.targets] ** -0.5
             weights *= len(weights) / weights.sum()
         root = weights.sqrt()[:, None]
-        onehot = torch.eye(3).double()[head.targets] - 1 / 3
-        rows.append(root * head.features)
-        wanted.append(root * (onehot if targets == "labels" else head.scores))
-        ridge = ridge + 1e-2 * (rows[-1] ** 2).sum() / head.features.shape[1]
-        sizes = sizes + (weights * head.scores.var(dim=1, correction=0) * 3).sum()
+        onehot = torch.eye(3).double()[own_terms.targets] - 1 / 3
+        rows.append(root * own_terms.features)
+        wanted.append(root * (onehot if targets == "labels" else own_terms.scores))
+        ridge = ridge + 1e-2 * (rows[-1] ** 2).sum() / own_terms.features.shape[1]
+        sizes = sizes + (weights * own_terms.scores.var(dim=1, correction=0) * 3).sum()
     x, y = torch.cat(rows), torch.cat(wanted)
     anchor = torch.zeros_like(start) if targets == "labels" else start
     penalty = ridge.sqrt() * torch.eye(x.shape[1]).double()
@@ -247,20 +251,20 @@ def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
     if targets == "labels":
         gram = x.T @ x + ridge * torch.eye(x.shape[1]).double()
         expected = expected * (sizes / (expected * (gram @ expected)).sum()).sqrt()
-    found = start + torch.cat([solution.delta["classifier.weight"].T, solution.delta["classifier.bias"][None]]).double()
+    found = start + torch.cat([result.delta["classifier.weight"].T, result.delta["classifier.bias"][None]]).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert solution.layers[0].rows == 95
+    assert result.layers[0].rows == 95
 
 
-def test_rare_classes_do_not_get_boundless_weight() -> None:
-    weights = refit.class_weights(torch.tensor([0] * 99 + [1]), balance=1.0)
+def test_rare_classes_do_not_get_unbounded_weight() -> None:
+    weights = class_weights(torch.tensor([0] * 99 + [1]), balance=1.0)
     assert float(weights.sum()) == pytest.approx(100)
-    assert float(weights[-1] / weights[0]) == pytest.approx(33)  # as if three rows were of its class
+    assert float(weights[-1] / weights[0]) == pytest.approx(33)  # as if its class had three rows
 
 
-def test_methods_of_several_sums_need_all_owners() -> None:
+def test_multi_round_methods_need_all_owners() -> None:
     owners = tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd", "dan", "eva"))
-    with pytest.raises(ValueError, match="sums over different owners would show the difference; all 5 must take part"):
+    with refused("rounds over different owners would expose the difference", hint="all 5 owners must take part"):
         AgreementDraft(title="t", base="b", owners=owners, min_owners=4, method="regmean_plus_plus")
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from client.data.rows import Batch
 from client.measurement.blocks import BlockStream
 from client.measurement.gram import collecting
+from common.merge_methods.method import Step
 from common.merge_methods.terms import Gram
 from common.models.parameters import copy_parameters
 from common.models.plan import MergePlan, SharedInput
@@ -26,6 +27,13 @@ def load_merged_so_far(
     """
     ahead = tuple(f"{module}." for module in modules_ahead)
     copy_parameters([name for name in names if not name.startswith(ahead)], merged, own)
+
+
+def modules_from(plan: MergePlan, steps: Sequence[Step], first: Step) -> set[str]:
+    """The blocks and layers that are merged in step `first` or later."""
+    later = steps[first.number - 1 :]
+    layers = {layer.weight.rpartition(".")[0] for each in later for shared in each.inputs for layer in shared.layers}
+    return layers if first.block is None else layers | set(plan.blocks[first.block :])
 
 
 @torch.inference_mode()
