@@ -47,9 +47,11 @@ def test_forward_hooks_are_in_two_places_layers_and_blocks() -> None:
     assert users == ["client/measurement/blocks.py", "client/measurement/gram.py"]
 
 
-def test_an_owner_s_app_starts_without_torch_which_most_messages_do_not_need() -> None:
-    program = (
-        "import sys, client.app; print([name for name in ('torch', 'transformers', 'sklearn') if name in sys.modules])"
-    )
+def test_common_and_an_owner_s_app_start_without_the_libraries_that_few_processes_need() -> None:
+    """Flower answers each packet in a new process, and importing torch and transformers takes seconds."""
+    paths = [path for path in SOURCES if path.parts[0] == "common"] + [Path("client/app.py")]
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    slow = ("torch", "transformers", "huggingface_hub", "peft", "sklearn", "pyarrow")
+    program = f"import sys, {', '.join(modules)}; print([name for name in {slow} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"

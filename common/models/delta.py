@@ -1,20 +1,28 @@
 """Deltas: what fine-tuning changed, as differences of models and as the vectors that travel."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping
 from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from common.lazy import lazy_module
 from common.mapped import copy_of
 from common.models.plan import MergePlan
 from common.tensor_layout import TensorEntry, TensorLayout
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    torch = lazy_module("torch")
 
-class Delta(Mapping[str, Tensor]):
-    """What fine-tuning changed: W_i - W_0 by parameter name, float32, computed when it is asked for."""
+
+class Delta(Mapping[str, "Tensor"]):
+    """W_i - W_0 by parameter name, float32. Each tensor is computed when it is asked for."""
 
     def __init__(self, fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
         self._fine_tuned, self._base = fine_tuned, base
@@ -24,7 +32,7 @@ class Delta(Mapping[str, Tensor]):
         if name in self._experts:
             return self._experts[name]
         change = (self._fine_tuned[name] - self._base[name]).detach()
-        if change.ndim > 2:  # of fused experts, slices of two parameters are asked for in turn
+        if change.ndim > 2:  # fused experts: callers alternate between slices of two parameters, so keep the last two
             self._experts = dict(list(self._experts.items())[-1:]) | {name: change}
         return change
 
@@ -35,22 +43,23 @@ class Delta(Mapping[str, Tensor]):
         return len(self._fine_tuned)
 
 
-@torch.no_grad()
 def add_delta(base: nn.Module, delta: Mapping[str, Tensor]) -> None:
     """Turn `base` into W_0 + delta, in place."""
-    for name, parameter in base.named_parameters():
-        parameter.add_(delta[name].to(parameter.dtype))
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.add_(delta[name].to(parameter.dtype))
 
 
 def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorLayout:
-    """How a merged delta, or those of its tensors that are named, travels back to the owners, as float32."""
+    """How a merged delta, or only its tensors `names`, travels to the owners: as float32."""
     wanted = plan.changed if names is None else names
     return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in wanted))
 
 
-class VectorDelta(Mapping[str, Tensor]):
-    """A merged delta in the flat vectors as which it travels, float32, each tensor read when it is asked for: from the
-    last vector that has it; zeros, which take no memory, where none has.
+class VectorDelta(Mapping[str, "Tensor"]):
+    """A merged delta in the flat float32 vectors that travel. Each tensor is read when it is asked for.
+
+    A tensor comes from the last vector that holds it. A tensor that no vector holds is zeros, which take no memory.
     """
 
     def __init__(self, plan: MergePlan, *parts: tuple[TensorLayout, NDArray[np.float32]]) -> None:

@@ -1,23 +1,33 @@
 """The layers of a model that can be merged in closed form: linear layers, and slices of fused experts."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from common.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import pytorch_utils
+else:
+    torch = lazy_module("torch")
+    pytorch_utils = lazy_module("transformers.pytorch_utils")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The weight of a linear layer y = W x. Conv1D (GPT-2) stores it as (inputs, outputs), Linear the other way.
+    """The weight of a linear layer y = W x, and where it is stored.
 
-    Experts are often fused into one parameter (experts, ., .); then each slice is a layer, named `parameter[expert]`.
-    `features`, of a layer that is merged in blocks of its inputs: the first one of this block, and the first one after
-    it; d_in is the block's, the name is `weight[0:1024]`.
-    `bias`: the bias that is solved with the weight, as the weight of a constant input; otherwise it is averaged.
+    `stored_input_first`: Conv1D (GPT-2) stores its weight as (inputs, outputs), Linear as (outputs, inputs).
+    `expert`: experts are often fused into one parameter (experts, ., .). Then each slice is a layer of its own, named
+    `parameter[expert]`.
+    `features`: if the layer is merged in blocks of its inputs, the first input of this block and the first one after
+    it. Then `d_in` is the block's size, and the block is named `weight[0:1024]`.
+    `bias`: the bias that is solved with the weight, as the weight of a constant input. None if it is averaged.
     """
 
     weight: str
@@ -30,12 +40,12 @@ class Layer:
 
     @property
     def whole(self) -> str:
-        """The name of the layer that this is a block of; its own where it is none."""
+        """The name of the layer that this is a block of, or its own name."""
         return self.weight if self.features is None else self.weight.rpartition("[")[0]
 
     @property
     def index(self) -> tuple[int | slice, ...]:
-        """Where in its parameter the weight stands."""
+        """The position of the weight in its parameter."""
         expert = () if self.expert is None else (self.expert,)
         if self.features is None:
             return expert
@@ -44,40 +54,45 @@ class Layer:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The parameter that holds the weight, and the bias if it is solved with it."""
+        """The parameter that holds the weight, then the bias if it is solved with the weight."""
         return (parameter_of(self.weight), *([] if self.bias is None else [self.bias]))
 
     def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """This layer's part of `tensors`, which has whole parameters by name: (gram_size, d_out), a bias last."""
+        """This layer's part of `tensors` (whole parameters by name): (gram_size, d_out), the bias last."""
         weight = self.to_input_first(tensors[parameter_of(self.weight)][self.index])
         return weight if self.bias is None else torch.cat([weight, tensors[self.bias][None]])
 
-    def give(self, solution: Tensor) -> dict[str, Tensor]:
-        """(gram_size, d_out) -> the weight and the bias, if there is one, as they are stored."""
-        parts = {self.weight: self.from_input_first(solution[: self.d_in]).contiguous()}
-        return parts if self.bias is None else parts | {self.bias: solution[self.d_in]}
+    def give(self, merged: Tensor) -> dict[str, Tensor]:
+        """The layer's merged delta (gram_size, d_out) -> its weight, and its bias if there is one, as stored."""
+        parts = {self.weight: self.from_input_first(merged[: self.d_in]).contiguous()}
+        return parts if self.bias is None else parts | {self.bias: merged[self.d_in]}
 
     def to_input_first(self, tensor: Tensor) -> Tensor:
-        """(stored) -> (d_in, d_out): the orientation of `delta^T` in the papers."""
+        """As stored -> (d_in, d_out), the orientation of `delta^T` in the papers."""
         return tensor if self.stored_input_first else tensor.T
 
     def from_input_first(self, tensor: Tensor) -> Tensor:
-        """(d_in, d_out) -> (stored)."""
+        """(d_in, d_out) -> as stored."""
         return tensor if self.stored_input_first else tensor.T
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of the model whose weight is its own, by module name; a tied head's is an embedding's."""
+    """Every linear layer that does not share its weight, by module name. A tied head shares its embedding's weight."""
     uses = _uses(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and uses[id(module.weight)] == 1
+        if isinstance(module, (torch.nn.Linear, pytorch_utils.Conv1D)) and uses[id(module.weight)] == 1
     }
 
 
+def stores_input_first(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored as (inputs, outputs)."""
+    return isinstance(module, pytorch_utils.Conv1D)
+
+
 def layer_biases(model: nn.Module) -> dict[str, str]:
-    """The biases of linear layers that are the layer's own, by the name of its weight."""
+    """The biases that belong to one linear layer alone, by the name of its weight."""
     uses = _uses(model)
     return {
         f"{name}.weight": f"{name}.bias"
@@ -87,15 +102,16 @@ def layer_biases(model: nn.Module) -> dict[str, str]:
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """In how many modules each parameter stands, by its identity."""
+    """The number of modules that hold each parameter, by the parameter's identity."""
     return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that keep all experts' weights in two parameters of three dimensions, by module name.
 
-    Only those that say how: `transformers.integrations.use_experts_implementation` notes orientation, bias and gate on
-    the module, and its own batched kernels rest on these notes. Other layouts are averaged.
+    Only modules that describe their layout count. `transformers.integrations.use_experts_implementation` notes
+    orientation, bias and gate on the module, and its own batched kernels rely on these notes. Other layouts are
+    averaged.
     """
     return {
         name: module
@@ -105,14 +121,14 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def expert_parameters(experts: nn.Module) -> tuple[str, str]:
-    """The names of the parameters of the experts' first and second layer."""
+    """The names of the parameters that hold the experts' first and second layers."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
 def merge_layers(model: nn.Module) -> dict[str, Layer]:
-    """All that could be merged in closed form, by name: linear layers, and the slices of fused experts."""
+    """Every layer that could be merged in closed form, by name: linear layers, and the slices of fused experts."""
     layers = {
-        f"{name}.weight": _layer(f"{name}.weight", module.weight, input_first=isinstance(module, Conv1D))
+        f"{name}.weight": _layer(f"{name}.weight", module.weight, input_first=stores_input_first(module))
         for name, module in linear_layers(model).items()
     }
     for name, experts in fused_experts(model).items():
@@ -131,14 +147,14 @@ def _layer(name: str, weight: Any, *, input_first: bool) -> Layer:
 
 
 def parameter_of(weight: str) -> str:
-    """The parameter that holds a layer's weight: of a slice, the whole one."""
+    """The parameter that holds a layer's weight, or the whole parameter if the weight is a slice."""
     return weight.partition("[")[0]
 
 
 def join_slices(
     tensors: Mapping[str, Tensor], layers: Iterable[Layer], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Tensors by the name of their layer -> by the name of their parameter: experts and blocks are put together."""
+    """Tensors by layer name -> tensors by parameter name. Joins experts, and blocks of a layer's inputs."""
     index_of = {layer.weight: layer.index for layer in layers}
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -151,11 +167,11 @@ def join_slices(
 
 
 def block_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the model's transformer blocks: the children, all of one class, of its largest list of modules."""
+    """The names of the transformer blocks: the children of the largest module list whose children are of one class."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, torch.nn.ModuleList) and len({type(child) for child in module}) == 1
     ]
     if not lists:
         return ()

@@ -1,53 +1,53 @@
-"""Load a base model or an owner's fine-tuned one, and refuse what is not the agreed model.
+"""Load a base model or an owner's fine-tuned model, and refuse anything that is not the agreed model.
 
-Weights are read from safetensors only: loading a pickle runs whatever code it holds.
+Weights are read from safetensors only, because loading a pickle runs whatever code it holds.
 """
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
 
-from common.agreement import Agreement, Task
+from common.agreement import Agreement, Task, TaskKind
 from common.errors import ModelError, first_line
+from common.lazy import lazy_module
 from common.models.adapter import is_adapter, with_adapter
-from common.models.folders import load_tokenizer, named_labels, read_config
+from common.models.folders import DOWNLOAD_AGAIN, load_tokenizer, named_labels, read_config
 from common.models.parameters import parameter_shapes
 
-# The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled;
-# MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 below 0.4.
+if TYPE_CHECKING:
+    import torch
+    import transformers
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+else:
+    torch = lazy_module("torch")
+    transformers = lazy_module("transformers")
+
+# The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled.
+# MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 are below 0.4.
 MOST_MEDIAN_CHANGE = 0.8
-
-
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
-
-
-AUTO_CLASSES = {
-    "text-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "sequence-to-sequence": AutoModelForSeq2SeqLM,
-    "image-classification": AutoModelForImageClassification,
+AUTO_CLASSES: dict[TaskKind, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-to-sequence": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
 }
+ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
 
 
 def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     """The base model in float32, ready for evaluation.
 
-    A head that the folder does not hold is initialised from `seed`, hence alike at every party; anything else that is
-    missing, or another order of labels, is a ModelError.
+    A head that the folder lacks is initialised from `seed`, so every party makes the same one. Raises ModelError if
+    anything else is missing, or if the labels are in another order than the agreement's.
     """
     if task.head == "shared":
         _check_labels(folder, task)
@@ -55,22 +55,25 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     body = f"{model.base_model_prefix}."
     for name in missing:
         if name.startswith(body) and "pooler" not in name:
-            raise ModelError(f"model {folder}: its weights lack {name}; are they of the model that config.json names?")
+            raise ModelError(
+                f"model {folder}: its weights lack {name}",
+                hint="check that config.json and the weights belong together",
+            )
     if task.is_text and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     return model
 
 
 def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
-    """The parameters that the base's folder lacks and `load_base` makes: none of a whole model, or of private heads."""
+    """The parameters that the base's folder lacks and `load_base` makes; none if heads are private."""
     return () if task.head == "private" else tuple(_load(folder, task, seed=0)[1])
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
-    """An owner's model in float32: its own weights, or the base's with its adapter. Only for an adapter are the weights
-    of `base` looked at.
+    """An owner's model in float32: its own weights, or the base's weights with its adapter.
 
-    Raises ModelError unless it has exactly the base's parameters and labels.
+    The weights of `base` are read for an adapter only. Raises ModelError unless the model has exactly the base's
+    parameters and labels.
     """
     if is_adapter(folder):
         model = with_adapter(base, folder)
@@ -79,7 +82,10 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
     _check_labels(folder, task)
     model, missing = _load(folder, task, seed=0)
     if missing:
-        raise ModelError(f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all); it is no such model")
+        raise ModelError(
+            f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all)",
+            hint="check that config.json and the weights belong together",
+        )
     if task.is_text:
         model.config.pad_token_id = base.config.pad_token_id
     expected, found = parameter_shapes(base), parameter_shapes(model)
@@ -87,130 +93,33 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
         if expected.get(name) != found.get(name):
             raise ModelError(
                 f"model {folder}: parameter {name} has shape {found.get(name, 'none')}, "
-                f"in the base it has {expected.get(name, 'none')}; it was not fine-tuned from this base"
+                f"in the base it has {expected.get(name, 'none')}; it was not fine-tuned from this base",
+                hint=ANOTHER_BASE,
             )
     return model
 
 
-@torch.no_grad()
-def check_change(
-    fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str], folder: Path
-) -> None:
-    """Raise ModelError for a model that is no nearer to the base than any other would be, by its parameters `names`.
-
-    For models whose start we have not seen: one that was trained here, or an adapter on the base, cannot have another.
-    """
-    if is_adapter(folder):
-        return
-    changes = [_relative_change(fine_tuned[name], base[name]) for name in names]
-    change = median([change for change in changes if change is not None] or [0.0])
-    if change > MOST_MEDIAN_CHANGE:
-        raise ModelError(
-            f"model {folder}: half of its weight matrices are {change:.2f} or more of their norm away from the base's, "
-            f"the bound is {MOST_MEDIAN_CHANGE}; it was fine-tuned from another base, or its training diverged. Name a "
-            "model that was fine-tuned from the agreed base"
-        )
-
-
-def _relative_change(parameter: Tensor, start: Tensor) -> float | None:
-    """|W_i - W_0| / |W_0|; None of what is no matrix, or of a base's zeros."""
-    return float((parameter - start).norm() / start.norm()) if parameter.ndim > 1 and start.any() else None
-
-
-def _check_labels(folder: Path, task: Task) -> None:
-    """A model's own labels, where its configuration names any, must be the agreement's, in the same order."""
-    labels = named_labels(folder)
-    if task.has_labels and labels not in ((), task.labels):
-        raise ModelError(
-            f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}; "
-            "for a new head, save the model without one (AutoModel) and name that as the base"
-        )
-
-
-def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of the parameters that its files lack."""
-    read_config(folder)
-    stored = _stored_types(folder)
-    labels = dict(enumerate(task.labels))
-    head = {"num_labels": len(labels), "id2label": labels, "label2id": {name: index for index, name in labels.items()}}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model, found = AUTO_CLASSES[task.kind].from_pretrained(
-                folder,
-                **(head if task.has_labels else {}),
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=task.head == "private",  # an owner's head may have more labels than the base's
-            )
-        except Exception as error:  # whatever a broken folder makes of the loader, a person gets one line
-            reason = first_line(error)
-            if "ignore_mismatched_sizes" in reason:
-                reason = "its head, or another weight, has another shape; do task.labels fit this model?"
-            raise ModelError(
-                f"model {folder}: cannot be loaded for {task.kind}"
-                f"{f' with {len(labels)} labels' if task.has_labels else ''}: {reason}"
-            ) from None
-    for name in sorted({key for key, *_ in found["mismatched_keys"]} - set(private_head(model, task))):
-        raise ModelError(f"model {folder}: parameter {name} has another shape than config.json makes it")
-    _check_types(model, stored, folder)
-    _check_finite(model, folder)
-    for module in model.modules():  # chunks change no output, but in a chunk padding cannot be told by shape
-        if hasattr(module, "chunk_size_feed_forward"):
-            module.chunk_size_feed_forward = 0
-    model.eval()
-    return model, sorted(found["missing_keys"])
-
-
-def _stored_types(folder: Path) -> dict[str, str]:
-    """The type of every tensor in the folder's files, from their headers."""
-    types = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                types.update({name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"model {path}: cannot be read: {first_line(error)}") from None
-    return types
-
-
-def _check_types(model: PreTrainedModel, stored: Mapping[str, str], folder: Path) -> None:
-    """Raise ModelError for a parameter stored as integers: quantised weights mean nothing without their scales."""
-    body = f"{model.base_model_prefix}."
-    parameters = {name.removeprefix(body) for name in parameter_shapes(model)}
-    for name, kind in stored.items():
-        if name.removeprefix(body) in parameters and kind not in FLOAT_TYPES:
-            raise ModelError(
-                f"model {folder}: {name} is stored as {kind}; weights must be floating-point numbers "
-                f"({', '.join(FLOAT_TYPES)}): save the model without quantisation"
-            )
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ModelError(f"model {folder}: parameter {name} holds a number that is not finite")
-
-
 def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
-    """The parameters that stay with each owner: all outside the model's body where heads are private, else none."""
+    """The parameters that stay with each owner: everything outside the body if heads are private, otherwise nothing."""
     if task.head == "shared":
         return ()
     body = f"{model.base_model_prefix}."
     head = tuple(name for name in parameter_shapes(model) if not name.startswith(body))
     if not head or len(head) == len(parameter_shapes(model)):
         raise ModelError(
-            f'{type(model).__name__}: its head cannot be told from its body; agree on task.head = "shared"'
+            f"{type(model).__name__}: does not separate its head from its body, so the head cannot be private",
+            hint='agree on task.head = "shared"',
         )
     return head
 
 
+# --- is it the agreed model ---
+
+
 def digest_of(model: PreTrainedModel, task: Task) -> str:
-    """SHA-256 over every parameter and buffer as loaded, without a private head: names, shapes, types and bytes; file
-    formats do not matter.
+    """The model digest: SHA-256 over every parameter and buffer as loaded, except a private head.
+
+    It covers names, shapes, types and bytes. File formats do not matter.
     """
     digest = hashlib.sha256(b"amalgram model v1\n")
     left_out = set(private_head(model, task))
@@ -227,6 +136,129 @@ def check_base(model: PreTrainedModel, agreement: Agreement, folder: Path) -> No
     digest = digest_of(model, agreement.task)
     if digest != agreement.base_digest:
         raise ModelError(
-            f"model {folder}: its digest is {digest[:16]}..., the agreement's base is {agreement.base_digest[:16]}...; "
-            "this is another base model"
+            f"model {folder}: this is another base model; its digest is {digest[:16]}..., the agreement's is "
+            f"{agreement.base_digest[:16]}...",
+            hint="get the base model that the agreement names, in the agreed version",
         )
+
+
+def check_change(
+    fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str], folder: Path
+) -> None:
+    """Raise ModelError if the model is no nearer to the base than an unrelated model, judged by the parameters `names`.
+
+    Only models whose start we have not seen need this check. A model that was trained here, or an adapter on the base,
+    cannot have started elsewhere.
+    """
+    if is_adapter(folder):
+        return
+    with torch.no_grad():
+        changes = [_relative_change(fine_tuned[name], base[name]) for name in names]
+    change = median([change for change in changes if change is not None] or [0.0])
+    if change > MOST_MEDIAN_CHANGE:
+        raise ModelError(
+            f"model {folder}: half of its weight matrices are {change:.2f} or more of their norm away from the base's, "
+            f"the bound is {MOST_MEDIAN_CHANGE}; it was fine-tuned from another base, or its training diverged",
+            hint=ANOTHER_BASE,
+        )
+
+
+def _relative_change(parameter: Tensor, start: Tensor) -> float | None:
+    """|W_i - W_0| / |W_0|. None if the parameter is not a matrix, or if the base's is zero."""
+    return float((parameter - start).norm() / start.norm()) if parameter.ndim > 1 and start.any() else None
+
+
+# --- loading and its checks ---
+
+
+def _check_labels(folder: Path, task: Task) -> None:
+    """If the model's configuration names labels, they must be the agreement's, in the same order."""
+    labels = named_labels(folder)
+    if task.has_labels and labels not in ((), task.labels):
+        raise ModelError(
+            f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}",
+            hint="for a new head, save the model without one (AutoModel) and name that as the base",
+        )
+
+
+def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
+    """The model, checked, and the names of the parameters that its files lack."""
+    read_config(folder)
+    stored = _stored_types(folder)
+    model, missing, mismatched = _from_pretrained(folder, task, seed)
+    for name in sorted(mismatched - set(private_head(model, task))):
+        raise ModelError(
+            f"model {folder}: parameter {name} does not have the shape that config.json gives it",
+            hint="check that config.json and the weights belong together",
+        )
+    _check_types(model, stored, folder)
+    _check_finite(model, folder)
+    for module in model.modules():  # chunks change no output, but inside a chunk the shape does not reveal padding
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0
+    model.eval()
+    return model, sorted(missing)
+
+
+def _from_pretrained(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model as transformers loads it, then the parameters that are missing and those of another shape."""
+    labels = dict(enumerate(task.labels))
+    head = {"num_labels": len(labels), "id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, found = getattr(transformers, AUTO_CLASSES[task.kind]).from_pretrained(
+                folder,
+                **(head if task.has_labels else {}),
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=task.head == "private",  # an owner's head may have more labels than the base's
+            )
+        except Exception as error:  # a broken folder can make the loader raise anything
+            reason, hint = first_line(error), DOWNLOAD_AGAIN
+            if "ignore_mismatched_sizes" in reason:
+                reason, hint = "its head, or another weight, has another shape", "check that task.labels fit this model"
+            elif "custom code" in reason:
+                hint = "only models whose code is part of transformers can be merged"
+            with_labels = f" with {len(labels)} labels" if task.has_labels else ""
+            raise ModelError(
+                f"model {folder}: cannot be loaded for {task.kind}{with_labels}: {reason}", hint=hint
+            ) from None
+    return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
+
+
+def _stored_types(folder: Path) -> dict[str, str]:
+    """The stored type of every tensor in the folder's files, read from their headers."""
+    types = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                types.update({name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model {path}: cannot be read: {first_line(error)}", hint=DOWNLOAD_AGAIN) from None
+    return types
+
+
+def _check_types(model: PreTrainedModel, stored: Mapping[str, str], folder: Path) -> None:
+    """Raise ModelError if a parameter is stored as integers: quantised weights mean nothing without their scales."""
+    body = f"{model.base_model_prefix}."
+    parameters = {name.removeprefix(body) for name in parameter_shapes(model)}
+    for name, kind in stored.items():
+        if name.removeprefix(body) in parameters and kind not in FLOAT_TYPES:
+            raise ModelError(
+                f"model {folder}: {name} is stored as {kind}; weights must be floating-point numbers "
+                f"({', '.join(FLOAT_TYPES)})",
+                hint="save the model without quantisation",
+            )
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"model {folder}: parameter {name} holds a number that is not finite",
+                hint="its training diverged; train it anew, or download it again",
+            )

@@ -2,29 +2,36 @@
 
     delta  ~  B A,    B (d_out, rank), A (rank, d_in)
 
-is the truncated singular value decomposition, the closest matrix of that rank (Eckart and Young, 1936). Its left factor
-are the first eigenvectors of delta delta^T, so one symmetric matrix of the smaller side is all that is decomposed.
+is the truncated singular value decomposition, the closest matrix of that rank (Eckart and Young, 1936). The columns of
+its left factor are the first eigenvectors of delta delta^T. So only one symmetric matrix, as large as the smaller side,
+is decomposed.
 """
+
+from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-from common.models.layers import linear_layers
+from common.lazy import lazy_module
+from common.models.layers import linear_layers, stores_input_first
 from common.models.parameters import body_parameters, parameter_shapes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+else:
+    torch = lazy_module("torch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
     """What an adapter of one base model can hold, by parameter name.
 
-    `layers`: weights of linear layers, which are cut to `rank`; True for one stored as (d_in, d_out), as in Conv1D.
-    `whole`: parameters that go with the adapter as they are, since loading the base would not give them to everybody.
+    `layers`: the weights of linear layers, which are cut to `rank`. True if the weight is stored as (d_in, d_out).
+    `whole`: parameters that travel with the adapter uncut, because not everybody gets them by loading the base.
     """
 
     rank: int
@@ -33,6 +40,7 @@ class AdapterPlan:
 
     @property
     def whole_modules(self) -> tuple[str, ...]:
+        """The modules of the parameters that stay whole, each once."""
         return tuple(dict.fromkeys(_module_of(name) for name in self.whole))
 
 
@@ -46,7 +54,7 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCut:
-    """`relative_error` = |delta - B A| / |delta| in Frobenius norms; 0 of a layer that did not change."""
+    """`relative_error` = |delta - B A| / |delta| in Frobenius norms, 0 for a layer that did not change."""
 
     name: str
     relative_error: float
@@ -54,10 +62,10 @@ class LayerCut:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """A delta as an adapter of `plan` holds it, and what that lost.
+    """A delta as an adapter of `plan` holds it, and how much of it the cut lost.
 
-    `delta` has every parameter of what was cut, those that no adapter holds as zeros; `relative_error` is of all cut
-    layers together; `dropped` is the norm of what no adapter holds, relative to that of everything.
+    `delta` has every parameter; those that the adapter does not hold are zeros. `relative_error` covers all cut layers
+    together. `dropped` is the norm of what the adapter does not hold, relative to the norm of the whole delta.
     """
 
     plan: AdapterPlan
@@ -69,14 +77,18 @@ class LowRank:
 
 
 def adapter_plan(base: PreTrainedModel, made_here: Collection[str], rank: int) -> AdapterPlan:
-    """`made_here`: parameters that the base's files lack; with the head, where the model tells it, they go whole."""
+    """What an adapter of `base` at this rank can hold.
+
+    `made_here`: parameters that the base's files lack. They travel whole, and so does the head if the model separates
+    it from the body.
+    """
     body = body_parameters(base)
     names = parameter_shapes(base)
     modules = {_module_of(name) for name in names if name not in body or name in made_here} - {""}
-    # peft finds the modules to save by the end of their names, so others may come along.
+    # peft matches the modules to save by the end of their names, so other modules may match too.
     whole = tuple(name for name in names if _module_of(name).endswith(tuple(modules)))
     layers = {
-        f"{name}.weight": isinstance(module, Conv1D)
+        f"{name}.weight": stores_input_first(module)
         for name, module in linear_layers(base).items()
         if f"{name}.weight" not in whole
     }
@@ -84,7 +96,7 @@ def adapter_plan(base: PreTrainedModel, made_here: Collection[str], rank: int) -
 
 
 def cut(delta: Mapping[str, Tensor], plan: AdapterPlan) -> LowRank:
-    """The closest delta (float32) that an adapter of this plan holds."""
+    """The closest delta (float32) that an adapter of this plan can hold."""
     kept: dict[str, Tensor] = {}
     factors: dict[str, Factors] = {}
     layers: list[LayerCut] = []
@@ -116,7 +128,7 @@ def cut(delta: Mapping[str, Tensor], plan: AdapterPlan) -> LowRank:
 
 
 def factorise(delta: Tensor, rank: int) -> Factors:
-    """(d_out, d_in) -> the factors of its truncated singular value decomposition, padded with zeros up to `rank`."""
+    """(d_out, d_in) -> the factors of the truncated singular value decomposition, padded with zeros up to `rank`."""
     matrix = delta.double()
     wide = matrix.shape[0] <= matrix.shape[1]
     short = matrix if wide else matrix.T  # (d, D), d <= D
@@ -126,8 +138,8 @@ def factorise(delta: Tensor, rank: int) -> Factors:
     up, down = (directions, other) if wide else (other.T, directions.T)
     padding = rank - count
     return Factors(
-        up=nn.functional.pad(up, (0, padding)).float().contiguous(),
-        down=nn.functional.pad(down, (0, 0, 0, padding)).float().contiguous(),
+        up=torch.nn.functional.pad(up, (0, padding)).float().contiguous(),
+        down=torch.nn.functional.pad(down, (0, 0, 0, padding)).float().contiguous(),
     )
 
 

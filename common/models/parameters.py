@@ -1,27 +1,35 @@
-"""A model's parameters by name: shapes, the body, a private head."""
+"""A model's parameters by name: their shapes, the body, copies from one model to another."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from common.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+else:
+    torch = lazy_module("torch")
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every parameter by name; one that is tied to another stands once."""
+    """The shape of every parameter by name. Tied parameters appear once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def body_parameters(model: PreTrainedModel) -> tuple[str, ...]:
-    """The parameters outside the head; all of them where the model does not tell the two apart."""
+    """The parameters outside the head, or all parameters if the model does not separate head and body."""
     names = tuple(parameter_shapes(model))
     body = tuple(name for name in names if name.startswith(f"{model.base_model_prefix}."))
     return body or names
 
 
-@torch.no_grad()
 def copy_parameters(names: Iterable[str], source: Mapping[str, Tensor], target: nn.Module) -> None:
-    """Give `target` the named parameters, of those that `source` has by name."""
+    """Overwrite the named parameters of `target` with those of `source`."""
     to = dict(target.named_parameters())
-    for name in names:
-        to[name].copy_(source[name])
+    with torch.no_grad():
+        for name in names:
+            to[name].copy_(source[name])

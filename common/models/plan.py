@@ -1,30 +1,36 @@
 """The merge plan: what happens to each parameter of a model."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from torch import nn
 
 from common.errors import ModelError
 from common.models.layers import Layer, block_names, layer_biases, merge_layers, parameter_of
 from common.models.parameters import parameter_shapes
 from common.settings_file import Settings
 
+if TYPE_CHECKING:
+    from torch import nn
+
+ANOTHER_BASE = "the agreement was completed for another base model; complete the draft again: amalgram draft"
+
 
 class PlannedTensors(Settings):
-    """The merge plan by parameter name, as the agreement holds it; together the tables name each parameter once."""
+    """The merge plan by parameter name, as the agreement holds it. Together its lists name each parameter once."""
 
-    # Weights of linear layers that are merged in closed form; those in one group multiply the same input tensor.
-    # Where one parameter holds the weights of several experts, each slice stands by itself: `name[0]`, `name[1]`, ...
-    # A bias in a group is solved with its layer's weight; then every layer of the group has one.
+    # Weights of linear layers that are merged in closed form. Those in one group multiply the same input tensor.
+    # If one parameter holds the weights of several experts, each slice has its own name: `name[0]`, `name[1]`, ...
+    # A bias in a group is solved with its layer's weight. Then every layer of the group has a bias in the group.
     merged: tuple[tuple[str, ...], ...]
-    # Layers with more inputs than this are merged in blocks of their inputs, a Gram each.
+    # Layers with more inputs than this are merged in blocks of their inputs, with one Gram per block.
     largest_gram: Annotated[int, Field(ge=1)] | None = None
-    # Weights of linear layers that RegMean merges by their changes alone.
+    # Weights of linear layers that RegMean merges from their changes alone.
     data_free: tuple[str, ...] = ()
     averaged: tuple[str, ...]
     left_alone: tuple[str, ...]
@@ -32,8 +38,9 @@ class PlannedTensors(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedInput:
-    """One distinct input tensor, or a block of its features, hence one Gram matrix, and the layers it feeds. Named
-    after the first of them.
+    """One distinct input tensor, or a block of its features, and the layers it feeds. It has one Gram matrix.
+
+    `name` is that of the first layer.
     """
 
     name: str
@@ -42,31 +49,31 @@ class SharedInput:
 
     @property
     def has_constant(self) -> bool:
-        """Whether a constant 1 stands after the d_in features, whose weights are the layers' biases."""
+        """Whether a constant 1 follows the d_in features. Its weights are the layers' biases."""
         return self.layers[0].bias is not None
 
     @property
     def gram_size(self) -> int:
-        """Rows and columns of the Gram: the features, and the constant if there is one."""
+        """The Gram's number of rows and columns: the features, and the constant if there is one."""
         return self.d_in + self.has_constant
 
     @property
     def features(self) -> slice:
-        """Those of the layers' inputs that the Gram is of."""
+        """The part of the layers' inputs that the Gram covers."""
         features = self.layers[0].features
         return slice(None) if features is None else slice(*features)
 
     @property
     def is_routed(self) -> bool:
-        """Whether only the tokens that a router chose get here: their number depends on the data and may be zero."""
+        """Whether only tokens that a router chose get here. Their number depends on the data and may be zero."""
         return any(layer.expert is not None for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What happens to each parameter, with shapes: the agreement's tensor roles on the base model.
+    """What happens to each parameter of the base model, with shapes.
 
-    `data_free`: the layers that RegMean merges by their changes alone. `linear_layers`: all that a merge may change.
+    `data_free`: the layers that RegMean merges from their changes alone. `linear_layers`: all that a merge may change.
     """
 
     inputs: tuple[SharedInput, ...]
@@ -88,8 +95,9 @@ class MergePlan:
             yield from shared_input.layers
 
     def dimensions(self) -> dict[str, int]:
-        """Of each Gram by name, its rows and columns; of a block, those of all blocks of its layer, which are of the
-        same rows of data.
+        """The number of rows and columns of each Gram, by name.
+
+        The blocks of one layer count together, because their Grams cover the same token rows.
         """
         of_layer: Counter[str] = Counter()
         for shared_input in self.inputs:
@@ -98,17 +106,20 @@ class MergePlan:
 
 
 def merge_plan(model: nn.Module, tensors: PlannedTensors) -> MergePlan:
-    """The agreement's plan with this model's shapes. Raises ModelError unless it names exactly its parameters."""
+    """The agreement's plan with this model's shapes.
+
+    Raises ModelError unless the agreement names exactly the model's parameters.
+    """
     shapes = parameter_shapes(model)
     layers = merge_layers(model)
     merged = [*(name for group in tensors.merged for name in group), *tensors.data_free]
     named = [*merged, *tensors.averaged, *tensors.left_alone]
     for name in sorted(set(named) ^ _names_as_in(named, shapes, layers)):
-        missing_in = "the base model" if name in named else "the agreement's tensors"
-        raise ModelError(f"parameter {name} is missing in {missing_in}")
+        missing_from = "the base model" if name in named else "the agreement's tensors"
+        raise ModelError(f"parameter {name} is missing from {missing_from}", hint=ANOTHER_BASE)
     for name in tensors.data_free:
         if name not in layers:
-            raise ModelError(f"parameter {name} is to be merged, but it is no linear layer's weight")
+            raise _not_a_weight(name)
     return MergePlan(
         inputs=tuple(
             block
@@ -124,8 +135,12 @@ def merge_plan(model: nn.Module, tensors: PlannedTensors) -> MergePlan:
     )
 
 
+def _not_a_weight(name: str) -> ModelError:
+    return ModelError(f"parameter {name} is to be merged, but it is not a linear layer's weight", hint=ANOTHER_BASE)
+
+
 def _names_as_in(named: list[str], shapes: Mapping[str, Any], layers: Mapping[str, Layer]) -> set[str]:
-    """The model's parameters; one of which `named` has a slice, as all of its slices."""
+    """The model's parameters. A parameter is replaced by all of its slices if `named` has one of them."""
     sliced = {parameter_of(name) for name in named} - set(named)
     slices = {name for name in layers if parameter_of(name) in sliced}
     return (set(shapes) - sliced) | slices
@@ -137,22 +152,30 @@ def _shared_input(group: tuple[str, ...], layers: Mapping[str, Layer], biases: M
     own_biases = [biases.get(weight) for weight in weights]
     for name in others:
         if name not in own_biases:
-            raise ModelError(f"parameter {name} is to be merged, but it is no linear layer's weight")
+            raise _not_a_weight(name)
     if others not in ([], own_biases):
-        raise ModelError(f"parameters {', '.join(group)} cannot share an input: either all layers have a bias or none")
+        raise ModelError(
+            f"parameters {', '.join(group)} cannot share an input: either all layers have a bias or none",
+            hint=ANOTHER_BASE,
+        )
     fed = tuple(replace(layers[weight], bias=biases[weight] if others else None) for weight in weights)
     if len({layer.d_in for layer in fed}) != 1:
-        raise ModelError(f"parameters {', '.join(group)} cannot share an input: their input sizes differ")
+        raise ModelError(
+            f"parameters {', '.join(group)} cannot share an input: their input sizes differ", hint=ANOTHER_BASE
+        )
     return SharedInput(name=group[0].removesuffix(".weight"), d_in=fed[0].d_in, layers=fed)
 
 
 def _in_blocks(shared: SharedInput, largest: int | None) -> Iterator[SharedInput]:
-    """The input, or where it has more than `largest` features, blocks of them that differ by one in size at most."""
+    """The input, or blocks of its features if it has more than `largest`. Block sizes differ by at most one."""
     if largest is None or shared.d_in <= largest:
         yield shared
         return
     if shared.has_constant:
-        raise ModelError(f"{shared.name}: is merged in blocks of its inputs, so its bias cannot be merged with it")
+        raise ModelError(
+            f"{shared.name}: is merged in blocks of its inputs, so its bias cannot be merged with it",
+            hint="take the bias out of the group in tensors.merged, or complete the draft again: amalgram draft",
+        )
     count = -(-shared.d_in // largest)
     for start, stop in pairwise(number * shared.d_in // count for number in range(count + 1)):
         d_in, features, name = stop - start, (start, stop), f"[{start}:{stop}]"
