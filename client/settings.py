@@ -1,10 +1,11 @@
-"""One owner's settings file: who it is, its model, its rows. Nothing in it ever leaves the owner's machine."""
+"""One owner's settings file: its name, its model, its data. Nothing in it ever leaves the owner's machine."""
 
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from common.errors import RuleError
 from common.settings_file import Name, Positive, Settings
 
 Column = Annotated[str, Field(min_length=1)]
@@ -12,7 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Training(Settings):
-    """How to fine-tune from the base, for an owner that brings no model. The seed is the agreement's."""
+    """How to fine-tune the base, for an owner that brings no model. The seed is the agreement's."""
 
     epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     learning_rate: Positive = 1e-4
@@ -21,14 +22,18 @@ class Training(Settings):
 
 
 class Data(Settings):
-    """The owner's rows: JSON Lines, CSV or Parquet for text, .npz arrays for images, CoNLL's .txt or .conll for tagged
-    words. Paths relative to the file. Of the columns, a task reads those it needs:
+    """The owner's files: JSON Lines, CSV or Parquet for text, .npz arrays for images, CoNLL (.txt, .conll) for tags.
 
-    text-classification `text`, `text_pair` where named, `label`; image-classification `image`, `label`;
-    token-classification `tokens`, `tags`; causal-lm `text`; sequence-to-sequence `text`, `target`.
+    Paths are relative to the settings file. Each task reads the columns it needs:
 
-    `train` is measured (and trained on), `validation` decides a sweep, `test` gives the figures. Without a validation
-    file a tenth of the training rows is set aside for it.
+    text-classification   `text`, `text_pair` if it is named, `label`
+    image-classification  `image`, `label`
+    token-classification  `tokens`, `tags`
+    causal-lm             `text`
+    sequence-to-sequence  `text`, `target`
+
+    `train` is measured (and trained on), `validation` decides a sweep, `test` gives the reported metrics. Without a
+    validation file, a tenth of the training rows is set aside for it.
     """
 
     train: Path
@@ -48,9 +53,9 @@ class Data(Settings):
 
 
 class OwnerNetwork(Settings):
-    """How `amalgram client` finds the coordinator's server and knows it: by the root certificate, and by that alone.
+    """How `amalgram client` finds the coordinator's server. The root certificate alone proves the server's identity.
 
-    `node_key`: the secret that `amalgram keys new` made; left out, <name>.node.
+    `node_key`: the secret that `amalgram keys new` made. Left out, it is <name>.node.
     """
 
     address: Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]
@@ -64,25 +69,27 @@ class OwnerSettings(Settings):
     name: Name
     data: Data
     agreement: Path = Path("agreement.toml")
-    # The secret identity that `amalgram keys new` made; left out, <name>.key.
+    # The secret identity that `amalgram keys new` made. Left out, it is <name>.key.
     identity: Path | None = None
     state: Path = Path("state")
-    # The owner's copy of the base model, where it is not what the agreement names.
+    # The owner's copy of the base model, if it is elsewhere than the agreement says.
     base: str | None = None
     # A whole model, or a LoRA adapter of the base (a folder with adapter_config.json).
     fine_tuned: str | None = None
     training: Training | None = None
-    # How many of the longest rows a forward pass takes; of shorter ones as many more as take no more room.
+    # How many of the longest examples a forward pass takes. Shorter ones fill the same padded size.
     batch_size: Count = 32
-    # The labels of this owner's own head, where heads are private; left out, those that its model names.
+    # The labels of this owner's own head, if heads are private. Left out, they are those that its model names.
     labels: tuple[str, ...] = ()
-    # What `amalgram client` needs; a simulation does without.
+    # What `amalgram client` needs. A simulation does not read it.
     network: OwnerNetwork | None = None
 
     @model_validator(mode="after")
     def _one_model(self) -> "OwnerSettings":
         if self.fine_tuned is None and self.training is None:
-            raise ValueError("has no model: give fine_tuned (a model you have) or a [training] table (to make one)")
+            raise RuleError(
+                "has no model", hint="give fine_tuned (a model that you have) or a [training] table (to make one)"
+            )
         if self.fine_tuned is not None and self.training is not None:
-            raise ValueError("has both fine_tuned and a [training] table; keep one")
+            raise RuleError("has both fine_tuned and a [training] table", hint="keep one of them")
         return self

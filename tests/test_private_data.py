@@ -1,4 +1,4 @@
-"""Private rows: what is read, and in which words what cannot be used is refused. Never with the row's own words."""
+"""Private examples: what is read, and how unusable rows are refused without quoting them."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def data_of(folder: Path, reviews_folder: Path, train: str, *, task: Task = TASK
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path, reviews_folder: Path) -> None:
+def test_every_type_of_file_gives_the_same_examples(suffix: str, tmp_path: Path, reviews_folder: Path) -> None:
     path = tmp_path / f"rows.{suffix}"
     if suffix == "jsonl":
         write_jsonl(path, ROWS)
@@ -59,7 +59,7 @@ def test_columns_may_have_other_names_labels_may_be_numbers_and_texts_may_be_pai
     assert len(rows.features[0]["input_ids"]) == 7
 
 
-def test_a_csv_file_in_another_encoding_is_refused_as_such(tmp_path: Path, reviews_folder: Path) -> None:
+def test_a_csv_file_in_another_encoding_is_refused(tmp_path: Path, reviews_folder: Path) -> None:
     (tmp_path / "rows.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
     with pytest.raises(DataError, match="is not UTF-8"):
         data_of(tmp_path, reviews_folder, "rows.csv").train()
@@ -70,19 +70,19 @@ def test_csv_values_are_text_whatever_they_look_like(tmp_path: Path, reviews_fol
     assert data_of(tmp_path, reviews_folder, "rows.csv").train().targets.tolist() == [1, 0, 1]
 
 
-def test_fractions_and_blanks_around_a_numbered_label_do_no_harm(tmp_path: Path, reviews_folder: Path) -> None:
+def test_a_numbered_label_may_have_blanks_and_a_fraction_of_zero(tmp_path: Path, reviews_folder: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["room", "bed"], "label": ["1.0 ", "0"]}), tmp_path / "rows.parquet")
     assert data_of(tmp_path, reviews_folder, "rows.parquet").train().targets.tolist() == [1, 0]
 
 
-def test_numbers_are_no_labels_where_a_label_s_name_is_a_number(tmp_path: Path, reviews_folder: Path) -> None:
+def test_numbers_are_not_labels_if_a_label_s_name_is_a_number(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": 1}, {"text": "bed", "label": 0}])
     stars = Task(labels=("1", "2"))
-    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2;"):
+    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2\n"):
         data_of(tmp_path, reviews_folder, "rows.jsonl", task=stars).train()
 
 
-def test_true_false_and_null_are_no_surprises(tmp_path: Path, reviews_folder: Path) -> None:
+def test_true_false_and_null_are_read_as_json_writes_them(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": True}, {"text": "bed", "label": None}])
     data = data_of(tmp_path, reviews_folder, "rows.jsonl", task=Task(labels=("true", "None")), max_train_rows=1)
     assert data.train().targets.tolist() == [0]
@@ -95,7 +95,7 @@ def test_one_file_for_two_splits_keeps_both_limits(tmp_path: Path, reviews_folde
     assert data_of(tmp_path, reviews_folder, "rows.jsonl", max_test_rows=2).label_set().tolist() == [0, 1]
 
 
-def test_long_texts_are_cut_and_rows_limited(tmp_path: Path, reviews_folder: Path) -> None:
+def test_long_texts_are_cut_and_rows_are_limited(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * 500, "label": "positive"}] * 5)
     rows = data_of(tmp_path, reviews_folder, "rows.jsonl", max_train_rows=2).train()
     assert len(rows) == 2
@@ -126,9 +126,7 @@ def test_batches_pad_little_and_cover_every_row_once(tmp_path: Path, reviews_fol
     assert [batch["input_ids"].shape[1] for _, batch, _ in batches] == [4, 6, 7]
 
 
-def test_a_batch_of_short_rows_has_more_of_them_but_takes_no_more_room_than_one_of_the_longest(
-    tmp_path: Path, reviews_folder: Path
-) -> None:
+def test_shorter_examples_fill_the_padded_size_of_the_longest(tmp_path: Path, reviews_folder: Path) -> None:
     words = [1] * 9 + [3] * 2 + [6]  # and two special tokens each
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room " * count, "label": "positive"} for count in words])
     batches = list(data_of(tmp_path, reviews_folder, "rows.jsonl").train().batches(2))
@@ -150,10 +148,14 @@ def test_a_batch_of_short_rows_has_more_of_them_but_takes_no_more_room_than_one_
         ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": null, "label": 1}\n', "row 2: column 'text' is NoneType"),
         ("rows.jsonl", '{"text": "SECRET"', "line 1 is not one JSON object"),
         ("rows.jsonl", "", "holds no rows"),
-        ("rows.jsonl", '{"text": "a", "label": 1}\n[1]\n', "line 2 is list, a JSON object is needed"),
+        ("rows.jsonl", '{"text": "a", "label": 1}\n[1]\n', "line 2 is list, not a JSON object"),
         ("rows.csv", "", "holds no rows"),
         ("rows.csv", "text,label\n ,1\n ,1\n", "column 'text' is empty in every row"),
-        ("rows.csv", "this is SECRET,positive\nb,negative\n", "its columns are positive; is the header line missing?"),
+        (
+            "rows.csv",
+            "this is SECRET,positive\nb,negative\n",
+            "its columns are positive\nhint: check that the header line is there",
+        ),
         ("rows.csv", "text;label\na;1\n", "has no column 'text'"),
         ("rows.csv", "text,label\n", "holds no rows"),
         ("rows.csv", "text,label,label\na,1,0\n", "has two columns 'label'"),
@@ -163,11 +165,11 @@ def test_a_batch_of_short_rows_has_more_of_them_but_takes_no_more_room_than_one_
         (
             "rows.xlsx",
             "SECRET",
-            "unknown kind of file; allowed are .jsonl, .csv, .parquet, .txt, .conll and, for images, .npz",
+            "unknown file type\nhint: use .jsonl, .csv, .parquet, .txt, .conll, or .npz for images",
         ),
     ],
 )
-def test_rows_that_cannot_be_used_are_refused_without_quoting_them(
+def test_unusable_rows_are_refused_without_quoting_them(
     name: str, content: str, says: str, tmp_path: Path, reviews_folder: Path
 ) -> None:
     (tmp_path / name).write_text(content)

@@ -1,12 +1,14 @@
-"""An owner's private rows, by split. `row_files.py` opens the files, `row_readers.py` makes rows of their columns."""
+"""An owner's private examples, by split. `files.py` opens the files, `readers.py` turns their columns into `Rows`."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from client.data.readers import Reader
 from client.data.rows import Rows
@@ -14,10 +16,13 @@ from client.settings import Data
 from common.agreement import Task
 from common.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateData:
-    """An owner's files, relative to `folder`. Reading raises DataError with one line."""
+    """An owner's files; paths are relative to `folder`. Reading raises DataError."""
 
     data: Data
     task: Task
@@ -27,23 +32,23 @@ class PrivateData:
     seed: int
 
     def train(self) -> Rows:
-        """The rows that are measured, and trained on."""
+        """The examples that are measured, and trained on."""
         rows = self._read(self.data.train, self.data.max_train_rows)
         return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
 
     def validation(self) -> Rows:
-        """The rows that decide a sweep."""
+        """The examples that decide a sweep."""
         if self.data.validation is not None:
             return self._read(self.data.validation, self.data.max_validation_rows)
         rows = self._read(self.data.train, self.data.max_train_rows)
         return rows.take(self._set_aside(rows)[0])
 
     def test(self) -> Rows:
-        """The rows that give the figures."""
+        """The examples behind the reported metrics."""
         return self._read(self.data.test, self.data.max_test_rows)
 
     def label_set(self) -> NDArray[np.int64]:
-        """The labels among which this owner's rows are judged: those that occur in its files, or all."""
+        """The labels among which this owner's examples are judged: all, or those that occur in its files."""
         if self.task.label_set == "all" or not self.task.has_labels:
             return np.arange(len(self.task.labels))
         splits = (
@@ -58,11 +63,12 @@ class PrivateData:
         )
 
     def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """A tenth of the training rows for validation, and the rest."""
+        """A tenth of the training examples for validation, and the rest, as indices."""
         if len(rows) < 10:
             raise DataError(
                 f"{self.folder / self.data.train}: {len(rows)} rows; without a validation file at least 10 are needed, "
-                "of which a tenth is set aside"
+                "because a tenth is set aside",
+                hint="add rows, or name a validation file",
             )
         order = np.random.default_rng(self.seed).permutation(len(rows))
         return order[: len(rows) // 10], order[len(rows) // 10 :]

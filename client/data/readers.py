@@ -1,25 +1,28 @@
-"""From an owner's columns to rows for the model, one reader for each kind of task. An error names file and row."""
+"""From the columns of an owner's file to `Rows`: one reader for each kind of task. An error names file and row."""
 
-import json
-import re
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from client.data.files import read_arrays, read_columns
+from client.data.labels import label_numbers, tag_numbers
 from client.data.rows import IGNORED, Rows
 from client.settings import Data
-from common.agreement import Task
+from common.agreement import Task, TaskKind
 from common.errors import DataError
 from common.models.folders import image_shape
 
-MAX_ROW_CHARACTERS = 10_000_000  # beyond it a line break is missing, not a text long
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_ROW_CHARACTERS = 10_000_000  # a longer text means that a line break is missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +35,17 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase | None
 
     def read(self, path: Path, max_rows: int | None) -> Rows:
+        """The examples of a file, all or the first `max_rows`, with their targets."""
         return READERS[self.task.kind](self, path, max_rows)
 
     def labels(self, path: Path, max_rows: int | None) -> NDArray[np.int64]:
-        """The labels that occur, once each, without tokenising anything."""
+        """The labels that occur, once each. Nothing is tokenised."""
         if self.task.kind == "image-classification":
             _, labels = read_arrays(path, [self.data.image, self.data.label], max_rows)
             return np.unique(label_numbers(path, labels.tolist(), self.task))
         if self.task.kind == "token-classification":
             rows = read_columns(path, [self.data.tokens, self.data.tags], max_rows)[self.data.tags]
-            return np.unique(np.concatenate(_tag_numbers(path, self.data.tags, rows, self.task)))
+            return np.unique(np.concatenate(tag_numbers(path, self.data.tags, rows, self.task)))
         values = read_columns(path, [self.data.label], max_rows)[self.data.label]
         return np.unique(label_numbers(path, values, self.task))
 
@@ -53,22 +57,25 @@ class Reader:
         return min(int(limit) for limit in limits if limit is not None)
 
     def encode(self, path: Path, *texts: Any, **options: Any) -> BatchEncoding:
-        """Tokens of every row. Says how many rows were cut; raises DataError where the tokenizer is another model's."""
+        """The tokens of every row, cut to `max_tokens`. Raises DataError if the tokenizer is another model's."""
         assert self.tokenizer is not None
         encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens, **options)
         vocabulary = self.model.get_input_embeddings().num_embeddings
         for index, tokens in enumerate(encoded["input_ids"]):
             if not tokens or max(tokens) >= vocabulary:
                 raise DataError(
-                    f"{path}: row {index + 1} gives no token, or one beyond the model's {vocabulary}; "
-                    "is this the base model's tokenizer?"
+                    f"{path}: row {index + 1} gives no token, or one beyond the model's {vocabulary}",
+                    hint="check that the base model's folder holds its own tokenizer",
                 )
         return encoded
 
 
 def features(encoded: BatchEncoding) -> tuple[dict[str, Any], ...]:
-    """One mapping a row."""
+    """One mapping per row."""
     return tuple({name: values[row] for name, values in encoded.items()} for row in range(len(encoded["input_ids"])))
+
+
+# --- one reader for each kind of task ---
 
 
 def _read_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
@@ -100,31 +107,38 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
 
 
 def _read_tagged_words(reader: Reader, path: Path, max_rows: int | None) -> Rows:
-    """A word is judged at its first token; words beyond max_tokens are not."""
+    """A word is judged at its first token. Words beyond max_tokens are not judged."""
     data, tokenizer = reader.data, reader.tokenizer
     found = read_columns(path, [data.tokens, data.tags], max_rows)
     words = _check_words(path, data.tokens, found[data.tokens])
-    tags = _tag_numbers(path, data.tags, found[data.tags], reader.task)
+    tags = tag_numbers(path, data.tags, found[data.tags], reader.task)
     for index, (row, row_tags) in enumerate(zip(words, tags, strict=True)):
         if len(row) != len(row_tags):
             raise DataError(f"{path}: row {index + 1} has {len(row)} words and {len(row_tags)} tags")
     if tokenizer is None or not tokenizer.is_fast:
-        raise DataError(f"{path}: words can be matched with tokens by a fast tokenizer only (tokenizer.json)")
-    encoded = reader.encode(path, words, is_split_into_words=True)
-    targets = []
-    for index, row_tags in enumerate(tags):
-        owners = encoded.word_ids(index)  # of each token, the number of its word, or None
-        starts = [word is not None and word != before for before, word in zip([None, *owners], owners, strict=False)]
-        targets.append(
-            np.array(
-                [row_tags[word] if first else IGNORED for word, first in zip(owners, starts, strict=True)], np.int64
-            )
+        raise DataError(
+            f"{path}: the base model has no fast tokenizer (tokenizer.json), which alone can match words with tokens",
+            hint="save the base model with a fast tokenizer, or agree on another base",
         )
-    return Rows(features=features(encoded), targets=tuple(targets), tokenizer=tokenizer)
+    encoded = reader.encode(path, words, is_split_into_words=True)
+    targets = tuple(_targets_at_words(encoded.word_ids(index), row_tags) for index, row_tags in enumerate(tags))
+    return Rows(features=features(encoded), targets=targets, tokenizer=tokenizer)
+
+
+def _targets_at_words(word_of_token: list[int | None], tags: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(tokens,): a word's tag at the word's first token, IGNORED elsewhere. Special tokens belong to no word."""
+    before = [None, *word_of_token]
+    return np.array(
+        [
+            tags[word] if word is not None and word != last else IGNORED
+            for last, word in zip(before, word_of_token, strict=False)
+        ],
+        np.int64,
+    )
 
 
 def _read_plain_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
-    """At each token the next one is to be predicted."""
+    """The target at each token is the next token."""
     texts = _check_texts(path, reader.data.text, read_columns(path, [reader.data.text], max_rows)[reader.data.text])
     encoded = reader.encode(path, texts)
     targets = tuple(np.array([*tokens[1:], IGNORED], np.int64) for tokens in encoded["input_ids"])
@@ -139,7 +153,10 @@ def _read_text_targets(reader: Reader, path: Path, max_rows: int | None) -> Rows
     wanted = reader.encode(path, text_target=_check_texts(path, data.target, found[data.target]))["input_ids"]
     start = reader.model.config.decoder_start_token_id
     if start is None:
-        raise DataError(f"{path}: the base model's config.json has no decoder_start_token_id")
+        raise DataError(
+            f"{path}: the base model's config.json has no decoder_start_token_id",
+            hint="agree on a base model that names it",
+        )
     rows = tuple(
         row | {"decoder_input_ids": [start, *tokens[:-1]]}
         for row, tokens in zip(features(encoded), wanted, strict=True)
@@ -148,7 +165,7 @@ def _read_text_targets(reader: Reader, path: Path, max_rows: int | None) -> Rows
     return Rows(features=rows, targets=targets, tokenizer=reader.tokenizer)
 
 
-READERS: dict[str, Callable[[Reader, Path, int | None], Rows]] = {
+READERS: dict[TaskKind, Callable[[Reader, Path, int | None], Rows]] = {
     "text-classification": _read_texts,
     "image-classification": _read_images,
     "token-classification": _read_tagged_words,
@@ -156,24 +173,18 @@ READERS: dict[str, Callable[[Reader, Path, int | None], Rows]] = {
     "sequence-to-sequence": _read_text_targets,
 }
 
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None where they are relative."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from after its padding
-    return positions if positions > 0 else None
+# --- checks ---
 
 
 def _check_texts(path: Path, column: str, values: list[Any]) -> list[str]:
     for index, value in enumerate(values):
         if not isinstance(value, str):
-            raise DataError(f"{path}: row {index + 1}: column {column!r} is {type(value).__name__}, text is needed")
+            raise DataError(f"{path}: row {index + 1}: column {column!r} is {type(value).__name__}, not text")
         if len(value) > MAX_ROW_CHARACTERS:
             raise DataError(
-                f"{path}: row {index + 1}: column {column!r} has {len(value)} characters, {MAX_ROW_CHARACTERS} are "
-                "allowed; is a line break missing?"
+                f"{path}: row {index + 1}: column {column!r} has {len(value)} characters, at most {MAX_ROW_CHARACTERS} "
+                "are allowed",
+                hint="check for a missing line break",
             )
     if not any(value.strip() for value in values):
         raise DataError(f"{path}: column {column!r} is empty in every row")
@@ -187,32 +198,10 @@ def _check_words(path: Path, column: str, values: list[Any]) -> list[list[str]]:
     return values
 
 
-def _tag_numbers(path: Path, column: str, rows: Sequence[Any], task: Task) -> list[NDArray[np.int64]]:
-    tags = []
-    for index, row in enumerate(rows):
-        if not isinstance(row, list):
-            raise DataError(f"{path}: row {index + 1}: column {column!r} is {type(row).__name__}, a list is needed")
-        tags.append(label_numbers(path, row, task, at_row=index + 1))
-    return tags
-
-
-def label_numbers(path: Path, values: Sequence[Any], task: Task, at_row: int | None = None) -> NDArray[np.int64]:
-    """A label is one of the agreement's label names; or its number, unless a name is itself a number."""
-    numbers = {label: index for index, label in enumerate(task.labels)}
-    by_number = not any(label.isdecimal() for label in numbers)
-    if by_number:
-        numbers |= {str(index): index for index in range(len(numbers))}
-    labels = np.empty(len(values), dtype=np.int64)
-    for index, value in enumerate(values):
-        name = json.dumps(value) if isinstance(value, bool) else str(value).strip()
-        if by_number:
-            name = re.sub(r"^(\d+)\.0+$", r"\1", name)  # what pandas makes of whole numbers beside an empty cell
-        number = None if value is None else numbers.get(name)
-        if number is None:
-            or_number = f", nor a number from 0 to {len(task.labels) - 1}" if by_number else ""
-            raise DataError(
-                f"{path}: row {at_row or index + 1}: its label is none of {', '.join(task.labels)}{or_number}; "
-                "task.labels of the agreement names others"
-            )
-        labels[index] = number
-    return labels
+def _positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has positions for; None if its positions are relative."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from after its padding
+    return positions if positions > 0 else None

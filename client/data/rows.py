@@ -1,18 +1,22 @@
-"""Rows ready for a model: tokenised text or images, with what is to be predicted, in batches.
+"""Examples ready for a model: tokenised texts or images with their targets, in batches. An example is a row of a file.
 
-A *target* stands for each prediction that a model makes on a row: one for a classified text or image, one a word for
-token classification, one a token for language modelling. Positions that are not judged hold IGNORED.
+A *target* belongs to each prediction that a model makes on an example. A classified text or image has one, token
+classification one per word, language modelling one per token. Positions that are not judged hold IGNORED.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
 IGNORED = -100  # what torch's cross entropy ignores
@@ -23,9 +27,9 @@ Targets = NDArray[np.int64] | tuple[NDArray[np.int64], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Inputs and targets of one split. Text is tokenised but not padded; images are (n, channels, h, w) float32.
+    """The examples of one split. Texts are tokenised but not padded; images are (n, channels, height, width) float32.
 
-    `targets` is (n,), or per row one target for each position of the model's output.
+    `targets` is (n,), or for each example one array with a target for every position of the model's output.
     """
 
     features: Features
@@ -35,15 +39,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, indices: NDArray[np.int64]) -> "Rows":
-        """The rows at `indices`, in that order."""
+    def take(self, indices: NDArray[np.int64]) -> Rows:
+        """The examples at `indices`, in that order."""
         return Rows(
             features=_take(self.features, indices), targets=_take(self.targets, indices), tokenizer=self.tokenizer
         )
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor]:
-        """The model's inputs for these rows, padded to the longest, and the targets for its logits:
-        (rows,) or (rows, positions), IGNORED where nothing is judged.
+        """The model's inputs for these examples, padded to the longest, and the targets for its logits.
+
+        Targets are (examples,) or (examples, positions), with IGNORED where nothing is judged.
         """
         rows = self.take(indices)
         if isinstance(rows.features, np.ndarray):
@@ -57,19 +62,19 @@ class Rows:
             return inputs, _single(rows.targets)
         mask = inputs["decoder_attention_mask" if "decoder_attention_mask" in inputs else "attention_mask"].bool()
         targets = torch.full(mask.shape, IGNORED)
-        targets[mask] = torch.from_numpy(np.concatenate(rows.targets))  # on whichever side the padding is
+        targets[mask] = torch.from_numpy(np.concatenate(rows.targets))  # padding may be on either side
         return inputs, targets
 
     def batches(self, batch_size: int) -> Iterator[tuple[NDArray[np.int64], Batch, Tensor]]:
-        """All rows as (indices, inputs, targets), batch by batch."""
+        """Every example, as (indices, inputs, targets) batch by batch."""
         for indices in self.batch_indices(batch_size):
             yield indices, *self.batch(indices)
 
     def batch_indices(self, batch_size: int) -> Iterator[NDArray[np.int64]]:
-        """Which rows each batch has: rows of like length together, so that little is padded.
+        """The examples of each batch. Examples of similar length go together, so that little is padded.
 
-        A batch has `batch_size` of the longest rows, or as many shorter ones as take no more room: a forward pass, and
-        more so what is measured in it, has a cost a batch.
+        A batch holds `batch_size` of the longest examples. Shorter ones fill the same padded size, because every
+        forward pass has a fixed cost, and so does every measurement in it.
         """
         if isinstance(self.features, np.ndarray):
             lengths = np.ones(len(self), np.int64)
@@ -79,7 +84,7 @@ class Rows:
         room = batch_size * int(lengths.max(initial=0))  # positions
         start = 0
         while start < len(order):
-            # Rows ascend in length: the last of a batch is what all of it is padded to.
+            # Examples ascend in length, so a batch is padded to its last one.
             most = order[start : start + room // int(lengths[order[start]])]
             padded = lengths[most] * np.arange(1, len(most) + 1)
             end = start + int(np.searchsorted(padded, room, side="right"))
@@ -88,7 +93,7 @@ class Rows:
 
 
 def pool(parts: list[Rows]) -> Rows:
-    """All rows of several owners; only a simulation has them in one place."""
+    """The examples of several owners together. Only a simulation has them in one place."""
     first = parts[0]
     if isinstance(first.features, np.ndarray):
         features: Features = np.concatenate([rows.features for rows in parts])
@@ -113,8 +118,9 @@ def _single(targets: Targets) -> Tensor:
 def _decoder_inputs(
     features: tuple[Mapping[str, Any], ...], tokenizer: PreTrainedTokenizerBase, other_than: int
 ) -> Batch:
-    """What the decoder reads. Padded to another length than the encoder's input, so that by its shape every hidden
-    state tells which of the two it belongs to, and which mask says what of it is padding.
+    """What the decoder reads, padded to another length than the encoder's input.
+
+    So the shape of a hidden state shows which of the two it belongs to, and which mask marks its padding.
     """
     tokens = [torch.tensor(row["decoder_input_ids"]) for row in features]
     length = max(map(len, tokens))
