@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from client.data.private_data import PrivateData
 from client.data.rows import Rows
 from client.measurement import fine_tuning as finetune
+from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_classifier
 from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
-from client.measurement.merged_prefix import load_merged_so_far, measure_inputs, modules_from
 from client.settings import OwnerSettings
 from client.state import OwnerState, merged_step_array
 from common import merge_methods

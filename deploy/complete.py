@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.data.readers import features
-from client.data.rows import Rows
+from client.data.rows import Batch, Rows
 from client.measurement.blocks import check_blocks
 from client.measurement.fisher import measure_fisher
-from client.measurement.gram import Batch, BatchTokens, LayerInput, find_shared_inputs, layer_inputs
+from client.measurement.gram import BatchTokens, LayerInput, find_shared_inputs, layer_inputs
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task
 from common.errors import ModelError, SettingsError
 from common.merge_methods import METHODS, contribution_layout, measurements

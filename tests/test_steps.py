@@ -26,11 +26,11 @@ from transformers import (
 
 from client.data.rows import Rows
 from client.measurement import blocks as block_stream
+from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.blocks import BlockStream, check_blocks
 from client.measurement.classifier_inputs import measure_classifier
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import GramCollector, find_shared_inputs, layer_inputs
-from client.measurement.merged_prefix import load_merged_so_far, measure_inputs, modules_from
 from common.agreement import Agreement, AgreementDraft, OwnerEntry
 from common.errors import DataError, ModelError
 from common.identity import Identity

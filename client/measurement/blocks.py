@@ -1,8 +1,9 @@
-"""A model run block by block over an owner's rows, with what enters the block reached last kept on disk.
+"""A model run block by block over an owner's examples. What enters the next block is kept on disk.
 
-Between two steps of a method only the blocks in between are run again, not the whole prefix. The model's own forward
-pass does it all: blocks that lie behind are passed over, the first one that is run is fed what was kept, and the pass
-is broken off where it has gone far enough. So masks, positions and whatever else a model hands its blocks are its own.
+So between two steps of a method, only the blocks in between are run, not the model from its beginning. The model's own
+forward pass does the work. Earlier blocks are skipped, the first block that runs is fed what was kept, and the pass
+stops as soon as it has gone far enough. So masks, positions and everything else that a model passes to its blocks are
+its own.
 """
 
 import shutil
@@ -22,31 +23,34 @@ from client.measurement.gram import FarEnough
 from common import private_file
 from common.errors import DataError, ModelError
 
+USE_REGMEAN = 'use method = "regmean", which runs any model'
+
 
 @dataclass(frozen=True)
 class BlockStream:
-    """One model's activations on one set of batches, in a subfolder of `folder` named after the block last reached."""
+    """One model's activations on one set of batches. They are in a subfolder of `folder` named after their block."""
 
     folder: Path
     blocks: tuple[str, ...]
 
     @property
     def reached(self) -> int | None:
-        """The block whose inputs are kept."""
+        """The block whose inputs are kept, or None."""
         return next((int(path.name) for path in sorted(self.folder.glob("[0-9]*")) if path.name.isdecimal()), None)
 
     @contextmanager
     def advancing(
         self, model: PreTrainedModel, batches: Sequence[Batch], block: int | None, *, keep: int | None
     ) -> Iterator[Callable[[int], None]]:
-        """While open, a call with a batch's number runs it through `block` (to the end, where that is None). Closed
-        without an error, what entered block `keep` is kept, unless that is None: `block`, for a model that changes
-        between two steps, or the one after it, where the same model goes on. Raises DataError where the disk has no
-        room.
+        """Yield a function that runs the batch of a given number through `block`, or to the end if that is None.
+
+        On leaving without an error, the inputs of block `keep` stay on disk, unless it is None. For a model that
+        changes between two steps, `keep` is `block`; for a model that does not, it is the block after. Raises DataError
+        if the disk has no room.
         """
         start = self.reached
         if start is not None and block is not None and start > block:
-            start = None  # an earlier block than the one kept: from the beginning
+            start = None  # the block is before the kept one, so run from the beginning
         partial = self.folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         private_file.make_private_folder(self.folder)
@@ -79,16 +83,16 @@ class BlockStream:
         if free < needed_bytes:
             raise DataError(
                 f"{self.folder}: {free / 1e6:.0f} MB are free, the activations between two steps need "
-                f"{needed_bytes / 1e6:.0f} MB; nothing has left. Make room, move the state folder with its ledger, "
-                "or agree on fewer rows (regmean.measured_examples)"
+                f"{needed_bytes / 1e6:.0f} MB; nothing has left",
+                hint="make room, move the state folder with its ledger, or agree on fewer regmean.measured_examples",
             )
 
 
 def check_blocks(model: PreTrainedModel, blocks: tuple[str, ...], batch: Batch) -> None:
-    """Raise ModelError unless the model is one chain of blocks, each of which runs once a pass."""
+    """Raise ModelError unless the model is one chain of blocks, each of which runs once per pass."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False) or len(blocks) < 2:
-        raise ModelError(f"{name}: methods that go block by block need one chain of transformer blocks; use regmean")
+        raise ModelError(f"{name}: is not one chain of transformer blocks, which the method needs", hint=USE_REGMEAN)
     calls: list[str] = []
     modules = dict(model.named_modules())
     with ExitStack() as hooks, torch.inference_mode():
@@ -97,19 +101,21 @@ def check_blocks(model: PreTrainedModel, blocks: tuple[str, ...], batch: Batch) 
             hooks.callback(handle.remove)
         model(**batch)
     if calls != list(blocks):
-        raise ModelError(f"{name}: its blocks do not run once each, in order; methods that go block by block need that")
+        raise ModelError(
+            f"{name}: its blocks do not run once each and in order, which the method needs", hint=USE_REGMEAN
+        )
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The blocks of a model, and how many values each returns beside the hidden states; None for a bare tensor."""
+    """The blocks of a model. `extra`: how many values each returns beside the hidden states, None for a bare tensor."""
 
     names: tuple[str, ...]
     extra: int | None
 
     @classmethod
     def of(cls, model: PreTrainedModel, names: tuple[str, ...], batch: Batch) -> "BlockShape":
-        """Seen by running one example through the first block."""
+        """Found by running one example through the first block."""
         returned: list[Any] = []
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
@@ -134,8 +140,9 @@ def run_blocks(
     through: int | None,
     keep: int | None,
 ) -> Tensor | None:
-    """One pass through block `through`, or to the end, from `start` where its input `kept` is given. Returns what
-    entered block `keep`, (examples, tokens, d), if there is one to be kept.
+    """One pass from the beginning, or from block `start` on its input `kept`, through block `through` or to the end.
+
+    Returns what entered block `keep`, (examples, tokens, d), or None if nothing is to be kept.
     """
     modules = [model.get_submodule(name) for name in shape.names]
     entered: list[Tensor] = []
@@ -146,7 +153,7 @@ def run_blocks(
 
         if start is not None:
             for module in modules[:start]:
-                hooks.enter_context(_passed_over(module, shape))
+                hooks.enter_context(_skipped(module, shape))
             at(start, lambda _, args, kwargs: _with_hidden(args, kwargs, torch.from_numpy(kept)))
         if keep is not None:
             at(keep, lambda _, args, kwargs: entered.append(hidden_states(args, kwargs).detach().clone()))
@@ -162,8 +169,8 @@ def run_blocks(
 
 
 @contextmanager
-def _passed_over(block: nn.Module, shape: BlockShape) -> Iterator[None]:
-    """While open, the block gives back what it is given."""
+def _skipped(block: nn.Module, shape: BlockShape) -> Iterator[None]:
+    """While open, the block returns its input."""
     forward = block.forward
 
     def give_back(*args: Any, **kwargs: Any) -> Any:
@@ -178,7 +185,7 @@ def _passed_over(block: nn.Module, shape: BlockShape) -> Iterator[None]:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a block is given."""
+    """The hidden states among a block's arguments."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
@@ -196,12 +203,12 @@ def first_example(batch: Batch) -> Batch:
 
 
 def _times_the_first(batches: Sequence[Batch]) -> float:
-    """How many times as large as the first batch all of them are."""
+    """The size of all batches together, in units of the first."""
     return sum(map(_tokens, batches)) / _tokens(batches[0])
 
 
 def _tokens(batch: Batch) -> int:
-    """Positions of a batch, padding among them; for images, images."""
+    """The number of positions in a batch, including padding; for images, the number of images."""
     return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
 
 

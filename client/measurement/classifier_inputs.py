@@ -16,8 +16,9 @@ from common.models.layers import Layer
 def measure_classifier(
     base: Mapping[str, Tensor], own: DiskModel, merged: DiskModel, layer: Layer, rows: Rows, batch_size: int
 ) -> ClassifierTerms:
-    """The classifier's inputs on the merged model, the labels, and the own model's scores, prediction by prediction.
-    One model after the other, so that one is in memory.
+    """The inputs of the classifier `layer` on the merged model, the labels, and the own model's scores.
+
+    All three have one row per prediction. The models run one after the other, so only one is in memory.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""A model whose weights lie on the disk, so that an owner that needs several models holds none of them whole."""
+"""A model whose weights are on the disk, so an owner that needs several models holds none of them whole in memory."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from common.errors import DataError
 from common.mapped import release
 
-ALIGNMENT_BYTES = 64  # of a parameter, as a vector unit likes it
+ALIGNMENT_BYTES = 64  # where a parameter starts, for the processor's vector units
 
 
 class DiskModel(Mapping[str, Tensor]):
-    """`model`, whose parameters are moved to a file without a name in `folder`; it goes with this object.
+    """`model`, with its parameters moved to a nameless file in `folder`, which disappears with this object.
 
-    The model runs as before: what it touches comes into memory, and goes with `release`. As a mapping, this is a copy
-    of each parameter by name, read when it is asked for. Raises DataError where the disk has no room.
+    The model runs as before. The parameters that it uses are read into memory, and `release` frees them. As a mapping,
+    this gives a copy of each parameter by name, read when it is asked for. Raises DataError if the disk has no room.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
@@ -42,10 +42,13 @@ class DiskModel(Mapping[str, Tensor]):
                     file.write(bytes(-len(content) % ALIGNMENT_BYTES))
                 return np.memmap(file, np.uint8, "r+")
         except OSError as error:
-            raise DataError(f"{folder}: a model's weights cannot be written here ({error.strerror})") from None
+            raise DataError(
+                f"{folder}: a model's weights cannot be written here ({error.strerror})",
+                hint="make room on this disk, or move the state folder with its ledger",
+            ) from None
 
     def release(self) -> None:
-        """Give back the memory of whatever was touched."""
+        """Free the memory of the parameters that were used."""
         release(self._bytes)
 
     def __getitem__(self, name: str) -> Tensor:

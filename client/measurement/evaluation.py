@@ -1,9 +1,8 @@
-"""How well a model does on an owner's held-out rows."""
+"""How well a model does on an owner's held-out examples."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
 from transformers import PreTrainedModel
 
 from client.data.rows import IGNORED, Rows
@@ -14,7 +13,7 @@ Entity = tuple[int, int, int, str]  # row, first word, word after the last, type
 
 
 def evaluate(model: PreTrainedModel, rows: Rows, batch_size: int, task: Task, allowed: NDArray[np.int64]) -> Score:
-    """One model on one split, as the task judges it."""
+    """The score of one model on one split, by the task's metric."""
     if not task.has_labels:
         return _score_next_tokens(model, rows, batch_size)
     return score_logits(predict_logits(model, rows, batch_size), rows, task, allowed)
@@ -22,7 +21,7 @@ def evaluate(model: PreTrainedModel, rows: Rows, batch_size: int, task: Task, al
 
 @torch.inference_mode()
 def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int) -> NDArray[np.float32]:
-    """(predictions, labels) float32, in the order of the rows, and within a row of what is judged of it."""
+    """(predictions, labels) float32, in the order of the examples and of the judged positions within each."""
     model.eval()
     found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
     for indices, batch, targets in rows.batches(batch_size):
@@ -32,7 +31,7 @@ def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int) -> NDArr
 
 
 def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: NDArray[np.int64]) -> Score:
-    """Judge predictions among the `allowed` labels. Macro F1 is the mean over the labels that occur in the rows."""
+    """Judge predictions among the `allowed` labels. Macro F1 is the mean over the labels that occur in the examples."""
     predicted = allowed[logits[:, allowed].argmax(axis=1)]
     targets = np.concatenate([np.atleast_1d(target) for target in rows.targets])
     targets = targets[targets != IGNORED]
@@ -40,13 +39,13 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
         words = [int((target != IGNORED).sum()) for target in rows.targets]
         metric = _entity_f1(_entities(targets, words, task.labels), _entities(predicted, words, task.labels))
     else:
-        metric = float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
+        metric = _macro_f1(targets, predicted)
     return Score(correct=int((predicted == targets).sum()), rows=len(targets), metric=metric)
 
 
 @torch.inference_mode()
 def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> Score:
-    """A batch at a time: the logits of all rows over a whole vocabulary would fit in no memory."""
+    """Judge one batch at a time, because the logits of all examples over a whole vocabulary would fill any memory."""
     model.eval()
     correct, count, nats = 0, 0, 0.0
     for _, batch, targets in rows.batches(batch_size):
@@ -58,13 +57,19 @@ def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> S
     return Score(correct=correct, rows=max(count, 1), metric=max(-nats / max(count, 1), -MAX_NATS))
 
 
+def _macro_f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    from sklearn.metrics import f1_score  # takes a second to import
+
+    return float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
+
+
 def _entity_f1(wanted: set[Entity], found: set[Entity]) -> float:
     """F1 over whole entities (Tjong Kim Sang and De Meulder, CoNLL 2003): the same words and the same type."""
     return 2 * len(wanted & found) / (len(wanted) + len(found)) if wanted or found else 1.0
 
 
 def _entities(tags: NDArray[np.int64], words: list[int], labels: tuple[str, ...]) -> set[Entity]:
-    """Runs of B-X, I-X... A type that changes, or an I-X after O, begins an entity, as CoNLL's own script counts."""
+    """Runs of B-X, I-X, ... As in CoNLL's own script, a new type begins an entity, and so does an I-X after O."""
     entities: set[Entity] = set()
     position = 0
     for row, count in enumerate(words):

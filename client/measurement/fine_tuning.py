@@ -13,11 +13,11 @@ from common.errors import NumericalError
 
 
 def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int, description: str) -> None:
-    """AdamW at a constant rate, in place. The same seed gives the same weights on the same machine."""
+    """Train `model` in place with AdamW at a constant rate. A seed gives the same weights each time on one machine."""
     random = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     batches_per_epoch = -(-len(rows) // training.batch_size)
-    # The one on which a command shows its own progress, too; elsewhere rich's own would write to standard output.
+    # Commands show their progress on this console too. Rich's default console would write to standard output.
     console = get_console() if get_console().stderr else Console(stderr=True)
     progress = track(
         range(training.epochs * batches_per_epoch),
@@ -38,7 +38,7 @@ def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int,
             judged = targets != IGNORED
             loss = torch.nn.functional.cross_entropy(model(**batch).logits[judged], targets[judged])
             if not torch.isfinite(loss):
-                raise NumericalError(f"fine-tuning: the loss became {loss.item()}; lower learning_rate")
+                raise NumericalError(f"fine-tuning: the loss became {loss.item()}", hint="lower training.learning_rate")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

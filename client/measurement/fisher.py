@@ -2,9 +2,9 @@
 
     F = sum over examples of (d log p(y | x) / d W)^2,    y drawn from the model's own p(y | x)
 
-Where a model makes several predictions on an example (a tag for each word, the next token for each), log p(y | x) is
-the sum over them. The square stands inside the sum: gradients of a whole batch, squared, would be another quantity.
-Labels are not used.
+If a model makes several predictions on an example (a tag for each word, the next token at each token), log p(y | x) is
+the sum over them. The square is inside the sum over examples: squared gradients of a whole batch would be another
+quantity. Labels are not used.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from client.data.rows import IGNORED, Rows
 
 
 def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int) -> dict[str, Tensor]:
-    """F by parameter name, float32, summed over `rows`, one example at a time."""
+    """F by parameter name, float32, summed over the examples of `rows`."""
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(seed)

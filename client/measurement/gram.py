@@ -1,9 +1,10 @@
-"""Gram matrices of the inputs of linear layers, measured in forward passes. The only hooks on layers of the project.
+"""Gram matrices of the inputs of linear layers, measured in forward passes. Nothing else in the project hooks layers.
 
-G = sum over rows of x x^T, where a row is one token of one example; padding is no row. Where biases are solved too, x
-ends with a constant 1: the last row and column are the sum of the rows, and their number. Layers that are fed the same
-tensor share one Gram, and which those are is seen at run time by the tensor's identity, never guessed from names. A
-layer that is called several times in a forward pass (ALBERT) has the rows of all its calls.
+G = sum over token rows of x x^T. A token row x is a layer's input at one token of one example; padding does not count.
+If biases are solved too, x ends with a constant 1, so the last row and column of G hold the sum of the token rows and
+their number. Layers that are fed the same tensor share one Gram. Which layers those are is seen at run time by the
+tensor's identity, never guessed from names. A layer that is called several times in a forward pass (ALBERT) has the
+token rows of all its calls.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,23 +17,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from client.data.rows import Batch
 from client.measurement.symmetric_product import add_upper, mirror_upper
 from common.errors import ModelError
 from common.merge_methods.terms import Gram
 from common.models.layers import expert_parameters, fused_experts, linear_layers, merge_layers, parameter_of
 from common.models.plan import MergePlan, SharedInput
 
-Batch = dict[str, Tensor]
-
 
 class FarEnough(Exception):  # noqa: N818 - not an error: the way out of a forward pass
-    """What was wanted of this forward pass is there."""
+    """Ends a forward pass that has given everything it is needed for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerInput:
-    """What one call of a linear layer was fed: (..., d_in). `routed`, of an expert: which tokens these are, (tokens,)
-    bool over the tokens of the whole batch, padding among them."""
+    """What one call of a linear layer was fed: `rows` (..., d_in).
+
+    `routed`, for an expert: which tokens these are, (tokens,) bool over all tokens of the batch, including padding.
+    """
 
     rows: Tensor
     routed: Tensor | None = None
@@ -43,7 +45,7 @@ Observe = Callable[[str, LayerInput], None]
 
 @contextmanager
 def layer_inputs(model: nn.Module, observe: Observe, weights: Collection[str]) -> Iterator[None]:
-    """While open, call `observe(weight, input)` at each forward of each layer, by the name of its weight."""
+    """While open, call `observe(weight, input)` whenever one of the layers runs. `weight` names the layer's weight."""
     handles = [
         module.register_forward_pre_hook(
             lambda _, args, weight=f"{name}.weight": observe(weight, LayerInput(rows=args[0]))
@@ -67,9 +69,9 @@ def layer_inputs(model: nn.Module, observe: Observe, weights: Collection[str]) -
 
 
 def _observe_experts(name: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, observe: Observe) -> None:
-    """What each expert's two layers are fed. Computed here, since a fused forward pass shows none of it.
+    """What each expert's two layers are fed. It is computed here, because a fused forward pass does not show it.
 
-    `hidden` (tokens, d), `chosen` (tokens, k): the k experts of each token. All experts are observed, also idle ones.
+    `hidden` (tokens, d), `chosen` (tokens, k): the k experts of each token. Idle experts are observed too.
     """
     first, second = expert_parameters(experts)
     hidden, chosen = hidden.reshape(-1, hidden.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
@@ -85,11 +87,11 @@ def _observe_experts(name: str, experts: nn.Module, hidden: Tensor, chosen: Tens
 
 
 def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str, ...], ...]:
-    """Groups of layers, by weight name, that were fed the very same tensors; in order of first use.
+    """Groups of layers, by weight name, that were fed the very same tensors, in order of first use.
 
     A layer that the batch never reaches is in no group.
     """
-    seen: dict[str, list[Tensor]] = {}  # holds the tensors, so that no identity is given twice
+    seen: dict[str, list[Tensor]] = {}  # keeps the tensors alive, so that no identity is used twice
 
     def observe(weight: str, fed: LayerInput) -> None:
         seen.setdefault(weight, []).append(fed.rows)
@@ -104,11 +106,11 @@ def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str,
 
 @torch.inference_mode()
 def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Batch]) -> dict[str, Gram]:
-    """The Gram and row count of every distinct input of the plan, summed over `batches`.
+    """The Gram and the number of token rows of every distinct input of the plan, summed over `batches`.
 
-    Each batch's product is float32, the sums are float64. No head over a whole vocabulary is computed in vain. Raises
-    ModelError if layers that the plan says share an input are fed different tensors, or if a batch's padding cannot be
-    told from its shapes (`BatchTokens`).
+    Each batch's product is float32, the sums are float64. A head over a whole vocabulary is not computed unless it is
+    measured. Raises ModelError if layers that share an input in the plan are fed different tensors, or if the shapes of
+    a batch do not reveal its padding (`BatchTokens`).
     """
     with collecting(model, plan) as collector:
         for batch in batches:
@@ -120,8 +122,9 @@ def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Bat
 
 @contextmanager
 def collecting(model: nn.Module, plan: MergePlan) -> Iterator["GramCollector"]:
-    """While open, forward passes add to the Grams of the plan's inputs. They end, by FarEnough, before a head that
-    nothing is measured in.
+    """While open, forward passes add to the Grams of the plan's inputs.
+
+    A pass ends with FarEnough before a language model's head, unless the head is measured.
     """
     collector = GramCollector(plan)
     weights = {layer.whole for layer in plan.layers()}
@@ -131,10 +134,10 @@ def collecting(model: nn.Module, plan: MergePlan) -> Iterator["GramCollector"]:
 
 @contextmanager
 def _ending_before_head(model: nn.Module, collector: "GramCollector", weights: Collection[str]) -> Iterator[None]:
-    """While open, a forward pass ends where a language model's head is called, unless that is measured itself.
+    """While open, a forward pass ends when it calls a language model's head, unless the head itself is measured.
 
-    No earlier: a layer that is fed again and again (ALBERT), or in pieces where a batch is long, does not say which
-    call is its last.
+    It cannot end earlier. Some layers are called repeatedly (ALBERT), or in pieces if a batch is long, and nothing
+    shows which call is the last.
     """
 
     def leave(*_: object) -> None:
@@ -154,10 +157,10 @@ def _ending_before_head(model: nn.Module, collector: "GramCollector", weights: C
 
 
 class BatchTokens:
-    """Which rows of a layer's input are tokens of the batch's examples, told by shape alone.
+    """Tells by shape alone which rows of a layer's input are tokens of the batch's examples, and which are padding.
 
-    Invariant: a sequence-to-sequence batch is padded so that encoder and decoder differ in length; with equal lengths
-    it could not be told whose mask a layer's rows need. The constructor raises ModelError.
+    Invariant: in a sequence-to-sequence batch, encoder and decoder are padded to different lengths. With equal lengths,
+    nothing would show whose mask a layer's rows need, and the constructor raises ModelError.
     """
 
     def __init__(self, batch: Mapping[str, Tensor]) -> None:
@@ -167,11 +170,12 @@ class BatchTokens:
         if len({mask.shape for mask in self._masks}) < len(self._masks):
             raise ModelError(
                 f"a batch has inputs and targets of one padded length, {self._masks[0].shape[1]}, so that their "
-                "padding cannot be told apart; pad the targets by one more"
+                "padding cannot be told apart",
+                hint="pad the targets by one more token",
             )
 
     def rows(self, fed: LayerInput) -> Tensor:
-        """(rows, d_in), padding left out."""
+        """(rows, d_in), without padding."""
         rows = fed.rows.reshape(-1, fed.rows.shape[-1])
         shape = fed.rows.shape[:-1] if fed.routed is None else fed.routed.shape
         for mask in self._masks:
@@ -181,13 +185,13 @@ class BatchTokens:
         return rows
 
     def times(self, fed: LayerInput) -> int:
-        """How often rows count that stand once for all examples (DeBERTa's relative embeddings): once per example."""
+        """How often the rows count: once per example if all examples share them (DeBERTa's relative embeddings)."""
         alone = fed.routed is None and fed.rows.ndim == 3 and len(fed.rows) == 1
         return self.examples if alone else 1
 
 
 def with_constant(rows: Tensor) -> Tensor:
-    """(rows, d) -> (rows, d + 1): a constant 1 after the features, whose weight is a bias."""
+    """(rows, d) -> (rows, d + 1): a constant 1 after the features. Its weight is a bias."""
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
@@ -199,7 +203,7 @@ class GramCollector:
             shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64) for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
-        self._fed_by: dict[str, list[SharedInput]] = {}  # a whole layer's blocks
+        self._fed_by: dict[str, list[SharedInput]] = {}  # the blocks of a whole layer
         for shared in plan.inputs:
             for layer in shared.layers:
                 self._fed_by.setdefault(layer.whole, []).append(shared)
@@ -208,6 +212,7 @@ class GramCollector:
         self._led: dict[str, list[ReferenceType[Any]]] = {}
 
     def grams(self) -> dict[str, Gram]:
+        """The finished sums, by the name of their shared input."""
         for matrix in self.matrices.values():
             mirror_upper(matrix)
         return {name: Gram(matrix=matrix, rows=self.rows[name]) for name, matrix in self.matrices.items()}
@@ -219,7 +224,7 @@ class GramCollector:
 
     @property
     def has_fed_all(self) -> bool:
-        """Whether every layer has been fed something of this batch."""
+        """Whether this batch has reached every layer."""
         return all(self._calls.values())
 
     def observe(self, weight: str, fed: LayerInput) -> None:
@@ -233,8 +238,9 @@ class GramCollector:
                 self._add(shared, fed)
             elif call >= len(self._led[shared.name]) or self._led[shared.name][call]() is not fed.rows:
                 raise ModelError(
-                    f"layer {weight.removesuffix('.weight')} was fed another input than {shared.name}, but the "
-                    "agreement has them share a Gram"
+                    f"layer {weight.removesuffix('.weight')} was fed another input than {shared.name}, but in the "
+                    "agreement they share a Gram",
+                    hint="complete the draft again: amalgram draft",
                 )
 
     def _add(self, shared: SharedInput, fed: LayerInput) -> None:

@@ -1,12 +1,14 @@
-"""An owner's Grams, those of one transformer block at a time: all of them together are larger than most models.
+"""An owner's Grams, one transformer block at a time, because all of them together are larger than most models.
 
-Grams are asked for in the order of the model. So the model is run block by block, what leaves a block being kept on the
-disk for the next (block_stream.py), and each block's Grams make room for the next one's. A model is run so only if it
-was seen, on an example, to be one chain of blocks that feed every layer, run alone, the very same numbers as in one go.
-Any other is measured whole, in one pass.
+Methods ask for Grams in the order of the model. So the model is run block by block. What leaves a block is kept on the
+disk for the next one (blocks.py), and each block's Grams make room for those of the next block.
+
+A model is run this way only if a trial on one example shows that it is one chain of blocks, and that blocks that run
+alone feed every layer bit-identical numbers. Any other model is measured in one piece, and the log warns of it.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +19,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.data.rows import Batch, Rows
+from client.measurement.block_steps import measure_inputs
 from client.measurement.blocks import BlockShape, check_blocks, first_example, run_blocks
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import LayerInput, layer_inputs, measure_grams
-from client.measurement.merged_prefix import measure_inputs
+from common.errors import ModelError, first_line
 from common.merge_methods.terms import Gram
 from common.models.plan import MergePlan, SharedInput
 
+log = logging.getLogger("amalgram.owner")
+
 Fed = dict[str, list[str]]  # by a layer's weight: a digest of what each of its calls was fed
+# What a model's own code raises if it does not bear being run in pieces.
+TRIAL_ERRORS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInputs:
-    """Inputs of the plan that are fed in one block; `block` is None for all that follows the last."""
+    """Inputs of the plan that are fed in one block. `block` is None for the last block and what follows it."""
 
     block: int | None
     inputs: tuple[SharedInput, ...]
@@ -50,11 +57,11 @@ class Batches(Sequence[Batch]):
 
 
 class GramStream(Mapping[str, Gram]):
-    """Every Gram of the plan by name, measured when the first of its block is asked for, and handed over:
-    asked for once each, in the order of the blocks, each block is run once, and those of one block are in memory.
+    """Every Gram of the plan by name, measured when the first Gram of its block is asked for.
 
-    `folder` keeps the activations, which are private: the caller removes it. `check` raises for Grams that must not
-    leave; it sees those of a block before anybody else does.
+    If each is asked for once, in the order of the blocks, then each block is run once and the Grams of only one block
+    are in memory. `folder` keeps the activations, which are private; the caller removes it. `check` sees the Grams of a
+    block before anybody else does, and raises if they must not leave.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class GramStream(Mapping[str, Gram]):
 
     def __getitem__(self, name: str) -> Gram:
         if name not in self._grams:
-            self._grams.clear()  # before the next ones are there
+            self._grams.clear()  # before the next ones take memory
             self._grams = self._measure(self._step_of[name])
         return self._grams.pop(name)
 
@@ -96,16 +103,30 @@ class GramStream(Mapping[str, Gram]):
 
 
 def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) -> tuple[BlockInputs, ...]:
-    """The plan's inputs by the block in which they are fed; one step with all of them where that cannot be."""
+    """The plan's inputs by the block that feeds them, or a single step with all of them if that is impossible."""
     whole = (BlockInputs(block=None, inputs=plan.inputs),)
-    places = _places(model, plan, first_example(batches[-1])) if len(batches) else None  # the longest rows come last
-    if places is None:
+    if not len(batches):
         return whole
+    try:
+        return _steps_by_block(model, plan, first_example(batches[-1]))  # the longest examples come last
+    except TRIAL_ERRORS as error:
+        megabytes = sum(shared.gram_size**2 for shared in plan.inputs) * 8 / 1e6
+        log.warning(
+            "  the model is measured in one piece and needs more memory, %.0f MB for its Gram matrices alone (%s)",
+            megabytes,
+            first_line(error),
+        )
+        return whole
+
+
+def _steps_by_block(model: PreTrainedModel, plan: MergePlan, example: Batch) -> tuple[BlockInputs, ...]:
+    """Raises ModelError if one of the inputs is fed in several blocks, or if the trial shows other numbers."""
+    blocks_of = _blocks_by_layer(model, plan, example)
     by_block: dict[int, list[SharedInput]] = {}
     for shared in plan.inputs:
-        found = set().union(*(places.get(layer.whole, set()) for layer in shared.layers))
+        found = set().union(*(blocks_of.get(layer.whole, set()) for layer in shared.layers))
         if len(found) != 1:
-            return whole
+            raise ModelError(f"{type(model).__name__}: {shared.name} is fed in {len(found)} blocks")
         by_block.setdefault(found.pop(), []).append(shared)
     last = len(plan.blocks) - 1
     return tuple(
@@ -114,25 +135,24 @@ def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) ->
 
 
 @torch.inference_mode()
-def _places(model: PreTrainedModel, plan: MergePlan, example: Batch) -> dict[str, set[int]] | None:
-    """The blocks in which each layer is fed something, by the name of its weight: what comes before the first block
-    counts to that, what follows the last to that one. None where blocks that are run alone feed them anything else.
+def _blocks_by_layer(model: PreTrainedModel, plan: MergePlan, example: Batch) -> dict[str, set[int]]:
+    """The blocks in which each layer is fed something, by the name of its weight.
+
+    What comes before the first block belongs to the first, what follows the last block to the last. Raises ModelError
+    if blocks that are run alone feed a layer anything else than the whole model does.
     """
-    try:
-        at_once = _fed(model, plan, lambda: check_blocks(model, plan.blocks, example))
-        block_by_block = list(_fed_by_blocks(model, plan, example))
-    except Exception:  # whatever a model makes of running in pieces, in one piece it may run
-        return None
-    places: dict[str, set[int]] = {}
+    at_once = _fed(model, plan, lambda: check_blocks(model, plan.blocks, example))
+    block_by_block = list(_fed_by_blocks(model, plan, example))
+    blocks_of: dict[str, set[int]] = {}
     for weight, fed in at_once.items():
-        if fed != [each for of_block in block_by_block for each in of_block.get(weight, [])]:
-            return None
-        places[weight] = {block for block, of_block in enumerate(block_by_block) if weight in of_block}
-    return places
+        if fed != [each for in_block in block_by_block for each in in_block.get(weight, [])]:
+            raise ModelError(f"{type(model).__name__}: {weight} is fed other numbers if blocks run alone")
+        blocks_of[weight] = {block for block, in_block in enumerate(block_by_block) if weight in in_block}
+    return blocks_of
 
 
 def _fed_by_blocks(model: PreTrainedModel, plan: MergePlan, example: Batch) -> Iterator[Fed]:
-    """What each block's layers are fed, the blocks run one by one as for the Grams."""
+    """What the layers of each block are fed if blocks run one by one, as they do for the Grams."""
     shape = BlockShape.of(model, plan.blocks, example)
     kept: list[Tensor | None] = [None]
 

@@ -22,8 +22,8 @@ def load_merged_so_far(
 ) -> None:
     """Turn `own`, in place, into the model that the next step is measured on.
 
-    The parameters `names`, merged so far, come from `merged`, except those of `modules_ahead`: the blocks and layers
-    from this step on stay the owner's, with their biases and norms.
+    The parameters `names`, merged so far, come from `merged`. Those of `modules_ahead`, the blocks and layers from this
+    step on, stay the owner's, including their biases and norms.
     """
     ahead = tuple(f"{module}." for module in modules_ahead)
     copy_parameters([name for name in names if not name.startswith(ahead)], merged, own)
@@ -47,9 +47,9 @@ def measure_inputs(
     *,
     keep: int | None,
 ) -> dict[str, Gram]:
-    """The Grams of `inputs`, fed from `block` on (None: after the last), with activations kept in `folder`.
+    """The Grams of `inputs`, which are fed in `block` (None: after the last block).
 
-    What enters block `keep` is kept for the next call.
+    The run starts from the activations that `folder` keeps. What enters block `keep` is kept there for the next call.
     """
     plan = replace(plan, inputs=inputs, data_free=(), averaged=(), left_alone=())
     with (
