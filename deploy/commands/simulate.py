@@ -45,11 +45,16 @@ def simulate_demo(out: Path | None, seed: int, engine: Engine, references: bool)
     """Make the demo's consortium, merge it and show its report."""
     if Path("agreement.toml").is_file():
         raise SettingsError("no FOLDER given, but this folder holds a consortium", hint="amalgram simulate .")
+    import torch
+
     from deploy.commands.report import show_report
     from deploy.demo.run import run_demo
     from deploy.simulation.simulate import check_engine
 
     check_engine(engine)  # before the demo trains its base model
+    # The demo's models gain nothing from a second thread, and on a busy machine threads that wait for each other take
+    # ten times as long as one alone.
+    torch.set_num_threads(1)
     out = out or DEMO_OUTPUT
     log.info("no FOLDER given: running the demo, into %s", out)
     with progress_below_log():

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from deploy.demo.digits import write_consortium
 from deploy.simulation.simulate import Engine, simulate
 from server.merge import claim_output
@@ -12,9 +10,6 @@ from server.report.report import Report
 
 def run_demo(output: Path, seed: int = 0, *, engine: Engine = "in-process", with_references: bool = True) -> Report:
     """Make the consortium in OUT/consortium and merge it. Returns the report."""
-    # A model this small gains nothing from a second thread, and where another program wants the core, threads that
-    # wait for each other cost ten times as long as one alone.
-    torch.set_num_threads(1)
     claim_output(output)
     write_consortium(output / "consortium", seed)
     return simulate(output / "consortium", output, engine=engine, with_references=with_references)

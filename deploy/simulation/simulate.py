@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,10 @@ def simulate(
     if folder.is_file():
         raise SettingsError(f"{folder}: is a file; name the folder that it is in: {folder.parent}")
     if not (folder / "agreement.toml").is_file():
-        raise SettingsError(f"{folder}: has no agreement.toml; `amalgram simulate --init {folder.name}-new` writes one")
+        raise SettingsError(
+            f"{folder}: has no agreement.toml", hint=f"`amalgram simulate --init {folder.name}-new` writes an example"
+        )
+    check_engine(engine)
     claim_output(output)
     draft = load_settings(folder / "agreement.toml", AgreementDraft)
     owner_files = find_owner_files(folder, draft)
@@ -78,7 +82,7 @@ def simulate(
     agreement = complete_agreement(draft, base_folder, keys)
     made = ", ".join(weights_made_here(base_folder, agreement.task))
     if made:
-        log.warning("the base model has no %s: made from the seed, alike at every owner; all must start there", made)
+        log.warning("the base model has no %s: made from the seed, the same for every owner to start from", made)
     with set_up_parties(output, agreement, base_folder, owner_files, identities) as (coordinator_file, party_files):
         for path in party_files:
             Owner(path).check()
@@ -94,8 +98,14 @@ def simulate(
     return report
 
 
+def check_engine(engine: Engine) -> None:
+    """Raise SettingsError if what carries the messages is not installed."""
+    if engine == "ray" and find_spec("ray") is None:
+        raise SettingsError("--engine ray: Ray is not installed", hint="pip install 'amalgram[ray]'")
+
+
 def make_identities(draft: AgreementDraft, parties: Path) -> dict[str, Identity]:
-    """Identities for all parties of a simulation: those of an interrupted one in `parties`, or fresh ones."""
+    """Identities for all parties of a simulation: those that an interrupted one left in `parties`, or fresh ones."""
     names = (*draft.owner_names, COORDINATOR)
     paths = {name: _key_file(parties, name) for name in names}
     if all(path.is_file() for path in paths.values()):
@@ -201,10 +211,13 @@ def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> Non
             node_configs = [{"settings": str(path)} for path in party_files]
             run_in_process(server_app, client_app, node_configs, {"coordinator": str(coordinator_file)})
     except OwnerRefused as refusal:
-        # Everybody is on this machine, so the reason that stays with the owner can be told.
+        # Everybody is on this machine, so the reason, which otherwise stays with the owner, can be shown.
         reason = coordinator_file.parent / "state" / refusal.owner / "error.txt"
         if not reason.is_file():
             raise
-        error = AmalgramError(f"owner {refusal.owner}: {reason.read_text().strip().splitlines()[-1]}")
+        *_, message, hint = ["", *reason.read_text().strip().splitlines()]
+        if not hint.startswith("hint: "):
+            message, hint = hint, ""
+        error = AmalgramError(f"owner {refusal.owner}: {message}", hint=hint.removeprefix("hint: "))
         error.code, error.exit_code = refusal.code, refusal.exit_code
         raise error from None

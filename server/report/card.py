@@ -43,7 +43,7 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         base=_hub_name(report, base_folder),
         is_body_only=task.head == "private",
         adapter=report.low_rank,
-        auto_class=AUTO_CLASSES[task.kind].__name__,
+        auto_class=AUTO_CLASSES[task.kind],
         pipeline=PIPELINES[task.kind],
         models=[model for model in models_in(report) if model not in REFERENCES],
         metadata=metadata(report, base_folder),
