@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too: see torch.set_num_threads below
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from deploy.example import reviews
 from tests.support.models import tiny_bert
 from tests.support.once import made_once, shared_folder, trained_once
 from tests.support.parties import IDENTITIES, Parties, parties_of
+from tests.support.programs import NEEDS
 
 TRAIN = fine_tuning.fine_tune
 transformers.logging.set_verbosity_error()
@@ -97,3 +99,12 @@ def agreement(bert_folder: Path) -> Agreement:
 @pytest.fixture(scope="session")
 def plan(agreement: Agreement) -> MergePlan:
     return merge_plan(tiny_bert(), agreement.tensors)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say, just before the last line, what was skipped for want of a program, and how to install it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.items():
+        if reason.startswith(NEEDS):
+            terminalreporter.write_line(f"skipped {count} test{'s' if count > 1 else ''}: {reason}", yellow=True)

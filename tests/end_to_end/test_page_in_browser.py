@@ -1,7 +1,6 @@
 """The pages of a real and of a hand-written report, opened from disk in headless Chromium."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +13,9 @@ from deploy.simulation.simulate import simulate
 from server.report.page import render_report
 from server.report.report import Report, read_report, save_report
 from server.report.words import capitalised
+from tests.support.programs import required_program
 from tests.support.reports import HOSTILE, as_report, hand_written
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="needs Chromium and its chromedriver (Debian: chromium, chromium-driver)"
-)
 SECTIONS = ["verdict", "metrics", "choice", "revealed", "layers", "cost", "agreement", "digests"]
 DESKTOP, PHONE = 1280, 390  # CSS pixels
 
@@ -28,7 +23,8 @@ DESKTOP, PHONE = 1280, 390  # CSS pixels
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER or ""
+    options.binary_location = required_program("chromium", "chromium-browser", "google-chrome", package="chromium")
+    driver_program = required_program("chromedriver", package="chromium-driver")
     for argument in (
         "--headless=new",
         "--no-sandbox",  # the page is our own, and the tests may run as root
@@ -41,7 +37,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver = webdriver.Chrome(options=options, service=Service(driver_program))
     yield driver
     driver.quit()
 
