@@ -53,11 +53,11 @@ def test_adapters_are_averaged_as_the_weights_that_they_make(consortium: Path, t
     for name, tensor in delta_of(merged, base).items():
         mean = torch.stack([delta[name] for delta in deltas]).mean(0)  # every owner has 200 rows
         torch.testing.assert_close(tensor, mean, rtol=0, atol=1e-6)
-    assert report == json.loads((tmp_path / "output" / "report.json").read_text())
+    assert report.model_dump(mode="json") == json.loads((tmp_path / "output" / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
+def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, Path]:
     """The example, published as an adapter of a base without head or pooler: the report, the output and the base."""
     folder = Path(shutil.copytree(reviews_folder, tmp_path_factory.mktemp("published") / "consortium"))
     weights = load_file(folder / "base" / "model.safetensors")

@@ -215,7 +215,7 @@ def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_pat
         ("hotel.toml", "train.jsonl", "tram.jsonl", "tram.jsonl: no such file", 2),
         ("agreement.toml", 'base = "base"', 'base = "nowhere"', "no model of this name could be fetched", 2),
         ("agreement.toml", '"text-classification"', '"text-generation"', "task.kind = 'text-generation'", 2),
-        ("agreement.toml", "# labels =", "labels = ['one']  #", "at least two are needed", 2),
+        ("agreement.toml", "# labels =", "labels = ['one']  #", "at least two labels are needed", 2),
         (
             "agreement.toml",
             "# labels =",
@@ -275,7 +275,7 @@ def test_an_owner_may_name_its_own_copy_of_the_base(consortium: Path, tmp_path: 
 
 
 def test_a_folder_that_holds_something_else_is_not_touched(consortium: Path) -> None:
-    with pytest.raises(SettingsError, match="is there already and is no output of amalgram"):
+    with pytest.raises(SettingsError, match="already exists and is not an output folder of amalgram"):
         simulate(consortium, consortium)
     assert (consortium / "base" / "model.safetensors").is_file()
 
