@@ -1,6 +1,7 @@
 """report.json, and the page made from it alone."""
 
 import json
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_re
 from server.report.verdict import verdict
 from tests.support.reports import HOSTILE, as_report, hand_written
 
-SCHEMA = Path(__file__).resolve().parent.parent / "docs" / "report.schema.json"
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = ROOT / "docs" / "report.schema.json"
 
 
 class Page(HTMLParser):
@@ -308,3 +310,12 @@ def test_every_field_of_the_schema_is_described() -> None:
         for field, rules in table.get("properties", {}).items():
             part = tables["$defs"].get(rules.get("$ref", "").rpartition("/")[2], {})
             assert rules.get("description") or part.get("description"), f"{name}.{field}"
+
+
+def test_an_installed_package_has_every_file_that_the_page_is_made_of() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["server.report"]
+    room = ROOT / "server" / "report"
+    packed = {path for pattern in patterns for path in room.glob(pattern)}
+    needed = {path for path in room.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert needed == packed
