@@ -83,7 +83,8 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
         owner.state.delete_array("vector")
     if side.reveals and kept.kind == "contribution":  # before that, the session can still be burned
         owner.state.delete_array(CONTRIBUTION)
-    if side.is_complete:  # all that the coordinator needs has left, so the next event may come
+    # All that the coordinator needs has left, so the next event may come, unless it came without this owner already.
+    if side.is_complete and request.position == owner.state.run.begun:
         owner.state.update_run(is_complete=True)
     return reply
 

@@ -138,6 +138,7 @@ class Schedule:
     """The events of an agreement, each at its own position."""
 
     events: tuple[Event, ...]
+    owners_may_drop_out: bool = False
 
     @cached_property
     def rounds(self) -> tuple[Round, ...]:
@@ -194,14 +195,18 @@ class Schedule:
     def check_follows(self, position: int, begun: int | None, *, is_complete: bool) -> None:
         """Raise RemoteProtocolError unless the event at `position` is the one that was begun last, or the next one.
 
-        The next one must wait until the one begun last `is_complete`. `begun` is None before the first event.
+        The next one must wait until the one begun last `is_complete`. `begun` is None before the first event. An owner
+        that may drop out may also come back: the rounds that were summed without it are not due any more.
         """
         following = 0 if begun is None else begun + 1
-        if position == begun or (position == following and is_complete):
-            return
         due = following if is_complete or begun is None else begun
+        if position in (begun, due) or (self.owners_may_drop_out and self._has_only_rounds(due, position)):
+            return
         expected = self.events[due].name if due < len(self.events) else "nothing"
         raise RemoteProtocolError(f"the coordinator went on with {self._at(position).name}, but {expected} is due")
+
+    def _has_only_rounds(self, start: int, stop: int) -> bool:
+        return start < stop and all(isinstance(event, Round) for event in self.events[start:stop])
 
     def _at(self, position: int) -> Event:
         if position >= len(self.events):
@@ -248,7 +253,7 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
         add_delivery("candidate", whole, method=method_name, split="test", names=names)
     tested = (BASE, OWN_AT_HOME, *agreement.methods)
     add_round("metrics", metrics_layout(agreement, "test", tested), split="test", models=tested)
-    return Schedule(tuple(events))
+    return Schedule(tuple(events), owners_may_drop_out=agreement.needed_owners < len(agreement.owners))
 
 
 def _merged_layout(method: MultiRoundMethod[Hyperparameters], settings: MergeSettings, number: int) -> TensorLayout:
