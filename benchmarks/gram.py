@@ -42,8 +42,8 @@ from transformers import (
 )
 
 from benchmarks.machine import this_machine
-from client.data.rows import Rows
-from client.measurement.gram import Batch, find_shared_inputs, layer_inputs, measure_grams
+from client.data.rows import Batch, Rows
+from client.measurement.gram import find_shared_inputs, layer_inputs, measure_grams
 from common.agreement import TensorRoles
 from common.models.layers import merge_layers
 from common.models.parameters import parameter_shapes

@@ -41,8 +41,8 @@ from benchmarks.gram import (
     tokens,
 )
 from benchmarks.machine import this_machine
-from client.data.rows import Rows
-from client.measurement.gram import Batch, measure_grams
+from client.data.rows import Batch, Rows
+from client.measurement.gram import measure_grams
 from common.merge_methods.normal_equations import System
 from common.models.plan import MergePlan
 from common.summation.protocol import Total
