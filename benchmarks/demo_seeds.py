@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 import transformers
 
 from deploy.demo.run import run_demo
@@ -25,6 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # as the command does
     results = summarise([run_seed(seed) for seed in range(arguments.seeds)])
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "demo_seeds.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Complete a draft of an agreement against its base model: labels, digest, merge plan, thresholds, bounds.
 
-What is measured here is measured on the public base model with made-up inputs; no owner's row is needed or seen.
+Everything is measured on the public base model with made-up inputs. No owner's data is needed or seen.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,7 +19,7 @@ from client.measurement.blocks import check_blocks
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram import BatchTokens, LayerInput, find_shared_inputs, layer_inputs
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task
-from common.errors import ModelError, SettingsError
+from common.errors import ModelError, SettingsError, first_line
 from common.merge_methods import METHODS, contribution_layout, measurements
 from common.merge_methods.method import Measurement
 from common.merge_methods.regmean import REGMEAN
@@ -34,7 +34,7 @@ from deploy.launch.flower import bundle_digest
 
 PROBE_EXAMPLES = 8
 TOKENS = ("input_ids", "decoder_input_ids")
-PROBE_TOKENS = 32  # of a text; longer ones are accounted for by the rule of three
+PROBE_TOKENS = 32  # the length of made-up texts; bounds are scaled up in proportion for longer texts
 
 
 def complete_agreement(
@@ -43,10 +43,10 @@ def complete_agreement(
     public_keys: Mapping[str, bytes],
     node_keys: Mapping[str, str] | None = None,
 ) -> Agreement:
-    """The agreement that all parties then hold; `public_keys` by party name, the coordinator's among them; `node_keys`
-    of the owners' machines, which a simulation does without.
+    """The agreement that all parties will hold.
 
-    Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
+    `public_keys`: by party name, including the coordinator. `node_keys`: those of the owners' machines, which a
+    simulation does not have. Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
     """
     labels = draft.task.labels or (base_labels(base_folder) if draft.task.has_labels else ())
     task = draft.task.model_copy(update={"labels": labels})
@@ -80,7 +80,7 @@ def complete_agreement(
 
 
 def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors) -> None:
-    """Raise ModelError unless the last layer that is merged is a classifier that is fed one row a prediction."""
+    """Raise ModelError unless the last merged layer is a classifier that is fed one row per prediction."""
     last = merge_plan(base, tensors).inputs[-1].layers
     fed: list[Tensor] = []
     ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
@@ -99,10 +99,15 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
 def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes], node_keys: Mapping[str, str]) -> AgreementDraft:
     for name in (*draft.owner_names, COORDINATOR):
         if name not in public_keys:
-            raise SettingsError(f"no public key of {name}; ask for its .pub file (`amalgram keys new {name}` makes it)")
+            raise SettingsError(
+                f"no public key of {name}", hint=f"ask for its .pub file; `amalgram keys new {name}` makes it"
+            )
     for name in public_keys:
         if name not in (*draft.owner_names, COORDINATOR):
-            raise SettingsError(f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}")
+            raise SettingsError(
+                f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}",
+                hint="remove the key, or add the owner to the draft",
+            )
     owners = tuple(
         owner.model_copy(update={"public_key": public_keys[owner.name].hex(), "node_key": node_keys.get(owner.name)})
         for owner in draft.owners
@@ -116,7 +121,9 @@ def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
     for name, tensor in base.state_dict(keep_vars=True).items():
         if name not in parameters and not isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
             raise ModelError(
-                f"model {folder}: {name} is a running statistic (as of batch normalisation), which cannot be merged yet"
+                f"model {folder}: {name} is a running statistic (such as batch normalisation keeps), which cannot be "
+                "merged yet",
+                hint="agree on a base model without running statistics",
             )
 
 
@@ -130,7 +137,10 @@ def _planned_tensors(
         if not draft.privacy.merge_token_inputs:
             held_back |= _token_inputs(base, batch)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"model {folder}: a trial forward pass failed: {str(error).splitlines()[0]}") from None
+        raise ModelError(
+            f"model {folder}: a trial forward pass failed: {first_line(error)}",
+            hint="check that task.kind fits the model, and that the folder is complete",
+        ) from None
     layers, table = merge_layers(base), REGMEAN.of(draft.tables)
     data_free = _data_free_layers(table.data_free_layers, layers)
     if not draft.privacy.merge_routed_inputs:
@@ -157,7 +167,7 @@ def _planned_tensors(
 
 
 def _data_free_layers(patterns: tuple[str, ...], layers: Collection[str]) -> tuple[str, ...]:
-    """The weights that a pattern names, in the model's order. Raises SettingsError for a pattern that names none."""
+    """The weights that some pattern names, in the model's order. Raises SettingsError if a pattern names none."""
 
     def names(pattern: str, weight: str) -> bool:
         parameter = parameter_of(weight)
@@ -166,17 +176,19 @@ def _data_free_layers(patterns: tuple[str, ...], layers: Collection[str]) -> tup
     for pattern in patterns:
         if not any(names(pattern, weight) for weight in layers):
             raise SettingsError(
-                f"regmean.data_free_layers: {pattern!r} names no linear layer's weight of the base model"
+                f"regmean.data_free_layers: {pattern!r} names no linear layer's weight of the base model",
+                hint="use a layer's name, its beginning up to a dot, or a pattern such as *.attention.*",
             )
     return tuple(weight for weight in layers if any(names(pattern, weight) for pattern in patterns))
 
 
 def _token_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
-    """Weights one of whose inputs has rows that depend on a token and its place alone, not on its neighbours.
+    """Weights with an input whose rows depend only on a token and its position, not on the neighbouring tokens.
 
-    The Gram of such rows is a linear system in how often each token stands at each place: everybody's counts come out
-    of the sum. So for the first block's attention. Seen by changing every other token of one unpadded example: if no
-    more rows notice than tokens were changed, no row saw a neighbour. (Rows, not places: a decoder shifts its tokens.)
+    The Gram of such rows is a linear system in the number of times that each token is at each position, so the sum
+    would reveal everybody's counts. The first block's attention is such a layer. Found by changing every other token of
+    one unpadded example: if no more rows change than tokens did, no row saw a neighbour. (Rows are counted, whatever
+    their position, because a decoder shifts its tokens.)
     """
     if not set(TOKENS) & set(batch):
         return set()
@@ -199,15 +211,15 @@ def _changed_rows(one: Tensor, other: Tensor) -> int:
 
 
 def _uncountable_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:
-    """Weights that get another number of rows when the tokens change and the shapes do not: experts in single modules.
+    """Weights whose number of rows changes with the tokens although shapes stay: experts that are modules of their own.
 
-    Which of their rows are padding cannot be told. (Fused experts: client/measurement/gram.py.)
+    Nothing shows which of their rows are padding. (For fused experts see client/measurement/gram.py.)
     """
     if not set(TOKENS) & set(batch):
         return set()
     counts = _row_counts(base, batch)
     uncountable = {name for name, count in counts.items() if count == 0}
-    for step in range(1, 4):  # by chance, one other text could send as many rows to an expert
+    for step in range(1, 4):  # one other text could send as many rows to an expert by chance
         others = _row_counts(base, _with_other_tokens(base, batch, step))
         uncountable |= {name for name in set(counts) | set(others) if counts.get(name) != others.get(name)}
     return uncountable
@@ -218,7 +230,7 @@ def _row_counts(base: PreTrainedModel, batch: Batch) -> dict[str, int]:
 
 
 def _inputs_by_parameter(base: PreTrainedModel, batch: Batch) -> dict[str, list[Tensor]]:
-    """Every input (rows, d_in) of every layer, in order; of fused experts, their sum, each row at its token's place."""
+    """Every input (rows, d_in) of every layer, in order. Fused experts' inputs are added up, row by token."""
     seen: dict[str, list[Tensor]] = {}
 
     def observe(weight: str, fed: LayerInput) -> None:
@@ -245,7 +257,7 @@ def _first_example(batch: Batch) -> Batch:
 
 
 def _with_other_tokens(base: PreTrainedModel, batch: Batch, step: int) -> Batch:
-    """Another token at every second place. Special ones stay, and none is added: models look for some of them."""
+    """Another token at every second position. Special tokens stay, and none is added, because models look for them."""
     keys = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
     values = [getattr(base.config, key, None) for key in keys]
     special = torch.tensor([i for value in values if value is not None for i in np.atleast_1d(value)], dtype=torch.long)
@@ -272,7 +284,7 @@ def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
     tokenizer = load_tokenizer(folder)
     length = min(PROBE_TOKENS, task.max_tokens)
     drawn = random.integers(0, len(tokenizer), (PROBE_EXAMPLES, length)).tolist()
-    # No end in the middle: T5's classifier looks for the only one.
+    # No end-of-text token in the middle, because T5's classifier expects exactly one.
     tokens = [[token for token in row if token != tokenizer.eos_token_id] for row in drawn]
     encoded = tokenizer(tokenizer.batch_decode(tokens), truncation=True, max_length=length)
     rows = features(encoded)
@@ -295,13 +307,13 @@ def _measured_bounds(
     if Measurement.FISHER in measurements(draft.methods, draft.tables):
         squares = measure_fisher(base, probe, draft.seed)
         highest = {name: float(squares[name].max()) for name in plan.changed}
-        everywhere = max(highest.values())  # for a tensor that the probe did not reach
+        everywhere = max(highest.values())  # stands in for tensors that the probe did not reach
         fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)
     return {"grams": tuple(grams), "fisher": fisher}
 
 
 def _largest_gram_entries(base: PreTrainedModel, probe: Rows, plan: MergePlan) -> list[float]:
-    """Per Gram of the plan, what one example adds at most to an entry; an expert's, as if every token went to it."""
+    """The most that one example adds to an entry of each Gram. For an expert, as if every token went to it."""
     ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
     tokens = BatchTokens(batch)
     largest = {layer.whole: 0.0 for layer in plan.layers()}
@@ -322,5 +334,5 @@ def _largest_gram_entries(base: PreTrainedModel, probe: Rows, plan: MergePlan) -
 
 
 def _power_of_two(value: float) -> float:
-    """The next power of two: easy to read, and the same on a machine that rounds otherwise."""
+    """The next power of two, which is easy to read, and the same on machines that round differently."""
     return 2.0 ** ceil(log2(value)) if value > 0 else 1.0

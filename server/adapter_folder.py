@@ -1,35 +1,37 @@
 """The published model as a LoRA adapter of the base, as `PeftModel.from_pretrained(base, folder)` reads it."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-
-from safetensors.torch import save_file
-from torch import nn
+from typing import TYPE_CHECKING
 
 from common.agreement import Agreement
-from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMETER_PREFIX
 from common.models.low_rank import LowRank
 
-PREFIX = "base_model.model."
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def write_adapter(merged: nn.Module, low_rank: LowRank, agreement: Agreement, folder: Path) -> None:
-    """Factors of the cut layers, and of `merged` (base + delta) what goes whole.
+    """Write the factors of the cut layers, and the parameters of `merged` (base + delta) that travel whole.
 
-    The factors' product, rounded once, is the signed delta. Whoever loads the adapter multiplies them in float32, hence
-    has the signed model up to that rounding.
+    The product of the factors, rounded once, is the signed delta. Whoever loads the adapter multiplies the factors in
+    float32, and so has the signed model up to that rounding.
     """
     from peft import LoraConfig  # takes seconds to import, and few runs need it
+    from safetensors.torch import save_file
 
     plan = low_rank.plan
     folder.mkdir(parents=True)
     tensors = {}
     for name, factors in low_rank.factors.items():
         module = name.removesuffix(".weight")
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.down
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = factors.up
+        tensors[f"{PARAMETER_PREFIX}{module}.lora_A.weight"] = factors.down
+        tensors[f"{PARAMETER_PREFIX}{module}.lora_B.weight"] = factors.up
     parameters = dict(merged.named_parameters())
-    tensors |= {f"{PREFIX}{name}": parameters[name].detach().contiguous() for name in plan.whole}
+    tensors |= {f"{PARAMETER_PREFIX}{name}": parameters[name].detach().contiguous() for name in plan.whole}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = LoraConfig(
         base_model_name_or_path=agreement.base,

@@ -1,10 +1,11 @@
-"""The demo's consortium: five owners with five scanners, each of which frames a handwritten digit at another place.
+"""The demo's consortium: five owners with five scanners, each of which puts a handwritten digit somewhere else.
 
-The digits are real (Alpaydin and Kaynak, UCI 1998, 1,797 of them; they come with scikit-learn), 8x8 pixels, framed in
-16x16: in a corner, or in the centre. So the owners differ in *domain*, as in the RegMean paper; all ten labels occur
-everywhere. Each owner trains on 240 digits nobody else has; the base model knows 150 public digits, centred.
+The 1,797 digits are real (Alpaydin and Kaynak, UCI 1998) and come with scikit-learn. They have 8x8 pixels and are put
+into a frame of 16x16, in a corner or in the centre. So the owners differ in *domain*, as in the RegMean paper, and all
+ten labels occur everywhere. Each owner trains on 240 digits that no other owner has. The base model knows 150 public
+digits, in the centre.
 
-The 447 digits nobody trains on are framed by each scanner in turn: 147 decide the sweeps, 300 give the figures.
+Nobody trains on the other 447 digits. Every scanner frames all of them: 147 decide the sweeps, 300 give the metrics.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from client.settings import Training
 
 FRAME = 16  # pixels
 DIGIT = 8
-PUBLIC, TRAIN, VALIDATION = 150, 240, 147  # rows: public; per owner; held out for the sweeps, the rest for the figures
+PUBLIC, TRAIN, VALIDATION = 150, 240, 147  # examples: public; for each owner; for the sweeps. The rest is for testing
 SCANNERS = {  # where each scanner puts the digit: (top, left)
     "top-left": (0, 0),
     "top-right": (0, 8),
@@ -66,7 +67,7 @@ test = "{name}/test.npz"
 
 
 def write_consortium(folder: Path, seed: int) -> None:
-    """Make the folder that `amalgram simulate FOLDER` runs: agreement, owners' settings and rows, the base model."""
+    """Write the folder that `amalgram simulate FOLDER` runs: agreement, owners' settings and data, the base model."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     digits = images[order].reshape(-1, DIGIT, DIGIT).astype(np.float32) / 16

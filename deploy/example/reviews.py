@@ -1,7 +1,7 @@
-"""A small consortium of three owners with text, as a pattern for one's own: made up, so that it runs anywhere.
+"""A small consortium of three owners with text, to copy from. Its data is made up, so it runs anywhere.
 
-A hotel, a cinema and a phone shop each classify their own reviews as positive or negative. Each has its own words for
-it, and its rows in another file format. The base model, a tiny BERT, knows only a few words that all share.
+A hotel, a cinema and a phone shop each classify their own reviews as positive or negative. Each uses its own words and
+its own file format. The base model, a tiny BERT, knows only a few words that all three share.
 """
 
 import json
@@ -50,32 +50,33 @@ OWNERS = {  # name: (file format, things it talks about, words per label)
 }
 
 AGREEMENT = """\
-# What all parties agree on; everybody holds this file identically.
+# What all parties agree on. Everybody holds an identical copy of this file.
 title = "Reviews of three shops"
 
 # The model that everybody fine-tuned: a Hugging Face folder (relative to this file) or a hub name.
 base = "base"
 
-# The published model is merged with `method`; the others are only evaluated, for comparison.
-# Known: average, task_arithmetic, fisher, regmean, data_free; and, of several sums, so that every owner must stay to
-# the end: regmean_plus_plus, and refit, which fits the classifier anew and tells how many rows have each label.
+# The published model is merged with `method`. The others are only evaluated, for comparison.
+# Single-round methods: average, task_arithmetic, fisher, regmean, data_free.
+# Multi-round methods, for which every owner must stay to the end: regmean_plus_plus, and refit, which fits the
+# classifier anew and reveals how many rows have each label.
 method = "regmean"
 compare_with = ["average", "task_arithmetic", "fisher"]
 
-# "rows": an owner counts by its rows. "owners": every owner counts alike.
+# "rows": an owner counts by its training examples. "owners": every owner counts alike.
 weighting = "rows"
 
-# The run stops if fewer owners than this remain. Left out: all must. A masked sum needs at least 3.
+# The run stops if fewer owners than this remain. If left out, all must stay. A masked sum needs at least 3.
 # min_owners = 3
 
 [task]
 kind = "text-classification"  # or token-, image-classification, causal-lm, sequence-to-sequence
 max_tokens = 32               # longer texts are cut
-# labels = ["negative", "positive"]   # left out: as in the base model's configuration
-# label_set = "all"           # left out, "own": an owner's rows are judged among the labels that occur in its files
+# labels = ["negative", "positive"]   # if left out, those in the base model's configuration
+# label_set = "all"           # or "own", the default: judge an owner's rows among the labels that occur in its files
 
 [regmean]
-# How much of a Gram's off-diagonal counts; several values are tried on the owners' validation rows.
+# How much of a Gram's off-diagonal counts. Several values are tried on the owners' validation rows.
 alphas = [0.1, 0.5, 0.9, 0.95, 0.99]
 measured_examples = 1000      # an owner measures at most this many of its training rows
 
@@ -83,18 +84,18 @@ measured_examples = 1000      # an owner measures at most this many of its train
 scales = [0.3, 0.5, 1.0]
 
 [summation]
-kind = "masked"               # the coordinator learns totals only; "plain": it sees every owner's vector
-# ring_bits = 32              # half the bytes, for one small sum more, whose sizes all owners are told (SECURITY.md b6)
-# colluders = 0               # so many owners may conspire with it; left out: as many as min_owners allows
+kind = "masked"               # the coordinator learns totals only; with "plain" it sees every owner's vector
+# ring_bits = 32              # half the bytes, but one more round shows all owners the scales (SECURITY.md, b6)
+# colluders = 0               # how many owners may collude with it; if left out, as many as min_owners allows
 
 [privacy]
-min_rows_per_dimension = 1.0  # an owner with fewer rows than this for a Gram's dimension takes no part
+min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram does not take part
 
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"
 
 # [publish]
-# adapter_rank = 8            # the result is a LoRA adapter of the base, cut to this rank, instead of a whole model
+# adapter_rank = 8            # publish a LoRA adapter of the base, cut to this rank, instead of a whole model
 
 # metrics = "summed" hides an owner's own test metrics in the report (with three owners: all or none).
 [[owners]]
@@ -108,10 +109,10 @@ name = "phones"
 """
 
 OWNER = """\
-# One owner's side: nothing in this file leaves its machine. Paths are relative to this file.
+# One owner's settings. Nothing in this file leaves its machine. Paths are relative to this file.
 name = "{name}"
 
-# An owner that has a fine-tuned model names it (a folder or hub name, a LoRA adapter too) and leaves [training] out:
+# An owner that has a fine-tuned model names its folder or hub name (a LoRA adapter will do) and drops [training]:
 # fine_tuned = "models/{name}"
 # An owner that has none makes one here, from the base and its training rows:
 [training]
@@ -121,19 +122,19 @@ batch_size = 32
 
 [data]
 train = "data/{name}/train.{suffix}"            # measured, and trained on; .jsonl, .csv or .parquet
-validation = "data/{name}/validation.{suffix}"  # decides between candidates; left out: a tenth of the training rows
+validation = "data/{name}/validation.{suffix}"  # decides a sweep; if left out, a tenth of the training rows does
 test = "data/{name}/test.{suffix}"              # gives the metrics
 text = "text"                                   # column names
 label = "label"                                 # a label's name, or its number
-# text_pair = "answer"                          # a second text, for pairs
+# text_pair = "answer"                          # the second text, if the model takes pairs
 # max_train_rows = 5000                         # use only the first rows of a file
 """
 
 
 def write_consortium(folder: Path) -> None:
-    """Write the example. Raises SettingsError rather than touch a folder that holds something."""
+    """Write the example. Raises SettingsError if the folder already holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"{folder}: is there already and not empty; name a new folder")
+        raise SettingsError(f"{folder}: already exists and is not empty", hint="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "agreement.toml").write_text(AGREEMENT)
     random_source = random.Random(SEED)
@@ -191,7 +192,7 @@ def _write_base(folder: Path, random_source: random.Random) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that knows whole words: all that can occur in the example's reviews."""
+    """A tokenizer of whole words: exactly those that can occur in the example's reviews."""
     groups: list[Vocabulary] = [SHARED, *((things, by_label) for _, things, by_label in OWNERS.values())]
     words = {word for opening in OPENINGS for word in opening.split()} | {"was"}
     for things, by_label in groups:

@@ -97,7 +97,11 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         (["keys", "new", "hotel"], 2, "hotel.key: is there already, and a key is never overwritten"),
         (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is no name"),
         (["draft", "agreement.toml", *public], 2, "agreement.toml: is there already; name another file with --out"),
-        (["draft", "agreement.toml", *public[1:], "--out", "x.toml"], 2, "no public key of hotel; ask for its .pub"),
+        (
+            ["draft", "agreement.toml", *public[1:], "--out", "x.toml"],
+            2,
+            "no public key of hotel\nhint: ask for its .pub",
+        ),
         (["agree", "cinema.toml", "--yes"], 2, "is missing"),
         (["agree", "hotel.toml"], 2, "consent is asked for at a terminal"),
     ):
@@ -111,7 +115,7 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     [
         (["simulate", "nowhere"], 2, "error: {cwd}/nowhere: has no agreement.toml; `amalgram simulate --init"),
         (["simulate", "--init"], 2, "error: --init needs a FOLDER"),
-        (["simulate", "--init", "."], 2, "error: .: is there already and not empty"),
+        (["simulate", "--init", "."], 2, "error: .: already exists and is not empty\nhint: name a new folder"),
         (["report", "nowhere"], 2, "error: nowhere/report.json: no such file"),
         (["simulate", "--out", ".."], 2, "is there already and is no output of amalgram"),
         (["simulate", "--engine", "warp"], 2, "Invalid value for '--engine'"),
