@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from typing import NoReturn
 
 import pytest
 
@@ -15,10 +14,7 @@ def required_program(*names: str, package: str) -> str:
         found = shutil.which(name)
         if found is not None:
             return found
-    _missing(f"{NEEDS}{names[0]}, which is not installed: apt-get install {package}")
-
-
-def _missing(reason: str) -> NoReturn:
+    reason = f"{NEEDS}{names[0]}, which is not installed: apt-get install {package}"
     if os.environ.get("CI"):
-        pytest.fail(f"{reason} (under CI nothing is skipped for a missing program)")
-    pytest.skip(reason)
+        raise pytest.fail.Exception(f"{reason} (under CI nothing is skipped for a missing program)")
+    raise pytest.skip.Exception(reason)
