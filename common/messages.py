@@ -40,11 +40,12 @@ from numpy.typing import NDArray
 
 from common.domain_separation import Domain
 from common.errors import EXIT_CODES, LocalProtocolError, RemoteProtocolError
+from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 
 PROTOCOL_VERSION = 4
 HEX_64 = re.compile(r"[0-9a-f]{64}")
-OWNER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_TEXT = 200
 MAX_PARTS = 1_000_000
 MAX_ROUND = 2**62

@@ -164,7 +164,7 @@ class Scales:
 
     @cached_property
     def _entries(self) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-        """Every tensor, and the Gram it belongs to; an entry that is no product stands for itself."""
+        """Every tensor, and the Gram it belongs to: itself, unless it is a product."""
         by_name = {entry.name: entry for entry in self.layout.entries}
         return {name: (entry, by_name[entry.product_of or name]) for name, entry in by_name.items()}
 

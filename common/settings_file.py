@@ -1,7 +1,7 @@
-"""Read a TOML settings file into a frozen, validated object; say in one line what is wrong with it.
+"""Read a TOML settings file into a frozen, validated object, or say in one line what is wrong with it.
 
-Used for the agreement and for every party's own settings. Strict: an unknown key is an error, a string is never read
-as a number, and every message names file, key, value and what is allowed.
+The agreement and every party's own settings are such files. Reading is strict: an unknown key is an error, and a string
+is never read as a number. Every message names the file, the key, the value and what is allowed.
 """
 
 import json
@@ -12,9 +12,10 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RuleError, SettingsError
+from common.names import NAME_PATTERN
 
 MAX_FILE_BYTES = 16_000_000
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -29,18 +30,18 @@ S = TypeVar("S", bound=Settings)
 
 
 def load_settings(path: Path, kind: type[S]) -> S:
-    """Read `path` as TOML into `kind`. Raises SettingsError with one line."""
+    """Read `path` as TOML into `kind`. Raises SettingsError."""
     return parse_settings(read_toml(path), kind, str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises SettingsError when it is missing, too large, or no TOML."""
+    """The tables of a TOML file. Raises SettingsError if the file is missing, too large or malformed."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > MAX_FILE_BYTES:
-        raise SettingsError(f"{path}: {len(content)} bytes, a settings file may have {MAX_FILE_BYTES}")
+        raise SettingsError(f"{path}: {len(content)} bytes; a settings file has at most {MAX_FILE_BYTES}")
     try:
         return tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -48,32 +49,34 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_settings(tables: dict[str, Any], kind: type[S], where: str) -> S:
-    """Validate the tables of a file (named `where` in messages). Raises SettingsError with one line."""
+    """Validate the tables of a file, which messages call `where`. Raises SettingsError."""
     try:
         # Through JSON, because strict JSON reads an array as a tuple and a string as a path, and nothing else loosely.
         return kind.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        raise SettingsError(_one_line(error, kind, where)) from None
+        message, hint = _in_words(error, kind, where)
+        raise SettingsError(message, hint=hint) from None
 
 
-def _one_line(error: ValidationError, kind: type[Settings], where: str) -> str:
+def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:
+    """(message, hint) for the first problem of a file."""
     problems = error.errors(include_url=False)
-    # An unknown key first: a misspelt one is both unknown and missing, and the misspelling is what to mend.
+    # An unknown key first: a misspelt one is both unknown and missing, and the misspelling is what to correct.
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = _dotted(first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(sorted(_settings_at(kind, first["loc"][:-1]).model_fields))
-        return f"{where}: {key} is no known key; allowed: {allowed}{more}"
+        return f"{where}: unknown key {key}{more}", f"allowed here: {allowed}"
     if first["type"] == "missing":
-        return f"{where}: {key} is missing{more}"
+        return f"{where}: {key} is missing{more}", ""
     reason = first["msg"].removeprefix("Value error, ")
     rule = first.get("ctx", {}).get("error")
-    reason = f"{reason}; {rule.hint}" if isinstance(rule, RuleError) and rule.hint else reason
+    hint = rule.hint if isinstance(rule, RuleError) else ""
     if not key:  # a rule about several keys together
-        return f"{where}: {reason}{more}"
+        return f"{where}: {reason}{more}", hint
     value = repr(first["input"])
-    return f"{where}: {key} = {value if len(value) <= 80 else value[:77] + '...'}: {reason}{more}"
+    return f"{where}: {key} = {value if len(value) <= 80 else value[:77] + '...'}: {reason}{more}", hint
 
 
 def _dotted(location: tuple[str | int, ...]) -> str:

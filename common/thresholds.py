@@ -58,7 +58,7 @@ def neighbourhood(num_owners: int, colluders: int, dropouts: int) -> Neighbourho
 
 
 def _tail(population: int, marked: int, drawn: int, bits: int, times: int) -> int:
-    """The most of `marked` in `population` that `drawn` hold, but for a chance of 2^-bits over `times` draws."""
+    """The most of `marked` in `population` that `drawn` hold, except with probability 2^-bits over `times` draws."""
     ways = [comb(marked, found) * comb(population - marked, drawn - found) for found in range(min(marked, drawn) + 1)]
     allowed = comb(population, drawn) >> bits
     beyond = 0

@@ -44,7 +44,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("title =", "titel ="), "titel is no known key; allowed: average, base, bounds, compare_with"),
+        (("title =", "titel ="), "unknown key titel (and 1 more)\nhint: allowed here: average, base, bounds, compare_with"),
         (('"regmean"', '"regmeen"'), "method = 'regmeen': unknown method; known: average, task_arithmetic, fisher,"),
         (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
         (('["average"]', '["regmean"]'), "compare_with = ['regmean']: names a method twice, or 'regmean' again"),
@@ -61,7 +61,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         (("[[owners]]", "[regmean]\nalphas = []\n[[owners]]"), "regmean.alphas = []"),
         (("[[owners]]", "[regmean]\nalphas = [0.5, 0.5]\n[[owners]]"), "regmean.alphas = [0.5, 0.5]: duplicate value"),
         (("[[owners]]", "[regmean]\nridge = nan\n[[owners]]"), "regmean.ridge"),
-        (("[[owners]]", "[regmean]\nbeta = 1\n[[owners]]"), "regmean.beta is no known key; allowed: alphas,"),
+        (("[[owners]]", "[regmean]\nbeta = 1\n[[owners]]"), "unknown key regmean.beta\nhint: allowed here: alphas,"),
         (
             ("[[owners]]", "[summation]\nkind = 'secret'\n[[owners]]"),
             "summation.kind = 'secret': Input should be 'masked' or 'plain'",

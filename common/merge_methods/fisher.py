@@ -44,7 +44,7 @@ QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
 
 
 class FisherTable(Hyperparameters):
-    """`measured_examples`: at most so many of an owner's training examples are measured."""
+    """`measured_examples`: how many of an owner's training examples are measured at most."""
 
     floor: Annotated[float, Field(ge=0, le=1)] = 1e-12
     measured_examples: Annotated[int, Field(ge=1)] = 256

@@ -145,7 +145,7 @@ def check_base(model: PreTrainedModel, agreement: Agreement, folder: Path) -> No
 def check_change(
     fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str], folder: Path
 ) -> None:
-    """Raise ModelError if the model is no nearer to the base than an unrelated model, judged by the parameters `names`.
+    """Raise ModelError if the model is as far from the base as an unrelated one would be, by the parameters `names`.
 
     Only models whose start we have not seen need this check. A model that was trained here, or an adapter on the base,
     cannot have started elsewhere.

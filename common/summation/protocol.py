@@ -348,7 +348,7 @@ def drive(side: CoordinatorSide, exchange: Exchange, exclude: Callable[[str, Rem
     """Run one sum to its end.
 
     `exchange` sends requests and yields each answer as it arrives, None for an owner that dropped out. `exclude` is
-    told of each owner that broke the rules, which the sum then leaves out.
+    called for each owner that broke the protocol, which the sum then leaves out.
     """
     while requests := side.requests():
         for owner, reply in exchange(requests):

@@ -149,8 +149,8 @@ def raise_failure(output: Path, status: str) -> None:
     if not path.is_file():
         if status != FINISHED:
             raise EngineError(
-                f"the coordinator's program ended without a word, as if killed (Flower: {status}); run the same "
-                "command again: it goes on where this one was"
+                f"the coordinator's program exited without an error message; it was probably killed (Flower: {status})",
+                hint="run the same command again to resume",
             )
         return
     failure = json.loads(path.read_text())

@@ -196,7 +196,7 @@ def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_pat
     [
         ("hotel.toml", 'name = "hotel"', 'name = "motel"', "owner 'motel' is not on the roster", 2),
         ("hotel.toml", 'name = "hotel"', 'name = "cinema"', "owner 'cinema' has a settings file already", 2),
-        ("hotel.toml", "\n[training]", "\n[trainin]", "trainin is no known key", 2),
+        ("hotel.toml", "\n[training]", "\n[trainin]", "unknown key trainin", 2),
         (
             "hotel.toml",
             "epochs = 6",
