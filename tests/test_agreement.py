@@ -44,7 +44,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("title =", "titel ="), "unknown key titel (and 1 more)\nhint: allowed here: average, base, bounds, compare_with"),
+        (("title =", "titel ="), "unknown key titel (and 1 more)\nhint: allowed here: average, base, bounds,"),
         (('"regmean"', '"regmeen"'), "method = 'regmeen': unknown method; known: average, task_arithmetic, fisher,"),
         (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
         (('["average"]', '["regmean"]'), "compare_with = ['regmean']: names a method twice, or 'regmean' again"),
@@ -105,7 +105,7 @@ def test_a_wrong_draft_is_refused_in_one_line_with_file_key_and_value(
         load(tmp_path, GOOD.replace(*change, 1))
     message = caught.value.message
     assert message.startswith(str(tmp_path / "agreement.toml"))
-    assert says in message
+    assert says in str(caught.value)
     assert "\n" not in message
     assert "\n" not in caught.value.hint
 
