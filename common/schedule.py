@@ -75,7 +75,7 @@ class Round:
     @property
     def phase(self) -> str:
         """What the report counts the round's cost under: all steps of a method are one phase."""
-        return self.name if self.method is None else f"sums of {METHODS[self.method].title}"
+        return self.name if self.method is None else f"rounds of {METHODS[self.method].title}"
 
     def contents(self, their: str) -> tuple[Content, ...]:
         """What is in one owner's vector, by kind of tensor. `their`: `your`, or `the owner's`."""
@@ -117,7 +117,7 @@ class Delivery:
     def name(self) -> str:
         """What progress, log lines and errors call the delivery."""
         if self.kind == "merged_step" and self.method is not None:
-            return f"{METHODS[self.method].title}, merged after step {self.step}"
+            return f"{METHODS[self.method].title}, merged before step {(self.step or 0) + 1}"
         if self.kind == "candidate":
             return f"{self.method} candidate for {self.split}"
         return "scales"

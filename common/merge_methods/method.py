@@ -41,7 +41,7 @@ class Method(ABC, Generic[H]):
     title: ClassVar[str]  # in tables, as it reads in mid-sentence: RegMean
     phrase: ClassVar[str]  # what a sentence compares with: the plain average
     summary: ClassVar[str]  # how it merges, in one sentence without a full stop
-    paper: ClassVar[str]
+    paper: ClassVar[str | None]
     swept_name: ClassVar[str | None] = None  # what its sweep varies: alpha
     swept_summary: ClassVar[str | None] = None  # what the values do, in one sentence
     order: ClassVar[int]  # in tables, simpler methods first

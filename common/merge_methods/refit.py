@@ -83,7 +83,7 @@ class Refit(MultiRoundMethod[RefitTable]):
     title = "refit"
     phrase = "a refitted classifier on a merged body"
     summary = "a body merged in one round, then the classifier fitted again on it"
-    paper = "least squares on the merged features; see docs/how-it-works.md"
+    paper = None
     swept_name = "balance of classes"
     swept_summary = "The balance is how much rare classes count: 0 counts rows alike, 1 classes alike."
     order = 6

@@ -43,7 +43,7 @@ def start(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) 
             agreement=parties.agreement,
             identity=parties.identities["coordinator"],
             checkpoint=Checkpoint.open(tmp_path / "checkpoint", parties.agreement.digest()),
-            num_steps=1,
+            schedule=schedule_for(parties),
         )
         coordinator.roll_call()
         coordinator.sum(schedule_for(parties).find("contribution"))

@@ -211,7 +211,7 @@ def test_squared_gradients_tell_which_tokens_occur_though_embeddings_were_frozen
     true = {token for row in rows.features for token in row["input_ids"]}
     assert seen == true
     assert len(true) < len(fisher) / 2
-    assert "Squared gradients of token embeddings tell it too" in " ".join(consent_text(owner).split())
+    assert "squared gradients (Fisher) show which tokens occur" in " ".join(consent_text(owner).split())
 
 
 # --- the same rows in several sums, each with other weights ---

@@ -177,7 +177,7 @@ def test_51_contributions_in_another_ring_or_not_scaled_at_all(evil: Coordinator
             evil.send("hotel", replace(evil.ask_contribution(true), layout_digest=layout.digest()))
     evil.fast_forward(0)
     with pytest.raises(ConsentError, match="scales: already contributed under this agreement"):
-        evil.send("hotel", evil.ask_scales())
+        evil.send("hotel", evil.request("scales", true))
 
 
 def test_51_scales_that_nobody_agreed_on(parties: Parties, evil: Coordinator) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.owner import Owner
+from common.certificates import deliveries_digest
 from common.errors import ConsentError, RemoteProtocolError
 from common.messages import Message, OpenSum
 from common.schedule import Round
@@ -50,12 +51,14 @@ def opening(process: Process, **changes: object) -> OpenSum:
 
 
 def test_a_step_before_what_it_is_measured_on(process: Process, hotel: Owner) -> None:
-    refused(hotel, opening(process), RemoteProtocolError, "but refit, merged after step 0 is due")
+    refused(hotel, opening(process), RemoteProtocolError, "but refit, merged before step 1 is due")
 
 
 def test_a_step_that_was_not_agreed(process: Process, hotel: Owner) -> None:
     hotel.answer(merged(process))
-    refused(hotel, opening(process, layout_digest=OTHER), ConsentError, "not the one that was agreed")
+    told = deliveries_digest(hotel.state.run.delivered)
+    other_layout = opening(process, deliveries_digest=told, layout_digest=OTHER)
+    refused(hotel, other_layout, ConsentError, "not the one that was agreed")
     refused(hotel, opening(process, position=len(process.schedule.events)), RemoteProtocolError, "of a schedule of")
 
 
@@ -66,7 +69,7 @@ def test_a_step_about_other_layers_than_those_sent_to_this_owner(process: Proces
 
 def test_merged_layers_out_of_order_twice_or_of_another_kind(process: Process, hotel: Owner) -> None:
     candidate = part_of(process.parties, process.candidate_slot(METHOD))
-    refused(hotel, candidate, RemoteProtocolError, "but refit, merged after step 0 is due")
+    refused(hotel, candidate, RemoteProtocolError, "but refit, merged before step 1 is due")
     hotel.answer(merged(process))
     before = hotel.state.run
     hotel.answer(merged(process))  # a coordinator that was started again: the same once more changes nothing
