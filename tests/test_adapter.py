@@ -1,43 +1,26 @@
-"""LoRA adapters: what they change, by hand from the file; what is not followed, what is refused and why."""
+"""LoRA adapters: their deltas, computed by hand from the file; what is not followed; what is refused and why."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from common.agreement import Task
 from common.errors import ModelError
+from common.models.adapter import PARAMETER_PREFIX as PREFIX
 from common.models.folders import fine_tuned_folder, model_folder
 from common.models.layers import linear_layers
 from common.models.loading import load_fine_tuned
-from tests.support.models import delta_of, tiny_bert
+from tests.support.adapters import write_adapter
+from tests.support.errors import in_two_lines
+from tests.support.models import delta_of, tiny_bert, tiny_gpt2
 
 TASK = Task(labels=("a", "b", "c"))
-PREFIX = "base_model.model."
-
-
-def tiny_gpt2() -> GPT2ForSequenceClassification:
-    config = GPT2Config(vocab_size=80, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, pad_token_id=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GPT2ForSequenceClassification(config).eval()
-
-
-def write_adapter(base: PreTrainedModel, folder: Path, seed: int = 1, **settings: object) -> Path:
-    """An adapter of `base` with random weights, as peft writes it."""
-    adapted = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))  # type: ignore[arg-type]
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=random)
-    adapted.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -135,7 +118,7 @@ def test_nothing_that_the_configuration_names_is_fetched_or_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_adapter_is_no_base(folder: Path) -> None:
+def test_an_adapter_is_refused_as_a_base(folder: Path) -> None:
     assert fine_tuned_folder(str(folder), Path()) == folder
     with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config\.json\); a base is a whole model"):
         model_folder(str(folder), Path())
@@ -185,6 +168,6 @@ def test_a_wrong_adapter_is_refused_in_one_line(damage, says: str, folder: Path)
     damage(folder)
     with pytest.raises(ModelError) as caught:
         load_fine_tuned(fine_tuned_folder(str(folder), Path()), TASK, tiny_bert())
-    assert says in str(caught.value)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    says_so = in_two_lines(caught.value)
+    assert says in says_so
+    assert str(folder) in says_so

@@ -12,8 +12,7 @@ from common.models.delta import add_delta
 from common.models.low_rank import adapter_plan, cut
 from common.models.parameters import parameter_shapes
 from server.adapter_folder import write_adapter
-from tests.support.models import tiny_bert
-from tests.test_adapter import tiny_gpt2
+from tests.support.models import tiny_bert, tiny_gpt2
 
 
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])

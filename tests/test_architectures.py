@@ -1,6 +1,5 @@
-"""Architectures, tiny and with random weights: Grams and merged layers against explicit rows, one example at a time."""
+"""Grams and merged layers of tiny models of many architectures, against explicit rows, one example at a time."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,189 +8,34 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from client.measurement.gram import find_shared_inputs, measure_grams
-from common.agreement import Agreement, AgreementDraft, MethodName, OwnerEntry, Privacy, RegMean, Task, TensorRoles
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
 from common.errors import ModelError, SettingsError
-from common.merge_methods import contribution_layout, solve
-from common.merge_methods.terms import Gram, OwnerTerms, Solution
+from common.merge_methods.regmean import RegMeanTable
+from common.merge_methods.terms import Gram, MergedDelta, OwnerTerms
 from common.models.layers import Layer, linear_layers, merge_layers, parameter_of
 from common.models.parameters import parameter_shapes
-from common.models.plan import MergePlan, merge_plan
+from common.models.plan import MergePlan, PlannedTensors, merge_plan
 from deploy.complete import complete_agreement
 from deploy.example import reviews
+from tests.support.architectures import (
+    ARCHITECTURES,
+    MIXTURES,
+    TEXT,
+    Architecture,
+    Example,
+    batch_of,
+    image,
+    planned_tensors_of,
+    shake,
+    text,
+)
+from tests.support.merging import exact, single_round, total_of
 from tests.support.models import delta_of, tiny_bert
 from tests.support.parties import IDENTITIES
-from tests.test_merge_methods import exact, total_of
-
-Example = dict[str, Tensor]  # a model's inputs for one example, without padding and without a batch dimension
-TEXT = {"vocab_size": 80, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
-TEXT |= {"intermediate_size": 12, "max_position_embeddings": 40, "pad_token_id": 0}
-ROTARY = {**TEXT, "num_key_value_heads": 1, "num_attention_heads": 2}
-T5 = {"vocab_size": 80, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
-T5 |= {"eos_token_id": 1, "decoder_start_token_id": 0, "num_labels": 3, "num_decoder_layers": 2}
-IMAGE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
-IMAGE |= {"image_size": 8, "patch_size": 4, "num_channels": 1}
-
-
-def text(random: torch.Generator) -> Example:
-    length = int(torch.randint(3, 9, (), generator=random))
-    tokens = torch.randint(2, 50, (length + 1,), generator=random)
-    tokens[-1] = 1  # the end of the text, which T5 looks for
-    return {"input_ids": tokens}
-
-
-def text_to_text(random: torch.Generator) -> Example:
-    return text(random) | {"decoder_input_ids": text(random)["input_ids"]}
-
-
-def image(random: torch.Generator) -> Example:
-    return {"pixel_values": torch.randn(1, 8, 8, generator=random, dtype=torch.float64)}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A tiny model, an example of its inputs, and how many linear layers it has, fed by how many distinct inputs."""
-
-    make: Callable[[], nn.Module]
-    example: Callable[[torch.Generator], Example]
-    layers: int
-    inputs: int
-
-
-def model_of(name: str, config: str, **settings: object) -> Callable[[], nn.Module]:
-    return lambda: getattr(transformers, name)(getattr(transformers, config)(**settings))
-
-
-def clip() -> nn.Module:
-    config = transformers.CLIPConfig(
-        vision_config=IMAGE, text_config={**TEXT, "num_hidden_layers": 1}, num_labels=3, projection_dim=8
-    )
-    return transformers.CLIPForImageClassification(config)
-
-
-def untied_t5() -> nn.Module:
-    config = transformers.T5Config(**T5, feed_forward_proj="gated-gelu")
-    config.tie_word_embeddings = False  # as an argument it would be overruled
-    return transformers.T5ForConditionalGeneration(config)
-
-
-# Per block: attention input, attention output, feed-forward input and output. BERT adds a pooler and a head.
-ARCHITECTURES = {
-    "bert": Architecture(model_of("BertForSequenceClassification", "BertConfig", **TEXT), text, 14, 10),
-    "roberta": Architecture(model_of("RobertaForSequenceClassification", "RobertaConfig", **TEXT), text, 14, 10),
-    "distilbert": Architecture(
-        model_of(
-            "DistilBertForSequenceClassification",
-            "DistilBertConfig",
-            **{**TEXT, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12},
-        ),
-        text,
-        14,
-        10,
-    ),
-    # Relative embeddings pass through query and key too, so value has a Gram of its own.
-    "deberta": Architecture(
-        model_of(
-            "DebertaV2ForSequenceClassification",
-            "DebertaV2Config",
-            **TEXT,
-            relative_attention=True,
-            position_buckets=4,
-            max_relative_positions=8,
-            pos_att_type=["p2c", "c2p"],
-            share_att_key=True,
-            norm_rel_ebd="layer_norm",
-            position_biased_input=False,
-            pooler_hidden_size=8,
-        ),
-        text,
-        14,
-        12,
-    ),
-    # One block, called twice, after a projection of the embeddings.
-    "albert": Architecture(
-        model_of("AlbertForSequenceClassification", "AlbertConfig", **TEXT, embedding_size=6), text, 9, 7
-    ),
-    "vit": Architecture(model_of("ViTForImageClassification", "ViTConfig", **IMAGE, num_labels=3), image, 13, 9),
-    "clip": Architecture(clip, image, 13, 9),
-    "gpt2": Architecture(
-        model_of(
-            "GPT2ForSequenceClassification",
-            "GPT2Config",
-            **{**TEXT, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 40, "n_inner": 12},
-        ),
-        text,
-        9,
-        9,
-    ),
-    "llama": Architecture(model_of("LlamaForSequenceClassification", "LlamaConfig", **ROTARY), text, 15, 9),
-    "qwen2": Architecture(model_of("Qwen2ForSequenceClassification", "Qwen2Config", **ROTARY), text, 15, 9),
-    # Two encoder blocks of six layers, two decoder blocks of ten; all cross-attentions share the k and v input. A tied
-    # head is the embedding's and no layer.
-    "t5 tied": Architecture(model_of("T5ForConditionalGeneration", "T5Config", **T5), text_to_text, 32, 21),
-    "t5 untied": Architecture(untied_t5, text_to_text, 37, 22),
-    "t5 classifier": Architecture(model_of("T5ForSequenceClassification", "T5Config", **T5), text, 34, 23),
-    # Of each block's layers, four are attention's; then two for each of four experts.
-    "mixtral": Architecture(
-        model_of(
-            "MixtralForSequenceClassification",
-            "MixtralConfig",
-            **ROTARY,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-        ),
-        text,
-        25,
-        21,
-    ),
-    # As before, and a shared expert with its gate.
-    "qwen2 moe": Architecture(
-        model_of(
-            "Qwen2MoeForSequenceClassification",
-            "Qwen2MoeConfig",
-            **ROTARY,
-            num_experts=4,
-            num_experts_per_tok=1,
-            moe_intermediate_size=12,
-            shared_expert_intermediate_size=12,
-        ),
-        text,
-        33,
-        25,
-    ),
-}
-MIXTURES = ("mixtral", "qwen2 moe")
-
-
-@torch.no_grad()
-def shake(model: nn.Module, by: float, seed: int) -> None:
-    """Add noise to every parameter. A mixture's last expert scores the mean of the others, so it is never the best."""
-    random = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter += by * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
-            parameter[-1] = parameter[:-1].mean(dim=0)
-
-
-def batch_of(examples: list[Example]) -> Example:
-    """Examples padded on the right; targets by one more where they would be as long as the inputs."""
-    if "pixel_values" in examples[0]:
-        return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
-    batch: Example = {}
-    for prefix in ("", "decoder_"):
-        rows = [example[f"{prefix}input_ids"] for example in examples if f"{prefix}input_ids" in example]
-        if rows:
-            tokens = pad_sequence(rows, batch_first=True)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            if prefix and tokens.shape == batch["input_ids"].shape:
-                tokens, mask = (nn.functional.pad(tensor, (0, 1)) for tensor in (tokens, mask))
-            batch |= {f"{prefix}input_ids": tokens, f"{prefix}attention_mask": mask}
-    return batch
 
 
 class ExpertRows(TorchFunctionMode):
@@ -228,13 +72,6 @@ def explicit_rows(model: nn.Module, examples: list[Example]) -> dict[str, Tensor
     return {name: torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in calls]) for name, calls in seen.items()}
 
 
-def roles_of(model: nn.Module, batch: Example) -> TensorRoles:
-    merged = find_shared_inputs(model, batch)  # type: ignore[arg-type]
-    kept = {parameter_of(weight) for group in merged for weight in group}
-    averaged = tuple(name for name in parameter_shapes(model) if name not in kept)
-    return TensorRoles(merged=merged, averaged=averaged, left_alone=())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Merge:
     """What three owners measured, and the explicit rows of each."""
@@ -245,7 +82,7 @@ class Merge:
     grams: list[dict[str, Gram]]
     rows: list[dict[str, Tensor]]
     deltas: list[dict[str, Tensor]]
-    solution: Solution
+    merged: MergedDelta  # float32
 
 
 IN_BLOCKS = "bert in blocks", "gpt2 in blocks", "mixtral in blocks"
@@ -254,33 +91,31 @@ LARGEST_GRAM = 7  # of these; their layers have 8 or 12 inputs
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, *IN_BLOCKS])
 def merge(request: pytest.FixtureRequest, agreement: Agreement) -> Merge:
-    """All in float64, so that only a wrong row makes a difference."""
+    """Models and Grams are float64, so that only a wrong row makes a difference."""
     name = request.param.removesuffix(" in blocks")
     architecture = ARCHITECTURES[name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "float", lambda self: self)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            base = architecture.make().double().eval()
-        if name in MIXTURES:
-            base.set_experts_implementation("eager")  # type: ignore[operator]
-        shake(base, 0.3, seed=0)
-        random = torch.Generator().manual_seed(0)
-        roles = roles_of(base, batch_of([architecture.example(random) for _ in range(8)]))
-        largest_gram = LARGEST_GRAM if request.param in IN_BLOCKS else None
-        plan = merge_plan(base, roles.model_copy(update={"largest_gram": largest_gram}))
-        grams, rows, deltas, owners = [], [], [], {}
-        for index in range(3):
-            tuned = deepcopy(base)
-            shake(tuned, 0.05, seed=index + 1)
-            examples = [architecture.example(random) for _ in range(11)]
-            batches = [batch_of(examples[:6]), batch_of(examples[6:10]), batch_of(examples[10:])]
-            grams.append(measure_grams(tuned, plan, batches))  # type: ignore[arg-type]
-            rows.append(explicit_rows(tuned, examples))
-            deltas.append(delta_of(tuned, base))
-            owners[f"o{index}"] = OwnerTerms(examples=11, delta=deltas[-1], grams=grams[-1], gram_examples=11)
-        alone = exact(agreement).model_copy(update={"compare_with": ()})
-        solution = solve(alone, plan, "regmean", total_of(alone, plan, owners), 1.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = architecture.make().double().eval()
+    if name in MIXTURES:
+        base.set_experts_implementation("eager")  # type: ignore[operator]
+    shake(base, 0.3, seed=0)
+    random = torch.Generator().manual_seed(0)
+    tensors = planned_tensors_of(base, batch_of([architecture.example(random) for _ in range(8)]))
+    largest_gram = LARGEST_GRAM if request.param in IN_BLOCKS else None
+    plan = merge_plan(base, tensors.model_copy(update={"largest_gram": largest_gram}))
+    grams, rows, deltas, owners = [], [], [], {}
+    for index in range(3):
+        tuned = deepcopy(base)
+        shake(tuned, 0.05, seed=index + 1)
+        examples = [architecture.example(random) for _ in range(11)]
+        batches = [batch_of(examples[:6]), batch_of(examples[6:10]), batch_of(examples[10:])]
+        grams.append(measure_grams(tuned, plan, batches))  # type: ignore[arg-type]
+        rows.append(explicit_rows(tuned, examples))
+        deltas.append(delta_of(tuned, base))
+        owners[f"o{index}"] = OwnerTerms(examples=11, delta=deltas[-1], grams=grams[-1], gram_examples=11)
+    settings = exact(plan)
+    total = total_of(["regmean"], settings, owners)
     return Merge(
         architecture=architecture,
         base=base,
@@ -288,7 +123,7 @@ def merge(request: pytest.FixtureRequest, agreement: Agreement) -> Merge:
         grams=grams,
         rows=rows,
         deltas=deltas,
-        solution=solution,
+        merged=single_round("regmean").solve(settings, total, 1.0, with_spectra=True),
     )
 
 
@@ -316,7 +151,7 @@ def test_merged_layers_are_pooled_least_squares(merge: Merge) -> None:
         targets = torch.cat([own @ layer.take(delta) for own, delta in zip(rows, merge.deltas, strict=True)])
         stacked = torch.cat(rows)
         pooled = stacked @ torch.linalg.lstsq(stacked, targets, driver="gelsd").solution
-        outputs = stacked @ layer.take(merge.solution.delta)
+        outputs = stacked @ layer.take(merge.merged.delta).double()
         assert (outputs - pooled).norm() <= 1e-5 * targets.norm(), layer.weight
 
 
@@ -332,11 +167,11 @@ def test_every_parameter_of_every_architecture_is_named_once(merge: Merge) -> No
     whole = {parameter_of(name) for name in names}
     assert whole.isdisjoint(merge.plan.averaged)
     assert whole | set(merge.plan.averaged) == set(parameter_shapes(merge.base))
-    assert set(merge.solution.delta) == set(parameter_shapes(merge.base))
+    assert set(merge.merged.delta) == set(parameter_shapes(merge.base))
 
 
 @pytest.mark.parametrize("merge", IN_BLOCKS, indirect=True)
-def test_no_gram_is_larger_than_agreed_and_blocks_are_even_and_leave_no_feature_out(merge: Merge) -> None:
+def test_no_gram_is_larger_than_agreed_and_blocks_are_even_and_cover_every_feature(merge: Merge) -> None:
     whole = merge_layers(merge.base)
     blocks: dict[str, list[Layer]] = {}
     for layer in merge.plan.layers():
@@ -366,7 +201,7 @@ def test_grams_do_not_depend_on_the_size_of_batches(name: str) -> None:
     shake(model, 0.3, seed=0)
     random = torch.Generator().manual_seed(0)
     examples = [architecture.example(random) for _ in range(7)]
-    plan = merge_plan(model, roles_of(model, batch_of(examples)))  # type: ignore[arg-type]
+    plan = merge_plan(model, planned_tensors_of(model, batch_of(examples)))  # type: ignore[arg-type]
     whole, single = (
         measure_grams(model, plan, [batch_of(examples[start : start + size]) for start in range(0, 7, size)])  # type: ignore[arg-type]
         for size in (7, 1)
@@ -380,7 +215,7 @@ def test_inputs_and_targets_of_one_padded_length_are_refused() -> None:
     model = ARCHITECTURES["t5 tied"].make().eval()
     tokens = torch.tensor([[5, 6, 1]])
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    plan = merge_plan(model, roles_of(model, {**batch, "decoder_input_ids": tokens}))
+    plan = merge_plan(model, planned_tensors_of(model, {**batch, "decoder_input_ids": tokens}))
     batch |= {f"decoder_{name}": tensor for name, tensor in batch.items()}
     with pytest.raises(ModelError, match="one padded length, 3, so that their padding cannot be told apart"):
         measure_grams(model, plan, [batch])  # type: ignore[arg-type]
@@ -389,11 +224,11 @@ def test_inputs_and_targets_of_one_padded_length_are_refused() -> None:
 # --- biases -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_in_blocks_has_its_bias_averaged_and_refit_is_refused_a_classifier_in_blocks(tmp_path: Path) -> None:
+def test_a_layer_in_blocks_has_its_bias_averaged_and_cannot_be_the_classifier_of_refit(tmp_path: Path) -> None:
     model = ARCHITECTURES["bert"].make()
     folder = save(model, tmp_path)
     wide = max(layer.d_in for layer in merge_layers(model).values())
-    agreement = completed(folder, regmean=RegMean(bias_feature=True, largest_gram=wide - 1))
+    agreement = completed(folder, regmean=RegMeanTable(bias_feature=True, largest_gram=wide - 1))
     plan = merge_plan(model, agreement.tensors)
     split = [shared for shared in plan.inputs if shared.layers[0].features is not None]
     assert {shared.layers[0].whole for shared in split} == {
@@ -406,21 +241,21 @@ def test_a_layer_in_blocks_has_its_bias_averaged_and_refit_is_refused_a_classifi
     with pytest.raises(ModelError, match="is merged in blocks of its inputs, so its bias cannot be merged with it"):
         merge_plan(model, both)
     with pytest.raises(ModelError, match=r"merged as a whole \(regmean.largest_gram\), which refit"):
-        completed(folder, method="refit", regmean=RegMean(largest_gram=LARGEST_GRAM))
+        completed(folder, method="refit", regmean=RegMeanTable(largest_gram=LARGEST_GRAM))
 
 
-def test_bounds_of_another_plan_are_named_in_one_line(tmp_path: Path) -> None:
+def test_bounds_of_another_plan_are_refused(tmp_path: Path) -> None:
     model = ARCHITECTURES["bert"].make()
     agreement = completed(save(model, tmp_path))
     other = agreement.tensors.model_copy(update={"largest_gram": LARGEST_GRAM})
-    with pytest.raises(SettingsError, match=r"bounds.grams has 9 values, the base model's tensors make 18 Grams"):
-        contribution_layout(agreement, merge_plan(model, other))
+    with pytest.raises(SettingsError, match=r"bounds\.grams has 9 values, but the base model's tensors make 18 Grams"):
+        agreement.merge_settings(merge_plan(model, other))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2"])
 def test_biases_are_solved_as_weights_of_a_constant_input(name: str, tmp_path: Path) -> None:
     model = ARCHITECTURES[name].make()
-    agreement = completed(save(model, tmp_path), regmean=RegMean(bias_feature=True))
+    agreement = completed(save(model, tmp_path), regmean=RegMeanTable(bias_feature=True))
     plan = merge_plan(model, agreement.tensors)
     with_constant = [shared for shared in plan.inputs if shared.has_constant]
     assert len(with_constant) == {"bert": 9, "gpt2": 7, "qwen2": 1}[name]
@@ -442,7 +277,7 @@ def test_biases_are_solved_as_weights_of_a_constant_input(name: str, tmp_path: P
         assert grams[shared.name].matrix.abs().max() < 7 * bound
 
 
-def test_a_bias_stays_averaged_where_a_layer_of_the_same_input_has_none(
+def test_a_bias_stays_averaged_if_a_layer_of_the_same_input_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_one_bias(*_: object) -> nn.Module:
@@ -452,7 +287,7 @@ def test_a_bias_stays_averaged_where_a_layer_of_the_same_input_has_none(
 
     folder = save(tiny_bert(), tmp_path)
     monkeypatch.setattr("deploy.complete.load_base", without_one_bias)
-    tensors = completed(folder, regmean=RegMean(bias_feature=True)).tensors
+    tensors = completed(folder, regmean=RegMeanTable(bias_feature=True)).tensors
     prefix = "bert.encoder.layer.1.attention.self"
     group = tuple(f"{prefix}.{name}.weight" for name in ("query", "key", "value"))
     biases = tuple(f"{prefix}.{name}.bias" for name in ("query", "key"))
@@ -461,7 +296,7 @@ def test_a_bias_stays_averaged_where_a_layer_of_the_same_input_has_none(
     for wrong in (biases, biases[:1]):
         rest = tuple(name for name in parameter_shapes(without_one_bias()) if name not in group + wrong)
         with pytest.raises(ModelError, match="either all layers have a bias or none"):
-            merge_plan(without_one_bias(), TensorRoles(merged=((*group, *wrong),), averaged=rest, left_alone=()))
+            merge_plan(without_one_bias(), PlannedTensors(merged=((*group, *wrong),), averaged=rest, left_alone=()))
 
 
 # --- layers merged by their changes alone -----------------------------------------------------------------------------
@@ -476,8 +311,10 @@ def test_a_bias_stays_averaged_where_a_layer_of_the_same_input_has_none(
         ("bert", 13),
     ],
 )
-def test_layers_are_named_data_free_by_name_beginning_or_pattern(pattern: str, count: int, tmp_path: Path) -> None:
-    agreement = completed(save(tiny_bert(), tmp_path), regmean=RegMean(data_free_layers=(pattern,), bias_feature=True))
+def test_data_free_layers_are_named_by_name_beginning_or_pattern(pattern: str, count: int, tmp_path: Path) -> None:
+    agreement = completed(
+        save(tiny_bert(), tmp_path), regmean=RegMeanTable(data_free_layers=(pattern,), bias_feature=True)
+    )
     tensors = agreement.tensors
     assert len(tensors.data_free) == count
     assert sorted(agreement.tensors_by_name()) == sorted(parameter_shapes(tiny_bert()))
@@ -486,10 +323,10 @@ def test_layers_are_named_data_free_by_name_beginning_or_pattern(pattern: str, c
     assert len(plan.linear_layers) == 14
 
 
-def test_fused_experts_are_data_free_all_together(tmp_path: Path) -> None:
+def test_fused_experts_are_data_free_together(tmp_path: Path) -> None:
     experts = "model.layers.1.mlp.experts"
     folder = save(ARCHITECTURES["mixtral"].make(), tmp_path)
-    tensors = completed(folder, regmean=RegMean(data_free_layers=(experts,))).tensors
+    tensors = completed(folder, regmean=RegMeanTable(data_free_layers=(experts,))).tensors
     assert set(tensors.data_free) == {
         f"{experts}.{name}[{i}]" for name in ("gate_up_proj", "down_proj") for i in range(4)
     }
@@ -500,7 +337,7 @@ def test_a_pattern_that_names_no_layer_is_refused(tmp_path: Path) -> None:
     folder = save(tiny_bert(), tmp_path)
     for pattern in ("bert.encoder.lay", "*.LayerNorm.weight"):
         with pytest.raises(SettingsError, match=r"data_free_layers: .* names no linear layer's weight") as caught:
-            completed(folder, regmean=RegMean(data_free_layers=(pattern,)))
+            completed(folder, regmean=RegMeanTable(data_free_layers=(pattern,)))
         assert pattern in str(caught.value)
 
 
@@ -514,7 +351,7 @@ def test_a_tied_head_is_averaged_with_its_embedding_and_an_untied_one_is_merged(
         assert ("lm_head.weight" in parameter_shapes(model)) == in_a_group
 
 
-def test_a_weight_that_two_layers_have_in_common_is_averaged_whatever_it_is_called() -> None:
+def test_a_weight_that_two_layers_share_is_averaged_whatever_its_name() -> None:
     model = nn.ModuleDict({"a_head": nn.Linear(4, 5, bias=False), "embedding": nn.Embedding(5, 4)})
     model["a_head"].weight = model["embedding"].weight
     assert merge_layers(model) == {}
@@ -525,14 +362,14 @@ def test_a_weight_that_two_layers_have_in_common_is_averaged_whatever_it_is_call
 
 
 @pytest.mark.parametrize("merge", ["qwen2 moe"], indirect=True)
-def test_an_expert_that_nobody_reached_keeps_the_base_and_is_said_to_be_empty(merge: Merge) -> None:
-    notes = {note.name: note for note in merge.solution.layers}
+def test_an_expert_that_no_token_reached_keeps_the_base_and_is_reported_as_empty(merge: Merge) -> None:
+    notes = {note.name: note for note in merge.merged.layers}
     idle = [shared for shared in merge.plan.inputs if shared.name.endswith("_proj[3]")]
     assert len(idle) == 4
     for shared in idle:
         assert (notes[shared.name].status, notes[shared.name].rows) == ("empty", 0)
-        assert not shared.layers[0].take(merge.solution.delta).any()
-        assert any(note.startswith(f"{shared.name}: empty") for note in merge.solution.notes)
+        assert not shared.layers[0].take(merge.merged.delta).any()
+        assert any(note.startswith(f"{shared.name}: empty") for note in merge.merged.notes)
 
 
 class Transposed(nn.Module):
@@ -550,13 +387,13 @@ class Transposed(nn.Module):
         pass
 
 
-def test_experts_stored_input_first_and_with_biases_are_read_that_way() -> None:
+def test_experts_that_are_stored_input_first_with_biases_are_read_that_way() -> None:
     model = nn.ModuleDict({"experts": Transposed()})
     experts = model["experts"]
     model.forward = lambda x, chosen: experts(x, chosen)  # type: ignore[method-assign]
     merged = tuple((f"experts.{name}[{index}]",) for name in ("up_proj", "down_proj") for index in range(2))
     averaged = ("experts.up_proj_bias", "experts.down_proj_bias")
-    plan = merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
+    plan = merge_plan(model, PlannedTensors(merged=merged, averaged=averaged, left_alone=()))
     assert [(layer.d_in, layer.d_out) for layer in plan.layers()] == [(3, 4), (3, 4), (4, 3), (4, 3)]
     x = torch.randn(5, 3)
     grams = measure_grams(model, plan, [{"x": x, "chosen": torch.tensor([[0], [1], [1], [0], [1]])}])  # type: ignore[arg-type]
@@ -579,8 +416,8 @@ def save(model: nn.Module, folder: Path) -> Path:
 def completed(
     folder: Path,
     kind: str = "text-classification",
-    regmean: RegMean | None = None,
-    method: MethodName = "regmean",
+    regmean: RegMeanTable | None = None,
+    method: str = "regmean",
     **privacy: bool,
 ) -> Agreement:
     draft = AgreementDraft(
@@ -590,7 +427,7 @@ def completed(
         task=Task(kind=kind, labels=("a", "b", "c"), max_tokens=16),  # type: ignore[arg-type]
         privacy=Privacy(**privacy),
         method=method,
-        regmean=regmean or RegMean(),
+        regmean=regmean or RegMeanTable(),  # type: ignore[call-arg]
     )
     return complete_agreement(draft, folder, {name: each.public_key for name, each in IDENTITIES.items()})
 
@@ -624,7 +461,7 @@ def test_a_draft_is_completed_on_every_architecture(name: str, tmp_path: Path) -
     assert not {template.format(layer).replace(".0.", ".1.", 1) for layer in layers} & set(agreement.tensors.averaged)
 
 
-def test_experts_are_merged_only_where_the_agreement_says_so(tmp_path: Path) -> None:
+def test_experts_are_merged_only_if_the_agreement_says_so(tmp_path: Path) -> None:
     folder = save(ARCHITECTURES["mixtral"].make(), tmp_path)
     off, on = (completed(folder, merge_routed_inputs=merge) for merge in (False, True))
     fused = {f"model.layers.{block}.mlp.experts.{name}" for block in (0, 1) for name in ("gate_up_proj", "down_proj")}
@@ -649,7 +486,7 @@ class SwitchBlock(nn.Module):
         return result
 
 
-def test_experts_that_are_single_modules_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_are_modules_of_their_own_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_experts(folder: Path, *_: object) -> nn.Module:
         model = tiny_bert()
         with torch.random.fork_rng(devices=[]):

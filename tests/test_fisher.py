@@ -1,4 +1,4 @@
-"""The diagonal Fisher against what can be computed by other means."""
+"""The diagonal Fisher against what can be computed in other ways."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Grams against explicit rows; sharing seen by identity; padding is no row."""
+"""Grams against explicit token rows; shared inputs seen by identity; padding is not counted."""
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from client.measurement.gram import find_shared_inputs, measure_grams
-from common.agreement import Agreement, TensorRoles
+from common.agreement import Agreement
 from common.errors import ModelError
 from common.models.layers import Layer, linear_layers
 from common.models.parameters import parameter_shapes
-from common.models.plan import MergePlan, SharedInput, merge_plan
+from common.models.plan import MergePlan, PlannedTensors, SharedInput, merge_plan
 from tests.support.models import tiny_bert
 
 
@@ -31,15 +31,15 @@ def batch_of(lengths: list[int], padded_to: int, seed: int = 0) -> dict[str, tor
 
 
 def plan_for(model: nn.Module, batch: dict[str, torch.Tensor], within: str = "") -> MergePlan:
-    """Every distinct input has a Gram, of layers with `within` in their names."""
+    """Every distinct input of layers with `within` in their names has a Gram."""
     merged = tuple(group for group in find_shared_inputs(model, batch) if within in group[0])
     names = {name for group in merged for name in group}
     averaged = tuple(name for name in parameter_shapes(model) if name not in names)
-    return merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
+    return merge_plan(model, PlannedTensors(merged=merged, averaged=averaged, left_alone=()))
 
 
 def explicit_rows(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The slow way: one example at a time, unpadded, every input row of one layer written down."""
+    """The slow way: one unpadded example at a time, with every input row of one layer kept."""
     rows: list[torch.Tensor] = []
     hook = linear_layers(model)[name].register_forward_pre_hook(
         lambda _, args: rows.append(args[0].reshape(-1, args[0].shape[-1]).double())
@@ -62,7 +62,7 @@ def test_grams_equal_explicit_rows_without_padding(plan: MergePlan) -> None:
 
 
 def test_float64_across_blocks_keeps_what_bfloat16_loses() -> None:
-    """Against explicit float64 rows: a Gram kept in bfloat16 drifts, since a block soon is less than its last digit."""
+    """A Gram kept in bfloat16 drifts from explicit float64 rows, because a block is soon less than its last digit."""
     layer = nn.Sequential(nn.Linear(8, 3))
     weight = Layer(weight="0.weight", d_in=8, d_out=3, stored_input_first=False)
     shared = SharedInput(name="0", d_in=8, layers=(weight,))
@@ -100,12 +100,12 @@ def test_query_key_and_value_share_one_gram(agreement: Agreement) -> None:
     prefix = "bert.encoder.layer.1.attention.self"
     assert (f"{prefix}.query.weight", f"{prefix}.key.weight", f"{prefix}.value.weight") in groups
     # per block: attention input, attention output, feed-forward input and output; then pooler and classifier;
-    # the first block's attention input sees a token and its place alone, and is averaged
+    # the first block's attention input depends only on a token and its position, and is averaged
     assert len(groups) == 4 * 2 + 2 - 1
     assert sum(map(len, groups)) == 6 * 2 + 2 - 3
 
 
-def test_every_parameter_has_exactly_one_role(agreement: Agreement) -> None:
+def test_the_plan_names_every_parameter_once(agreement: Agreement) -> None:
     assert sorted(agreement.tensors_by_name()) == sorted(parameter_shapes(tiny_bert()))
 
 
@@ -132,13 +132,13 @@ def test_layers_that_do_not_share_an_input_are_refused_a_common_gram(agreement: 
     prefix = "bert.encoder.layer"
     wrong = (f"{prefix}.0.attention.self.query.weight", f"{prefix}.1.attention.self.query.weight")
     rest = tuple(name for name in parameter_shapes(model) if name not in wrong)
-    plan = merge_plan(model, TensorRoles(merged=(wrong,), averaged=rest, left_alone=()))
+    plan = merge_plan(model, PlannedTensors(merged=(wrong,), averaged=rest, left_alone=()))
     with pytest.raises(ModelError, match=r"layer\.1\.attention\.self\.query was fed another input"):
         measure_grams(model, plan, [batch_of([4], 4)])
 
 
 def test_sums_over_many_batches_are_float64() -> None:
-    # 2^24 + 1 is no float32: a sum kept in float32 would stop growing there.
+    # float32 cannot hold 2^24 + 1, so a sum kept in float32 would stop growing there.
     class Ones(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -148,7 +148,7 @@ def test_sums_over_many_batches_are_float64() -> None:
             return self.layer(x)
 
     model = Ones()
-    plan = merge_plan(model, TensorRoles(merged=(("layer.weight",),), averaged=(), left_alone=()))
+    plan = merge_plan(model, PlannedTensors(merged=(("layer.weight",),), averaged=(), left_alone=()))
     batches = [{"x": torch.full((1, 1), 4096.0)}, {"x": torch.ones(1, 1)}]
     grams = measure_grams(model, plan, batches)  # type: ignore[arg-type]
     assert grams["layer"].matrix.item() == 2**24 + 1
@@ -161,7 +161,7 @@ def test_measuring_leaves_no_hook_behind(plan: MergePlan) -> None:
 
 
 def test_a_forward_pass_ends_before_a_head_that_is_not_measured() -> None:
-    """A tied head over the vocabulary has no Gram, and is the dearest layer of a small language model."""
+    """A tied head over the vocabulary has no Gram, and is the most expensive layer of a small language model."""
     config = GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
     batches = [batch_of([4, 6], 6), batch_of([5, 3], 5, seed=1), batch_of([7], 7, seed=2)]
@@ -198,7 +198,7 @@ def test_a_pass_with_a_head_that_is_called_several_times_loses_no_rows(tied: boo
     assert tied or grams["lm_head"].rows == 2 * 11
 
 
-def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
+def test_a_layer_that_is_called_repeatedly_has_all_its_rows() -> None:
     config = AlbertConfig(
         vocab_size=50,
         embedding_size=4,
@@ -214,8 +214,8 @@ def test_a_layer_that_is_fed_again_and_again_has_all_its_rows() -> None:
     assert max(gram.rows for gram in grams.values()) == 3 * 18
 
 
-def test_a_layer_that_is_fed_once_in_short_batches_and_in_pieces_in_long_ones_has_all_its_rows() -> None:
-    """A feed-forward in chunks of 4 tokens, which is the last that is merged: pooler and classifier are not."""
+def test_a_layer_that_is_fed_long_batches_in_pieces_has_all_its_rows() -> None:
+    """A feed-forward in chunks of 4 tokens is the last merged layer; pooler and classifier are not merged."""
     config = tiny_bert().config
     config.chunk_size_feed_forward = 4
     model = BertForSequenceClassification(config).eval()
@@ -228,6 +228,6 @@ def test_a_layer_that_is_fed_once_in_short_batches_and_in_pieces_in_long_ones_ha
         torch.testing.assert_close(gram.matrix, sum(each[name].matrix for each in alone), rtol=0, atol=0)
 
 
-def test_grams_are_symmetric_to_the_last_bit(plan: MergePlan) -> None:
+def test_grams_are_exactly_symmetric(plan: MergePlan) -> None:
     for gram in measure_grams(tiny_bert(), plan, [batch_of([3, 7, 5], 7), batch_of([2, 9], 9, seed=1)]).values():
         assert torch.equal(gram.matrix, gram.matrix.T)

@@ -1,4 +1,4 @@
-"""Grams measured block by block are those of one pass, to the last bit; one block's are in memory; nothing is left."""
+"""Grams measured block by block are bit-identical to those of one pass, one block's at a time, and leave nothing."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,13 @@ from client.measurement.gram import GramCollector, measure_grams
 from client.measurement.gram_stream import GramStream
 from client.owner import Owner
 from common.errors import DataError
-from common.merge_methods import contribution_layout
 from common.merge_methods.terms import Gram
 from common.models.delta import Delta
 from common.models.plan import MergePlan, merge_plan
+from tests.support.architectures import ARCHITECTURES, batch_of, planned_tensors_of, shake
 from tests.support.models import delta_of, tiny_bert
+from tests.support.owner_process import fast_forward, opening_of, roll_call
 from tests.support.parties import Parties
-from tests.test_architectures import ARCHITECTURES, batch_of, roles_of, shake
-from tests.test_owner import open_sum, roll_call
 
 NO_SINGLE_CHAIN = {"albert", "t5 tied", "t5 untied", "t5 classifier"}
 Batches = list[dict[str, Tensor]]
@@ -41,11 +40,13 @@ def made(name: str) -> tuple[PreTrainedModel, MergePlan, Batches]:
     random = torch.Generator().manual_seed(2)
     batches = [batch_of([architecture.example(random) for _ in range(count)]) for count in (4, 3)]
     batches = [{name: t.float() if t.is_floating_point() else t for name, t in batch.items()} for batch in batches]
-    return model, merge_plan(model, roles_of(model, batches[0])), batches  # type: ignore[return-value]
+    return model, merge_plan(model, planned_tensors_of(model, batches[0])), batches  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_grams_of_block_after_block_are_those_of_one_pass_to_the_last_bit(name: str, tmp_path: Path) -> None:
+def test_grams_of_block_after_block_are_bit_identical_to_those_of_one_pass(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, plan, batches = made(name)
     expected = measure_grams(model, plan, batches)
     stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
@@ -55,6 +56,7 @@ def test_grams_of_block_after_block_are_those_of_one_pass_to_the_last_bit(name: 
         assert gram.rows == expected[shared.name].rows
         assert torch.equal(gram.matrix, expected[shared.name].matrix)
     assert (tmp_path / "activations").exists() == (name not in NO_SINGLE_CHAIN)
+    assert ("measured in one piece" in caplog.text) == (name in NO_SINGLE_CHAIN)
 
 
 def test_grams_that_are_asked_for_again_or_in_any_order_are_the_same(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_grams_that_are_asked_for_again_or_in_any_order_are_the_same(tmp_path: P
         assert torch.equal(stream[name].matrix, expected[name].matrix)
 
 
-def test_never_are_there_grams_of_more_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_are_never_grams_of_more_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: WeakSet[Tensor] = WeakSet()
     most = 0
 
@@ -100,12 +102,14 @@ def test_each_block_is_run_once_over_the_batches(tmp_path: Path) -> None:
         attention.register_forward_pre_hook(lambda *_, block=block: count(block))  # type: ignore[union-attr, operator]
     assert len(dict(stream)) == len(plan.inputs)
     first, *later = plan.blocks
-    # Beside: of what shape its output is, is seen on one example at the first block, once a block.
+    # Before each block, one example runs through the first block to show the shape of its output.
     assert runs == {first: len(batches) + len(plan.blocks)} | dict.fromkeys(later, len(batches))
 
 
-def test_a_model_whose_blocks_hand_on_more_than_they_return_is_measured_whole(tmp_path: Path) -> None:
-    """Here the first block leaves a note that the second one reads: run alone, that is another model."""
+def test_a_model_whose_blocks_pass_on_more_than_they_return_is_measured_whole_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here the first block leaves a note that the second one reads. Run alone, the second block is another model."""
     model, plan, batches = made("llama")
     first, second = (model.get_submodule(block) for block in plan.blocks)
     first.register_forward_hook(lambda _, args, output: setattr(second, "note", output.mean()))
@@ -115,6 +119,10 @@ def test_a_model_whose_blocks_hand_on_more_than_they_return_is_measured_whole(tm
     for name, gram in stream.items():
         assert torch.equal(gram.matrix, expected[name].matrix)
     assert not (tmp_path / "activations").exists()
+    megabytes = sum(gram.matrix.nbytes for gram in expected.values()) / 1e6
+    (warning,) = caplog.messages
+    assert f"measured in one piece and needs more memory, {megabytes:.0f} MB for its Gram matrices alone" in warning
+    assert "is fed other numbers if blocks run alone" in warning
 
 
 def test_a_delta_computed_tensor_by_tensor_from_the_disk_is_the_whole_one(tmp_path: Path) -> None:
@@ -141,12 +149,12 @@ def test_a_model_on_the_disk_runs_and_is_changed_as_one_in_memory(tmp_path: Path
     assert torch.equal(disk["classifier.bias"], twin.classifier.bias)
 
 
-def test_weights_that_do_not_fit_on_the_disk_are_one_line(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_on_the_disk_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing: a model's weights cannot be written here \(No such file"):
         DiskModel(tiny_bert(), tmp_path / "missing")
 
 
-def test_activations_are_the_owner_s_alone_and_removed_after_a_failure_too(
+def test_activations_are_readable_by_the_owner_alone_and_removed_even_after_a_failure(
     parties: Parties, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     party = parties.files["hotel"]
@@ -160,17 +168,19 @@ def test_activations_are_the_owner_s_alone_and_removed_after_a_failure_too(
     def look(model: PreTrainedModel, *arguments: object, **others: object) -> dict[str, Gram]:
         folder = run_folder / "scratch"
         seen.append(folder.stat().st_mode & 0o777)
-        grams = measure_step(model, *arguments, **others)
+        grams = measure_inputs(model, *arguments, **others)
         assert BlockStream(folder, blocks).reached is not None
         kept.update((path.is_dir(), path.stat().st_mode & 0o777) for path in folder.rglob("*"))
         if len(seen) == 2:
             raise DataError("the disk broke")
         return grams
 
-    measure_step = gram_stream.measure_step
-    monkeypatch.setattr(gram_stream, "measure_step", look)
+    measure_inputs = gram_stream.measure_inputs
+    monkeypatch.setattr(gram_stream, "measure_inputs", look)
+    round_ = owner.workbench.schedule.find("contribution")
+    fast_forward(owner, round_.position)
     with pytest.raises(DataError, match="the disk broke"):
-        owner.answer(open_sum(parties, "contribution", contribution_layout(parties.agreement, parties.plan)))
+        owner.answer(opening_of(parties, round_))
     assert seen == [0o700, 0o700]
     assert kept == {(True, 0o700), (False, 0o600)}
     assert [path.name for path in run_folder.iterdir()] == ["run.json"]  # nor is half of a vector there

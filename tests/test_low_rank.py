@@ -1,4 +1,4 @@
-"""What an adapter holds of a delta: against the singular value decomposition, and with the numbers of what is lost."""
+"""The part of a delta that an adapter holds, against the singular value decomposition, and how much is lost."""
 
 import pytest
 import torch
@@ -8,8 +8,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from common.models.low_rank import adapter_plan, cut, factorise, multiply
 from common.models.parameters import parameter_shapes
-from tests.support.models import tiny_bert
-from tests.test_adapter import tiny_gpt2
+from tests.support.models import tiny_bert, tiny_gpt2
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**32 - 1))
@@ -63,13 +62,13 @@ def test_layers_are_cut_the_head_is_whole_the_rest_is_dropped(make) -> None:
     assert low_rank.dropped == pytest.approx(float(norm), rel=1e-5)
 
 
-def test_what_the_base_s_files_lack_goes_whole() -> None:
+def test_what_the_base_s_files_lack_stays_whole() -> None:
     plan = adapter_plan(tiny_bert(), made_here=("bert.pooler.dense.weight", "bert.pooler.dense.bias"), rank=2)
     assert plan.whole_modules == ("bert.pooler.dense", "classifier")
     assert "bert.pooler.dense.weight" not in plan.layers
 
 
-def test_a_model_that_does_not_tell_its_head_from_its_body_is_cut_throughout() -> None:
+def test_a_model_that_does_not_separate_its_head_from_its_body_is_cut_throughout() -> None:
     config = T5Config(vocab_size=80, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False)
     plan = adapter_plan(T5ForConditionalGeneration(config), made_here=(), rank=2)
     assert plan.whole == ()

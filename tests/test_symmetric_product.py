@@ -1,4 +1,4 @@
-"""The symmetric product against explicit float64 rows, over any number of rows, batches and dimensions."""
+"""The symmetric product against explicit float64 rows, for any number of rows, batches and dimensions."""
 
 import torch
 from hypothesis import given, settings
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from client.measurement.symmetric_product import COLUMNS, add_upper, mirror_upper
 
-# Around the edges of the bands in which sums are folded, and small ones.
+# Small dimensions, and dimensions around the edges of bands.
 DIMENSIONS = st.sampled_from([1, 2, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 3])
 
 
@@ -41,7 +41,7 @@ def test_rows_may_be_a_view_of_anything() -> None:
         torch.testing.assert_close(summed([view]), view.double().T @ view.double(), rtol=1e-5, atol=1e-4)
 
 
-def test_rows_that_count_several_times_are_so_many_rows() -> None:
+def test_rows_that_count_several_times_equal_repeated_rows() -> None:
     rows, matrix = random_rows(9, 5, seed=0), torch.zeros(5, 5, dtype=torch.float64)
     add_upper(matrix, rows, times=3)
     torch.testing.assert_close(matrix.triu(), summed([rows] * 3).triu(), rtol=1e-5, atol=1e-5)

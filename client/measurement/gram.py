@@ -244,7 +244,8 @@ class GramCollector:
                 )
 
     def _add(self, shared: SharedInput, fed: LayerInput) -> None:
-        rows = self._tokens.rows(replace(fed, rows=fed.rows[..., shared.features])).float()
+        rows = self._tokens.rows(replace(fed, rows=fed.rows[..., shared.features]))
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # half precision would lose too much
         if shared.has_constant:
             rows = with_constant(rows)  # (rows, gram_size)
         times = self._tokens.times(fed)

@@ -16,8 +16,8 @@ from common.agreement import Task
 from common.models.loading import digest_of, load_base, load_fine_tuned
 from deploy.simulation.simulate import simulate
 from server.report.report import Report
+from tests.support.adapters import write_adapter
 from tests.support.models import delta_of
-from tests.test_adapter import write_adapter
 
 OWNERS = ("hotel", "cinema", "phones")
 TASK = Task(labels=("negative", "positive"))

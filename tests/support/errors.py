@@ -1,4 +1,4 @@
-"""What an agreement's rules say: the message and the hint."""
+"""What errors say: the message and the hint."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 from pydantic import ValidationError
 
-from common.errors import RuleError
+from common.errors import AmalgramError, RuleError
 
 
 @contextmanager
@@ -19,3 +19,10 @@ def refused(message: str, *, hint: str) -> Iterator[None]:
     rule = problem["ctx"]["error"]
     assert isinstance(rule, RuleError)
     assert hint in rule.hint
+
+
+def in_two_lines(error: AmalgramError) -> str:
+    """What a person reads: the message in one line, and the hint, if there is one, in another."""
+    assert "\n" not in error.message
+    assert "\n" not in error.hint
+    return str(error)

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from common.models.delta import Delta
 
@@ -28,3 +28,11 @@ def tiny_bert() -> BertForSequenceClassification:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return BertForSequenceClassification(config).eval()
+
+
+def tiny_gpt2() -> GPT2ForSequenceClassification:
+    """A GPT-2 of one block with random weights, whose linear layers are Conv1D."""
+    config = GPT2Config(vocab_size=80, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, pad_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GPT2ForSequenceClassification(config).eval()
