@@ -156,7 +156,7 @@ READERS: dict[str, Callable[[Path, Sequence[str], int | None], Columns]] = {
 
 def _check_exists(path: Path) -> None:
     if not path.is_file():
-        raise DataError(f"{path}: no such file", hint="paths in the settings are relative to the settings file")
+        raise DataError(f"{path}: no such file")
 
 
 def _check_columns(path: Path, columns: Sequence[str], found: Sequence[str], where: str = "") -> None:
@@ -166,7 +166,7 @@ def _check_columns(path: Path, columns: Sequence[str], found: Sequence[str], whe
             names = [name for name in found if re.fullmatch(r"[\w.-]{1,40}", name)]
             raise DataError(
                 f"{path}: {where}has no column {column!r}; its columns are {', '.join(names) or 'none'}",
-                hint="name the columns in the table [data] of the settings"
+                hint="give the names that the file uses"
                 if len(names) == len(found)
                 else "check that the header line is there",
             )
