@@ -1,12 +1,253 @@
-"""Which event of a schedule an owner lets follow the one that was begun last."""
+"""The rounds of an agreement: known answers, and what holds for every agreement."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from common.agreement import Agreement
-from common.errors import RemoteProtocolError
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.agreement import Agreement, AgreementDraft, Summation
+from common.errors import LocalProtocolError, RemoteProtocolError
+from common.merge_methods import METHODS, ORDERED
+from common.merge_methods.data_free import DataFreeTable
+from common.merge_methods.method import MultiRoundMethod
+from common.merge_methods.refit import RefitTable
+from common.merge_methods.regmean import RegMeanTable
+from common.merge_methods.task_arithmetic import TaskArithmeticTable
+from common.metrics import BASE, OWN_AT_HOME
 from common.models.plan import MergePlan
-from common.schedule import Schedule, schedule_of
+from common.schedule import Delivery, Event, Round, Schedule, schedule_of
+from common.settings_file import load_settings
 from tests.support.scripted_owners import DELIVERY, ROUND, TEST_ROUND
+
+UNSWEPT = RegMeanTable(alphas=(0.9,))
+
+
+def described(event: Event) -> tuple[object, ...]:
+    """A round as (kind, method, step, split, models, title); a delivery as (kind, method, step, split, names)."""
+    if isinstance(event, Round):
+        step = event.step.number if event.step is not None else None
+        return ("round", event.kind, event.method, step, event.split, event.models, event.title)
+    return ("delivery", event.kind, event.method, event.step, event.split, event.names)
+
+
+def contributions() -> tuple[object, ...]:
+    return ("round", "contribution", None, None, None, (), "contributions")
+
+
+def merged(method: str, step: int) -> tuple[object, ...]:
+    return ("delivery", "merged_step", method, step, None, ("",))
+
+
+def step(method: str, number: int, title: str) -> tuple[object, ...]:
+    return ("round", "step", method, number, None, (), title)
+
+
+def candidate(split: str, method: str, *names: str) -> tuple[object, ...]:
+    return ("delivery", "candidate", method, None, split, names)
+
+
+def metrics(split: str, *models: str) -> tuple[object, ...]:
+    return ("round", "metrics", None, None, split, models, f"{split} metrics")
+
+
+def events_of(agreement: Agreement, plan: MergePlan, **changes: object) -> list[tuple[object, ...]]:
+    return [described(event) for event in schedule_of(agreement.model_copy(update=changes), plan).events]
+
+
+# --- known answers ----------------------------------------------------------------------------------------------------
+
+ALPHAS = tuple(f"regmean@{alpha}" for alpha in ("0.1", "0.5", "0.9", "0.95", "0.99"))
+SCALES = tuple(f"task_arithmetic@{scale}" for scale in ("0.3", "0.5", "1.0"))
+
+
+def test_the_example_s_schedule(agreement: Agreement, plan: MergePlan, reviews_folder: Path) -> None:
+    draft = load_settings(reviews_folder / "agreement.toml", AgreementDraft)
+    methods = {"method": draft.method, "compare_with": draft.compare_with, **draft.tables}
+    assert events_of(agreement, plan, **methods) == [
+        contributions(),
+        *(candidate("validation", "regmean", name) for name in ALPHAS),
+        *(candidate("validation", "task_arithmetic", name) for name in SCALES),
+        metrics("validation", *ALPHAS, *SCALES),
+        candidate("test", "regmean", *ALPHAS),
+        candidate("test", "average", "average"),
+        candidate("test", "task_arithmetic", *SCALES),
+        candidate("test", "fisher", "fisher"),
+        metrics("test", BASE, OWN_AT_HOME, "regmean", "average", "task_arithmetic", "fisher"),
+    ]
+
+
+def test_the_schedule_in_32_bits(agreement: Agreement, plan: MergePlan) -> None:
+    changes = {"compare_with": ("average",), "regmean": UNSWEPT, "summation": Summation(ring_bits=32)}
+    assert events_of(agreement, plan, **changes) == [
+        ("round", "scales", None, None, None, (), "scales"),
+        ("delivery", "scales", None, None, None, ("",)),
+        contributions(),
+        candidate("test", "regmean", "regmean"),
+        candidate("test", "average", "average"),
+        metrics("test", BASE, OWN_AT_HOME, "regmean", "average"),
+    ]
+
+
+def test_the_schedule_of_refit_with_two_balances(agreement: Agreement, plan: MergePlan) -> None:
+    refit = RefitTable(balances=(0.0, 0.5))
+    swept = ("refit@0.0", "refit@0.5")
+    assert events_of(agreement, plan, method="refit", compare_with=(), refit=refit) == [
+        contributions(),
+        merged("refit", 0),
+        step("refit", 1, "refit step 1"),
+        *(candidate("validation", "refit", name) for name in swept),
+        metrics("validation", *swept),
+        candidate("test", "refit", *swept),
+        metrics("test", BASE, OWN_AT_HOME, "refit"),
+    ]
+
+
+def test_the_schedule_of_regmean_plus_plus_on_two_blocks(agreement: Agreement, plan: MergePlan) -> None:
+    """Two blocks, then the pooler and the classifier, each a step of its own."""
+    name = "regmean_plus_plus"
+    assert events_of(agreement, plan, method=name, compare_with=()) == [
+        contributions(),
+        merged(name, 0),
+        step(name, 1, "RegMean++ step 1"),
+        merged(name, 1),
+        step(name, 2, "RegMean++ step 2"),
+        merged(name, 2),
+        step(name, 3, "RegMean++ step 3"),
+        merged(name, 3),
+        step(name, 4, "RegMean++ step 4"),
+        candidate("test", name, name),
+        metrics("test", BASE, OWN_AT_HOME, name),
+    ]
+
+
+def test_people_read_what_a_round_is_called(agreement: Agreement, plan: MergePlan) -> None:
+    changes = {"method": "regmean_plus_plus", "compare_with": ("refit",), "regmean": UNSWEPT}
+    schedule = schedule_of(agreement.model_copy(update=changes), plan)
+    assert [(each.name, each.phase) for each in schedule.rounds] == [
+        ("sum of contributions", "sum of contributions"),
+        *((f"sum of RegMean++ step {number}", "sums of RegMean++") for number in (1, 2, 3, 4)),
+        ("sum of refit step 1", "sums of refit"),
+        ("sum of test metrics", "sum of test metrics"),
+    ]
+
+
+# --- what holds for every agreement -----------------------------------------------------------------------------------
+
+
+@st.composite
+def changes_to_an_agreement(draw: st.DrawFn) -> dict[str, object]:
+    """Methods, sweeps and a ring that an agreement may have."""
+    ring_bits = draw(st.sampled_from([32, 64]))
+    allowed = [method.name for method in ORDERED if ring_bits == 64 or method.fits_32_bits]
+    methods = draw(st.lists(st.sampled_from(allowed), min_size=1, max_size=len(allowed), unique=True))
+    sweep = st.lists(st.sampled_from([0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=3, unique=True).map(tuple)
+    return {
+        "method": methods[0],
+        "compare_with": tuple(methods[1:]),
+        "summation": Summation(ring_bits=ring_bits),  # type: ignore[arg-type]
+        "regmean": RegMeanTable(alphas=draw(sweep)),
+        "data_free": DataFreeTable(alphas=draw(sweep)),
+        "task_arithmetic": TaskArithmeticTable(scales=draw(sweep)),
+        "refit": RefitTable(balances=draw(sweep), targets=draw(st.sampled_from(["labels", "scores"]))),
+    }
+
+
+@given(changes=changes_to_an_agreement())
+def test_every_event_is_known_by_its_position(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    schedule = schedule_of(agreement.model_copy(update=changes), plan)
+    assert [event.position for event in schedule.events] == list(range(len(schedule.events)))
+    for event in schedule.events:
+        if isinstance(event, Round):
+            assert schedule.round_at(event.position) is event
+            with pytest.raises(RemoteProtocolError, match=f"position {event.position}, which is for"):
+                schedule.delivery_at(event.position, "candidate")
+        else:
+            assert schedule.delivery_at(event.position, event.kind) is event
+            with pytest.raises(RemoteProtocolError, match=f"position {event.position}, where it sends"):
+                schedule.round_at(event.position)
+    end = len(schedule.events)
+    for look_up in (schedule.round_at, lambda position: schedule.delivery_at(position, "candidate")):
+        with pytest.raises(RemoteProtocolError, match=f"event {end} of a schedule of {end}"):
+            look_up(end)
+
+
+@given(changes=changes_to_an_agreement())
+def test_candidates_are_sent_before_the_round_that_judges_them(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    agreement = agreement.model_copy(update=changes)
+    schedule = schedule_of(agreement, plan)
+    judging = [each for each in schedule.rounds if each.kind == "metrics"]
+    for each in judging:
+        assert each.split is not None
+        for model in set(each.models) - {BASE, OWN_AT_HOME}:
+            assert schedule.delivery_of(model, each.split).position < each.position
+    named = {model for each in judging if each.split == "validation" for model in each.models}
+    candidates = {name: list(agreement.agreed(METHODS[name])) for name in agreement.methods}
+    assert named == {each for names in candidates.values() if len(names) > 1 for each in names}
+    assert schedule.events[-1] == judging[-1]
+    assert judging[-1].models == (BASE, OWN_AT_HOME, *agreement.methods)
+
+
+@given(changes=changes_to_an_agreement())
+def test_what_a_step_is_measured_on_was_sent_before_it(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    agreement = agreement.model_copy(update=changes)
+    schedule, settings = schedule_of(agreement, plan), agreement.merge_settings(plan)
+    contribution = schedule.find("contribution")
+    for name in agreement.methods:
+        method, rounds = METHODS[name], schedule.steps(name)
+        sent = schedule.deliveries("merged_step", method=name)
+        if not isinstance(method, MultiRoundMethod):
+            assert rounds == sent == ()
+            continue
+        assert tuple(each.step for each in rounds) == method.steps(settings)
+        assert [each.step for each in sent] == list(range(len(rounds)))
+        assert contribution.position < sent[0].position
+        for merged_step, measured in zip(sent, rounds, strict=True):
+            assert merged_step.position + 1 == measured.position
+        for measured, next_merged in zip(rounds, sent[1:], strict=False):
+            assert measured.position < next_merged.position
+
+
+@given(changes=changes_to_an_agreement())
+def test_no_round_is_on_scales_that_were_not_sent_before(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    agreement = agreement.model_copy(update=changes)
+    schedule = schedule_of(agreement, plan)
+    first_in_32_bits = next((each.position for each in schedule.rounds if each.layout.ring_bits == 32), None)
+    if not agreement.summation.has_scales:
+        assert first_in_32_bits is None
+        assert not schedule.deliveries("scales")
+        with pytest.raises(LocalProtocolError, match="no round of kind scales"):
+            schedule.find("scales")
+        return
+    (scales,) = schedule.deliveries("scales")
+    assert schedule.find("scales").position < scales.position < schedule.find("contribution").position
+    assert first_in_32_bits == schedule.find("contribution").position
+
+
+@given(changes=changes_to_an_agreement())
+def test_every_number_that_leaves_in_a_round_is_explained(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    for each in schedule_of(agreement.model_copy(update=changes), plan).rounds:
+        contents = each.contents("your")
+        assert sorted(name for content in contents for name in content.tensors) == sorted(
+            entry.name for entry in each.layout.entries
+        )
+        assert sum(content.numbers for content in contents) == each.layout.size
+        assert all(content.meaning and "{" not in content.meaning for content in contents)
+
+
+# --- the order in which an owner answers ------------------------------------------------------------------------------
+
 
 SCHEDULE = Schedule((ROUND, DELIVERY, TEST_ROUND))
 
@@ -20,7 +261,7 @@ def follows(schedule: Schedule, position: int, begun: int | None, is_complete: b
 
 
 def allowed(schedule: Schedule, begun: int | None, is_complete: bool) -> list[int]:
-    return [position for position in range(3) if follows(schedule, position, begun, is_complete)]
+    return [event.position for event in schedule.events if follows(schedule, event.position, begun, is_complete)]
 
 
 def test_the_next_event_follows_once_the_last_one_is_complete() -> None:
@@ -46,3 +287,31 @@ def test_owners_may_drop_out_only_if_the_agreement_needs_fewer(agreement: Agreem
     assert not schedule_of(agreement, plan).owners_may_drop_out
     fewer = agreement.model_copy(update={"min_owners": 2})
     assert schedule_of(fewer, plan).owners_may_drop_out
+
+
+@given(changes=changes_to_an_agreement())
+def test_if_all_owners_are_needed_only_the_begun_event_or_the_next_one_passes(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    schedule = schedule_of(agreement.model_copy(update=changes), plan)
+    assert allowed(schedule, None, True) == [0]
+    last = len(schedule.events) - 1
+    for begun in range(last + 1):
+        assert allowed(schedule, begun, True) == ([begun, begun + 1] if begun < last else [begun])
+        assert allowed(schedule, begun, False) == [begun]
+
+
+def test_a_refusal_names_the_event_that_is_due(agreement: Agreement, plan: MergePlan) -> None:
+    changes = {"compare_with": ("average",), "regmean": UNSWEPT}
+    schedule = schedule_of(agreement.model_copy(update=changes), plan)
+    contribution, first, second, test = schedule.events
+    assert isinstance(first, Delivery)
+    for position, begun, is_complete, says in (
+        (test.position, None, True, "went on with sum of test metrics, but sum of contributions is due"),
+        (first.position, contribution.position, False, "regmean candidate for test, but sum of contributions is due"),
+        (test.position, first.position, True, "sum of test metrics, but average candidate for test is due"),
+        (contribution.position, second.position, True, "sum of contributions, but sum of test metrics is due"),
+        (second.position, test.position, True, "average candidate for test, but nothing is due"),
+    ):
+        with pytest.raises(RemoteProtocolError, match=says):
+            schedule.check_follows(position, begun, is_complete=is_complete)
