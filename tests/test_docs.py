@@ -1,18 +1,23 @@
 """What the documents say is so: their commands parse and print what they show, their code runs, their links lead on."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from common.merge_methods import METHODS
 from common.summation import masked
 from common.summation.masked.owner import OWNER_TRANSITIONS
 from common.summation.masked.phases import Phase
@@ -28,7 +33,8 @@ RUN = [each for each in DOCUMENTS if {language for language, _ in blocks(each)} 
 @pytest.mark.usefixtures("own_log")
 def test_what_a_document_shows_is_what_happens(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_document(document)
+    with patch.dict(METHODS):  # a document may add one
+        run_document(document)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -117,54 +123,97 @@ def three_models(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return made
 
 
-def test_the_added_method_merges_masked_what_its_oracle_says(
-    reviews_folder: Path, three_models: dict[str, Path], tmp_path: Path
-) -> None:
-    document = ROOT / "docs" / "add-a-merge-method.md"
-    module, oracle = [text for language, text in blocks(document) if language == "python"]
-    (changes,) = [text for language, text in blocks(document) if language == "diff"]
-    program = tmp_path / "program"
+@dataclass(frozen=True)
+class Added:
+    """What a program with the page's file wrote, with Model Stock as the method and with it in comparison."""
+
+    model_stock_of: Callable[[list[torch.Tensor]], torch.Tensor]  # the page's oracle
+    printed: str
+    as_method: Path
+    as_comparison: Path
+
+
+@pytest.fixture(scope="module")
+def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Added:
+    """Two masked merges by a copy of the program to which the page's file alone was added."""
+    folder = tmp_path_factory.mktemp("added")
+    module, oracle = [
+        text for language, text in blocks(ROOT / "docs" / "add-a-merge-method.md") if language == "python"
+    ]
+    program = folder / "program"
     for name in ("common", "client", "server", "deploy"):
         shutil.copytree(ROOT / name, program / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, program)
     (program / "common" / "merge_methods" / "model_stock.py").write_text(module)
-    apply(changes, program)
-    consortium = tmp_path / "consortium"
-    consortium.mkdir()
-    owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in three_models)
-    draft = (
-        f'title = "Three"\nbase = "{reviews_folder / "base"}"\nmethod = "model_stock"\nweighting = "owners"\n{owners}'
-    )
-    (consortium / "agreement.toml").write_text(draft)
-    rows = reviews_folder / "data" / "hotel"
-    for name, model in three_models.items():
-        data = f'[data]\ntrain = "{rows / "train.jsonl"}"\ntest = "{rows / "test.jsonl"}"\n'
-        (consortium / f"{name}.toml").write_text(f'name = "{name}"\nfine_tuned = "{model}"\n{data}')
-    command = [sys.executable, "-c", "from deploy.cli import main; main()", "simulate", "consortium", "--no-references"]
+    for consortium, methods in (
+        ("as_method", 'method = "model_stock"'),
+        ("as_comparison", 'method = "average"\ncompare_with = ["model_stock"]'),
+    ):
+        write_consortium(folder / consortium, methods, reviews_folder, three_models)
     environment = os.environ | {"PYTHONPATH": str(program)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", SIMULATE, "as_method", "as_comparison"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert " Model Stock " in done.stdout
-    assert "masked sum" in done.stdout
     names: dict[str, Any] = {}
     exec(oracle, names)
+    return Added(
+        model_stock_of=names["model_stock_of"],
+        printed=done.stdout,
+        as_method=folder / "as_method" / "output",
+        as_comparison=folder / "as_comparison" / "output",
+    )
+
+
+SIMULATE = """
+import sys
+from deploy.cli import main
+for consortium in sys.argv[1:]:
+    sys.argv = ["amalgram", "simulate", consortium, "--no-references"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+
+def write_consortium(folder: Path, methods: str, reviews_folder: Path, models: dict[str, Path]) -> None:
+    folder.mkdir()
+    owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in models)
+    draft = f'title = "Three"\nbase = "{reviews_folder / "base"}"\n{methods}\nweighting = "owners"\n{owners}'
+    (folder / "agreement.toml").write_text(draft)
+    rows = reviews_folder / "data" / "hotel"
+    for name, model in models.items():
+        data = f'[data]\ntrain = "{rows / "train.jsonl"}"\ntest = "{rows / "test.jsonl"}"\n'
+        (folder / f"{name}.toml").write_text(f'name = "{name}"\nfine_tuned = "{model}"\n{data}')
+
+
+def test_the_added_method_merges_masked_what_its_oracle_says(
+    added: Added, reviews_folder: Path, three_models: dict[str, Path]
+) -> None:
     weights = [weights_of(path) for path in three_models.values()]
-    base, merged = weights_of(reviews_folder / "base"), weights_of(consortium / "output" / "model")
+    base, merged = weights_of(reviews_folder / "base"), weights_of(added.as_method / "model")
     for name, before in base.items():
-        expected = names["model_stock_of"]([each[name] - before for each in weights])
+        expected = added.model_stock_of([each[name] - before for each in weights])
         torch.testing.assert_close(merged[name] - before, expected, atol=1e-6, rtol=1e-4)
         assert expected.norm() < (sum(each[name] - before for each in weights) / 3).norm()  # it is not the average
 
 
-def apply(changes: str, program: Path) -> None:
-    """Apply the document's diff: what is taken away must stand in the file exactly once."""
-    for change in changes.split("--- ")[1:]:
-        path, *lines = change.splitlines()
-        before, after = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
-        text = (program / path).read_text()
-        assert text.count(before) == 1, f"{path}: {before}"
-        (program / path).write_text(text.replace(before, after))
+def test_the_added_method_is_in_table_report_page_and_card_as_method_and_in_comparison(added: Added) -> None:
+    assert added.printed.count(" Model Stock ") >= 2
+    assert added.printed.count("masked sum") == 2
+    for output, methods in (
+        (added.as_method, ["model_stock"]),
+        (added.as_comparison, ["average", "model_stock"]),
+    ):
+        report = json.loads((output / "report.json").read_text())
+        assert report["method"] == methods[0]
+        assert set(report["methods"]) == set(methods)
+        assert report["methods"]["model_stock"]["title"] == "Model Stock"
+        assert report["evaluation"]["mean"]["model_stock"]["accuracy"] > 0
+        assert "the squared length of the owner&#39;s weight change" in (output / "report.html").read_text()
+        assert "Model Stock" in (output / "report.html").read_text()
+        assert "Model Stock" in (output / "model" / "README.md").read_text()
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
