@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.machine import this_machine
 from deploy.example import reviews
-from server.app import PROGRESS
+from server.output_folder import PROGRESS
 from tests.support.network import OWNERS, running, set_up_example
 
 RESULTS = Path(__file__).parent / "results"

@@ -25,7 +25,7 @@ from common.models.folders import model_folder
 from deploy.commands.table import print_report
 from deploy.simulation.simulate import simulate
 from deploy.terminal import progress_below_log, set_up_output
-from server.merge import claim_output
+from server.output_folder import claim_output
 from server.report.report import Report
 
 TASKS: dict[str, TaskKind] = {  # by the end of the name of a Hugging Face model class

@@ -26,11 +26,11 @@ from common.private_file import locked, write_whole
 from common.settings_file import load_settings
 from common.wire import from_record, to_record
 from server.exchange import RESUME_HINT
-from server.merge import claim_output, run_merge
+from server.merge import run_merge
+from server.output_folder import PROGRESS, claim_output
 from server.settings import CoordinatorSettings
 
 POLL_SECONDS, EARLIER_RUN_SECONDS = 0.3, 60.0
-PROGRESS = "progress.jsonl"  # in the output folder: how far the current run is, or how far the last one came
 app = ServerApp()
 
 

@@ -37,6 +37,7 @@ from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from server.exchange import Channel
+from server.output_folder import claim_output
 from server.report.card import write_model_card
 from server.report.outcome import MethodChoice, Outcome, Tried, make_report
 from server.report.report import Report, agreement_of_report, save_report
@@ -308,17 +309,6 @@ def _examples_in(total: SummedTensors) -> int | None:
 
 
 # --- files ---
-
-
-def claim_output(output: Path) -> None:
-    """Make `output` one of our folders. Raises SettingsError rather than touch a folder that holds something else."""
-    marker = output / ".amalgram"
-    if output.exists() and not marker.is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise SettingsError(
-            f"{output}: already exists and is not an output folder of amalgram", hint="name a new folder"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    marker.touch()
 
 
 def _clear_results(output: Path, agreement: Agreement) -> None:

@@ -22,7 +22,7 @@ from deploy.launch.processes import FollowedFile
 from deploy.simulation.in_process_grid import run_in_process
 from deploy.simulation.simulate import simulate
 from server import app as server_app
-from server.app import PROGRESS
+from server.output_folder import PROGRESS
 from tests.support.parties import Parties
 
 NAMES = ("owners", "done", "waiting_for", "payload_bytes")

@@ -18,9 +18,7 @@ from deploy.commands.server import Place, find_place
 from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
 from deploy.launch.processes import FollowedFile, alone
 from deploy.terminal import progress_below_log
-from server.app import PROGRESS
-from server.merge import claim_output
-from server.report.page import render_report
+from server.output_folder import PROGRESS, claim_output
 from server.report.report import read_report
 
 POLL_SECONDS, PATIENCE_SECONDS = 2.0, 30.0
@@ -46,6 +44,8 @@ def merge(settings_file: Path) -> Path:
         for old in (FAILURE, PROGRESS):
             (place.output / old).unlink(missing_ok=True)
         raise_failure(place.output, _run(place.environment, settings_file, place.output / PROGRESS))
+    from server.report.page import render_report  # matplotlib: not before the merge is over
+
     render_report(place.output)
     return place.output
 

@@ -6,7 +6,6 @@ from rich.console import Console
 
 from deploy.commands.table import print_report
 from deploy.terminal import answer, shows_json
-from server.report.page import render_report
 from server.report.report import Report, read_report
 
 
@@ -15,6 +14,8 @@ def report_again(out: Path) -> None:
     if not (out / "report.json").exists() and (out / "output" / "report.json").is_file():
         out = out / "output"  # the reader named the consortium's folder
     report = read_report(out)
+    from server.report.page import render_report  # matplotlib: `amalgram merge` shows a report without it
+
     render_report(out)
     show_report(report, out)
 

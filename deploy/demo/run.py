@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deploy.demo.digits import write_consortium
 from deploy.simulation.simulate import Engine, simulate
-from server.merge import claim_output
+from server.output_folder import claim_output
 from server.report.report import Report
 
 
