@@ -33,6 +33,32 @@ settings.register_profile("amalgram", deadline=None, max_examples=60)
 settings.load_profile("amalgram")
 
 
+# What takes longest, begun first: then no worker is left with a long test when the other has nothing to do.
+BEGUN_FIRST = (
+    "test_the_demo_runs_on_images",
+    "test_what_a_document_shows_is_what_happens[merge-in-ten-minutes]",
+    "test_a_consortium_is_set_up",
+    "test_example_is_written",
+    "end_to_end/test_masked.py",
+    "end_to_end/test_faults.py",
+    "end_to_end/test_resume.py",
+    "end_to_end/",
+    "test_docs.py",
+    "attacks/",
+)
+# Files whose tests share something dear, such as a server that is running: all of them go to one worker.
+TOGETHER = ("test_adapters.py", "test_deployment.py", "test_launch.py", "test_masked.py", "test_page_in_browser.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(
+        key=lambda item: next((n for n, part in enumerate(BEGUN_FIRST) if part in item.nodeid), len(BEGUN_FIRST))
+    )
+
+
 @pytest.fixture
 def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that run commands in this process: what these do to the log is undone afterwards."""

@@ -36,6 +36,7 @@ from deploy.launch.internals import check_internals
 from deploy.launch.pinned_supernode import NAMES, Gate, pinned, why_not
 from deploy.launch.processes import FollowedFile
 from server.app import _read
+from tests.support.network import wait_until
 
 # --- the guard ---
 
@@ -488,7 +489,7 @@ def test_when_the_fork_server_is_gone_apps_are_processes_again(tmp_path: Path) -
         process.stdin.write("program one\n")
         server = psutil.Process(int(process.stdout.readline().split()[1]))
         server.kill()
-        psutil.wait_procs([server], 10)
+        wait_until(lambda: server.status() == psutil.STATUS_ZOMBIE, "the fork server to end")
         (tmp_path / "program").symlink_to("/bin/echo")  # what the command is to a shell
         process.stdin.write("program cold\n")
         assert process.stdout.readline() == "cold\n"

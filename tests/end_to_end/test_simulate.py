@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,13 @@ from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
 from server.report.report import Report, SentCandidate, read_report
+from tests.support.once import made_once
 
 
 @pytest.fixture(scope="module")
-def result(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
-    output = tmp_path_factory.mktemp("output")
-    return simulate(reviews_folder, output), output
+def result(reviews_folder: Path, shared: Path) -> tuple[Report, Path]:
+    output = made_once(shared / "simulated", partial(simulate, reviews_folder))
+    return read_report(output), output
 
 
 @pytest.fixture

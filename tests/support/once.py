@@ -28,10 +28,9 @@ def made_once(path: Path, make: Callable[[Path], object]) -> Path:
     """`path`, which the first worker that asks for it makes. Nobody changes it afterwards; a test works on a copy."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            make(partial)
-            partial.rename(path)
+        if not path.with_suffix(".made").exists():
+            make(path)
+            path.with_suffix(".made").touch()
     return path
 
 
