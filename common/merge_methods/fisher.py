@@ -67,8 +67,8 @@ class Fisher(SingleRoundMethod[FisherTable]):
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return (
-            "If the model embeds tokens, squared gradients (Fisher) show which tokens occur at any of the owners, whether "
-            "or not the embeddings were frozen.",
+            "If the model embeds tokens, squared gradients (Fisher) show which tokens occur at any of the owners, "
+            "whether or not the embeddings were frozen.",
         )
 
     def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
