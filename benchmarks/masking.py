@@ -40,7 +40,7 @@ from common.tensor_layout import TensorEntry, TensorLayout
 from common.thresholds import neighbourhood
 from deploy.demo.digits import write_consortium
 from deploy.simulation.simulate import simulate
-from server.coordinator import packet_bytes
+from server.exchange import packet_bytes
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = (2, 10, 20)

@@ -39,6 +39,7 @@ from common.metrics import Score
 from common.models.delta import add_delta
 from common.models.folders import base_labels, load_tokenizer
 from common.models.loading import load_base
+from common.schedule import Delivery
 from common.tensor_layout import TensorLayout
 from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
@@ -104,18 +105,18 @@ class Bench:
 def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float32]]]]:
     """While open, every merged candidate that a coordinator sends is kept, by name."""
     kept: dict[str, tuple[TensorLayout, NDArray[np.float32]]] = {}
-    send = Coordinator.send_candidate
+    deliver = Coordinator.deliver
 
-    def keep(self: Coordinator, model: str, split: str, layout: TensorLayout, delta: NDArray[np.float32]) -> None:
-        if split in ("validation", "test"):
-            kept[model] = layout, delta.copy()
-        send(self, model, split, layout, delta)
+    def keep(self: Coordinator, delivery: Delivery, vector: NDArray[np.float32], model: str = "") -> None:
+        if delivery.kind == "candidate":
+            kept[model] = delivery.layout, vector.copy()
+        deliver(self, delivery, vector, model)
 
-    Coordinator.send_candidate = keep  # type: ignore[method-assign]
+    Coordinator.deliver = keep  # type: ignore[method-assign]
     try:
         yield kept
     finally:
-        Coordinator.send_candidate = send  # type: ignore[method-assign]
+        Coordinator.deliver = deliver  # type: ignore[method-assign]
 
 
 def merged_by_the_product(bench: Bench, suffix: str = "", **consortium: Any) -> tuple[dict[str, Figures], Report]:

@@ -26,7 +26,7 @@ from deploy.simulation.simulate import simulate
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("regmean", "average", "data_free")
 ALPHAS = (0.5, 0.9, 1.0)
-SUMS = ("sum of scales", "sum of contribution")
+SUMS = ("sum of scales", "sum of contributions")
 
 Candidates = dict[str, tuple[TensorLayout, NDArray[np.float32]]]
 

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from common import saved_state
 from common.certificates import Delivered
-from common.errors import RemoteProtocolError, SettingsError
+from common.errors import ProtocolError, SettingsError
 from common.messages import Envelope, OpenSum, decode, encode
 from common.private_file import make_private_folder, write_whole
 from common.schedule import Round
@@ -309,7 +309,8 @@ def _read(folder: Path) -> SavedRun | None:
         saved = SavedRun.model_validate_json(content)
         if saved.opening is not None:
             _open_sum(saved.opening.request)
-    except (ValueError, ValidationError, RemoteProtocolError):
+            saved_state.from_json(SavedOpening, saved.opening.state)
+    except (ValueError, ValidationError, ProtocolError):
         raise SettingsError(f"{path}: is damaged", hint=_start_anew(folder)) from None
     return saved
 

@@ -12,13 +12,16 @@ import pytest
 import server.checkpoint
 from common.errors import SettingsError
 from common.messages import OpenSum
-from common.summation.protocol import Opening, Total
+from common.summation.protocol import Opening, SavedOpening, Total
 from server.checkpoint import Checkpoint, OwnerCost, SavedDelivery, Step, is_checkpoint_of
 from tests.support.scripted_owners import LAYOUT, ROUND, TEST_ROUND
 
 DIGEST, HEX = "ab" * 32, "cd" * 32
 REQUEST = OpenSum(
     run=HEX, agreement_digest=DIGEST, round=7, nonce=HEX, position=0, deliveries_digest=HEX, layout_digest=HEX
+)
+OPENING = SavedOpening(
+    remaining=("ada",), book=b"book", commitments={0: b"c"}, survivors=b"survivors", signatures={0: b"s", 2: b"t"}
 )
 
 
@@ -33,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     made.steps.append(Step("roll call", "roll call", 1.5, {"ada": OwnerCost(0.5, 2, 300, 4000)}))
     made.save_total(ROUND, HEX, total(3.0))
     made.save_delivery(SavedDelivery(position=1, model="average", digest=HEX, bytes=28, owners=("ada", "cyd")))
-    made.save_opening(REQUEST, Opening({"remaining": ["ada"]}, np.arange(7, dtype="<u8")))
+    made.save_opening(REQUEST, Opening(OPENING, np.arange(7, dtype="<u8")))
     return made
 
 
@@ -56,7 +59,7 @@ def test_a_checkpoint_reads_back_as_it_was_saved(checkpoint: Checkpoint) -> None
     opening = again.saved_opening()
     assert opening is not None
     assert opening[0] == REQUEST
-    assert opening[1].state == {"remaining": ["ada"]}
+    assert opening[1].state == OPENING
     np.testing.assert_array_equal(opening[1].words, np.arange(7))
     kept = again.next_total(ROUND)
     assert kept is not None
@@ -112,6 +115,8 @@ def test_a_checkpoint_of_another_version_is_refused_and_stays(checkpoint: Checkp
         lambda values: values["opening"]["request"].update(nonce="ab"),
         lambda values: values["opening"]["request"].pop("position"),
         lambda values: values["opening"].update(more=1),
+        lambda values: values["opening"]["state"].update(more=1),
+        lambda values: values["opening"]["state"].update(book="xy"),
     ],
 )
 def test_a_checkpoint_that_this_version_would_not_have_written_is_refused(

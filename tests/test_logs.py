@@ -59,7 +59,7 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
     text = (parties.output / PROGRESS).read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     steps = [line["message"] for line in lines if "owners" in line]
-    assert steps[:2] == ["roll call", "sum of contribution, 3 owners"]
+    assert steps[:2] == ["roll call", "sum of contributions, 3 owners"]
     assert len(steps) == len(set(steps))  # one line per step
     names = set(parties.files)
     for line in lines:  # whatever else a line may hold is looked at here before it is allowed
@@ -191,5 +191,5 @@ def test_a_coordinator_s_program_that_fails_unexpectedly_leaves_a_reason_and_wha
     node_configs = [{"settings": str(path)} for path in parties.files.values()]
     with pytest.raises(OSError, match="checkpoint"):
         run_in_process(server_app.app, client_app, node_configs, {"coordinator": str(parties.coordinator)})
-    with pytest.raises(AmalgramError, match=r"FileExistsError: .*checkpoint.*run the same command again"):
+    with pytest.raises(AmalgramError, match=r"FileExistsError: .*checkpoint.*\nhint: run the same command again"):
         raise_failure(parties.output, "finished:failed")

@@ -156,6 +156,6 @@ def raise_failure(output: Path, status: str) -> None:
     failure = json.loads(path.read_text())
     if failure["owner"] is not None:
         raise OwnerRefused(failure["owner"], failure["code"])
-    error = AmalgramError(failure["message"])
+    error = AmalgramError(failure["message"], hint=failure["hint"])
     error.code, error.exit_code = failure["code"], failure["exit_code"]
     raise error

@@ -41,7 +41,7 @@ def test_example_is_written_runs_and_is_reported(tmp_path: Path) -> None:
         "reviews/output/model",
     ):
         assert shown in ran.stdout
-    assert "sum of contribution" in ran.stderr
+    assert "sum of contributions" in ran.stderr
     (tmp_path / "reviews" / "output" / "report.html").unlink()
     shown = amalgram("report", "reviews/output", "--json", cwd=tmp_path)
     assert json.loads(shown.stdout)["owners"] == ["hotel", "cinema", "phones"]
@@ -154,7 +154,7 @@ def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder
     assert not (tmp_path / "output" / "report.json").exists()
     done = amalgram(*command[len(AMALGRAM) :], cwd=tmp_path)
     assert done.returncode == 0
-    assert "going on with the run that was interrupted" in done.stderr
+    assert "resuming the interrupted run" in done.stderr
     assert "sum of contribution" not in done.stderr
     assert (tmp_path / "output" / "report.json").exists()
     assert not (tmp_path / "output" / "parties" / "state").exists()

@@ -313,7 +313,7 @@ def test_three_owners_merge_over_tls_to_the_very_model_of_a_simulation(
         assert merge.exit_code(900) == 0, merge.said
     for shown in (
         "all owners are connected",
-        "sum of contribution",
+        "sum of contributions",
         "result",
         "masked sum: the coordinator saw totals",
     ):

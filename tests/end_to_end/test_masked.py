@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import client.owner
 from common.agreement import Agreement
-from common.merge_methods import candidates, solve
+from common.merge_methods import METHODS
+from common.merge_methods.method import SingleRoundMethod
 from common.models.loading import load_base
 from common.models.plan import merge_plan
+from common.schedule import Round
 from common.settings_file import load_settings
 from common.summation import fixed_point
 from common.summation.protocol import Total
@@ -32,15 +33,15 @@ def runs(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         seen["vectors"].append((layout, vector.copy()))
         return encode(layout, vector, num_owners)
 
-    def keep_total(self: Coordinator, statistic: str, *arguments: Any) -> Total:
-        total = coordinator_sum(self, statistic, *arguments)
-        if statistic == "contribution":
+    def keep_total(self: Coordinator, round: Round) -> Total:
+        total = coordinator_sum(self, round)
+        if round.kind == "contribution":
             copy = total.vector.copy()
             seen["total"] = Total(layout=total.layout, vector=copy, owners=total.owners, roster_size=total.roster_size)
         return total
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.owner.fixed_point, "encode", keep_vector)
+        patch.setattr(fixed_point, "encode", keep_vector)
         patch.setattr(Coordinator, "sum", keep_total)
         seen["masked"] = simulate(reviews_folder, folder / "masked", with_references=False)
     shutil.copytree(reviews_folder, folder / "plain-consortium", ignore=shutil.ignore_patterns("output"))
@@ -68,13 +69,16 @@ def test_every_method_s_model_differs_from_that_of_real_sums_by_less_than_a_mill
     base = load_base(runs["folder"] / "plain-consortium" / "base", agreement.task, agreement.seed)
     plan = merge_plan(base, agreement.tensors)
     weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
-    for method in agreement.methods:
-        for knob in candidates(agreement, method).values():
-            masked_delta = solve(agreement, plan, method, total, knob).delta
-            real_delta = solve(agreement, plan, method, real, knob).delta
-            distance = sum(float((masked_delta[name] - real_delta[name]).norm() ** 2) for name in weights) ** 0.5
-            size = sum(float((weights[name] + real_delta[name]).norm() ** 2) for name in weights) ** 0.5
-            assert distance < 1e-6 * size, (method, knob)
+    settings = agreement.merge_settings(plan)
+    for name in agreement.methods:
+        method = METHODS[name]
+        assert isinstance(method, SingleRoundMethod)
+        for value in agreement.agreed(method).values():
+            masked_delta = method.solve(settings, total, value, with_spectra=False).delta
+            real_delta = method.solve(settings, real, value, with_spectra=False).delta
+            distance = sum(float((masked_delta[each] - real_delta[each]).norm() ** 2) for each in weights) ** 0.5
+            size = sum(float((weights[each] + real_delta[each]).norm() ** 2) for each in weights) ** 0.5
+            assert distance < 1e-6 * size, (name, value)
 
 
 def test_a_plain_run_says_so(runs: dict[str, Any]) -> None:
@@ -93,7 +97,7 @@ def test_in_32_bits_the_model_is_the_same_to_a_ten_thousandth_for_half_the_bytes
         path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', '["average", "data_free"]'))
         report = simulate(folder, folder / "out", with_references=False)
         received = {step.title: step.bytes_received for step in report.steps}
-        sums = received.get("sum of scales", 0) + received["sum of contribution"]
+        sums = received.get("sum of scales", 0) + received["sum of contributions"]
         published[kind, ring_bits] = load_file(folder / "out" / "model" / "model.safetensors"), report, sums
     (in_64, report_64, bytes_64), (in_32, report_32, bytes_32) = published["masked", 64], published["masked", 32]
     assert report_32.digests.model == published["plain", 32][1].digests.model
@@ -102,4 +106,4 @@ def test_in_32_bits_the_model_is_the_same_to_a_ten_thousandth_for_half_the_bytes
     base = load_file(runs["folder"] / "plain-consortium" / "base" / "model.safetensors")
     for name, weight in in_64.items():
         assert float((in_32[name] - weight).norm()) <= 1e-4 * float((weight - base[name]).norm()) + 1e-7
-    assert "scales, by which numbers are divided" in (runs["folder"] / "masked-32" / "out" / "report.html").read_text()
+    assert "scaling the numbers of a 32-bit round" in (runs["folder"] / "masked-32" / "out" / "report.html").read_text()
