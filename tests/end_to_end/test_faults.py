@@ -111,7 +111,7 @@ def test_a_merge_whose_every_part_is_killed_in_turn_ends_in_the_very_model_of_a_
         server.process.kill()
         assert psutil.wait_procs(family, 30)[1] == []  # nothing of it continues by itself
         assert merge.exit_code(400) == 1, merge.said
-        assert "see that `amalgram server` runs, and run the same command again" in last_line(merge)
+        assert "check that `amalgram server` runs, and run the same command again" in last_line(merge)
         assert no_result(network)
 
         stack.enter_context(running("server", network.coordinator)).wait_for("listening on")
