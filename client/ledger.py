@@ -66,7 +66,7 @@ class Ledger:
     @property
     def offered_deliveries(self) -> set[str]:
         """The `deliveries_digest` of every round that something was offered to."""
-        return {offer.deliveries_digest for offer in self._page.offers}
+        return {offer.deliveries_digest for offer in self._page.offers}  # check: offers-count-from-the-first-part
 
     @property
     def has_signed(self) -> bool:
@@ -79,10 +79,10 @@ class Ledger:
         All metrics on one split are one round: two rounds would have the row counts in common.
         """
         last = self._page.round
-        if last is not None and number <= last:
+        if last is not None and number <= last:  # check: rounds-only-go-up
             raise ConsentError(f"the coordinator opened round {number}, but the last one here was {last}")
-        self._check_not_burned(session)
-        if any(offer.position == position for offer in self._page.offers):
+        self._check_not_burned(session)  # check: burned-is-not-opened
+        if any(offer.position == position for offer in self._page.offers):  # check: contributed-once
             raise ConsentError(
                 f"{title}: already contributed under this agreement; contributing it again with different owners would "
                 "expose one owner's share",
@@ -92,7 +92,7 @@ class Ledger:
 
     def offer(self, position: int, session: str, deliveries_digest: str) -> None:
         """Something of the round at `position` is about to leave. Raises ConsentError if the session was burned."""
-        self._check_not_burned(session)
+        self._check_not_burned(session)  # check: burned-gives-no-part
         offer = Offer(position=position, session=session, deliveries_digest=deliveries_digest)
         if offer not in self._page.offers:
             others = tuple(each for each in self._page.offers if each.position != position)
@@ -105,7 +105,7 @@ class Ledger:
 
     def burn(self, session: str) -> None:
         """This owner will never help to unmask `session`. Raises ConsentError if it has."""
-        if session in self._page.revealed:
+        if session in self._page.revealed:  # check: revealed-is-not-burned
             raise ConsentError("the coordinator asked to burn a session that this owner has helped to unmask")
         self._write(burned=tuple(sorted({*self._page.burned, session})))
 
@@ -115,13 +115,13 @@ class Ledger:
 
     def sign_result(self, body: str) -> None:
         """This owner is about to sign a result. Raises ConsentError if it has signed another under this agreement."""
-        if self._page.result not in (None, body):
+        if self._page.result not in (None, body):  # check: one-result-is-signed
             raise ConsentError("the coordinator published another result under this agreement than the one signed here")
         self._write(result=body)
 
     def _check_not_burned(self, session: str) -> None:
         """Checked here, not only by forgetting the session: a deleted file can be back after a loss of power."""
-        if session in self._page.burned:
+        if session in self._page.burned:  # check: burned-stays-burned
             raise ConsentError("the coordinator continued a session that this owner has burned")
 
     @property

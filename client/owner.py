@@ -55,7 +55,9 @@ class Owner(OwnerContext):
             raise ConsentError(
                 f"owner {self.name} is not on the agreement's roster: {', '.join(self.agreement.owner_names)}"
             )
-        if self.identity.name != self.name or self.identity.public_key != self.agreement.roster[self.name]:
+        if (
+            self.identity.name != self.name or self.identity.public_key != self.agreement.roster[self.name]
+        ):  # check: identity-is-agreed
             raise ConsentError(
                 f"{self.identity_path}: is not the identity that the agreement names for {self.name}",
                 hint="name the right file as identity, or make a new agreement with this one's .pub file",
@@ -66,7 +68,7 @@ class Owner(OwnerContext):
     def _check_may_answer(self, message: Message) -> None:
         """The message belongs to an agreement that this owner consented to, and to the run in progress."""
         if isinstance(message, RollCall):
-            if message.version != PROTOCOL_VERSION:
+            if message.version != PROTOCOL_VERSION:  # check: protocol-version-is-mine
                 raise RemoteProtocolError(
                     f"the coordinator speaks protocol version {message.version}, this owner {PROTOCOL_VERSION}",
                     hint="run the same release of amalgram on both sides",
@@ -82,17 +84,17 @@ class Owner(OwnerContext):
             run, digest = opened.run, opened.agreement_digest
         if not isinstance(message, (BurnSession, BurnCertificate, Result, Receipts, Finish)):
             self._check_consented(digest)
-        self.state.check_run(run, self.agreement.digest())
+        self.state.check_run(run, self.agreement.digest())  # check: message-is-of-this-run
 
     def _check_consented(self, digest: str) -> None:
         """The coordinator's agreement is this owner's, and this owner has consented to it."""
         own = self.agreement.digest()
-        if digest != own:
+        if digest != own:  # check: agreement-is-mine
             raise ConsentError(
                 f"the coordinator's agreement is {digest[:16]}..., this owner's is {own[:16]}...",
                 hint="compare the two files",
             )
-        if digest not in self.state.consents():
+        if digest not in self.state.consents():  # check: agreement-has-consent
             raise ConsentError(
                 f"nobody has consented to agreement {digest[:16]}... for {self.name}",
                 hint="read it and consent: amalgram agree OWNER.toml",
@@ -116,10 +118,10 @@ def _burn_session(owner: Owner, message: BurnSession) -> Message:
 
 
 def _keep_certificate(owner: Owner, message: BurnCertificate) -> Message:
-    check_burned(owner.agreement, message.session, message.signatures)
+    check_burned(owner.agreement, message.session, message.signatures)  # check: certificate-is-checked
     ledger = owner.ledger
     ledger.burn(message.session)
-    owner.state.forget_round()
+    owner.state.forget_round()  # check: certified-session-is-forgotten
     ledger.release(message.session)
     return CertificateKept(session=message.session, owner=owner.name)
 

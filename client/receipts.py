@@ -11,8 +11,9 @@ from common.messages import Message, Receipts, ReceiptsKept, Result, ResultRecei
 
 def sign_result(owner: OwnerContext, message: Result) -> Message:
     """Sign the result, once under an agreement, if it is the model that this owner judged."""
-    check_result(owner.agreement, message)
-    if not owner.state.has_receipt(message.run):  # if the run has ended, the ledger knows its result
+    check_result(owner.agreement, message)  # check: coordinator-signed-the-result
+    # If the run has ended, the ledger knows its result.
+    if not owner.state.has_receipt(message.run):  # check: result-was-tested-unless-ended
         _check_was_tested(owner, message)
     body = body_of(owner.agreement, message)
     owner.ledger.sign_result(body.hex())
@@ -31,19 +32,22 @@ def _check_was_tested(owner: OwnerContext, message: Result) -> None:
     """The result is of the agreed method, and is the very model that this owner was sent to test."""
     run = owner.state.run
     delivered = run.delivered
-    if message.deliveries_digest != deliveries_digest(delivered):
+    if message.deliveries_digest != deliveries_digest(delivered):  # check: result-names-all-models
         raise RemoteProtocolError("the result was reached with other models than those sent to this owner")
     prefixes = {deliveries_digest(delivered[:count]) for count in range(len(delivered) + 1)}
-    if not owner.ledger.offered_deliveries <= prefixes:
+    if not owner.ledger.offered_deliveries <= prefixes:  # check: no-round-is-forgotten
         raise RemoteProtocolError(
             "the result omits models that were sent to this owner: rounds were measured with others, before the "
             "coordinator had this run forgotten"
         )
     method = owner.agreement.method
-    if message.model not in owner.agreement.agreed(METHODS[method]):
+    if message.model not in owner.agreement.agreed(METHODS[method]):  # check: result-is-of-the-method
         raise ConsentError(f"the coordinator published {message.model!r}, which does not belong to the agreed method")
     tested = run.score_at(owner.schedule.delivery_of(method, "test").position)
-    if tested is None or (tested.model, tested.model_digest) != (message.model, message.model_digest):
+    if tested is None or (tested.model, tested.model_digest) != (
+        message.model,
+        message.model_digest,
+    ):  # check: published-is-the-tested-model
         raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
 
 

@@ -28,15 +28,19 @@ def take_part(owner: OwnerContext, message: DeliveryPart) -> Message:
     model = message.model if isinstance(message, CandidatePart) else ""
     arriving = owner.state.run.arriving
     continues = message.part > 0 and arriving is not None
-    if continues and arriving is not None and (arriving.position, arriving.model) == (message.position, model):
+    if (
+        continues
+        and arriving is not None
+        and (arriving.position, arriving.model) == (message.position, model)  # check: part-continues-its-model
+    ):
         layout, expected = owner.state.read_layout(ARRIVING), arriving.next_part
     else:
         layout, expected = _begin(owner, message, model), 0
     slices = layout.part_slices(bytes_per_number=4)
     position = slices[expected]
     if (
-        (message.part, message.parts) != (expected, len(slices))
-        or message.payload.shape != (position.stop - position.start,)
+        (message.part, message.parts) != (expected, len(slices))  # check: parts-come-in-order
+        or message.payload.shape != (position.stop - position.start,)  # check: part-has-its-shape
         or message.payload.dtype != np.dtype("<f4")
     ):
         raise RemoteProtocolError(
@@ -59,10 +63,12 @@ def _begin(owner: OwnerContext, message: DeliveryPart, model: str) -> TensorLayo
     """The layout of a delivery that begins now. Raises unless it is the next one, or one that was taken before."""
     run, schedule = owner.state.run, owner.schedule
     delivery = schedule.delivery_at(message.position, KINDS[type(message)])
-    if model not in delivery.names:
+    if model not in delivery.names:  # check: model-is-agreed
         raise ConsentError(f"the coordinator sent a model {model!r} that was not agreed")
     if not _was_taken(owner, message.position):
-        schedule.check_follows(message.position, run.begun, is_complete=run.is_complete)
+        schedule.check_follows(
+            message.position, run.begun, is_complete=run.is_complete
+        )  # check: delivery-is-the-next-event
     return delivery.layout
 
 
@@ -76,17 +82,17 @@ def _start_arrival(owner: OwnerContext, message: DeliveryPart, layout: TensorLay
 
 def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: TensorLayout, array: NDArray) -> None:
     what = model or KINDS[type(message)].replace("_", " ")
-    if not is_finite(array):
+    if not is_finite(array):  # check: models-are-finite
         raise RemoteProtocolError(f"the coordinator sent numbers that are not finite ({what})")
     run = owner.state.run
     received = ReceivedRecord(position=message.position, model=model, digest=sha256_of(array))
     if _was_taken(owner, message.position):
-        if received not in run.received:
+        if received not in run.received:  # check: delivered-once-or-the-same
             raise ConsentError(f"the coordinator sent a second version of {what}")
         owner.state.delete_array(ARRIVING)
         owner.state.update_run(arriving=None)
         return
-    if owner.ledger.has_signed:
+    if owner.ledger.has_signed:  # check: nothing-after-the-result
         raise ConsentError(f"the coordinator sent {what} after the result")
     delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
     scores = run.scores

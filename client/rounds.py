@@ -27,8 +27,8 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
     """Measure what the round is about and begin the sum. Nothing of the vector leaves yet."""
     schedule, run = owner.schedule, owner.state.run
     round_ = schedule.round_at(message.position)
-    schedule.check_follows(message.position, run.begun, is_complete=run.is_complete)
-    if message.deliveries_digest != deliveries_digest(run.delivered):
+    schedule.check_follows(message.position, run.begun, is_complete=run.is_complete)  # check: round-is-the-next-event
+    if message.deliveries_digest != deliveries_digest(run.delivered):  # check: models-are-those-sent-here
         raise RemoteProtocolError(
             f"the coordinator opened the {round_.name} after sending other models than those sent to this owner"
         )
@@ -42,7 +42,7 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
         fixed_point.encode(terms.layout, vector, len(terms.roster))
     except BaseException:  # what was measured so far must not stay on the disk
         owner.state.delete_array("vector")
-        if round_.kind == "scales":
+        if round_.kind == "scales":  # check: nothing-measured-stays
             owner.state.delete_array(CONTRIBUTION)
         raise
     side, reply = owner.summation.open(terms, owner.identity, secrets.token_bytes)
@@ -54,7 +54,7 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
 def opened(owner: OwnerContext, message: Message) -> OpenSum:
     """What opened the round that `message` continues. Raises RemoteProtocolError if none is open."""
     kept = owner.state.open_round
-    if kept is None:
+    if kept is None:  # check: round-is-open
         raise RemoteProtocolError(f"the coordinator sent {type(message).__name__} before it opened a sum")
     return kept.open_sum
 
@@ -71,27 +71,28 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
     try:
         side, reply = side.answer(message, fixed_point.numbers(terms.layout, words), secrets.token_bytes)
     except SessionOver:
-        owner.state.forget_round()
+        owner.state.forget_round()  # check: broken-session-is-forgotten
         raise
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
-    if side.offers:
+    if side.offers:  # check: offered-from-the-first-part
         owner.ledger.offer(request.position, request.session, request.deliveries_digest)
     if side.reveals:
         owner.ledger.reveal(request.session)
-    owner.state.write_open_round(kept.kind, request, side.to_json())
+    owner.state.write_open_round(kept.kind, request, side.to_json())  # check: latch-is-written-first
     if side.is_done:
-        owner.state.delete_array("vector")
-    if side.reveals and kept.kind == "contribution":  # before that, the session can still be burned
+        owner.state.delete_array("vector")  # check: vector-is-deleted-once-signed
+    # Before that, the session can still be burned.
+    if side.reveals and kept.kind == "contribution":  # check: contribution-outlives-a-burn
         owner.state.delete_array(CONTRIBUTION)
     # All that the coordinator needs has left, so the next event may come, unless it came without this owner already.
-    if side.is_complete and request.position == owner.state.run.begun:
+    if side.is_complete and request.position == owner.state.run.begun:  # check: round-is-complete-once-revealed
         owner.state.update_run(is_complete=True)
     return reply
 
 
 def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout) -> SumTerms:
     """What the sum is about, from the owner's own agreement; `request` is checked, not believed."""
-    if layout.digest() != request.layout_digest:
+    if layout.digest() != request.layout_digest:  # check: layout-is-the-agreed-one
         raise ConsentError("the coordinator's layout for this round is not the one that was agreed")
     return SumTerms(
         request=request,

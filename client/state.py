@@ -147,7 +147,7 @@ class OwnerState:
             found = path.read_text(errors="replace").strip()[:20]
         else:
             found = "1" if any((self.folder / name).exists() for name in ("ledger.json", "consent.json", "run")) else ""
-        if found not in ("", str(STATE_VERSION)):
+        if found not in ("", str(STATE_VERSION)):  # check: state-is-of-this-version
             raise SettingsError(
                 f"{self.folder}: state of version {found}, this program writes version {STATE_VERSION}",
                 hint="finish its run with the version that wrote it; keep the folder, because its ledger says what was "
@@ -177,7 +177,10 @@ class OwnerState:
     def check_run(self, run: str, agreement_digest: str) -> None:
         """Raise RemoteProtocolError unless `run` is the one in progress, and under this agreement."""
         kept = self._read("run", RunState)
-        if kept is None or (kept.run, kept.agreement_digest) != (run, agreement_digest):
+        if kept is None or (kept.run, kept.agreement_digest) != (
+            run,
+            agreement_digest,
+        ):  # check: run-keeps-its-agreement
             raise RemoteProtocolError("the coordinator's message belongs to another run or agreement")
 
     @property
@@ -197,7 +200,7 @@ class OwnerState:
         forgotten = self.folder / "run.forgotten"
         shutil.rmtree(forgotten, ignore_errors=True)
         if self._run_folder.exists():
-            self._run_folder.rename(forgotten)
+            self._run_folder.rename(forgotten)  # check: run-is-forgotten-whole
             shutil.rmtree(forgotten, ignore_errors=True)
 
     @property
@@ -247,7 +250,8 @@ class OwnerState:
             return np.empty(0, dtype)
         num_bytes = size * np.dtype(dtype).itemsize
         with private_file.create(path) as file:
-            if sys.platform == "linux":  # elsewhere, writing to a mapped file ends the process when the disk is full
+            # Elsewhere, writing to a mapped file ends the process when the disk is full.
+            if sys.platform == "linux":  # check: room-is-taken-in-advance
                 try:
                     os.posix_fallocate(file.fileno(), 0, num_bytes)
                 except OSError as error:

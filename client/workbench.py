@@ -202,7 +202,7 @@ class Workbench:
         wanted, seed = merge_methods.measurements(self.agreement.methods, self.agreement.tables), self.agreement.seed
         train = self.data.train()
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
-        log.info("  %s: measuring", self.name)
+        log.info("  %s: measuring", self.name)  # check: logs-hold-no-number-of-rows
         terms = OwnerTerms(examples=len(train), delta=Delta(own, base))
         if Measurement.GRAMS in wanted:
             rows = _sample(train, wanted[Measurement.GRAMS], seed)
@@ -263,7 +263,7 @@ class Workbench:
 
     def _check_rows(self, name: str, rows: int, dimensions: int) -> None:
         least = self.agreement.privacy.min_rows_per_dimension
-        if rows < least * dimensions:
+        if rows < least * dimensions:  # check: enough-rows-for-a-gram
             raise DataError(
                 f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
                 f"{least:g} per dimension; nothing has left",

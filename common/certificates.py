@@ -63,7 +63,7 @@ def check_receipts(agreement: Agreement, result: Result, signatures: bytes) -> l
     """The owners that signed the same result. Raises RemoteProtocolError if they are fewer than the agreement needs."""
     run, body = bytes.fromhex(result.run), body_of(agreement, result)
     signers = check_signed(agreement.roster, Domain.SIGN_RECEIPT, run, body, signatures)
-    if len(signers) < agreement.needed_owners:
+    if len(signers) < agreement.needed_owners:  # check: receipts-of-enough-owners
         raise RemoteProtocolError(
             f"receipts: {len(signers)} owners signed the result that was given here, {agreement.needed_owners} must "
             "have; others may have been given another one"
@@ -81,7 +81,7 @@ def check_signed(
         if signed.owner >= len(names):
             raise RemoteProtocolError(f"there is no owner {signed.owner} on a roster of {len(names)}")
         name = names[signed.owner]
-        verify(roster[name], label, session, name, body, signed.signature)
+        verify(roster[name], label, session, name, body, signed.signature)  # check: lists-are-signed-by-name
         signers.append(name)
     return signers
 
@@ -106,5 +106,5 @@ def check_burned(agreement: Agreement, session: str, signatures: bytes) -> None:
         )
     signers = check_burned_by(agreement, session, Signed.unpack_all(signatures))
     needed = burn_quorum(count, agreement.colluders)
-    if len(signers) < needed:
+    if len(signers) < needed:  # check: burned-by-enough-owners
         raise RemoteProtocolError(f"certificate: {len(signers)} owners burned the session, {needed} must have")

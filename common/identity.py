@@ -63,7 +63,7 @@ def verify(public_key: bytes, domain: Domain, session: bytes, name: str, body: b
 def _signed_bytes(domain: Domain, session: bytes, name: str, body: bytes) -> bytes:
     # The lengths of all variable parts but the last come first, so no two inputs give the same bytes.
     encoded = name.encode()
-    return domain.value + bytes([len(session), len(encoded)]) + session + encoded + body
+    return domain.value + bytes([len(session), len(encoded)]) + session + encoded + body  # check: session-is-signed
 
 
 def fingerprint(data: bytes) -> str:

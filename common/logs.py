@@ -16,6 +16,6 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": record.getMessage(),  # check: logs-hold-no-exception
         }
         return json.dumps(line | getattr(record, "about", {}), ensure_ascii=False)

@@ -130,7 +130,7 @@ class OpenSum(Message):
     @property
     def session(self) -> str:
         """64 hexadecimal digits: SHA-256(domain | everything in this message)."""
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = [getattr(self, field.name) for field in fields(self)]  # check: session-covers-the-request
         canonical = json.dumps(values, separators=(",", ":"), ensure_ascii=True).encode()
         return hashlib.sha256(Domain.SESSION.value + canonical).hexdigest()
 
@@ -385,7 +385,7 @@ def decode(envelope: Envelope) -> Message:
     if envelope.payload is not None:
         values["payload"] = envelope.payload
     expected = {field.name for field in fields(kind)}
-    if set(values) != expected:
+    if set(values) != expected:  # check: fields-are-exact
         differing = ", ".join(sorted(str(name)[:40] for name in set(values) ^ expected))
         raise RemoteProtocolError(f"{envelope.kind}: missing or unexpected fields: {differing}")
     try:
@@ -396,10 +396,10 @@ def decode(envelope: Envelope) -> Message:
 
 def check_packet(packet: Packet) -> None:
     """Raise RemoteProtocolError for an empty packet, or one that carries more bytes than one message may."""
-    if not packet:
+    if not packet:  # check: packets-hold-a-message
         raise RemoteProtocolError("a packet holds no message")
     size = sum(map(payload_bytes, packet))
-    if size > PART_BYTES:
+    if size > PART_BYTES:  # check: packets-are-bounded
         raise RemoteProtocolError(f"a packet carries {size} bytes, at most {PART_BYTES} are allowed")
 
 
@@ -439,7 +439,7 @@ def _is_bytes(length: int) -> Callable[[object], bool]:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES
+    return isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES  # check: lists-are-bounded
 
 
 _CHECKS: dict[str, Callable[[object], bool]] = {

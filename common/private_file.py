@@ -22,10 +22,10 @@ POLL_SECONDS = 0.3
 def make_private_folder(folder: Path) -> None:
     """Make a folder, and its parents, that nobody else can enter; close an existing one to others."""
     folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    folder.chmod(0o700)  # check: folders-are-private
 
 
-def create(path: Path, mode: int = 0o600) -> BinaryIO:
+def create(path: Path, mode: int = 0o600) -> BinaryIO:  # check: files-are-private
     """Open a new file for writing. Raises FileExistsError if `path` exists, and never follows a link (O_EXCL)."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
 
@@ -97,7 +97,9 @@ def locked(path: Path, *, wait_seconds: float = inf, busy: AmalgramError | None 
 
 def _take_lock(descriptor: int, *, wait: bool) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(
+            descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # check: one-process-at-a-time
     except BlockingIOError:
         return False
     return True

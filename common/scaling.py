@@ -109,7 +109,9 @@ class Scales:
 
     def __post_init__(self) -> None:
         exponents = self.exponents
-        if not (np.abs(exponents) <= MAX_EXPONENT).all() or (exponents != np.rint(exponents)).any():
+        if (
+            not (np.abs(exponents) <= MAX_EXPONENT).all() or (exponents != np.rint(exponents)).any()
+        ):  # check: scales-are-powers-of-two
             raise RemoteProtocolError("the coordinator sent scales that are not powers of two")
 
     def __getitem__(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -145,12 +147,12 @@ class Scales:
                 continue
             mine, powers = own[_measure(entry).name], self._powers[_measure(entry).name]
             sent = powers if _kind(entry) == LARGEST else powers**2
-            if not (mine <= sent).all():
+            if not (mine <= sent).all():  # check: scales-cover-my-numbers
                 raise RemoteProtocolError(
                     f"the coordinator sent a scale for {entry.name} below this owner's own numbers"
                 )
             worth, seen = most * mine, mine > 0
-            if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():
+            if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():  # check: my-bits-are-kept
                 raise NumericalError(
                     f"{entry.name}: on the scale that the coordinator sent, most of this owner's values would keep "
                     f"fewer than {LEAST_BITS} bits; nothing more has left",

@@ -147,7 +147,7 @@ class Schedule:
     def round_at(self, position: int) -> Round:
         """Raises RemoteProtocolError if the coordinator asked for something else than a round."""
         event = self._at(position)
-        if not isinstance(event, Round):
+        if not isinstance(event, Round):  # check: position-is-a-round
             raise RemoteProtocolError(
                 f"the coordinator opened a sum at position {position}, where it sends {event.name}"
             )
@@ -156,7 +156,7 @@ class Schedule:
     def delivery_at(self, position: int, kind: DeliveryKind) -> Delivery:
         """Raises RemoteProtocolError if the coordinator sent something else than was agreed there."""
         event = self._at(position)
-        if not isinstance(event, Delivery) or event.kind != kind:
+        if not isinstance(event, Delivery) or event.kind != kind:  # check: position-is-that-delivery
             raise RemoteProtocolError(
                 f"the coordinator sent a {kind.replace('_', ' ')} at position {position}, which is for {event.name}"
             )
@@ -199,17 +199,18 @@ class Schedule:
         that may drop out may also come back: the rounds that were summed without it are not due any more.
         """
         following = 0 if begun is None else begun + 1
-        due = following if is_complete or begun is None else begun
+        due = following if is_complete or begun is None else begun  # check: last-event-is-complete
         if position in (begun, due) or (self.owners_may_drop_out and self._has_only_rounds(due, position)):
             return
         expected = self.events[due].name if due < len(self.events) else "nothing"
         raise RemoteProtocolError(f"the coordinator went on with {self._at(position).name}, but {expected} is due")
 
     def _has_only_rounds(self, start: int, stop: int) -> bool:
-        return start < stop and all(isinstance(event, Round) for event in self.events[start:stop])
+        only_rounds = all(isinstance(event, Round) for event in self.events[start:stop])  # check: no-delivery-is-missed
+        return start < stop and only_rounds
 
     def _at(self, position: int) -> Event:
-        if position >= len(self.events):
+        if position >= len(self.events):  # check: position-is-in-the-schedule
             raise RemoteProtocolError(f"the coordinator named event {position} of a schedule of {len(self.events)}")
         return self.events[position]
 
@@ -253,7 +254,10 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
         add_delivery("candidate", whole, method=method_name, split="test", names=names)
     tested = (BASE, OWN_AT_HOME, *agreement.methods)
     add_round("metrics", metrics_layout(agreement, "test", tested), split="test", models=tested)
-    return Schedule(tuple(events), owners_may_drop_out=agreement.needed_owners < len(agreement.owners))
+    return Schedule(
+        tuple(events),
+        owners_may_drop_out=agreement.needed_owners < len(agreement.owners),  # check: dropouts-are-agreed
+    )
 
 
 def _merged_layout(method: MultiRoundMethod[Hyperparameters], settings: MergeSettings, number: int) -> TensorLayout:

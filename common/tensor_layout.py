@@ -122,7 +122,8 @@ class TensorLayout:
 
     def digest(self) -> str:
         """SHA-256 over all of `to_json`, in hexadecimal."""
-        canonical = json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=False).encode()
+        description = self.to_json()  # check: layout-digest-covers-the-ring
+        canonical = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
         return hashlib.sha256(b"amalgram layout v3\n" + canonical).hexdigest()
 
     def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:

@@ -35,7 +35,7 @@ class Neighbourhood:
 
 def quorum(num_owners: int, colluders: int) -> int:
     """t = floor((N + c) / 2) + 1: any two groups of t have an honest owner in common."""
-    return (num_owners + colluders) // 2 + 1
+    return (num_owners + colluders) // 2 + 1  # check: quorums-share-an-honest-owner
 
 
 def burn_quorum(num_owners: int, colluders: int) -> int:

@@ -29,7 +29,9 @@ def to_record(packet: Packet) -> RecordDict:
 def from_record(record: RecordDict) -> Packet:
     """The packet in a RecordDict. Raises RemoteProtocolError on anything that is not exactly one."""
     count = sum(name.startswith(HEADER) for name in record)
-    if not set(record) <= {f"{name} {number}" for name in (HEADER, PAYLOAD) for number in range(count)}:
+    if not set(record) <= {
+        f"{name} {number}" for name in (HEADER, PAYLOAD) for number in range(count)
+    }:  # check: packets-have-no-gap
         raise RemoteProtocolError("a packet has a message without a header, or records that do not belong")
     packet = tuple(
         _read_message(record[f"{HEADER} {number}"], record.get(f"{PAYLOAD} {number}")) for number in range(count)
@@ -62,5 +64,6 @@ def _read_array(data: bytes, kind: str) -> NDArray:
         if len(shape) != 1 or dtype.hasobject or shape[0] * dtype.itemsize != len(data) - content.tell():
             raise ValueError
         return np.frombuffer(data, dtype, offset=content.tell())
-    except Exception:  # NumPy raises whatever its tokenizer and Python's parser make of a header that is none
+    except Exception:  # check: broken-arrays-are-refused
+        # NumPy raises whatever its tokenizer and Python's parser make of a header that is none.
         raise RemoteProtocolError(f"{kind[:40]}: the payload cannot be read") from None

@@ -135,7 +135,7 @@ def _planned_tensors(
         groups = find_shared_inputs(base, batch)
         held_back = _uncountable_inputs(base, batch) | set(left_alone)
         if not draft.privacy.merge_token_inputs:
-            held_back |= _token_inputs(base, batch)
+            held_back |= _token_inputs(base, batch)  # check: token-inputs-are-averaged
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(
             f"model {folder}: a trial forward pass failed: {first_line(error)}",
@@ -143,7 +143,7 @@ def _planned_tensors(
         ) from None
     layers, table = merge_layers(base), REGMEAN.of(draft.tables)
     data_free = _data_free_layers(table.data_free_layers, layers)
-    if not draft.privacy.merge_routed_inputs:
+    if not draft.privacy.merge_routed_inputs:  # check: routed-inputs-are-averaged
         held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.expert is not None}
     measured = (tuple(weight for weight in group if weight not in data_free) for group in groups)
     merged = tuple(group for group in measured if group and not held_back & set(map(parameter_of, group)))

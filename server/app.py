@@ -69,7 +69,7 @@ class FlowerChannel:
         for node in requests.keys() - node_of.values():
             yield node, None
         deadline = time.monotonic() + timeout_seconds
-        while node_of and time.monotonic() < deadline:
+        while node_of and time.monotonic() < deadline:  # check: silence-has-an-end
             arrived = False
             for message_id in list(node_of):
                 for reply in self._grid.pull_messages([message_id]):

@@ -135,7 +135,9 @@ class Coordinator:
             raise RemoteProtocolError(f"roll call: two nodes call themselves {reply.owner}")
         body = bytes.fromhex(self.agreement.digest()) + reply.pending.encode()
         key = self.agreement.roster[reply.owner]
-        verify(key, Domain.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature)
+        verify(
+            key, Domain.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature
+        )  # check: presence-is-signed
 
     def _check_attendance(self, refusals: list[str]) -> None:
         missing = [name for name in self.agreement.owner_names if name not in self.owners]
@@ -198,7 +200,7 @@ class Coordinator:
 
     def destroy(self, round: Round, total: SummedTensors) -> None:
         """Overwrite a total that is no longer needed, and note that this was done."""
-        total.destroy()
+        total.destroy()  # check: totals-are-destroyed
         for each in self.sums:
             each.destroyed |= each.round.position == round.position
 
@@ -246,7 +248,7 @@ class Coordinator:
 
         def check(owner: str, reply: Message) -> None:
             expected = PartReceived(run=self.run, owner=owner, position=message.position, part=message.part)
-            if reply != expected:
+            if reply != expected:  # check: answer-is-about-the-part
                 raise RemoteProtocolError(
                     f"owner {owner} answered part {message.part} of {delivery.name} with {type(reply).__name__}"
                 )
@@ -290,7 +292,9 @@ class Coordinator:
         if not isinstance(reply, ResultReceived):
             raise RemoteProtocolError(f"owner {owner} answered a Result with {type(reply).__name__}")
         key, body = self.agreement.roster[owner], body_of(self.agreement, result)
-        verify(key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)
+        verify(
+            key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature
+        )  # check: receipt-is-signed
         self._signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
 
     def confirm_result(self) -> None:

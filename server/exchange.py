@@ -210,7 +210,7 @@ class Exchange:
             self.drop(owner, f"it refused ({last.code})")
             return None
         try:
-            if len(answer) != len(packet):
+            if len(answer) != len(packet):  # check: answers-fit-their-packet
                 raise RemoteProtocolError(f"owner {owner} answered {len(answer)} of {len(packet)} messages")
             for each, reply in zip(ahead, answer, strict=False):
                 each.check(owner, reply)

@@ -26,7 +26,7 @@ def sessions_to_certify(pending: set[str], checkpoint: Checkpoint) -> list[str]:
     """
     saved = checkpoint.saved_opening()
     reopening = set() if saved is None else {saved[0].session}
-    return sorted(pending - checkpoint.opened_sessions - reopening)
+    return sorted(pending - checkpoint.opened_sessions - reopening)  # check: opened-sessions-are-over
 
 
 def certify_as_over(exchange: Exchange, agreement: Agreement, run: str, session: str) -> None:

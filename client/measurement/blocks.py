@@ -214,7 +214,7 @@ def _tokens(batch: Batch) -> int:
 
 def _save(path: Path, array: np.ndarray) -> None:
     try:
-        with private_file.create(path) as file:
+        with private_file.create(path) as file:  # check: activations-are-private
             np.save(file, array)
     except OSError as error:
         raise DataError(f"{path}: the activations cannot be written ({error.strerror}); nothing has left") from None

@@ -51,7 +51,7 @@ def a_masked_total_has_three_honest_owners(draft: DraftTables) -> None:
             f"min_owners = {needed}: with {count} owners, of whom {colluders} may collude, at least {least} must take "
             f"part (the quorum of {quorum(count, colluders)}, and three honest owners)"
         )
-    if draft.summation.quorum not in (None, quorum(count, colluders)):
+    if draft.summation.quorum not in (None, quorum(count, colluders)):  # check: quorum-is-computed
         raise RuleError(
             f"summation.quorum = {draft.summation.quorum}: with {count} owners, of whom {colluders} may collude, it is "
             f"{quorum(count, colluders)}",
@@ -69,7 +69,7 @@ def the_same_rows_are_weighted_in_few_ways(draft: DraftTables) -> None:
     honest = draft.needed_owners - draft.colluders
     for name in draft.methods:
         weightings = METHODS[name].weightings_of_the_same_rows(draft.tables)
-        if weightings > max(1, honest - 2):
+        if weightings > max(1, honest - 2):  # check: few-weightings
             raise RuleError(
                 f"{name}: sums of the same rows with {weightings} kinds of weights would tell {honest} honest owners "
                 f"apart ({draft.needed_owners} take part, {draft.colluders} may collude)",
@@ -90,7 +90,7 @@ def hidden_metrics_cannot_be_subtracted_out(draft: DraftTables) -> None:
 
 
 def multi_round_methods_need_all_owners(draft: DraftTables) -> None:
-    if draft.multi_round_methods and draft.needed_owners < len(draft.owners):
+    if draft.multi_round_methods and draft.needed_owners < len(draft.owners):  # check: all-owners-in-every-round
         raise RuleError(
             f"min_owners = {draft.needed_owners}: {draft.multi_round_methods[0].name} needs several rounds, and "
             "rounds over different owners would expose the difference",
@@ -109,7 +109,7 @@ def thirty_two_bits_are_enough(draft: DraftTables) -> None:
                 f"summation.ring_bits = 32: {name} needs 64",
                 hint=f"32 bits are enough for {', '.join(fitting)}",
             )
-    if draft.needed_owners < count:
+    if draft.needed_owners < count:  # check: all-owners-in-32-bits
         raise RuleError(
             f"min_owners = {draft.needed_owners}: with summation.ring_bits = 32 there are two rounds, and rounds over "
             "different owners would expose the difference",

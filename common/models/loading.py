@@ -134,7 +134,7 @@ def digest_of(model: PreTrainedModel, task: Task) -> str:
 def check_base(model: PreTrainedModel, agreement: Agreement, folder: Path) -> None:
     """Raise ModelError unless `model` is the agreed base model."""
     digest = digest_of(model, agreement.task)
-    if digest != agreement.base_digest:
+    if digest != agreement.base_digest:  # check: base-is-the-agreed-one
         raise ModelError(
             f"model {folder}: this is another base model; its digest is {digest[:16]}..., the agreement's is "
             f"{agreement.base_digest[:16]}...",

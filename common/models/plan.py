@@ -101,7 +101,7 @@ class MergePlan:
         """
         of_layer: Counter[str] = Counter()
         for shared_input in self.inputs:
-            of_layer[shared_input.layers[0].whole] += shared_input.gram_size
+            of_layer[shared_input.layers[0].whole] += shared_input.gram_size  # check: blocks-count-together
         return {each.name: of_layer[each.layers[0].whole] for each in self.inputs}
 
 

@@ -38,7 +38,7 @@ class Accumulator:
         """Add one owner's part. Raises RemoteProtocolError, and adds nothing, unless it is the part expected now."""
         position = self.slices[self.part]
         expected = position.stop - position.start
-        if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:
+        if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:  # check: part-fits
             raise RemoteProtocolError(
                 f"sum: owner {owner} sent {payload.size} {payload.dtype} numbers as part {part}, "
                 f"but part {self.part} has {expected} {self.vector.dtype} numbers"

@@ -34,7 +34,7 @@ def fraction_bits(bound: float, num_owners: int, ring_bits: RingBits = 64) -> in
             f"bound {bound:g}: the sum over {num_owners} owners could exceed 2^{ring_bits - 1}, "
             f"the largest possible bound is {float(room):g}"
         )
-    bits = int(ratio).bit_length() - 1  # 2^bits <= ratio < 2^(bits + 1)
+    bits = int(ratio).bit_length() - 1  # 2^bits <= ratio < 2^(bits + 1)  # check: no-sum-wraps-around
     return min(bits, MAX_FRACTION_BITS)
 
 
@@ -66,7 +66,7 @@ def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -
         for start in range(position.start, position.stop, CHUNK_NUMBERS):
             chunk = vector[start : min(start + CHUNK_NUMBERS, position.stop)]
             # Negated, so that NaN fails too.
-            if not np.abs(chunk).max(initial=0.0) <= entry.bound:
+            if not np.abs(chunk).max(initial=0.0) <= entry.bound:  # check: values-are-within-bounds
                 raise _out_of_bound(entry, chunk)
             signed[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
         release(vector)
@@ -84,7 +84,7 @@ def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num
         largest = num_summed * (int(Fraction(entry.bound) * 2**bits) + 1)
         for start in reversed(range(position.start, position.stop, CHUNK_NUMBERS)):  # see `encode`
             chunk = signed[start : min(start + CHUNK_NUMBERS, position.stop)]
-            if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:
+            if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:  # check: total-is-in-bounds
                 raise NumericalError(
                     f"sum: {entry.name} exceeds {num_summed} owners times the bound {entry.bound:g}: an owner sent a "
                     "false vector, or the masks did not cancel. Nothing was published"

@@ -41,7 +41,7 @@ def agree(private: X25519PrivateKey, public: bytes) -> bytes:
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:  # the shared secret would be all zeros
-        raise RemoteProtocolError("a public key is a point of low order") from None
+        raise RemoteProtocolError("a public key is a point of low order") from None  # check: no-low-order-point
 
 
 def check_public_key(public: bytes) -> None:

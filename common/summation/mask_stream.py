@@ -57,4 +57,4 @@ def _add_range(values: NDArray, masks: Sequence[Mask], offset: int) -> None:
         chunk = values[start : start + chunk_numbers]
         for encryptor, combine in streams:
             encryptor.update_into(zeros[: len(chunk) * width], buffer)
-            combine(chunk, keystream[: len(chunk)], out=chunk)
+            combine(chunk, keystream[: len(chunk)], out=chunk)  # check: masks-are-used-once

@@ -275,7 +275,7 @@ class CoordinatorSide(ABC):
         step = self._steps.get(self._phase)
         if step is None or type(reply) is not step.expects:
             raise RemoteProtocolError(f"sum: owner {owner} sent {type(reply).__name__} in phase {self._phase}")
-        if owner not in self._waiting:
+        if owner not in self._waiting:  # check: one-answer-a-step
             raise RemoteProtocolError(f"sum: owner {owner} answered twice, or was not asked")
         fields = vars(reply)
         if (fields["owner"], fields["session"]) != (owner, self._terms.request.session):

@@ -30,12 +30,12 @@ class Record:
     @classmethod
     def unpack_all(cls, data: bytes) -> list[Self]:
         """Read whole records in ascending order. Raises RemoteProtocolError on anything else."""
-        if len(data) % cls.FORMAT.size:
+        if len(data) % cls.FORMAT.size:  # check: records-are-whole
             raise RemoteProtocolError(
                 f"{cls.__name__}: {len(data)} bytes are not a whole number of {cls.FORMAT.size}-byte records"
             )
         records = [cls(*values) for values in cls.FORMAT.iter_unpack(data)]
-        if any(later.owner <= earlier.owner for earlier, later in pairwise(records)):
+        if any(later.owner <= earlier.owner for earlier, later in pairwise(records)):  # check: owners-ascend
             raise RemoteProtocolError(f"{cls.__name__}: the owners are not in strictly ascending order")
         return records
 
@@ -101,6 +101,6 @@ class RevealedShare(Record):
 
 def name_at(names: Sequence[str], index: int) -> str:
     """The owner at an index of the roster. Raises RemoteProtocolError if the roster is shorter."""
-    if index >= len(names):
+    if index >= len(names):  # check: owner-is-on-the-roster
         raise RemoteProtocolError(f"there is no owner {index} on a roster of {len(names)}")
     return names[index]

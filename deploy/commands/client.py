@@ -58,12 +58,12 @@ def find_node(settings_file: Path) -> Node:
     if network is None:
         raise SettingsError(f"{settings_file}: has no [network] table", hint='it needs at least address = "HOST:PORT"')
     agreement = owner.agreement
-    if agreement.digest() not in owner.state.consents():
+    if agreement.digest() not in owner.state.consents():  # check: consent-comes-before-connecting
         raise ConsentError(f"{owner.name} has not consented to this agreement", hint=f"amalgram agree {settings_file}")
     home = settings_file.resolve().parent
     key, root = _key_file(network, owner.name, home), home / network.root_certificate
     agreed = {entry.name: entry.node_key for entry in agreement.owners}
-    if read_node_key(key) != agreed.get(owner.name):
+    if read_node_key(key) != agreed.get(owner.name):  # check: node-key-is-agreed
         raise SettingsError(
             f"{key}: is not the node key that the agreement names for {owner.name}",
             hint=f"use the {owner.name}.node that was made together with the .pub file in the agreement",

@@ -37,7 +37,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("FLWR_") and name != "FORWARDED_ALLOW_IPS"
+        if not name.startswith("FLWR_") and name != "FORWARDED_ALLOW_IPS"  # check: peers-do-not-say-who-they-are
     }
     return inherited | {
         "FLWR_HOME": str(home),

@@ -34,7 +34,11 @@ class Guard:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or is_local(scope.get("client")) or is_open(scope["path"]):
+        if (
+            scope["type"] == "lifespan"
+            or is_local(scope.get("client"))  # check: guard-is-shut
+            or is_open(scope["path"])
+        ):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await PlainTextResponse("not from here\n", status_code=403)(scope, receive, send)
@@ -55,7 +59,7 @@ def is_local(client: tuple[str, int] | None) -> bool:
 
 def is_open(path: str) -> bool:
     """Whether a path is for everybody."""
-    return OPEN.fullmatch(path) is not None
+    return OPEN.fullmatch(path) is not None  # check: open-paths-match-whole
 
 
 def main() -> None:

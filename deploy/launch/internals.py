@@ -52,14 +52,16 @@ MARK = "amalgram: "  # begins the lines of a launcher's log that are for people
 def check_internals(version: str = VERSION, tried: dict[str, str] = TRIED) -> None:
     """Raise EngineError unless the installed Flower is exactly the one that the launchers were tested with."""
     installed = metadata.version("flwr")
-    if installed != version:
+    if installed != version:  # check: flower-is-of-that-version
         raise EngineError(
             f"flwr {installed} is installed; guard and pin were made for {version}", hint=f"install flwr=={version}"
         )
     folder = Path(flwr.__file__).parent
     for name, digest in tried.items():
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if (
+            not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest
+        ):  # check: flower-is-as-released
             raise EngineError(
                 f"{path}: is not the file that flwr {version} has there", hint=f"reinstall flwr {version}"
             )

@@ -77,7 +77,7 @@ class Gate:
             self._look_at(run_id)
         if run_id in self._agreed:
             otherwise = message_to_proto(Message(BROKE_OFF, reply_to=message))
-            write_whole(self._unanswered, otherwise.SerializeToString())
+            write_whole(self._unanswered, otherwise.SerializeToString())  # check: interruption-is-noted
             return received
         self._answer(Message(REFUSED, reply_to=message))
         return None
@@ -109,20 +109,20 @@ class Gate:
         return self._agreed[run_id][0]
 
     def get_fab(self, fab_hash: str, run_id: int) -> Fab:
-        return self._agreed[run_id][1]
+        return self._agreed[run_id][1]  # check: gate-gives-what-it-saw
 
     def _look_at(self, run_id: int) -> None:
         run = self._connection["get_run"](run_id)
         fab = self._connection["get_fab"](run.fab_hash, run_id)
         reason = why_not(self._digest, run, fab)
-        if reason is None:
+        if reason is None:  # check: other-bundles-are-refused
             self._agreed[run_id] = (run, fab)
         else:
             self._refused.add(run_id)
             tell(f"REFUSED run {run_id} of the coordinator, nothing of it was installed or started: {reason}")
 
     def _note_if_whole(self) -> None:
-        if not self._to_push:
+        if not self._to_push:  # check: answer-is-whole
             self._unanswered.unlink(missing_ok=True)
 
     def _admit_interruption(self) -> None:
@@ -150,13 +150,13 @@ class Gate:
 def why_not(digest: str, run: Run, fab: Fab) -> str | None:
     """What is not as agreed about a run's bundle; None if all is."""
     found = hashlib.sha256(fab.content).hexdigest()
-    if found != digest:
+    if found != digest:  # check: bundle-is-agreed
         return f"its bundle has the SHA-256 {found}, the agreement's is {digest}"
-    if not run.fab_hash == fab.hash_str == digest:
+    if not run.fab_hash == fab.hash_str == digest:  # check: bundle-declares-its-digest
         return f"it declares the SHA-256 {run.fab_hash} and {fab.hash_str} for the bundle {digest}"
-    if (run.fab_id, run.fab_version) != get_fab_metadata(fab.content):
+    if (run.fab_id, run.fab_version) != get_fab_metadata(fab.content):  # check: bundle-declares-its-name
         return f"it declares the bundle as {run.fab_id!r}, version {run.fab_version!r}"
-    if run.primary_task_type != TaskType.SERVER_APP:
+    if run.primary_task_type != TaskType.SERVER_APP:  # check: run-is-a-server-app
         return f"it is a {run.primary_task_type!r}, not a ServerApp"
     return None
 

@@ -1,280 +1,446 @@
-# ruff: noqa: E501 - a table is read by its rows
 """Every check, removed: the attack that it stops must then succeed, that is, its test must fail.
 
-Each row of the table names a test, a file, and one change to it that takes the check away. The change is made in a
-copy of the source tree. `make test-all` runs them; the unchanged copy must pass all the tests named here.
+A check carries an id in a comment beside it, `# check: agreement-is-mine`. Each row of the table names a test file,
+part of the names of tests in it, and an id: without that check, one of these tests must fail. The check is removed in a
+copy of the source tree. `make test-all` does so for all rows; the unchanged copy must pass all the tests named here.
+
+The comment stands on the first or last line of a statement, or on a line within it. It belongs to the innermost
+statement that has this line, and that statement says how the check is removed:
+
+- An `if` gets the condition False.
+- A call, a `raise` or a `+=` becomes `pass`.
+- Anything else needs `becomes`: what the line with the comment becomes, at the same indentation. It may be several
+  lines, or none. So one operand of an `and` or `or` is removed if it has a line of its own.
 """
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-MASKED, OWNER, WORKBENCH = "common/summation/masked.py", "client/owner.py", "client/workbench.py"
-LEDGER, SCALING = "client/ledger.py", "common/scaling.py"
+PRODUCT = ("common", "client", "server", "deploy")
+TAG = re.compile(r"# check: (\S+)$")
+ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """`test` is a part of the name of one or more tests, all of one file."""
+    """`tests`: a part of the name of one or more tests of one file, or several parts with `and`, `or`, `not`."""
 
     file: str
-    test: str
-    source: str
-    find: str
-    replace: str = "pass"
+    tests: str
+    check: str
+    becomes: str | None = None
 
 
-GUARD, GATE, INTERNALS = (f"deploy/launch/{name}.py" for name in ("guarded_superlink", "pinned_supernode", "internals"))
-PACKETS, COORDINATOR = "test_packets.py", "test_coordinator.py"
-LAUNCH, LOGS, OWNERS, DEPLOYMENT = "test_launch.py", "test_logs.py", "test_owner.py", "end_to_end/test_deployment.py"
-KEYS, SHARES, SURVIVORS, UPLOADS, PROCESS, WIRE, SUM, LEAKS, ARCHITECTURES, STEPS, SCALES, AGREEMENT, RESUME = (
-    "attacks/test_keys.py",
-    "attacks/test_shares.py",
-    "attacks/test_survivors.py",
-    "attacks/test_uploads.py",
-    "attacks/test_owner_process.py",
-    "attacks/test_wire.py",
-    "test_masked_sum.py",
-    "attacks/test_leaks.py",
-    "test_architectures.py",
-    "attacks/test_steps.py",
-    "attacks/test_scales.py",
-    "test_agreement.py",
-    "end_to_end/test_resume.py",
+KEYS, SHARES, SURVIVORS, UPLOADS = (f"attacks/test_{name}.py" for name in ("keys", "shares", "survivors", "uploads"))
+PROCESS, WIRE, LEAKS, STEPS, SCALES = (
+    f"attacks/test_{name}.py" for name in ("owner_process", "wire", "leaks", "steps", "scales")
 )
+OWNERS, SCHEDULE, PACKETS, COORDINATOR, SUM, SCALING = (
+    f"test_{name}.py" for name in ("owner", "schedule", "packets", "coordinator", "masked_sum", "scaling")
+)
+LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
+    f"test_{name}.py" for name in ("launch", "logs", "agreement", "architectures", "gram_stream")
+)
+DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
+TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 
 TABLE = [
     # 1-7, 12, 13, 27: the key book
-    Mutation(KEYS, "test_1_", "common/summation/masked/book.py", "            check_entry(self.terms, entry)"),
-    Mutation(KEYS, "test_2_", "common/summation/masked/book.py", "            check_entry(self.terms, entry)"),
-    Mutation(KEYS, "test_3_", "common/summation/masked/book.py", "            check_entry(self.terms, entry)"),
-    Mutation(KEYS, "test_4_an_owner_twice", "common/summation/records.py", "later.owner <= earlier.owner", "False"),
-    Mutation(KEYS, "test_4_a_colluder", "common/summation/masked/book.py", "len(set(keys)) != len(keys)", "False"),
-    Mutation(KEYS, "test_5_", "common/summation/masked/owner.py", "book.entries.get(self._me) == self._own_entry()", "self._me in book.entries"),
-    Mutation(KEYS, "test_6_", "common/summation/masked/owner.py", "book.entries.get(self._me) == self._own_entry()", "True"),
-    Mutation(KEYS, "test_7_", "common/identity.py", "session + encoded + body", "encoded + body"),
-    Mutation(KEYS, "test_12_", "common/summation/protocol.py", "if place >= len(self.names):", "if False:"),
-    Mutation(KEYS, "test_13_too_few", "common/summation/masked/owner.py", '        self._check_enough(len(book.entries), "key book")'),
-    Mutation(KEYS, "test_13_the_quorum", "common/summation/masked/owner.py", "max(self.terms.quorum, self.terms.needed_owners)", "self.terms.needed_owners"),
+    Mutation(KEYS, "test_1_", "key-entries-are-signed"),
+    Mutation(KEYS, "test_2_", "key-entries-are-signed"),
+    Mutation(KEYS, "test_3_", "key-entries-are-signed"),
+    Mutation(KEYS, "test_4_an_owner_twice", "owners-ascend"),
+    Mutation(KEYS, "test_4_a_colluder", "keys-are-distinct"),
+    Mutation(KEYS, "test_5_", "own-entry-is-mine", "is_mine = self._me in book.entries"),
+    Mutation(KEYS, "test_6_", "own-entry-is-mine", "is_mine = True"),
     Mutation(
         KEYS,
-        "test_27_",
-        "common/summation/key_agreement.py",
-        'raise RemoteProtocolError("a public key is a point of low order") from None',
-        "return bytes(32)",
+        "test_7_",
+        "session-is-signed",
+        "return domain.value + bytes([len(session), len(encoded)]) + encoded + body",
     ),
-    # 8-11: rounds and agreements
-    Mutation(PROCESS, "test_8_9_", LEDGER, "if round_number <= self._round:", "if False:"),
-    Mutation(PROCESS, "test_9_an_old", LEDGER, "if round_number <= self._round:", "if False:"),
-    Mutation(PROCESS, "test_10_any_field", OWNER, "if digest != self.agreement.digest():", "if False:"),
-    Mutation(PROCESS, "test_10_an_owner_s_file", OWNER, "if digest not in self.state.consents():", "if False:"),
-    Mutation(PROCESS, "test_10_another_base", "common/models/loading.py", "if digest != agreement.base_digest:", "if False:"),
-    Mutation(PROCESS, "test_10_two_owners", "common/messages.py", "for field in fields(self)]", 'for field in fields(self)[:4]]'),
-    Mutation(PROCESS, "test_11_", "common/agreement.py", "if self.summation.quorum not in (None, quorum(count, colluders)):", "if False:"),
-    Mutation(SURVIVORS, "test_11_19_", "common/summation/masked/owner.py", "len(signed) >= self.terms.quorum", "True"),
-    # 13, 14, 18: survivors
-    Mutation(SHARES, "test_13_", "common/summation/masked/owner.py", "        self._check_neighbourhood(len(senders) + 1)"),
-    Mutation(SURVIVORS, "test_13_", "common/summation/masked/owner.py", "not strangers and not silent", "True"),
-    Mutation(SURVIVORS, "test_14_survivors_are", "common/summation/masked/owner.py", '        self._check_enough(len(survivors), "survivors")'),
-    Mutation(SURVIVORS, "test_14_i_am", "common/summation/masked/owner.py", "survivors.get(self._me) == mine", "True"),
-    Mutation(SURVIVORS, "test_14_my_upload", "common/summation/masked/owner.py", "survivors.get(self._me) == mine", "self._me in survivors"),
-    Mutation(SURVIVORS, "test_18_", "common/thresholds.py", "return (num_owners + colluders) // 2 + 1", "return num_owners // 2"),
-    Mutation(SURVIVORS, "test_36_exactly", "common/thresholds.py", "return (num_owners + colluders) // 2 + 1", "return num_owners // 2"),
-    # 15-17: both secrets
+    Mutation(KEYS, "test_12_", "owner-is-on-the-roster"),
+    Mutation(KEYS, "test_13_too_few", "enough-owners-in-the-key-book"),
+    Mutation(KEYS, "test_13_the_quorum", "quorum-counts-too", "needed = self.terms.needed_owners"),
+    Mutation(KEYS, "test_27_", "no-low-order-point", "return bytes(32)"),
+    # 8-11, 37: rounds and agreements
+    Mutation(PROCESS, "test_8_9_", "rounds-only-go-up"),
+    Mutation(PROCESS, "test_9_an_old", "rounds-only-go-up"),
+    Mutation(PROCESS, "test_10_any_field", "agreement-is-mine"),
+    Mutation(PROCESS, "test_10_an_owner_s_file", "agreement-has-consent"),
+    Mutation(PROCESS, "test_10_another_base", "base-is-the-agreed-one"),
+    Mutation(
+        PROCESS,
+        "test_10_two_owners",
+        "session-covers-the-request",
+        "values = [getattr(self, field.name) for field in fields(self)[:4]]",
+    ),
+    Mutation(PROCESS, "test_11_", "quorum-is-computed"),
+    Mutation(PROCESS, "test_37_another", "agreement-has-consent"),
+    Mutation(PROCESS, "test_37_another", "message-is-of-this-run"),
+    Mutation(PROCESS, "test_37_another", "run-keeps-its-agreement"),
+    Mutation(PROCESS, "test_37_a_sum", "agreement-is-mine"),
+    Mutation(OWNERS, "test_a_roll_call_of_another", "protocol-version-is-mine"),
+    Mutation(OWNERS, "test_an_owner_without_consent", "agreement-has-consent"),
+    Mutation(OWNERS, "test_an_owner_with_another_identity", "identity-is-agreed"),
+    Mutation(OWNERS, "test_an_owner_with_another_base", "base-is-the-agreed-one"),
+    Mutation(OWNERS, "test_a_state_folder_of", "state-is-of-this-version"),
+    # the schedule: an owner answers the next event only
+    Mutation(SCHEDULE, "test_the_next_event", "last-event-is-complete", "due = following"),
+    Mutation(SCHEDULE, "test_an_owner_that_may_drop_out", "no-delivery-is-missed", "only_rounds = True"),
+    Mutation(SCHEDULE, "test_owners_may_drop_out", "dropouts-are-agreed", "owners_may_drop_out=True,"),
+    Mutation(OWNERS, "test_an_owner_answers_only", "round-is-the-next-event"),
+    Mutation(OWNERS, "test_an_owner_answers_only", "delivery-is-the-next-event"),
+    Mutation(OWNERS, "test_an_owner_answers_only", "last-event-is-complete", "due = following"),
+    Mutation(OWNERS, "test_an_event_is_of_the_kind", "position-is-a-round"),
+    Mutation(OWNERS, "test_an_event_is_of_the_kind", "position-is-that-delivery"),
+    Mutation(OWNERS, "test_an_event_is_of_the_kind", "position-is-in-the-schedule"),
+    Mutation(OWNERS, "test_metrics_of_a_candidate", "round-is-the-next-event"),
+    Mutation(OWNERS, "test_what_was_not_agreed", "message-is-of-this-run"),
+    Mutation(OWNERS, "test_what_was_not_agreed", "layout-is-the-agreed-one"),
+    Mutation(OWNERS, "test_what_was_not_agreed", "models-are-those-sent-here"),
+    Mutation(OWNERS, "test_what_was_not_agreed", "position-is-in-the-schedule"),
+    Mutation(OWNERS, "test_what_was_not_agreed", "round-is-open"),
+    # 13, 14, 18, 36: survivors
+    Mutation(SHARES, "test_13_", "enough-senders-of-shares"),
+    Mutation(SURVIVORS, "test_13_", "survivors-shared-keys"),
+    Mutation(SURVIVORS, "test_14_survivors_are", "enough-survivors"),
+    Mutation(SURVIVORS, "test_14_i_am", "my-upload-is-listed", "is_mine = True"),
+    Mutation(SURVIVORS, "test_14_my_upload", "my-upload-is-listed", "is_mine = self._me in survivors"),
+    Mutation(SURVIVORS, "test_18_", "quorums-share-an-honest-owner", "return num_owners // 2"),
+    Mutation(SURVIVORS, "test_36_exactly", "quorums-share-an-honest-owner", "return num_owners // 2"),
+    # 15-17, 39: both secrets
     Mutation(
         SURVIVORS,
         "test_15_",
-        MASKED,
-        "        return RevealedShare.pack_all(shares)",
-        "        shares += [RevealedShare(o, MASK, _two_shares(b)[1]) for o, b in self.held.items()]\n"
-        "        return RevealedShare.pack_all(shares)",
-    ),
-    Mutation(SURVIVORS, "test_16_both", "common/summation/masked/owner.py", "(SIGNED, Acknowledgements): REVEALED,", "(SIGNED, Acknowledgements): SIGNED,"),
-    Mutation(SURVIVORS, "test_16_a_second", "common/summation/masked/owner.py", "(UPLOADED, SurvivorList): SIGNED,", "(UPLOADED, SurvivorList): SIGNED,\n    (SIGNED, SurvivorList): SIGNED,"),
-    Mutation(PROCESS, "test_17_a_second_survivor", OWNER, '        self.state.write_json("sum", {**kept, "side": side.to_json()})'),
-    Mutation(PROCESS, "test_17_a_second_reveal", OWNER, '        self.state.write_json("sum", {**kept, "side": side.to_json()})'),
-    Mutation(PROCESS, "test_17_a_second_reveal", "common/summation/masked/owner.py", "self.revealed or self._shares_for(survivors)", "self._shares_for(survivors)"),
-    Mutation(PROCESS, "test_39_two_processes", "client/state.py", "            fcntl.flock(descriptor, fcntl.LOCK_EX)"),
-    Mutation(PROCESS, "test_a_session_whose", OWNER, "            self.state.forget_sum()\n            raise", "            raise"),
-    # 19: acknowledgements
-    Mutation(SURVIVORS, "test_19_one_signer", "common/summation/records.py", "later.owner <= earlier.owner", "False"),
-    Mutation(
-        SURVIVORS,
-        "test_19_a_signature_passed",
-        MASKED,
-        "            _verify(self.terms, each.owner, Domain.SIGN_SURVIVORS, body, each.signature)",
+        "one-secret-of-each-owner",
+        "shares += [RevealedShare(owner, MASK, _two_shares(both)[1]) for owner, both in self.held.items()]\n"
+        "return RevealedShare.pack_all(shares)",
     ),
     Mutation(
         SURVIVORS,
-        "test_19_signatures_under",
-        MASKED,
-        "            _verify(self.terms, each.owner, Domain.SIGN_SURVIVORS, body, each.signature)",
+        "test_16_both",
+        "no-other-transition",
+        f"{TRANSITIONS}\n    (Phase.UNMASKING, SurvivorList): Transition(MaskedOwner._sign_survivors, Phase.UNMASKING),",
     ),
-    Mutation(SURVIVORS, "test_19_a_signer", "common/summation/masked/owner.py", "each.owner in survivors", "True"),
+    Mutation(
+        SURVIVORS, "test_16_both", "shares-are-dropped-once-revealed", "return replace(self, revealed=revealed), reply"
+    ),
+    Mutation(
+        SURVIVORS,
+        "test_16_a_second",
+        "no-other-transition",
+        f"{TRANSITIONS}\n"
+        "    (Phase.CONSISTENCY_CHECK, SurvivorList): Transition(MaskedOwner._sign_survivors, Phase.CONSISTENCY_CHECK),",
+    ),
+    Mutation(PROCESS, "test_17_a_second_survivor", "latch-is-written-first"),
+    Mutation(PROCESS, "test_17_a_second_reveal", "latch-is-written-first"),
+    Mutation(PROCESS, "test_17_a_second_reveal", "shares-are-chosen-once", "revealed = self._shares_for(survivors)"),
+    Mutation(PROCESS, "test_17_the_latch", "latch-is-written-first"),
+    Mutation(PROCESS, "test_39_two_processes", "one-process-at-a-time"),
+    Mutation(PROCESS, "test_a_session_whose", "broken-session-is-forgotten"),
+    Mutation(OWNERS, "test_vector_and_secrets", "vector-is-deleted-once-signed"),
+    # 11, 19: acknowledgements
+    Mutation(SURVIVORS, "test_11_19_", "quorum-signed-the-survivor-list"),
+    Mutation(SURVIVORS, "test_19_one_signer", "owners-ascend"),
+    Mutation(SURVIVORS, "test_19_a_signature_passed", "signed-this-list"),
+    Mutation(SURVIVORS, "test_19_signatures_under", "signed-this-list"),
+    Mutation(SURVIVORS, "test_19_a_signer", "signer-survived"),
     # 20, 21: shares
-    Mutation(SHARES, "test_20_a_forged_share and not manifest", "common/summation/masked/owner.py", "hashlib.sha256(delivery.sealed).digest() == named", "True"),
-    Mutation(SHARES, "test_20_two_senders", "common/summation/masked/owner.py", "hashlib.sha256(delivery.sealed).digest() == named", "True"),
-    Mutation(SHARES, "manifest_that_fits", "common/summation/masked/owner.py", "        _verify(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)"),
-    Mutation(SHARES, "test_20_another_commitment", "common/summation/masked/owner.py", "        _verify(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)"),
-    Mutation(SHARES, "test_20_another_recipient", "common/summation/masked/owner.py", "set(senders) <= set(book.neighbours[self._me])", "True"),
-    Mutation(SHARES, "test_20_manifests", "common/summation/masked/owner.py", 'rest == b""', "True"),
-    Mutation(SHARES, "test_20_truncated", "common/summation/records.py", "if len(data) % cls.FORMAT.size:", "data = data[: len(data) // cls.FORMAT.size * cls.FORMAT.size]\n        if False:"),
-    Mutation(SHARES, "test_20_a_share_at", MASKED, "plain[:2] == _place(self._me)", "True"),
-    Mutation(SHARES, "test_20_a_share_sealed", "common/summation/masked/book.py", "return self.digest + _direction(sender, recipient)", "return self.digest"),
-    Mutation(SHARES, "test_20_a_share_that_is_no", "common/summation/masked/owner.py", "        for share in _two_shares(shares):\n            secret_sharing.read_share(share)\n", ""),
-    Mutation(SHARES, "test_21_one_wrong or test_21_wrong", "common/summation/masked/coordinator.py", "if fits(seed):", "if True:"),
-    Mutation(SHARES, "test_21_a_share", "common/summation/masked/coordinator.py", "record.kind == (SELF if record.owner in survivors else MASK)", "True"),
+    Mutation(SHARES, "test_20_a_forged_share and not manifest", "share-is-the-one-sent", "is_intact = True"),
+    Mutation(SHARES, "test_20_two_senders", "share-is-the-one-sent", "is_intact = True"),
+    Mutation(SHARES, "manifest_that_fits", "shares-are-signed"),
+    Mutation(SHARES, "test_20_another_commitment", "shares-are-signed"),
+    Mutation(SHARES, "test_20_another_recipient", "senders-are-neighbours"),
+    Mutation(SHARES, "test_20_more_manifests", "manifests-fit-senders"),
+    Mutation(
+        SHARES,
+        "test_20_truncated",
+        "records-are-whole",
+        "data = data[: len(data) // cls.FORMAT.size * cls.FORMAT.size]\nif False:",
+    ),
+    Mutation(SHARES, "test_20_a_share_at", "share-is-at-my-point"),
+    Mutation(SHARES, "test_20_a_share_sealed", "seals-name-their-direction", "return self.digest"),
+    Mutation(SHARES, "test_20_a_share_that_is_not", "share-is-in-the-field"),
+    Mutation(SHARES, "test_21_one_wrong or test_21_wrong", "rebuilt-secret-fits", "if True:"),
+    Mutation(SHARES, "test_21_a_share", "share-is-of-its-kind", "is_right_kind = True"),
     # 22-25: uploads
-    Mutation(SURVIVORS, "test_22_", "common/summation/masked/owner.py", "(book.self_mask(self.self_seed), 1)]", "]"),
-    Mutation(UPLOADS, "test_23_a_second", "common/summation/masked/coordinator.py", "owner in self._waiting", "True"),
-    Mutation(UPLOADS, "test_23_another", "common/summation/masked/coordinator.py", "before == digest", "True"),
-    Mutation(UPLOADS, "test_24_an_upload_of", "common/summation/accumulator.py", 'if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:', "if False:"),
-    Mutation(UPLOADS, "test_24_an_upload_altered", MASKED, "        _verify(self._terms, place, Domain.SIGN_PART, _part_body(reply.part, digest), reply.signature)"),
-    Mutation(UPLOADS, "test_24_after", "common/summation/masked/owner.py", "(UPLOADED, PartRequest): UPLOADED,", "(UPLOADED, PartRequest): UPLOADED,\n    (SIGNED, PartRequest): SIGNED,"),
-    Mutation(UPLOADS, "test_25_a_value", "common/summation/fixed_point.py", "if not np.abs(chunk).max(initial=0.0) <= entry.bound:", "if False:"),
-    Mutation(UPLOADS, "test_25_at_the_bound", "common/summation/fixed_point.py", "int(ratio).bit_length() - 1", "int(ratio).bit_length()"),
-    Mutation(SUM, "test_a_total_beyond", "common/summation/fixed_point.py", "if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:", "if False:"),
-    Mutation(SUM, "test_a_vector_that_changed", "common/summation/masked/owner.py", "sent_before and self.part_digests[part] != digest", "False"),
+    Mutation(SURVIVORS, "test_22_", "self-mask-is-added", ""),
+    Mutation(UPLOADS, "test_23_a_second", "one-answer-a-step"),
+    Mutation(UPLOADS, "test_23_another", "same-part-again"),
+    Mutation(UPLOADS, "test_24_an_upload_of", "part-fits"),
+    Mutation(
+        UPLOADS, "test_24_an_upload_in_another", "part-fits", "if part != self.part or payload.shape != (expected,):"
+    ),
+    Mutation(UPLOADS, "test_24_an_upload_altered", "part-is-signed"),
+    Mutation(
+        UPLOADS,
+        "test_24_after",
+        "no-other-transition",
+        f"{TRANSITIONS}\n    (Phase.CONSISTENCY_CHECK, PartRequest): Transition(MaskedOwner._give_part, Phase.WHOLE_INPUT),",
+    ),
+    Mutation(UPLOADS, "test_25_a_value", "values-are-within-bounds"),
+    Mutation(UPLOADS, "test_25_at_the_bound", "no-sum-wraps-around", "bits = int(ratio).bit_length()"),
+    Mutation(UPLOADS, "test_25_a_total_of_32", "total-is-in-bounds"),
+    Mutation(SUM, "test_a_total_beyond", "total-is-in-bounds"),
+    Mutation(SUM, "test_a_vector_that_changed", "sent-parts-never-change"),
     # 28, 29: contribute once
-    Mutation(PROCESS, "test_28_", LEDGER, "if statistic in self._offered:", "if False:"),
-    Mutation(PROCESS, "test_29_all", OWNER, "if side.offers:", "if side.reveals:"),
-    Mutation(PROCESS, "test_29_figures", OWNER, "self._ledger.begin(message.round, message.session, message.statistic)", "self._ledger.begin(message.round, message.session, message.statistic + message.models)"),
-    Mutation(PROCESS, "test_too_few_forged", "common/certificates.py", "if len(signers) < needed:", "if False:"),
-    Mutation(PROCESS, "test_an_owner_that_has_revealed", LEDGER, "if session in self._revealed:", "if False:"),
-    Mutation(PROCESS, "test_a_burned_session", LEDGER, "if session in self._burned:", "if False:"),
-    Mutation(PROCESS, "test_a_certificate_alone", OWNER, "        ledger.burn(message.session)\n        self.state.forget_sum()\n        ledger.release", "        ledger.release"),
-    Mutation(PROCESS, "test_44_", LEDGER, "        self._check_not_burned(session)"),
+    Mutation(PROCESS, "test_28_", "contributed-once"),
+    Mutation(PROCESS, "test_29_all", "offered-from-the-first-part", "if side.reveals:"),
+    Mutation(PROCESS, "test_29_metrics", "contributed-once"),
+    Mutation(PROCESS, "test_29_metrics", "layout-is-the-agreed-one"),
+    Mutation(PROCESS, "test_an_offer_is_in_the_ledger", "offered-from-the-first-part", "if side.reveals:"),
+    # 44-46: sessions that are over, runs that were killed
+    Mutation(PROCESS, "test_too_few_forged", "burned-by-enough-owners"),
+    Mutation(PROCESS, "test_too_few_forged", "certificate-is-checked"),
+    Mutation(PROCESS, "test_too_few_forged", "lists-are-signed-by-name"),
+    Mutation(PROCESS, "test_an_owner_that_has_revealed", "revealed-is-not-burned"),
+    Mutation(PROCESS, "test_a_burned_session", "burned-stays-burned"),
+    Mutation(PROCESS, "test_a_burned_session", "burned-is-not-opened"),
+    Mutation(PROCESS, "test_a_certificate_alone", "certified-session-is-forgotten"),
+    Mutation(PROCESS, "test_44_", "burned-stays-burned"),
+    Mutation(PROCESS, "test_44_a_burned_session_s_file_that_comes_back_gives", "burned-gives-no-part"),
+    Mutation(PROCESS, "test_45_", "run-is-forgotten-whole", "shutil.rmtree(self._run_folder, ignore_errors=True)"),
+    Mutation(PROCESS, "test_46_", "round-is-the-next-event"),
+    # 30, 31, 35: masks and secrets
+    Mutation(SUM, "test_no_mask_is_used", "masks-are-used-once", "combine(chunk, keystream[0], out=chunk)"),
+    Mutation(
+        SUM,
+        "test_the_same_keys",
+        "keys-are-of-one-session",
+        "mask_key = key_agreement.public_key(self.mask_seed, Domain.MASK_KEY, bytes(32))",
+    ),
+    Mutation(SUM, "test_an_all_zero", "uploads-are-masked"),
+    Mutation(SUM, "test_secrets_do_not_show", "secrets-do-not-show", 'self_seed: bytes = b""'),
+    Mutation(WIRE, "test_35_files", "files-are-private", "def create(path: Path, mode: int = 0o644) -> BinaryIO:"),
+    Mutation(
+        WIRE, "test_35_no_secret", "no-secret-in-errors", "require(is_mine, str([key.hex() for key, _ in self.masks]))"
+    ),
+    # 32, 34, 53: the wire
+    Mutation(WIRE, "test_32_an_oversized", "lists-are-bounded", "return isinstance(value, bytes)"),
+    Mutation(WIRE, "test_32_garbage", "fields-are-exact"),
+    Mutation(WIRE, "test_53_", "broken-arrays-are-refused", "except ValueError:"),
+    Mutation(WIRE, "test_34_", "silence-has-an-end", "while node_of and time.monotonic() < deadline + 60:"),
+    # 33, 38, 48, 52: models and results
+    Mutation(PROCESS, "test_38_", "models-are-those-sent-here"),
+    Mutation(PROCESS, "test_33_different", "receipts-of-enough-owners"),
+    Mutation(PROCESS, "test_33_different", "published-is-the-tested-model"),
+    Mutation(PROCESS, "test_33_different", "result-names-all-models"),
+    Mutation(PROCESS, "test_33_an_owner_signs", "one-result-is-signed"),
+    Mutation(PROCESS, "test_33_receipts_under", "lists-are-signed-by-name"),
+    Mutation(PROCESS, "test_33_a_result_that", "coordinator-signed-the-result"),
+    Mutation(PROCESS, "test_33_a_result_of", "result-is-of-the-method"),
+    Mutation(PROCESS, "test_33_a_result_signed_in", "result-names-all-models"),
+    Mutation(
+        PROCESS, "test_33_a_result_signed_in", "result-was-tested-unless-ended", "if not owner.ledger.has_signed:"
+    ),
+    Mutation(PROCESS, "test_33_a_result_is_signed_again", "result-was-tested-unless-ended", "if True:"),
+    Mutation(PROCESS, "test_33_receipts_of_another", "message-is-of-this-run"),
+    Mutation(PROCESS, "test_48_", "nothing-after-the-result"),
+    Mutation(PROCESS, "test_52_a_model_after", "nothing-after-the-result", "if run.result is not None:"),
+    Mutation(PROCESS, "test_52_a_model_whose", "no-round-is-forgotten"),
     Mutation(
         PROCESS,
-        "test_45_",
-        "client/state.py",
-        "            self._run_folder.rename(forgotten)\n            shutil.rmtree(forgotten, ignore_errors=True)",
-        "            shutil.rmtree(self._run_folder, ignore_errors=True)",
+        "test_52_a_model_whose",
+        "offers-count-from-the-first-part",
+        "return {each.deliveries_digest for each in self._page.offers if each.session in self._page.revealed}",
     ),
-    Mutation(PROCESS, "test_46_", OWNER, " and (name, split) in received", ""),
-    # 30, 31, 35
-    Mutation(SUM, "test_no_mask_is_used", "common/summation/mask_stream.py", "combine(chunk, keystream[: len(chunk)], out=chunk)", "combine(chunk, keystream[0], out=chunk)"),
-    Mutation(SUM, "test_the_same_keys", "common/summation/masked/owner.py", "key_agreement.public_key(self.mask_seed, Domain.MASK_KEY, session)", "key_agreement.public_key(self.mask_seed, Domain.MASK_KEY, bytes(32))"),
-    Mutation(SUM, "test_an_all_zero", "common/summation/masked/owner.py", "        mask_stream.add_masks(payload, self.masks, position.start)"),
-    Mutation(SUM, "test_secrets_do_not_show", "common/summation/masked/owner.py", 'self_seed: bytes = field(default=b"", repr=False)', 'self_seed: bytes = b""'),
-    Mutation(WIRE, "test_35_files", "common/private_file.py", "0o600", "0o644"),
-    Mutation(WIRE, "test_35_no_secret", "common/summation/masked/owner.py", '"survivors: my upload is missing or altered"', '"survivors" + str([k.hex() for k, _ in self.masks])'),
-    # 32, 34: the wire
-    Mutation(WIRE, "test_32_an_oversized", "common/messages.py", "isinstance(value, bytes) and len(value) <= MAX_LIST_BYTES", "isinstance(value, bytes)"),
-    Mutation(WIRE, "test_32_garbage", "common/messages.py", "        if set(values) != expected:".strip(), "if False:"),
-    Mutation(WIRE, "test_53_", "common/wire.py", "    except Exception:", "    except ValueError:"),
-    Mutation(WIRE, "test_34_", "server/app.py", "while node_of and time.monotonic() < deadline:", "while node_of and time.monotonic() < deadline + 60:"),
-    # 33, 37, 38: results, agreements, candidates
-    Mutation(PROCESS, "test_33_different", "common/certificates.py", "if len(signers) < agreement.needed_owners:", "if False:"),
-    Mutation(PROCESS, "test_33_an_owner_signs", LEDGER, 'if self._result not in ("", body):', "if False:"),
-    Mutation(LEAKS, "test_a_gram_of_few_rows", WORKBENCH, "if rows < least * dimensions:", "if False:"),
-    Mutation(LEAKS, "test_an_agreement_on_as_many", "common/agreement.py", "if fitted_to_labels and len(balances) > max(1, honest - 2):", "if False:"),
-    Mutation(LEAKS, "test_no_delta", "server/coordinator.py", "        total.destroy()"),
-    Mutation(LEAKS, "test_with_absolute", "deploy/complete.py", "held_back |= _token_inputs(base, batch)"),
-    Mutation(ARCHITECTURES, "test_experts_are_merged_only", "deploy/complete.py", "if not draft.privacy.merge_routed_inputs:", "if False:"),
-    Mutation(PROCESS, "test_33_receipts_under", "common/certificates.py", "        verify(roster[name], label, session, name, body, signed.signature)"),
-    Mutation(PROCESS, "test_33_a_result_that", OWNER, "        check_result(self.agreement, message)"),
-    Mutation(PROCESS, "test_33_a_result_signed_in", OWNER, "if not self.state.has_receipt(message.run):", "if not self._ledger._result:"),
-    Mutation(PROCESS, "test_33_a_result_is_signed_again", OWNER, "if not self.state.has_receipt(message.run):", "if True:"),
-    Mutation(PROCESS, "test_33_receipts_of_another", OWNER, '        self._check_run(message.run)\n        kept = self.state.read_json("result")', '        kept = self.state.read_json("result")'),
-    Mutation(PROCESS, "test_48_", OWNER, "if self._ledger.has_signed:", "if False:"),
-    Mutation(PROCESS, "test_52_a_model_after", OWNER, "if self._ledger.has_signed:", 'if self.state.read_json("result") is not None:'),
-    Mutation(PROCESS, "test_52_a_model_whose", OWNER, "if not self._ledger.models <=", "if False and not self._ledger.models <="),
-    Mutation(PROCESS, "test_52_a_model_whose", LEDGER, "if session in self._models", "if session in self._revealed"),
-    # packets
-    Mutation(PACKETS, "test_49_a_packet_of_nothing", "common/messages.py", "    if size > PART_BYTES:", "    if False:"),
-    Mutation(PACKETS, "test_49_a_packet_of_nothing", "common/messages.py", "    if not packet:", "    if False:"),
-    Mutation(PACKETS, "test_49_a_packet_with_a_gap", "common/wire.py", "if not set(record) <=", "if False and not set(record) <="),
-    Mutation(PACKETS, "test_49_a_packet_is_answered", OWNER, "if message.model not in self.workbench.agreed_candidates:", "if False:"),
-    Mutation(PACKETS, "test_49_a_second_model", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
-    Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/exchange.py", "if len(answer) != len(packet):", "if False:"),
-    Mutation(PACKETS, "test_49_an_owner_whose_answers", "server/coordinator.py", "if reply != expected:", "if False:"),
-    Mutation(COORDINATOR, "test_a_signature_of_another", "server/coordinator.py", "        verify(key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature)"),
-    Mutation(PROCESS, "test_33_a_result_of", OWNER, "if message.model not in self.workbench.candidates(self.agreement.method):", "if False:"),
-    Mutation(PROCESS, "test_37_another", "client/state.py", '!= {"run": run, "agreement_digest": agreement_digest}', "is None"),
-    Mutation(PROCESS, "test_37_a_sum", OWNER, "        self._check_step(request.run, request.agreement_digest)"),
-    Mutation(PROCESS, "test_38_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
-    Mutation(OWNERS, "test_what_was_not_agreed", OWNER, "if message.model not in self.workbench.agreed_candidates:", "if False:"),
-    Mutation(OWNERS, "test_a_candidate_that_changes", OWNER, '(kept.get("model"), kept.get("split")) == (message.model, message.split)', "bool(kept)"),
-    Mutation(OWNERS, "test_a_candidate_that_changes", OWNER, "(message.part, message.parts) != (expected, len(slices))", "False"),
-    Mutation(OWNERS, "test_a_candidate_that_changes", OWNER, "        self._check_step(message.run, message.agreement_digest)\n        kept", "        kept"),
-    # between machines
-    Mutation(LAUNCH, "test_the_guard_shows_other", GUARD, 'is_local(scope.get("client"))', "True"),
-    Mutation(LAUNCH, "test_the_guard_shows_other", GUARD, 'OPEN.fullmatch(path)', "OPEN.match(path)"),
-    Mutation(DEPLOYMENT, "test_from_another_address", GUARD, 'is_local(scope.get("client"))', "True"),
-    Mutation(LAUNCH, "test_nothing_of_the_surroundings", "deploy/launch/flower.py", 'and name != "FORWARDED_ALLOW_IPS"', ""),
-    Mutation(LAUNCH, "test_another_bundle_that_declares", GATE, "if found != digest:", "if False:"),
-    Mutation(LAUNCH, "test_a_run_that_declares", GATE, "if not run.fab_hash == fab.hash_str == digest:", "if False:"),
-    Mutation(LAUNCH, "test_a_run_that_declares", GATE, "if (run.fab_id, run.fab_version) != get_fab_metadata(fab.content):", "if False:"),
-    Mutation(LAUNCH, "test_a_run_that_declares", GATE, "if run.primary_task_type != TaskType.SERVER_APP:", "if False:"),
-    Mutation(LAUNCH, "test_the_gate_lets", GATE, "return self._agreed[run_id][1]", 'return self._connection["get_fab"](fab_hash, run_id)'),
-    Mutation(DEPLOYMENT, "test_a_bundle_that_reads", GATE, "if reason is None:", "if True:"),
-    Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "deploy/commands/client.py", "if read_node_key(key) != agreed.get(owner.name):", "if False:"),
-    Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "deploy/commands/server.py", '"--enable-supernode-auth", ', ""),
-    Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "deploy/commands/client.py", "if agreement.digest() not in owner.state.consents():", "if False:"),
-    Mutation(LAUNCH, "test_another_version", INTERNALS, "if installed != version:", "if False:"),
-    Mutation(LAUNCH, "test_a_changed_or_missing", INTERNALS, "hashlib.sha256(path.read_bytes()).hexdigest() != digest", "False"),
-    # methods of several sums
-    Mutation(STEPS, "test_a_step_before", OWNER, " or self._merged_steps(method) != step.number", ""),
-    Mutation(STEPS, "test_a_step_that_was_not", "common/merge_methods/__init__.py", "method in agreement.methods and ", ""),
-    Mutation(STEPS, "test_a_step_about_other", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
-    Mutation(STEPS, "test_merged_layers", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
-    Mutation(STEPS, "test_merged_layers", OWNER, "if not last_again and (number != str(due)", "if False and (number != str(due)"),
-    Mutation(STEPS, "test_merged_layers", OWNER, "if method not in SEQUENTIAL.intersection(self.agreement.methods):", "if False:"),
-    Mutation(LEAKS, "test_55_", "common/models/plan.py", "of_layer[shared_input.layers[0].whole] += ", "of_layer[shared_input.name] += "),
-    # scales of 32-bit sums
-    Mutation(SCALES, "test_50_", OWNER, "if request.candidates_digest != candidates_digest(self._received):", "if False:"),
-    Mutation(SCALES, "test_50_", "common/messages.py", "for field in fields(self)]", 'for field in fields(self)[:4]]'),
-    Mutation(SCALES, "test_51_scales_of_its_own", SCALING, "if not (mine <= sent).all():", "if False:"),
-    Mutation(SCALES, "test_51_scales_of_its_own", SCALING, "if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():", "if False:"),
-    Mutation("test_scaling.py", "test_scales_that_leave", SCALING, " or 2 * (sent > worth)[seen].sum() > seen.sum()", ""),
-    Mutation("test_scaling.py", "test_scales_that_leave", SCALING, "sent.sum() > worth.sum() > 0 or ", ""),
-    Mutation(SCALES, "test_51_scales_of_its_own", SCALING, "if not (np.abs(exponents) <= MAX_EXPONENT).all() or (exponents != np.rint(exponents)).any():", "if False:"),
-    Mutation(SCALES, "test_51_scales_of_its_own", OWNER, "if same_name not in ([], [candidate]):", "if False:"),
-    Mutation(SCALES, "test_51_one_scale", SCALING, "if not (mine <= sent).all():", "if not mine.sum() <= sent.sum():"),
-    Mutation(SCALES, "test_51_scales_before", OWNER, "if kept is None or not opened:", "if kept is None:"),
-    Mutation(SCALES, "test_51_a_contribution", OWNER, "if request.models or [model for model, _, _ in self._received] != [SCALES]:", "if False:"),
-    Mutation(SCALES, "test_51_contributions", "common/tensor_layout.py", '"amalgram layout v2\\n" + canonical', '"amalgram layout v2\\n" + canonical[4:]'),
-    Mutation(SCALES, "test_51_scales_that_nobody", OWNER, "if message.model != SCALES or not self.agreement.summation.has_scales:", "if message.model != SCALES:"),
-    Mutation(UPLOADS, "test_24_an_upload_in_another", "common/summation/accumulator.py", " or payload.dtype != self.vector.dtype", ""),
-    Mutation(UPLOADS, "test_25_a_total_of_32", "common/summation/fixed_point.py", "if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:", "if False:"),
-    Mutation("test_scaling.py", "test_32_bits", "common/agreement.py", "        if self.needed_owners < count:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with", "        if False:\n            raise ValueError(\n                f\"min_owners = {self.needed_owners}: with"),
-    Mutation(RESUME, "test_a_run_in_32_bits", OWNER, 'if side.reveals and request.statistic == "contribution":', 'if side.is_done and request.statistic == "contribution":'),
-    Mutation(AGREEMENT, "test_a_method_of_several", "common/agreement.py", "if sequential and self.needed_owners < len(names):", "if False:"),
-    # what an owner has on its disk
-    Mutation(SCALES, "test_54_", OWNER, "if message.statistic == SCALES:", "if False:"),
-    Mutation("test_gram_stream.py", "test_activations_are", "client/measurement/blocks.py", "with private_file.create(path) as file:", 'with path.open("wb") as file:'),
-    Mutation(OWNERS, "test_a_full_disk", "client/state.py", 'if sys.platform == "linux":', "if False:"),
-    # what a coordinator keeps of a run
-    Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "0o600", "0o644"),
-    Mutation(RESUME, "test_totals_are_readable", "common/private_file.py", "    folder.chmod(0o700)"),
-    Mutation(RESUME, "test_an_owner_that_a_sum", "server/recovery.py", "pending - checkpoint.opened_sessions - reopening", "pending - reopening"),
+    Mutation(OWNERS, "test_a_candidate_that_changes", "message-is-of-this-run"),
+    Mutation(OWNERS, "test_a_candidate_that_changes", "parts-come-in-order", "False"),
+    Mutation(OWNERS, "test_a_candidate_that_changes", "part-continues-its-model", ""),
+    Mutation(OWNERS, "test_a_part_continues", "part-continues-its-model", ""),
+    Mutation(OWNERS, "test_a_candidate_out_of_order", "parts-come-in-order", "False"),
+    Mutation(OWNERS, "test_a_candidate_out_of_order", "part-has-its-shape", ""),
+    Mutation(OWNERS, "test_a_candidate_that_is_not_finite", "models-are-finite"),
+    Mutation(OWNERS, "test_a_delivery_is_repeated", "delivered-once-or-the-same"),
+    # 49: packets
+    Mutation(PACKETS, "test_49_a_packet_of_nothing", "packets-are-bounded"),
+    Mutation(PACKETS, "test_49_a_packet_of_nothing", "packets-hold-a-message"),
+    Mutation(PACKETS, "test_49_a_packet_with_a_gap", "packets-have-no-gap"),
+    Mutation(PACKETS, "test_49_a_packet_is_answered", "model-is-agreed"),
+    Mutation(PACKETS, "test_49_a_second_model", "delivered-once-or-the-same"),
+    Mutation(PACKETS, "test_49_an_owner_whose_answers", "answers-fit-their-packet"),
+    Mutation(PACKETS, "test_49_an_owner_whose_answers", "answer-is-about-the-part"),
+    Mutation(COORDINATOR, "test_a_signature_of_another", "receipt-is-signed"),
+    Mutation(COORDINATOR, "test_the_roll_call_refuses_a_node", "presence-is-signed"),
+    # multi-round methods
+    Mutation(STEPS, "test_a_step_before", "round-is-the-next-event"),
+    Mutation(STEPS, "test_a_step_that_was_not", "layout-is-the-agreed-one"),
+    Mutation(STEPS, "test_a_step_that_was_not", "position-is-in-the-schedule"),
+    Mutation(STEPS, "test_a_step_about_other", "models-are-those-sent-here"),
+    Mutation(STEPS, "test_merged_layers", "delivered-once-or-the-same"),
+    Mutation(STEPS, "test_merged_layers", "delivery-is-the-next-event"),
+    Mutation(STEPS, "test_merged_layers", "position-is-that-delivery"),
+    # 50, 51, 54: scales of 32-bit sums
+    Mutation(SCALES, "test_50_", "models-are-those-sent-here"),
+    Mutation(
+        SCALES,
+        "test_50_",
+        "session-covers-the-request",
+        "values = [getattr(self, field.name) for field in fields(self)[:4]]",
+    ),
+    Mutation(SCALES, "test_51_scales_of_its_own", "scales-cover-my-numbers"),
+    Mutation(SCALES, "test_51_scales_of_its_own", "my-bits-are-kept"),
+    Mutation(SCALES, "test_51_scales_of_its_own", "scales-are-powers-of-two"),
+    Mutation(SCALES, "test_51_scales_of_its_own", "delivered-once-or-the-same"),
+    Mutation(SCALES, "test_51_one_scale", "scales-cover-my-numbers", "if not mine.sum() <= sent.sum():"),
+    Mutation(SCALES, "test_51_scales_before", "delivery-is-the-next-event"),
+    Mutation(SCALES, "test_51_scales_before", "last-event-is-complete", "due = following"),
+    Mutation(
+        SCALES,
+        "test_51_scales_before",
+        "round-is-complete-once-revealed",
+        "if request.position == owner.state.run.begun:",
+    ),
+    Mutation(SCALES, "test_51_a_contribution", "round-is-the-next-event"),
+    Mutation(SCALES, "test_51_contributions", "layout-digest-covers-the-ring", "description = self.to_json()[1:]"),
+    Mutation(SCALES, "test_51_contributions", "layout-is-the-agreed-one"),
+    Mutation(SCALES, "test_51_contributions", "contributed-once"),
+    Mutation(SCALES, "test_51_scales_that_nobody", "layout-is-the-agreed-one"),
+    Mutation(SCALES, "test_51_scales_that_nobody", "position-is-that-delivery"),
+    Mutation(SCALES, "test_54_", "nothing-measured-stays"),
+    Mutation(SCALING, "test_scales_that_leave", "my-bits-are-kept", "if sent.sum() > worth.sum() > 0:"),
+    Mutation(SCALING, "test_scales_that_leave", "my-bits-are-kept", "if 2 * (sent > worth)[seen].sum() > seen.sum():"),
+    Mutation(SCALING, "test_32_bits", "all-owners-in-32-bits"),
+    Mutation(
+        RESUME,
+        "test_a_run_in_32_bits",
+        "contribution-outlives-a-burn",
+        'if side.is_done and kept.kind == "contribution":',
+    ),
+    # 55: what a total tells
+    Mutation(LEAKS, "test_a_gram_of_few_rows", "enough-rows-for-a-gram"),
+    Mutation(OWNERS, "test_an_owner_with_too_few_rows", "enough-rows-for-a-gram"),
+    Mutation(LEAKS, "test_an_agreement_on_as_many", "few-weightings"),
+    Mutation(LEAKS, "test_no_delta", "totals-are-destroyed"),
+    Mutation(LEAKS, "test_with_absolute", "token-inputs-are-averaged"),
+    Mutation(LEAKS, "test_55_", "blocks-count-together", "of_layer[shared_input.name] += shared_input.gram_size"),
+    Mutation(ARCHITECTURES, "test_experts_are_merged_only", "routed-inputs-are-averaged"),
+    Mutation(AGREEMENT, "test_a_multi_round_method", "all-owners-in-every-round"),
+    # what an owner has on its disk, and what a coordinator keeps of a run
+    Mutation(GRAM_STREAM, "test_activations_are", "activations-are-private", 'with path.open("wb") as file:'),
+    Mutation(OWNERS, "test_a_full_disk", "room-is-taken-in-advance"),
+    Mutation(
+        OWNERS, "test_state_is_readable", "files-are-private", "def create(path: Path, mode: int = 0o644) -> BinaryIO:"
+    ),
+    Mutation(OWNERS, "test_state_is_readable", "folders-are-private"),
+    Mutation(
+        RESUME,
+        "test_totals_are_readable",
+        "files-are-private",
+        "def create(path: Path, mode: int = 0o644) -> BinaryIO:",
+    ),
+    Mutation(RESUME, "test_totals_are_readable", "folders-are-private"),
+    Mutation(RESUME, "test_an_owner_that_a_sum", "opened-sessions-are-over", "return sorted(pending - reopening)"),
     # logs, and two programs on one output
-    Mutation(LOGS, "test_a_line_holds_nothing", "common/logs.py", '"message": record.getMessage(),', '"message": record.getMessage() + str(record.exc_info),'),
-    Mutation(LOGS, "test_a_whole_run", WORKBENCH, 'log.info("  %s: measuring", self.name)', 'log.info("  %s: measuring %s", self.name, len(self.data.train()))'),
-    Mutation(LOGS, "test_a_second_run", "server/app.py", "while not _is_locked(descriptor):", "while False:"),
-    Mutation(LAUNCH, "test_whoever_was_killed", GATE, "            write_whole(self._unanswered, otherwise.SerializeToString())"),
-    Mutation(LAUNCH, "test_an_answer_that_broke_off", GATE, "if not self._to_push:", "if True:"),
-]  # fmt: skip
+    Mutation(
+        LOGS,
+        "test_a_line_holds_nothing",
+        "logs-hold-no-exception",
+        '"message": record.getMessage() + str(record.exc_info),',
+    ),
+    Mutation(
+        LOGS,
+        "test_a_whole_run",
+        "logs-hold-no-number-of-rows",
+        'log.info("  %s: measuring %s", self.name, len(self.data.train()))',
+    ),
+    Mutation(LOGS, "test_a_second_run", "one-process-at-a-time"),
+    # between machines
+    Mutation(LAUNCH, "test_the_guard_shows_other", "guard-is-shut", "or True"),
+    Mutation(LAUNCH, "test_the_guard_shows_other", "open-paths-match-whole", "return OPEN.match(path) is not None"),
+    Mutation(DEPLOYMENT, "test_from_another_address", "guard-is-shut", "or True"),
+    Mutation(
+        LAUNCH, "test_nothing_of_the_surroundings", "peers-do-not-say-who-they-are", 'if not name.startswith("FLWR_")'
+    ),
+    Mutation(LAUNCH, "test_another_bundle_that_declares", "bundle-is-agreed"),
+    Mutation(LAUNCH, "test_a_run_that_declares", "bundle-declares-its-digest"),
+    Mutation(LAUNCH, "test_a_run_that_declares", "bundle-declares-its-name"),
+    Mutation(LAUNCH, "test_a_run_that_declares", "run-is-a-server-app"),
+    Mutation(
+        LAUNCH, "test_the_gate_lets", "gate-gives-what-it-saw", 'return self._connection["get_fab"](fab_hash, run_id)'
+    ),
+    Mutation(LAUNCH, "test_whoever_was_killed", "interruption-is-noted"),
+    Mutation(LAUNCH, "test_an_answer_that_broke_off", "answer-is-whole", "if True:"),
+    Mutation(LAUNCH, "test_another_version", "flower-is-of-that-version"),
+    Mutation(LAUNCH, "test_a_changed_or_missing", "flower-is-as-released"),
+    Mutation(DEPLOYMENT, "test_a_bundle_that_reads", "other-bundles-are-refused", "if True:"),
+    Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "node-key-is-agreed"),
+    Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "nodes-prove-their-keys"),
+    Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "consent-comes-before-connecting"),
+]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the source tree, in which every test of the table passes."""
-    copy = tmp_path_factory.mktemp("mutations") / "tree"
-    copy.mkdir()
-    for name in ("common", "client", "server", "deploy", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    done = run_tests(copy, sorted({row.file for row in TABLE}), "test_")
-    assert done.returncode == 0, done.stdout[-2000:]
-    return copy
+@dataclass(frozen=True)
+class Tag:
+    """A comment that names a check. `line` counts from 0."""
+
+    path: Path
+    line: int
+    check: str
+
+
+def tags_in(path: Path) -> Iterator[Tag]:
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT and (found := TAG.search(token.string)):
+                yield Tag(path, token.start[0] - 1, found[1])
+
+
+def tags_below(root: Path) -> list[Tag]:
+    paths = sorted(path for name in PRODUCT for path in (root / name).rglob("*.py"))
+    return [tag for path in paths if "# check: " in path.read_text() for tag in tags_in(path)]
+
+
+def statement_at(source: str, line: int) -> ast.stmt:
+    """The innermost statement that has this line."""
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    around = [each for each in statements if each.lineno - 1 <= line < (each.end_lineno or 0)]
+    return min(around, key=lambda each: (each.end_lineno or 0) - each.lineno)
+
+
+def without_check(source: str, tag: Tag, becomes: str | None) -> str:
+    """The source with the check removed. Raises ValueError if the row must say what its line becomes."""
+    lines = source.splitlines(keepends=True)
+    statement = statement_at(source, tag.line)
+    if becomes is not None:
+        indentation = lines[tag.line][: len(lines[tag.line]) - len(lines[tag.line].lstrip())]
+        lines[tag.line] = textwrap.indent(becomes + "\n", indentation)
+    elif isinstance(statement, ast.If):
+        _replace(lines, statement.test, "False")
+    elif isinstance(statement, ast.Expr | ast.Raise | ast.AugAssign):
+        _replace(lines, statement, "pass")
+    else:
+        raise ValueError(f"{tag.check}: a {type(statement).__name__} needs `becomes`")
+    return "".join(lines)
+
+
+def _replace(lines: list[str], node: ast.expr | ast.stmt, text: str) -> None:
+    assert node.end_lineno is not None
+    first, last = lines[node.lineno - 1].encode(), lines[node.end_lineno - 1].encode()
+    before, after = first[: node.col_offset].decode(), last[node.end_col_offset :].decode()
+    lines[node.lineno - 1 : node.end_lineno] = [before + text + after]
+
+
+def names_match(expression: str, name: str) -> bool:
+    """Whether pytest's -k would choose the test."""
+    words = re.sub(
+        r"\w+", lambda word: word[0] if word[0] in ("and", "or", "not") else str(word[0] in name), expression
+    )
+    return bool(eval(words))
 
 
 def run_tests(tree: Path, files: list[str], which: str) -> subprocess.CompletedProcess[str]:
@@ -284,25 +450,56 @@ def run_tests(tree: Path, files: list[str], which: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_every_row_of_the_table_names_code_and_a_test_that_are_there() -> None:
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree, in which every test of the table passes."""
+    copy = tmp_path_factory.mktemp("mutations") / "tree"
+    copy.mkdir()
+    for name in (*PRODUCT, "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    for file in sorted({row.file for row in TABLE}):
+        named = " or ".join(f"({tests})" for tests in sorted({row.tests for row in TABLE if row.file == file}))
+        done = run_tests(copy, [file], named)
+        assert done.returncode == 0, done.stdout[-2000:]
+    return copy
+
+
+def test_every_check_of_the_table_is_tagged_once_and_every_tag_is_in_the_table() -> None:
+    tagged = Counter(tag.check for tag in tags_below(ROOT))
+    assert not [check for check in tagged if not ID.fullmatch(check)]
+    assert not [check for check, count in tagged.items() if count > 1]
+    assert set(tagged) == {row.check for row in TABLE}
+    assert len(set(TABLE)) == len(TABLE)
+
+
+def test_every_test_of_the_table_exists() -> None:
+    for file in {row.file for row in TABLE}:
+        module = ast.parse((ROOT / "tests" / file).read_text())
+        names = [node.name for node in module.body if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"]
+        for tests in {row.tests for row in TABLE if row.file == file}:
+            assert any(names_match(tests, name) for name in names), f"{file} has no test that matches {tests!r}"
+
+
+def test_every_check_can_be_removed() -> None:
+    """What is left is Python, and differs."""
+    tags = {tag.check: tag for tag in tags_below(ROOT)}
     for row in TABLE:
-        assert row.find in (ROOT / row.source).read_text(), f"{row.source} no longer has: {row.find}"
-        first_name = row.test.split()[0]
-        assert first_name in (ROOT / "tests" / row.file).read_text(), f"{row.file} no longer has {row.test}"
+        source = tags[row.check].path.read_text()
+        changed = without_check(source, tags[row.check], row.becomes)
+        assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), row
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.test}-{Path(row.source).stem}")
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.check}-{row.tests}")
 def test_without_its_check_an_attack_succeeds(tree: Path, row: Mutation) -> None:
-    path = tree / row.source
-    original = path.read_text()
-    assert original.count(row.find) >= 1, f"{row.source} no longer has: {row.find}"
-    indent = row.find[: len(row.find) - len(row.find.lstrip())] if row.replace == "pass" else ""
-    path.write_text(original.replace(row.find, indent + row.replace))
+    (tag,) = (tag for tag in tags_below(tree) if tag.check == row.check)
+    original = tag.path.read_text()
+    tag.path.write_text(without_check(original, tag, row.becomes))
     try:
-        done = run_tests(tree, [row.file], row.test)
+        done = run_tests(tree, [row.file], row.tests)
     finally:
-        path.write_text(original)
+        tag.path.write_text(original)
     # 1: tests were run and failed. 5 would mean that no test has this name, 2 that the mutation is no Python.
     assert done.returncode == 1, done.stdout[-2000:]
     assert " error" not in done.stdout.splitlines()[-1], done.stdout[-2000:]

@@ -44,9 +44,11 @@ class Book:
         A weak key is found when it is used first, in `seal_key` or `pair_masks`.
         """
         keys = [key for entry in self.entries.values() for key in (entry.channel_key, entry.mask_key)]
-        require(len(set(keys)) == len(keys), f"{Phase.SHARE_KEYS}: duplicate key in the key book")
+        require(
+            len(set(keys)) == len(keys), f"{Phase.SHARE_KEYS}: duplicate key in the key book"
+        )  # check: keys-are-distinct
         for entry in self.entries.values():
-            check_entry(self.terms, entry)
+            check_entry(self.terms, entry)  # check: key-entries-are-signed
 
     def seal_key(self, private_seed: bytes, sender: int, recipient: int, me: int) -> bytes:
         """The key that seals from `sender` to `recipient`. `me` is one of them, `private_seed` its channel seed."""
@@ -72,7 +74,7 @@ class Book:
         return hashlib.sha256(Domain.SEED_COMMITMENT.value + self.digest + index_bytes(owner) + self_seed).digest()
 
     def associated_data(self, sender: int, recipient: int) -> bytes:
-        return self.digest + _direction(sender, recipient)
+        return self.digest + _direction(sender, recipient)  # check: seals-name-their-direction
 
 
 def check_entry(terms: SumTerms, entry: KeyEntry) -> None:

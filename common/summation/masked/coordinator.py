@@ -130,9 +130,13 @@ class MaskedCoordinator(CoordinatorSide):
 
     def _fold(self, index: int, reply: MaskedPart) -> None:
         digest = hashlib.sha256(np.ascontiguousarray(reply.payload).data).digest()
-        verify_owner(self._terms, index, Domain.SIGN_PART, part_body(reply.part, digest), reply.signature)
+        verify_owner(
+            self._terms, index, Domain.SIGN_PART, part_body(reply.part, digest), reply.signature
+        )  # check: part-is-signed
         before = self._part_digests.setdefault(index, {}).get(reply.part, digest)
-        require(before == digest, f"{Phase.MASKED_INPUT}: part {reply.part} differs from the one that was sent before")
+        require(
+            before == digest, f"{Phase.MASKED_INPUT}: part {reply.part} differs from the one that was sent before"
+        )  # check: same-part-again
         self._accumulator.fold(reply.owner, reply.part, reply.payload)
         self._part_digests[index][reply.part] = digest
 
@@ -176,7 +180,7 @@ class MaskedCoordinator(CoordinatorSide):
         is_one_each = {record.owner for record in records} == neighbourhood
         require(is_one_each, f"{Phase.UNMASKING}: not one share for each neighbour")
         for record in records:
-            is_right_kind = record.kind == (SELF if record.owner in survivors else MASK)
+            is_right_kind = record.kind == (SELF if record.owner in survivors else MASK)  # check: share-is-of-its-kind
             require(is_right_kind, f"{Phase.UNMASKING}: a share of the wrong kind")
             secret_sharing.read_share(record.share)
         for record in records:
@@ -221,7 +225,7 @@ class MaskedCoordinator(CoordinatorSide):
                 seed = secret_sharing.reconstruct(shares, _coefficients(points))
             except RemoteProtocolError:
                 continue
-            if fits(seed):
+            if fits(seed):  # check: rebuilt-secret-fits
                 return seed
         raise RemoteProtocolError(f"{Phase.UNMASKING}: the shares of {name}'s secret do not fit its commitment")
 

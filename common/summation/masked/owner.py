@@ -54,7 +54,7 @@ class SavedMaskedOwner(SavedState):
     phase: Phase = Phase.ADVERTISE_KEYS
     channel_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
     mask_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
-    self_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
+    self_seed: bytes = field(default=b"", repr=False)  # until MaskedInput  # check: secrets-do-not-show
     book_data: bytes = b""
     own_shares: bytes = field(default=b"", repr=False)  # until MaskedInput, then among `held`
     masks: tuple[mask_stream.Mask, ...] = field(default=(), repr=False)  # from MaskedInput until ConsistencyCheck
@@ -98,10 +98,9 @@ class MaskedOwner(SavedMaskedOwner):
     def _share_keys(self, request: KeyBook, inputs: Inputs) -> tuple[Self, Message]:
         book = Book(self.terms, request.entries)
         book.check()
-        require(
-            book.entries.get(self._me) == self._own_entry(), f"{Phase.SHARE_KEYS}: my own entry is missing or altered"
-        )
-        self._check_enough(len(book.entries), Phase.SHARE_KEYS)
+        is_mine = book.entries.get(self._me) == self._own_entry()  # check: own-entry-is-mine
+        require(is_mine, f"{Phase.SHARE_KEYS}: my own entry is missing or altered")
+        self._check_enough(len(book.entries), Phase.SHARE_KEYS)  # check: enough-owners-in-the-key-book
         threshold = self.terms.neighbourhood.threshold
         neighbourhood = (*book.neighbours[self._me], self._me)  # I keep a share of my own secrets too
         points = [owner + 1 for owner in neighbourhood]
@@ -128,16 +127,23 @@ class MaskedOwner(SavedMaskedOwner):
         book = self._book
         deliveries = ShareDelivery.unpack_all(request.deliveries)
         senders = [delivery.owner for delivery in deliveries]
-        require(set(senders) <= set(book.neighbours[self._me]), f"{Phase.MASKED_INPUT}: a sender is not my neighbour")
-        self._check_neighbourhood(len(senders) + 1)
+        require(
+            set(senders) <= set(book.neighbours[self._me]), f"{Phase.MASKED_INPUT}: a sender is not my neighbour"
+        )  # check: senders-are-neighbours
+        self._check_neighbourhood(len(senders) + 1)  # check: enough-senders-of-shares
         held = {self._me: self.own_shares}
         rest = request.manifests
         for delivery in deliveries:
             length = DIGEST_BYTES * len(book.neighbours[delivery.owner])
             manifest, rest = rest[:length], rest[length:]
             held[delivery.owner] = self._open_share(book, delivery, manifest)
-        require(rest == b"", f"{Phase.MASKED_INPUT}: there are more manifests than senders")
-        masks = [*book.pair_masks(self.mask_seed, self._me, senders), (book.self_mask(self.self_seed), 1)]
+        require(
+            rest == b"", f"{Phase.MASKED_INPUT}: there are more manifests than senders"
+        )  # check: manifests-fit-senders
+        masks = [
+            *book.pair_masks(self.mask_seed, self._me, senders),
+            (book.self_mask(self.self_seed), 1),  # check: self-mask-is-added
+        ]
         state = replace(
             self, held=held, masks=tuple(masks), channel_seed=b"", mask_seed=b"", self_seed=b"", own_shares=b""
         )
@@ -148,16 +154,18 @@ class MaskedOwner(SavedMaskedOwner):
         sender = delivery.owner
         start = DIGEST_BYTES * book.neighbours[sender].index(self._me)
         sent = manifest[start : start + DIGEST_BYTES]
-        is_intact = hashlib.sha256(delivery.sealed).digest() == sent
+        is_intact = hashlib.sha256(delivery.sealed).digest() == sent  # check: share-is-the-one-sent
         require(is_intact, f"{Phase.MASKED_INPUT}: a share is not the one that was sent")
         body = shares_body(book, delivery.commitment, manifest)
-        verify_owner(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)
+        verify_owner(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)  # check: shares-are-signed
         key = book.seal_key(self.channel_seed, sender, self._me, self._me)
         plain = key_agreement.open_sealed(key, delivery.sealed, book.associated_data(sender, self._me))
-        require(plain[:2] == index_bytes(self._me), f"{Phase.MASKED_INPUT}: a share is at another owner's point")
+        require(
+            plain[:2] == index_bytes(self._me), f"{Phase.MASKED_INPUT}: a share is at another owner's point"
+        )  # check: share-is-at-my-point
         shares = plain[2:]
         for share in _two_shares(shares):
-            secret_sharing.read_share(share)
+            secret_sharing.read_share(share)  # check: share-is-in-the-field
         return shares
 
     def _give_part(self, request: PartRequest, inputs: Inputs) -> tuple[Self, Message]:
@@ -169,11 +177,11 @@ class MaskedOwner(SavedMaskedOwner):
         require(is_next_or_earlier, f"{Phase.MASKED_INPUT}: part {part} is not the next one")
         position = slices[part]
         payload = np.array(encoded[position], dtype=self.terms.layout.dtype)
-        mask_stream.add_masks(payload, self.masks, position.start)
+        mask_stream.add_masks(payload, self.masks, position.start)  # check: uploads-are-masked
         digest = hashlib.sha256(payload.data).digest()
         # After an owner dropped out, the coordinator asks for each part again: it gets the same bytes, or nothing.
         sent_before = part < len(self.part_digests)
-        if sent_before and self.part_digests[part] != digest:
+        if sent_before and self.part_digests[part] != digest:  # check: sent-parts-never-change
             raise LocalProtocolError(f"sum: the vector has changed since part {part} was sent, so no more of it leaves")
         reply = MaskedPart(
             session=self.terms.request.session,
@@ -189,10 +197,12 @@ class MaskedOwner(SavedMaskedOwner):
         survivors = {each.owner: each.upload for each in Survivor.unpack_all(request.survivors)}
         strangers = set(survivors) - set(self._book.entries)
         silent = (set(survivors) & set(self._book.neighbours[self._me])) - set(self.held)
-        require(not strangers and not silent, f"{Phase.CONSISTENCY_CHECK}: a listed owner shared no keys")
-        mine = upload_digest(self.terms, self.part_digests)
-        require(survivors.get(self._me) == mine, f"{Phase.CONSISTENCY_CHECK}: my upload is missing or altered")
-        self._check_enough(len(survivors), Phase.CONSISTENCY_CHECK)
+        require(
+            not strangers and not silent, f"{Phase.CONSISTENCY_CHECK}: a listed owner shared no keys"
+        )  # check: survivors-shared-keys
+        is_mine = survivors.get(self._me) == upload_digest(self.terms, self.part_digests)  # check: my-upload-is-listed
+        require(is_mine, f"{Phase.CONSISTENCY_CHECK}: my upload is missing or altered")  # check: no-secret-in-errors
+        self._check_enough(len(survivors), Phase.CONSISTENCY_CHECK)  # check: enough-survivors
         reply = SurvivorsSigned(
             session=request.session,
             owner=self.identity.name,
@@ -205,20 +215,20 @@ class MaskedOwner(SavedMaskedOwner):
         signed = Signed.unpack_all(request.signatures)
         body = survivors_body(self.terms, self.survivors)
         for each in signed:
-            require(each.owner in survivors, f"{Phase.UNMASKING}: a signer is not a survivor")
-            verify_owner(self.terms, each.owner, Domain.SIGN_SURVIVORS, body, each.signature)
+            require(each.owner in survivors, f"{Phase.UNMASKING}: a signer is not a survivor")  # check: signer-survived
+            verify_owner(self.terms, each.owner, Domain.SIGN_SURVIVORS, body, each.signature)  # check: signed-this-list
         require(
-            len(signed) >= self.terms.quorum,
+            len(signed) >= self.terms.quorum,  # check: quorum-signed-the-survivor-list
             f"{Phase.UNMASKING}: {len(signed)} owners signed the survivor list, the quorum is {self.terms.quorum}",
         )
-        revealed = self.revealed or self._shares_for(survivors)
+        revealed = self.revealed or self._shares_for(survivors)  # check: shares-are-chosen-once
         reply = SharesRevealed(
             session=request.session,
             owner=self.identity.name,
             shares=revealed,
             signature=self._sign(Domain.SIGN_REVEAL, hashlib.sha256(revealed).digest()),
         )
-        return replace(self, held={}, revealed=revealed), reply
+        return replace(self, held={}, revealed=revealed), reply  # check: shares-are-dropped-once-revealed
 
     def _shares_for(self, survivors: set[int]) -> bytes:
         """One share for each owner: of its self-mask seed or its mask-key seed, never of both."""
@@ -228,10 +238,10 @@ class MaskedOwner(SavedMaskedOwner):
             shares.append(
                 RevealedShare(owner, SELF, self_share) if owner in survivors else RevealedShare(owner, MASK, mask_share)
             )
-        return RevealedShare.pack_all(shares)
+        return RevealedShare.pack_all(shares)  # check: one-secret-of-each-owner
 
     def _check_enough(self, count: int, step: Phase) -> None:
-        needed = max(self.terms.quorum, self.terms.needed_owners)
+        needed = max(self.terms.quorum, self.terms.needed_owners)  # check: quorum-counts-too
         require(count >= needed, f"{step}: {count} owners, the agreement needs {needed}")
 
     def _check_neighbourhood(self, count: int) -> None:
@@ -247,7 +257,7 @@ class MaskedOwner(SavedMaskedOwner):
     def _own_entry(self) -> KeyEntry:
         session = self.terms.session
         channel_key = key_agreement.public_key(self.channel_seed, Domain.CHANNEL_KEY, session)
-        mask_key = key_agreement.public_key(self.mask_seed, Domain.MASK_KEY, session)
+        mask_key = key_agreement.public_key(self.mask_seed, Domain.MASK_KEY, session)  # check: keys-are-of-one-session
         return KeyEntry(self._me, channel_key, mask_key, self._sign(Domain.SIGN_KEYS, channel_key + mask_key))
 
     def _sign(self, domain: Domain, body: bytes) -> bytes:
@@ -286,7 +296,7 @@ class MaskedOwner(SavedMaskedOwner):
 
 
 # An owner enters ADVERTISE_KEYS by answering OpenSum. A coordinator that restarts may repeat the Unmasking request.
-OWNER_TRANSITIONS: Transitions = {
+OWNER_TRANSITIONS: Transitions = {  # check: no-other-transition
     (Phase.ADVERTISE_KEYS, KeyBook): Transition(MaskedOwner._share_keys, Phase.SHARE_KEYS),
     (Phase.SHARE_KEYS, KeyShares): Transition(
         MaskedOwner._begin_input, Phase.MASKED_INPUT, after_last_part=Phase.WHOLE_INPUT
