@@ -24,6 +24,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
 )
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
+SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
 
 TABLE = [
     # 1-7, 12, 13, 27: the key book
@@ -134,7 +136,7 @@ TABLE = [
         SURVIVORS,
         "test_16_both",
         "no-other-transition",
-        f"{TRANSITIONS}\n    (Phase.UNMASKING, SurvivorList): Transition(MaskedOwner._sign_survivors, Phase.UNMASKING),",
+        f"{TRANSITIONS}\n    (Phase.UNMASKING, SurvivorList): {SIGN}, Phase.UNMASKING),",
     ),
     Mutation(
         SURVIVORS, "test_16_both", "shares-are-dropped-once-revealed", "return replace(self, revealed=revealed), reply"
@@ -143,8 +145,7 @@ TABLE = [
         SURVIVORS,
         "test_16_a_second",
         "no-other-transition",
-        f"{TRANSITIONS}\n"
-        "    (Phase.CONSISTENCY_CHECK, SurvivorList): Transition(MaskedOwner._sign_survivors, Phase.CONSISTENCY_CHECK),",
+        f"{TRANSITIONS}\n    (Phase.CONSISTENCY_CHECK, SurvivorList): {SIGN}, Phase.CONSISTENCY_CHECK),",
     ),
     Mutation(PROCESS, "test_17_a_second_survivor", "latch-is-written-first"),
     Mutation(PROCESS, "test_17_a_second_reveal", "latch-is-written-first"),
@@ -190,7 +191,7 @@ TABLE = [
         UPLOADS,
         "test_24_after",
         "no-other-transition",
-        f"{TRANSITIONS}\n    (Phase.CONSISTENCY_CHECK, PartRequest): Transition(MaskedOwner._give_part, Phase.WHOLE_INPUT),",
+        f"{TRANSITIONS}\n    (Phase.CONSISTENCY_CHECK, PartRequest): {GIVE}, Phase.WHOLE_INPUT),",
     ),
     Mutation(UPLOADS, "test_25_a_value", "values-are-within-bounds"),
     Mutation(UPLOADS, "test_25_at_the_bound", "no-sum-wraps-around", "bits = int(ratio).bit_length()"),
@@ -405,10 +406,14 @@ def tags_below(root: Path) -> list[Tag]:
     return [tag for path in paths if "# check: " in path.read_text() for tag in tags_in(path)]
 
 
+@cache
+def statements_of(source: str) -> list[ast.stmt]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+
+
 def statement_at(source: str, line: int) -> ast.stmt:
     """The innermost statement that has this line."""
-    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
-    around = [each for each in statements if each.lineno - 1 <= line < (each.end_lineno or 0)]
+    around = [each for each in statements_of(source) if each.lineno - 1 <= line < (each.end_lineno or 0)]
     return min(around, key=lambda each: (each.end_lineno or 0) - each.lineno)
 
 
@@ -487,7 +492,8 @@ def test_every_check_can_be_removed() -> None:
     for row in TABLE:
         source = tags[row.check].path.read_text()
         changed = without_check(source, tags[row.check], row.becomes)
-        assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), row
+        assert changed.split() != source.replace(f"# check: {row.check}\n", "\n").split(), row
+        ast.parse(changed)
 
 
 @pytest.mark.slow
