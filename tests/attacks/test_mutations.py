@@ -493,7 +493,8 @@ def test_every_check_can_be_removed() -> None:
         source = tags[row.check].path.read_text()
         changed = without_check(source, tags[row.check], row.becomes)
         assert changed.split() != source.replace(f"# check: {row.check}\n", "\n").split(), row
-        ast.parse(changed)
+        if row.becomes is not None:
+            ast.parse(changed)
 
 
 @pytest.mark.slow
