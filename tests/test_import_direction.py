@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,38 @@ def imported_packages(path: Path) -> Iterator[str]:
 def test_imports_flow_from_deploy_to_server_and_client_to_common(path: Path) -> None:
     forbidden = (set(imported_packages(path)) & OURS) - ALLOWED[path.parts[0]]
     assert not forbidden, f"{path} imports {forbidden}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a module imports when it is imported itself, or for its types."""
+    found = set()
+    waiting: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found.update(name if name in known else node.module for name in names)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                waiting.append(node)
+    return found & known - {module_name(path)}
+
+
+@pytest.mark.parametrize("room", sorted(OURS))
+def test_imports_inside_a_top_level_folder_have_no_circle(room: str) -> None:
+    known = {module_name(path) for path in SOURCES if path.parts[0] == room}
+    imports = {module_name(path): imported_modules(path, known) for path in SOURCES if path.parts[0] == room}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def test_a_circle_would_be_found() -> None:
+    with pytest.raises(CycleError, match="cycle"):
+        TopologicalSorter({"common.one": {"common.other"}, "common.other": {"common.one"}}).prepare()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
