@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,14 @@ def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
 def test_forward_hooks_are_in_two_places_layers_and_blocks() -> None:
     users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
     assert users == ["client/measurement/blocks.py", "client/measurement/gram.py"]
+
+
+def test_no_test_module_imports_another() -> None:
+    pattern = re.compile(r"^(from|import) tests\.(\w+\.)*test_", re.MULTILINE)
+    importing = [
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py") if pattern.search(path.read_text())
+    ]
+    assert not importing
 
 
 def test_common_and_an_owner_s_app_start_without_the_libraries_that_few_processes_need() -> None:
