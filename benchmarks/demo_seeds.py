@@ -1,4 +1,4 @@
-"""The demo over several seeds: how far its figures spread. Writes benchmarks/results/demo_seeds.{json,md}.
+"""The demo over several seeds: how far its accuracies spread. Writes benchmarks/results/demo_seeds.{json,md}.
 
 python -m benchmarks.demo_seeds [--seeds 5] [--json]
 """
@@ -41,7 +41,7 @@ def run_seed(seed: int) -> Report:
 
 
 def summarise(reports: list[Report]) -> dict[str, Any]:
-    """Mean accuracy over the five domains: per model over seeds, and how often RegMean beat the average."""
+    """Each model's mean accuracy over the five domains, by seed, and how often RegMean beat the average."""
     models = reports[0].evaluation.mean
     accuracies = {model: [report.evaluation.mean[model].accuracy for report in reports] for model in models}
     return {
@@ -68,14 +68,14 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"# The demo over {results['seeds']} seeds",
         "",
         f"Mean accuracy over the five domains. RegMean beat the average in {results['regmean_beats_average']} of "
-        f"{results['seeds']}. Made by `make bench`.",
+        f"{results['seeds']} runs. Made by `make bench`.",
         "",
         "| model | mean | standard deviation | by seed |",
         "|---|---|---|---|",
     ]
-    for model, figures in results["accuracy"].items():
-        by_seed = ", ".join(f"{value:.3f}" for value in figures["by_seed"])
-        lines.append(f"| {model} | {figures['mean']:.3f} | {figures['standard_deviation']:.3f} | {by_seed} |")
+    for model, accuracy in results["accuracy"].items():
+        by_seed = ", ".join(f"{value:.3f}" for value in accuracy["by_seed"])
+        lines.append(f"| {model} | {accuracy['mean']:.3f} | {accuracy['standard_deviation']:.3f} | {by_seed} |")
     return "\n".join(lines) + "\n"
 
 

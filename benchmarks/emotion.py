@@ -1,9 +1,9 @@
 """The consortium of the quality benchmark: owners of five emotion data sets, each with a model fine-tuned on its own.
 
-python -m benchmarks.emotion FOLDER --data DATA --models MODELS     writes it, for `amalgram simulate FOLDER`
+python -m benchmarks.emotion FOLDER --data DATA --models MODELS     writes it for `amalgram simulate FOLDER`
 
-DATA has a folder a domain with {train,dev,test}.jsonl (`text`, `label`); MODELS has a Hugging Face folder of each of
-the five fine-tuned models and of their `base`.
+DATA has one folder per domain with {train,dev,test}.jsonl (`text`, `label`). MODELS has a Hugging Face folder for each
+of the five fine-tuned models and for their `base`.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def write_consortium(
     owners: tuple[str, ...] = IN_DOMAIN,
     ring_bits: int = 64,
 ) -> None:
-    """Write agreement.toml and one settings file an owner. The first of `methods` is the one that is published."""
+    """Write agreement.toml and one settings file per owner. The first of `methods` makes the published model."""
     folder.mkdir(parents=True, exist_ok=True)
     text = AGREEMENT.format(
         base=(models / "base").resolve(),
@@ -83,7 +83,7 @@ def write_consortium(
         bias_feature=str(bias_feature).lower(),
         largest_gram="" if largest_gram is None else f"largest_gram = {largest_gram}",
         body=body,
-        # Of two owners, each knows the other's part of any total: a masked sum needs three.
+        # With two owners, each knows the other's part of any total, so a masked sum needs three.
         kind="masked" if len(owners) > 2 else "plain",
         ring_bits=ring_bits,
     )

@@ -1,18 +1,19 @@
-"""An owner's Gram pass next to a bare forward pass and to the common way. Writes benchmarks/results/gram.{json,md}.
+"""An owner's Gram pass, compared with a bare forward pass and with the common way.
 
 python -m benchmarks.gram [--json] [--quick] [--threads 1] [--data FOLDER]
 
-    forwards_per_gram_pass   seconds of the pass over those of a forward pass on the very same batches, nothing measured
-    speedup_over_naive       rows a second of the pass over those of the common way
-    rows_per_second          rows that count (tokens that are no padding), by way
+    forwards_per_gram_pass   seconds of the pass / seconds of a forward pass on the same batches that measures nothing
+    speedup_over_naive       token rows per second of the pass / those of the common way
+    rows_per_second          token rows without padding, for each way
 
-The common way, as the method's authors and FusionBench have it: a hook on every linear layer, each with a Gram of its
-own, the full product of all rows that a batch has, padding among them, batches in the order of the file.
+The common way is that of the method's authors and of FusionBench. A hook on every linear layer computes a Gram of its
+own: the full product of all rows of a batch, including padding, with batches in the order of the file.
 
-Models are random, of real shapes; lengths are those of the `text` of all train.jsonl under FOLDER, a word or a mark of
-punctuation counted as one token, or else drawn from BUILT_IN_LENGTHS. Of all batches, a few spread evenly over their
-sizes are measured, the ways in turn, and the median turn is told. With one thread, seconds are those of its processor:
-who else uses the machine does not count. --quick measures fewer layers and writes nothing.
+Models have real shapes and random weights. Text lengths come from the `text` of all train.jsonl under FOLDER, where a
+word or a punctuation mark counts as one token; without FOLDER they are drawn from BUILT_IN_LENGTHS. A few batches,
+spread evenly over their sizes, are measured. The ways take turns, and the median turn is reported. With one thread,
+seconds are processor seconds, so other users of the machine do not count. --quick measures fewer layers and writes
+nothing. Writes benchmarks/results/gram.{json,md}.
 """
 
 import argparse
@@ -44,22 +45,21 @@ from transformers import (
 from benchmarks.machine import this_machine
 from client.data.rows import Batch, Rows
 from client.measurement.gram import find_shared_inputs, layer_inputs, measure_grams
-from common.agreement import TensorRoles
 from common.models.layers import merge_layers
 from common.models.parameters import parameter_shapes
-from common.models.plan import MergePlan, merge_plan
+from common.models.plan import MergePlan, PlannedTensors, merge_plan
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 32
 EXAMPLES = 4096
 LONGEST = 512
-BUILT_IN_LENGTHS = {"median": 17.0, "sigma": 0.62}  # log-normal, as of short messages: 95 % have fewer than 48 tokens
-MEASURED_BATCHES = 12  # of EXAMPLES / BATCH_SIZE; half of them where it is to be quick, a third for the common way
+BUILT_IN_LENGTHS = {"median": 17.0, "sigma": 0.62}  # log-normal, like short messages: 95 % have fewer than 48 tokens
+MEASURED_BATCHES = 12  # out of EXAMPLES / BATCH_SIZE; half as many if --quick, a third for the common way
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's shape, and of how many of its layers the whole is told by."""
+    """A model's shape, and how many of its layers are measured to stand for all of them."""
 
     name: str
     config: PretrainedConfig
@@ -80,8 +80,8 @@ SHAPES = (
         measured_layers=12,
         quick_layers=2,
     ),
-    # A classifier in place of the head over the vocabulary, which the Gram pass alone leaves out: with it, the pass
-    # would look better than its body is.
+    # With a classifier in place of the head over the vocabulary. Only the Gram pass may leave that head out, which
+    # would make it look better than it is on the body.
     Shape(
         name="Llama-3.2-1B",
         config=LlamaConfig(
@@ -143,7 +143,7 @@ def drawn_lengths() -> NDArray[np.int64]:
 
 
 def lengths_of(data: Path) -> NDArray[np.int64]:
-    """(EXAMPLES,) tokens: of texts drawn from all files, two special tokens each."""
+    """(EXAMPLES,) tokens of texts drawn from all files, each with two special tokens."""
     texts = [json.loads(line)["text"] for path in sorted(data.rglob("train.jsonl")) for line in path.open()]
     drawn = np.random.default_rng(0).permutation(len(texts))[:EXAMPLES]
     return np.array([min(2 + len(re.findall(r"\w+|[^\w\s]", texts[index])), LONGEST) for index in drawn])
@@ -164,7 +164,7 @@ def in_order_of_the_file(rows: Rows) -> list[Batch]:
 
 
 def spread(batches: list[Batch], count: int) -> list[Batch]:
-    """So many of the batches, evenly over their sizes."""
+    """`count` of the batches, spread evenly over their sizes."""
     by_size = sorted(batches, key=lambda batch: batch["input_ids"].numel())
     return [by_size[int((number + 0.5) * len(by_size) / count)] for number in range(count)]
 
@@ -216,11 +216,11 @@ def measure_shape(shape: Shape, lengths: NDArray[np.int64], threads: int, quick:
 
 
 def plan_of(model: PreTrainedModel, batch: Batch) -> MergePlan:
-    """A Gram for every distinct input, so that nothing is spared that the common way measures."""
+    """A Gram for every distinct input, so that everything is measured that the common way measures."""
     merged = find_shared_inputs(model, batch)
     names = {name for group in merged for name in group}
     averaged = tuple(name for name in parameter_shapes(model) if name not in names)
-    return merge_plan(model, TensorRoles(merged=merged, averaged=averaged, left_alone=()))
+    return merge_plan(model, PlannedTensors(merged=merged, averaged=averaged, left_alone=()))
 
 
 @torch.inference_mode()
@@ -245,7 +245,7 @@ def naive_pass(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Tensor
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], turns: int, clock: Callable[[], float]) -> list[dict[str, float]]:
-    """Seconds of each way, turn by turn, so that all of them meet the same machine."""
+    """Seconds of each way, turn by turn, so that all meet the same machine."""
     return [{way: timed(work, clock) for way, work in ways.items()} for _ in range(turns)]
 
 
@@ -269,13 +269,13 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}; "
-        f"{clock}, medians of {len(results['shapes'][0]['turns'])} turns in one run. float32, batches of "
-        f"{results['batch_size']} of the longest texts or as many more as take no more room. Lengths "
+        f"{clock}, medians of {len(results['shapes'][0]['turns'])} turns in one run. float32. A batch has "
+        f"{results['batch_size']} of the longest texts, or as many shorter ones as fill the same padded size. Lengths "
         f"({lengths['from']}): mean {lengths['mean']} tokens, median {lengths['median']:.0f}, "
         f"95 % below {lengths['95 %']:.0f}."
     )
     yield ""
-    yield "| | Grams | the common way's | forwards a pass | times the common way's rows a second |"
+    yield "| | Grams | Grams, common way | forward passes per Gram pass | token rows per second / common way |"
     yield "|---|---:|---:|---:|---:|"
     for row in results["shapes"]:
         yield (
@@ -283,7 +283,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
             f"{row['speedup_over_naive']:.1f} |"
         )
     yield ""
-    yield "| | bare forward | Gram pass | the common way | padding | the common way's | layers measured |"
+    yield "| | bare forward | Gram pass | common way | padding | padding, common way | layers measured |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for row in results["shapes"]:
         rates, padded = row["rows_per_second"], row["padding"]
@@ -293,10 +293,10 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
         )
     yield ""
     yield (
-        "Rows a second, padding not counted; where not all layers were measured, scaled to all of them. The common "
-        f"way: a hook on every linear layer, a full product each, padding and all, {results['batch_size']} texts a "
-        "batch in the order of the file. All with a classifier on top, Llama too: its head over the vocabulary, which "
-        "the Gram pass need not compute, is left out."
+        "Token rows per second, without padding. If not all layers were measured, rates are scaled to all of them. The "
+        "common way: a hook on every linear layer, a full product for each, including padding, and batches of "
+        f"{results['batch_size']} texts in the order of the file. All models have a classifier on top, Llama too: its "
+        "head over the vocabulary, which the Gram pass need not compute, is left out."
     )
 
 

@@ -1,11 +1,11 @@
-"""Owners of one task who see its labels in different shares: does merging still pay?
+"""Does merging still pay if the owners of one task see its labels in different shares?
 
 python -m benchmarks.label_skew --data DATA --base BASE [--concentrations 0.1,0.5,100] [--json]
 
-DATA is a folder with {train,dev,test}.jsonl (`text`, `label`), BASE a Hugging Face encoder; its head, if it has one,
-is left aside. Four owners: of each label's training rows, shares drawn from a Dirichlet distribution (the usual way to
-make owners unlike, Hsu et al. 2019, arXiv 1909.06335; a small concentration gives owners of one or two labels). Each
-fine-tunes the base on its own rows; all are judged on the same test rows, over all labels. Everything runs through the
+DATA is a folder with {train,dev,test}.jsonl (`text`, `label`). BASE is a Hugging Face encoder; its head, if it has
+one, is ignored. Each label's training rows are divided among four owners in shares drawn from a Dirichlet distribution,
+as in Hsu et al. 2019 (arXiv 1909.06335). A small concentration gives owners with one or two labels. Each owner
+fine-tunes the base on its own rows. All are judged on the same test rows, over all labels. Everything runs through the
 product, masked. Writes benchmarks/results/label_skew.{json,md}.
 """
 
@@ -33,7 +33,7 @@ Row = dict[str, str]
 
 
 def split_by_label(rows: list[Row], concentration: float, seed: int) -> dict[str, list[Row]]:
-    """Every row to one owner, a label's rows in shares ~ Dirichlet(concentration)."""
+    """Give every row to one owner, and each label's rows to the owners in shares ~ Dirichlet(concentration)."""
     generator = np.random.default_rng(seed)
     parts: dict[str, list[Row]] = {owner: [] for owner in OWNERS}
     for label in sorted({row["label"] for row in rows}):
@@ -99,14 +99,14 @@ def run(data: Path, base: Path, concentration: float) -> dict[str, Any]:
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    lines = ["# Four owners of one task, its labels in different shares", ""]
-    lines += ["Accuracy on the same 600 test rows, all labels. Made by", ""]
+    lines = ["# Four owners of one task who see its labels in different shares", ""]
+    lines += ["Accuracy on the same 600 test rows, over all labels. Made by", ""]
     lines += ["    python -m benchmarks.label_skew --data DATA --base BASE", ""]
     lines += ["| concentration | " + " | ".join(model.replace("_", " ") for model in MODELS) + " |"]
     lines += ["|---" * (len(MODELS) + 1) + "|"]
     for concentration, result in results.items():
-        figures = [f"{result['mean'][model]['accuracy']:.3f}" for model in MODELS]
-        lines.append(f"| {concentration} | " + " | ".join(figures) + " |")
+        accuracies = [f"{result['mean'][model]['accuracy']:.3f}" for model in MODELS]
+        lines.append(f"| {concentration} | " + " | ".join(accuracies) + " |")
     lines += ["", "Training rows per label at each owner:", ""]
     for concentration, result in results.items():
         shares = "; ".join(f"{owner} {'/'.join(map(str, counts))}" for owner, counts in result["rows"].items())

@@ -1,11 +1,11 @@
-"""RegMean of three owners' models of 1.2 billion parameters, masked, on one machine and from its disk.
+"""Three models of 1.2 billion parameters merged by RegMean, masked, on one machine and from its disk.
 
 python -m benchmarks.large [--json] [--layers 16] [--folder FOLDER]
 
-The shape of Llama-3.2-1B with a classifier on top, random, each owner's a little off it; layers of more than 2048
-inputs are merged in blocks of so many (`regmean.largest_gram`), with a row or two for each of them. All parties in
-one process, one after the other: the peak (VmHWM) is that of the largest. It takes about 60 GB of disk, in FOLDER where
-that is named. Writes benchmarks/results/large.{json,md}.
+The base has the shape of Llama-3.2-1B, random weights and a classifier on top. Each owner's model differs from it a
+little. Layers with more than 2048 inputs are merged in blocks of that many (`regmean.largest_gram`), each seen with
+one or two token rows per input. All parties run in one process, one after the other, so the peak (VmHWM) is that of the
+largest. The merge needs about 60 GB of disk, in FOLDER if it is given. Writes benchmarks/results/large.{json,md}.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def write_consortium(folder: Path, layers: int) -> int:
-    """The base, three models and rows for all; returns how many parameters a model has."""
+    """Write the base, three models and rows for all. Returns how many parameters a model has."""
     transformers.utils.logging.disable_progress_bar()
     tokenizer = reviews.make_tokenizer()
     config = LlamaConfig(
@@ -152,9 +152,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# Three models of a billion parameters, merged on one machine",
         "",
-        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}; all "
-        f"parties in one process, one after the other. The shape of Llama-3.2-1B, {results['layers']} layers: "
-        f"{results['parameters'] / 1e6:,.0f} M parameters, {results['numbers'] / 1e6:,.0f} M numbers in the sum.",
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}. All "
+        f"parties run in one process, one after the other. The model has the shape of Llama-3.2-1B with "
+        f"{results['layers']} layers and {results['parameters'] / 1e6:,.0f} M parameters. The sum has "
+        f"{results['numbers'] / 1e6:,.0f} M numbers.",
         "",
         "| minutes | GB an owner sends | peak of the process, GB |",
         "|---:|---:|---:|",

@@ -1,4 +1,4 @@
-"""On what a benchmark ran, as its results say it, and how a merge is timed on it."""
+"""The machine that a benchmark ran on, as its results describe it, and the settings under which a merge is timed."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def quiet_on_one_thread() -> None:
-    """Of a merge in this process, nothing but errors is told, and torch keeps to one thread."""
+    """Let a merge in this process log errors only, and torch use one thread."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("amalgram").setLevel(logging.ERROR)

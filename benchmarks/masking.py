@@ -1,13 +1,15 @@
-"""The masked sum's cost, next to the floor and to the framework's own. Writes benchmarks/results/masking.{json,md}.
+"""What the masked sum costs, compared with the least possible and with Flower's own.
 
 python -m benchmarks.masking [--json] [--numbers 100000000] [--most-owners 1000]
 
     mask_fraction_of_openssl      masks made and added, as a share of `openssl speed -evp aes-128-ctr`, one core
-    owner_step_seconds            an owner's whole upload by number of peers: encode, mask, hash, sign, all parts
-    speedup_over_flwr_generator   one mask made and added here, over flwr's SecAgg+ generator for as many numbers
-    unmasking_seconds             the coordinator's last step with 20 owners, by share of owners that dropped
-    demo_seconds                  the whole demo without references, plain and masked: the better of two each
-    by_owners                     whole sums of a small vector, all owners in one process: seconds and bytes an owner
+    owner_step_seconds            an owner's whole upload, by number of peers: encode, mask, hash and sign all parts
+    speedup_over_flwr_generator   speed of one mask made and added here / speed of flwr's SecAgg+ generator
+    unmasking_seconds             the coordinator's last step with 20 owners, by share of owners that dropped out
+    demo_seconds                  the whole demo without references, plain and masked: the better of two runs each
+    by_owners                     whole sums of a small vector, all owners in one process: seconds and bytes per owner
+
+Writes benchmarks/results/masking.{json,md}.
 """
 
 import argparse
@@ -29,7 +31,7 @@ import torch
 import transformers
 from flwr.common.secure_aggregation import secaggplus_utils as flwr_masks
 
-from common.certificates import candidates_digest
+from common.certificates import deliveries_digest
 from common.identity import Identity
 from common.messages import Acknowledgements, KeyShares, Message, OpenSum, PartRequest
 from common.summation import fixed_point, mask_stream
@@ -82,13 +84,13 @@ def measure(numbers: int, most_owners: int) -> dict[str, Any]:
 
 
 def openssl_bytes_a_second() -> float | None:
-    """What one core makes with the OpenSSL program of this machine; None where there is none."""
+    """What one core makes with this machine's OpenSSL program; None if it has none."""
     program = shutil.which("openssl")
     if program is None:
         return None
     command = [program, "speed", "-evp", "aes-128-ctr", "-bytes", "262144", "-seconds", "3"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"([\d.]+)k\s*$", told.strip())
+    printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"([\d.]+)k\s*$", printed.strip())
     return float(found[1]) * 1000 if found else None
 
 
@@ -101,7 +103,7 @@ def mask_bytes_a_second(numbers: int) -> float:
 
 
 def speedup_over_flwr_generator(numbers: int) -> float:
-    """flwr's mask of a pair for as many numbers, made and added, over ours; one core each, the best of three."""
+    """Seconds of flwr's pairwise mask, made and added, over those of ours; one core each, the best of three."""
     ours, theirs = np.zeros(numbers, dtype="<u8"), np.zeros(numbers, dtype=np.int64)
 
     def flwr_path() -> None:
@@ -123,7 +125,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class Parties:
-    """Owners and a coordinator in this process, who speak until a step is to be timed."""
+    """Owners and a coordinator in this process, which talk until a step is to be timed."""
 
     def __init__(self, count: int, numbers: int, needed: int, colluders: int) -> None:
         self.identities = {f"o{i}": Identity(name=f"o{i}", seed=token_bytes(32)) for i in range(count)}
@@ -133,9 +135,8 @@ class Parties:
             agreement_digest="00" * 32,
             round=0,
             nonce=token_bytes(32).hex(),
-            statistic="contribution",
-            models="",
-            candidates_digest=candidates_digest([]),
+            position=0,
+            deliveries_digest=deliveries_digest([]),
             layout_digest=layout.digest(),
         )
         roster = {name: identity.public_key for name, identity in self.identities.items()}
@@ -153,14 +154,14 @@ class Parties:
         self.bytes_of_an_owner += (packet_bytes((request,)) + packet_bytes((reply,))) / len(self.identities)
         return reply
 
-    def until(self, kind: type[Message] | None, lost: frozenset[str] = frozenset()) -> Mapping[str, Message]:
-        """Play the protocol up to the step whose requests are `kind`; owners in `lost` send no vector."""
+    def until(self, kind: type[Message] | None, dropped: frozenset[str] = frozenset()) -> Mapping[str, Message]:
+        """Play the protocol up to the step whose requests are `kind`; owners in `dropped` send no vector."""
         while requests := self.side.requests():
             now = type(next(iter(requests.values())))
             if kind is not None and now is kind:
                 break
             for owner, request in requests.items():
-                if owner in lost and now is KeyShares:
+                if owner in dropped and now is KeyShares:
                     self.side.drop(owner)
                 else:
                     self.side.receive(owner, self.answer(owner, request))
@@ -170,7 +171,7 @@ class Parties:
 
 
 def owner_step_seconds(peers: int, numbers: int) -> float:
-    """One owner's upload with so many peers, from its float64 vector to the last signed part."""
+    """One owner's upload with `peers` peers, from its float64 vector to the last signed part."""
     parties = Parties(peers + 1, numbers, needed=peers + 1, colluders=0)
     request = parties.until(KeyShares)["o0"]
     vector = np.random.default_rng(0).uniform(-1, 1, numbers)
@@ -186,17 +187,17 @@ def owner_step_seconds(peers: int, numbers: int) -> float:
 
 
 def unmasking_seconds(share: str, numbers: int) -> float:
-    """The coordinator's last step with 20 owners: seeds rebuilt, masks taken off."""
-    lost = frozenset(["o3", "o7"] if share == "10 %" else [])
+    """The coordinator's last step with 20 owners: rebuild seeds, take masks off."""
+    dropped = frozenset(["o3", "o7"] if share == "10 %" else [])
     parties = Parties(20, numbers, needed=15, colluders=5)
-    requests = parties.until(Acknowledgements, lost)
+    requests = parties.until(Acknowledgements, dropped)
     for owner, request in requests.items():
         parties.side.receive(owner, parties.answer(owner, request))
     return timed(parties.side.end_step)
 
 
 def whole_sum(count: int) -> dict[str, Any]:
-    """A whole sum over `count` owners, of whom a tenth may collude and a tenth may drop, of 1000 numbers."""
+    """A whole sum of 1000 numbers over `count` owners; a tenth may collude, and a tenth may drop out."""
     tenth = count // 10
     parties = Parties(count, 1000, needed=max(3, count - tenth), colluders=tenth if count > 3 else 0)
     seconds = timed(lambda: parties.until(None))
@@ -210,7 +211,7 @@ def whole_sum(count: int) -> dict[str, Any]:
 
 
 def demo_seconds() -> dict[str, float]:
-    """The demo's five owners, fine-tuning included, by kind of sum; in turn, so that both meet the same machine."""
+    """The demo's five owners, including fine-tuning, by kind of sum. They take turns, so both meet the same machine."""
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {"plain": [], "masked": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +238,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     machine = results["machine"]
     yield "# What masking costs"
     yield ""
-    yield f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. Ratios are of one run."
+    yield f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. Each ratio is from one run."
     yield ""
     fraction = results["mask_fraction_of_openssl"]
     yield "| | |"
@@ -245,18 +246,18 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield f"| masks made and added, one core | {results['mask_bytes_a_second'] / 1e9:.1f} GB/s |"
     if fraction is not None:
         floor = results["openssl_bytes_a_second"] / 1e9
-        yield f"| of `openssl speed -evp aes-128-ctr`, {floor:.1f} GB/s | {fraction:.0%} |"
-    yield f"| over flwr's SecAgg+ generator, one core | {results['speedup_over_flwr_generator']:.1f} times |"
+        yield f"| as a share of `openssl speed -evp aes-128-ctr`, {floor:.1f} GB/s | {fraction:.0%} |"
+    yield f"| faster than flwr's SecAgg+ generator, one core | {results['speedup_over_flwr_generator']:.1f} times |"
     for peers, seconds in results["owner_step_seconds"].items():
         yield f"| an owner's whole upload, {results['numbers']:,} numbers, {peers} peers | {seconds:.2f} s |"
     for share, seconds in results["unmasking_seconds"].items():
-        yield f"| unmasking {results['numbers'] // 10:,} numbers of 20 owners, {share} dropped | {seconds:.2f} s |"
+        yield f"| unmasking {results['numbers'] // 10:,} numbers of 20 owners, {share} dropped out | {seconds:.2f} s |"
     demo = results["demo_seconds"]
-    yield f"| the demo, masked over plain | {demo['masked']:.1f} s over {demo['plain']:.1f} s |"
+    yield f"| the demo, masked and plain | {demo['masked']:.1f} s and {demo['plain']:.1f} s |"
     yield ""
-    yield "Whole sums of 1,000 numbers; a tenth of the owners may collude, a tenth may drop:"
+    yield "Whole sums of 1,000 numbers. A tenth of the owners may collude, and a tenth may drop out:"
     yield ""
-    yield "| owners | neighbours | seconds an owner | bytes an owner, both ways |"
+    yield "| owners | neighbours | seconds per owner | bytes per owner, both ways |"
     yield "|---:|---:|---:|---:|"
     for row in results["by_owners"]:
         yield (f"| {row['owners']} | {row['neighbours']} | {row['seconds_an_owner']:.3f} | {row['bytes_an_owner']:,} |")

@@ -1,17 +1,18 @@
-"""How much memory a merge takes: the coordinator's peak against the number of owners, and an owner's.
+"""How much memory a merge takes: the coordinator's peak by number of owners, and one owner's.
 
 python -m benchmarks.memory [--json] [--hidden 384] [--owners 3 6 12] [--owner-hidden 768]
 
-The merge of benchmarks/network.py (RegMean of a BERT with 12 blocks, masked) without the network: the coordinator is a
-process of its own, and another one answers for all owners. Then one owner alone, on a BERT of BERT-base's shape, each
-answer in a fresh process as with Flower: the roll call, its measurement, a candidate to score. Peaks are the kernel's
-VmHWM; they count what is mapped from files too, among it PyTorch's libraries.
+First, the merge of benchmarks/network.py without the network: RegMean of a BERT with 12 blocks, masked. The coordinator
+has its own process, and another one answers for all owners. Then one owner alone, on a BERT with BERT-base's shape. It
+answers each message in a fresh process, as with Flower: the roll call, its measurement, a candidate to score. Peaks are
+the kernel's VmHWM, which also counts what is mapped from files, such as PyTorch's libraries.
 
-    fixed         what is resident in a process that has imported the libraries, loaded the base and let it go
-    bound         of an owner: fixed + its model + 1.3 x the largest Gram + one part of a message;
-                  of the coordinator: fixed + the sum + one part an owner + the largest layer's Gram and products
+    fixed         what is resident in a process that has imported the libraries, loaded the base and released it
+    bound         for an owner: fixed + its model + 1.3 x the largest Gram + one part of a message;
+                  for the coordinator: fixed + the sum + one part per owner + the largest layer's Gram and products
 
-What must not count in every process is imported where it is used. Writes benchmarks/results/memory.{json,md}.
+Imports are local to the functions that need them, so that they do not count in every process. Writes
+benchmarks/results/memory.{json,md}.
 """
 
 import argparse
@@ -37,14 +38,16 @@ if TYPE_CHECKING:
     from tests.support.network import Network
 
 RESULTS = Path(__file__).parent / "results"
-GRAMS = 1.3  # of the largest: what one block's Grams are together
+GRAMS = 1.3  # all Grams of one block together, over the largest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=384, help="of the merge; a multiple of 64")
+    parser.add_argument("--hidden", type=int, default=384, help="the merged model's width; a multiple of 64")
     parser.add_argument("--owners", type=int, nargs="+", default=[3, 6, 12])
-    parser.add_argument("--owner-hidden", type=int, default=768, help="of the owner alone; 768 is BERT-base")
+    parser.add_argument(
+        "--owner-hidden", type=int, default=768, help="the width of the single owner's model; BERT-base has 768"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--coordinator", type=Path, help=argparse.SUPPRESS)  # this is the process that is measured
     arguments = parser.parse_args()
@@ -63,7 +66,7 @@ def main() -> None:
 
 
 def measure_merges(hidden: int, counts: list[int]) -> dict[str, Any]:
-    """The peaks of one merge for each number of owners, MB."""
+    """The coordinator's peak in one merge for each number of owners, MB."""
     results: dict[str, Any] = {"coordinator_peak_mb": {}, "coordinator_bound_mb": {}}
     for count in counts:
         with made_network(hidden, count) as (network, sizes):
@@ -79,8 +82,8 @@ def measure_merges(hidden: int, counts: list[int]) -> dict[str, Any]:
 
 
 def measure_owner(hidden: int) -> dict[str, Any]:
-    """The peaks of one owner's heavy answers, MB, each in a process of its own."""
-    from common.messages import Refusal
+    """The peaks of one owner's heavy answers, MB, each in its own process."""
+    from common.messages import CandidatePart, Refusal
     from common.wire import from_record, to_record
 
     with made_network(hidden, 3) as (network, sizes):
@@ -88,6 +91,8 @@ def measure_owner(hidden: int) -> dict[str, Any]:
         node_config = {"settings": str(network.owner("owner1"))}
         peaks: dict[str, float] = {}
         for message in heavy_messages(network):
+            if isinstance(message, CandidatePart) and message.part == 0:
+                in_a_process(skip_to, network.owner("owner1"), message.position)
             reply, peak = in_a_process(answer, to_record((message,)), node_config)
             kind = type(message).__name__
             if any(isinstance(each, Refusal) for each in from_record(reply)):
@@ -100,21 +105,21 @@ def measure_owner(hidden: int) -> dict[str, Any]:
 
 
 def heavy_messages(network: "Network") -> "list[OurMessage]":
-    """The roll call, the first sum, and a candidate that changes nothing."""
+    """The roll call, the contribution round, and a candidate that changes nothing."""
     import numpy as np
 
-    from common.certificates import candidates_digest
-    from common.merge_methods import contribution_layout
+    from common.certificates import deliveries_digest
     from common.messages import PROTOCOL_VERSION, CandidatePart, OpenSum, RollCall
-    from common.models.delta import delta_layout
     from common.models.loading import load_base
     from common.models.plan import merge_plan
+    from common.schedule import schedule_of
 
     agreement, run = network.agreement, "1" * 64
     base = load_base(network.folder / "base", agreement.task, agreement.seed)
-    plan = merge_plan(base, agreement.tensors)
-    digest, layout = agreement.digest(), delta_layout(plan)
-    slices = layout.part_slices(bytes_per_number=4)
+    schedule = schedule_of(agreement, merge_plan(base, agreement.tensors))
+    contribution = schedule.find("contribution")
+    candidate = schedule.delivery_of(agreement.method, "test")
+    digest, slices = agreement.digest(), candidate.layout.part_slices(bytes_per_number=4)
     return [
         RollCall(version=PROTOCOL_VERSION, run=run, agreement_digest=digest),
         OpenSum(
@@ -122,17 +127,16 @@ def heavy_messages(network: "Network") -> "list[OurMessage]":
             agreement_digest=digest,
             round=1,
             nonce="2" * 64,
-            statistic="contribution",
-            models="",
-            candidates_digest=candidates_digest([]),
-            layout_digest=contribution_layout(agreement, plan).digest(),
+            position=contribution.position,
+            deliveries_digest=deliveries_digest([]),
+            layout_digest=contribution.layout.digest(),
         ),
         *(
             CandidatePart(
                 run=run,
                 agreement_digest=digest,
+                position=candidate.position,
                 model=agreement.method,
-                split="test",
                 part=part,
                 parts=len(slices),
                 payload=np.zeros(position.stop - position.start, "<f4"),
@@ -144,11 +148,11 @@ def heavy_messages(network: "Network") -> "list[OurMessage]":
 
 @contextmanager
 def made_network(hidden: int, count: int) -> "Iterator[tuple[Network, dict[str, float]]]":
-    """The parties' files, and how large is what they handle, MB."""
+    """The parties' files, and the sizes of what they handle, MB."""
     from benchmarks.network import make_network
-    from common.merge_methods import contribution_layout
     from common.models.loading import load_base
     from common.models.plan import merge_plan
+    from common.schedule import schedule_of
     from common.tensor_layout import PART_BYTES
 
     with tempfile.TemporaryDirectory(prefix="amalgram-") as name:
@@ -162,7 +166,7 @@ def made_network(hidden: int, count: int) -> "Iterator[tuple[Network, dict[str, 
             "model": sum(parameter.numel() for parameter in base.parameters()) * 4,
             "largest_gram": max(shared.gram_size for shared in plan.inputs) ** 2 * 8,
             "layer": max(systems) * 8,
-            "sum": contribution_layout(network.agreement, plan).size * 8,
+            "sum": schedule_of(network.agreement, plan).find("contribution").layout.size * 8,
             "part": PART_BYTES,
         }
         yield network, {name: size / 1e6 for name, size in numbers.items()}
@@ -172,7 +176,7 @@ def made_network(hidden: int, count: int) -> "Iterator[tuple[Network, dict[str, 
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a fresh process."""
+    """Call the function in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -190,7 +194,7 @@ def megabytes(which: str) -> float:
 
 
 def coordinate(folder: Path) -> None:
-    """Run the merge; the last line on stdout is this process's peak, and what of it is fixed."""
+    """Run the merge. The last line on stdout has this process's peak, and how much of it is fixed."""
     from deploy.simulation.in_process_grid import run_in_process
     from server.app import app
 
@@ -209,18 +213,26 @@ def coordinate(folder: Path) -> None:
 
 
 def answer(content: RecordDict, node_config: dict[str, Any]) -> tuple[RecordDict, float]:
-    """One owner's answer to one packet, and what it took."""
+    """One owner's answer to one packet, and the peak memory it took, MB."""
     from client.app import app
 
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 2  # which Flower tells its processes
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 2  # as Flower sets them in its processes
     message = Message(content, dst_node_id=2, message_type="train.step")
     context = Context(run_id=1, node_id=2, node_config=node_config, state=RecordDict(), run_config={})
     reply = app(message, context)
     return reply.content, peak_megabytes()
 
 
+def skip_to(settings: Path, position: int) -> None:
+    """Let the owner think that everything before `position` of its schedule is over."""
+    from client.owner import Owner
+    from tests.support.owner_process import fast_forward
+
+    fast_forward(Owner(settings), position)
+
+
 def load_only(folder: Path) -> float:
-    """What the libraries take, the model's code among them; the base's weights were here and are gone."""
+    """What the libraries take, including the model's code, after the base's weights were loaded and released."""
     import server.app  # noqa: F401
     from common.agreement import Agreement
     from common.models.loading import load_base
@@ -240,15 +252,15 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# What memory a merge takes",
         "",
-        "RegMean, masked, a BERT of 12 blocks. All figures in MB; peaks are VmHWM.",
+        "RegMean, masked, a BERT with 12 blocks. All sizes are in MB; peaks are VmHWM.",
         "",
         f"## An owner alone, {owner['hidden']} dimensions",
         "",
         f"Bound: fixed {owner_bound['fixed']:,.0f} + model {owner_bound['model']:,.0f} + {GRAMS} x the largest Gram "
         f"{owner_bound['grams']:,.0f} + a part {owner_bound['part']:,.0f} = **{owner_bound['total']:,.0f}**. The "
-        f"vector that it measures has {owner['sum']:,.0f} and lies on the disk.",
+        f"vector that it measures has {owner['sum']:,.0f} and stays on the disk.",
         "",
-        "| an owner that answers | peak |",
+        "| the owner's answer to | peak |",
         "|---|---:|",
         *_rows(owner["peak_mb"]),
         "",
@@ -256,7 +268,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"The model has {merge['model']:,.0f}, a sum {merge['sum']:,.0f}, the largest layer's Gram and products "
         f"{merge['layer']:,.0f}, a part of a message {merge['part']:,.0f}; the libraries take "
-        f"{next(iter(bounds.values()))['fixed']:,.0f}. The bound is all of these, with one part an owner.",
+        f"{next(iter(bounds.values()))['fixed']:,.0f}. The bound is the sum of these, with one part per owner.",
         "",
         "| owners | " + " | ".join(coordinator) + " |",
         "|---|" + "---:|" * len(coordinator),

@@ -1,12 +1,12 @@
-"""What a merge between processes of their own costs: wall time, bytes, and the peak memory of every process.
+"""What a merge between separate processes costs: wall time, bytes, and every process's peak memory.
 
 python -m benchmarks.network [--json] [--hidden 768] [--owners 3 6]
 
-RegMean of a BERT with 12 blocks and `--hidden` dimensions, masked, over TLS on the loopback: 768 is BERT-base, about
-180 million numbers an owner. Random weights, one small change for all owners, short made-up rows: measuring costs
-little, carrying costs what it costs. Peaks are VmHWM, sampled every 0.2 s: they count files that are mapped, too, such
-as PyTorch's libraries (about 300 MB in an app) and an owner's vector on the disk. Writes
-benchmarks/results/network-HIDDEN.{json,md}.
+RegMean of a BERT with 12 blocks and `--hidden` dimensions, masked, over TLS on the loopback. BERT-base has 768
+dimensions, about 180 million numbers per owner. Weights are random, all owners have the same small change, and their
+rows are short and made up, so measuring costs little and transport dominates. Peaks are VmHWM, sampled every 0.2 s.
+They also count mapped files, such as PyTorch's libraries (about 300 MB in an app) and an owner's vector on the disk.
+Writes benchmarks/results/network-HIDDEN.{json,md}.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import torch
 import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
-from common.merge_methods import contribution_layout
 from common.models.loading import load_base
 from common.models.plan import merge_plan
+from common.schedule import schedule_of
 from deploy.example import reviews
 from server.report.report import read_report
 from tests.support.network import Command, Network, running, set_up
@@ -87,7 +87,8 @@ def measure(folder: Path, hidden: int, count: int) -> dict[str, Any]:
     network = make_network(folder, hidden, [f"owner{number}" for number in range(1, count + 1)])
     agreement = network.agreement
     base = load_base(folder / "base", agreement.task, agreement.seed)
-    numbers = contribution_layout(agreement, merge_plan(base, agreement.tensors)).size
+    schedule = schedule_of(agreement, merge_plan(base, agreement.tensors))
+    numbers = schedule.find("contribution").layout.size
     print(f"{count} owners, {numbers:,} numbers", file=sys.stderr)
     with ExitStack() as stack:
         server = stack.enter_context(running("server", network.coordinator))
@@ -114,7 +115,7 @@ def measure(folder: Path, hidden: int, count: int) -> dict[str, Any]:
 
 
 class Peaks:
-    """The largest VmHWM of any process that ran a program, while the block is entered."""
+    """The largest VmHWM of any process that ran each program inside the `with` block."""
 
     def __init__(self, commands: Iterable[Command]) -> None:
         self.bytes: dict[str, int] = {}
@@ -151,7 +152,7 @@ class Peaks:
 
 
 def make_network(folder: Path, hidden: int, owners: list[str]) -> Network:
-    """The example's rows for everybody, and a BERT of the wanted shape."""
+    """Write the example's rows for everybody, and a BERT with `hidden` dimensions."""
     reviews.write_consortium(folder / "example")
     shutil.copytree(folder / "example" / "data" / "hotel", folder / "data")
     torch.manual_seed(0)
@@ -189,7 +190,7 @@ def save(model: BertForSequenceClassification, folder: Path) -> None:
 def as_markdown(results: Mapping[str, Any]) -> str:
     runs, machine = results["runs"], results["machine"]
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "numbers an owner": lambda run: f"{run['numbers']:,}",
+        "numbers per owner": lambda run: f"{run['numbers']:,}",
         "wall time, s": lambda run: f"{run['seconds']:.0f}",
         "to the owners, MB": lambda run: f"{run['bytes_to_owners'] / 1e6:,.0f}",
         "from the owners, MB": lambda run: f"{run['bytes_from_owners'] / 1e6:,.0f}",
@@ -200,7 +201,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "# What a merge over the network costs",
         "",
         f"All parties on one machine: {machine['cores']} cores ({machine['processor']}), Python {machine['python']}; "
-        f"load average at the end {results['load_at_end']:.1f}. RegMean, masked, a BERT of 12 blocks and "
+        f"load average at the end {results['load_at_end']:.1f}. RegMean, masked, a BERT with 12 blocks and "
         f"{results['hidden']} dimensions (BERT-base has 768).",
         "",
         "| owners | " + " | ".join(str(run["owners"]) for run in runs) + " |",

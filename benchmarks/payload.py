@@ -1,9 +1,9 @@
-"""How many bytes an owner sends, next to the naive way: every layer's full Gram and all weights as float32.
+"""How many bytes an owner sends, compared with the naive way: every layer's full Gram and all weights, float32.
 
 python -m benchmarks.payload [--json]
 
-Counted, not measured: models without weights, run once for the layers that are fed the same tensor. Every linear layer
-is merged, with one alpha. Writes benchmarks/results/payload.{json,md}.
+The bytes are counted, not measured. Models without weights run once, to find the layers that are fed the same tensor.
+Every linear layer is merged, with one alpha. Writes benchmarks/results/payload.{json,md}.
 """
 
 import argparse
@@ -22,10 +22,9 @@ from transformers import (
 )
 
 from client.measurement.gram import find_shared_inputs
-from common.agreement import TensorRoles
 from common.models.layers import merge_layers
 from common.models.parameters import parameter_shapes
-from common.models.plan import merge_plan
+from common.models.plan import PlannedTensors, merge_plan
 
 RESULTS = Path(__file__).parent / "results"
 FLOAT32_BYTES = 4
@@ -47,7 +46,7 @@ def main() -> None:
 
 
 def count(model: PreTrainedModel) -> dict[str, float]:
-    """Grams, and bytes an owner sends."""
+    """How many Grams there are, and how many bytes an owner sends."""
     layers = merge_layers(model)
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
     groups = find_shared_inputs(model.eval(), {"input_ids": tokens})
@@ -55,9 +54,9 @@ def count(model: PreTrainedModel) -> dict[str, float]:
     distinct = [layers[group[0]].d_in for group in groups]
     naive = sum(layer.d_in**2 for group in groups for layer in (layers[name] for name in group))
     packed, in_blocks = (packed_grams(model, groups, largest) for largest in (None, model.config.hidden_size))
-    # Of each Gram its diagonal, of each product a number a column; largest changes are a few hundred and not counted.
+    # Each Gram's diagonal, and one number per column of each product. The largest changes, a few hundred, are left out.
     scales = sum(distinct) + sum(layers[name].d_out for group in groups for name in group)
-    # A product G delta has the size of its weight, so weights and products together are the model once.
+    # A product G delta is as large as its weight, so products and other weights together are as large as the model.
     return {
         "naive_grams": sum(map(len, groups)),
         "distinct_grams": len(groups),
@@ -72,11 +71,11 @@ def count(model: PreTrainedModel) -> dict[str, float]:
 
 
 def packed_grams(model: PreTrainedModel, groups: tuple[tuple[str, ...], ...], largest_gram: int | None) -> int:
-    """How many numbers the Grams of the product's own plan are."""
+    """How many numbers the Grams of Amalgram's own merge plan have."""
     merged = {name for group in groups for name in group}
     averaged = tuple(name for name in parameter_shapes(model) if name not in merged)
-    roles = TensorRoles(merged=groups, largest_gram=largest_gram, averaged=averaged, left_alone=())
-    return sum(each.gram_size * (each.gram_size + 1) // 2 for each in merge_plan(model, roles).inputs)
+    tensors = PlannedTensors(merged=groups, largest_gram=largest_gram, averaged=averaged, left_alone=())
+    return sum(each.gram_size * (each.gram_size + 1) // 2 for each in merge_plan(model, tensors).inputs)
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
@@ -84,9 +83,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "# What an owner sends",
         "",
         "Naive: every layer's full Gram and all weights, float32, readable by whoever receives them. Ours: one packed "
-        "Gram per distinct input, products and the rest, as masked integers of 64 bits; or of 32 bits, with the sum "
-        "and the message that the scales need; or, beside that, with Grams in blocks of as many inputs as the model is "
-        "wide (`regmean.largest_gram`).",
+        "Gram per distinct input, products and the rest, as masked integers of 64 bits. The column `32 bits` has "
+        "integers of 32 bits, and includes the round and the message that their scales need. In the column `and "
+        "blocks`, Grams are also in blocks of as many inputs as the model is wide (`regmean.largest_gram`).",
         "",
         "| model | Grams naive | ours | numbers naive | ours | ratio | bytes naive | ours | ratio | 32 bits | ratio | "
         "and blocks | ratio |",

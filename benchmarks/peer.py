@@ -1,15 +1,16 @@
-"""FusionBench's own RegMean next to ours, on the same models and rows. Writes benchmarks/results/peer.{json,md}.
+"""FusionBench's RegMean compared with ours, on the same models and rows.
 
 pip install fusion-bench && python -m benchmarks.peer [--json] [--data FOLDER]
 
-    speedup              seconds of FusionBench's merge over those of ours: both owners' Grams, the solve, and for ours
+    speedup              seconds of FusionBench's merge / seconds of ours: both owners' Grams, the solve, and for ours
                          also the vector that would travel
-    relative_difference  of the merged weights, Frobenius, where both mean the same: rows of one length, so that no
-                         padding is counted as rows, which FusionBench does
+    relative_difference  between the merged weights, Frobenius norm, on texts of one length: otherwise FusionBench
+                         counts padding as rows, and the two merges differ in meaning
 
-FusionBench's part is its `regmean_merging`, as published; it asks for a trainer that hands out batches, and gets one.
-Two owners whose models differ from a random base of BERT-base's shape, a few of its layers. Nothing is masked or sent.
-Processor seconds of one thread, the ways in turn, the median turn.
+FusionBench's part is its `regmean_merging` as published. It needs a trainer that hands out batches, and gets one. The
+two owners' models differ from a random base with BERT-base's shape, but only a few of its layers. Nothing is masked or
+sent. Seconds are processor seconds of one thread. The two take turns, and the median turn is reported. Writes
+benchmarks/results/peer.{json,md}.
 """
 
 import argparse
@@ -55,7 +56,7 @@ SHAPE = SHAPES[0]
 
 @dataclass(frozen=True)
 class Trainer:
-    """What FusionBench asks of one: the batches, as they are."""
+    """A trainer as FusionBench needs it: it hands out the batches as they are."""
 
     batches: list[Batch]
     _train_batch_size: int = BATCH_SIZE
@@ -106,7 +107,7 @@ def measure(lengths: np.ndarray) -> dict[str, Any]:
 
 @torch.no_grad()
 def changed(base: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model as if fine-tuned: each weight of the base a little off."""
+    """A model that looks fine-tuned: each of its weights differs a little from the base's."""
     model, random = deepcopy(base), torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=random) if parameter.ndim > 1 else 0
@@ -127,7 +128,7 @@ def theirs(owners: list[PreTrainedModel], rows: Rows) -> dict[str, Tensor]:
 
 
 def ours(base: PreTrainedModel, owners: list[PreTrainedModel], plan: MergePlan, rows: Rows) -> dict[str, Tensor]:
-    """Merged weights by name: each owner's vector, their sum, the solve."""
+    """Merged weights by name, from each owner's vector, their sum, and the solve."""
     systems = [
         System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=(ALPHA,))
         for shared in plan.inputs
@@ -152,7 +153,7 @@ def ours(base: PreTrainedModel, owners: list[PreTrainedModel], plan: MergePlan, 
 
 
 def relative_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> float:
-    """The largest of the layers'."""
+    """The largest of all layers' relative differences."""
     return max(float((theirs[name] - merged).norm() / merged.norm()) for name, merged in ours.items())
 
 
@@ -167,11 +168,11 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}, "
         f"fusion-bench {machine['fusion_bench']}; processor seconds of one thread, medians of {TURNS} turns in one "
-        f"run. Two owners of BERT-base's shape with {results['layers']} layers, {results['rows_an_owner']:,} rows "
-        "(tokens) each, nothing masked or sent."
+        f"run. Two owners, models with BERT-base's shape and {results['layers']} layers, "
+        f"{results['rows_an_owner']:,} token rows per owner. Nothing is masked or sent."
     )
     yield ""
-    yield "| FusionBench, seconds | Amalgram, seconds | times as fast | difference of merged weights |"
+    yield "| FusionBench, seconds | Amalgram, seconds | times as fast | difference between merged weights |"
     yield "|---:|---:|---:|---:|"
     yield (
         f"| {seconds['fusion_bench']:.1f} | {seconds['amalgram']:.1f} | {results['speedup']:.1f} | "

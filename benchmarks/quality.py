@@ -1,13 +1,12 @@
-"""Does merging pay? Every method on five emotion models, on the owners' own domains and on five that nobody trained on.
+"""Does merging pay? Every method on five emotion models, judged on the owners' domains and on five others.
 
 python -m benchmarks.quality --data DATA --models MODELS [--only PART,PART...] [--json]
 
-DATA and MODELS as in benchmarks/emotion.py. The parts, named under PARTS below, are kept one by one. Every merged model
-is a candidate that the product itself sent to its owners, masked, in `simulate`; it is kept on the way and judged again
-on all ten domains. `textbook` is RegMean once more in twenty lines, without anything of the product's method, sum or
-messages. Judged: macro F1 over the labels that occur in the first 600 test rows, predictions among the labels of the
-domain.
-Writes benchmarks/results/quality.{json,md,svg}.
+DATA and MODELS are as in benchmarks/emotion.py. The parts, named under PARTS below, are saved one by one. Every merged
+model is a candidate that the product itself sent to its owners in a masked `simulate`. The benchmark keeps a copy and
+judges it again on all ten domains. `textbook` is RegMean again in twenty lines, which use nothing of the product's
+methods, sums or messages. The metric is macro F1 over the labels that occur in the first 600 test examples; predictions
+are judged among the labels of the domain. Writes benchmarks/results/quality.{json,md,svg}.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -49,9 +49,9 @@ RESULTS = Path(__file__).parent / "results"
 BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
 WITH_BIAS = ("regmean", "regmean_plus_plus")
-RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # the five models' own, which had three epochs
+RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
 
-Figures = dict[str, dict[str, float]]  # domain -> accuracy, macro_f1
+Metrics = dict[str, dict[str, float]]  # domain -> accuracy, macro_f1
 
 
 class Bench:
@@ -90,20 +90,20 @@ class Bench:
     def logits(self, model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
         return {name: predict_logits(model, rows, BATCH) for name, rows in self.tests.items()}
 
-    def judge(self, logits: Mapping[str, NDArray[np.float32]]) -> Figures:
-        return {name: self._figures(self.score(name, each)) for name, each in logits.items()}
+    def judge(self, logits: Mapping[str, NDArray[np.float32]]) -> Metrics:
+        return {name: self._metrics(self.score(name, each)) for name, each in logits.items()}
 
     def score(self, domain: str, logits: NDArray[np.float32]) -> Score:
         return score_logits(logits, self.tests[domain], self.task, self.allowed[domain])
 
     @staticmethod
-    def _figures(score: Score) -> dict[str, float]:
-        return {"accuracy": score.correct / score.rows, "macro_f1": score.figure}
+    def _metrics(score: Score) -> dict[str, float]:
+        return {"accuracy": score.correct / score.rows, "macro_f1": score.metric}
 
 
 @contextmanager
 def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float32]]]]:
-    """While open, every merged candidate that a coordinator sends is kept, by name."""
+    """Keep every merged candidate that a coordinator sends inside the `with` block, by name."""
     kept: dict[str, tuple[TensorLayout, NDArray[np.float32]]] = {}
     deliver = Coordinator.deliver
 
@@ -112,37 +112,34 @@ def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float
             kept[model] = delivery.layout, vector.copy()
         deliver(self, delivery, vector, model)
 
-    Coordinator.deliver = keep  # type: ignore[method-assign]
-    try:
+    with patch.object(Coordinator, "deliver", keep):
         yield kept
-    finally:
-        Coordinator.deliver = deliver  # type: ignore[method-assign]
 
 
-def merged_by_the_product(bench: Bench, suffix: str = "", **consortium: Any) -> tuple[dict[str, Figures], Report]:
+def merged_by_the_product(bench: Bench, suffix: str = "", **consortium: Any) -> tuple[dict[str, Metrics], Report]:
     """Every candidate of one masked run, judged here on all domains, and the run's own report."""
     with tempfile.TemporaryDirectory() as folder, candidates_kept() as kept:
         write_consortium(Path(folder) / "consortium", bench.data, bench.models, **consortium)
         report = simulate(Path(folder) / "consortium", Path(folder) / "output", with_references=False)
-        figures = {}
+        metrics = {}
         for name, (layout, vector) in kept.items():
             say(f"judging {name}{suffix}")
-            figures[name + suffix] = bench.judge(bench.logits(bench.with_delta(layout, vector)))
-    _check_same(report, figures, suffix)
-    return figures, report
+            metrics[name + suffix] = bench.judge(bench.logits(bench.with_delta(layout, vector)))
+    _check_same(report, metrics, suffix)
+    return metrics, report
 
 
-def _check_same(report: Report, figures: dict[str, Figures], suffix: str) -> None:
-    """The product's report and this benchmark must tell the same of the same models."""
+def _check_same(report: Report, metrics: dict[str, Metrics], suffix: str) -> None:
+    """Exit unless the product's report and this benchmark agree about the same models."""
     for owner, by_model in report.evaluation.by_owner.items():
         for method, chosen in report.chosen.items():
-            here = figures[chosen.candidate + suffix][owner]["macro_f1"]
+            here = metrics[chosen.candidate + suffix][owner]["macro_f1"]
             if abs(by_model[method].metric - here) > 1e-9:
                 raise SystemExit(f"{method} at {owner}: {by_model[method].metric} in the report, {here} here")
 
 
-def references(bench: Bench) -> dict[str, Figures]:
-    """What no merge has: the owners' models as they are, and all of them together."""
+def references(bench: Bench) -> dict[str, Metrics]:
+    """Without any merge: the owners' models as they are, and an ensemble of all."""
     say("judging the base and the five models")
     found = {"base": bench.judge(bench.logits(bench.base))}
     by_owner = {name: bench.logits(bench.load(name)) for name in IN_DOMAIN}
@@ -150,8 +147,8 @@ def references(bench: Bench) -> dict[str, Figures]:
     found["own at home"] = {name: own[name][name] for name in IN_DOMAIN}
     found["own elsewhere too"] = {
         domain: {
-            figure: float(np.mean([own[name][domain][figure] for name in IN_DOMAIN]))
-            for figure in ("accuracy", "macro_f1")
+            metric: float(np.mean([own[name][domain][metric] for name in IN_DOMAIN]))
+            for metric in ("accuracy", "macro_f1")
         }
         for domain in bench.tests
     }
@@ -167,16 +164,16 @@ def references(bench: Bench) -> dict[str, Figures]:
     return found
 
 
-def multi_task(bench: Bench) -> dict[str, Figures]:
-    """One model fine-tuned once over everybody's rows: half an hour."""
+def multi_task(bench: Bench) -> dict[str, Metrics]:
+    """One model fine-tuned on everybody's rows together. Takes half an hour."""
     model = bench.load("base")
     embeddings = model.get_input_embeddings()
-    embeddings.requires_grad_(False)  # as in the five models' training
+    embeddings.requires_grad_(False)  # as when the five models were trained
     fine_tune(model, pool([bench.train_rows(name) for name in IN_DOMAIN]), RECIPE, 0, "multi-task")
     return {"multi-task, one epoch": bench.judge(bench.logits(model))}
 
 
-def textbook(bench: Bench) -> dict[str, Figures]:
+def textbook(bench: Bench) -> dict[str, Metrics]:
     return {"textbook RegMean, alpha 0.9": bench.judge(bench.logits(textbook_regmean(bench, alpha=0.9)))}
 
 
@@ -192,8 +189,8 @@ def added_to(gram: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], No
 
 @torch.no_grad()
 def textbook_regmean(bench: Bench, alpha: float) -> PreTrainedModel:
-    """W = (sum G_i)^-1 sum G_i W_i per linear layer, by explicit rows; the first attention and all else averaged by
-    rows, as the product does. An independent check: nothing of the product's methods, sums or messages is in it.
+    """W = (sum G_i)^-1 sum G_i W_i for each linear layer, from explicit rows. The first attention and everything else
+    is averaged by examples, as the product does. It uses nothing of the product's methods, sums or messages.
     """
     models = {name: bench.load(name) for name in IN_DOMAIN}
     merged = bench.load("base")
@@ -232,8 +229,8 @@ def textbook_regmean(bench: Bench, alpha: float) -> PreTrainedModel:
     return merged
 
 
-def mean_over(figures: Figures, domains: tuple[str, ...], figure: str) -> float | None:
-    values = [figures[domain][figure] for domain in domains if domain in figures]
+def mean_over(metrics: Metrics, domains: tuple[str, ...], metric: str) -> float | None:
+    values = [metrics[domain][metric] for domain in domains if domain in metrics]
     return float(np.mean(values)) if values else None
 
 
@@ -254,34 +251,34 @@ def run_bias(bench: Bench) -> dict[str, Any]:
 
 
 def run_blocks(bench: Bench) -> dict[str, Any]:
-    """RegMean where the layers of the most inputs (1536) are merged in two blocks, and in four of the others' size."""
+    """RegMean with the widest layers (1536 inputs) whole, in two blocks, and in four, the others (384 inputs) whole."""
     found: dict[str, Any] = {}
     for largest in (1536, 768, 384):
-        figures, report = merged_by_the_product(bench, methods=("regmean",), alphas=(0.9,), largest_gram=largest)
-        both = [mean_over(figures["regmean"], domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
+        metrics, report = merged_by_the_product(bench, methods=("regmean",), alphas=(0.9,), largest_gram=largest)
+        both = [mean_over(metrics["regmean"], domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
         found[str(largest)] = {"macro_f1": both, "numbers": report.rounds[0].numbers}
     return found
 
 
 def _methods_of_one_run(bench: Bench, suffix: str, **consortium: Any) -> dict[str, Any]:
-    figures, report = merged_by_the_product(bench, suffix, **consortium)
+    metrics, report = merged_by_the_product(bench, suffix, **consortium)
     chosen = [choice.candidate + suffix for choice in report.chosen.values()]
-    return {"figures": figures, "chosen": chosen, "seconds": report.seconds, "versions": report.versions}
+    return {"metrics": metrics, "chosen": chosen, "seconds": report.seconds, "versions": report.versions}
 
 
 def run_seeds(bench: Bench) -> dict[str, Any]:
-    """Other rows are measured with another seed; the models stay."""
+    """Other rows are measured, drawn with another seed. The models stay the same."""
     found: dict[str, list[list[float | None]]] = {}
     for seed in range(3):
-        figures, _ = merged_by_the_product(bench, methods=("regmean", "refit"), alphas=(0.9,), seed=seed)
-        for name, each in figures.items():
+        metrics, _ = merged_by_the_product(bench, methods=("regmean", "refit"), alphas=(0.9,), seed=seed)
+        for name, each in metrics.items():
             both = [mean_over(each, domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
             found.setdefault(name, []).append(both)
     return found
 
 
 def run_owners(bench: Bench) -> dict[str, Any]:
-    """The first 2, 3, 4, 5 owners, each judged on the domains of those that take part."""
+    """The first 2, 3, 4 and 5 owners, judged on the domains of those that take part."""
     found: dict[str, Any] = {}
     for count in range(2, len(IN_DOMAIN) + 1):
         owners = IN_DOMAIN[:count]
@@ -312,7 +309,7 @@ def kept() -> dict[str, Any]:
 
 
 def keep(part: str, result: dict[str, Any]) -> None:
-    """The parts may be run one by one: each takes its place among those of earlier runs."""
+    """Save one part among those of earlier runs, because the parts may be run one by one."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quality.json").write_text(json.dumps(kept() | {part: result}, indent=1) + "\n")
 
@@ -339,17 +336,17 @@ def main() -> None:
 
 
 def rows_of_table(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
-    """(name, macro F1 in, out, accuracy in, out); bold what the owners' validation rows chose."""
+    """(name, macro F1 in, out, accuracy in, out). Bold: what the owners' validation examples chose."""
     merged = [results[part] for part in ("methods", "bias", "refit_on_regmean", "refit") if part in results]
     chosen = {name for part in merged for name in part["chosen"]}
     found = results.get("references", {}) | results.get("multi_task", {}) | results.get("textbook", {})
     for part in merged:
-        found |= part["figures"]
+        found |= part["metrics"]
     rows = []
-    for name, figures in found.items():
+    for name, metrics in found.items():
         values = [
-            mean_over(figures, domains, figure)
-            for figure in ("macro_f1", "accuracy")
+            mean_over(metrics, domains, metric)
+            for metric in ("macro_f1", "accuracy")
             for domains in (IN_DOMAIN, OUT_OF_DOMAIN)
         ]
         rows.append((f"**{name}**" if name in chosen else name, values))
@@ -357,8 +354,8 @@ def rows_of_table(results: dict[str, Any]) -> list[tuple[str, list[float | None]
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    lines = ["# Five emotion models merged: the owners' domains, and five others", ""]
-    lines += ["Mean over five domains each. **Bold**: what the owners' validation rows chose. Made by", ""]
+    lines = ["# Five emotion models merged, on the owners' domains and on five others", ""]
+    lines += ["Means over five domains each. **Bold**: what the owners' validation examples chose. Made by", ""]
     lines += ["    python -m benchmarks.quality --data DATA --models MODELS", ""]
     lines += ["| model | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|"]
     for name, values in rows_of_table(results):
@@ -368,14 +365,18 @@ def as_markdown(results: dict[str, Any]) -> str:
         for name, pairs in results["seeds"].items():
             lines.append(f"- {name}: " + ", ".join(f"{inside:.3f} / {outside:.3f}" for inside, outside in pairs))
     if "owners" in results:
-        lines += ["", "Of the first N owners, on their own domains (macro F1):", ""]
+        lines += ["", "The first N owners, on their own domains (macro F1):", ""]
         models = list(next(iter(results["owners"].values())))
         lines += ["| N | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-        for count, figures in results["owners"].items():
-            lines.append(f"| {count} | " + " | ".join(f"{figures[model]:.3f}" for model in models) + " |")
+        for count, metrics in results["owners"].items():
+            lines.append(f"| {count} | " + " | ".join(f"{metrics[model]:.3f}" for model in models) + " |")
     if "blocks" in results:
-        lines += ["", "RegMean at alpha 0.9, Grams in blocks of at most so many inputs (`regmean.largest_gram`):", ""]
-        lines += ["| inputs | macro F1 in | out | numbers an owner sends |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "RegMean at alpha 0.9, with Grams in blocks of at most this many inputs (`regmean.largest_gram`):",
+            "",
+        ]
+        lines += ["| inputs | macro F1 in | out | numbers that an owner sends |", "|---|---|---|---|"]
         for largest, found in results["blocks"].items():
             inside, outside = found["macro_f1"]
             lines.append(f"| {largest} | {inside:.3f} | {outside:.3f} | {found['numbers']:,} |")
@@ -383,16 +384,16 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Macro F1 in domain against out of domain, one point a model."""
-    mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same figures give the same file
+    """Macro F1 in domain against out of domain, one point per model."""
+    mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same numbers give the same file
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     shown = [
         (inside, outside, name)
         for name, (inside, outside, *_) in rows_of_table(results)
         if inside is not None and outside is not None and (name.startswith("**") or "@" not in name)
-        if "bias" not in name and "textbook" not in name  # on the very spot of RegMean
+        if "bias" not in name and "textbook" not in name  # the same point as RegMean
     ]
-    for number, (inside, outside, name) in enumerate(sorted(shown)):  # neighbours have their names left and right
+    for number, (inside, outside, name) in enumerate(sorted(shown)):  # neighbours have their names on opposite sides
         axes.scatter(inside, outside, s=28, color="#0b6fb8" if name.startswith("**") else "#888888")
         offset, side = ((6, -3), "left") if number % 2 else ((-6, -3), "right")
         axes.annotate(

@@ -1,11 +1,11 @@
-"""What 32 bits a number cost and save: five real models merged at 64 and at 32 bits, everything else being the same.
+"""What 32 bits per number cost and save: five real models merged in 64 and in 32 bits, all else being equal.
 
 python -m benchmarks.ring --data DATA --models MODELS [--json]
 
-DATA and MODELS as in benchmarks/emotion.py. Both runs are masked, with every alpha that is tried. Of each merged
-candidate: the Frobenius norm of the difference of the two deltas over that of the delta at 64 bits, of all tensors
-together and of the worst one. Macro F1 on the owners' test rows is of the report. Bytes are of one owner's part of all
-sums that the merge is made of. Writes benchmarks/results/ring.{json,md}.
+DATA and MODELS are as in benchmarks/emotion.py. Both runs are masked and try every alpha. Each candidate's relative
+difference is the Frobenius norm of the difference between the two deltas over that of the delta in 64 bits, for all
+tensors together and for the worst one. Macro F1 on the owners' test examples comes from the report. Bytes are what
+one owner sends in the rounds that the merge is made from. Writes benchmarks/results/ring.{json,md}.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from deploy.simulation.simulate import simulate
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("regmean", "average", "data_free")
 ALPHAS = (0.5, 0.9, 1.0)
-SUMS = ("sum of scales", "sum of contributions")
+MERGED_FROM = ("sum of scales", "sum of contributions")
 
 Candidates = dict[str, tuple[TensorLayout, NDArray[np.float32]]]
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def merge(data: Path, models: Path, ring_bits: int) -> tuple[dict[str, Any], Candidates]:
-    """One masked run: what it reports, and every candidate."""
+    """What one masked run reports, and every candidate."""
     with tempfile.TemporaryDirectory() as folder, candidates_kept() as kept:
         consortium = Path(folder) / "consortium"
         write_consortium(consortium, data, models, methods=METHODS, alphas=ALPHAS, ring_bits=ring_bits)
@@ -60,7 +60,9 @@ def merge(data: Path, models: Path, ring_bits: int) -> tuple[dict[str, Any], Can
         "chosen": {method: choice.candidate for method, choice in report.chosen.items()},
         "macro_f1": {method: report.evaluation.mean[method].metric for method in METHODS},
         "bytes_an_owner": sum(
-            max(cost.bytes_received for cost in step.by_owner.values()) for step in report.steps if step.title in SUMS
+            max(cost.bytes_received for cost in step.by_owner.values())
+            for step in report.steps
+            if step.title in MERGED_FROM
         ),
         "statuses": sorted({layer.status for layer in report.layers}),
     }
@@ -68,7 +70,7 @@ def merge(data: Path, models: Path, ring_bits: int) -> tuple[dict[str, Any], Can
 
 
 def differences(at_64: Candidates, at_32: Candidates) -> dict[str, dict[str, float]]:
-    """Of every candidate that both runs sent: relative differences of the merged deltas."""
+    """Relative differences between the merged deltas, for every candidate that both runs sent."""
     found = {}
     for name in sorted(set(at_64) & set(at_32)):
         layout, expected = at_64[name]
@@ -89,7 +91,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     runs = results["runs"]
     ratio = runs["32"]["bytes_an_owner"] / runs["64"]["bytes_an_owner"]
     lines = [
-        "# Sums in 64 and in 32 bits a number",
+        "# Sums in 64 and in 32 bits per number",
         "",
         f"{results['owners']} owners' MiniLM models, merged twice. Made by",
         "",
@@ -99,10 +101,14 @@ def as_markdown(results: dict[str, Any]) -> str:
         "|---" * (2 + len(METHODS)) + "|",
     ]
     for bits, run in runs.items():
-        figures = " | ".join(f"{run['macro_f1'][method]:.4f} ({run['chosen'][method]})" for method in METHODS)
-        lines.append(f"| {bits} | {run['bytes_an_owner'] / 1e6:.2f} | {figures} |")
-    lines += ["", f"At 32 bits an owner sends {ratio:.3f} of what it sends at 64, the sum for the scales included.", ""]
-    lines += ["| candidate | relative difference of the merged changes | of the worst tensor |", "|---|---:|---:|"]
+        scores = " | ".join(f"{run['macro_f1'][method]:.4f} ({run['chosen'][method]})" for method in METHODS)
+        lines.append(f"| {bits} | {run['bytes_an_owner'] / 1e6:.2f} | {scores} |")
+    lines += [
+        "",
+        f"In 32 bits an owner sends {ratio:.3f} of what it sends in 64, including the round for the scales.",
+        "",
+    ]
+    lines += ["| candidate | relative difference between the merged deltas | for the worst tensor |", "|---|---:|---:|"]
     lines += [
         f"| {name} | {each['whole']:.1e} | {each['worst_tensor']:.1e} |"
         for name, each in results["differences"].items()

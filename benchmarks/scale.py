@@ -1,14 +1,14 @@
-"""What a whole masked merge costs with more and more owners, in the in-process engine.
+"""What a whole masked merge costs with more owners, in the in-process engine.
 
 python -m benchmarks.scale [--json] [--owners 3 10 30 100]
 
-Every owner brings the same fine-tuned tiny BERT and the same 120 rows, so that only their number differs; messages are
-really serialised, and go through the real apps, one owner after the other. Each number of owners has a process; its
-peak is the kernel's VmHWM. The exponent b of cost ~ N^b is a least-squares line through the logarithms, over the
-larger half of the numbers, where what every run has in common no longer counts. A tenth of the owners may collude;
-above 150 owners each then shares masks with some of the others only (Bell et al., CCS 2020). Where an agreement says
-nothing, as many may collude as can, and each shares masks with all: then time and memory grow faster.
-Writes benchmarks/results/scale.{json,md,svg}.
+Every owner brings the same fine-tuned tiny BERT and the same 120 rows, so only the number of owners differs. Messages
+are really serialised and go through the real apps, one owner after the other. Each number of owners has its own
+process, whose peak is the kernel's VmHWM. The exponent b of cost ~ N^b is the slope of a least-squares line through the
+logarithms. It is fitted to the larger half of the numbers, where fixed costs no longer count. A tenth of the owners may
+collude, so above 150 owners each shares masks with only some of the others (Bell et al., CCS 2020). An agreement that
+does not name the number of colluders allows as many as possible. Then each owner shares masks with all, and time and
+memory grow faster. Writes benchmarks/results/scale.{json,md,svg}.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(folder: Path, count: int) -> dict[str, float]:
-    """One merge of `count` owners, in a process of its own."""
+    """The costs of one merge of `count` owners."""
     from deploy.simulation.simulate import simulate
 
     quiet_on_one_thread()
@@ -120,10 +120,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# What a merge costs with more owners",
         "",
-        "All parties in one process, one after the other; a tiny BERT, RegMean, masked, a tenth may collude. "
+        "All parties run in one process, one after the other. A tiny BERT, RegMean, masked; a tenth may collude. "
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
-        "| owners | seconds | seconds an owner | MB received by the coordinator | peak of the process, MB |",
+        "| owners | seconds | seconds per owner | MB received by the coordinator | peak of the process, MB |",
         "|---:|---:|---:|---:|---:|",
     ]
     for run in results["runs"]:
@@ -134,18 +134,18 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     fitted = results["exponents"]
     if fitted:
         lines.append("| exponent | {:.2f} | | {:.2f} | {:.2f} |".format(*(fitted[cost] for cost in COSTS)))
-    return "\n".join([*lines, "", "![cost against owners](scale.svg)"]) + "\n"
+    return "\n".join([*lines, "", "![cost by number of owners](scale.svg)"]) + "\n"
 
 
 def draw(runs: list[dict[str, float]], path: Path) -> None:
-    """Each cost, of that of the fewest owners, against their number."""
-    mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same figures give the same file
+    """Each cost, relative to that of the fewest owners, by number of owners."""
+    mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same numbers give the same file
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     counts = [run["owners"] for run in runs]
     for cost, label in zip(COSTS, ("time", "bytes to the coordinator", "memory of the process"), strict=True):
         axes.loglog(counts, [run[cost] / runs[0][cost] for run in runs], marker="o", label=label)
     axes.loglog(counts, [count / counts[0] for count in counts], color="#888888", linestyle=":", label="proportional")
-    axes.set(xlabel="owners", ylabel=f"times the cost with {counts[0]}")
+    axes.set(xlabel="owners", ylabel=f"cost relative to {counts[0]} owners")
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

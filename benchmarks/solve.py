@@ -1,15 +1,16 @@
-"""The coordinator's solve, next to an inverse per weight. Writes benchmarks/results/solve.{json,md}.
+"""The coordinator's solve, compared with an inverse per weight. Writes benchmarks/results/solve.{json,md}.
 
 python -m benchmarks.solve [--json]
 
-    seconds          of one transformer block of BERT-base, by way: processor seconds of one thread, the median turn
+    seconds          for one transformer block of BERT-base, by way: processor seconds of one thread, the median turn
     relative_error   how far the merged deltas are from the planted ones, by way and by condition of the Grams
 
-One Cholesky factorisation for each distinct Gram, all layers that share it solved together, in float64: as the
-coordinator does it, from the packed sums to the merged deltas; for the model that is published with the spectra that it
-reports, in a sweep without. The common way inverts a Gram for every weight, in float32 (the authors' code) or float64.
+The coordinator computes one Cholesky factorisation for each distinct Gram and solves all layers that share it together,
+in float64. It is timed from the packed sums to the merged deltas: with the spectra that it reports for the published
+model, and without them as in a sweep. The common way inverts a Gram for every weight, in float32 (the authors' code) or
+float64.
 
-The planted problem: all owners changed a layer alike, so that the merge must give that very change, whatever the Grams.
+In the planted problem all owners changed a layer alike, so the merge must give exactly that change for any Grams.
 """
 
 import argparse
@@ -55,10 +56,10 @@ def main() -> None:
 
 def measure() -> dict[str, Any]:
     ways: dict[str, Callable[[System, Total], dict[str, Tensor]]] = {
-        "one Cholesky a Gram": lambda system, total: system.solve(total, 1.0, None, with_spectrum=False)[0],
+        "one Cholesky per Gram": lambda system, total: system.solve(total, 1.0, None, with_spectrum=False)[0],
         "the same, with spectra": lambda system, total: system.solve(total, 1.0, None, with_spectrum=True)[0],
-        "inverse a weight, float64": lambda system, total: inverted(system, total, torch.float64),
-        "inverse a weight, float32": lambda system, total: inverted(system, total, torch.float32),
+        "inverse per weight, float64": lambda system, total: inverted(system, total, torch.float64),
+        "inverse per weight, float32": lambda system, total: inverted(system, total, torch.float32),
     }
     problems = [planted(name, d_in, d_outs, condition=1e4) for name, (d_in, d_outs) in BLOCK.items()]
     turns: dict[str, list[float]] = {way: [] for way in ways}
@@ -81,7 +82,7 @@ def measure() -> dict[str, Any]:
 
 
 def planted(name: str, d_in: int, d_outs: tuple[int, ...], condition: float) -> tuple[System, Total, dict[str, Tensor]]:
-    """A summed system whose solution is known: (system, sums, float64 deltas by weight)."""
+    """A summed system with a known merged delta: (system, sums, float64 deltas by weight)."""
     random = torch.Generator().manual_seed(0)
     layers = tuple(
         Layer(weight=f"{name}.{number}.weight", d_in=d_in, d_out=d_out, stored_input_first=False)
@@ -105,7 +106,7 @@ def inverted(system: System, total: Total, precision: torch.dtype) -> dict[str, 
 
 
 def relative_error(merged: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> float:
-    """The largest of the layers', in Frobenius norms."""
+    """The largest of all layers' relative errors, in Frobenius norms."""
     return max(float((merged[name].double() - wanted).norm() / wanted.norm()) for name, wanted in delta.items())
 
 
@@ -118,7 +119,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     machine, seconds = results["machine"], results["seconds"]
-    floor = seconds["one Cholesky a Gram"]
+    floor = seconds["one Cholesky per Gram"]
     yield "# What the coordinator's solve costs"
     yield ""
     yield (
@@ -127,7 +128,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
         "four Grams, six weights."
     )
     yield ""
-    yield "| | seconds a block | times the first |"
+    yield "| | seconds per block | times the first |"
     yield "|---|---:|---:|"
     for way, taken in seconds.items():
         yield f"| {way} | {taken:.2f} | {taken / floor:.1f} |"

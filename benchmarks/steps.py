@@ -1,13 +1,13 @@
-"""How many messages a merge sends each owner, and how long nobody works meanwhile.
+"""How many messages a merge sends each owner, and how long nobody works.
 
 python -m benchmarks.steps [--json] [--other FOLDER] [--repeats 3]
 
-Three owners and a tiny BERT over TLS on the loopback, every party in processes of its own, as `amalgram server`,
-`amalgram client` and `amalgram merge` start them. RegMean with one alpha; with its default sweep of five; and with
-another method compared. Idle is the time, from the coordinator's first message to its app's end, in which no owner's
-app is there and the coordinator's app uses less than half a processor: polling, waiting, and starting what is not an
-app. Sampled every 0.1 s. `--other` measures another checkout of Amalgram in turn with this one, to compare the two.
-Writes benchmarks/results/steps.{json,md}.
+Three owners merge a tiny BERT over TLS on the loopback. Every party has its own processes, as `amalgram server`,
+`amalgram client` and `amalgram merge` start them. The merges are RegMean with one alpha, with its default sweep of
+five, and in comparison with another method. Idle time is counted from the coordinator's first message to its app's end.
+It is the time in which no owner's app runs and the coordinator's app uses less than half a processor: polling, waiting,
+and starting what is not an app. Samples are taken every 0.1 s. `--other` measures another checkout of Amalgram in turn
+with this one. Writes benchmarks/results/steps.{json,md}.
 """
 
 import argparse
@@ -47,7 +47,7 @@ reply_timeout_seconds = 600
 [regmean]
 alphas = {alphas}
 """ + "".join(f'[[owners]]\nname = "{name}"\n' for name in OWNERS)
-FIGURES = {  # of a run -> its name
+MEASURED = {  # key in a run's results -> name
     "messages": "messages",
     "seconds": "wall",
     "idle_seconds": "idle",
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def in_checkout(root: Path, merge: str) -> dict[str, Any]:
-    """One merge with the code in `root`, measured by this file."""
+    """Measure one merge with the code in `root`, by this file."""
     command = [sys.executable, __file__, "--measure", merge]
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -130,18 +130,18 @@ def measure(short: str) -> dict[str, Any]:
 
 
 def _together(kinds: list[str]) -> str:
-    """What one message carries: `5 CandidatePart + OpenSum`."""
+    """The contents of one packet: `5 CandidatePart + OpenSum`."""
     return " + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in Counter(kinds).items())
 
 
 class Apps:
-    """Watches the apps that Flower starts for the parties in `folder`, while the block is entered."""
+    """Watches the apps that Flower starts for the parties in `folder`, inside the `with` block."""
 
     def __init__(self, folder: Path) -> None:
-        self.messages: Counter[str] = Counter()  # node's home -> how many owner's apps were started for it
-        self.last_seen = 0.0  # of the coordinator's app, seconds since the epoch
+        self.messages: Counter[str] = Counter()  # node's home -> how many owner apps it started
+        self.last_seen = 0.0  # when the coordinator's app last ran, seconds since the epoch
         self._folder = str(folder)
-        self._programs: dict[int, str | None] = {}  # process -> program; None for one that is no app of these parties
+        self._programs: dict[int, str | None] = {}  # process -> program; None if it is not an app of these parties
         self._processor: dict[int, float] = {}  # process -> seconds
         self._idle: list[tuple[float, float]] = []  # spans without work
         self._over = threading.Event()
@@ -157,7 +157,7 @@ class Apps:
 
     @property
     def processor_seconds(self) -> float:
-        """Of all owners' apps together, as far as sampled."""
+        """Processor seconds of all owners' apps together, as far as sampled."""
         return sum(seconds for process, seconds in self._processor.items() if self._programs[process] == "owner")
 
     def idle_seconds(self, begun: float, ended: float) -> float:
@@ -190,14 +190,14 @@ class Apps:
                 return None
             home = environment.partition(f"FLWR_HOME={self._folder}")[2].partition("\0")[0]
             if home and ("superexec" in command or self._programs.get(parent) is not None):
-                return None  # it, or a child of it that is about to become an app; or a child of an app
+                return None  # the SuperExec, a child of it that is about to become an app, or a child of an app
             program = next((name for part, name in APPS.items() if home and part in command), None)
             self._programs[process] = program
             self.messages[home] += program == "owner"
         return self._programs[process]
 
     def _use(self, process: int) -> float | None:
-        """Seconds of processor since it was asked for last; None if the process has ended."""
+        """Processor seconds since the last call; None if the process has ended."""
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -222,7 +222,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     merges = list(next(iter(runs.values())))
     for merge in merges:
         for version, measured in runs.items():
-            each = {key: median(run[key] for run in measured[merge]) for key in FIGURES}
+            each = {key: median(run[key] for run in measured[merge]) for key in MEASURED}
             rows.append(
                 f"| {merge} | {version} | {each['messages']} | {each['seconds']:.0f} | {each['idle_seconds']:.0f} | "
                 f"{each['idle_seconds'] / each['seconds']:.0%} | {each['owner_processor_seconds']:.0f} |"
@@ -239,11 +239,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"Three owners, a tiny BERT, all parties on one machine over TLS: {machine['cores']} cores "
         f"({machine['processor']}), Python {machine['python']}; load average at the end {results['load_at_end']:.1f}. "
-        f"Medians of {results['repeats']}; messages are those to one owner.",
+        f"Medians of {results['repeats']} runs. Messages are those to one owner.",
         "",
         *rows,
         "",
-        "Messages to one owner, by what they carry:",
+        "Messages to one owner, by their contents:",
         "",
         *kinds,
     ]
@@ -251,14 +251,14 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 
 def _ratios(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The second version's figures over the first one's, run by run."""
+    """The second version's numbers over the first one's, run by run."""
     lines = [
-        "| this version / the other one | " + " | ".join(FIGURES.values()) + " |",
-        "|---|" + "---:|" * len(FIGURES),
+        "| this version / the other one | " + " | ".join(MEASURED.values()) + " |",
+        "|---|" + "---:|" * len(MEASURED),
     ]
     for merge in one:
         pairs = list(zip(one[merge], other[merge], strict=True))
-        ratios = (median(after[key] / before[key] for before, after in pairs) for key in FIGURES)
+        ratios = (median(after[key] / before[key] for before, after in pairs) for key in MEASURED)
         lines.append(f"| {merge} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
     return lines
 
