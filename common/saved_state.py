@@ -8,7 +8,6 @@ version, wrong types.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,6 +23,7 @@ class SavedState:
 
 
 S = TypeVar("S", bound=SavedState)
+_ADAPTERS: dict[type[SavedState], TypeAdapter[Any]] = {}  # each made once: that takes a while
 
 
 def to_json(kind: type[SavedState], state: SavedState) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def from_json(kind: type[S], values: Mapping[str, Any]) -> S:
     return state
 
 
-@cache
 def _adapter(kind: type[SavedState]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
