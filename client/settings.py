@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from common.errors import RuleError
-from common.settings_file import Name, Positive, Settings
+from common.settings_file import Name, Positive, Settings, matching
 
 Column = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -58,7 +58,7 @@ class OwnerNetwork(Settings):
     `node_key`: the secret that `amalgram keys new` made. Left out, it is <name>.node.
     """
 
-    address: Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]
+    address: Annotated[str, matching(r"[^\s/]+:[0-9]{1,5}", "HOST:PORT")]
     root_certificate: Path = Path("ca.pem")
     node_key: Path | None = None
 

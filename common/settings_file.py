@@ -5,17 +5,54 @@ is never read as a number. Every message names the file, the key, the value and 
 """
 
 import json
+import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RuleError, SettingsError
-from common.names import NAME_PATTERN
+from common.names import NAME_PATTERN, NAME_RULE
 
 MAX_FILE_BYTES = 16_000_000
-Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+# What pydantic's types of problems mean to whoever wrote the file. The names in braces are pydantic's.
+IN_WORDS = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be finite",
+    "literal_error": "must be {expected}",
+    "string_type": "must be text in quotes",
+    "string_too_short": "is too short, the minimum length is {min_length}",
+    "string_too_long": "is too long, the maximum length is {max_length}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "too_short": "has too few entries, the minimum is {min_length}",
+    "too_long": "has too many entries, the maximum is {max_length}",
+    "model_type": "must be a table",
+}
+
+
+def matching(pattern: str, form: str) -> AfterValidator:
+    """Restrict a string to a regular expression, which messages describe as `form`."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if compiled.fullmatch(text) is None:
+            raise RuleError(f"must be {form}")
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, matching(NAME_PATTERN, NAME_RULE)]
+HEX_64 = matching("[0-9a-f]{64}", "64 hexadecimal digits")
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -70,13 +107,20 @@ def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple
         return f"{where}: unknown key {key}{more}", f"allowed here: {allowed}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing{more}", ""
-    reason = first["msg"].removeprefix("Value error, ")
     rule = first.get("ctx", {}).get("error")
     hint = rule.hint if isinstance(rule, RuleError) else ""
+    reason = _reason(first)
     if not key:  # a rule about several keys together
         return f"{where}: {reason}{more}", hint
     value = repr(first["input"])
     return f"{where}: {key} = {value if len(value) <= 80 else value[:77] + '...'}: {reason}{more}", hint
+
+
+def _reason(problem: Mapping[str, Any]) -> str:
+    words = IN_WORDS.get(problem["type"])
+    if words is None:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return words.format(**problem.get("ctx", {}))
 
 
 def _dotted(location: tuple[str | int, ...]) -> str:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from common.settings_file import Settings, matching
 
-from common.settings_file import Settings
-
-Listen = Annotated[str, Field(pattern=r"^(0\.0\.0\.0|127\.0\.0\.1|\[::\]):[0-9]{1,5}$")]
+LISTEN_FORM = "0.0.0.0:PORT, [::]:PORT or 127.0.0.1:PORT"
+Listen = Annotated[str, matching(r"(0\.0\.0\.0|127\.0\.0\.1|\[::\]):[0-9]{1,5}", LISTEN_FORM)]
 
 
 class ServerNetwork(Settings):

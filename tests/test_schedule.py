@@ -127,8 +127,8 @@ def test_people_read_what_a_round_is_called(agreement: Agreement, plan: MergePla
     schedule = schedule_of(agreement.model_copy(update=changes), plan)
     assert [(each.name, each.phase) for each in schedule.rounds] == [
         ("sum of contributions", "sum of contributions"),
-        *((f"sum of RegMean++ step {number}", "sums of RegMean++") for number in (1, 2, 3, 4)),
-        ("sum of refit step 1", "sums of refit"),
+        *((f"sum of RegMean++ step {number}", "rounds of RegMean++") for number in (1, 2, 3, 4)),
+        ("sum of refit step 1", "rounds of refit"),
         ("sum of test metrics", "sum of test metrics"),
     ]
 

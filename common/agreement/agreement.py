@@ -10,16 +10,17 @@ import json
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from common.agreement.rules import RULES
 from common.agreement.tables import CoordinatorEntry, DraftTables
 from common.errors import RuleError, SettingsError
 from common.merge_methods.terms import MergeBounds, MergeSettings
 from common.models.plan import MergePlan, PlannedTensors
+from common.settings_file import HEX_64
 
 CANONICAL_LABEL = b"amalgram agreement v4\n"
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, HEX_64]
 
 
 class AgreementDraft(DraftTables):

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, create_model
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
 from common.merge_methods.terms import Weighting
-from common.settings_file import Name, Positive, Settings
+from common.settings_file import HEX_64, Name, Positive, Settings, matching
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
 from common.thresholds import quorum
@@ -27,8 +27,10 @@ METRICS: dict[TaskKind, Metric] = {
     "sequence-to-sequence": "log_likelihood",
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==$")]
+PublicKey = Annotated[str, HEX_64]
+NodeKey = Annotated[
+    str, matching("ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==", "an OpenSSH key of type ecdsa-sha2-nistp384")
+]
 Count = Annotated[int, Field(ge=1)]
 
 

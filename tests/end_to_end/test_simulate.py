@@ -203,7 +203,7 @@ def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_pat
             "hotel.toml",
             "epochs = 6",
             "epochs = 0",
-            "training.epochs = 0: Input should be greater than or equal to 1",
+            "training.epochs = 0: must be at least 1",
             2,
         ),
         (

@@ -1,0 +1,91 @@
+"""Settings files: whatever is wrong is said in plain words, with the key, the value and what is allowed."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from common.errors import SettingsError
+from common.settings_file import Name, Positive, Settings, matching, parse_settings, read_toml
+
+
+class Table(Settings):
+    depth: int = 1
+
+
+class Everything(Settings):
+    """A key for each kind of rule that a settings class of ours has."""
+
+    name: Name = "ada"
+    positive: Positive = 1.0
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    count: Annotated[int, Field(ge=1)] | None = None
+    kind: Literal["masked", "plain"] = "masked"
+    text: Annotated[str, Field(min_length=1, max_length=5)] = "x"
+    path: Path = Path("x")
+    switch: bool = False
+    values: Annotated[tuple[float, ...], Field(min_length=1, max_length=2)] = (1.0,)
+    address: Annotated[str, matching("[a-z]+:[0-9]+", "HOST:PORT")] = "a:1"
+    table: Table = Table()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("name", "Ada", "name = 'Ada': must be 1 to 32 lower-case letters, digits, - and _"),
+        ("name", "a\n", "must be 1 to 32"),
+        ("address", "a", "address = 'a': must be HOST:PORT"),
+        ("positive", 0, "positive = 0: must be greater than 0"),
+        ("positive", float("nan"), "must be finite"),
+        ("positive", float("inf"), "must be finite"),
+        ("positive", "1", "positive = '1': must be a number"),
+        ("share", -1, "share = -1: must be at least 0"),
+        ("share", 1.5, "share = 1.5: must be at most 1"),
+        ("seed", 2**32, "seed = 4294967296: must be less than 4294967296"),
+        ("count", 0, "count = 0: must be at least 1"),
+        ("count", 1.5, "count = 1.5: must be a whole number"),
+        ("count", "1", "count = '1': must be a whole number"),
+        ("kind", "open", "kind = 'open': must be 'masked' or 'plain'"),
+        ("text", 3, "text = 3: must be text in quotes"),
+        ("text", "", "text = '': is too short, the minimum length is 1"),
+        ("text", "abcdef", "text = 'abcdef': is too long, the maximum length is 5"),
+        ("path", 3, "path = 3: must be text in quotes"),
+        ("switch", 1, "switch = 1: must be true or false"),
+        ("values", 1.0, "values = 1.0: must be a list"),
+        ("values", [], "values = []: has too few entries, the minimum is 1"),
+        ("values", [1.0, 2.0, 3.0], "values = [1.0, 2.0, 3.0]: has too many entries, the maximum is 2"),
+        ("values", [1.0, "x"], "values[1] = 'x': must be a number"),
+        ("table", 3, "table = 3: must be a table"),
+        ("table", {"dept": 3}, "unknown key table.dept\nhint: allowed here: depth"),
+        ("tabel", {}, "unknown key tabel\nhint: allowed here: address, count"),
+    ],
+)
+def test_a_problem_is_said_in_plain_words(key: str, value: object, says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings({key: value}, Everything, "x.toml")
+    assert str(caught.value).startswith("x.toml: ")
+    assert says in str(caught.value)
+    assert "Input" not in str(caught.value)
+
+
+def test_a_missing_key_and_the_number_of_further_problems_are_said() -> None:
+    class Needs(Settings):
+        one: int
+        two: int
+
+    with pytest.raises(SettingsError, match=r"^x: one is missing \(and 1 more\)$"):
+        parse_settings({}, Needs, "x")
+
+
+def test_a_file_that_is_missing_too_large_or_malformed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_toml(path)
+    path.write_text("= 1")
+    with pytest.raises(SettingsError, match="not valid TOML"):
+        read_toml(path)
+    path.write_bytes(b"#" * 16_000_001)
+    with pytest.raises(SettingsError, match="16000001 bytes; a settings file has at most 16000000"):
+        read_toml(path)
