@@ -239,7 +239,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"Three owners, a tiny BERT, all parties on one machine over TLS: {machine['cores']} cores "
         f"({machine['processor']}), Python {machine['python']}; load average at the end {results['load_at_end']:.1f}. "
-        f"Medians of {results['repeats']} runs. Messages are those to one owner.",
+        f"Medians; runs of each merge: {results['repeats']}. Messages are those to one owner.",
         "",
         *rows,
         "",
