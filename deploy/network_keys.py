@@ -71,7 +71,7 @@ def write_certificate(folder: Path, hosts: Sequence[str]) -> list[Path]:
     for path in server_files:
         if path.exists():
             raise SettingsError(
-                f"{path}: exists already, and a key is never overwritten", hint="choose another folder with --folder"
+                f"{path}: already exists, and a key is never overwritten", hint="choose another folder with --folder"
             )
     written = [path for path in (*ca_files, *server_files) if not path.exists()]
     if written == server_files:

@@ -42,7 +42,7 @@ def test_a_node_key_that_others_may_read_or_that_is_none_is_refused(tmp_path: Pa
         read_node_key(tmp_path / "ada.node")
     (tmp_path / "other").write_text("no key")
     (tmp_path / "other").chmod(0o600)
-    with pytest.raises(SettingsError, match="is no node key"):
+    with pytest.raises(SettingsError, match="is not a node key"):
         read_node_key(tmp_path / "other")
 
 
@@ -147,7 +147,7 @@ def test_a_server_certificate_that_this_machine_s_programs_would_not_believe_is_
 
 @pytest.mark.parametrize("host", ["münster.example.org", "", "merge.example.org:9443", "-x"])
 def test_a_host_that_no_certificate_can_name_is_refused(host: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="is no host name or address"):
+    with pytest.raises(SettingsError, match="is not a host name or address"):
         write_certificate(tmp_path, [host])
     assert list(tmp_path.iterdir()) == []
 

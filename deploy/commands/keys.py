@@ -20,7 +20,7 @@ def make_keys(name: str, folder: Path) -> None:
     key, public, node = (folder / f"{name}{ending}" for ending in (".key", ".pub", ".node"))
     if key.exists():
         raise SettingsError(
-            f"{key}: exists already, and a key is never overwritten", hint="choose another folder with --folder"
+            f"{key}: already exists, and a key is never overwritten", hint="choose another folder with --folder"
         )
     node_key = None if name == COORDINATOR else write_node_key(node)
     write_identity(key, Identity(name=name, seed=secrets.token_bytes(32)), node_key)
