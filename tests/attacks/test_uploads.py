@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.domain_separation import Domain
-from common.errors import NumericalError, RemoteProtocolError, SettingsError
-from common.messages import KeyShares, MaskedPart, PartRequest, SurvivorList
+from common.errors import LocalProtocolError, NumericalError, RemoteProtocolError, SettingsError
+from common.messages import KeyShares, MaskedPart, PartRequest, SurvivorList, decode, encode
 from common.summation import fixed_point
 from common.summation.masked.book import part_body
 from common.tensor_layout import RingBits, TensorLayout
@@ -71,10 +71,11 @@ def test_24_an_upload_of_another_shape_type_or_part() -> None:
     for each in wrong:
         with pytest.raises(RemoteProtocolError, match="as part"):
             evil.side.receive("o0", signed(evil, each))
-    with pytest.raises(RemoteProtocolError, match="payload is malformed"):
-        replace(part, payload=part.payload.astype(">u8"))
-    with pytest.raises(RemoteProtocolError, match="payload is malformed"):
-        replace(part, payload=part.payload.reshape(2, 3))
+    for payload in (part.payload.astype(">u8"), part.payload.reshape(2, 3)):
+        with pytest.raises(RemoteProtocolError, match="payload is malformed"):  # as it arrives
+            decode(replace(encode(part), payload=payload))
+        with pytest.raises(LocalProtocolError, match="payload is malformed"):  # as we would build it
+            replace(part, payload=payload)
     evil.side.receive("o0", part)
 
 

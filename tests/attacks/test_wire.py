@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from client.app import app
 from common.errors import RemoteProtocolError
-from common.messages import KINDS, Finish, Refusal, SurvivorList
+from common.messages import KINDS, Envelope, Field, Finish, Refusal, SurvivorList, decode
 from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
 from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import InProcessGrid
@@ -126,8 +126,9 @@ def test_53_an_array_whose_header_breaks_numpy_is_refused(header: bytes) -> None
 
 
 def test_32_an_oversized_list_is_refused_before_it_is_read() -> None:
+    fields: dict[str, Field] = {"session": "ab" * 32, "survivors": bytes(16_000_001)}
     with pytest.raises(RemoteProtocolError, match="survivors is malformed"):
-        SurvivorList(session="ab" * 32, survivors=bytes(16_000_001))
+        decode(Envelope(kind="SurvivorList", fields=fields, payload=None))
 
 
 # --- 34: silence ---
