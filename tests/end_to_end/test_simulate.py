@@ -43,6 +43,14 @@ def consortium(reviews_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
 
 
+def merge_little(consortium: Path, method: str = "average", compared: str = "") -> None:
+    """One method with one value of its hyperparameter, where a test is not about the methods."""
+    agreement = consortium / "agreement.toml"
+    change(agreement, 'method = "regmean"', f'method = "{method}"')
+    change(agreement, 'compare_with = ["average", "task_arithmetic", "fisher"]', f"compare_with = [{compared}]")
+    change(agreement, "alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
+
+
 def change(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -168,6 +176,7 @@ def test_flower_s_own_engine_gives_the_same_model_bit_for_bit(
 
 
 def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: Path) -> None:
+    merge_little(consortium, "regmean", compared='"average"')
     for name in ("hotel", "cinema", "phones"):
         settings = consortium / f"{name}.toml"
         change(settings, "[training]\nepochs = 6\nlearning_rate = 1e-3\nbatch_size = 32\n", 'fine_tuned = "base"\n')
@@ -178,6 +187,7 @@ def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: P
 
 
 def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Path) -> None:
+    merge_little(consortium, "regmean")
     for name in ("hotel", "cinema", "phones"):
         change(consortium / "agreement.toml", f'name = "{name}"', f'name = "{name}"\nmetrics = "summed"')
     report = simulate(consortium, tmp_path / "output")
@@ -186,6 +196,7 @@ def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Pat
 
 
 def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_path: Path) -> None:
+    merge_little(consortium)
     (consortium / "hotel").mkdir()
     (consortium / "hotel.toml").rename(consortium / "hotel" / "owner.toml")
     change(consortium / "hotel" / "owner.toml", '"data/', '"../data/')
@@ -255,6 +266,7 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
 
 
 def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -> None:
+    merge_little(consortium, "regmean")
     config = GPT2Config(
         vocab_size=80, n_embd=16, n_layer=1, n_head=2, n_positions=32, id2label={0: "negative", 1: "positive"},
         label2id={"negative": 0, "positive": 1}, bos_token_id=3, eos_token_id=3
@@ -271,6 +283,7 @@ def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -
 
 
 def test_an_owner_may_name_its_own_copy_of_the_base(consortium: Path, tmp_path: Path) -> None:
+    merge_little(consortium)
     shutil.copytree(consortium / "base", consortium / "copy")
     change(consortium / "hotel.toml", 'name = "hotel"', 'name = "hotel"\nbase = "copy"')
     assert simulate(consortium, tmp_path / "output", with_references=False).owners[0] == "hotel"
@@ -304,6 +317,7 @@ def test_a_refusal_in_the_middle_tells_the_owner_s_reason(
 
 
 def test_an_earlier_result_survives_a_run_that_cannot_start(consortium: Path, tmp_path: Path) -> None:
+    merge_little(consortium)
     simulate(consortium, tmp_path / "output", with_references=False)
     change(consortium / "hotel.toml", "train.jsonl", "tram.jsonl")
     with pytest.raises(AmalgramError):
