@@ -58,6 +58,7 @@ ALLOWED = (
     "there (is|are) no ",
     "(is|are) no (longer|more|less|fewer|better|worse|larger|smaller|different)",
     r"figure \d|\.figure|figures?\.(Figure|subplots)",  # of a paper, of matplotlib
+    r"replaces `figures",  # the changelog names the key of the version before
 )
 
 
