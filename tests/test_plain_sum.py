@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
-from common.messages import CandidateReceived, Finish, Message, PartRequest, SumOpened, VectorPart
+from common.messages import Finish, Message, PartReceived, PartRequest, SumOpened, VectorPart
 from common.summation import SUMMATIONS, fixed_point, plain, protocol
 from common.summation.protocol import SumTerms, Total
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -87,7 +87,7 @@ GOOD_PART = VectorPart(session=SESSION, owner="o0", part=0, payload=encoded(1.0)
     [
         ("o0", SumOpened(session=SESSION, owner="o0")),
         ("o0", Finish(run=SESSION)),
-        ("o0", CandidateReceived(run=SESSION, owner="o0", model="average", part=0)),
+        ("o0", PartReceived(run=SESSION, owner="o0", position=0, part=0)),
         ("o1", GOOD_PART),
         ("eve", replace(GOOD_PART, owner="eve")),
         ("o0", replace(GOOD_PART, session=OTHER)),

@@ -74,11 +74,11 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     digits = drafted.stdout.split("fingerprint")[1].strip()
     for says in (
         f"Fingerprint:  {digits}",
-        "a vector of 384,305 numbers, 3.1 MB",
-        "Nobody: it leaves masked.",
-        "At least 3 of 3 owners in every sum.",
-        "It is the code that is installed here.",
-        "Do not publish your own fine-tuned model later",
+        "One vector of 384,305 numbers, 3.1 MB",
+        "Nobody. Your vector leaves masked",
+        "At least 3 of 3 owners, in every round.",
+        "This is the code that is installed here.",
+        "Never publish your own fine-tuned model",
     ):
         assert says in agreed.stdout
     assert list(json.loads((home / "state" / "consent.json").read_text())) == [
@@ -89,14 +89,14 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     changed = plain.read_text().replace('kind = "masked"', 'kind = "plain"')
     plain.write_text(re.sub('bundle_digest = "[0-9a-f]{64}"', f'bundle_digest = "{"0" * 64}"', changed))
     shown = amalgram("agree", "hotel.toml", "--yes", cwd=home)
-    assert "THE COORDINATOR SEES THIS OWNER'S VECTOR, NUMBER BY NUMBER." in shown.stdout
-    assert "Nobody: it leaves masked." not in shown.stdout
-    assert "THAT IS NOT THE CODE THAT IS INSTALLED HERE." in shown.stdout
+    assert "THE COORDINATOR SEES YOUR VECTOR, NUMBER BY NUMBER." in shown.stdout
+    assert "Nobody. Your vector leaves masked" not in shown.stdout
+    assert "THIS IS NOT THE CODE THAT IS INSTALLED HERE." in shown.stdout
     # what goes wrong says so in one line
     for arguments, code, says in (
-        (["keys", "new", "hotel"], 2, "hotel.key: is there already, and a key is never overwritten"),
-        (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is no name"),
-        (["draft", "agreement.toml", *public], 2, "agreement.toml: is there already; name another file with --out"),
+        (["keys", "new", "hotel"], 2, "hotel.key: already exists, and a key is never overwritten"),
+        (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is not a name"),
+        (["draft", "agreement.toml", *public], 2, "agreement.toml: exists already\nhint: name another file with --out"),
         (
             ["draft", "agreement.toml", *public[1:], "--out", "x.toml"],
             2,
@@ -113,17 +113,29 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "says"),
     [
-        (["simulate", "nowhere"], 2, "error: {cwd}/nowhere: has no agreement.toml; `amalgram simulate --init"),
+        (["simulate", "nowhere"], 2, "error: {cwd}/nowhere: has no agreement.toml\nhint: `amalgram simulate --init"),
         (["simulate", "--init"], 2, "error: --init needs a FOLDER"),
         (["simulate", "--init", "."], 2, "error: .: already exists and is not empty\nhint: name a new folder"),
         (["report", "nowhere"], 2, "error: nowhere/report.json: no such file"),
-        (["simulate", "--out", ".."], 2, "is there already and is no output of amalgram"),
+        (["simulate", "--out", ".."], 2, "already exists and is not an output folder of amalgram"),
         (["simulate", "--engine", "warp"], 2, "Invalid value for '--engine'"),
         (["mrege"], 2, "No such command 'mrege'"),
         (["merge", "nothing.toml"], 2, "nothing.toml: cannot be read (No such file or directory)"),
-        (["server", "something.toml"], 2, 'something.toml: has no [network] table; it needs at least listen = "0.0.0'),
-        (["client", "owner.toml"], 2, 'owner.toml: has no [network] table; it needs at least address = "HOST:PORT"'),
-        (["keys", "certificate", "a b"], 2, "'a b': is no host name or address, without a port, in ASCII letters"),
+        (
+            ["server", "something.toml"],
+            2,
+            'has no [network] table\nhint: it needs at least listen = "0.0.0',
+        ),
+        (
+            ["client", "owner.toml"],
+            2,
+            'has no [network] table\nhint: it needs at least address = "HOST',
+        ),
+        (
+            ["keys", "certificate", "a b"],
+            2,
+            "'a b': is not a host name or address\nhint: use ASCII letters, and leave",
+        ),
     ],
 )
 def test_errors_are_one_line_with_an_honest_exit_code(
