@@ -54,7 +54,7 @@ def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(s
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
         table, _ = process.communicate()
     assert process.returncode == 0
-    for words in ("step 2 of 4: sum of contribution", "step 4 of 4: result", "hotel: fine-tuning ━"):
+    for words in ("step 2 of 4: sum of contributions", "step 4 of 4: result", "hotel: fine-tuning ━"):
         assert words in shown
     for state in ("at work", "answered"):
         assert re.search(rf"  cinema .*{state}", shown)
@@ -77,8 +77,8 @@ def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d (  )?\S", line) for line in lines)
     assert [line[9:] for line in lines if " owners" in line] == [
-        "sum of contribution, 3 owners",
-        "sum of test, 3 owners",
+        "sum of contributions, 3 owners",
+        "sum of test metrics, 3 owners",
         "result, 3 owners",
     ]
     cli(["report", str(small_consortium / "output"), "--json"], standalone_mode=False)
@@ -97,7 +97,7 @@ def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
 def rows_shown(*told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, pause_seconds: float = 0.0) -> str:
     """The last picture of the rows after these records."""
     screen = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(terminal, "messages", screen)
+    monkeypatch.setattr(terminal, "messages", lambda: screen)
     with terminal.progress_below_log():
         for about in told:
             terminal.log.warning("told", extra={"about": about})
@@ -130,7 +130,7 @@ def test_a_row_tells_what_has_arrived_and_who_is_lost(monkeypatch: pytest.Monkey
     assert "answered" in ada
     assert "at work" in bea
     assert "MB" not in bea  # nothing of its vector has come, so nothing is said of it
-    assert "lost" in cyd
+    assert "dropped out" in cyd
 
 
 def test_rate_and_remaining_time_are_shown_from_the_second_part_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_the_rows_are_gone_when_the_run_is_over(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "messages", Console(file=io.StringIO()))
+    monkeypatch.setattr(terminal, "messages", lambda: Console(file=io.StringIO()))
     before = list(terminal.log.handlers)
     with terminal.progress_below_log():
         assert terminal.log.handlers == before

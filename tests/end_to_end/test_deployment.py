@@ -157,7 +157,7 @@ def test_an_owner_that_has_not_consented_to_this_very_agreement_does_not_connect
     other.write_text(f'agreement = "other-agreement.toml"\n{network.owner("phones").read_text()}')
     with running("client", other) as client:
         assert client.exit_code(60) == 3
-        assert "phones has not consented to this agreement: amalgram agree" in client.said
+        assert "phones has not consented to this agreement\nhint: amalgram agree" in client.said
 
 
 EVIL_CLIENT = """
@@ -208,6 +208,7 @@ def test_a_bundle_that_reads_the_owner_s_rows_is_refused_and_would_have_got_them
         (evil / package).mkdir(parents=True)
         (evil / package / "__init__.py").touch()
     for name in ("pyproject.toml", "server/report/model_card.jinja.md"):  # the second is named in the first
+        (evil / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(APP_FOLDER / name, evil / name)
     (evil / "client" / "app.py").write_text(EVIL_CLIENT.format(started=str(started_file), rows=str(rows)))
     (evil / "server" / "app.py").write_text(EVIL_SERVER)
@@ -270,7 +271,7 @@ def test_a_merge_without_a_server_says_so(network: Network) -> None:
     other.write_text(f'{text}state = "server-alone"\n')
     with running("merge", other) as merge:
         assert merge.exit_code(60) == 1
-        assert "server-alone/nodes.json: is missing; start `amalgram server` first" in merge.said
+        assert "server-alone/nodes.json: is missing\nhint: start `amalgram server` first" in merge.said
     (network.folder / "server-alone").mkdir()
     (network.folder / "server-alone" / "nodes.json").write_text("{}")
     with running("merge", other) as merge:

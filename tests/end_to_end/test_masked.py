@@ -106,4 +106,4 @@ def test_in_32_bits_the_model_is_the_same_to_a_ten_thousandth_for_half_the_bytes
     base = load_file(runs["folder"] / "plain-consortium" / "base" / "model.safetensors")
     for name, weight in in_64.items():
         assert float((in_32[name] - weight).norm()) <= 1e-4 * float((weight - base[name]).norm()) + 1e-7
-    assert "scaling the numbers of a 32-bit round" in (runs["folder"] / "masked-32" / "out" / "report.html").read_text()
+    assert "Scaling the numbers of a 32-bit round" in (runs["folder"] / "masked-32" / "out" / "report.html").read_text()
