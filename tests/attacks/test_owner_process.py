@@ -204,7 +204,7 @@ def test_17_a_second_reveal_after_the_owner_s_process_restarts_is_the_first_one(
     first = process.send("hotel", request)
     fewer_signers = Signed.pack_all(list(Signed.unpack_all(request.signatures))[:1])
     assert process.send("hotel", request) == first
-    with pytest.raises(RemoteProtocolError, match="a quorum is"):
+    with pytest.raises(RemoteProtocolError, match="the quorum is"):
         process.send("hotel", replace(request, signatures=fewer_signers))
     with pytest.raises(RemoteProtocolError, match="before it opened a sum"):
         process.send("hotel", request)
