@@ -1,13 +1,13 @@
-"""What owners certify together: receipts of what was published, and sessions that will never be opened.
+"""What owners certify together: receipts for the published model, and sessions that will never be opened.
 
-Both are lists of signatures under the same words, relayed by the coordinator.
+Both are lists of signatures over the same bytes, which the coordinator relays.
 
-Receipts. Each owner compares the result with the models that it was sent, signs it, and then sees everybody's
-signatures under the very same result. Two groups that were given different results would each lack the other's.
+Receipts. Each owner compares the published model with those that it was sent, and signs it. It then sees everybody's
+signatures over the same model. Two groups that were given different models would each lack the other's signatures.
 
-Burned sessions. After a crash, an owner that burns a session signs that it never revealed, and never will reveal, a
-share in it. Up to c of b signatures may be lies; with b > N - t + c, fewer than t owners are left who could reveal, and
-t shares are needed. So what was offered to that session may be offered again.
+Burned sessions. After a crash, an owner that burns a session signs that it has not revealed, and never will reveal, a
+share in it. Up to c of b signatures may be false. With b > N - t + c, fewer than t owners remain who could reveal, and
+t shares are needed. So a vector that was offered to that session may be offered again.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
 from common.identity import Identity, verify
 from common.messages import Result
-from common.summation.records import Signed
+from common.summation.records import Signed, name_at
 from common.thresholds import MAX_COMPLETE, burn_quorum
 
 
@@ -43,7 +43,7 @@ def deliveries_digest(delivered: Sequence[Delivered]) -> str:
 
 
 def result_body(agreement: Agreement, model: str, model_digest: str, digest: str) -> bytes:
-    """What is signed about a result."""
+    """What the coordinator and owners sign."""
     canonical = json.dumps([agreement.digest(), model, model_digest, digest], separators=(",", ":")).encode()
     return hashlib.sha256(Domain.RESULT.value + canonical).digest()
 
@@ -60,28 +60,26 @@ def check_result(agreement: Agreement, result: Result) -> None:
 
 
 def check_receipts(agreement: Agreement, result: Result, signatures: bytes) -> list[str]:
-    """The owners that signed the same result. Raises RemoteProtocolError if they are fewer than the agreement needs."""
+    """The owners that signed the same result. Raises RemoteProtocolError if the agreement needs more of them."""
     run, body = bytes.fromhex(result.run), body_of(agreement, result)
     signers = check_signed(agreement.roster, Domain.SIGN_RECEIPT, run, body, signatures)
     if len(signers) < agreement.needed_owners:  # check: receipts-of-enough-owners
         raise RemoteProtocolError(
-            f"receipts: {len(signers)} owners signed the result that was given here, {agreement.needed_owners} must "
-            "have; others may have been given another one"
+            f"receipts: {len(signers)} owners signed the result that this owner was given, {agreement.needed_owners} "
+            "must: others may have been given a different one"
         )
     return signers
 
 
 def check_signed(
-    roster: Mapping[str, bytes], label: Domain, session: bytes, body: bytes, signatures: bytes
+    roster: Mapping[str, bytes], domain: Domain, session: bytes, body: bytes, signatures: bytes
 ) -> list[str]:
-    """The owners that signed `body`, each once. Raises RemoteProtocolError if one of the signatures does not hold."""
+    """The owners that signed `body`, each once. Raises RemoteProtocolError if a signature is not valid."""
     names = tuple(roster)
     signers = []
     for signed in Signed.unpack_all(signatures):
-        if signed.owner >= len(names):
-            raise RemoteProtocolError(f"there is no owner {signed.owner} on a roster of {len(names)}")
-        name = names[signed.owner]
-        verify(roster[name], label, session, name, body, signed.signature)  # check: lists-are-signed-by-name
+        name = name_at(names, signed.owner)
+        verify(roster[name], domain, session, name, body, signed.signature)  # check: lists-are-signed-by-name
         signers.append(name)
     return signers
 
@@ -91,7 +89,7 @@ def sign_burned(identity: Identity, agreement_digest: str, session: str) -> byte
 
 
 def check_burned_by(agreement: Agreement, session: str, signed: Sequence[Signed]) -> list[str]:
-    """The owners that burned `session`. Raises RemoteProtocolError if one of the signatures does not hold."""
+    """The owners that burned `session`. Raises RemoteProtocolError if a signature is not valid."""
     body = bytes.fromhex(agreement.digest())
     packed = Signed.pack_all(signed)
     return check_signed(agreement.roster, Domain.SIGN_BURNED, bytes.fromhex(session), body, packed)
@@ -102,9 +100,10 @@ def check_burned(agreement: Agreement, session: str, signatures: bytes) -> None:
     count = len(agreement.owners)
     if count > MAX_COMPLETE:
         raise ConsentError(
-            f"above {MAX_COMPLETE} owners a session cannot be certified as over; a new run needs a new agreement"
+            f"with more than {MAX_COMPLETE} owners, a session cannot be certified as burned",
+            hint="a new run needs a new agreement",
         )
     signers = check_burned_by(agreement, session, Signed.unpack_all(signatures))
     needed = burn_quorum(count, agreement.colluders)
     if len(signers) < needed:  # check: burned-by-enough-owners
-        raise RemoteProtocolError(f"certificate: {len(signers)} owners burned the session, {needed} must have")
+        raise RemoteProtocolError(f"certificate: {len(signers)} owners burned the session, {needed} are needed")

@@ -1,6 +1,6 @@
-"""Log lines for programs: one JSON object a line.
+"""Log lines for programs to read: one JSON object on each line.
 
-A line is about steps, parties and counts, never about rows, numbers or keys. What an exception says stays out of it.
+Lines are about steps, parties and counts, never about rows, numbers or keys. The text of an exception is left out.
 """
 
 import json
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 
 class JsonLines(logging.Formatter):
-    """time, level, logger, message, and what the caller gave as `extra={"about": {...}}`."""
+    """Formats time, level, logger and message, and the fields in the caller's `extra={"about": {...}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -1,4 +1,4 @@
-"""Arrays that are mapped from a file: they take memory only while, and where, they are in use."""
+"""Arrays that are mapped from a file: only the pieces in use take memory."""
 
 import hashlib
 import mmap
@@ -12,10 +12,10 @@ PIECE_NUMBERS = 1 << 20
 
 
 def release(array: NDArray) -> None:
-    """Give back the memory of the file that `array` is mapped from; what was written stays in the file.
+    """Free the memory of the file that `array` is mapped from. What was written stays in the file.
 
-    For mappings that are shared with the file (numpy.memmap's modes r, r+ and w+): a private one would lose what was
-    written. Does nothing to an array in memory.
+    Use it only for mappings that are shared with the file (numpy.memmap's modes r, r+ and w+); a private mapping would
+    lose what was written. An array in memory is left alone.
     """
     owner = array
     while isinstance(owner, np.ndarray):
@@ -28,21 +28,21 @@ Each = TypeVar("Each")
 
 
 def releasing(each: Iterable[Each], array: NDArray) -> Iterator[Each]:
-    """The same as `each`; whenever the next one is asked for, the memory of `array` is given back."""
+    """Yield the same items as `each`, and free the memory of `array` after each."""
     for one in each:
         yield one
         release(array)
 
 
 def pieces(array: NDArray) -> Iterator[NDArray]:
-    """A flat array in pieces; the memory of each is given back when the next one is asked for."""
+    """Yield a flat array in pieces, and free the memory of each before the next."""
     for start in range(0, len(array), PIECE_NUMBERS):
         yield array[start : start + PIECE_NUMBERS]
         release(array)
 
 
 def copy_of(array: NDArray) -> NDArray:
-    """A copy in memory; of the mapped file no more than a piece is there at a time."""
+    """Copy an array to memory, reading no more than one piece of the mapped file at a time."""
     copy = np.empty(array.size, array.dtype)
     start = 0
     for piece in pieces(array.reshape(-1)):
@@ -56,7 +56,7 @@ def is_finite(array: NDArray) -> bool:
 
 
 def sha256_of(array: NDArray) -> str:
-    """Of the array's bytes, in hexadecimal."""
+    """SHA-256 of the array's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     for piece in pieces(array):
         digest.update(np.ascontiguousarray(piece).data)

@@ -1,8 +1,8 @@
 """Named tensors to one flat vector and back.
 
-A sum knows nothing of tensors: it adds flat vectors. A layout fixes, for all parties alike, which tensor lies where,
-and the ring: how many bits the integers have that are added up. Symmetric matrices travel as their upper triangle, row
-by row. A vector is cut into parts small enough for one message.
+A sum knows nothing about tensors: it adds flat vectors. A layout fixes, for all parties alike, where each tensor lies
+and in which ring (integers of how many bits) the vectors are added. Symmetric matrices travel as their upper triangle,
+row by row. A vector is cut into parts that are small enough for one message.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError
 
-PART_BYTES = 64_000_000  # one message's payload: larger ones cost every process of the framework memory and time
+PART_BYTES = 64_000_000  # the most that one message carries: larger ones cost memory and time in each Flower process
 
 Packing = Literal["full", "symmetric"]
 RingBits = Literal[64, 32]
@@ -26,10 +26,10 @@ RingBits = Literal[64, 32]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One tensor of a layout. `symmetric` means a (d, d) matrix kept as its d (d + 1) / 2 upper entries.
+    """One tensor of a layout. The packing `symmetric` keeps the d (d + 1) / 2 upper entries of a (d, d) matrix.
 
-    `bound` is the largest absolute value that one owner may add, on which the fixed-point encoding of a sum rests;
-    infinite where a tensor is never summed. `product_of`: the tensor before it, a Gram, that this is a product of.
+    `bound` is the largest absolute value that one owner may add; the fixed-point encoding relies on it. It is infinite
+    if the tensor is never summed. `product_of` names the Gram, an earlier tensor, that this one is a product with.
     """
 
     name: str
@@ -44,13 +44,13 @@ class TensorEntry:
         if any(length < 1 for length in self.shape):
             raise LocalProtocolError(f"layout: {self.name} has shape {self.shape}; every length must be at least 1")
         if not self.bound > 0:
-            raise LocalProtocolError(f"layout: {self.name} has the bound {self.bound}; it must be positive")
+            raise LocalProtocolError(f"layout: {self.name} has bound {self.bound}; it must be positive")
         if self.packing == "symmetric" and (len(self.shape) != 2 or self.shape[0] != self.shape[1]):
             raise LocalProtocolError(f"layout: {self.name} has shape {self.shape}; a symmetric matrix is square")
 
     @property
     def size(self) -> int:
-        """How many numbers travel."""
+        """How many numbers of it travel."""
         if self.packing == "symmetric":
             return self.shape[0] * (self.shape[0] + 1) // 2
         return prod(self.shape)
@@ -58,10 +58,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """An ordered list of named tensors. Equal layouts have equal digests; any difference changes the digest.
+    """An ordered list of named tensors. Two layouts have the same digest exactly if they are equal.
 
-    `ring_bits`: their numbers are summed modulo 2^ring_bits. Everything that holds a vector in fixed point, on its way
-    or in memory, takes the type of its numbers from here.
+    Numbers are summed modulo 2^ring_bits. Whatever holds a vector in fixed point, on the wire or in memory, takes the
+    type of its numbers from here.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -69,7 +69,7 @@ class TensorLayout:
 
     def __post_init__(self) -> None:
         if len({entry.name for entry in self.entries}) != len(self.entries):
-            raise LocalProtocolError("layout: a tensor is named twice")
+            raise LocalProtocolError("layout: duplicate tensor name")
 
     @cached_property
     def size(self) -> int:
@@ -81,12 +81,12 @@ class TensorLayout:
 
     @property
     def dtype(self) -> np.dtype:
-        """The type of the vector's numbers in fixed point: little-endian and unsigned, as they travel."""
+        """The type of the vector's numbers in fixed point, as they travel: little-endian and unsigned."""
         return np.dtype(f"<u{self.ring_bits // 8}")
 
     @property
     def num_bytes(self) -> int:
-        """The vector's, in fixed point."""
+        """The size of the vector in fixed point."""
         return self.size * self.dtype.itemsize
 
     @cached_property
@@ -99,7 +99,7 @@ class TensorLayout:
         return slices
 
     def positions(self) -> Reversible[tuple[TensorEntry, slice]]:
-        """Every tensor, in order, with the numbers of the flat vector that are its own."""
+        """Every tensor, in order, with its slice of the flat vector."""
         return self._slices.values()
 
     def to_json(self) -> list[Any]:
@@ -121,7 +121,7 @@ class TensorLayout:
         )
 
     def digest(self) -> str:
-        """SHA-256 over all of `to_json`, in hexadecimal."""
+        """SHA-256 of `to_json`, in hexadecimal."""
         description = self.to_json()  # check: layout-digest-covers-the-ring
         canonical = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
         return hashlib.sha256(b"amalgram layout v3\n" + canonical).hexdigest()
@@ -129,7 +129,8 @@ class TensorLayout:
     def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:
         """Write every tensor into `vector` (size,), in the layout's order, so that a generator need hold only one.
 
-        Raises LocalProtocolError on a missing, unexpected, misplaced or misshapen tensor, or a vector of other length.
+        Raises LocalProtocolError if a tensor is missing, unexpected, out of order or of another shape, or if the vector
+        has another length.
         """
         self._check_length(vector)
         produced = iter(tensors)
@@ -148,10 +149,10 @@ class TensorLayout:
             raise LocalProtocolError(f"layout: unexpected tensor {extra[0]} after the last one")
 
     def read(self, vector: NDArray, name: str) -> NDArray:
-        """The tensor `name` of a flat vector: a view where nothing had to be unpacked."""
+        """The tensor `name` of a flat vector: a view, unless it has to be unpacked."""
         self._check_length(vector)
         if name not in self._slices:
-            raise LocalProtocolError(f"layout: no tensor is named {name}")
+            raise LocalProtocolError(f"layout: there is no tensor {name}")
         entry, position = self._slices[name]
         if entry.packing == "symmetric":
             return _unpack(vector[position], entry.shape[0])
@@ -162,12 +163,12 @@ class TensorLayout:
         return self._slices[name][0].bound
 
     def unflatten(self, vector: NDArray) -> Iterator[tuple[str, NDArray]]:
-        """Every (name, tensor), in order."""
+        """Yield every (name, tensor), in order."""
         for entry in self.entries:
             yield entry.name, self.read(vector, entry.name)
 
     def part_slices(self, bytes_per_number: int, part_bytes: int = PART_BYTES) -> list[slice]:
-        """Where the flat vector is cut: at least one part, each of at most `part_bytes`."""
+        """Where the flat vector is cut into parts: at least one, each of at most `part_bytes`."""
         step = max(1, part_bytes // bytes_per_number)
         return [slice(start, min(start + step, self.size)) for start in range(0, max(self.size, 1), step)]
 
@@ -177,7 +178,7 @@ class TensorLayout:
 
 
 def union(layouts: Iterable[TensorLayout]) -> TensorLayout:
-    """All entries in order of first appearance; a name that stands in several must mean the same everywhere."""
+    """All entries, in order of first appearance. An entry of the same name must be the same in every layout."""
     entries: dict[str, TensorEntry] = {}
     for layout in layouts:
         for entry in layout.entries:

@@ -1,27 +1,26 @@
-"""How many owners: to sign a survivor list, to open a secret, to declare a session over; and how many neighbours mask.
+"""How many owners must act together, and how many neighbours an owner shares masks with.
 
-Up to 150 owners everybody masks with everybody. Above, the graph is the sparse random one of Bell et al. (CCS 2020,
-ePrint 2020/704; `summation/masked/neighbours.py`): every owner has k neighbours, each of its neighbourhood holds one
-share of the owner's secrets, and `threshold` shares open one. With N owners, of whom c collude and d may drop out, and
+The first are the owners that must sign a survivor list, open a secret, or declare a session over. As for the second, up
+to 150 owners all pairs share a mask. Above, the graph is the sparse random one of Bell et al. (CCS 2020, ePrint
+2020/704; `summation/masked/neighbours.py`). Every owner has k neighbours, each member of its neighbourhood holds one
+share of each of its secrets, and `threshold` shares open one. With N owners, of whom c collude and d may drop out, and
 m the most colluders among any k positions of the ring:
 
-    threshold > (k + 1 + m) / 2     colluders and half of the honest neighbours cannot open both secrets of an owner;
-                                    nor can the ring be cut in two, so that each piece's sum opens: both gaps, of k / 2
-                                    positions each, would need more than m / 2 colluders to leave their edges openable
-    threshold <= k + 1 - dropped    enough neighbours of everybody stay
+    threshold > (k + 1 + m) / 2     Colluders and half of the honest neighbours cannot open both secrets of an owner.
+                                    Nor can the ring be cut in two so that each piece's sum opens: both gaps, of k / 2
+                                    positions each, would need more than m / 2 colluders to leave their edges openable.
+    threshold <= k + 1 - dropped    Enough neighbours of every owner remain.
 
-The first holds for all pairs of gaps except with probability 2^-128 over the permutation, the second for all owners
-except with 2^-30. So many bits, because the coordinator and colluders can re-draw their keys until the permutation
-suits them: 2^60 tries leave 2^-68. Where no sparse graph keeps both, the graph is complete.
+The first holds for all pairs of gaps except with probability 2^-128 over the permutation; the second for all owners
+except with probability 2^-30. The first has so many bits because a malicious coordinator and colluders can draw new
+keys until the permutation suits them: 2^60 tries leave 2^-68. If no sparse graph keeps both, the graph is complete.
 """
 
 from dataclasses import dataclass
 from functools import cache
 from math import comb
 
-MAX_COMPLETE = 150
-
-
+MAX_COMPLETE = 150  # the most owners for whom the graph is always complete
 SECURITY_BITS, CORRECTNESS_BITS = 128, 30
 
 
@@ -39,16 +38,16 @@ def quorum(num_owners: int, colluders: int) -> int:
 
 
 def burn_quorum(num_owners: int, colluders: int) -> int:
-    """How many owners must have burned a session. At most the quorum t, so those who can sum can also recover."""
+    """How many owners must have burned a session: at most the quorum t, so owners that can sum can also recover."""
     return num_owners - quorum(num_owners, colluders) + colluders + 1
 
 
 @cache
 def neighbourhood(num_owners: int, colluders: int, dropouts: int) -> Neighbourhood:
-    """The smallest graph that keeps both promises; the complete one where no sparse one does."""
+    """The smallest graph that keeps both promises; the complete one if no sparse one does."""
     degrees = range(2, num_owners - dropouts - 1, 2) if num_owners > MAX_COMPLETE else ()
     for degree in degrees:
-        # The coordinator may leave honest owners out of the book, down to the fewest: then colluders stand closest.
+        # A malicious coordinator may leave out honest owners, down to the fewest: colluders then lie closest together.
         inside = _tail(num_owners - dropouts - 1, colluders, degree, SECURITY_BITS, num_owners**2)
         gone = _tail(num_owners - 1, dropouts, degree, CORRECTNESS_BITS, num_owners)
         threshold = (degree + inside + 2) // 2 + 1

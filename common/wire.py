@@ -1,4 +1,4 @@
-"""Amalgram's messages in Flower's records, and back: the only place in common that imports flwr."""
+"""Amalgram's messages as Flower's records, and back. Nothing else in common imports flwr."""
 
 from io import BytesIO
 from typing import cast
@@ -14,9 +14,7 @@ HEADER, PAYLOAD, KIND = "header", "payload", "kind"
 
 
 def to_record(packet: Packet) -> RecordDict:
-    """One packet as a RecordDict: for message 0, 1, ... a header of small fields, `header 0`, and, where there is one,
-    a payload array, `payload 0`.
-    """
+    """One packet as a RecordDict. Message k has a header of small fields, `header k`; its array is `payload k`."""
     record = RecordDict()
     for number, message in enumerate(packet):
         envelope = encode(message)
@@ -27,12 +25,12 @@ def to_record(packet: Packet) -> RecordDict:
 
 
 def from_record(record: RecordDict) -> Packet:
-    """The packet in a RecordDict. Raises RemoteProtocolError on anything that is not exactly one."""
+    """The packet in a RecordDict. Raises RemoteProtocolError if it is not exactly one packet."""
     count = sum(name.startswith(HEADER) for name in record)
     if not set(record) <= {
         f"{name} {number}" for name in (HEADER, PAYLOAD) for number in range(count)
     }:  # check: packets-have-no-gap
-        raise RemoteProtocolError("a packet has a message without a header, or records that do not belong")
+        raise RemoteProtocolError("a packet has a message without a header, or unknown records")
     packet = tuple(
         _read_message(record[f"{HEADER} {number}"], record.get(f"{PAYLOAD} {number}")) for number in range(count)
     )
@@ -44,18 +42,18 @@ def _read_message(header: object, payload: object) -> Message:
     values = dict(header) if isinstance(header, ConfigRecord) else {}
     kind = values.pop(KIND, None)
     if not isinstance(kind, str):
-        raise RemoteProtocolError("a message does not say its kind")
+        raise RemoteProtocolError("a message does not name its kind")
     array = None
     if payload is not None:
         if not isinstance(payload, ArrayRecord) or set(payload) != {PAYLOAD}:
             raise RemoteProtocolError(f"{kind[:40]}: the payload is not exactly one array")
         array = _read_array(payload[PAYLOAD].data, kind)
-    fields = cast(dict[str, Field], values)  # decode looks at every type
+    fields = cast(dict[str, Field], values)  # decode checks every type
     return decode(Envelope(kind=kind, fields=fields, payload=array))
 
 
 def _read_array(data: bytes, kind: str) -> NDArray:
-    """The array in NumPy's file format, its size checked against the bytes before anything is allocated."""
+    """Read an array in NumPy's file format, checking its size against the bytes before anything is allocated."""
     content = BytesIO(data)
     try:
         if np.lib.format.read_magic(content) != (1, 0):
@@ -65,5 +63,5 @@ def _read_array(data: bytes, kind: str) -> NDArray:
             raise ValueError
         return np.frombuffer(data, dtype, offset=content.tell())
     except Exception:  # check: broken-arrays-are-refused
-        # NumPy raises whatever its tokenizer and Python's parser make of a header that is none.
+        # for a malformed header, NumPy raises whatever Python's tokenizer and parser do.
         raise RemoteProtocolError(f"{kind[:40]}: the payload cannot be read") from None

@@ -378,7 +378,7 @@ def test_too_few_forged_or_foreign_burn_signatures_release_nothing(process: Proc
     ]
     bad = {
         "(?s)the signature of hotel is not valid.*": replace(good, signatures=Signed.pack_all(elsewhere)),
-        "1 owners burned the session, 2 must have": certificate(process, session, ["hotel"]),
+        "1 owners burned the session, 2 are needed": certificate(process, session, ["hotel"]),
         "the signature of hotel is not valid": replace(
             certificate(process, OTHER, ["hotel", "cinema"]), session=session
         ),
@@ -558,7 +558,7 @@ def test_33_different_results_to_different_owners(process: Process) -> None:
     with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
         process.send("hotel", sign_result(process, result.model, result.model_digest, OTHER))
     some = receipts(process, result, ["hotel", "cinema"])
-    with pytest.raises(RemoteProtocolError, match="2 owners signed the result that was given here, 3 must"):
+    with pytest.raises(RemoteProtocolError, match="2 owners signed the result that this owner was given, 3 must"):
         process.send("hotel", some)
 
 
