@@ -1,6 +1,8 @@
-"""The masked sum: the same integers as the plain one, over whoever survives; every dropout; how an upload looks."""
+"""The masked sum: the same integers as the plain one over the survivors, every dropout, and how an upload looks."""
 
-from itertools import combinations, product
+import json
+from contextlib import suppress
+from itertools import combinations, pairwise, product
 from secrets import token_bytes
 
 import numpy as np
@@ -8,16 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import saved_state
 from common.errors import LocalProtocolError, NumericalError, TooFewOwners
-from common.messages import MaskedPart, OpenSum
+from common.messages import Acknowledgements, Finish, KeyBook, KeyShares, MaskedPart, OpenSum, SurvivorList
 from common.summation import SUMMATIONS
 from common.summation.masked.coordinator import MaskedCoordinator
 from common.summation.masked.owner import MaskedOwner
-from common.summation.protocol import SumTerms, drive
+from common.summation.protocol import Opening, SavedOpening, SumTerms, drive
 from common.tensor_layout import TensorEntry, TensorLayout
+from tests.support.malicious import MaliciousCoordinator
 from tests.support.sums import identities_of, layout_of, repeating_bytes, run, sum_of, terms_of, vectors_of
 
-# The steps of a sum of one part, by the message that an owner does not answer any more.
+# The requests in a sum of one part; an owner that drops out leaves one of them, and all later ones, unanswered.
 STEPS = ("OpenSum", "KeyBook", "KeyShares", "SurvivorList", "Acknowledgements")
 IN_THE_SUM_FROM = STEPS.index("SurvivorList")
 
@@ -49,15 +53,15 @@ def test_masked_and_plain_totals_are_the_same_integers(
     identities = identities_of(count)
     terms = terms_of(identities, layout, needed=max(3, count - 1) if count > 3 else 3)
     vectors = vectors_of(identities, layout, seed)
-    lost = {}
+    drops = {}
     if count > 3 and data.draw(st.booleans()):
-        lost[data.draw(st.sampled_from(sorted(identities)))] = data.draw(st.integers(0, 6))
+        drops[data.draw(st.sampled_from(sorted(identities)))] = data.draw(st.integers(0, 6))
     cut = TensorLayout.part_slices
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, part_bytes)
         )
-        masked = run("masked", identities, terms, vectors, lost, seed)
+        masked = run("masked", identities, terms, vectors, drops, seed)
         survivors = {name: vectors[name] for name in masked.owners}
         plain_terms = SumTerms(request=terms.request, layout=layout, roster=terms.roster, needed_owners=len(survivors))
         plain = run("plain", identities, plain_terms, vectors, dict.fromkeys(set(vectors) - set(survivors), 0))
@@ -68,24 +72,24 @@ def test_masked_and_plain_totals_are_the_same_integers(
 
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_every_group_of_owners_may_drop_at_every_step(count: int) -> None:
-    """All subsets at all steps: completes over the survivors, or stops and says who was heard last where."""
+    """All subsets at all steps: the sum completes over the survivors, or stops and says where each was heard last."""
     identities, layout = identities_of(count), layout_of(5)
     vectors = vectors_of(identities, layout)
     for needed, colluders in [(3, 0)] + [(4, 1)] * (count > 4):
         terms = terms_of(identities, layout, needed=needed, colluders=colluders)
         least = max(needed, terms.quorum)
         for size in range(count + 1):
-            for gone, step in product(combinations(identities, size), range(len(STEPS))):
-                lost = dict.fromkeys(gone, step)
+            for dropped, step in product(combinations(identities, size), range(len(STEPS))):
+                drops = dict.fromkeys(dropped, step)
                 if count - size < least:
                     with pytest.raises(TooFewOwners) as caught:
-                        run("masked", identities, terms, vectors, lost)
+                        run("masked", identities, terms, vectors, drops)
                     assert caught.value.exit_code == 4
                     heard = ["never", "AdvertiseKeys", "ShareKeys", "MaskedInput, part 0", "ConsistencyCheck"][step]
-                    assert all(f"{name} (last heard: {heard})" in str(caught.value) for name in gone)
+                    assert all(f"{name} (last heard: {heard})" in str(caught.value) for name in dropped)
                     continue
-                total = run("masked", identities, terms, vectors, lost)
-                summed = [name for name in identities if name not in gone or step >= IN_THE_SUM_FROM]
+                total = run("masked", identities, terms, vectors, drops)
+                summed = [name for name in identities if name not in dropped or step >= IN_THE_SUM_FROM]
                 assert list(total.owners) == summed
                 np.testing.assert_array_equal(total.vector, sum_of(terms, vectors, summed))
 
@@ -96,9 +100,9 @@ def test_twenty_owners_with_random_drops(drops: dict[int, int], seed: int) -> No
     identities, layout = identities_of(20), layout_of(4, 3)
     terms = terms_of(identities, layout, needed=14, colluders=3)
     vectors = vectors_of(identities, layout, seed)
-    lost = {f"o{index}": step for index, step in drops.items()}
+    drops_at = {f"o{index}": step for index, step in drops.items()}
     try:
-        total = run("masked", identities, terms, vectors, lost, seed)
+        total = run("masked", identities, terms, vectors, drops_at, seed)
     except TooFewOwners:
         assert len([step for step in drops.values() if step < len(STEPS)]) > 6
     else:
@@ -116,7 +120,7 @@ def test_a_sparse_graph_of_owners_gives_the_same_sum() -> None:
 
 
 def uploads(vectors: dict[str, np.ndarray], terms: SumTerms, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the coordinator receives as part 0 of every owner."""
+    """Part 0 of every owner, as the coordinator receives it."""
     seen: dict[str, np.ndarray] = {}
     receive = MaskedCoordinator.receive
     with pytest.MonkeyPatch.context() as patch:
@@ -188,6 +192,39 @@ def test_an_owner_continues_from_what_it_wrote_down() -> None:
         )
         total = run("masked", IDENTITIES, terms, vectors)
     np.testing.assert_array_equal(total.vector, sum_of(terms, vectors, list(IDENTITIES)))
+
+
+def test_an_owner_knows_what_has_left_and_what_it_still_needs() -> None:
+    """Step by step: whether it offered, whether it is done with its vector, whether it revealed and is complete."""
+    evil = MaliciousCoordinator()
+    seen = {}
+    for kind, then in pairwise((KeyBook, KeyShares, SurvivorList, Acknowledgements, Finish)):
+        with suppress(StopIteration):  # after the last step the total is there
+            evil.honest_until(then)
+        owner = evil.owners["o0"]
+        seen[kind.__name__] = (owner.offers, owner.is_done, owner.reveals, owner.is_complete)
+    assert seen == {
+        "KeyBook": (False, False, False, False),
+        "KeyShares": (True, False, False, False),
+        "SurvivorList": (True, True, False, False),
+        "Acknowledgements": (True, True, True, True),
+    }
+
+
+def test_a_coordinator_opens_a_sum_again_from_what_it_saved() -> None:
+    evil = MaliciousCoordinator()
+    requests = evil.honest_until(Acknowledgements, dropped=["o4"])
+    opening = evil.side.opening()
+    assert opening is not None
+    saved = json.loads(json.dumps(saved_state.to_json(SavedOpening, opening.state)))
+    words = opening.words.copy()
+    side = MaskedCoordinator.reopen(evil.terms, Opening(saved_state.from_json(SavedOpening, saved), words))
+    assert side.requests() == requests
+    for name, request in requests.items():
+        side.receive(name, evil.send(name, request))
+    side.end_step()
+    owners = ["o0", "o1", "o2", "o3"]
+    np.testing.assert_array_equal(side.total().vector, sum_of(evil.terms, evil.vectors, owners))
 
 
 def test_a_vector_that_changed_after_it_was_sent_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
