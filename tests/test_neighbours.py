@@ -1,4 +1,4 @@
-"""Quorums, and the sparse graph above 150 owners: no smaller than it must be, no weaker than it says."""
+"""Quorums, and the sparse graph above 150 owners: as small as it can be, and as strong as it claims."""
 
 from itertools import combinations
 from math import comb
@@ -52,7 +52,7 @@ def test_a_sparse_graph_keeps_its_promises(owners: int, data: st.DataObject) -> 
         return
     assert found.degree % 2 == 0
     fewest = owners - dropouts  # the coordinator leaves as many honest owners out of the book as it may
-    # In both gaps, of degree / 2 places each, so many colluders that the shares at their edges still suffice.
+    # In both gaps, of degree / 2 positions each, so many colluders that the shares at their edges still suffice.
     in_a_gap = found.threshold - (found.degree + 1 - found.degree // 2)
     ways = sum(
         comb(colluders, inside) * comb(fewest - 1 - colluders, found.degree - inside)

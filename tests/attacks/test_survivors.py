@@ -1,4 +1,4 @@
-"""Attacks 13 to 16, 18, 19, 22 and 36: who is said to have survived, who signed that, and what is then revealed."""
+"""Attacks 13 to 16, 18, 19, 22 and 36: false survivor lists, false signatures under them, and what is then revealed."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -105,7 +105,7 @@ def true_signatures(evil: MaliciousCoordinator) -> list[Signed]:
 
 
 def test_11_19_fewer_signatures_than_the_quorum() -> None:
-    """The threshold stands in the agreement; no message can lower it."""
+    """The agreement fixes the threshold; no message can lower it."""
     for count in range(4):
         evil = MaliciousCoordinator()
         evil.honest_until(Acknowledgements)
@@ -154,7 +154,7 @@ def test_19_a_signer_who_is_not_on_the_roster_or_no_survivor() -> None:
 
 
 def test_22_a_victim_declared_dropped_after_its_upload_arrived() -> None:
-    """Its pair masks come off, by the book. What is left is its vector under its self mask, which nobody reveals."""
+    """The protocol removes its pair masks. Its vector remains under its self mask, which nobody reveals."""
     evil = MaliciousCoordinator()
     evil.honest_until(SurvivorList)
     others = ["o1", "o2", "o3", "o4"]

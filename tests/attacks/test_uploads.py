@@ -1,4 +1,4 @@
-"""Attacks 23 to 25: owners that upload twice, something else, or what is no number; values at the bound and beyond."""
+"""Attacks 23 to 25: owners that upload twice, or something else, or NaN; values at the bound and beyond it."""
 
 import hashlib
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_23_another_upload_when_the_first_is_asked_for_again(monkeypatch: pytest
     cut = TensorLayout.part_slices
     monkeypatch.setattr(TensorLayout, "part_slices", lambda self, bytes_per_number: cut(self, bytes_per_number, 24))
     evil = MaliciousCoordinator()
-    requests = evil.honest_until(PartRequest)  # part 1; then o4 is lost, and part 0 is asked for again
+    requests = evil.honest_until(PartRequest)  # part 1; then o4 drops out, and part 0 is requested again
     for owner in ("o0", "o1", "o2", "o3"):
         evil.side.receive(owner, evil.send(owner, requests[owner]))
     evil.side.drop("o4")
@@ -114,12 +114,12 @@ def test_24_after_the_survivor_list_no_part_is_given_again() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 8.000001, -8.000001, 1e300, 2.0**63])
-@pytest.mark.parametrize("place", [0, 3, 5])
-def test_25_a_value_that_is_no_number_or_beyond_the_bound_never_leaves(value: float, place: int) -> None:
+@pytest.mark.parametrize("position", [0, 3, 5])
+def test_25_a_value_that_is_not_finite_or_beyond_the_bound_never_leaves(value: float, position: int) -> None:
     layout = layout_of(2, 4)
     vector = np.zeros(6)
-    vector[place] = value
-    with pytest.raises(NumericalError, match=f"t{0 if place < 2 else 1}: .*nothing has left"):
+    vector[position] = value
+    with pytest.raises(NumericalError, match=f"t{0 if position < 2 else 1}: .*nothing has left"):
         fixed_point.encode(layout, vector, 5)
 
 

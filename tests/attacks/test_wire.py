@@ -1,4 +1,4 @@
-"""Attacks 32, 34 and 35: garbage on the wire, silence, and what stands in logs."""
+"""Attacks 32, 34 and 35: garbage on the wire, silence, and secrets in logs."""
 
 import json
 import logging
@@ -113,8 +113,8 @@ def waiting(parties: Parties) -> Parties:
     "header", [b"(((", b"'''", b"   x\n y\n", b"(" * 9000, b"1" * 9000, b"{'shape': (-1,)}", b"\xff"]
 )
 def test_53_an_array_whose_header_breaks_numpy_is_refused(header: bytes) -> None:
-    """NumPy raises what its tokenizer raises, no ValueError. With it, one owner's answer ended the coordinator's run;
-    an owner that does not speak the protocol is lost, and that is all.
+    """NumPy passes on what its tokenizer raises, which is not a ValueError. It must not end the coordinator's run: an
+    owner whose answer is malformed only drops out.
     """
     data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     part = ConfigRecord({"kind": "VectorPart", "session": "ab" * 32, "owner": "phones", "part": 0})
@@ -144,7 +144,7 @@ class SilentGrid(InProcessGrid):
         return super().pull_messages(ids)
 
 
-def test_34_a_silent_owner_counts_as_lost_after_the_timeout_and_delays_nobody_longer(parties: Parties) -> None:
+def test_34_a_silent_owner_drops_out_after_the_timeout_and_delays_nobody_longer(parties: Parties) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     grid = SilentGrid(app, [{"settings": str(path)} for path in parties.files.values()])
     started = monotonic()
@@ -159,7 +159,7 @@ def test_34_a_silent_owner_counts_as_lost_after_the_timeout_and_delays_nobody_lo
 
 
 def test_35_no_secret_in_any_log_error_or_answer(parties: Parties, caplog: pytest.LogCaptureFixture) -> None:
-    """Everything is logged that can be, and a whole sum is run, with an attack in it."""
+    """At the most detailed log level, run a whole sum with an attack in it."""
     caplog.set_level(logging.DEBUG)
     process = Process(parties)
     process.begin(process.open_sum(1))
@@ -172,10 +172,10 @@ def test_35_no_secret_in_any_log_error_or_answer(parties: Parties, caplog: pytes
     bad = SurvivorList(session=process.terms.request.session, survivors=b"")
 
     assert through_app(parties.files["hotel"], to_record((bad,))) == Refusal(code="protocol")
-    told = caplog.text + (parties.folder / "state" / "hotel" / "error.txt").read_text()
+    written = caplog.text + (parties.folder / "state" / "hotel" / "error.txt").read_text()
     for secret in secrets:
-        assert secret not in told
-        assert repr(bytes.fromhex(secret)) not in told
+        assert secret not in written
+        assert repr(bytes.fromhex(secret)) not in written
 
 
 def test_35_files_with_secrets_are_the_owner_s_alone(waiting: Parties) -> None:
@@ -186,7 +186,7 @@ def test_35_files_with_secrets_are_the_owner_s_alone(waiting: Parties) -> None:
 
 
 def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> None:
-    """All bytes that o0 sends in a whole sum, searched for every secret it ever had."""
+    """Search all bytes that o0 sends in a whole sum for every secret it ever had."""
     evil = MaliciousCoordinator()
     secrets: set[bytes] = set()
     send = evil.send
@@ -213,7 +213,7 @@ def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> Non
 
 @pytest.mark.slow
 def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing() -> None:
-    """With atheris, which exists for Linux on x86-64 only; elsewhere the tests above do what they can."""
+    """Needs atheris, which exists for Linux on x86-64 only; elsewhere the tests above have to suffice."""
     pytest.importorskip("atheris")
     command = [sys.executable, "-m", "tests.support.fuzz", "-max_total_time=30", "-max_len=2000", "-seed=1"]
     root = Path(__file__).parents[2]
