@@ -49,9 +49,9 @@ def neighbourhood(num_owners: int, colluders: int, dropouts: int) -> Neighbourho
     for degree in degrees:
         # A malicious coordinator may leave out honest owners, down to the fewest: colluders then lie closest together.
         inside = _tail(num_owners - dropouts - 1, colluders, degree, SECURITY_BITS, num_owners**2)
-        gone = _tail(num_owners - 1, dropouts, degree, CORRECTNESS_BITS, num_owners)
+        dropped = _tail(num_owners - 1, dropouts, degree, CORRECTNESS_BITS, num_owners)
         threshold = (degree + inside + 2) // 2 + 1
-        if threshold <= degree + 1 - gone:
+        if threshold <= degree + 1 - dropped:
             return Neighbourhood(degree=degree, threshold=threshold)
     return Neighbourhood(degree=num_owners - 1, threshold=quorum(num_owners, colluders))
 
