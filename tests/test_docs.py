@@ -26,6 +26,9 @@ from tests.support.documents import ROOT, _matches, blocks, run_document
 
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "deploy" / "README.md", *DOCUMENTS]
+ROOMS = ("common", "client", "server", "deploy", "docs", "examples", "benchmarks", "tests")
+FILES = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
+MADE_BY_THE_READER = r"deploy/(parties|data)/|common/merge_methods/model_stock.py"
 RUN = [each for each in DOCUMENTS if {language for language, _ in blocks(each)} & {"console", "python"}]
 
 
@@ -57,6 +60,28 @@ def test_links_lead_somewhere(page: Path) -> None:
             found = (page.parent / name).resolve() if name else page
             assert found.exists(), target
             assert not heading or heading in headings(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    ours = rf"(?:{'|'.join(ROOMS)})/[\w./-]+"
+    named = re.findall(rf"`({ours}|[\w./-]+\.(?:py|jinja|md))`", page.read_text())
+    for name in (each.rstrip("/") for each in named if not re.match(MADE_BY_THE_READER, each)):
+        assert any(path.as_posix().endswith(f"/{name}") for path in FILES) or (ROOT / name).exists(), name
+
+
+def test_the_layout_s_files_exist() -> None:
+    (tree,) = re.findall(
+        r"^```\n(common/.*?)^```$", (ROOT / "docs" / "layout.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    folders: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path, *others = re.findall(r"[\w-]+/|[a-z_]+\.(?:py|md|yaml)", line)
+        folders[depth:] = [path]
+        beside, inside = ROOT.joinpath(*folders[:depth]), ROOT.joinpath(*folders)
+        assert inside.exists(), line
+        assert [name for name in others if not (inside / name).exists() and not (beside / name).exists()] == [], line
 
 
 def headings(page: Path) -> set[str]:
