@@ -1,4 +1,4 @@
-"""What the documents say is so: their commands parse and print what they show, their code runs, their links lead on."""
+"""Documents are true: commands parse and print what is shown, code runs, links and named files exist."""
 
 import json
 import os

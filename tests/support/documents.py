@@ -1,8 +1,8 @@
-"""Runs what a document shows: console blocks are compared with what the commands really print, python blocks executed.
+"""Runs a document: compares console blocks with what their commands print, and executes python blocks.
 
-In a console block, `$ ` begins a command, `> ` continues it, and a line `...` stands for any number of lines. What must
-differ from run to run is made alike on both sides: times of day, fingerprints, digests. Figures with three digits after
-the point may differ by TOLERANCE, since another processor rounds otherwise. A toml block whose first line is
+In a console block, `$ ` begins a command, `> ` continues it, and a line `...` stands for any number of lines. Times,
+fingerprints and digests change from run to run, so they are replaced on both sides. Numbers with three digits after
+the point may differ by TOLERANCE, because another processor rounds differently. A toml block whose first line is
 `# FOLDER/NAME.toml` is written to that file.
 """
 
@@ -24,7 +24,7 @@ from deploy.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.05
-FIGURE = re.compile(r"\b\d\.\d{3}\b")
+DECIMAL = re.compile(r"\b\d\.\d{3}\b")
 VARYING = (
     (re.compile(r"\b\d\d:\d\d:\d\d\b"), "TIME"),
     (re.compile(r"\b(\d{5} ){7}\d{5}\b"), "FINGERPRINT"),
@@ -38,7 +38,7 @@ def blocks(document: Path) -> Iterator[tuple[str, str]]:
 
 
 def run_document(document: Path) -> None:
-    """Run all blocks in the current folder. Raises AssertionError where the document is not true."""
+    """Run all blocks in the current folder. Raises AssertionError if the document is not true."""
     names: dict[str, Any] = {}
     for language, text in blocks(document):
         if language == "python":
@@ -53,7 +53,7 @@ def run_document(document: Path) -> None:
 
 
 def run_command(command: str) -> str:
-    """What a command prints to both streams; `amalgram` and our own scripts run in this process, to save time."""
+    """What a command prints to both streams. `amalgram` and our own scripts run in this process, to save time."""
     program, *arguments = shlex.split(command, comments=True)
     if program == "cd":
         os.chdir(*arguments)
@@ -98,7 +98,7 @@ def _lines(printed: str) -> list[str]:
 
 
 def _matches(expected: Sequence[str], printed: Sequence[str]) -> bool:
-    """Whether `printed` is what `expected` says."""
+    """Whether `printed` matches `expected`."""
     if not expected:
         return not printed
     if expected[0] == "...":
@@ -107,6 +107,6 @@ def _matches(expected: Sequence[str], printed: Sequence[str]) -> bool:
 
 
 def _alike(expected: str, printed: str) -> bool:
-    pairs = zip(FIGURE.findall(expected), FIGURE.findall(printed), strict=False)
+    pairs = zip(DECIMAL.findall(expected), DECIMAL.findall(printed), strict=False)
     close = all(abs(float(one) - float(other)) <= TOLERANCE for one, other in pairs)
-    return close and FIGURE.sub("FIGURE", expected) == FIGURE.sub("FIGURE", printed)
+    return close and DECIMAL.sub("DECIMAL", expected) == DECIMAL.sub("DECIMAL", printed)
