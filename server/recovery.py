@@ -48,7 +48,7 @@ def certify_as_over(exchange: Exchange, agreement: Agreement, run: str, session:
     if len(signed) < needed:
         raise ConsentError(
             f"an earlier run was interrupted while a sum was being opened: {len(signed)} owners certify that it was "
-            f"not opened, {needed} must; what was contributed cannot be contributed again",
+            f"not opened, {needed} must, so what was contributed cannot be contributed again",
             hint="start a new run, with a new agreement",
         )
     exchange.ask_all(BurnCertificate(run=run, session=session, signatures=Signed.pack_all(signed)))

@@ -271,7 +271,7 @@ def test_an_interrupted_session_is_certified_as_over_before_the_run_continues(ag
 def test_a_session_that_owners_helped_to_open_ends_the_agreement(agreement: Agreement) -> None:
     refuse = interrupted(lambda owner, request: Refusal(code="consent"))
     with pytest.raises(
-        ConsentError, match=r"0 owners certify that it was not opened, 2 must; .*\nhint: .* new agreement"
+        ConsentError, match=r"0 owners certify that it was not opened, 2 must, .*\nhint: .* new agreement"
     ):
         coordinator_of(agreement, refuse, needed=3).roll_call()
 
