@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ from deploy.simulation.in_process_grid import run_in_process
 from deploy.simulation.simulate import simulate
 from server import app as server_app
 from server.output_folder import PROGRESS
+from tests.support.commands import amalgram
 from tests.support.parties import Parties
 
 NAMES = ("owners", "done", "waiting_for", "payload_bytes")
@@ -142,15 +141,7 @@ def test_the_command_says_who_keeps_the_others_waiting_once(
 
 
 def test_with_json_the_error_is_a_json_line_too(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from deploy.cli import main; main()",
-        "merge",
-        "--json",
-        str(tmp_path / "no.toml"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    done = amalgram("merge", "--json", tmp_path / "no.toml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     told = json.loads(line)

@@ -9,8 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from common.errors import SettingsError
 from deploy import terminal
 from deploy.cli import FIRST_STEPS, cli
 from tests.support.command_line import parse, parsers
+from tests.support.commands import amalgram, started
 
-AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
 PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]
 COMMANDS = [each for each in PARSERS if not isinstance(each.values[1], click.Group)]
 
@@ -47,13 +45,12 @@ def small_consortium(reviews_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(small_consortium: Path) -> None:
     reading, writing = pty.openpty()
-    command = [*AMALGRAM, "simulate", str(small_consortium), "--no-references"]
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writing, text=True, env=environment) as process:
+    command = "simulate", small_consortium, "--no-references"
+    with started(*command, cwd=small_consortium, terminal=writing, TERM="xterm", COLUMNS="120") as run:
         os.close(writing)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
-        table, _ = process.communicate()
-    assert process.returncode == 0
+        table = run.stdout.read()
+        assert run.exit_code() == 0
     for words in ("step 2 of 4: sum of contributions", "step 4 of 4: result", "hotel: fine-tuning ━"):
         assert words in shown
     for state in ("at work", "answered"):
@@ -173,8 +170,8 @@ def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
 # --- help, first steps, completion ---
 
 
-def test_amalgram_alone_says_what_to_do_first() -> None:
-    done = subprocess.run(AMALGRAM, capture_output=True, text=True, check=True)
+def test_amalgram_alone_says_what_to_do_first(tmp_path: Path) -> None:
+    done = amalgram(cwd=tmp_path)
     assert (done.stdout.rstrip("\n"), done.stderr) == (FIRST_STEPS, "")
     for line in FIRST_STEPS.splitlines():
         arguments = shlex.split(re.split(r" {2,}", line)[0])
@@ -193,19 +190,15 @@ def test_every_help_has_an_example_that_parses(words: str, command: click.Comman
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_the_commands(shell: str) -> None:
-    script = _completion({"_AMALGRAM_COMPLETE": f"source_{shell}"})
+def test_completion_knows_the_commands(shell: str, tmp_path: Path) -> None:
+    script = amalgram(cwd=tmp_path, _AMALGRAM_COMPLETE=f"source_{shell}").stdout
     assert "_AMALGRAM_COMPLETE=complete_" in script
     asked = {"_AMALGRAM_COMPLETE": f"complete_{shell}", "COMP_WORDS": "amalgram ", "COMP_CWORD": "1"}
     asked |= {"_TYPER_COMPLETE_ARGS": "amalgram ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    offered = _completion(asked)
+    offered = amalgram(cwd=tmp_path, **asked).stdout
     for words, _ in (each.values for each in PARSERS):
         if words.count(" ") == 1:
             assert words.split()[1] in offered
-
-
-def _completion(environment: dict[str, str]) -> str:
-    return subprocess.run(AMALGRAM, capture_output=True, text=True, check=False, env=os.environ | environment).stdout
 
 
 # --- JSON ---
@@ -254,16 +247,14 @@ def test_with_json_standard_output_is_one_object_and_nothing_else(
 
 def first_object(*arguments: str, cwd: Path) -> dict[str, Any]:
     """What a command that runs until it is stopped says at once, and that it says nothing more when it is."""
-    command = [*AMALGRAM, *arguments, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        lines = []
+    with started(*arguments, "--json", cwd=cwd) as run:
+        lines: list[str] = []
         while not lines or lines[-1] != "}\n":
-            lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()
-        process.send_signal(signal.SIGTERM)
-        rest, told = process.communicate(timeout=60)
+            lines.append(run.stdout.readline())
+            assert lines[-1], run.stderr.read()
+        run.send_signal(signal.SIGTERM)
+        rest, told = run.stdout.read(), run.stderr.read()
+        run.exit_code(60)
     assert rest == ""
     for line in told.splitlines():
         json.loads(line)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,14 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from common.agreement import Agreement
 from common.identity import fingerprint
 from common.settings_file import load_settings
+from tests.support.commands import amalgram, started
 
-AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
 
-
-def amalgram(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [*AMALGRAM, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+def test_the_installed_command_runs(tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "amalgram", "keys", "new", "Hotel Ltd"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 'Hotel Ltd' is not a name")
 
 
 def test_example_is_written_runs_and_is_reported(tmp_path: Path) -> None:
@@ -151,20 +151,17 @@ def test_errors_are_one_line_with_an_honest_exit_code(
 
 
 def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder: Path, tmp_path: Path) -> None:
-    command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output"]
-    # A shell that starts the tests in the background has them ignore interrupts, and so whatever they start.
-    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
+    command = "simulate", reviews_folder, "--out", "output"
+    with started(*command, cwd=tmp_path) as run:
+        for line in run.stderr:
             if "sum of validation" in line:
                 break
-        process.send_signal(signal.SIGINT)
-        errors = process.stderr.read()
-    assert process.returncode == 130
+        run.send_signal(signal.SIGINT)
+        errors = run.stderr.read()
+        assert run.exit_code() == 130
     assert "interrupted; nothing was published" in errors
     assert not (tmp_path / "output" / "report.json").exists()
-    done = amalgram(*command[len(AMALGRAM) :], cwd=tmp_path)
+    done = amalgram(*command, cwd=tmp_path)
     assert done.returncode == 0
     assert "resuming the interrupted run" in done.stderr
     assert "sum of contribution" not in done.stderr
@@ -175,16 +172,14 @@ def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder
 
 @pytest.mark.slow
 def test_a_terminated_run_on_flower_s_engine_leaves_no_process_behind(reviews_folder: Path, tmp_path: Path) -> None:
-    command = [*AMALGRAM, "simulate", str(reviews_folder), "--out", "output", "--engine", "ray"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
+    with started("simulate", reviews_folder, "--out", "output", "--engine", "ray", cwd=tmp_path) as run:
+        for line in run.stderr:
             if "submitting the run" in line:
                 break
         time.sleep(15)  # the engine is at work
-        process.terminate()
-        process.stderr.read()
-    assert process.returncode == 143
+        run.send_signal(signal.SIGTERM)
+        run.stderr.read()
+        assert run.exit_code() == 143
     marker = f'AMALGRAM_SIMULATED_OWNERS=["{tmp_path}'
     deadline = time.monotonic() + 20
     while (left := processes_with(marker)) and time.monotonic() < deadline:

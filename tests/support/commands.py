@@ -1,0 +1,93 @@
+"""Runs `amalgram` as a process of its own that need not import everything again.
+
+Importing torch and transformers takes a process longer than most of what tests ask of it. So these processes are forks
+of one that has imported both: Python's fork server. What a command does, prints and exits with stays the same;
+test_cli.py starts some as a person does, to show that.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryFile
+from typing import IO
+
+from deploy.cli import main
+from deploy.terminal import QUIET
+
+os.environ |= QUIET  # what the command sets before it imports transformers
+IMPORTED = ("deploy.simulation.simulate", "deploy.commands.agree", "transformers.models.bert.modeling_bert")
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload([__name__, *IMPORTED])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is running; `stdout` and `stderr` give what it says, as it says it."""
+
+    process: BaseProcess
+    stdout: IO[str]
+    stderr: IO[str]
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def exit_code(self, seconds: float = 300.0) -> int:
+        """What it exits with: wait for that. Negative if a signal ended it, as in `subprocess`."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "the command does not end"
+        return self.process.exitcode
+
+
+def amalgram(*arguments: str | Path, cwd: Path, **environment: str) -> CompletedProcess[str]:
+    """Run `amalgram ARGUMENTS` in the folder `cwd` to its end."""
+    with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
+        process = _start(arguments, cwd, environment, stdout.fileno(), stderr.fileno())
+        exit_code = Command(process, stdout, stderr).exit_code()
+        stdout.seek(0)
+        stderr.seek(0)
+        return CompletedProcess(arguments, exit_code, stdout.read(), stderr.read())
+
+
+@contextmanager
+def started(*arguments: str | Path, cwd: Path, terminal: int | None = None, **environment: str) -> Iterator[Command]:
+    """`amalgram ARGUMENTS`, running. `terminal`, a file descriptor, takes the place of its standard error."""
+    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+    process = _start(arguments, cwd, environment, its_out, its_err if terminal is None else terminal)
+    os.close(its_out)
+    os.close(its_err)
+    with os.fdopen(out) as stdout, os.fdopen(err) as stderr:
+        try:
+            yield Command(process, stdout, stderr)
+        finally:
+            process.kill()
+            process.join()
+
+
+def _start(arguments: tuple[str | Path, ...], cwd: Path, environment: dict[str, str], *streams: int) -> BaseProcess:
+    sent = [Connection(os.dup(stream), readable=False) for stream in streams]  # how multiprocessing sends a descriptor
+    whole = dict(os.environ) | environment
+    process = _forks.Process(target=_run, args=([*map(str, arguments)], str(cwd), whole, *sent))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], cwd: str, environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:
+    os.dup2(stdout.fileno(), sys.stdout.fileno())
+    os.dup2(stderr.fileno(), sys.stderr.fileno())
+    stdout.close()
+    stderr.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have them ignore it
+    sys.argv = ["amalgram", *arguments]
+    main()
