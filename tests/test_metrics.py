@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
 
 from client.data.rows import IGNORED, Rows
 from client.measurement.evaluation import score_logits
@@ -95,3 +98,11 @@ def test_macro_f1_is_the_mean_over_the_labels_that_occur() -> None:
     logits = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
     score = score_logits(logits, rows_of(np.array([0, 0, 1, 0])), Task(), np.arange(3))
     assert score.metric == pytest.approx((0.8 + 2 / 3) / 2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_macro_f1_is_scikit_learn_s(pairs: list[tuple[int, int]]) -> None:
+    targets, predicted = np.array(pairs).T
+    score = score_logits(np.eye(5, dtype=np.float32)[predicted], rows_of(targets), Task(), np.arange(5))
+    expected = f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0)
+    assert score.metric == pytest.approx(float(expected), abs=1e-12)

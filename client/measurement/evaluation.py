@@ -58,9 +58,13 @@ def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> S
 
 
 def _macro_f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
-    from sklearn.metrics import f1_score  # takes a second to import
-
-    return float(f1_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0))
+    """The mean over the labels in `targets` of 2 TP / (2 TP + FP + FN): what is right, over half of what is either."""
+    num_labels = int(max(targets.max(initial=-1), predicted.max(initial=-1))) + 1
+    right, wanted, found = (
+        np.bincount(each, minlength=num_labels) for each in (targets[targets == predicted], targets, predicted)
+    )
+    occurs = wanted > 0
+    return float(np.mean(2 * right[occurs] / (wanted + found)[occurs]))
 
 
 def _entity_f1(wanted: set[Entity], found: set[Entity]) -> float:

@@ -32,7 +32,6 @@ LIBRARIES = (
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
-    "sklearn.metrics",
 )
 
 
