@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -41,7 +40,15 @@ from common.metrics import Score, Split
 from common.models.adapter import is_adapter
 from common.models.delta import Delta, VectorDelta, add_delta
 from common.models.folders import base_model_folder, check_tokenizer, fine_tuned_folder, load_tokenizer, named_labels
-from common.models.loading import check_base, check_change, digest_of, load_base, load_fine_tuned, private_head
+from common.models.loading import (
+    check_base,
+    check_change,
+    digest_of,
+    load_base,
+    load_fine_tuned,
+    load_outline,
+    private_head,
+)
 from common.models.parameters import body_parameters, copy_parameters
 from common.models.plan import MergePlan, merge_plan
 from common.schedule import Schedule, schedule_of
@@ -114,11 +121,7 @@ class Workbench:
 
     @cached_property
     def _outline(self) -> PreTrainedModel:
-        """The base model without its weights: its modules and their shapes."""
-        base = self.load_base()
-        for parameter in base.parameters():
-            parameter.data = torch.zeros(()).expand(parameter.shape)
-        return base
+        return load_outline(self._base_folder, self.task)
 
     @cached_property
     def plan(self) -> MergePlan:

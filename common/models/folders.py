@@ -92,12 +92,12 @@ def _check_files(folder: Path, config: str, weights: str) -> None:
 # --- configuration and labels ---
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration in a model folder. Code that it names is never run."""
+def read_config(folder: Path, **changes: Any) -> Any:
+    """The configuration in a model folder, with `changes`. Code that it names is never run."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model {folder}: its config.json cannot be used: {first_line(error)}", hint=DOWNLOAD_AGAIN

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -59,9 +60,35 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
                 f"model {folder}: its weights lack {name}",
                 hint="check that config.json and the weights belong together",
             )
+    _choose_padding(model, folder, task)
+    return model
+
+
+def load_outline(folder: Path, task: Task) -> PreTrainedModel:
+    """The base model without weights: its configuration, its modules and their shapes. Nobody may change it.
+
+    Its weights are not looked at; `check_base` looks at them whenever they are loaded.
+    """
+    return _outline(folder, (folder / "config.json").read_bytes(), task)
+
+
+@lru_cache(maxsize=16)  # it holds no weights, so a simulation of many owners keeps one
+def _outline(folder: Path, config: bytes, task: Task) -> PreTrainedModel:
+    model_class = getattr(transformers, AUTO_CLASSES[task.kind])
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class.from_config(
+                read_config(folder, **_head(task)), dtype=torch.float32, trust_remote_code=False
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"model {folder}: cannot be loaded for {task.kind}: {first_line(error)}") from None
+    _choose_padding(model, folder, task)
+    return model
+
+
+def _choose_padding(model: PreTrainedModel, folder: Path, task: Task) -> None:
     if task.is_text and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = load_tokenizer(folder).pad_token_id
-    return model
 
 
 def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
@@ -202,14 +229,12 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
 
 def _from_pretrained(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model as transformers loads it, then the parameters that are missing and those of another shape."""
-    labels = dict(enumerate(task.labels))
-    head = {"num_labels": len(labels), "id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model, found = getattr(transformers, AUTO_CLASSES[task.kind]).from_pretrained(
                 folder,
-                **(head if task.has_labels else {}),
+                **_head(task),
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
@@ -223,11 +248,17 @@ def _from_pretrained(folder: Path, task: Task, seed: int) -> tuple[PreTrainedMod
                 reason, hint = "its head, or another weight, has another shape", "check that task.labels fit this model"
             elif "custom code" in reason:
                 hint = "only models whose code is part of transformers can be merged"
-            with_labels = f" with {len(labels)} labels" if task.has_labels else ""
+            with_labels = f" with {len(task.labels)} labels" if task.has_labels else ""
             raise ModelError(
                 f"model {folder}: cannot be loaded for {task.kind}{with_labels}: {reason}", hint=hint
             ) from None
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
+
+
+def _head(task: Task) -> dict[str, Any]:
+    """What a configuration says of the task's labels."""
+    labels = dict(enumerate(task.labels))
+    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if task.has_labels else {}
 
 
 def _stored_types(folder: Path) -> dict[str, str]:

@@ -120,11 +120,12 @@ def merge_plan(model: nn.Module, tensors: PlannedTensors) -> MergePlan:
     for name in tensors.data_free:
         if name not in layers:
             raise _not_a_weight(name)
+    biases = layer_biases(model)
     return MergePlan(
         inputs=tuple(
             block
             for group in tensors.merged
-            for block in _in_blocks(_shared_input(group, layers, layer_biases(model)), tensors.largest_gram)
+            for block in _in_blocks(_shared_input(group, layers, biases), tensors.largest_gram)
         ),
         data_free=tuple(layers[name] for name in tensors.data_free),
         linear_layers=tuple(layer for name, layer in layers.items() if parameter_of(name) not in tensors.left_alone),
