@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too: se
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
 from deploy.example import reviews
+from deploy.simulation.simulate import simulate
 from tests.support.models import tiny_bert
 from tests.support.once import made_once, shared_folder, trained_once
 from tests.support.parties import IDENTITIES, Parties, parties_of
@@ -47,9 +49,17 @@ BEGUN_FIRST = (
     "attacks/",
 )
 # Files whose tests share something dear, such as a server that is running: all of them go to one worker.
-TOGETHER = ("test_adapters.py", "test_deployment.py", "test_launch.py", "test_masked.py", "test_page_in_browser.py")
+TOGETHER = (
+    "test_adapters.py",
+    "test_deployment.py",
+    "test_launch.py",
+    "test_masked.py",
+    "test_page_in_browser.py",
+    "test_resume.py",
+)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in TOGETHER:
@@ -91,6 +101,12 @@ def trained_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def reviews_folder(shared: Path) -> Path:
     """The consortium that `amalgram simulate --init` writes; tests copy it before they change it."""
     return made_once(shared / "reviews", reviews.write_consortium)
+
+
+@pytest.fixture(scope="session")
+def example_run(reviews_folder: Path, shared: Path) -> Path:
+    """The output folder of a simulation of the example, references included; nobody changes it."""
+    return made_once(shared / "example-run", partial(simulate, reviews_folder))
 
 
 @pytest.fixture

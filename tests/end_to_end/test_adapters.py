@@ -68,9 +68,8 @@ def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         metadata={"format": "pt"},
     )
     agreement = folder / "agreement.toml"
-    agreement.write_text(
-        agreement.read_text().replace("# [publish]\n# adapter_rank = 8 ", "[publish]\nadapter_rank = 4")
-    )
+    text = agreement.read_text().replace("# [publish]\n# adapter_rank = 8 ", "[publish]\nadapter_rank = 4")
+    agreement.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
     return simulate(folder, folder / "output", with_references=False), folder / "output", folder / "base"
 
 

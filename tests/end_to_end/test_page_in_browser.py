@@ -9,7 +9,6 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
-from deploy.simulation.simulate import simulate
 from server.report.page import render_report
 from server.report.report import Report, read_report, save_report
 from server.report.words import capitalised
@@ -43,13 +42,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 @pytest.fixture(scope="module")
-def real(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("real")
-    simulate(reviews_folder, output)
-    return output
-
-
-@pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("hostile")
     save_report(as_report(hand_written()), output)
@@ -57,7 +49,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(params=["real", "hostile"])
+@pytest.fixture(params=["example_run", "hostile"])
 def output(request: pytest.FixtureRequest) -> Path:
     folder: Path = request.getfixturevalue(request.param)
     return folder

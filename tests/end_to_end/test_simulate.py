@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +27,11 @@ from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
 from server.report.report import Report, SentCandidate, read_report
-from tests.support.once import made_once
 
 
 @pytest.fixture(scope="module")
-def result(reviews_folder: Path, shared: Path) -> tuple[Report, Path]:
-    output = made_once(shared / "simulated", partial(simulate, reviews_folder))
-    return read_report(output), output
+def result(example_run: Path) -> tuple[Report, Path]:
+    return read_report(example_run), example_run
 
 
 @pytest.fixture
