@@ -69,9 +69,10 @@ class Workbench:
     def check(self) -> None:
         """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
         check_layout(self.contribution_layout(), len(self.agreement.owners))
-        if self.settings.fine_tuned is not None:
+        own = self._on_disk(self.own_model()) if self.settings.fine_tuned is not None else None
+        base = self.load_base()
+        if own is not None and self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-            own, base = self._on_disk(self.own_model()), self.load_base()
             check_change(own, dict(base.named_parameters()), body_parameters(base), folder)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
