@@ -39,7 +39,15 @@ from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, Own
 from common.metrics import Score, Split
 from common.models.adapter import is_adapter
 from common.models.delta import Delta, VectorDelta, add_delta
-from common.models.folders import base_model_folder, check_tokenizer, fine_tuned_folder, load_tokenizer, named_labels
+from common.models.folders import (
+    BaseOrigin,
+    base_model_folder,
+    base_origin,
+    check_tokenizer,
+    fine_tuned_folder,
+    load_tokenizer,
+    named_labels,
+)
 from common.models.loading import (
     check_base,
     check_change,
@@ -113,6 +121,11 @@ class Workbench:
     def _base_folder(self) -> Path:
         agreement_path = self._home / self.settings.agreement
         return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
+
+    @property
+    def base_origin(self) -> BaseOrigin:
+        """Where this owner's copy of the base came from."""
+        return base_origin(self.settings.base, self._home, self.agreement, self._home / self.settings.agreement)
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy of the agreed base model."""

@@ -24,9 +24,10 @@ from common.merge_methods import METHODS, contribution_layout, measurements
 from common.merge_methods.method import Measurement
 from common.merge_methods.regmean import REGMEAN
 from common.metrics import metrics_layout
-from common.models.folders import base_labels, image_shape, load_tokenizer
+from common.models.folders import base_labels, hub_revision, image_shape, load_tokenizer
 from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
 from common.models.loading import digest_of, load_base, private_head
+from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
 from common.summation.fixed_point import check_layout
@@ -63,11 +64,13 @@ def complete_agreement(
         **{
             **dict(with_keys),
             "task": task,
+            "base_revision": draft.base_revision or hub_revision(base_folder),
             "min_owners": draft.needed_owners,
             "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
             "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, tensors)),
         },
         base_digest=digest_of(base, task),
+        base_files=manifest_of(base_folder),
         bundle_digest=bundle_digest(),
         tensors=tensors,
     )

@@ -44,7 +44,10 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("title =", "titel ="), "unknown key titel (and 1 more)\nhint: allowed here: average, base, bounds,"),
+        (
+            ("title =", "titel ="),
+            "unknown key titel (and 1 more)\nhint: allowed here: average, base, base_revision, bounds,",
+        ),
         (('"regmean"', '"regmeen"'), "method = 'regmeen': unknown method; known: average, task_arithmetic, fisher,"),
         (('["average"]', '["average", "tise"]'), "compare_with[1] = 'tise'"),
         (('["average"]', '["regmean"]'), "compare_with = ['regmean']: names a method twice, or 'regmean' again"),
@@ -147,7 +150,7 @@ def test_a_written_agreement_reads_back_with_the_same_digest(agreement: Agreemen
 
 def test_a_draft_is_not_an_agreement(tmp_path: Path) -> None:
     (tmp_path / "agreement.toml").write_text(GOOD)
-    with pytest.raises(SettingsError, match=r"coordinator is missing \(and 3 more\)"):
+    with pytest.raises(SettingsError, match=r"coordinator is missing \(and 4 more\)"):
         load_settings(tmp_path / "agreement.toml", Agreement)
 
 
@@ -160,6 +163,7 @@ def test_a_draft_is_not_an_agreement(tmp_path: Path) -> None:
         {"min_owners": 2},
         {"method": "average", "compare_with": ("regmean", "task_arithmetic", "fisher")},
         {"base_digest": "0" * 64},
+        {"base_files": ()},
     ],
     ids=lambda update: next(iter(update)),
 )

@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from common.agreement.rules import RULES
 from common.agreement.tables import CoordinatorEntry, DraftTables
 from common.errors import RuleError, SettingsError
 from common.merge_methods.terms import MergeBounds, MergeSettings
+from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
 from common.settings_file import HEX_64
 
@@ -36,7 +37,8 @@ class AgreementDraft(DraftTables):
 class Agreement(AgreementDraft):
     """A draft completed against its base model: nothing is left open."""
 
-    base_digest: Digest
+    base_digest: Digest  # of its weights, as loaded
+    base_files: Annotated[Manifest, Field(max_length=100)]  # what decides how rows are read
     bundle_digest: Digest  # of the code that runs at the owners, as Flower bundles it
     tensors: PlannedTensors
     coordinator: CoordinatorEntry

@@ -28,6 +28,7 @@ METRICS: dict[TaskKind, Metric] = {
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
 PublicKey = Annotated[str, HEX_64]
+Commit = Annotated[str, matching("[0-9a-f]{40}", "a commit of the hub, 40 hexadecimal digits")]
 NodeKey = Annotated[
     str, matching("ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==", "an OpenSSH key of type ecdsa-sha2-nistp384")
 ]
@@ -171,10 +172,14 @@ else:
 
 
 class DraftTables(MethodTables):
-    """All that people write. `base` names the base model: a Hugging Face folder (relative to the file) or hub name."""
+    """All that people write. `base` names the base model: a Hugging Face folder (relative to the file) or hub name.
+
+    `base_revision`: the commit of a model on the hub. Left out, it is the newest one when the draft is completed.
+    """
 
     title: Annotated[str, Field(min_length=1, max_length=200)]
     base: Annotated[str, Field(min_length=1)]
+    base_revision: Commit | None = None
     owners: Annotated[tuple[OwnerEntry, ...], Field(min_length=2, max_length=MAX_OWNERS)]
     coordinator: CoordinatorEntry | None = None
     min_owners: Annotated[int, Field(ge=2)] | None = None

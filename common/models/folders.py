@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.agreement import Agreement
 from common.errors import ModelError, first_line
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from common.models.manifest import READ, check_manifest, only_files_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # the model card names the licence
+HUB_PATTERNS = [*READ, "*.json", "*.safetensors", "README.md"]  # the model card names the licence
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 DOWNLOAD_AGAIN = "save the model again, or download it again; the file may be damaged or incomplete"
+
+BaseOrigin = Literal["hub", "own folder", "folder of the drafter"]
 
 # --- where a model is ---
 
 
-def model_folder(location: str, relative_to: Path) -> Path:
-    """The folder of a model that is given as a path or a hub name. Paths are relative to a settings file's folder."""
-    folder = _find_folder(location, relative_to)
+def model_folder(location: str, relative_to: Path, revision: str | None = None) -> Path:
+    """The folder of a model that is given as a path or a hub name. Paths are relative to a settings file's folder.
+
+    `revision`: the commit that is fetched from the hub.
+    """
+    folder = _find_folder(location, relative_to, revision)
     # transformers would load the adapter too, or another base that the adapter names.
     if is_adapter(folder):
         raise ModelError(
@@ -47,31 +53,54 @@ def fine_tuned_folder(location: str, relative_to: Path) -> Path:
 
 
 def base_model_folder(own_copy: str | None, home: Path, agreement: Agreement, agreement_path: Path) -> Path:
-    """A party's own copy of the base model (relative to its settings in `home`), or the base that is agreed."""
-    if own_copy is not None:
-        return model_folder(own_copy, home)
-    return model_folder(agreement.base, agreement_path.parent)
+    """A party's own copy of the base model (relative to its settings in `home`), or the base that is agreed.
+
+    Raises ModelError unless every file that decides how rows are read is the agreed one.
+    """
+    location = agreement.base if own_copy is None else own_copy
+    revision = agreement.base_revision if location == agreement.base else None
+    folder = model_folder(location, agreement_path.parent if own_copy is None else home, revision)
+    check_manifest(folder, agreement.base_files)  # check: base-files-are-checked
+    return folder
 
 
-def _find_folder(location: str, relative_to: Path) -> Path:
-    folder = Path(location) if Path(location).is_absolute() else relative_to / location
+def base_origin(own_copy: str | None, home: Path, agreement: Agreement, agreement_path: Path) -> BaseOrigin:
+    """Where `base_model_folder` finds this party's copy."""
+    if own_copy is not None and _local(own_copy, home).exists():
+        return "own folder"
+    if own_copy is None and _local(agreement.base, agreement_path.parent).exists():
+        return "folder of the drafter"
+    return "hub"
+
+
+def hub_revision(folder: Path) -> str | None:
+    """The commit of a model that was fetched from the hub; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and len(folder.name) == 40 else None
+
+
+def _local(location: str, relative_to: Path) -> Path:
+    return Path(location) if Path(location).is_absolute() else relative_to / location
+
+
+def _find_folder(location: str, relative_to: Path, revision: str | None = None) -> Path:
+    folder = _local(location, relative_to)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelError(f"model {location}: {folder} is not a folder", hint="name a Hugging Face model folder")
-    return _fetch_from_hub(location, folder)
+    return _fetch_from_hub(location, folder, revision)
 
 
-def _fetch_from_hub(name: str, missing_folder: Path) -> Path:
+def _fetch_from_hub(name: str, missing_folder: Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise ModelError(
-            f"model {name}: there is no folder {missing_folder}, and no model of this name could be fetched "
-            "from the hub",
+            f"model {name}: there is no folder {missing_folder}, and no model of this name"
+            f"{f' (commit {revision})' if revision else ''} could be fetched from the hub",
             hint="check the spelling, or download the model and name its folder",
         ) from None
 
@@ -142,11 +171,15 @@ def image_shape(config: Any) -> tuple[int, int, int]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder. One without a padding token pads with its end-of-text token."""
+    """The tokenizer in a model folder, made from the files that a manifest lists and from no others.
+
+    One without a padding token pads with its end-of-text token.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with only_files_read(folder) as files:
+            tokenizer = AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken tokenizer can make the library raise anything
         raise ModelError(
             f"model {folder}: its tokenizer cannot be loaded: {first_line(error)}", hint=DOWNLOAD_AGAIN

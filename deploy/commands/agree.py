@@ -31,6 +31,8 @@ def consent_text(owner: Owner) -> str:
     return environment.get_template("consent.txt.jinja").render(
         agreement=agreement,
         owner=owner.name,
+        base=owner.settings.base or agreement.base,
+        base_origin=owner.workbench.base_origin,
         same_bundle=bundle_digest() == agreement.bundle_digest,
         metric=agreement.task.metric.replace("_", " "),
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),

@@ -22,7 +22,7 @@ def draft_agreement(short: Path, public: list[Path], out: Path) -> None:
     identities = _by_name(public)
     agreement = complete_agreement(
         written,
-        model_folder(written.base, short.resolve().parent),
+        model_folder(written.base, short.resolve().parent, written.base_revision),
         {name: each.public_key for name, each in identities.items()},
         {name: each.node_key for name, each in identities.items() if each.node_key is not None},
     )

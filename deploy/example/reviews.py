@@ -55,6 +55,7 @@ title = "Reviews of three shops"
 
 # The model that everybody fine-tuned: a Hugging Face folder (relative to this file) or a hub name.
 base = "base"
+# base_revision = "..."       # of a hub name: its commit; if left out, the newest one when the draft is completed
 
 # The published model is merged with `method`. The others are only evaluated, for comparison.
 # Single-round methods: average, task_arithmetic, fisher, regmean, data_free.

@@ -77,7 +77,7 @@ def simulate(
     draft = load_settings(folder / "agreement.toml", AgreementDraft)
     owner_files = find_owner_files(folder, draft)
     log.info("completing the agreement against %s", draft.base)
-    base_folder = model_folder(draft.base, folder)
+    base_folder = model_folder(draft.base, folder, draft.base_revision)
     identities = make_identities(draft, output / PARTIES)
     keys = {name: identity.public_key for name, identity in identities.items()}
     agreement = complete_agreement(draft, base_folder, keys)

@@ -55,6 +55,7 @@ OWNERS, SCHEDULE, PACKETS, COORDINATOR, SUM, SCALING = (
 LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
     f"test_{name}.py" for name in ("launch", "logs", "agreement", "architectures", "gram_stream")
 )
+BASE_FILES = "attacks/test_base_files.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -124,6 +125,14 @@ TABLE = [
     Mutation(SURVIVORS, "test_14_my_upload", "my-upload-is-listed", "is_mine = self._me in survivors"),
     Mutation(SURVIVORS, "test_18_", "quorums-share-an-honest-owner", "return num_owners // 2"),
     Mutation(SURVIVORS, "test_36_exactly", "quorums-share-an-honest-owner", "return num_owners // 2"),
+    # 56-59: what decides how rows are read
+    Mutation(BASE_FILES, "test_56_a_newer", "base-files-are-checked"),
+    Mutation(BASE_FILES, "test_56_a_tokenizer_that_does", "base-files-are-checked"),
+    Mutation(BASE_FILES, "test_56_a_tokenizer_that_does", "base-files-are-the-agreed-ones"),
+    Mutation(BASE_FILES, "test_58_a_configuration_that_computes", "base-files-are-the-agreed-ones"),
+    Mutation(BASE_FILES, "test_58_a_configuration_that_sends", "configuration-is-the-listed-file"),
+    Mutation(BASE_FILES, "test_59_a_file or test_59_an_agreed", "base-files-are-the-agreed-ones"),
+    Mutation(BASE_FILES, "test_59_a_configuration", "configurations-name-no-files", ""),
     # 15-17, 39: both secrets
     Mutation(
         SURVIVORS,

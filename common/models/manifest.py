@@ -1,0 +1,115 @@
+"""The manifest of a base model: the SHA-256 of every file that decides how rows are read, as `sha256sum` prints it.
+
+Weights are not among these files; the base digest covers them as loaded (loading.py). The configuration is taken as it
+is, to the byte: transformers chooses the tokenizer by `_name_or_path` and `transformers_version` too.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+from common.errors import ModelError
+from common.settings_file import HEX_64, Settings, matching
+
+# Every file that some tokenizer of transformers reads, and what people read to prepare images.
+READ = (
+    "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*.jinja", "*processor_config.json", "vocab*", "*vocab.json", "merges.txt", "*.model",
+    "*.spm", "*.tokenizer", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "normalizer.json", "emoji.json",
+    "byte_maps.json", "word_*.json",
+)  # fmt: skip
+CONFIGURATIONS = ("config.json", "tokenizer_config.json")
+
+
+class BaseFile(Settings):
+    """One file of the manifest."""
+
+    name: Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
+    sha256: Annotated[str, HEX_64]
+
+
+Manifest = tuple[BaseFile, ...]
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """The manifest of the base in a folder, in the order of the names.
+
+    Raises ModelError if its configuration sends the reader to other files, which no manifest covers.
+    """
+    if "configuration_files" in _read_json(folder / "config.json"):  # check: configuration-is-the-listed-file
+        raise ModelError(
+            f"model {folder}: its config.json sets configuration_files, so that another file would be read",
+            hint="delete this key from config.json",
+        )
+    found = []
+    for path in _files_read(folder):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found.append(BaseFile(name=path.relative_to(folder).as_posix(), sha256=digest))
+    return tuple(found)
+
+
+def check_manifest(folder: Path, agreed: Manifest) -> None:
+    """Raise ModelError, which names the first file that differs, unless the folder's manifest is the agreed one."""
+    own = {file.name: file.sha256 for file in manifest_of(folder)}
+    wanted = {file.name: file.sha256 for file in agreed}
+    for name in sorted(own.keys() | wanted.keys()):
+        if own.get(name) != wanted.get(name):  # check: base-files-are-the-agreed-ones
+            raise ModelError(
+                f"model {folder}: {name} is not the agreed file; its SHA-256 is {_beginning(own.get(name))}, the "
+                f"agreement's is {_beginning(wanted.get(name))}",
+                hint="get the base model that the agreement names, in the agreed version, and add no file to it",
+            )
+
+
+@contextmanager
+def only_files_read(folder: Path) -> Iterator[Path]:
+    """A temporary folder with copies of the files that a manifest lists, for loading a tokenizer.
+
+    It cannot read any other file: there is none beside these, and names of further files are left out of the
+    configurations. So the manifest is complete, whatever transformers looks for.
+    """
+    with TemporaryDirectory(prefix="amalgram-") as room:
+        for path in _files_read(folder):
+            copy = Path(room) / path.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            if path.name in CONFIGURATIONS:
+                copy.write_text(json.dumps(_without_file_names(_read_json(path))))
+            else:
+                shutil.copyfile(path, copy)
+        yield Path(room)
+
+
+def _files_read(folder: Path) -> list[Path]:
+    return sorted({path for pattern in READ for path in folder.glob(pattern) if path.is_file()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise ModelError(
+            f"model {path}: is not a JSON object", hint="download it again; the file may be damaged or incomplete"
+        )
+    return read
+
+
+def _without_file_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_file_names(each)
+            for key, each in value.items()
+            if not key.endswith(("_file", "_files"))  # check: configurations-name-no-files
+        }
+    return [_without_file_names(each) for each in value] if isinstance(value, list) else value
+
+
+def _beginning(digest: str | None) -> str:
+    return "none (there is no such file)" if digest is None else f"{digest[:16]}..."
