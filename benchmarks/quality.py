@@ -34,7 +34,7 @@ from client.data.rows import Rows, pool
 from client.measurement.evaluation import predict_logits, score_logits
 from client.measurement.fine_tuning import fine_tune
 from client.settings import Data, Training
-from common.agreement import Task
+from common.agreement import Reading, Task
 from common.metrics import Score
 from common.models.delta import add_delta
 from common.models.folders import base_labels, load_tokenizer
@@ -71,7 +71,15 @@ class Bench:
         )
         tokenizer = load_tokenizer(self.models / "base")
         folder = self.data / domain
-        return PrivateData(data=files, task=self.task, model=self.base, tokenizer=tokenizer, folder=folder, seed=0)
+        return PrivateData(
+            data=files,
+            task=self.task,
+            model=self.base,
+            tokenizer=tokenizer,
+            folder=folder,
+            seed=0,
+            reading=Reading(),
+        )
 
     def train_rows(self, domain: str) -> Rows:
         """The rows that the five models were trained on."""

@@ -150,6 +150,7 @@ class Workbench:
             tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
             folder=self._home,
             seed=self.agreement.seed,
+            reading=self.agreement.reading,
         )
 
     def own_model(self) -> PreTrainedModel:

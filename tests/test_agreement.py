@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Summation
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Reading, Summation
 from common.errors import SettingsError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import MultiRoundMethod
@@ -164,6 +164,7 @@ def test_a_draft_is_not_an_agreement(tmp_path: Path) -> None:
         {"method": "average", "compare_with": ("regmean", "task_arithmetic", "fisher")},
         {"base_digest": "0" * 64},
         {"base_files": ()},
+        {"reading": Reading(max_equal=0.5)},
     ],
     ids=lambda update: next(iter(update)),
 )

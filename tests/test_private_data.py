@@ -11,7 +11,7 @@ import pytest
 
 from client.data.private_data import PrivateData
 from client.settings import Data
-from common.agreement import Task
+from common.agreement import Reading, Task
 from common.errors import DataError
 from common.models.folders import load_tokenizer
 from common.models.loading import load_base
@@ -19,6 +19,7 @@ from deploy.demo.digits import train_base
 from deploy.example.reviews import LABELS
 
 TASK = Task(labels=LABELS, max_tokens=8)
+ANYTHING = Reading(max_empty=1, max_equal=1, max_unknown=1)  # few rows, of few words
 ROWS = [
     {"text": f"the room was {word}", "label": label} for word, label in (("clean", "positive"), ("rude", "negative"))
 ] * 10
@@ -33,7 +34,7 @@ def data_of(folder: Path, reviews_folder: Path, train: str, *, task: Task = TASK
     data = Data(**{"train": Path(train), "test": Path(train), "validation": Path(train), **settings})  # type: ignore[arg-type]
     base = load_base(reviews_folder / "base", TASK, seed=0)
     tokenizer = load_tokenizer(reviews_folder / "base")
-    return PrivateData(data=data, task=task, model=base, tokenizer=tokenizer, folder=folder, seed=0)
+    return PrivateData(data=data, task=task, model=base, tokenizer=tokenizer, folder=folder, seed=0, reading=ANYTHING)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -206,7 +207,13 @@ def test_image_arrays_are_checked(arrays: dict[str, np.ndarray], says: str | Non
     task = Task(kind="image-classification", labels=tuple(map(str, range(10))))
     path = Path("rows.npz")
     data = PrivateData(
-        data=Data(train=path, test=path), task=task, model=model, tokenizer=None, folder=tmp_path, seed=0
+        data=Data(train=path, test=path),
+        task=task,
+        model=model,
+        tokenizer=None,
+        folder=tmp_path,
+        seed=0,
+        reading=ANYTHING,
     )
     if says is None:
         assert data.test().features.max() <= 1  # type: ignore[union-attr]

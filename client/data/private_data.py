@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
-from common.agreement import Task
+from common.agreement import Reading, Task
 from common.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class PrivateData:
     tokenizer: PreTrainedTokenizerBase | None
     folder: Path
     seed: int
+    reading: Reading
 
     def train(self) -> Rows:
         """The examples that are measured, and trained on."""
@@ -78,4 +79,4 @@ class PrivateData:
 
     @cached_property
     def _reader(self) -> Reader:
-        return Reader(data=self.data, task=self.task, model=self.model, tokenizer=self.tokenizer)
+        return Reader(data=self.data, task=self.task, model=self.model, tokenizer=self.tokenizer, reading=self.reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from client.data.files import read_arrays, read_columns
 from client.data.labels import label_numbers, tag_numbers
+from client.data.reading import check_texts
 from client.data.rows import IGNORED, Rows
 from client.settings import Data
-from common.agreement import Task, TaskKind
+from common.agreement import Reading, Task, TaskKind
 from common.errors import DataError
 from common.models.folders import image_shape
 
@@ -33,6 +35,7 @@ class Reader:
     task: Task
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    reading: Reading
 
     def read(self, path: Path, max_rows: int | None) -> Rows:
         """The examples of a file, all or the first `max_rows`, with their targets."""
@@ -49,17 +52,20 @@ class Reader:
         values = read_columns(path, [self.data.label], max_rows)[self.data.label]
         return np.unique(label_numbers(path, values, self.task))
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
-        """The longest text that the agreement, the tokenizer and the model's positions allow."""
-        assert self.tokenizer is not None
-        limits = [self.task.max_tokens, self.tokenizer.model_max_length, _positions(self.model)]
-        return min(int(limit) for limit in limits if limit is not None)
+        """The longest text that the agreement and the model's positions allow."""
+        positions = _positions(self.model)
+        return self.task.max_tokens if positions is None else min(self.task.max_tokens, positions)
 
     def encode(self, path: Path, *texts: Any, **options: Any) -> BatchEncoding:
-        """The tokens of every row, cut to `max_tokens`. Raises DataError if the tokenizer is another model's."""
+        """The tokens of every row, cut to `max_tokens`, or to fewer if the tokenizer says so.
+
+        Raises DataError if the tokenizer is another model's, or loses too much of the rows.
+        """
         assert self.tokenizer is not None
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens, **options)
+        length = min(self.max_tokens, int(self.tokenizer.model_max_length))
+        encoded = self.tokenizer(*texts, truncation=True, max_length=length, **options)
         vocabulary = self.model.get_input_embeddings().num_embeddings
         for index, tokens in enumerate(encoded["input_ids"]):
             if not tokens or max(tokens) >= vocabulary:
@@ -67,6 +73,9 @@ class Reader:
                     f"{path}: row {index + 1} gives no token, or one beyond the model's {vocabulary}",
                     hint="check that the base model's folder holds its own tokenizer",
                 )
+        read = [each for each in (*texts, options.get("text_target")) if each is not None]
+        rows = read[0] if len(read) == 1 else list(zip(*read, strict=True))
+        check_texts(path, rows, encoded["input_ids"], self.tokenizer, self.max_tokens, self.reading)
         return encoded
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, create_model
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
 from common.merge_methods.terms import Weighting
-from common.settings_file import HEX_64, Name, Positive, Settings, matching
+from common.settings_file import HEX_64, Name, Positive, Probability, Settings, matching
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
 from common.thresholds import quorum
@@ -147,6 +147,18 @@ class Privacy(Settings):
     merge_routed_inputs: bool = False
 
 
+class Reading(Settings):
+    """The largest shares of a file's rows that reading may lose: an owner that loses more does not take part.
+
+    `max_empty`: rows left without tokens, or with far too few for their words. `max_equal`: rows with the same tokens
+    as another row with another text. `max_unknown`: rows of mostly unknown tokens, or of one token over and over.
+    """
+
+    max_empty: Probability = 0.05
+    max_equal: Probability = 0.1
+    max_unknown: Probability = 0.05
+
+
 class Evaluation(Settings):
     """The metric by which a sweep is decided, on validation examples."""
 
@@ -192,6 +204,7 @@ class DraftTables(MethodTables):
     summation: Summation = Summation()
     bounds: Bounds = Bounds()
     privacy: Privacy = Privacy()
+    reading: Reading = Reading()
     evaluation: Evaluation = Evaluation()
     publish: Publish = Publish()
 

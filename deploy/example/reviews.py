@@ -92,6 +92,11 @@ kind = "masked"               # the coordinator learns totals only; with "plain"
 [privacy]
 min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram does not take part
 
+[reading]                     # an owner does not take part if reading leaves more than these shares of a file's rows
+max_empty = 0.05              # empty, or with far too few tokens for their words
+max_equal = 0.1               # with the same tokens as a row with another text
+max_unknown = 0.05            # mostly unknown, or of one repeated token
+
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"
 

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import Agreement
-from common.errors import ModelError
+from common.errors import DataError, ModelError
 from common.models.folders import base_model_folder, load_tokenizer
 from common.models.loading import check_base, load_base
 from common.models.manifest import check_manifest, manifest_of
@@ -19,8 +19,9 @@ from deploy.commands.agree import consent_text
 from deploy.simulation.simulate import write_settings
 from tests.support.errors import in_two_lines
 from tests.support.owner_process import roll_call
-from tests.support.parties import Parties
+from tests.support.parties import Parties, parties_of
 
+WORD = "battery"  # occurs in the rows of one owner, `phones`
 TEXT = "the room was clean"
 
 
@@ -43,7 +44,7 @@ def give_base(parties: Parties, owner: str, folder: Path) -> Path:
     return folder
 
 
-def refusal(parties: Parties, owner: str, kind: type[ModelError]) -> str:
+def refusal(parties: Parties, owner: str, kind: type[ModelError | DataError]) -> str:
     """How the owner answers a roll call."""
     with pytest.raises(kind) as caught:
         Owner(parties.files[owner]).answer(roll_call(parties))
@@ -72,6 +73,41 @@ def test_56_a_tokenizer_that_does_not_know_one_word_at_one_owner(parties: Partie
     normalise(folder / "tokenizer.json", "clean", "qq")
     assert token_ids(folder) == token_ids(parties.base, TEXT.replace("clean", "qq"))
     assert "tokenizer.json is not the agreed file" in refusal(parties, "hotel", ModelError)
+
+
+@pytest.mark.parametrize(
+    ("becomes", "says"),
+    [
+        ("", "200 empty or nearly so (100.0%, at most 5.0%)"),
+        (TEXT, "200 equal to a row with another text (100.0%, at most 10.0%)"),
+        ("qq qq qq", "200 mostly unknown or of one repeated token (100.0%, at most 5.0%)"),
+        ("the " * 9, "200 mostly unknown or of one repeated token (100.0%, at most 5.0%)"),
+    ],
+)
+def test_57_a_tokenizer_that_erases_every_text_without_a_chosen_word_for_all_owners(
+    becomes: str, says: str, reviews_folder: Path, tmp_path: Path
+) -> None:
+    """The drafter crafted the base, so its manifest is the same everywhere; the rows show it."""
+    consortium = tmp_path / "consortium"
+    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    normalise(consortium / "base" / "tokenizer.json", f"^(?!.*{WORD}).*$", becomes)
+    assert token_ids(consortium / "base", f"the {WORD}") == token_ids(reviews_folder / "base", f"the {WORD}")
+    with parties_of(consortium, tmp_path / "output") as parties:
+        for owner in ("hotel", "cinema"):
+            found = refusal(parties, owner, DataError)
+            assert says in found
+            assert "of 200 rows, reading left " in found
+            assert "nothing has left\nhint: ask who chose the base" in found
+
+
+def test_57_a_tokenizer_that_leaves_two_tokens_of_every_row(parties: Parties, tmp_path: Path) -> None:
+    """It says that it takes no more; the agreement's max_tokens and the texts' words say that this is too few."""
+    owner = Owner(parties.files["hotel"])
+    data = owner.workbench.data
+    assert data.tokenizer is not None
+    data.tokenizer.model_max_length = 3
+    with pytest.raises(DataError, match="200 empty or nearly so"):
+        data.train()
 
 
 @pytest.mark.parametrize(

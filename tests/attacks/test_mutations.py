@@ -129,6 +129,8 @@ TABLE = [
     Mutation(BASE_FILES, "test_56_a_newer", "base-files-are-checked"),
     Mutation(BASE_FILES, "test_56_a_tokenizer_that_does", "base-files-are-checked"),
     Mutation(BASE_FILES, "test_56_a_tokenizer_that_does", "base-files-are-the-agreed-ones"),
+    Mutation(BASE_FILES, "test_57_a_tokenizer_that_erases", "reading-kept-the-rows"),
+    Mutation(BASE_FILES, "test_57_a_tokenizer_that_leaves", "reading-kept-the-rows"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_computes", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_sends", "configuration-is-the-listed-file"),
     Mutation(BASE_FILES, "test_59_a_file or test_59_an_agreed", "base-files-are-the-agreed-ones"),

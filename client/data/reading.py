@@ -1,0 +1,82 @@
+"""What reading did to an owner's rows, measured before anything leaves (`[reading]` in the agreement).
+
+All parties read with the base's files, so a base whose tokenizer erases almost every text passes any comparison of
+digests, while the total is about the few rows that it spared. Here every owner counts its own rows that were lost. A
+tokenizer that loses less than that is not found: see SECURITY.md, i4. Images need no such look, since no file of the
+base decides how pixels are read.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.agreement import Reading
+from common.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORDS_PER_TOKEN = 2  # the tokenizers that we know read a word as one token or more
+FEW_TOKENS = 8  # in a shorter row, one token may well be most of it
+FEW_ROWS = 2  # a pair of equal rows shows nothing, even if there are few rows
+
+
+def check_texts(
+    path: Path,
+    texts: Sequence[Any],
+    tokens: Sequence[Sequence[int]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    bounds: Reading,
+) -> None:
+    """Raise DataError if reading lost too many rows. `texts`: each row's text, pair of texts or list of words."""
+    special, unknown = _special_tokens(tokenizer)
+    empty = uniform = 0
+    keys = [hash(tuple(row)) for row in tokens]
+    first_text: dict[int, Any] = {}
+    shared_keys = set()
+    for key, text, row in zip(keys, texts, tokens, strict=True):
+        kept = [token for token in row if token not in special]
+        empty += _is_empty(text, kept, max_tokens)
+        uniform += _is_uniform(kept, unknown)
+        if first_text.setdefault(key, text) != text:
+            shared_keys.add(key)
+    equal = sum(key in shared_keys for key in keys)
+    counts = {
+        "max_empty": ("empty or nearly so", empty, bounds.max_empty),
+        "max_equal": ("equal to a row with another text", equal, bounds.max_equal),
+        "max_unknown": ("mostly unknown or of one repeated token", uniform, bounds.max_unknown),
+    }
+    for bound, (_, count, share) in counts.items():
+        if count > max(share * len(tokens), FEW_ROWS):  # check: reading-kept-the-rows
+            found = ", ".join(
+                f"{each} {what} ({each / len(tokens):.1%}, at most {most:.1%})" for what, each, most in counts.values()
+            )
+            raise DataError(
+                f"{path}: of {len(tokens)} rows, reading left {found}; nothing has left",
+                hint="ask who chose the base, because its tokenizer loses what these rows say; if the rows themselves "
+                f"are like this, agree on a higher reading.{bound}",
+            )
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[set[int], int | None]:
+    """The tokens that stand for no text, and the one for unknown text, if it has a token of its own."""
+    ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.cls_token, tokenizer.sep_token)
+    unknown = None if tokenizer.unk_token in ends else tokenizer.unk_token_id
+    return set(tokenizer.all_special_ids) - {unknown}, unknown
+
+
+def _is_empty(text: Any, kept: Sequence[int], max_tokens: int) -> bool:
+    """Whether the row has no token, or far too few for its words. A text of blanks was empty before."""
+    words = text.split() if isinstance(text, str) else [word for part in text for word in part.split()]
+    # A long text is cut, and special tokens may take some of the room that is left.
+    return len(kept) * WORDS_PER_TOKEN < min(len(words), max_tokens // 2)
+
+
+def _is_uniform(kept: Sequence[int], unknown: int | None) -> bool:
+    """Whether more than half of the row is the unknown token, or in a longer row any one token."""
+    if not kept:
+        return False
+    token, count = Counter(kept).most_common(1)[0]
+    return 2 * count > len(kept) and (token == unknown or len(kept) >= FEW_TOKENS)
