@@ -3,17 +3,21 @@
 Nothing in here comes from a message.
 """
 
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client import ledger
 from client.ledger import Ledger
+from client.repeats import Contributed
 from client.settings import OwnerSettings
 from client.state import OwnerState
 from common.agreement import Agreement
-from common.identity import Identity, read_identity
+from common.domain_separation import Domain
+from common.identity import read_identity
 from common.settings_file import load_settings
-from common.summation import SUMMATIONS
+from common.summation import SUMMATIONS, key_agreement
 from common.summation.protocol import OwnerSide
 
 if TYPE_CHECKING:
@@ -28,7 +32,8 @@ class OwnerContext:
         self.home = settings_path.resolve().parent
         self.settings = load_settings(settings_path, OwnerSettings)
         self.name = self.settings.name
-        self.state = OwnerState(self.home / self.settings.state)
+        self.identity = read_identity(self.identity_path)
+        self.state = OwnerState(self.home / self.settings.state, self.identity.public_key)
 
     @cached_property
     def agreement(self) -> Agreement:
@@ -50,13 +55,24 @@ class OwnerContext:
     def identity_path(self) -> Path:
         return self.home / (self.settings.identity or f"{self.name}.key")
 
-    @cached_property
-    def identity(self) -> Identity:
-        return read_identity(self.identity_path)
+    @property
+    def ledger_path(self) -> Path:
+        return self.home / (self.settings.ledger or self.identity_path.with_suffix(".ledger"))
+
+    def ledger_locked(self) -> AbstractContextManager[None]:
+        """Hold this while the ledger is read, or changed according to what was read."""
+        return ledger.locked(self.ledger_path)
 
     @property
     def ledger(self) -> Ledger:
-        return self.state.ledger(self.agreement.digest())
+        """This identity's ledger as it is now. Consent creates it, so from then on it must be there."""
+        has_consented = bool(self.state.consents())
+        return Ledger(self.ledger_path, self.identity.public_key, self.agreement, must_exist=has_consented)
+
+    def contributed(self, *, may_train: bool = True) -> Contributed:
+        """Sketches of the rows and weight changes that this owner has now (Workbench.contributed)."""
+        key = key_agreement.derive(self.identity.seed, Domain.LEDGER_KEY, salt=b"")
+        return self.workbench.contributed(key, may_train=may_train)
 
     @property
     def summation(self) -> type[OwnerSide]:

@@ -1,15 +1,25 @@
-"""What this owner has given into a round, once and for all. Kept for good, beyond runs, restarts and aborted sessions.
+"""What one identity has contributed, once and for all. Kept for good, beyond runs, restarts and aborted sessions.
 
 The same vector, unmasked with two different groups of owners, exposes a difference: somebody's vector. So what a round
 is about is offered to one session only. From the first masked part on, the others may be able to unmask that session
 without this owner, so it counts as given until enough of them have signed that they never will (`release`).
+
+The same rows or weight changes under two agreements expose a difference too. So the ledger knows what was contributed,
+by sketches under a key that only this identity has, and under which terms. It belongs to the identity, not to a state
+folder, and is in a file of its own beside the key. repeats.py decides what may be contributed again.
 """
 
+import os
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from client.repeats import Contributed, Repeat, Terms, check_repeats, terms_of
+from common import private_file
+from common.agreement import Agreement
 from common.errors import ConsentError, SettingsError
 from common.private_file import write_whole
 
@@ -25,7 +35,10 @@ class Offer(BaseModel):
 
 
 class Page(BaseModel):
-    """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed."""
+    """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
+
+    `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -34,29 +47,51 @@ class Page(BaseModel):
     revealed: tuple[str, ...] = ()
     burned: tuple[str, ...] = ()
     result: str | None = None
+    contributed: tuple[Contributed, ...] = ()
+    terms: Terms | None = None
 
 
 class Book(BaseModel):
-    """The whole file: a page for each agreement, by its digest."""
+    """The whole file: whose it is, and a page for each agreement, by its digest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[2]
+    identity: str  # the public key, in hexadecimal
     pages: dict[str, Page]
 
 
 class Ledger:
-    """`ledger.json` of an owner's state folder. Every change is on the disk before the method returns."""
+    """One identity's ledger, open at the page of one agreement. Changes are on the disk before a method returns.
 
-    def __init__(self, path: Path, agreement_digest: str) -> None:
+    Hold `locked` from opening the ledger to the last change.
+    """
+
+    def __init__(self, path: Path, public_key: bytes, agreement: Agreement, *, must_exist: bool) -> None:
+        """`must_exist`: whether something was consented to before. Raises SettingsError if the ledger is not usable."""
         self._path = path
-        self._agreement_digest = agreement_digest
-        self._book = _read(path)
+        self._agreement = agreement
+        self._agreement_digest = agreement.digest()
+        self._book = _read(path, public_key.hex(), must_exist=must_exist)
 
-    @property
-    def earlier_contributions(self) -> int:
-        """Under how many other agreements this owner has offered something."""
-        return sum(bool(page.offers) for digest, page in self._book.pages.items() if digest != self._agreement_digest)
+    def create(self) -> None:
+        """Write an empty ledger if there is none yet, so that it is missed if it is gone later."""
+        if not self._path.exists():
+            self._write()
+
+    def repeats(self, contributed: Contributed) -> tuple[Repeat, ...]:
+        """The other agreements under which most of the same rows or weight changes were offered."""
+        found = []
+        for digest, page in self._book.pages.items():
+            if digest == self._agreement_digest or not page.offers or page.terms is None:
+                continue
+            shares = [contributed.shares_with(earlier) for earlier in page.contributed]
+            rows = max((share for share, _ in shares), default=0.0)
+            changes = max((share for _, share in shares), default=0.0)
+            repeat = Repeat(agreement_digest=digest, terms=page.terms, rows=rows, weight_changes=changes)
+            if repeat.is_one:
+                found.append(repeat)
+        return tuple(found)
 
     @property
     def pending(self) -> str:
@@ -73,10 +108,13 @@ class Ledger:
         """Whether this owner has signed the result of this agreement."""
         return self._page.result is not None
 
-    def begin(self, number: int, session: str, position: int, title: str) -> None:
+    def begin(
+        self, number: int, session: str, position: int, title: str, contributed: Contributed | None, again: Set[str]
+    ) -> None:
         """The round at `position` is opened, as sum `number`. Raises ConsentError unless nothing was offered to it.
 
-        All metrics on one split are one round: two rounds would have the row counts in common.
+        All metrics on one split are one round: two rounds would have the row counts in common. `contributed`: what the
+        round is about, None for metrics; `again`: the agreements that this owner consented to repeat.
         """
         last = self._page.round
         if last is not None and number <= last:  # check: rounds-only-go-up
@@ -88,11 +126,21 @@ class Ledger:
                 "expose one owner's share",
                 hint="a new run needs a new agreement",
             )
-        self._write(round=number)
+        if contributed is None:
+            self._write(round=number)
+            return
+        terms, before = terms_of(self._agreement), self._page.contributed
+        check_repeats(terms, self.repeats(contributed), again)  # check: rows-are-contributed-once
+        distinct = before if contributed in before else (*before, contributed)
+        self._write(round=number, contributed=distinct, terms=terms)
 
-    def offer(self, position: int, session: str, deliveries_digest: str) -> None:
-        """Something of the round at `position` is about to leave. Raises ConsentError if the session was burned."""
+    def offer(self, position: int, session: str, deliveries_digest: str, again: Set[str]) -> None:
+        """Something of the round at `position` is about to leave. Raises ConsentError if the session was burned, or if
+        the same was offered under another agreement since the round was opened.
+        """
         self._check_not_burned(session)  # check: burned-gives-no-part
+        for contributed in self._page.contributed:
+            check_repeats(terms_of(self._agreement), self.repeats(contributed), again)  # check: offered-elsewhere-since
         offer = Offer(position=position, session=session, deliveries_digest=deliveries_digest)
         if offer not in self._page.offers:
             others = tuple(each for each in self._page.offers if each.position != position)
@@ -108,6 +156,11 @@ class Ledger:
         if session in self._page.revealed:  # check: revealed-is-not-burned
             raise ConsentError("the coordinator asked to burn a session that this owner has helped to unmask")
         self._write(burned=tuple(sorted({*self._page.burned, session})))
+
+    def give_up(self, session: str) -> None:
+        """The rules of `session` were broken. It is never continued, even if its files come back from a backup."""
+        if session not in self._page.revealed:
+            self.burn(session)
 
     def release(self, session: str) -> None:
         """Nobody can unmask `session` any more, so what was offered to it may be offered again."""
@@ -131,15 +184,52 @@ class Ledger:
     def _write(self, **changes: object) -> None:
         page = self._page.model_copy(update=changes)
         self._book = self._book.model_copy(update={"pages": {**self._book.pages, self._agreement_digest: page}})
-        write_whole(self._path, self._book.model_dump_json().encode())
+        try:
+            write_whole(self._path.resolve(), self._book.model_dump_json().encode())
+        except OSError as error:
+            raise _not_writable(self._path, error.strerror) from None
 
 
-def _read(path: Path) -> Book:
-    if not path.exists():
-        return Book(version=2, pages={})
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time uses the ledger `path`, whichever state folder it has."""
     try:
-        return Book.model_validate_json(path.read_bytes())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(0, "the folder is read-only")
+    except OSError as error:
+        raise _not_writable(path, error.strerror) from None
+    with private_file.locked(path.with_name(f"{path.name}.lock")):
+        yield
+
+
+def _not_writable(path: Path, reason: str | None) -> SettingsError:
+    return SettingsError(
+        f"{path}: the ledger cannot be written here ({reason}); nothing has left",
+        hint="if keys are read-only, name a file elsewhere as ledger in the settings file, and keep it for good",
+    )
+
+
+def _read(path: Path, identity: str, *, must_exist: bool) -> Book:
+    try:
+        book = Book.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        if must_exist or path.is_symlink():  # check: missing-ledger-is-not-empty
+            raise SettingsError(
+                f"{path}: the ledger is missing, so what was given before is unknown",
+                hint="put it back, or make new keys and a new agreement; contribute none of the rows given before",
+            ) from None
+        return Book(version=2, identity=identity, pages={})
     except ValidationError:
         raise SettingsError(
-            f"{path}: damaged, so what was given before is unknown", hint="make a new agreement and a new state folder"
+            f"{path}: damaged, so what was given before is unknown",
+            hint="make new keys and a new agreement; contribute none of the rows given before",
         ) from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}), so what was given is unknown") from None
+    if book.identity != identity:  # check: ledger-is-of-this-identity
+        raise SettingsError(
+            f"{path}: the ledger of another identity ({book.identity[:16]}..., this one is {identity[:16]}...)",
+            hint="name this identity's own file as ledger",
+        )
+    return book

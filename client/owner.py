@@ -45,7 +45,7 @@ class Owner(OwnerContext):
 
     def answer(self, message: Message) -> Message:
         """One step. Raises an AmalgramError; then nothing has left."""
-        with self.state.locked():
+        with self.ledger_locked(), self.state.locked():
             self._check_may_answer(message)
             return ANSWERS.get(type(message), rounds.continue_round)(self, message)
 

@@ -33,7 +33,9 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
             f"the coordinator opened the {round_.name} after sending other models than those sent to this owner"
         )
     terms = _terms(owner, message, round_.layout)
-    owner.ledger.begin(message.round, message.session, message.position, round_.title)
+    contributed = None if round_.kind == "metrics" else owner.contributed()
+    again = owner.state.may_repeat(message.agreement_digest)
+    owner.ledger.begin(message.round, message.session, message.position, round_.title, contributed, again)
     owner.state.forget_round()
     owner.state.update_run(begun=message.position, is_complete=False)
     vector = owner.state.create_array("vector", terms.layout.size, "<f8")
@@ -71,11 +73,13 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
     try:
         side, reply = side.answer(message, fixed_point.numbers(terms.layout, words), secrets.token_bytes)
     except SessionOver:
+        owner.ledger.give_up(request.session)  # check: broken-session-is-burned
         owner.state.forget_round()  # check: broken-session-is-forgotten
         raise
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
     if side.offers:  # check: offered-from-the-first-part
-        owner.ledger.offer(request.position, request.session, request.deliveries_digest)
+        again = owner.state.may_repeat(request.agreement_digest)
+        owner.ledger.offer(request.position, request.session, request.deliveries_digest, again)
     if side.reveals:
         owner.ledger.reveal(request.session)
     owner.state.write_open_round(kept.kind, request, side.to_json())  # check: latch-is-written-first

@@ -72,6 +72,9 @@ class OwnerSettings(Settings):
     # The secret identity that `amalgram keys new` made. Left out, it is <name>.key.
     identity: Path | None = None
     state: Path = Path("state")
+    # What this identity has contributed, for good, whatever the state folder. Left out, it is <name>.ledger beside the
+    # identity; name another file if that folder is read-only.
+    ledger: Path | None = None
     # The owner's copy of the base model, if it is elsewhere than the agreement says.
     base: str | None = None
     # A whole model, or a LoRA adapter of the base (a folder with adapter_config.json).

@@ -1,12 +1,15 @@
 """What an owner keeps between two messages: typed files in its own state folder, readable by nobody else.
 
     version             which version of this format the folder has
+    identity            whose folder it is: a public key
     run/                the run in progress; a new run, or the end of this one, deletes it
         run.json        RunState: which run, how far it is, what arrived
         round.json      OpenRound: the secure sum in progress, with its secrets
         *.layout.json   the layouts of arrays that outlive a message, so that most messages need no model
         *.bin           arrays: the vector of the open round, what is arriving, what has arrived
-    ledger.json, consent.json, receipts/, fine_tuned/, error.txt       what outlives a run
+    consent.json, receipts/, fine_tuned/, error.txt       what outlives a run
+
+The ledger (ledger.py) is elsewhere, because it outlives this folder.
 
 Nothing is kept in Flower's own context, which outlives a run and which other processes of the machine can read.
 """
@@ -16,7 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from client.ledger import Ledger
 from common import private_file
 from common.certificates import Delivered
 from common.errors import DataError, RemoteProtocolError, SettingsError
@@ -109,6 +111,19 @@ class RunState(Record):
         return Result(run=self.run, **{**kept, "signature": bytes.fromhex(kept["signature"])})
 
 
+class Consent(Record):
+    """`again`: the digests of earlier agreements whose rows or weight changes may be contributed once more."""
+
+    when: str
+    again: tuple[str, ...] = ()
+
+
+class Consents(Record):
+    """Everything that this owner consented to, by agreement digest."""
+
+    agreements: dict[str, Consent]
+
+
 class OpenRound(Record):
     """The secure sum in progress: the kind of round, the message that opened it, this owner's side with its secrets."""
 
@@ -134,12 +149,13 @@ def score_record(position: int, model: str, model_digest: str, score: Score) -> 
 
 
 class OwnerState:
-    """The state folder. Raises SettingsError for a folder that another version wrote."""
+    """The state folder of one identity. Raises SettingsError for a folder of another version, or another identity."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, public_key: bytes) -> None:
         self.folder = folder
         make_private_folder(folder)
         self._check_version()
+        self._check_identity(public_key.hex())
 
     def _check_version(self) -> None:
         path = self.folder / "version"
@@ -150,11 +166,22 @@ class OwnerState:
         if found not in ("", str(STATE_VERSION)):  # check: state-is-of-this-version
             raise SettingsError(
                 f"{self.folder}: state of version {found}, this program writes version {STATE_VERSION}",
-                hint="finish its run with the version that wrote it; keep the folder, because its ledger says what was "
-                "given, and name a new state folder for a new agreement",
+                hint="finish its run with the version that wrote it; name a new state folder for a new agreement",
             )
         if not found:
             write_whole(path, f"{STATE_VERSION}\n".encode())
+
+    def _check_identity(self, mine: str) -> None:
+        """What one owner consented to, or was sent, is nothing to another one that names the same folder."""
+        path = self.folder / "identity"
+        with suppress(FileExistsError), private_file.create(path) as file:
+            file.write(f"{mine}\n".encode())
+        found = path.read_text(errors="replace").strip()
+        if found != mine:  # check: state-is-of-this-identity
+            raise SettingsError(
+                f"{self.folder}: state of another identity ({found[:16]}..., this one is {mine[:16]}...)",
+                hint="every owner needs a folder of its own: name one as state in its settings file",
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -258,7 +285,7 @@ class OwnerState:
                     path.unlink()
                     raise DataError(
                         f"{path}: cannot write {num_bytes / 1e6:.0f} MB here ({error.strerror}); nothing has left",
-                        hint="make room, or move the whole state folder, with its ledger, to where there is some",
+                        hint="make room, or move the whole state folder to where there is some",
                     ) from None
         return np.memmap(path, dtype=dtype, mode="r+", shape=(size,))
 
@@ -296,19 +323,27 @@ class OwnerState:
 
     # --- beyond a run ---
 
-    def ledger(self, agreement_digest: str) -> Ledger:
-        """What this owner has given away under this agreement."""
-        return Ledger(self.folder / "ledger.json", agreement_digest)
-
-    def consents(self) -> dict[str, str]:
-        """Agreement digest -> when this owner consented to it."""
+    def consents(self) -> dict[str, Consent]:
+        """Agreement digest -> this owner's consent to it."""
         path = self.folder / "consent.json"
-        consents: dict[str, str] = json.loads(path.read_bytes()) if path.is_file() else {}
-        return consents
+        if not path.is_file():
+            return {}
+        try:
+            return Consents.model_validate_json(path.read_bytes()).agreements
+        except ValidationError:
+            raise SettingsError(
+                f"{path}: damaged, so what was consented to is unknown",
+                hint="move it away, and consent again: amalgram agree OWNER.toml",
+            ) from None
 
-    def write_consent(self, agreement_digest: str, when: str) -> None:
-        consents = self.consents() | {agreement_digest: when}
-        write_whole(self.folder / "consent.json", json.dumps(consents, indent=1).encode())
+    def may_repeat(self, agreement_digest: str) -> frozenset[str]:
+        """The earlier agreements whose rows this owner consented to contribute again under this one."""
+        consent = self.consents().get(agreement_digest)
+        return frozenset(consent.again if consent else ())
+
+    def write_consent(self, agreement_digest: str, consent: Consent) -> None:
+        consents = Consents(agreements=self.consents() | {agreement_digest: consent})
+        write_whole(self.folder / "consent.json", consents.model_dump_json(indent=1).encode())
 
     def write_receipt(self, run: str, receipt: dict[str, Any]) -> None:
         """Keep what the coordinator published in a run, with everybody's signatures."""

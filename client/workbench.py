@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,10 +28,13 @@ from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
+from client.repeats import Contributed
 from client.settings import OwnerSettings
+from client.sketch import Sketch, sketch_of
 from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement, Task
+from common.domain_separation import Domain
 from common.errors import DataError
 from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, Step
@@ -201,6 +205,24 @@ class Workbench:
 
     # --- measuring ---
 
+    def contributed(self, key: bytes, *, may_train: bool = True) -> Contributed:
+        """Sketches of this owner's training rows and of the tensors that its model changes.
+
+        Rows count before any are set aside or drawn, and without labels, which no Gram has. A model that is yet to be
+        made from the rows is made, if it `may_train`, or left out.
+        """
+        rows = sketch_of(key, self.data.training_contents())
+        has_model = may_train or self.settings.fine_tuned is not None
+        return Contributed(rows=rows, weight_changes=sketch_of(key, self._changed_tensors()) if has_model else Sketch())
+
+    def _changed_tensors(self) -> Iterator[memoryview]:
+        """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""
+        own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+        for name in sorted(set(own) - set(private_head(self._outline, self.task))):
+            tensor = own[name]
+            if not torch.equal(tensor, base[name]):
+                yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
     def contribution(self) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of the contribution round, in the order of `contribution_layout`."""
         with self.state.scratch_folder() as activations:
@@ -217,27 +239,42 @@ class Workbench:
 
         Reading a Gram raises DataError if it covers too few rows. `activations`: a private folder to work in.
         """
-        wanted, seed = merge_methods.measurements(self.agreement.methods, self.agreement.tables), self.agreement.seed
+        wanted = merge_methods.measurements(self.agreement.methods, self.agreement.tables)
         train = self.data.train()
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
         log.info("  %s: measuring", self.name)  # check: logs-hold-no-number-of-rows
         terms = OwnerTerms(examples=len(train), delta=Delta(own, base))
         if Measurement.GRAMS in wanted:
-            rows = _sample(train, wanted[Measurement.GRAMS], seed)
+            rows = self.drawn(train, wanted[Measurement.GRAMS])
             batches = Batches(rows, self.settings.batch_size)
             grams = GramStream(own, self.plan, batches, activations, self._checked)
             terms = replace(terms, grams=grams, gram_examples=len(rows))
         if Measurement.FISHER in wanted:
-            rows = _sample(train, wanted[Measurement.FISHER], seed)
-            terms = replace(terms, fisher=measure_fisher(own.model, rows, seed), fisher_examples=len(rows))
+            rows = self.drawn(train, wanted[Measurement.FISHER])
+            fisher = measure_fisher(own.model, rows, self.agreement.seed)
+            terms = replace(terms, fisher=fisher, fisher_examples=len(rows))
         return terms
+
+    def drawn(self, rows: Rows, limit: int) -> Rows:
+        """At most `limit` examples, drawn without replacement: the same ones whenever this agreement's run resumes.
+
+        Each agreement draws anew. If all drew alike, 101 examples under one and 100 under another would differ in one.
+        Keys and code alone change no draw, so a simulation, whose keys are new every time, can be repeated.
+        """
+        if len(rows) <= limit:
+            return rows
+        terms = self.agreement.model_dump(mode="json", exclude={"bundle_digest", "coordinator", "owners"})
+        written = json.dumps([terms, self.agreement.owner_names], sort_keys=True)
+        seed = hashlib.sha256(Domain.MEASURED_ROWS.value + written.encode()).digest()
+        order = np.random.default_rng(int.from_bytes(seed)).permutation(len(rows))  # check: each-agreement-draws-anew
+        return rows.take(order[:limit])
 
     def _measure_step(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> OwnerTerms:
         log.info("  %s: measuring %s step %d", self.name, method.title, step.number)
         train = self.data.train()
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
         merged = self._merged_so_far(method, step)
-        rows = _sample(train, step.max_examples, self.agreement.seed)
+        rows = self.drawn(train, step.max_examples)
         if step.measurement is Measurement.CLASSIFIER:
             terms = measure_classifier(base, own, merged, classifier(self.plan), rows, self.settings.batch_size)
             self._check_rows("the classifier's input", len(terms.features), terms.features.shape[1])
@@ -314,13 +351,6 @@ class Workbench:
         """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
         return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
-
-
-def _sample(rows: Rows, limit: int, seed: int) -> Rows:
-    """At most `limit` examples, drawn without replacement."""
-    if len(rows) <= limit:
-        return rows
-    return rows.take(np.random.default_rng(seed).permutation(len(rows))[:limit])
 
 
 def _multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:

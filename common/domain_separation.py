@@ -20,6 +20,7 @@ class Domain(Enum):
     RESULT = b"amalgram v1 07 result of a run\n"
     FINGERPRINT = b"amalgram v1 08 fingerprint\n"
     DELIVERIES = b"amalgram v1 09 deliveries of a run\n"
+    MEASURED_ROWS = b"amalgram v1 60 rows to measure\n"
     # What is signed.
     SIGN_PRESENT = b"amalgram v1 21 sign presence\n"
     SIGN_KEYS = b"amalgram v1 22 sign advertised keys\n"
@@ -36,3 +37,4 @@ class Domain(Enum):
     SEAL_KEY = b"amalgram v1 43 key that seals shares\n"
     PAIR_MASK = b"amalgram v1 44 mask of a pair\n"
     SELF_MASK = b"amalgram v1 45 mask of one owner\n"
+    LEDGER_KEY = b"amalgram v1 61 key of a ledger's sketches\n"

@@ -1,11 +1,15 @@
 """Files and folders that only their owner can read, and locks that keep two processes apart.
 
 Files are 0600 and folders 0700. `write_whole` replaces a file whole or not at all, and it is on the disk before the
-call returns. A key file is never overwritten, and a secret that others can read is refused.
+call returns. A key file is never overwritten, and a secret that others can read is refused. A process that has read or
+written a key leaves no core dump, so that what it holds in memory does not end up in a file when it crashes.
 """
 
+import ctypes
 import fcntl
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +21,7 @@ from common.errors import AmalgramError, SettingsError
 
 MAX_SECRET_BYTES = 100_000
 POLL_SECONDS = 0.3
+PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 
 
 def make_private_folder(folder: Path) -> None:
@@ -51,6 +56,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 def write_key(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Write a key to a new file. Raises SettingsError if the file exists."""
+    _forbid_core_dumps()  # check: writing-a-key-forbids-dumps
     try:
         with create(path, mode) as file:
             file.write(content)
@@ -64,6 +70,7 @@ def write_key(path: Path, content: bytes, mode: int = 0o600) -> None:
 
 def read_secret(path: Path) -> bytes:
     """The first 100 kB of a secret file. Raises SettingsError if other users may read it."""
+    _forbid_core_dumps()  # check: reading-a-key-forbids-dumps
     try:
         with path.open("rb") as file:
             mode, content = os.fstat(file.fileno()).st_mode, file.read(MAX_SECRET_BYTES)
@@ -72,6 +79,16 @@ def read_secret(path: Path) -> bytes:
     if mode & 0o077:
         raise SettingsError(f"{path}: other users may read this secret", hint=f"chmod 600 {path}")
     return content
+
+
+def _forbid_core_dumps() -> None:
+    """The limit keeps this process and its children from writing a core file. On Linux, the flag, which forks inherit,
+    also keeps a program such as systemd-coredump from collecting one, and a debugger of the same user from attaching.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))  # check: no-core-files
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # check: no-collected-dumps
 
 
 # --- locks ---

@@ -147,6 +147,9 @@ def draft(
 def agree(
     owner_file: OwnerFile,
     yes: Annotated[bool, typer.Option("--yes", help="Consent without being asked, for scripts.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Consent although the same rows or model were contributed before.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what would leave this machine, who could read it and what it reveals; then ask for consent.
@@ -156,7 +159,7 @@ def agree(
     set_up_output(as_json)
     from deploy.commands.agree import ask_for_consent
 
-    ask_for_consent(owner_file, yes)
+    ask_for_consent(owner_file, yes, again)
 
 
 @cli.command()

@@ -33,6 +33,7 @@ from common.messages import (
 from common.schedule import Delivery, Round, schedule_of
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
+from deploy.commands.agree import give_consent
 from deploy.simulation.simulate import write_settings
 from tests.support.owner_process import (
     OTHER,
@@ -179,6 +180,9 @@ def test_an_owner_with_another_identity_refuses(parties: Parties) -> None:
     key.unlink()
     (parties.folder / "hotel.pub").unlink()
     write_identity(key, Identity(name="hotel", seed=b"7" * 32))
+    (parties.folder / "hotel.ledger").unlink()
+    shutil.rmtree(parties.folder / "state" / "hotel")
+    give_consent(Owner(parties.files["hotel"]))
     with pytest.raises(ConsentError, match="is not the identity that the agreement names for hotel"):
         answer(parties, "hotel", roll_call(parties))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,10 @@ class PrivateData:
         """The examples that are measured, and trained on."""
         rows = self._read(self.data.train, self.data.max_train_rows)
         return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
+
+    def training_contents(self) -> Iterator[bytes]:
+        """What every example of the training file says, without its label, none set aside."""
+        return self._reader.contents(self.folder / self.data.train, self.data.max_train_rows)
 
     def validation(self) -> Rows:
         """The examples that decide a sweep."""

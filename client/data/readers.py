@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,22 @@ class Reader:
             return np.unique(np.concatenate(tag_numbers(path, self.data.tags, rows, self.task)))
         values = read_columns(path, [self.data.label], max_rows)[self.data.label]
         return np.unique(label_numbers(path, values, self.task))
+
+    def contents(self, path: Path, max_rows: int | None) -> Iterator[bytes]:
+        """What each example says, in bytes that depend neither on its label nor on anything that an agreement chooses.
+
+        White space counts as one blank. Nothing is tokenised.
+        """
+        data = self.data
+        if self.task.kind == "image-classification":
+            (images,) = read_arrays(path, [data.image], max_rows)
+            yield from (image.tobytes() for image in images)
+            return
+        words = self.task.kind == "token-classification"
+        columns = [data.tokens if words else data.text] + ([data.text_pair] if data.text_pair else [])
+        for values in zip(*read_columns(path, columns, max_rows).values(), strict=True):
+            texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
+            yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
 
     @cached_property
     def max_tokens(self) -> int:

@@ -84,7 +84,7 @@ class BlockStream:
             raise DataError(
                 f"{self.folder}: {free / 1e6:.0f} MB are free, the activations between two steps need "
                 f"{needed_bytes / 1e6:.0f} MB; nothing has left",
-                hint="make room, move the state folder with its ledger, or agree on fewer regmean.measured_examples",
+                hint="make room, move the state folder, or agree on fewer regmean.measured_examples",
             )
 
 

@@ -44,7 +44,7 @@ class DiskModel(Mapping[str, Tensor]):
         except OSError as error:
             raise DataError(
                 f"{folder}: a model's weights cannot be written here ({error.strerror})",
-                hint="make room on this disk, or move the state folder with its ledger",
+                hint="make room on this disk, or move the state folder",
             ) from None
 
     def release(self) -> None:

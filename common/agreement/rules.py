@@ -68,7 +68,7 @@ def the_same_rows_are_weighted_in_few_ways(draft: DraftTables) -> None:
         return
     honest = draft.needed_owners - draft.colluders
     for name in draft.methods:
-        weightings = METHODS[name].weightings_of_the_same_rows(draft.tables)
+        weightings = len(METHODS[name].weightings_of_the_same_rows(draft.tables))
         if weightings > max(1, honest - 2):  # check: few-weightings
             raise RuleError(
                 f"{name}: sums of the same rows with {weightings} kinds of weights would tell {honest} honest owners "

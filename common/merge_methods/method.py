@@ -76,9 +76,9 @@ class Method(ABC, Generic[H]):
     def check(self, tables: Mapping[str, Hyperparameters]) -> None:
         """Raise ValueError for hyperparameters that do not go together."""
 
-    def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> int:
-        """How many sums of the same rows, each with other weights, the totals hold."""
-        return 1
+    def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        """The kinds of weights with which the totals hold sums of the same rows; () for a method with only one."""
+        return ()
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         """What must be understood before consent: what its totals show. {their}: `your`, or `the owners'`."""

@@ -109,8 +109,8 @@ class Refit(MultiRoundMethod[RefitTable]):
             allowed = [alpha for alpha in alphas if alpha is not None]
             raise ValueError(f"refit.alpha = {table.alpha}: must be one of {table.body}.alphas = {allowed}")
 
-    def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> int:
-        return len(self.swept(tables))
+    def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        return tuple(f"balance {balance or 0.0!r}" for balance in self.swept(tables))
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         if self.of(tables).targets == "scores":

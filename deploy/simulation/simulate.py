@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -173,8 +174,8 @@ def set_up_parties(
         shutil.rmtree(checkpoint, ignore_errors=True)
         raise
     shutil.rmtree(parties / "state", ignore_errors=True)
-    for name in identities:
-        _key_file(parties, name).unlink(missing_ok=True)
+    for path in (*map(partial(_key_file, parties), identities), *parties.glob("*.ledger*")):
+        path.unlink(missing_ok=True)
 
 
 def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSettings:

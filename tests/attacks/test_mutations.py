@@ -56,6 +56,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
     f"test_{name}.py" for name in ("launch", "logs", "agreement", "architectures", "gram_stream")
 )
 BASE_FILES = "attacks/test_base_files.py"
+LEDGER = "attacks/test_ledger.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -342,6 +343,26 @@ TABLE = [
     Mutation(LEAKS, "test_55_", "blocks-count-together", "of_layer[shared_input.name] += shared_input.gram_size"),
     Mutation(ARCHITECTURES, "test_experts_are_merged_only", "routed-inputs-are-averaged"),
     Mutation(AGREEMENT, "test_a_multi_round_method", "all-owners-in-every-round"),
+    # 60-66: the same under two agreements
+    Mutation(LEDGER, "test_60_the_same_rows or test_60_one_row", "rows-are-contributed-once"),
+    Mutation(LEDGER, "test_60_a_repetition", "repeats-have-consent"),
+    Mutation(LEDGER, "test_61_", "offered-elsewhere-since"),
+    Mutation(
+        LEDGER,
+        "test_62_",
+        "each-agreement-draws-anew",
+        "order = np.random.default_rng(self.agreement.seed).permutation(len(rows))",
+    ),
+    Mutation(LEDGER, "test_63_", "weightings-add-up"),
+    Mutation(LEDGER, "test_64_", "missing-ledger-is-not-empty"),
+    Mutation(LEDGER, "test_64_", "ledger-is-of-this-identity"),
+    Mutation(LEDGER, "test_65_", "state-is-of-this-identity"),
+    Mutation(LEDGER, "test_66_", "broken-session-is-burned"),
+    # 67: core dumps
+    Mutation(WIRE, "test_67_", "reading-a-key-forbids-dumps"),
+    Mutation(WIRE, "test_67_", "writing-a-key-forbids-dumps"),
+    Mutation(WIRE, "test_67_", "no-core-files"),
+    Mutation(WIRE, "test_67_", "no-collected-dumps"),
     # what an owner has on its disk, and what a coordinator keeps of a run
     Mutation(GRAM_STREAM, "test_activations_are", "activations-are-private", 'with path.open("wb") as file:'),
     Mutation(OWNERS, "test_a_full_disk", "room-is-taken-in-advance"),

@@ -314,7 +314,7 @@ def test_29_metrics_asked_for_in_two_groupings(process: Process, models: list[st
 
 
 def test_an_offer_is_in_the_ledger_before_the_first_part_leaves(process: Process) -> None:
-    ledger = process.parties.folder / "state" / "hotel" / "ledger.json"
+    ledger = process.parties.folder / "hotel.ledger"
     process.begin(process.open_sum(1))
     process.until(KeyShares)
     digest = process.parties.agreement.digest()
@@ -333,7 +333,7 @@ def test_nothing_is_offered_where_nothing_left(process: Process) -> None:
 
 def test_a_damaged_ledger_stops_the_owner(process: Process) -> None:
     for content in ("{", "{}", '{"version": 1, "pages": {}}'):
-        (process.parties.folder / "state" / "hotel" / "ledger.json").write_text(content)
+        (process.parties.folder / "hotel.ledger").write_text(content)
         with pytest.raises(SettingsError, match="damaged, so what was given before is unknown"):
             process.send("hotel", process.open_sum(1))
 

@@ -135,7 +135,7 @@ def test_51_scales_of_its_own_making_and_then_others(
     for again in (true, true + 1):
         with pytest.raises(ConsentError, match="sent a second version of scales"):
             evil.send_scales("hotel", again)
-    assert not Owner(evil.parties.files["hotel"]).state.ledger(evil.parties.agreement.digest()).pending
+    assert not Owner(evil.parties.files["hotel"]).ledger.pending
 
 
 def test_51_one_scale_among_many_is_looked_at_too(evil: Coordinator) -> None:

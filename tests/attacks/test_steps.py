@@ -43,7 +43,7 @@ def merged(process: Process) -> Message:
 def refused(owner: Owner, message: Message, kind: type[Exception], says: str) -> None:
     with pytest.raises(kind, match=says):
         owner.answer(message)
-    assert not owner.state.ledger(owner.agreement.digest()).pending
+    assert not owner.ledger.pending
 
 
 def opening(process: Process, **changes: object) -> OpenSum:

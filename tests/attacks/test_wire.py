@@ -1,4 +1,4 @@
-"""Attacks 32, 34 and 35: garbage on the wire, silence, and secrets in logs."""
+"""Attacks 32, 34, 35 and 67: garbage on the wire, silence, and secrets in logs and core dumps."""
 
 import json
 import logging
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from client.app import app
 from common.errors import RemoteProtocolError
+from common.identity import Identity, write_identity
 from common.messages import KINDS, Envelope, Field, Finish, Refusal, SurvivorList, decode
 from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
 from common.wire import from_record, to_record
@@ -220,3 +221,25 @@ def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing() -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Done" in done.stderr
+
+
+DUMPABLE_AFTER = """
+import ctypes, resource, sys
+from pathlib import Path
+from common.identity import Identity, read_identity, write_identity
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+{action}
+print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the flag")
+@pytest.mark.parametrize(
+    "action",
+    ['read_identity(Path("old.key"))', 'write_identity(Path("new.key"), Identity(name="ada", seed=bytes(32)))'],
+)
+def test_67_memory_of_a_process_that_holds_a_key_is_not_dumped(action: str, tmp_path: Path) -> None:
+    write_identity(tmp_path / "old.key", Identity(name="hotel", seed=bytes(32)))
+    code = DUMPABLE_AFTER.format(action=action)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]

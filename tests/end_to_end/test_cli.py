@@ -81,7 +81,7 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         "Never publish your own fine-tuned model",
     ):
         assert says in agreed.stdout
-    assert list(json.loads((home / "state" / "consent.json").read_text())) == [
+    assert list(json.loads((home / "state" / "consent.json").read_text())["agreements"]) == [
         load_settings(home / "agreed.toml", Agreement).digest()
     ]
     assert all(owner.node_key for owner in load_settings(home / "agreed.toml", Agreement).owners)

@@ -36,7 +36,7 @@ CONTRIBUTION = 0  # the position of its round
 
 def offered(network: Network, owner: str) -> dict[int, str]:
     """Position of a round -> session, for all that an owner has begun to send under this agreement."""
-    path = network.folder / f"state-{owner}" / "ledger.json"
+    path = network.folder / f"{owner}.ledger"
     pages = json.loads(path.read_text())["pages"] if path.is_file() else {}
     offers = pages.get(network.agreement.digest(), {}).get("offers", ())
     return {each["position"]: each["session"] for each in offers}

@@ -1,0 +1,178 @@
+"""Contributing the same rows or weight changes under a second agreement: what is the same, and what two totals show.
+
+Every total covers enough owners. The difference of two totals may cover a single one, or a single row of one. So a
+second contribution of the same is refused, unless the owner has read what the difference would show and consents again.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Set
+
+from pydantic import BaseModel, ConfigDict
+
+from client.sketch import Sketch, share_in_common
+from common import merge_methods
+from common.agreement import Agreement
+from common.errors import ConsentError
+from common.merge_methods import METHODS, Hyperparameters
+
+# From this share of the smaller set on, it is a repetition. Texts that anybody writes, such as "thank you", stay below.
+LEAST_SHARE = 0.1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Contributed(Record):
+    """Keyed sketches of an owner's training rows and of its changed tensors (Workbench.contributed)."""
+
+    rows: Sketch
+    weight_changes: Sketch
+
+    def shares_with(self, other: "Contributed") -> tuple[float, float]:
+        """Which share of the rows, and of the changed tensors, `other` has too."""
+        return share_in_common(self.rows, other.rows), share_in_common(self.weight_changes, other.weight_changes)
+
+
+class Terms(Record):
+    """What of an agreement decides what a difference of totals shows.
+
+    `owners`: public key -> name. `measured`: how many examples, by what is measured. `weightings`: by method, the kinds
+    of weights of its sums. `hyperparameters`: every method's table, in JSON.
+    """
+
+    title: str
+    owners: dict[str, str]
+    needed_owners: int
+    honest_owners: int
+    methods: tuple[str, ...]
+    weighting: str
+    measured: dict[str, int]
+    weightings: dict[str, tuple[str, ...]]
+    hyperparameters: str
+
+
+class Repeat(Record):
+    """An agreement under which the same was offered; `rows` and `weight_changes`: the shares that are the same."""
+
+    agreement_digest: str
+    terms: Terms
+    rows: float
+    weight_changes: float
+
+    @property
+    def is_one(self) -> bool:
+        return max(self.rows, self.weight_changes) >= LEAST_SHARE
+
+    @property
+    def what(self) -> str:
+        """`the same rows and 30 % of the same weight changes`."""
+        shares = {"rows": self.rows, "weight changes": self.weight_changes}
+        return " and ".join(
+            f"the same {name}" if share == 1 else f"about {max(1, min(99, round(100 * share)))} % of the same {name}"
+            for name, share in shares.items()
+            if share >= LEAST_SHARE
+        )
+
+
+def terms_of(agreement: Agreement) -> Terms:
+    """What the ledger keeps of an agreement."""
+    tables = agreement.tables
+    measured = {str(kind): count for kind, count in merge_methods.measurements(agreement.methods, tables).items()}
+    for method in agreement.multi_round_methods:
+        if (count := getattr(method.of(tables), "measured_examples", None)) is not None:
+            measured[method.title] = count
+    weightings = {
+        name: tuple(f"{agreement.weighting} {kind}" for kind in METHODS[name].weightings_of_the_same_rows(tables))
+        for name in agreement.methods
+    }
+    return Terms(
+        title=agreement.title,
+        owners={key.hex(): name for name, key in agreement.roster.items()},
+        needed_owners=agreement.needed_owners,
+        honest_owners=agreement.needed_owners - agreement.colluders,
+        methods=agreement.methods,
+        weighting=agreement.weighting,
+        measured=measured,
+        weightings=weightings,
+        hyperparameters=_in_json(tables),
+    )
+
+
+def check_repeats(terms: Terms, repeats: Iterable[Repeat], again: Set[str]) -> None:
+    """Raise ConsentError for a repetition that this owner has not consented to, or that no consent allows.
+
+    `again`: the digests of the agreements that it consented to repeat.
+    """
+    found = tuple(repeats)
+    check_weightings(terms, found)
+    for repeat in found:
+        if repeat.agreement_digest not in again:  # check: repeats-have-consent
+            raise ConsentError(
+                f"{repeat.what} were contributed under another agreement, {repeat.terms.title!r} "
+                f"({repeat.agreement_digest[:16]}...); the difference of the two totals can show what one owner gave",
+                hint="amalgram agree says what it would show; to contribute all the same: amalgram agree --again",
+            )
+
+
+def check_weightings(terms: Terms, repeats: Iterable[Repeat]) -> None:
+    """Raise ConsentError if all agreements together sum the same rows with more kinds of weights than one may.
+
+    The bound is that of rules.the_same_rows_are_weighted_in_few_ways, which nobody can consent away either.
+    """
+    others = [repeat.terms for repeat in repeats if repeat.rows >= LEAST_SHARE]
+    for method, kinds in terms.weightings.items():
+        together = {*kinds, *(kind for each in others for kind in each.weightings.get(method, ()))}
+        honest = min(each.honest_owners for each in (terms, *others))
+        if len(together) > max(1, honest - 2):  # check: weightings-add-up
+            raise ConsentError(
+                f"{method}: with earlier agreements, the same rows would be summed with {len(together)} kinds of "
+                f"weights ({', '.join(sorted(together))}), at most {max(1, honest - 2)} are safe with {honest} honest "
+                "owners",
+                hint="agree on weights that were used before, or contribute other rows",
+            )
+
+
+def what_the_difference_shows(before: Terms, now: Terms, repeat: Repeat) -> Iterator[str]:
+    """What somebody who has both totals learns, a sentence or two for each way in which the agreements differ."""
+    if differing := set(before.owners.items()) ^ set(now.owners.items()):
+        names = ", ".join(sorted({name for _, name in differing}))
+        yield (
+            f"The owners differ ({names}). Subtract the totals, and what is left belongs to the owners that differ: "
+            "if that is one owner, its weight changes and Gram matrices, exactly."
+        )
+    if any(each.needed_owners < len(each.owners) for each in (before, now)):
+        yield (
+            f"An owner may drop out ({now.needed_owners} of {len(now.owners)} are enough now, {before.needed_owners} "
+            f"of {len(before.owners)} were before). If one owner is in only one of the totals, the difference is its "
+            "weight changes and Gram matrices, exactly. A malicious coordinator can arrange that."
+        )
+    if before.weighting != now.weighting:
+        yield (
+            f"Owners are weighted by {before.weighting!r} in one and by {now.weighting!r} in the other. With three "
+            "owners, one of them can solve the two averages for your weight changes."
+        )
+    if before.measured != now.measured:
+        yield (
+            f"Other numbers of examples are measured ({_measured(before)}; now {_measured(now)}). The difference of "
+            "the Gram matrices is that of the examples that only one of them covers, down to a single example."
+        )
+    elif before.methods != now.methods or before.hyperparameters != now.hyperparameters:
+        yield (
+            "Other methods or hyperparameters are used. Each further total of the same rows is one more equation about "
+            "them."
+        )
+    if repeat.rows < 1:
+        yield (
+            "The rows are not all the same. The difference covers only the rows that were added or taken away, down to "
+            "a single one."
+        )
+    yield "Metrics of the same examples are summed once more, for other models, which the coordinator sends (b2, g)."
+
+
+def _measured(terms: Terms) -> str:
+    return ", ".join(f"{count} for {name}" for name, count in terms.measured.items()) or "none"
+
+
+def _in_json(tables: Mapping[str, Hyperparameters]) -> str:
+    return json.dumps({name: table.model_dump(mode="json") for name, table in tables.items()}, sort_keys=True)
