@@ -35,6 +35,7 @@ from common.messages import OpenSum, Result
 from common.metrics import Score
 from common.private_file import make_private_folder, write_whole
 from common.tensor_layout import TensorLayout
+from common.text import shown_lines
 
 STATE_VERSION = 2
 RoundKind = Literal["scales", "contribution", "step", "metrics"]  # schedule.RoundKind, which needs more imports
@@ -367,7 +368,7 @@ class OwnerState:
 
     def write_error(self, text: str) -> None:
         """Keep, for the owner alone, what went wrong; the coordinator gets a code."""
-        write_whole(self.folder / "error.txt", text.encode() + b"\n")
+        write_whole(self.folder / "error.txt", shown_lines(text).encode() + b"\n")  # check: kept-errors-are-escaped
 
     @property
     def _run_folder(self) -> Path:

@@ -42,11 +42,11 @@ from common.domain_separation import Domain
 from common.errors import EXIT_CODES, LocalProtocolError, RemoteProtocolError
 from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
+from common.text import MAX_LINE, flaw
 
 PROTOCOL_VERSION = 4
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
-MAX_TEXT = 200
 MAX_PARTS = 1_000_000
 MAX_ROUND = 2**62
 MAX_LIST_BYTES = 16_000_000
@@ -418,7 +418,7 @@ def _is_owner(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
+    return isinstance(value, str) and not flaw(value, MAX_LINE)  # check: model-names-are-one-line
 
 
 def _is_index(value: object) -> bool:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from common.errors import RuleError, SettingsError
 from common.names import NAME_PATTERN, NAME_RULE
+from common.text import MAX_LINE, MAX_PARAGRAPH, flaw
 
 MAX_FILE_BYTES = 16_000_000
 # What pydantic's types of problems mean to whoever wrote the file. The names in braces are pydantic's.
@@ -36,6 +37,8 @@ IN_WORDS = {
     "too_short": "has too few entries, the minimum is {min_length}",
     "too_long": "has too many entries, the maximum is {max_length}",
     "model_type": "must be a table",
+    # The JSON is ours (parse_settings): only a string that is not Unicode keeps it from being read.
+    "json_invalid": "a string holds half of a surrogate pair, which is not a character",
 }
 
 
@@ -51,6 +54,21 @@ def matching(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def one_line(longest: int) -> AfterValidator:
+    """Restrict a string to one line of text that shows (text.py), of at most `longest` characters."""
+
+    def check(text: str) -> str:
+        found = flaw(text, longest)
+        if found:  # check: text-from-others-is-one-line
+            raise RuleError(found)
+        return text
+
+    return AfterValidator(check)
+
+
+# Every string that another party writes is one of these, a name, or a choice.
+Line = Annotated[str, one_line(MAX_LINE)]
+Paragraph = Annotated[str, one_line(MAX_PARAGRAPH)]
 Name = Annotated[str, matching(NAME_PATTERN, NAME_RULE)]
 HEX_64 = matching("[0-9a-f]{64}", "64 hexadecimal digits")
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

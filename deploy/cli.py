@@ -146,7 +146,10 @@ def draft(
 @cli.command()
 def agree(
     owner_file: OwnerFile,
-    yes: Annotated[bool, typer.Option("--yes", help="Consent without being asked, for scripts.")] = False,
+    yes: Annotated[
+        str | None,
+        typer.Option(metavar="FINGERPRINT", help="Consent without being asked, if the agreement has this fingerprint."),
+    ] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Consent although the same rows or model were contributed before.")
     ] = False,

@@ -30,6 +30,7 @@ from common.models.loading import digest_of, load_base, private_head
 from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
+from common.settings_file import parse_settings
 from common.summation.fixed_point import check_layout
 from deploy.launch.flower import bundle_digest
 
@@ -49,8 +50,8 @@ def complete_agreement(
     `public_keys`: by party name, including the coordinator. `node_keys`: those of the owners' machines, which a
     simulation does not have. Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
     """
-    labels = draft.task.labels or (base_labels(base_folder) if draft.task.has_labels else ())
-    task = draft.task.model_copy(update={"labels": labels})
+    draft = _with_labels(draft, base_folder)
+    task = draft.task
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
     probe = _probe(base, task, base_folder, draft.seed)
@@ -80,6 +81,15 @@ def complete_agreement(
     ):
         check_layout(layout, len(agreement.owners))
     return agreement
+
+
+def _with_labels(draft: AgreementDraft, base_folder: Path) -> AgreementDraft:
+    """The draft with the base model's labels if it names none. Raises SettingsError if these cannot be agreed on."""
+    if draft.task.labels or not draft.task.has_labels:
+        return draft
+    tables = draft.model_dump(mode="json")
+    tables["task"]["labels"] = base_labels(base_folder)
+    return parse_settings(tables, AgreementDraft, f"model {base_folder}")  # check: base-labels-are-checked
 
 
 def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors) -> None:

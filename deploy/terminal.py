@@ -29,7 +29,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from common.logs import JsonLines
+from common.logs import JsonLines, TextLines
+from common.text import shown, shown_lines
 
 MAX_OWNER_ROWS = 12  # more owners share one row
 CLOCK = "%H:%M:%S"
@@ -65,11 +66,11 @@ def set_up_output(as_json: bool) -> None:
         handler = RichHandler(
             logging.INFO, console=console, show_level=False, show_path=False, markup=False, log_time_format=CLOCK
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(TextLines("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setLevel(logging.INFO)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", CLOCK))
+        handler.setFormatter(TextLines("%(asctime)s %(message)s", CLOCK))
     log.handlers = [handler]
     log.setLevel(logging.DEBUG)
     log.propagate = False
@@ -83,17 +84,17 @@ def shows_json() -> bool:
 def answer(found: dict[str, Any], text: str = "", hint: str = "") -> None:
     """Print a command's answer: `found` as one JSON object, or `text`, with the next step on standard error."""
     if shows_json():
-        print(json.dumps(found, indent=2, ensure_ascii=False), flush=True)
+        print(json.dumps(found, indent=2), flush=True)
         return
     if text:
-        print(text, flush=True)
+        print(shown_lines(text), flush=True)
     if hint:
-        messages().print(hint, soft_wrap=True, markup=False, highlight=False)
+        messages().print(shown_lines(hint), soft_wrap=True, markup=False, highlight=False)
 
 
 def as_lines(found: dict[str, str]) -> str:
     """One `name  value` line per entry."""
-    return "\n".join(f"{name.replace('_', ' '):<12} {value}" for name, value in found.items())
+    return "\n".join(f"{name.replace('_', ' '):<12} {shown(value)}" for name, value in found.items())
 
 
 @contextmanager
@@ -182,7 +183,7 @@ class _Rows(logging.Handler):
 
     def _row(self, description: str, total: float | None, *, counts_bytes: bool, completed: int = 0) -> TaskID:
         return self._progress.add_task(
-            description, total=total, completed=completed, counts_bytes=counts_bytes, state=""
+            shown(description), total=total, completed=completed, counts_bytes=counts_bytes, state=""
         )
 
     def _clear(self) -> None:

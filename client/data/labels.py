@@ -11,20 +11,23 @@ from numpy.typing import NDArray
 
 from common.agreement import Task
 from common.errors import DataError
+from common.text import as_line
 
 
 def label_numbers(path: Path, values: Sequence[Any], task: Task, at_row: int | None = None) -> NDArray[np.int64]:
     """A label is one of the agreement's label names, or its number unless one of the names is itself a number.
 
+    A file may write a name with other spaces, or with decomposed characters (as_line).
+
     `at_row`: the row that holds all the values; left out, each value is a row of its own.
     """
-    numbers = {label: index for index, label in enumerate(task.labels)}
+    numbers = {as_line(label): index for index, label in enumerate(task.labels)}
     by_number = not any(label.isdecimal() for label in numbers)
     if by_number:
         numbers |= {str(index): index for index in range(len(numbers))}
     labels = np.empty(len(values), dtype=np.int64)
     for index, value in enumerate(values):
-        name = json.dumps(value) if isinstance(value, bool) else str(value).strip()
+        name = json.dumps(value) if isinstance(value, bool) else as_line(str(value))
         if by_number:
             name = re.sub(r"^(\d+)\.0+$", r"\1", name)  # pandas writes whole numbers so if a cell beside them is empty
         number = None if value is None else numbers.get(name)

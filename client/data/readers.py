@@ -20,6 +20,7 @@ from client.settings import Data
 from common.agreement import Reading, Task, TaskKind
 from common.errors import DataError
 from common.models.folders import image_shape
+from common.text import SURROGATE
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -211,6 +212,7 @@ def _check_texts(path: Path, column: str, values: list[Any]) -> list[str]:
                 "are allowed",
                 hint="check for a missing line break",
             )
+        _check_characters(path, column, index, value)
     if not any(value.strip() for value in values):
         raise DataError(f"{path}: column {column!r} is empty in every row")
     return values
@@ -220,7 +222,18 @@ def _check_words(path: Path, column: str, values: list[Any]) -> list[list[str]]:
     for index, words in enumerate(values):
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise DataError(f"{path}: row {index + 1}: column {column!r} must be a list of words, none of them empty")
+        for word in words:
+            _check_characters(path, column, index, word)
     return values
+
+
+def _check_characters(path: Path, column: str, index: int, text: str) -> None:
+    """JSON can write half of a surrogate pair, which is not a character, and no tokenizer takes it."""
+    if SURROGATE.search(text):  # check: texts-are-unicode
+        raise DataError(
+            f"{path}: row {index + 1}: column {column!r} holds half of a surrogate pair",
+            hint="write the whole character, or remove the half",
+        )
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Callable
 
-from common.agreement.tables import COORDINATOR, DraftTables
+from common.agreement.tables import DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED
+from common.names import TAKEN_NAMES
+from common.text import alike
 from common.thresholds import quorum
 
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
@@ -15,8 +17,8 @@ def each_owner_is_named_once(draft: DraftTables) -> None:
     for name, count in Counter(draft.owner_names).items():
         if count > 1:
             raise RuleError(f"owners: duplicate owner name {name!r}")
-    if COORDINATOR in draft.owner_names:
-        raise RuleError(f"owners: {COORDINATOR!r} is the coordinator's name", hint="give the owner another name")
+        if name in TAKEN_NAMES:  # check: owners-take-no-other-file
+            raise RuleError(f"owners: {name!r} is {TAKEN_NAMES[name]} name", hint="give the owner another name")
 
 
 def min_owners_is_at_most_all(draft: DraftTables) -> None:
@@ -159,6 +161,14 @@ def the_task_is_consistent(draft: DraftTables) -> None:
         raise RuleError(f"task.labels = {list(task.labels)}: at least two labels are needed")
     if len(set(task.labels)) != len(task.labels):
         raise RuleError(f"task.labels = {list(task.labels)}: duplicate label")
+    by_look = {alike(label): label for label in task.labels}
+    for label in task.labels:
+        if by_look[alike(label)] != label:  # check: labels-look-different
+            raise RuleError(
+                f"task.labels: {label!r} and {by_look[alike(label)]!r} differ only in case, or in characters that look "
+                "the same",
+                hint="rename one of them, in the files too",
+            )
     if draft.evaluation.choose_by not in ("accuracy", task.metric):
         raise RuleError(
             f"evaluation.choose_by = {draft.evaluation.choose_by!r}: must be accuracy or {task.metric} for {task.kind}"

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, create_model
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
 from common.merge_methods.terms import Weighting
-from common.settings_file import HEX_64, Name, Positive, Probability, Settings, matching
+from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probability, Settings, matching
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
 from common.thresholds import quorum
@@ -66,7 +66,7 @@ class Task(Settings):
     """What the model does. Labels left empty are the base model's own; a language model has none."""
 
     kind: TaskKind = "text-classification"
-    labels: tuple[str, ...] = ()
+    labels: tuple[Line, ...] = ()
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 128
     # "own": an owner's rows are judged among the labels that occur in its files; "all": among all labels.
     label_set: Literal["own", "all"] = "own"
@@ -168,7 +168,7 @@ class Evaluation(Settings):
 class Publish(Settings):
     """The form of the published model: whole, or with `adapter_rank` a LoRA adapter of the base with that rank."""
 
-    adapter_rank: Annotated[int, Field(ge=1)] | None = None
+    adapter_rank: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
 
 if TYPE_CHECKING:
@@ -189,8 +189,8 @@ class DraftTables(MethodTables):
     `base_revision`: the commit of a model on the hub. Left out, it is the newest one when the draft is completed.
     """
 
-    title: Annotated[str, Field(min_length=1, max_length=200)]
-    base: Annotated[str, Field(min_length=1)]
+    title: Line
+    base: Paragraph
     base_revision: Commit | None = None
     owners: Annotated[tuple[OwnerEntry, ...], Field(min_length=2, max_length=MAX_OWNERS)]
     coordinator: CoordinatorEntry | None = None

@@ -46,7 +46,7 @@ from common.merge_methods.terms import (
 )
 from common.models.layers import Layer
 from common.models.plan import MergePlan
-from common.settings_file import Probability
+from common.settings_file import Line, Probability
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -69,7 +69,7 @@ class RefitTable(Hyperparameters):
     masked sum they need two more honest owners than there are balances.
     """
 
-    body: str = "data_free"
+    body: Line = "data_free"
     alpha: Probability | None = None
     targets: Literal["labels", "scores"] = "labels"
     balances: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.5,)

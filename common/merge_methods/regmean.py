@@ -40,7 +40,7 @@ from common.merge_methods.terms import (
 )
 from common.models.layers import Layer, join_slices
 from common.models.plan import SharedInput
-from common.settings_file import Probability
+from common.settings_file import Line, Probability
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -73,7 +73,7 @@ class RegMeanTable(Hyperparameters):
     ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
     measured_examples: Annotated[int, Field(ge=1)] = 1000
     bias_feature: bool = False
-    data_free_layers: tuple[str, ...] = ()
+    data_free_layers: tuple[Line, ...] = ()
     largest_gram: Annotated[int, Field(ge=1)] | None = None
 
 

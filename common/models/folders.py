@@ -9,6 +9,7 @@ from common.agreement import Agreement
 from common.errors import ModelError, first_line
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from common.models.manifest import READ, check_manifest, only_files_read
+from common.text import as_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +137,7 @@ def read_config(folder: Path, **changes: Any) -> Any:
 def base_labels(folder: Path) -> tuple[str, ...]:
     """The labels that the base model's configuration names, in order."""
     config = read_config(folder)
-    return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+    return tuple(as_line(str(config.id2label[index])) for index in sorted(config.id2label))
 
 
 def named_labels(folder: Path) -> tuple[str, ...]:

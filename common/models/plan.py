@@ -13,7 +13,7 @@ from pydantic import Field
 from common.errors import ModelError
 from common.models.layers import Layer, block_names, layer_biases, merge_layers, parameter_of
 from common.models.parameters import parameter_shapes
-from common.settings_file import Settings
+from common.settings_file import Line, Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,13 +27,13 @@ class PlannedTensors(Settings):
     # Weights of linear layers that are merged in closed form. Those in one group multiply the same input tensor.
     # If one parameter holds the weights of several experts, each slice has its own name: `name[0]`, `name[1]`, ...
     # A bias in a group is solved with its layer's weight. Then every layer of the group has a bias in the group.
-    merged: tuple[tuple[str, ...], ...]
+    merged: tuple[tuple[Line, ...], ...]
     # Layers with more inputs than this are merged in blocks of their inputs, with one Gram per block.
     largest_gram: Annotated[int, Field(ge=1)] | None = None
     # Weights of linear layers that RegMean merges from their changes alone.
-    data_free: tuple[str, ...] = ()
-    averaged: tuple[str, ...]
-    left_alone: tuple[str, ...]
+    data_free: tuple[Line, ...] = ()
+    averaged: tuple[Line, ...]
+    left_alone: tuple[Line, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """What an owner consents to, in plain words, for whoever says yes or no: what leaves, who sees it, what it reveals."""
 
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,8 +20,13 @@ from common.merge_methods import METHODS
 from common.metrics import metrics_layout
 from common.models.delta import delta_layout
 from common.schedule import Content, Round
+from common.text import shown
 from deploy.launch.flower import bundle_digest
 from deploy.terminal import answer, shows_json
+
+MAX_COLUMNS, MIN_COLUMNS = 100, 40  # of a terminal, for words that are not ours
+QUOTE = "  | "
+DIGITS_TO_TYPE = 5
 
 
 def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
@@ -30,14 +37,18 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    same_bundle = bundle_digest() == agreement.bundle_digest
     return environment.get_template("consent.txt.jinja").render(
         agreement=agreement,
         owner=owner.name,
-        base=owner.settings.base or agreement.base,
+        title=quoted(agreement.title),
+        base=quoted(owner.settings.base or agreement.base),
+        is_agreed_revision=agreement.base_revision and owner.settings.base in (None, agreement.base),
         base_origin=owner.workbench.base_origin,
-        same_bundle=bundle_digest() == agreement.bundle_digest,
+        same_bundle=same_bundle,
         metric=agreement.task.metric.replace("_", " "),
-        fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
+        fingerprint=_fingerprint(agreement),
+        warnings=list(_warnings(owner, same_bundle, repeats)),
         rounds=[{"title": each.title, "numbers": each.layout.size} for each in rounds],
         numbers=sum(each.layout.size for each in rounds),
         vector_bytes=_bytes(sum(each.layout.num_bytes for each in rounds)),
@@ -48,14 +59,47 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         model_bytes=_bytes(delta_layout(plan).size * 4),
         disclosures=_disclosures(agreement),
         repeats=[
-            {"what": each.what, "terms": each.terms, "digest": each.agreement_digest, "shows": _shows(each, agreement)}
+            {
+                "what": each.what,
+                "title": quoted(each.terms.title),
+                "digest": each.agreement_digest,
+                "shows": list(what_the_difference_shows(each.terms, terms_of(agreement), each)),
+            }
             for each in repeats
         ],
     )
 
 
-def _shows(repeat: Repeat, agreement: Agreement) -> list[str]:
-    return list(what_the_difference_shows(repeat.terms, terms_of(agreement), repeat))
+def quoted(text: str) -> str:
+    """Another party's words behind a mark on every line, so that none of them looks like a line of ours.
+
+    A terminal must not break these lines itself: what it moved to the next line would begin there without a mark. So
+    they are half as long as it is wide, because a character takes up to two columns.
+    """
+    columns = min(max(shutil.get_terminal_size((MAX_COLUMNS, 24)).columns, MIN_COLUMNS), MAX_COLUMNS)
+    lines = textwrap.wrap(shown(text), (columns - len(QUOTE)) // 2, break_on_hyphens=False)
+    return "\n".join(f"{QUOTE}{line}" for line in lines)  # check: other-words-are-quoted
+
+
+def _warnings(owner: Owner, same_bundle: bool, repeats: Sequence[Repeat]) -> Iterator[str]:
+    """One line for each warning of the text above the fingerprint, where nothing that is long can push it away."""
+    agreement = owner.agreement
+    if agreement.summation.kind == "plain":
+        yield "THE SUM IS PLAIN: THE COORDINATOR SEES YOUR VECTOR, NUMBER BY NUMBER."
+    if not same_bundle:
+        yield "THE CODE THAT WOULD RUN IS NOT THE CODE THAT IS INSTALLED HERE."
+    if owner.workbench.base_origin == "folder of the drafter":
+        yield "YOUR COPY OF THE BASE MODEL IS THE FOLDER THAT THE AGREEMENT NAMES: ITS DRAFTER CHOSE THE FILES."
+    if agreement.multi_round_methods:
+        yield "BETWEEN TWO ROUNDS, A MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL YOURS ALONE."
+    if agreement.privacy.merge_routed_inputs:
+        yield "GRAM MATRICES OF EXPERTS LEAVE, HOWEVER FEW ROWS REACHED THEM."
+    if agreement.privacy.merge_token_inputs:
+        yield "THE TOTALS SHOW HOW OFTEN EACH TOKEN OCCURS."
+    if agreement.summation.has_scales:
+        yield "ALL OWNERS SEE THE SCALES OF A 32-BIT SUM."
+    for repeat in repeats:
+        yield f"YOU HAVE CONTRIBUTED {repeat.what.upper()} BEFORE. SUBTRACTING THE TOTALS CAN SHOW THEM."
 
 
 def _contents(rounds: list[Round]) -> list[Content]:
@@ -83,13 +127,19 @@ def give_consent(owner: Owner, repeats: Sequence[Repeat] = ()) -> None:
     owner.state.write_consent(owner.agreement.digest(), consent)
 
 
+def _fingerprint(agreement: Agreement) -> str:
+    return fingerprint(bytes.fromhex(agreement.digest()))
+
+
 def _bytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
 
 
-def ask_for_consent(owner_file: Path, yes: bool, again: bool) -> None:
-    """Show the consent text, ask unless `yes`, and write the consent down. Raises ConsentError for any other answer,
-    and, unless `again`, if most of the same was contributed before.
+def ask_for_consent(owner_file: Path, yes: str | None, again: bool) -> None:
+    """Show the consent text, ask for the fingerprint's first digits, and write the consent down.
+
+    `yes`: the whole fingerprint, from whoever read the agreement before; then nothing is asked. Raises ConsentError for
+    other digits and, unless `again`, if the same was contributed before.
     """
     owner = Owner(owner_file)
     owner.check()
@@ -98,15 +148,32 @@ def ask_for_consent(owner_file: Path, yes: bool, again: bool) -> None:
     print(text, file=sys.stderr if shows_json() else sys.stdout, flush=True)  # people read it before they answer
     allowed = {each.agreement_digest for each in repeats} if again else frozenset[str]()
     check_repeats(terms_of(owner.agreement), repeats, allowed)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise SettingsError(
-                "consent is asked for at a terminal, and this is not one",
-                hint="in a script, --yes gives consent",
-            )
-        if not typer.confirm(f"Does {owner.name} consent?", err=shows_json()):
-            raise ConsentError("no consent was given, so nothing will leave this machine")
+    _check_answer(owner, yes)
     give_consent(owner, repeats)
     stored = owner.state.folder / "consent.json"
     found = {"owner": owner.name, "digest": owner.agreement.digest(), "read": text, "stored": str(stored)}
     answer(found, hint=f"consent stored in {stored}")
+
+
+def _check_answer(owner: Owner, yes: str | None) -> None:
+    """Raise ConsentError unless whoever answers has this agreement's fingerprint in hand."""
+    digits = _fingerprint(owner.agreement).replace(" ", "")
+    if yes is not None:
+        if "".join(yes.split()) != digits:  # check: consent-names-the-fingerprint
+            raise ConsentError(
+                "--yes names another fingerprint than this agreement's, so nothing will leave this machine",
+                hint='read the agreement (amalgram agree OWNER.toml), then give all 40 digits: --yes "12345 67890 ..."',
+            )
+        return
+    if not sys.stdin.isatty():
+        raise SettingsError(
+            "consent is asked for at a terminal, and this is not one",
+            hint="in a script, --yes FINGERPRINT gives consent to the agreement with this fingerprint",
+        )
+    question = f"If {owner.name} consents, type the first {DIGITS_TO_TYPE} digits of the fingerprint; otherwise, Enter"
+    typed = typer.prompt(question, default="", show_default=False, err=shows_json())
+    if typed.strip() != digits[:DIGITS_TO_TYPE]:  # check: consent-names-the-digits
+        raise ConsentError(
+            "no consent was given, so nothing will leave this machine",
+            hint=f"to consent, type the first {DIGITS_TO_TYPE} digits of the fingerprint that the other owners have",
+        )

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from common.agreement import COORDINATOR
 from common.errors import SettingsError
 from common.identity import Identity, fingerprint, read_identity, read_public_identity, write_identity
+from common.names import NAME_RULE, TAKEN_NAMES
 from common.settings_file import Name
 from deploy.network_keys import read_certificate, write_certificate, write_node_key
 from deploy.terminal import answer, as_lines
@@ -55,10 +56,9 @@ def _check_name(name: str) -> None:
     try:
         TypeAdapter(Name).validate_python(name)
     except ValidationError:
-        raise SettingsError(
-            f"{name!r} is not a name",
-            hint="a name has at most 32 lower-case letters, digits, - and _, and begins with a letter or digit",
-        ) from None
+        raise SettingsError(f"{name!r} is not a name", hint=f"a name has {NAME_RULE}") from None
+    if name in TAKEN_NAMES and name != COORDINATOR:
+        raise SettingsError(f"{name!r} is {TAKEN_NAMES[name]} name", hint="choose another name")
 
 
 def _certificate(path: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common.text import shown, shown_lines
 from server.report.report import LowRank, Report
 from server.report.words import METRICS, title_of
 
@@ -21,19 +22,19 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     """Accuracy by model and owner, the means, what was chosen, and where everything is."""
     console.print(_table(report))
     for line in _notes(report):
-        console.print(line, style="dim", highlight=False, markup=False)
+        console.print(shown(line), style="dim", highlight=False, markup=False)
     if report.low_rank:
         console.print(_adapter_note(report.low_rank), style="dim", highlight=False, markup=False, soft_wrap=True)
     for line in report.advice:
-        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(shown(line), style="yellow", highlight=False, markup=False, soft_wrap=True)
     for owner, step in report.dropped_out.items():
-        console.print(f"owner {owner} dropped out at: {step}", style="yellow", highlight=False, markup=False)
+        console.print(shown(f"owner {owner} dropped out at: {step}"), style="yellow", highlight=False, markup=False)
     if report.summation == "plain":
         console.print("plain sum: the coordinator saw each owner's vector", style="yellow")
     else:
         console.print("masked sum: the coordinator saw totals over the owners, and nothing else", style="dim")
     console.print(
-        f"merged model  {out / 'model'}\nreport        {out / 'report.html'}",
+        shown_lines(f"merged model  {out / 'model'}\nreport        {out / 'report.html'}"),
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -43,18 +44,18 @@ def print_report(console: Console, report: Report, out: Path) -> None:
 def _table(report: Report) -> Table:
     evaluation = report.evaluation
     by_owner = evaluation.by_owner if len(evaluation.by_owner) <= MAX_OWNER_COLUMNS else {}
-    title = f"{escape(report.title)}: accuracy on test rows"
+    title = f"{escape(shown(report.title))}: accuracy on test rows"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for heading in ("mean", METRICS[evaluation.metric], *by_owner):
-        table.add_column(escape(heading.replace("-", "-\n")), justify="right", overflow="fold")
+        table.add_column(escape(shown(heading).replace("-", "-\n")), justify="right", overflow="fold")
     for model in _rows(report):
         mean, name = evaluation.mean[model], title_of(report, model)
         values = [mean.accuracy, mean.metric]
         values += [by_model[model].accuracy if model in by_model else nan for by_model in by_owner.values()]
         name += REFERENCE_MARK if model in LAST else ""
         style = "bold" if model == report.method else ""
-        table.add_row(escape(name), *("-" if isnan(value) else f"{value:.3f}" for value in values), style=style)
+        table.add_row(escape(shown(name)), *("-" if isnan(value) else f"{value:.3f}" for value in values), style=style)
     return table
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import flwr
 
 from common.errors import EngineError
+from common.text import shown
 
 VERSION = "1.41.0"
 # Files of Flower that a launcher changes or relies on, as released: SHA-256 of each.
@@ -68,5 +69,5 @@ def check_internals(version: str = VERSION, tried: dict[str, str] = TRIED) -> No
 
 
 def tell(message: str) -> None:
-    """Say something to whoever started the launcher."""
-    print(f"{MARK}{message}", flush=True)
+    """Say something in one line to whoever started the launcher."""
+    print(f"{MARK}{shown(message)}", flush=True)  # check: launchers-tell-one-line

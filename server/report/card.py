@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.models.loading import AUTO_CLASSES
+from common.text import MAX_LINE, flaw, is_web_address, shown
 from server.report.report import Report
-from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, title_of
+from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, safe, title_of
 
 CARD = "README.md"
 PIPELINES = {
@@ -21,6 +23,8 @@ PIPELINES = {
     "image-classification": "image-classification",
 }
 HUB_METRICS = {"macro_f1": ["accuracy", "f1"], "entity_f1": ["accuracy", "f1"], "log_likelihood": ["accuracy"]}
+LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 REFERENCES = ("own", "ensemble", "multi_task")  # not on the card: only a simulation has them
 
 
@@ -28,10 +32,15 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
     """Write the card of the model in `folder`. `base_folder` holds the base's files; its card names the licence."""
     task = report.agreement.task
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=safe,
     )
     environment.filters |= {
         "markdown": _markdown,
+        "code": _code,
         "percent": percent,
         "listed": listed,
         "capitalised": capitalised,
@@ -72,17 +81,32 @@ def _licence(base_folder: Path) -> dict[str, Any]:
     """The licence that the base's own card names; empty if it has no card or the card names none."""
     if not (base_folder / CARD).is_file():
         return {}
-    data = ModelCard.load(base_folder / CARD, ignore_metadata_errors=True).data
-    fields = ("license", "license_name", "license_link")
-    return {field: str(getattr(data, field)) for field in fields if getattr(data, field, None)}
+    try:
+        data = ModelCard.load(base_folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):  # the card is somebody else's
+        return {}
+    checks = {
+        "license": lambda text: LICENCE_ID.fullmatch(text) is not None,
+        "license_name": lambda text: not flaw(text, MAX_LINE),
+        "license_link": is_web_address,  # check: licence-link-is-a-web-address
+    }
+    found = {field: data.get(field) for field in checks}
+    return {field: text for field, text in found.items() if isinstance(text, str) and checks[field](text)}
 
 
 def _hub_name(report: Report, base_folder: Path) -> str | None:
     """The base's name on the hub if its files came from there; None if it is a folder of the owners' own."""
     name = report.agreement.base
-    return name if f"models--{name.replace('/', '--')}" in base_folder.parts else None
+    is_fetched = f"models--{name.replace('/', '--')}" in base_folder.parts
+    return name if is_fetched and HUB_NAME.fullmatch(name) else None  # check: hub-name-is-one
 
 
 def _markdown(text: str) -> str:
     """Escape somebody's words, so that they are neither markup nor a line of their own."""
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    one_line = shown(" ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(one_line, quote=False))  # check: markdown-is-escaped
+
+
+def _code(text: str) -> str:
+    """Somebody's words as code in a line."""
+    return "`" + shown(text).replace("`", "'") + "`"

@@ -17,7 +17,18 @@ from server.report import plots
 from server.report.heat_map import heat_map
 from server.report.report import OwnerCost, Report, Sent, read_report
 from server.report.verdict import by_metric, difference, verdict
-from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, size, summary_of, title_of
+from server.report.words import (
+    METRICS,
+    TASKS,
+    capitalised,
+    listed,
+    models_in,
+    percent,
+    safe,
+    size,
+    summary_of,
+    title_of,
+)
 
 FOLDER = Path(__file__).parent
 MAX_PARTS = 7  # owners that a stacked bar shows one by one; beyond that, some are put together
@@ -37,10 +48,11 @@ def page_of(report: Report) -> str:
     """The whole page."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
-        autoescape=True,
+        autoescape=True,  # check: page-is-escaped
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=safe,  # check: page-hides-nothing
     )
     environment.filters |= {
         "percent": percent,

@@ -13,12 +13,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from common.agreement.tables import Metric, TaskKind
 from common.errors import SettingsError
 from common.merge_methods.terms import Weighting
 from common.metrics import Split
+from common.settings_file import HEX_64, Line, Paragraph
+from common.text import MAX_LINE, flaw
 
 REPORT_VERSION: Literal[3] = 3
 MAX_REPORT_BYTES = 64_000_000
@@ -28,6 +30,19 @@ FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[float, Field(ge=0)]  # a norm, a duration, a ratio of norms
 Share = Annotated[float, Field(ge=0, le=1)]
+Digest = Annotated[str, HEX_64]
+
+
+def _check_strings(value: JsonValue) -> JsonValue:
+    """Every string in a table whose keys are not known here is one line."""
+    if isinstance(value, str) and (found := flaw(value, MAX_LINE)):  # check: hyperparameters-are-one-line
+        raise ValueError(found)
+    for each in value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else ():
+        _check_strings(each)
+    return value
+
+
+Values = Annotated[JsonValue, AfterValidator(_check_strings)]
 
 
 class Table(BaseModel):
@@ -39,19 +54,19 @@ class Table(BaseModel):
 class MethodDescription(Table):
     """A merge method, explained to people."""
 
-    title: str = Field(description="Its name as it reads in mid-sentence.")
-    phrase: str = Field(description="What a sentence compares with: `the plain average`.")
-    summary: str = Field(description="How it merges, in one sentence without a full stop.")
-    paper: str | None = Field(default=None, description="Where it comes from: authors, year and arXiv number.")
-    hyperparameter: str | None = Field(default=None, description="What its sweep varies, or null if it has no sweep.")
-    hyperparameter_summary: str | None = Field(default=None, description="What its values do, in one sentence.")
+    title: Line = Field(description="Its name as it reads in mid-sentence.")
+    phrase: Paragraph = Field(description="What a sentence compares with: `the plain average`.")
+    summary: Paragraph = Field(description="How it merges, in one sentence without a full stop.")
+    paper: Paragraph | None = Field(default=None, description="Where it comes from: authors, year and arXiv number.")
+    hyperparameter: Line | None = Field(default=None, description="What its sweep varies, or null if it has no sweep.")
+    hyperparameter_summary: Paragraph | None = Field(default=None, description="What its values do, in one sentence.")
 
 
 class AgreedOwner(Table):
     """One owner on the roster."""
 
-    name: str = Field(description="The owner's name.")
-    public_key: str = Field(description="The key that verifies its signatures, in hexadecimal.")
+    name: Line = Field(description="The owner's name.")
+    public_key: Digest = Field(description="The key that verifies its signatures, in hexadecimal.")
     metrics: Literal["shown", "summed"] = Field(description="Whether its own test metrics may be shown by name.")
 
 
@@ -59,7 +74,7 @@ class AgreedTask(Table):
     """What the model does."""
 
     kind: TaskKind = Field(description="The kind of task.")
-    labels: tuple[str, ...] = Field(description="The labels in order; empty for a language model.")
+    labels: tuple[Line, ...] = Field(description="The labels in order; empty for a language model.")
     head: Literal["shared", "private"] = Field(description="Whether the head is merged or each owner keeps its own.")
 
 
@@ -74,25 +89,25 @@ class AgreedPrivacy(Table):
 class Agreed(Table):
     """The agreement that every owner consented to, without its bounds."""
 
-    fingerprint: str = Field(description="Forty decimal digits to compare by phone.")
-    base: str = Field(description="The base model's name on the hub, or its folder.")
+    fingerprint: Line = Field(description="Forty decimal digits to compare by phone.")
+    base: Paragraph = Field(description="The base model's name on the hub, or its folder.")
     owners: tuple[AgreedOwner, ...] = Field(min_length=1, description="The roster.")
     min_owners: Count = Field(description="The fewest owners whose sum may be opened.")
     colluders: Count = Field(description="How many owners may collude with the coordinator.")
     quorum: Count = Field(description="How many owners must sign who is in a sum before it is opened.")
     ring_bits: Literal[32, 64] = Field(description="How many bits each masked number has.")
-    compare_with: tuple[str, ...] = Field(description="Methods that were merged only to be compared.")
+    compare_with: tuple[Line, ...] = Field(description="Methods that were merged only to be compared.")
     weighting: Weighting = Field(description="Whether an owner counts by its rows or like every other.")
     seed: Count = Field(description="The seed of everything that is drawn at random, except keys and masks.")
     task: AgreedTask = Field(description="What the model does.")
     privacy: AgreedPrivacy = Field(description="What was held back.")
-    hyperparameters: dict[str, dict[str, JsonValue]] = Field(description="By method, its table of the agreement.")
+    hyperparameters: dict[Line, dict[Line, Values]] = Field(description="By method, its table of the agreement.")
 
 
 class Choice(Table):
     """The candidate of one method that was evaluated on test rows."""
 
-    candidate: str = Field(description="The candidate's name: `regmean@0.9`, or `average`.")
+    candidate: Line = Field(description="The candidate's name: `regmean@0.9`, or `average`.")
     hyperparameter: float | None = Field(description="The value of its hyperparameter, or null if it has none.")
 
 
@@ -116,7 +131,7 @@ class OwnerMetrics(Table):
 class Trial(Table):
     """One candidate of a sweep, on validation rows."""
 
-    candidate: str = Field(description="The candidate's name.")
+    candidate: Line = Field(description="The candidate's name.")
     hyperparameter: float = Field(description="The value that was tried.")
     accuracy: Share = Field(description="Mean accuracy over owners.")
     metric: float = Field(description="Mean of `evaluation.metric` over owners.")
@@ -128,16 +143,16 @@ class Evaluation(Table):
     choose_by: Literal["accuracy"] | Metric = Field(description="The metric that decides a sweep.")
     metric: Metric = Field(description="The metric beside accuracy.")
     label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
-    mean: dict[str, MeanMetrics] = Field(description="By model, on test rows.")
-    by_owner: dict[str, dict[str, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")
-    sweep: dict[str, Annotated[tuple[Trial, ...], Field(min_length=1)]] = Field(description="By method with a sweep.")
+    mean: dict[Line, MeanMetrics] = Field(description="By model, on test rows.")
+    by_owner: dict[Line, dict[Line, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")
+    sweep: dict[Line, Annotated[tuple[Trial, ...], Field(min_length=1)]] = Field(description="By method with a sweep.")
 
 
 class Layer(Table):
     """How one Gram matrix of the published model was solved."""
 
-    name: str = Field(description="The layer whose input it is of.")
-    status: str = Field(description="solved, singular, indefinite or empty.")
+    name: Line = Field(description="The layer whose input it is of.")
+    status: Line = Field(description="solved, singular, indefinite or empty.")
     d_in: Count = Field(description="The width of the input.")
     gram_size: Count = Field(description="The size of the Gram matrix: one more than d_in if biases are solved too.")
     token_rows: Count | None = Field(description="How many token rows were summed; null if it was made without data.")
@@ -149,7 +164,7 @@ class Layer(Table):
 class Change(Table):
     """How far the published model moved, in Frobenius norms over the layers that share one input."""
 
-    name: str = Field(description="The name of the Gram matrix, or of the layer where there is none.")
+    name: Line = Field(description="The name of the Gram matrix, or of the layer where there is none.")
     change: Size | None = Field(description="|merged - base| / |base|; null if the base is zero.")
     from_average: Size | None = Field(
         description="|merged - average| / |average - base|; null unless the average was computed and moved."
@@ -159,7 +174,7 @@ class Change(Table):
 class AdapterLayer(Table):
     """What one weight lost when it was cut to the adapter's rank."""
 
-    name: str = Field(description="The weight's name.")
+    name: Line = Field(description="The weight's name.")
     relative_error: Size = Field(description="|cut off| / |change|, in Frobenius norms.")
 
 
@@ -175,30 +190,30 @@ class LowRank(Table):
 class Tensors(Table):
     """What happened to each tensor of the model, by parameter name."""
 
-    merged: tuple[tuple[str, ...], ...] = Field(description="Merged in closed form, in groups that share an input.")
-    data_free: tuple[str, ...] = Field(description="Merged by their weight changes alone.")
-    averaged: tuple[str, ...] = Field(description="Averaged.")
-    left_alone: tuple[str, ...] = Field(description="Left as in the base.")
+    merged: tuple[tuple[Line, ...], ...] = Field(description="Merged in closed form, in groups that share an input.")
+    data_free: tuple[Line, ...] = Field(description="Merged by their weight changes alone.")
+    averaged: tuple[Line, ...] = Field(description="Averaged.")
+    left_alone: tuple[Line, ...] = Field(description="Left as in the base.")
 
 
 class Content(Table):
     """One kind of number in a round."""
 
-    kind: str = Field(description="The kind's short name.")
-    meaning: str = Field(description="What these numbers are, in plain words.")
+    kind: Line = Field(description="The kind's short name.")
+    meaning: Paragraph = Field(description="What these numbers are, in plain words.")
     numbers: Count = Field(description="How many of them each owner sent.")
-    tensors: tuple[str, ...] = Field(description="The names of the tensors that hold them.")
+    tensors: tuple[Line, ...] = Field(description="The names of the tensors that hold them.")
 
 
 class Round(Table):
     """One secure sum: what the coordinator learned."""
 
     kind: Literal["scales", "contribution", "step", "metrics"] = Field(description="What the sum was for.")
-    method: str | None = Field(description="The multi-round method that a step belongs to, else null.")
+    method: Line | None = Field(description="The multi-round method that a step belongs to, else null.")
     step: int | None = Field(description="The step's number, from 1, else null.")
     split: Split | None = Field(description="The rows that metrics were measured on, else null.")
-    title: str = Field(description="The round's name for people.")
-    owners: tuple[str, ...] = Field(description="The owners whose numbers are in the total.")
+    title: Line = Field(description="The round's name for people.")
+    owners: tuple[Line, ...] = Field(description="The owners whose numbers are in the total.")
     numbers: Count = Field(description="How many numbers each owner sent.")
     contents: tuple[Content, ...] = Field(description="What these numbers are.")
     destroyed: bool = Field(description="Whether the coordinator's program overwrote the total.")
@@ -207,18 +222,18 @@ class Round(Table):
 class Delivery(Table):
     """Something that the coordinator sent to every owner, in whole."""
 
-    title: str = Field(description="Its name for people.")
-    digest: str = Field(description="SHA-256 of its bytes, in hexadecimal.")
+    title: Line = Field(description="Its name for people.")
+    digest: Digest = Field(description="SHA-256 of its bytes, in hexadecimal.")
     bytes: Count = Field(description="How large it was.")
-    owners: tuple[str, ...] = Field(description="The owners that received all of it.")
+    owners: tuple[Line, ...] = Field(description="The owners that received all of it.")
 
 
 class SentCandidate(Delivery):
     """A merged candidate, which the owners evaluated."""
 
     kind: Literal["candidate"] = Field(default="candidate", description="What was sent.")
-    method: str = Field(description="The method that merged it.")
-    candidate: str = Field(description="The candidate's name.")
+    method: Line = Field(description="The method that merged it.")
+    candidate: Line = Field(description="The candidate's name.")
     split: Split = Field(description="The rows that it was evaluated on.")
 
 
@@ -226,7 +241,7 @@ class SentMergedStep(Delivery):
     """What a step of a multi-round method merged, on which the owners measured the next step."""
 
     kind: Literal["merged_step"] = Field(default="merged_step", description="What was sent.")
-    method: str = Field(description="The multi-round method.")
+    method: Line = Field(description="The multi-round method.")
     step: Count = Field(description="The step that merged it; 0 before the first.")
 
 
@@ -251,53 +266,53 @@ class OwnerCost(Table):
 class Step(Table):
     """What one step of the run cost."""
 
-    title: str = Field(description="The step's name for people.")
-    phase: str = Field(description="What it is grouped under in the plots of time and bytes.")
+    title: Line = Field(description="The step's name for people.")
+    phase: Line = Field(description="What it is grouped under in the plots of time and bytes.")
     seconds: Size = Field(description="From the first message to the last answer.")
     bytes_sent: Count = Field(description="Payload sent to all owners.")
     bytes_received: Count = Field(description="Payload received from all owners.")
-    by_owner: dict[str, OwnerCost] = Field(description="By owner.")
+    by_owner: dict[Line, OwnerCost] = Field(description="By owner.")
 
 
 class Digests(Table):
     """SHA-256 digests, in hexadecimal."""
 
-    agreement: str = Field(description="The agreement.")
-    base: str = Field(description="The base model's weights.")
-    bundle: str = Field(description="The code that ran at the owners.")
-    model: str = Field(description="The published model's weights.")
+    agreement: Digest = Field(description="The agreement.")
+    base: Digest = Field(description="The base model's weights.")
+    bundle: Digest = Field(description="The code that ran at the owners.")
+    model: Digest = Field(description="The published model's weights.")
 
 
 class Report(Table):
     """Everything that is known of one run."""
 
     report_version: Literal[3] = Field(default=REPORT_VERSION, description="The version of this form.")
-    title: str = Field(description="The agreement's title.")
-    method: str = Field(description="The method whose model is published.")
-    methods: dict[str, MethodDescription] = Field(description="By agreed method, simpler ones first, its description.")
+    title: Line = Field(description="The agreement's title.")
+    method: Line = Field(description="The method whose model is published.")
+    methods: dict[Line, MethodDescription] = Field(description="By agreed method, simpler ones first, its description.")
     summation: Literal["masked", "plain"] = Field(description="Whether owners' vectors were masked before the sum.")
     simulated: bool = Field(description="Whether all parties ran on one machine, in one pair of hands.")
     seconds: Size = Field(description="How long the run took.")
-    owners: tuple[str, ...] = Field(min_length=1, description="The owners whose numbers are in the merged model.")
-    dropped_out: dict[str, str] = Field(description="By owner that dropped out, the step at which it did.")
-    receipts: tuple[str, ...] = Field(description="The owners that signed the published model's digest.")
+    owners: tuple[Line, ...] = Field(min_length=1, description="The owners whose numbers are in the merged model.")
+    dropped_out: dict[Line, Line] = Field(description="By owner that dropped out, the step at which it did.")
+    receipts: tuple[Line, ...] = Field(description="The owners that signed the published model's digest.")
     agreement: Agreed = Field(description="What was agreed.")
     base_parameters: Count = Field(description="How many numbers the base model has.")
-    chosen: dict[str, Choice] = Field(description="By method, the candidate that was evaluated on test rows.")
+    chosen: dict[Line, Choice] = Field(description="By method, the candidate that was evaluated on test rows.")
     evaluation: Evaluation = Field(description="How good the models are.")
     layers: tuple[Layer, ...] = Field(description="By Gram matrix of the published model.")
     changes: tuple[Change, ...] = Field(description="By Gram matrix, or by linear layer where there is none.")
     low_rank: LowRank | None = Field(description="What publishing an adapter lost; null if the model is whole.")
     tensors: Tensors = Field(description="What happened to each tensor.")
-    notes: tuple[str, ...] = Field(description="What a reader should know about the solves.")
-    advice: tuple[str, ...] = Field(description="What a reader might do differently next time.")
-    disclosures: tuple[str, ...] = Field(description="What this run reveals in spite of its protection.")
+    notes: tuple[Paragraph, ...] = Field(description="What a reader should know about the solves.")
+    advice: tuple[Paragraph, ...] = Field(description="What a reader might do differently next time.")
+    disclosures: tuple[Paragraph, ...] = Field(description="What this run reveals in spite of its protection.")
     rounds: tuple[Round, ...] = Field(description="What the coordinator learned, in order.")
     sent: tuple[Sent, ...] = Field(description="What the owners received, in order.")
     steps: tuple[Step, ...] = Field(description="What each step cost, in order.")
     examples: Count | None = Field(description="Training rows of all owners together, if they were summed.")
     digests: Digests = Field(description="Digests of what went in and came out.")
-    versions: dict[str, str] = Field(description="By library, the version that computed this.")
+    versions: dict[Line, Line] = Field(description="By library, the version that computed this.")
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Report":

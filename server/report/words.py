@@ -5,6 +5,7 @@ A method's words come from its descriptor, by way of the report (`title_of`, `ph
 
 from collections.abc import Sequence
 
+from common.text import shown
 from server.report.report import Report
 
 MODELS = {  # everything else that a report compares: title, phrase, summary
@@ -80,6 +81,11 @@ def size(count: float) -> str:
         if count >= bytes_per_unit:
             return f"{count / bytes_per_unit:.1f}\u00a0{unit}"
     return f"{count:.0f}\u00a0bytes"
+
+
+def safe(value: object) -> object:
+    """What a template fills in, so that no text of another party hides or moves what is around it."""
+    return shown(value) if type(value) is str else value
 
 
 def listed(names: Sequence[str]) -> str:

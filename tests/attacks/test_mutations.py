@@ -57,6 +57,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
 )
 BASE_FILES = "attacks/test_base_files.py"
 LEDGER = "attacks/test_ledger.py"
+TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -392,6 +393,49 @@ TABLE = [
         'log.info("  %s: measuring %s", self.name, len(self.data.train()))',
     ),
     Mutation(LOGS, "test_a_second_run", "one-process-at-a-time"),
+    # 100-103: text that another party wrote
+    Mutation(TEXT, "test_100_text", "text-shows"),
+    Mutation(TEXT, "test_100_text", "text-is-not-padded"),
+    Mutation(TEXT, "test_100_text", "text-is-normalised"),
+    Mutation(TEXT, "test_100_text", "marks-do-not-pile-up"),
+    Mutation(TEXT, "test_100_no_string_of_an_agreement", "text-from-others-is-one-line"),
+    Mutation(TEXT, "test_100_no_string_of_a_report", "text-from-others-is-one-line"),
+    Mutation(TEXT, "test_100_no_string_of_a_report", "hyperparameters-are-one-line"),
+    Mutation(TEXT, "test_100_no_string_of_a_message", "model-names-are-one-line", "return isinstance(value, str)"),
+    Mutation(TEXT, "test_101_a_title", "text-from-others-is-one-line"),
+    Mutation(TEXT, "test_101_another_party or test_101_the_true", "other-words-are-quoted", "return text"),
+    Mutation(TEXT, "test_101_consent", "consent-names-the-fingerprint"),
+    Mutation(TEXT, "test_101_consent", "consent-names-the-digits"),
+    Mutation(TEXT, "test_102_a_log_line", "log-lines-are-escaped", "return super().format(record)"),
+    Mutation(TEXT, "test_102_a_server", "log-lines-are-escaped", "return super().format(record)"),
+    Mutation(TEXT, "test_102_a_bundle", "launchers-tell-one-line", 'print(f"{MARK}{message}", flush=True)'),
+    Mutation(
+        TEXT,
+        "test_102_an_error_is",
+        "errors-are-escaped",
+        'message, hint = " ".join(message.split()), " ".join(hint.split())',
+    ),
+    Mutation(
+        TEXT,
+        "test_102_an_error_that",
+        "kept-errors-are-escaped",
+        'write_whole(self.folder / "error.txt", text.encode("utf-8", "replace") + b"\\n")',
+    ),
+    Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-is-escaped", "autoescape=False,"),
+    Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-hides-nothing", ""),
+    Mutation(TEXT, "test_102_another_party", "markdown-is-escaped", "return one_line"),
+    Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_on", "markdown-is-escaped", "return one_line"),
+    Mutation(TEXT, "test_102_a_base_s_licence", "licence-link-is-a-web-address", '"license_link": bool,'),
+    Mutation(TEXT, "test_102_a_base_whose", "hub-name-is-one", "return name if is_fetched else None"),
+    Mutation(TEXT, "test_103_labels", "labels-look-different"),
+    Mutation(TEXT, "test_103_no_owner", "owners-take-no-other-file"),
+    Mutation(
+        TEXT,
+        "test_103_a_base",
+        "base-labels-are-checked",
+        'return draft.model_copy(update={"task": draft.task.model_copy(update={"labels": base_labels(base_folder)})})',
+    ),
+    Mutation(ROWS, "test_half_a_surrogate", "texts-are-unicode"),
     # between machines
     Mutation(LAUNCH, "test_the_guard_shows_other", "guard-is-shut", "or True"),
     Mutation(LAUNCH, "test_the_guard_shows_other", "open-paths-match-whole", "return OPEN.match(path) is not None"),

@@ -69,9 +69,9 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     assert drafted.returncode == 0, drafted.stderr
     owner = home / "hotel.toml"
     owner.write_text('agreement = "agreed.toml"\n' + owner.read_text())
-    agreed = amalgram("agree", "hotel.toml", "--yes", cwd=home)
-    assert agreed.returncode == 0, agreed.stderr
     digits = drafted.stdout.split("fingerprint")[1].strip()
+    agreed = amalgram("agree", "hotel.toml", "--yes", digits, cwd=home)
+    assert agreed.returncode == 0, agreed.stderr
     for says in (
         f"Fingerprint:  {digits}",
         "One vector of 384,305 numbers, 3.1 MB",
@@ -88,7 +88,8 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     plain = home / "agreed.toml"
     changed = plain.read_text().replace('kind = "masked"', 'kind = "plain"')
     plain.write_text(re.sub('bundle_digest = "[0-9a-f]{64}"', f'bundle_digest = "{"0" * 64}"', changed))
-    shown = amalgram("agree", "hotel.toml", "--yes", cwd=home)
+    shown = amalgram("agree", "hotel.toml", "--yes", digits, cwd=home)
+    assert (shown.returncode, "--yes names another fingerprint" in shown.stderr) == (3, True)
     assert "THE COORDINATOR SEES YOUR VECTOR, NUMBER BY NUMBER." in shown.stdout
     assert "Nobody. Your vector leaves masked" not in shown.stdout
     assert "THIS IS NOT THE CODE THAT IS INSTALLED HERE." in shown.stdout
@@ -102,7 +103,7 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
             2,
             "no public key of hotel\nhint: ask for its .pub",
         ),
-        (["agree", "cinema.toml", "--yes"], 2, "is missing"),
+        (["agree", "cinema.toml", "--yes", digits], 2, "is missing"),
         (["agree", "hotel.toml"], 2, "consent is asked for at a terminal"),
     ):
         done = amalgram(*arguments, cwd=home)

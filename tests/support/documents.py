@@ -1,7 +1,8 @@
 """Runs a document: compares console blocks with what their commands print, and executes python blocks.
 
 In a console block, `$ ` begins a command, `> ` continues it, and a line `...` stands for any number of lines. Times,
-fingerprints and digests change from run to run, so they are replaced on both sides. Numbers with three digits after
+fingerprints and digests change from run to run, so they are replaced on both sides; a fingerprint in a command becomes
+the last one that was printed. Numbers with three digits after
 the point may differ by TOLERANCE, because another processor rounds differently. A toml block whose first line is
 `# FOLDER/NAME.toml` is written to that file.
 """
@@ -25,9 +26,10 @@ from deploy.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.05
 DECIMAL = re.compile(r"\b\d\.\d{3}\b")
+FINGERPRINT = re.compile(r"\b(\d{5} ){7}\d{5}\b")
 VARYING = (
     (re.compile(r"\b\d\d:\d\d:\d\d\b"), "TIME"),
-    (re.compile(r"\b(\d{5} ){7}\d{5}\b"), "FINGERPRINT"),
+    (FINGERPRINT, "FINGERPRINT"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "DIGEST"),
 )
 
@@ -40,6 +42,7 @@ def blocks(document: Path) -> Iterator[tuple[str, str]]:
 def run_document(document: Path) -> None:
     """Run all blocks in the current folder. Raises AssertionError if the document is not true."""
     names: dict[str, Any] = {}
+    last_fingerprint = ""
     for language, text in blocks(document):
         if language == "python":
             exec(compile(text, str(document), "exec"), names)
@@ -48,7 +51,8 @@ def run_document(document: Path) -> None:
             Path(path[1]).write_text(text)
         elif language == "console":
             for command, expected in _commands(text):
-                printed = run_command(command)
+                printed = run_command(FINGERPRINT.sub(last_fingerprint, command))
+                last_fingerprint = next((found[0] for found in FINGERPRINT.finditer(printed)), last_fingerprint)
                 assert _matches(expected, _lines(printed)), f"{document.name}: $ {command}\n{printed}"
 
 
