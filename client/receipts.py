@@ -1,26 +1,37 @@
-"""An owner's part in the end of a run: compare the result with what was sent, sign it, keep everybody's signatures."""
+"""An owner's part in the end of a run: compare the result with what was sent, sign it, keep everybody's signatures.
+
+An owner signs files that it could have written itself, from its own copy of the base and the model that it tested.
+Of the metrics it can check its own; everybody signs the same ones.
+"""
 
 from client.context import OwnerContext
-from client.state import ResultRecord
+from client.state import ResultRecord, TestedRecord
 from common.certificates import body_of, check_receipts, check_result, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
 from common.merge_methods import METHODS
 from common.messages import Message, Receipts, ReceiptsKept, Result, ResultReceived
+from common.metrics import BASE, OWN_AT_HOME
+from common.models.adapter import ADAPTER_WEIGHTS
+from common.publication import CARD, Publication, PublishedFolder, PublishedReceipts, SignedScore, read_publication
+
+METRIC_TOLERANCE = 1e-6
 
 
 def sign_result(owner: OwnerContext, message: Result) -> Message:
     """Sign the result, once under an agreement, if it is the model that this owner judged."""
     check_result(owner.agreement, message)  # check: coordinator-signed-the-result
+    publication = read_publication(message.publication)
     # If the run has ended, the ledger knows its result.
     if not owner.state.has_receipt(message.run):  # check: result-was-tested-unless-ended
-        _check_was_tested(owner, message)
+        _check_was_tested(owner, message, publication)
     body = body_of(owner.agreement, message)
     owner.ledger.sign_result(body.hex())
     record = ResultRecord(
         model=message.model,
         model_digest=message.model_digest,
         deliveries_digest=message.deliveries_digest,
+        publication=message.publication.decode(),
         signature=message.signature.hex(),
     )
     owner.state.update_run(result=record)
@@ -28,8 +39,8 @@ def sign_result(owner: OwnerContext, message: Result) -> Message:
     return ResultReceived(run=message.run, owner=owner.name, signature=signature)
 
 
-def _check_was_tested(owner: OwnerContext, message: Result) -> None:
-    """The result is of the agreed method, and is the very model that this owner was sent to test."""
+def _check_was_tested(owner: OwnerContext, message: Result, publication: Publication) -> None:
+    """The result is of the agreed method, and it and its files are the model that this owner tested."""
     run = owner.state.run
     delivered = run.delivered
     if message.deliveries_digest != deliveries_digest(delivered):  # check: result-names-all-models
@@ -49,6 +60,67 @@ def _check_was_tested(owner: OwnerContext, message: Result) -> None:
         message.model_digest,
     ):  # check: published-is-the-tested-model
         raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
+    assert run.published is not None  # written when the tested model had arrived
+    _check_files(run.published, publication, is_adapter=owner.agreement.publish.adapter_rank is not None)
+    _check_metrics(owner, publication)
+
+
+def _check_files(own: PublishedFolder, publication: Publication, *, is_adapter: bool) -> None:
+    """The published files are those that this owner would have written, to the byte, and its configuration is, too.
+
+    Except for what an owner cannot compute: the card, and the factors of an adapter.
+    """
+    for key in sorted(own.configuration.keys() | publication.configuration.keys()):
+        expected, found = own.configuration.get(key), publication.configuration.get(key)
+        if found != expected:  # check: configuration-is-the-agreed-one
+            raise ConsentError(
+                f"the published configuration has {key} = {_shortened(found)}, the agreed one has "
+                f"{_shortened(expected)}",
+                hint="nothing was signed; ask the coordinator what was changed, and why",
+            )
+    not_derived = {CARD, ADAPTER_WEIGHTS} if is_adapter else {CARD}
+    expected_files = {**own.files, **dict.fromkeys(not_derived, "")}
+    for name in sorted(expected_files.keys() | publication.files.keys()):
+        if name not in publication.files or name not in expected_files:  # check: published-files-are-the-agreed-ones
+            lacks = "lacks" if name in expected_files else "has an additional file"
+            raise ConsentError(f"the published folder {lacks} {name}", hint="nothing was signed; ask the coordinator")
+        if name not in not_derived and publication.files[name] != own.files[name]:  # check: published-files-are-mine
+            raise ConsentError(
+                f"the published {name} is not the file that this owner would have written",
+                hint="nothing was signed; compare the versions of transformers and safetensors with the coordinator's, "
+                "and the two copies of the base",
+            )
+
+
+def _check_metrics(owner: OwnerContext, publication: Publication) -> None:
+    """The metrics are of the agreed models, and those that are shown for this owner are what it measured."""
+    agreement, run = owner.agreement, owner.state.run
+    models = {BASE, OWN_AT_HOME, *agreement.methods}
+    if publication.test.keys() != models:  # check: metrics-are-of-the-agreed-models
+        raise RemoteProtocolError("the coordinator published metrics of other models than those that were agreed")
+    is_in_total = run.is_complete and run.begun == owner.schedule.events[-1].position
+    for tested in run.tested if owner.name in agreement.shown_owners else ():
+        shown = publication.test[tested.model].by_owner.get(owner.name)
+        if shown is None and not is_in_total:  # it dropped out of the last round
+            continue
+        if not _are_equal(tested, shown):  # check: own-metrics-are-published-as-measured
+            raise ConsentError(
+                f"the coordinator published other metrics of {tested.model} for {owner.name} than were measured here",
+                hint="nothing was signed; the owner's own metrics are in its state folder, run/run.json",
+            )
+
+
+def _are_equal(tested: TestedRecord, shown: SignedScore | None) -> bool:
+    """Whether a total shows what was contributed; the last bits of a metric are lost in fixed point."""
+    return (
+        shown is not None
+        and (shown.correct, shown.predictions) == (tested.correct, tested.rows)
+        and abs(shown.metric - tested.metric) < METRIC_TOLERANCE
+    )
+
+
+def _shortened(value: object) -> str:
+    return "nothing" if value is None else ascii(value)[:100]
 
 
 def keep_receipts(owner: OwnerContext, message: Receipts) -> Message:
@@ -56,19 +128,7 @@ def keep_receipts(owner: OwnerContext, message: Receipts) -> Message:
     result = owner.state.run.signed_result()
     if result is None:
         raise RemoteProtocolError("the coordinator sent receipts before a result")
-    owners = check_receipts(owner.agreement, result, message.signatures)
-    owner.state.write_receipt(
-        message.run,
-        {
-            "agreement_digest": owner.agreement.digest(),
-            "run": result.run,
-            "model": result.model,
-            "model_digest": result.model_digest,
-            "deliveries_digest": result.deliveries_digest,
-            "signature": result.signature.hex(),
-            "owners": owners,
-            "receipts": message.signatures.hex(),
-        },
-    )
+    check_receipts(owner.agreement, result, message.signatures)
+    owner.state.write_receipts(PublishedReceipts.of(owner.agreement, result, message.signatures))
     owner.state.end_run()
     return ReceiptsKept(run=message.run, owner=owner.name)

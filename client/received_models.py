@@ -95,15 +95,19 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
     if owner.ledger.has_signed:  # check: nothing-after-the-result
         raise ConsentError(f"the coordinator sent {what} after the result")
     delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
-    scores = run.scores
+    scores, published = run.scores, run.published
     if delivery.kind == "candidate":
         assert delivery.split is not None
         digest, score = owner.workbench.score_candidate(delivery.split, layout, array)
         scores = (*scores, score_record(message.position, model, digest, score))
+        if (delivery.split, delivery.method) == ("test", owner.agreement.method):
+            published = owner.workbench.published_folder(layout, array)
         owner.state.delete_array(ARRIVING)
     elif layout.size:
         owner.state.keep_array(ARRIVING, under=_kept_as(delivery))
-    owner.state.update_run(arriving=None, received=(*run.received, received), scores=scores, is_complete=True)
+    owner.state.update_run(
+        arriving=None, received=(*run.received, received), scores=scores, published=published, is_complete=True
+    )
 
 
 def _was_taken(owner: OwnerContext, position: int) -> bool:

@@ -2,11 +2,13 @@
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.context import OwnerContext
+from client.state import TestedRecord
 from common import scaling
 from common.certificates import deliveries_digest
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
@@ -155,4 +157,7 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
             if kept is None:  # the schedule lets no metrics round begin before its candidates are complete
                 raise LocalProtocolError(f"no score was kept for {model} on {split} examples")
             scores[model] = Score(correct=kept.correct, rows=kept.rows, metric=kept.metric)
+    if split == "test":
+        tested = tuple(TestedRecord(model=model, **asdict(score)) for model, score in scores.items())
+        owner.state.update_run(tested=tested)
     return scores

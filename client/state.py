@@ -34,6 +34,7 @@ from common.errors import DataError, RemoteProtocolError, SettingsError
 from common.messages import OpenSum, Result
 from common.metrics import Score
 from common.private_file import make_private_folder, write_whole
+from common.publication import PublishedFolder, PublishedReceipts
 from common.tensor_layout import TensorLayout
 from common.text import shown_lines
 
@@ -66,6 +67,15 @@ class ScoreRecord(Record):
     metric: float
 
 
+class TestedRecord(Record):
+    """How a model of the test round did here, as this owner contributed it."""
+
+    model: str
+    correct: int
+    rows: int
+    metric: float
+
+
 class ArrivingRecord(Record):
     """A delivery of which parts are still to come."""
 
@@ -80,11 +90,15 @@ class ResultRecord(Record):
     model: str
     model_digest: str
     deliveries_digest: str
+    publication: str
     signature: str
 
 
 class RunState(Record):
-    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over."""
+    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over.
+
+    `tested`: what this owner contributed to the test round; `published`: the folder that it would publish itself.
+    """
 
     run: str
     agreement_digest: str
@@ -92,6 +106,8 @@ class RunState(Record):
     is_complete: bool = True
     received: tuple[ReceivedRecord, ...] = ()
     scores: tuple[ScoreRecord, ...] = ()
+    tested: tuple[TestedRecord, ...] = ()
+    published: PublishedFolder | None = None
     arriving: ArrivingRecord | None = None
     result: ResultRecord | None = None
 
@@ -108,8 +124,15 @@ class RunState(Record):
         """The result that the coordinator sent; None if it has not arrived."""
         if self.result is None:
             return None
-        kept = self.result.model_dump()
-        return Result(run=self.run, **{**kept, "signature": bytes.fromhex(kept["signature"])})
+        kept = self.result
+        return Result(
+            run=self.run,
+            model=kept.model,
+            model_digest=kept.model_digest,
+            deliveries_digest=kept.deliveries_digest,
+            publication=kept.publication.encode(),
+            signature=bytes.fromhex(kept.signature),
+        )
 
 
 class Consent(Record):
@@ -346,10 +369,10 @@ class OwnerState:
         consents = Consents(agreements=self.consents() | {agreement_digest: consent})
         write_whole(self.folder / "consent.json", consents.model_dump_json(indent=1).encode())
 
-    def write_receipt(self, run: str, receipt: dict[str, Any]) -> None:
+    def write_receipts(self, receipts: PublishedReceipts) -> None:
         """Keep what the coordinator published in a run, with everybody's signatures."""
         make_private_folder(self.folder / "receipts")
-        write_whole(self.folder / "receipts" / f"{run}.json", json.dumps(receipt, indent=1).encode())
+        write_whole(self.folder / "receipts" / f"{receipts.run}.json", receipts.content())
 
     def has_receipt(self, run: str) -> bool:
         """Whether the run has ended here with a published model."""

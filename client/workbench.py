@@ -60,9 +60,13 @@ from common.models.loading import (
     load_fine_tuned,
     load_outline,
     private_head,
+    weights_made_here,
 )
+from common.models.low_rank import adapter_plan
 from common.models.parameters import body_parameters, copy_parameters
 from common.models.plan import MergePlan, merge_plan
+from common.models.published_folder import published_folder, write_adapter_configuration, write_model
+from common.publication import PublishedFolder
 from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
@@ -334,6 +338,22 @@ class Workbench:
         digest = digest_of(model, self.task)
         copy_parameters(head, head, model)
         return digest, self.score(model, split)
+
+    def published_folder(self, layout: TensorLayout, vector: NDArray[np.float32]) -> PublishedFolder:
+        """What this owner would publish, were the merged model that was sent as `vector` the result.
+
+        It is written to a private folder for a moment. Of an adapter, only what does not depend on its factors.
+        """
+        agreement, rank = self.agreement, self.agreement.publish.adapter_rank
+        with self.state.scratch_folder() as scratch:
+            folder, base = scratch / "published", load_base(self._base_folder, agreement.task, agreement.seed)
+            if rank is None:
+                add_delta(base, VectorDelta(self.plan, (layout, vector)))
+                write_model(base, self._base_folder, agreement, folder)
+            else:
+                plan = adapter_plan(base, weights_made_here(self._base_folder, agreement.task), rank)
+                write_adapter_configuration(agreement, plan, self._base_folder, folder)
+            return published_folder(folder)
 
     def score_base(self, split: Split) -> Score:
         """How the base model does, with this owner's head if heads are private."""

@@ -2,8 +2,9 @@
 
 Both are lists of signatures over the same bytes, which the coordinator relays.
 
-Receipts. Each owner compares the published model with those that it was sent, and signs it. It then sees everybody's
-signatures over the same model. Two groups that were given different models would each lack the other's signatures.
+Receipts. Each owner compares the published model with those that it was sent, and its files with those that it would
+have written itself. It signs all of it, and then sees everybody's signatures over the same result. Two groups that were
+given different models would each lack the other's signatures.
 
 Burned sessions. After a crash, an owner that burns a session signs that it has not revealed, and never will reveal, a
 share in it. Up to c of b signatures may be false. With b > N - t + c, fewer than t owners remain who could reveal, and
@@ -42,14 +43,16 @@ def deliveries_digest(delivered: Sequence[Delivered]) -> str:
     return hashlib.sha256(Domain.DELIVERIES.value + canonical.encode()).hexdigest()
 
 
-def result_body(agreement: Agreement, model: str, model_digest: str, digest: str) -> bytes:
-    """What the coordinator and owners sign."""
-    canonical = json.dumps([agreement.digest(), model, model_digest, digest], separators=(",", ":")).encode()
+def result_body(agreement: Agreement, model: str, model_digest: str, digest: str, publication: bytes) -> bytes:
+    """What the coordinator and owners sign; `digest` is of the deliveries."""
+    published = hashlib.sha256(publication).hexdigest()
+    values = [agreement.digest(), model, model_digest, digest, published]  # check: receipts-cover-the-publication
+    canonical = json.dumps(values, separators=(",", ":")).encode()
     return hashlib.sha256(Domain.RESULT.value + canonical).digest()
 
 
 def body_of(agreement: Agreement, result: Result) -> bytes:
-    return result_body(agreement, result.model, result.model_digest, result.deliveries_digest)
+    return result_body(agreement, result.model, result.model_digest, result.deliveries_digest, result.publication)
 
 
 def check_result(agreement: Agreement, result: Result) -> None:

@@ -273,12 +273,16 @@ class PartReceived(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Message):
-    """What is published: the candidate's name, the model's digest, the digest of everything that was sent."""
+    """What is published: the candidate's name, the model's digest, the digest of everything that was sent.
+
+    `publication`: every file and metric of it (publication.py).
+    """
 
     run: str
     model: str
     model_digest: str
     deliveries_digest: str
+    publication: bytes
     signature: bytes
 
 
@@ -461,6 +465,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "manifests": _is_list,
     "survivors": _is_list,
     "signatures": _is_list,
+    "publication": _is_list,
     "agreement_digest": _is_hex_64,
     "layout_digest": _is_hex_64,
     "owner": _is_owner,

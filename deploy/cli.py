@@ -214,6 +214,22 @@ def merge(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
 
 
 @cli.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="The output folder of a run, or the folder of a published model.")],
+    receipts: Annotated[Path | None, typer.Option(help="An owner's own file in state/receipts, to check with.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Check a published model against the signatures of its owners. Exit code 0: all as signed; 1: not.
+
+    Example: amalgram verify demo-output
+    """
+    set_up_output(as_json)
+    from deploy.commands.verify import verify_folder
+
+    return verify_folder(out, receipts)
+
+
+@cli.command()
 def report(
     out: Annotated[Path, typer.Argument(help="The output folder of a run, or the consortium's folder.")],
     as_json: Json = False,

@@ -37,6 +37,7 @@ from common.messages import (
     RollCall,
     ScalesPart,
 )
+from common.publication import PublishedReceipts
 from common.schedule import Delivery, Round, Schedule
 from common.summation import SUMMATIONS
 from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
@@ -273,20 +274,30 @@ class Coordinator:
 
     # --- result ---
 
-    def send_result(self, model: str, model_digest: str) -> None:
-        """Sign what is published, and let it travel ahead of the next message. Every owner signs the same."""
+    def confirm_result(self, model: str, model_digest: str, publication: bytes) -> PublishedReceipts:
+        """Sign what is published, let every owner sign it, and give them everybody's signatures: that ends the run.
+
+        Raises TooFewOwners, or OwnerRefused if an owner finds that it is not what was agreed.
+        """
+        self.exchange.begin_step("result", "result")
         digest = deliveries_digest(self.delivered)
-        body = result_body(self.agreement, model, model_digest, digest)
+        body = result_body(self.agreement, model, model_digest, digest, publication)
         result = Result(
             run=self.run,
             model=model,
             model_digest=model_digest,
             deliveries_digest=digest,
+            publication=publication,
             signature=self.identity.sign(Domain.SIGN_RESULT, bytes.fromhex(self.run), body),
         )
         self.exchange.send_ahead(
             Ahead(message=result, check=lambda owner, reply: self._keep_receipt(result, owner, reply))
         )
+        self.exchange.flush()
+        signatures = Signed.pack_all(self._signed)
+        self.exchange.ask_all(Receipts(run=self.run, signatures=signatures))  # who drops out here lacks the receipts
+        self.exchange.count_step()
+        return PublishedReceipts.of(self.agreement, result, signatures)
 
     def _keep_receipt(self, result: Result, owner: str, reply: Message) -> None:
         if not isinstance(reply, ResultReceived):
@@ -296,15 +307,6 @@ class Coordinator:
             key, Domain.SIGN_RECEIPT, bytes.fromhex(self.run), owner, body, reply.signature
         )  # check: receipt-is-signed
         self._signed.append(Signed(self.agreement.owner_names.index(owner), reply.signature))
-
-    def confirm_result(self) -> None:
-        """Give every owner everybody's signature under the result, which ends the run. Raises TooFewOwners."""
-        self.exchange.begin_step("result", "result")
-        if self.exchange.has_ahead:  # before an interruption, the round that it was to travel with was summed
-            self.exchange.flush()
-        receipts = Receipts(run=self.run, signatures=Signed.pack_all(self._signed))
-        self.exchange.ask_all(receipts)  # an owner that drops out here only lacks the receipts: every metric is in
-        self.exchange.count_step()
 
     def finish(self) -> None:
         """Tell the owners to forget a run that has no result; only name those that do not confirm it."""

@@ -121,11 +121,6 @@ class Exchange:
         """How many bytes of arrays wait for the next message."""
         return sum(payload_bytes(each.message) for each in self._ahead)
 
-    @property
-    def has_ahead(self) -> bool:
-        """Whether anything waits for the next message."""
-        return bool(self._ahead)
-
     def fits_ahead(self, message: Message) -> bool:
         """Whether `message` can travel in one packet with what waits already."""
         return self.ahead_bytes + payload_bytes(message) <= PART_BYTES

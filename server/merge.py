@@ -1,7 +1,7 @@
 """Runs an agreement's methods over its rounds, and writes the merged model and the report.
 
 `MergeRun` walks through the schedule (common/schedule.py): before each delivery it merges what is sent, and after each
-round it takes in the total. The owners sign the result before the last round, whose metrics are only for the report.
+round it takes in the total. When the last is over it writes what is published, and the owners sign exactly that.
 """
 
 import shutil
@@ -23,10 +23,12 @@ from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Ste
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
 from common.models.delta import VectorDelta, add_delta
-from common.models.folders import base_model_folder, load_tokenizer
-from common.models.loading import check_base, digest_of, load_base, private_head, weights_made_here
-from common.models.low_rank import AdapterPlan, LowRank, adapter_plan, cut
+from common.models.folders import base_model_folder
+from common.models.loading import check_base, load_base, weights_made_here
+from common.models.low_rank import AdapterPlan, adapter_plan, cut
 from common.models.plan import MergePlan, merge_plan
+from common.models.published_folder import published_folder, write_model
+from common.publication import CARD, RECEIPTS, Publication, SignedMean
 from common.scaling import RescaledTotal, Scales
 from common.schedule import Delivery, Round, Schedule, schedule_of
 from common.settings_file import load_settings
@@ -39,7 +41,7 @@ from server.coordinator import Coordinator
 from server.exchange import Channel
 from server.output_folder import claim_output
 from server.report.card import write_model_card
-from server.report.outcome import MethodChoice, Outcome, Tried, make_report
+from server.report.outcome import MethodChoice, Outcome, Tried, at_the_end, make_report
 from server.report.report import Report, agreement_of_report, save_report
 from server.run_record import opened_rounds, sent_deliveries, step_costs
 from server.settings import CoordinatorSettings
@@ -115,7 +117,6 @@ class MergeRun:
             self.coordinator.roll_call()
             for event in self.schedule.events:
                 self._handle(event)
-            self.coordinator.confirm_result()
             self._publish()
         except NumericalError:  # the same totals would fail again; after any other error the same command resumes
             self.coordinator.checkpoint.remove()
@@ -142,7 +143,7 @@ class MergeRun:
             case Delivery(kind="candidate", split="test", method=str(method)):
                 self._send_chosen(event, method)
             case Round(kind="metrics", split="test"):
-                self._send_result()
+                self._destroy_contributions()
                 self._scores = self._sum_metrics(event, "test")
             case _:
                 raise LocalProtocolError(f"merge: the schedule has an unknown event, {event.name}")
@@ -167,6 +168,8 @@ class MergeRun:
             if each.kind in ("scales", "contribution"):
                 self.coordinator.destroy(each, self._contributions)
         del self._contributions
+        self._so_far.clear()
+        self._final.clear()
 
     # --- multi-round methods ---
 
@@ -219,22 +222,47 @@ class MergeRun:
         merged = self._solve(name, choice.hyperparameter, with_spectra=is_published)
         self._merged[name] = self._send(delivery, choice.candidate, merged)
 
-    def _send_result(self) -> None:
-        """Let the owners sign what will be published. Nothing is merged after that."""
-        method = self.agreement.method
-        digest = digest_of(self._published(), self.agreement.task)
-        self.coordinator.send_result(self._choice_of(method).candidate, digest)
-        self._destroy_contributions()
-        self._so_far.clear()
-        self._final.clear()
-
     # --- publishing ---
 
     def _publish(self) -> None:
-        model, low_rank = self._published(), self._merged[self.agreement.method].low_rank
+        """Write the model, let the owners sign it, and only then give it its name: whole or not at all."""
+        unfinished, method = self.output / "model.partial", self.agreement.method
+        report = self._write_model(unfinished)
+        publication = self._publication(unfinished).canonical_bytes()
+        candidate, digest = self._choice_of(method).candidate, report.digests.model
+        receipts = self.coordinator.confirm_result(candidate, digest, publication)
+        (unfinished / RECEIPTS).write_bytes(receipts.content())
+        unfinished.replace(self.output / "model")
+        save_report(at_the_end(report, self._outcome()), self.output)
+
+    def _write_model(self, folder: Path) -> Report:
+        """Write a Hugging Face folder of the merged model, or of its adapter, with its card."""
+        shutil.rmtree(folder, ignore_errors=True)
+        model = _agreed_base(self.base_folder, self.agreement)
+        add_delta(model, self._merged[self.agreement.method].delta)
+        low_rank = self._merged[self.agreement.method].low_rank
+        if low_rank is None:
+            write_model(model, self.base_folder, self.agreement, folder)
+        else:
+            write_adapter(model, low_rank, self.base_folder, self.agreement, folder)
         report = make_report(self._outcome(), model)
-        _write_model(model, low_rank, self.base_folder, self.agreement, report, self.output / "model")
-        save_report(report, self.output)
+        write_model_card(report, self.base_folder, folder)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod((folder / CARD).stat().st_mode)  # published, so as readable as the rest
+        return report
+
+    def _publication(self, folder: Path) -> Publication:
+        """What the owners sign: the files, and the metrics of the report."""
+        published = published_folder(folder)
+        sweeps = [choice.sweep for choice in self._choices.values()]
+        return Publication(
+            files=published.files,
+            configuration=published.configuration,
+            owners=self._owners,
+            examples=self._examples,
+            test={model: SignedMean.of(score) for model, score in self._scores.items()},
+            validation={name: SignedMean.of(tried.score) for sweep in sweeps for name, tried in sweep.items()},
+        )
 
     def _outcome(self) -> Outcome:
         coordinator = self.coordinator
@@ -253,12 +281,6 @@ class MergeRun:
             receipts=coordinator.receipts,
             seconds=coordinator.checkpoint.seconds,
         )
-
-    def _published(self) -> PreTrainedModel:
-        """The merged model. Loaded anew for its digest and for its files, so that no copy is held while owners test."""
-        model = _agreed_base(self.base_folder, self.agreement)
-        add_delta(model, self._merged[self.agreement.method].delta)
-        return model
 
     # --- what the parts share ---
 
@@ -343,28 +365,3 @@ def _agreed_base(folder: Path, agreement: Agreement) -> PreTrainedModel:
     base = load_base(folder, agreement.task, agreement.seed)
     check_base(base, agreement, folder)
     return base
-
-
-def _write_model(
-    model: PreTrainedModel,
-    low_rank: LowRank | None,
-    base_folder: Path,
-    agreement: Agreement,
-    report: Report,
-    folder: Path,
-) -> None:
-    """Write a Hugging Face folder of the model, or of its adapter, with its card: whole or not at all."""
-    unfinished = folder.with_name("model.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if low_rank is not None:
-        write_adapter(model, low_rank, agreement, unfinished)
-    elif private_head(model, agreement.task):
-        model.base_model.save_pretrained(unfinished)
-    else:
-        model.save_pretrained(unfinished)
-    if agreement.task.is_text:
-        load_tokenizer(base_folder).save_pretrained(unfinished)
-    write_model_card(report, base_folder, unfinished)
-    for weights in unfinished.glob("*.safetensors"):
-        weights.chmod(next(unfinished.glob("*config.json")).stat().st_mode)  # published, so as readable as the rest
-    unfinished.replace(folder)

@@ -16,13 +16,15 @@ from tests.support.models import tiny_bert, tiny_gpt2
 
 
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
-def test_the_adapter_on_the_base_gives_the_merged_model_s_logits(make, agreement: Agreement, tmp_path: Path) -> None:
+def test_the_adapter_on_the_base_gives_the_merged_model_s_logits(
+    make, agreement: Agreement, bert_folder: Path, tmp_path: Path
+) -> None:
     merged, random = make(), torch.Generator().manual_seed(0)
     shapes = parameter_shapes(merged)
     delta = {name: 0.1 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
     low_rank = cut(delta, adapter_plan(merged, made_here=(), rank=3))
     add_delta(merged, low_rank.delta)
-    write_adapter(merged, low_rank, agreement, tmp_path / "model")
+    write_adapter(merged, low_rank, bert_folder, agreement, tmp_path / "model")
     adapted = PeftModel.from_pretrained(make(), tmp_path / "model").eval()
     batch = {"input_ids": torch.arange(1, 25).reshape(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     with torch.no_grad():
@@ -32,13 +34,13 @@ def test_the_adapter_on_the_base_gives_the_merged_model_s_logits(make, agreement
 
 
 def test_the_configuration_names_the_agreed_base_and_is_the_same_every_time(
-    agreement: Agreement, tmp_path: Path
+    agreement: Agreement, bert_folder: Path, tmp_path: Path
 ) -> None:
     model = tiny_bert()
     zero = {name: torch.zeros(shape) for name, shape in parameter_shapes(model).items()}
     low_rank = cut(zero, adapter_plan(model, made_here=(), rank=3))
     for name in ("one", "other"):
-        write_adapter(model, low_rank, agreement, tmp_path / name)
+        write_adapter(model, low_rank, bert_folder, agreement, tmp_path / name)
     config = (tmp_path / "one" / "adapter_config.json").read_text()
     assert config == (tmp_path / "other" / "adapter_config.json").read_text()
     assert json.loads(config)["base_model_name_or_path"] == agreement.base

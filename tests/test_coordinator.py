@@ -33,12 +33,16 @@ from common.messages import (
     SessionBurned,
     SurvivorList,
 )
+from common.publication import Publication
 from common.tensor_layout import TensorLayout
 from server.coordinator import Coordinator
 from tests.support.parties import IDENTITIES
 from tests.support.scripted_owners import DELIVERY, LAYOUT, ROUND, TEST_ROUND, Fault, coordinator_of, honest
 
 MODEL = "cd" * 32
+PUBLICATION = Publication(
+    files={"config.json": MODEL}, configuration={}, owners=("ada",), examples=None, test={}, validation={}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +55,8 @@ def run_all(coordinator: Coordinator) -> np.ndarray:
     coordinator.roll_call()
     total = coordinator.sum(ROUND)
     coordinator.deliver(DELIVERY, np.zeros(7, dtype=np.float32), "average")
-    coordinator.send_result("average", MODEL)
     coordinator.sum(TEST_ROUND)
-    coordinator.confirm_result()
+    coordinator.confirm_result("average", MODEL, PUBLICATION.canonical_bytes())
     return total.vector
 
 

@@ -93,7 +93,7 @@ EXAMPLES: list[Message] = [
     MergedStepPart(**DELIVERY),
     ScalesPart(**DELIVERY),
     PartReceived(run=HEX, owner="ada", position=4, part=0),
-    Result(run=HEX, model="average", model_digest=HEX, deliveries_digest=HEX, signature=SIGNATURE),
+    Result(run=HEX, model="average", model_digest=HEX, deliveries_digest=HEX, publication=b"{}", signature=SIGNATURE),
     ResultReceived(run=HEX, owner="ada", signature=SIGNATURE),
     Receipts(run=HEX, signatures=b"12"),
     ReceiptsKept(run=HEX, owner="ada"),

@@ -58,7 +58,7 @@ def test_the_metrics_are_the_report_s_and_references_stay_out(tmp_path: Path) ->
     assert "| Fisher | 0.812 | 0.562 |" in text
     assert "| ada | 0.812 | 0.938 | 400 |" in text
     assert "> fisher did better" in text
-    assert "Dropped out: cyd (at contributions)" in text
+    assert "Dropped out, and not in the model: cyd" in text
 
 
 def test_words_from_settings_are_neither_markup_nor_lines_of_their_own(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.models.loading import AUTO_CLASSES
+from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
 from server.report.report import Report
 from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, safe, title_of
 
-CARD = "README.md"
 PIPELINES = {
     "text-classification": "text-classification",
     "token-classification": "token-classification",
@@ -52,6 +52,8 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         base=_hub_name(report, base_folder),
         is_body_only=task.head == "private",
         adapter=report.low_rank,
+        # Not from report.dropped_out: the owners sign the card, so it must be the same after an interruption.
+        dropped_out=[owner.name for owner in report.agreement.owners if owner.name not in report.owners],
         auto_class=AUTO_CLASSES[task.kind],
         pipeline=PIPELINES[task.kind],
         models=[model for model in models_in(report) if model not in REFERENCES],

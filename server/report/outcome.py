@@ -154,6 +154,18 @@ def make_report(outcome: Outcome, model: PreTrainedModel) -> Report:
     )
 
 
+def at_the_end(report: Report, outcome: Outcome) -> Report:
+    """A copy that also says who signed, who dropped out while signing, and what that cost."""
+    return report.model_copy(
+        update={
+            "receipts": outcome.receipts,
+            "dropped_out": dict(outcome.dropped_out),
+            "steps": outcome.steps,
+            "seconds": round(outcome.seconds, 3),
+        }
+    )
+
+
 def add_references(report: Report, references: Mapping[str, MeanScore]) -> Report:
     """A copy that also has the scores of models that only a simulation can judge."""
     mean = report.evaluation.mean | {model: _mean_metrics(score) for model, score in references.items()}

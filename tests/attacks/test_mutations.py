@@ -58,6 +58,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
 BASE_FILES = "attacks/test_base_files.py"
 LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
+RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -458,6 +459,26 @@ TABLE = [
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "node-key-is-agreed"),
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "nodes-prove-their-keys"),
     Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "consent-comes-before-connecting"),
+    # 80-84: what owners sign at the end, and what anybody can check
+    Mutation(RECEIPTS, "test_80_a_configuration_that", "configuration-is-the-agreed-one"),
+    Mutation(RECEIPTS, "test_80_a_configuration_file", "published-files-are-mine"),
+    Mutation(RECEIPTS, "test_81_an_additional", "published-files-are-the-agreed-ones"),
+    Mutation(RECEIPTS, "test_81_weights", "published-files-are-mine"),
+    Mutation(RECEIPTS, "test_81_code", "published-configuration-names-no-code", ""),
+    Mutation(RECEIPTS, "test_82_metrics_that_show", "own-metrics-are-published-as-measured"),
+    Mutation(RECEIPTS, "test_82_metrics_that_omit", "metrics-are-of-the-agreed-models"),
+    Mutation(
+        RECEIPTS,
+        "test_82_what_was_signed",
+        "receipts-cover-the-publication",
+        "values = [agreement.digest(), model, model_digest, digest]",
+    ),
+    Mutation(RECEIPTS, "test_82_a_publication", "publication-is-canonical"),
+    Mutation(RECEIPTS, "test_83_a_published or test_83_weights", "verify-compares-files"),
+    Mutation(RECEIPTS, "test_83_code", "verify-finds-additional-files"),
+    Mutation(RECEIPTS, "test_84_receipts_with", "verify-checks-signatures", "signed_by = list(receipts.owners)"),
+    Mutation(RECEIPTS, "test_84_receipts_of", "published-receipts-are-the-coordinator-s"),
+    Mutation(SIMULATE, "report_that_was_improved", "verify-compares-metrics"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from client.owner import Owner
 from client.state import OwnerState
-from common.certificates import deliveries_digest, result_body, sign_burned
+from common.certificates import body_of, deliveries_digest, sign_burned
 from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, ModelError, RemoteProtocolError, SettingsError
 from common.messages import (
@@ -45,6 +45,7 @@ from deploy.commands.agree import give_consent
 from deploy.simulation.simulate import write_settings
 from tests.support.owner_process import OTHER, RUN, Process, delivered_by, part_of
 from tests.support.parties import Parties
+from tests.support.results import publication_of, sign_result, signed_anew
 
 
 @pytest.fixture
@@ -520,15 +521,11 @@ def with_a_candidate(process: Process) -> tuple[Result, np.ndarray]:
     process.fast_forward(slot.position)
     process.send_all(part)
     hotel = Owner(process.parties.files["hotel"])
-    digest = deliveries_digest(hotel.state.run.delivered)
+    run = hotel.state.run
+    assert run.published is not None
     model = digest_of(hotel.workbench.load_base(), hotel.workbench.task)
-    return sign_result(process, part.model, model, digest), delta
-
-
-def sign_result(process: Process, name: str, model: str, digest: str) -> Result:
-    body = result_body(process.parties.agreement, name, model, digest)
-    signature = process.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(RUN), body)
-    return Result(run=RUN, model=name, model_digest=model, deliveries_digest=digest, signature=signature)
+    publication = publication_of(process, run.published).canonical_bytes()
+    return sign_result(process, part.model, model, deliveries_digest(run.delivered), publication), delta
 
 
 def receipts(process: Process, result: Result, owners: list[str]) -> Receipts:
@@ -546,7 +543,7 @@ def test_the_same_result_for_everybody_is_kept_with_everybody_s_signature(proces
     everybody = receipts(process, result, list(process.parties.files))
     assert isinstance(process.send("hotel", everybody), ReceiptsKept)
     receipt = json.loads((process.parties.folder / "state" / "hotel" / "receipts" / f"{RUN}.json").read_text())
-    assert receipt["owners"] == ["hotel", "cinema", "phones"]
+    assert list(receipt["owners"]) == ["hotel", "cinema", "phones"]
     assert receipt["model_digest"] == result.model_digest
 
 
@@ -554,9 +551,9 @@ def test_33_different_results_to_different_owners(process: Process) -> None:
     """The coordinator signs two results; each group's signatures are missing under the other's."""
     result, _ = with_a_candidate(process)
     with pytest.raises(RemoteProtocolError, match="another model than the one that this owner tested"):
-        process.send("hotel", sign_result(process, result.model, OTHER, result.deliveries_digest))
+        process.send("hotel", signed_anew(process, result, model_digest=OTHER))
     with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
-        process.send("hotel", sign_result(process, result.model, result.model_digest, OTHER))
+        process.send("hotel", signed_anew(process, result, digest=OTHER))
     some = receipts(process, result, ["hotel", "cinema"])
     with pytest.raises(RemoteProtocolError, match="2 owners signed the result that this owner was given, 3 must"):
         process.send("hotel", some)
@@ -570,7 +567,7 @@ def test_33_an_owner_signs_one_result_under_one_agreement(process: Process) -> N
     state = Owner(process.parties.files["hotel"]).state
     state.update_run(scores=tuple(each.model_copy(update={"model_digest": OTHER}) for each in state.run.scores))
     with pytest.raises(ConsentError, match="another result under this agreement than the one signed here"):
-        process.send("hotel", sign_result(process, result.model, OTHER, result.deliveries_digest))
+        process.send("hotel", signed_anew(process, result, model_digest=OTHER))
 
 
 def test_33_a_result_is_signed_again_for_a_coordinator_that_was_started_again_when_the_run_has_ended(
@@ -585,7 +582,7 @@ def test_33_a_result_is_signed_again_for_a_coordinator_that_was_started_again_wh
         process.send("hotel", everybody)
     process.roll_call()
     with pytest.raises(ConsentError, match="another result under this agreement than the one signed here"):
-        process.send("hotel", sign_result(process, result.model, OTHER, result.deliveries_digest))
+        process.send("hotel", signed_anew(process, result, model_digest=OTHER))
     assert process.send("hotel", result) == signed
     assert isinstance(process.send("hotel", everybody), ReceiptsKept)
 
@@ -594,10 +591,8 @@ def test_33_a_result_signed_in_one_run_is_not_signed_unseen_in_another(process: 
     result, _ = with_a_candidate(process)
     process.send("hotel", receipts(process, result, list(process.parties.files)))
     process.roll_call(OTHER)
-    body = result_body(process.parties.agreement, result.model, result.model_digest, result.deliveries_digest)
-    signature = process.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(OTHER), body)
     with pytest.raises(RemoteProtocolError, match="other models than those sent to this owner"):
-        process.send("hotel", replace(result, run=OTHER, signature=signature))
+        process.send("hotel", signed_anew(process, result, run=OTHER))
 
 
 def test_33_receipts_of_another_run_do_not_end_this_one(process: Process) -> None:
@@ -662,7 +657,7 @@ def test_52_a_result_is_signed_that_names_all_models_that_rounds_were_about(proc
 def test_33_receipts_under_another_result_do_not_count(process: Process) -> None:
     result, _ = with_a_candidate(process)
     good = receipts(process, result, list(process.parties.files))
-    body = result_body(process.parties.agreement, result.model, OTHER, result.deliveries_digest)
+    body = body_of(process.parties.agreement, replace(result, model_digest=OTHER))
     other = process.parties.identities["phones"].sign(Domain.SIGN_RECEIPT, bytes.fromhex(RUN), body)
     *signed, last = Signed.unpack_all(good.signatures)
     with pytest.raises(RemoteProtocolError, match="the signature of phones is not valid"):
@@ -677,6 +672,6 @@ def test_33_a_result_that_the_agreement_s_coordinator_did_not_sign(process: Proc
 
 def test_33_a_result_of_a_method_that_was_not_agreed_on(process: Process) -> None:
     result, _ = with_a_candidate(process)
-    changed = sign_result(process, "average", result.model_digest, result.deliveries_digest)
+    changed = signed_anew(process, result, model="average")
     with pytest.raises(ConsentError, match="'average', which does not belong to the agreed method"):
         process.send("hotel", changed)

@@ -22,6 +22,7 @@ from client.settings import Training
 from common.agreement import Task
 from common.errors import AmalgramError, SettingsError
 from common.models.loading import digest_of
+from deploy.commands.verify import check_folder
 from deploy.demo import digits
 from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
@@ -89,6 +90,21 @@ def test_the_model_folder_loads_and_classifies(result: tuple[Report, Path]) -> N
     classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(output / "model"))
     assert classify("the staff was rude")[0]["label"] == "negative"
     assert classify("the film was gripping")[0]["label"] == "positive"
+
+
+def test_the_output_is_what_the_owners_signed_and_a_report_that_was_improved_is_not(
+    result: tuple[Report, Path], tmp_path: Path
+) -> None:
+    """Attack 83: the report's metrics."""
+    assert check_folder(result[1]).is_signed
+    assert check_folder(result[1] / "model").signed_by == ["hotel", "cinema", "phones"]
+    output = Path(shutil.copytree(result[1], tmp_path / "output"))
+    report = json.loads((output / "report.json").read_text())
+    report["evaluation"]["mean"]["regmean"]["accuracy"] = 0.999
+    (output / "report.json").write_text(json.dumps(report))
+    assert [each.what for each in check_folder(output).findings if not each.is_signed] == [
+        "report.json: evaluation.mean.regmean"
+    ]
 
 
 def test_the_report_tells_every_sum_and_everything_that_was_sent(result: tuple[Report, Path]) -> None:

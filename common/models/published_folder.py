@@ -1,0 +1,141 @@
+"""The files of a published model, as every party writes them from its own copy of the base: the same bytes.
+
+The coordinator publishes them. Each owner writes them too, and signs only what it would have published. So nothing here
+may depend on anything but the agreement, the base and the merged delta: configurations are the base's own files with
+the agreed keys changed, and no library is asked what it would add. Code is never copied, nor the keys that name some.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.agreement import Agreement, Task
+from common.errors import ModelError
+from common.models.adapter import ADAPTER_CONFIG, is_adapter
+from common.models.folders import DOWNLOAD_AGAIN, load_tokenizer
+from common.models.loading import private_head
+from common.models.low_rank import AdapterPlan
+from common.publication import RECEIPTS, PublishedFolder, digest_of_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+# Of the base's agreed files, those that a tokenizer is made of are published, if they are data.
+DATA = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".tokenizer", ".codes")
+CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
+
+
+def write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement, folder: Path) -> None:
+    """Write a new folder of the published `model`: its body if heads are private. There is no card yet."""
+    published = model.base_model if private_head(model, agreement.task) else model
+    published.save_pretrained(folder)
+    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    _write_json(folder / CONFIG, model_configuration(read_json(base_folder / CONFIG), published, agreement.task))
+    if (base_folder / GENERATION_CONFIG).is_file():
+        _write_json(folder / GENERATION_CONFIG, _without_code(read_json(base_folder / GENERATION_CONFIG)))
+    if agreement.task.is_text:
+        write_tokenizer(base_folder, agreement, folder)
+
+
+def model_configuration(base: Mapping[str, Any], published: PreTrainedModel, task: Task) -> dict[str, Any]:
+    """The published config.json: the base's, except for the keys that the agreement decides."""
+    config = _without_code(base) | {"architectures": [type(published).__name__], "dtype": "float32"}
+    config.pop("torch_dtype", None)
+    if config.get("pad_token_id") is None and getattr(published.config, "pad_token_id", None) is not None:
+        config["pad_token_id"] = published.config.pad_token_id  # the tokenizer's (loading.load_base)
+    if task.has_labels:
+        for key in ("id2label", "label2id", "num_labels", "_num_labels"):
+            config.pop(key, None)
+        if task.head == "shared":
+            config["id2label"] = {str(index): label for index, label in enumerate(task.labels)}
+            config["label2id"] = {label: index for index, label in enumerate(task.labels)}
+    return config
+
+
+def adapter_configuration(agreement: Agreement, plan: AdapterPlan) -> dict[str, Any]:
+    """The published adapter_config.json: what makes weights of the factors, at scale 1. peft's defaults do the rest."""
+    return {
+        "base_model_name_or_path": agreement.base,
+        "bias": "none",
+        "fan_in_fan_out": any(plan.layers.values()),
+        "inference_mode": True,
+        "lora_alpha": plan.rank,
+        "modules_to_save": list(plan.whole_modules),
+        "peft_type": "LORA",
+        "r": plan.rank,
+        "target_modules": sorted(name.removesuffix(".weight") for name in plan.layers),
+    }
+
+
+def write_adapter_configuration(agreement: Agreement, plan: AdapterPlan, base_folder: Path, folder: Path) -> None:
+    """Write a new folder of an adapter, without its weights and its card."""
+    folder.mkdir(parents=True)
+    _write_json(folder / ADAPTER_CONFIG, adapter_configuration(agreement, plan))
+    if agreement.task.is_text:
+        write_tokenizer(base_folder, agreement, folder)
+
+
+def write_tokenizer(base_folder: Path, agreement: Agreement, folder: Path) -> None:
+    """Copy the base's tokenizer. One without a padding token is told to pad with its end-of-text token."""
+    for name in _tokenizer_files(agreement):
+        copy = folder / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(base_folder / name, copy)
+    path = base_folder / TOKENIZER_CONFIG
+    config = read_json(path) if path.is_file() else {}
+    changed = _without_code(config)
+    special = base_folder / "special_tokens_map.json"
+    if not (config.get("pad_token") or (special.is_file() and read_json(special).get("pad_token"))):
+        tokenizer = load_tokenizer(base_folder)
+        if tokenizer.pad_token == tokenizer.eos_token:
+            changed["pad_token"] = tokenizer.eos_token
+    if changed != config:
+        _write_json(folder / TOKENIZER_CONFIG, changed)
+
+
+def published_folder(folder: Path) -> PublishedFolder:
+    """What a folder publishes, receipts excepted."""
+    files = {
+        path.relative_to(folder).as_posix(): digest_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != RECEIPTS
+    }
+    return PublishedFolder(
+        files=files, configuration=read_json(folder / (ADAPTER_CONFIG if is_adapter(folder) else CONFIG))
+    )
+
+
+def _tokenizer_files(agreement: Agreement) -> Iterator[str]:
+    for file in agreement.base_files:
+        is_read_elsewhere = file.name in (CONFIG, GENERATION_CONFIG) or file.name.endswith("processor_config.json")
+        if Path(file.name).suffix in DATA and not is_read_elsewhere:
+            yield file.name
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in CODE_KEYS  # check: published-configuration-names-no-code
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object of finite numbers, as configurations do. Raises ModelError."""
+    try:
+        read = json.loads(path.read_bytes())
+        json.dumps(read, allow_nan=False)
+    except (OSError, ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise ModelError(f"model {path}: is not a JSON object of finite numbers", hint=DOWNLOAD_AGAIN)
+    return read
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

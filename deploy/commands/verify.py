@@ -1,0 +1,261 @@
+"""`amalgram verify`: whether a published folder is what the owners signed. Anybody can run it; it needs no secret.
+
+It shows that the files and metrics are those that the parties of one agreement signed. It does not show that the model
+is the merge, nor whose agreement it is: somebody who makes up all parties can sign anything. Hence the fingerprint.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import JsonValue, ValidationError
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from common.agreement import Agreement
+from common.errors import AmalgramError, RemoteProtocolError, SettingsError
+from common.identity import fingerprint
+from common.models.adapter import ADAPTER_CONFIG
+from common.models.published_folder import CONFIG, read_json
+from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean, digest_of_file
+from common.settings_file import parse_settings
+from deploy.terminal import answer, shows_json
+from server.report.report import Report, read_report
+
+NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
+CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".h5", ".keras", ".ipynb", ".sh"}
+REFERENCES = {"own", "ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
+MAX_ENTRIES = 10_000
+MAX_QUOTED_CHARACTERS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row of the table. `is_signed`: whether it is as the owners signed it."""
+
+    what: str
+    found: str
+    is_signed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a folder holds, compared with its receipts."""
+
+    title: str
+    fingerprint: str
+    signed_by: list[str]
+    not_signed_by: list[str]
+    findings: list[Finding]
+
+    @property
+    def is_signed(self) -> bool:
+        return all(finding.is_signed for finding in self.findings)
+
+
+def verify_folder(out: Path, receipts_file: Path | None) -> int:
+    """Show what `out` holds, compared with its receipts. The exit code: 0 if all of it is as signed, 1 if not."""
+    verification = check_folder(out, receipts_file)
+    if shows_json():
+        answer({**asdict(verification), "is_signed": verification.is_signed})
+    else:
+        _print(Console(), verification, out)
+    return 0 if verification.is_signed else 1
+
+
+def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
+    """Compare a run's output folder, or its `model` alone, with its receipts, or with those of `receipts_file`.
+
+    Raises SettingsError if there are no receipts that can be read.
+    """
+    folder = out / "model" if (out / "model").is_dir() else out
+    receipts = read_receipts(receipts_file or folder / RECEIPTS)
+    agreement = parse_settings(receipts.agreement, Agreement, f"{receipts_file or folder / RECEIPTS}: agreement")
+    publication = receipts.publication
+    try:
+        signed_by = receipts.check(agreement)  # check: verify-checks-signatures
+        findings = [Finding(what="signatures", found=f"valid, of {len(signed_by)} owners", is_signed=True)]
+    except RemoteProtocolError as error:
+        signed_by = []
+        findings = [Finding(what="signatures", found=error.message, is_signed=False)]
+    findings += _check_files(folder, publication)
+    findings += _check_configuration(folder, publication)
+    if folder != out:
+        findings += _check_report(out, agreement, receipts)
+    return Verification(
+        title=agreement.title,
+        fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
+        signed_by=signed_by,
+        not_signed_by=[name for name in agreement.owner_names if name not in signed_by],
+        findings=findings,
+    )
+
+
+def read_receipts(path: Path) -> PublishedReceipts:
+    """Raises SettingsError if the file is missing, too large or malformed."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_RECEIPTS_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror})",
+            hint="name the folder of a published model, or with --receipts an owner's file in state/receipts",
+        ) from None
+    try:
+        if len(content) > MAX_RECEIPTS_BYTES:
+            raise ValueError
+        return PublishedReceipts.model_validate_json(content)
+    except (ValidationError, ValueError):
+        raise SettingsError(
+            f"{path}: this release cannot read these receipts",
+            hint="get the file again, or name an owner's with --receipts",
+        ) from None
+
+
+# --- files ---
+
+
+def _check_files(folder: Path, publication: Publication) -> Iterator[Finding]:
+    entries = dict(_entries(folder))
+    for name in sorted(publication.files.keys() | entries.keys()):
+        path, digest = entries.get(name), publication.files.get(name)
+        if path is None:
+            yield Finding(what=name, found="missing", is_signed=False)
+        elif digest is None:  # check: verify-finds-additional-files
+            what = "code, never load it" if Path(name).suffix.lower() in CODE else "an additional file"
+            yield Finding(what=_quoted(name), found=f"not signed: {what}", is_signed=False)
+        elif not path.is_file() or digest_of_file(path) != digest:  # check: verify-compares-files
+            yield Finding(what=name, found="changed since it was signed", is_signed=False)
+        else:
+            yield Finding(what=name, found="as signed", is_signed=True)
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Everything in the folder and its subfolders by name, except the receipts, which nobody can sign."""
+    count = 0
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        if here == folder:
+            folders[:] = [name for name in folders if name not in NOT_READ]
+            files = [name for name in files if name not in {*NOT_READ, RECEIPTS}]
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in (*files, *links):
+            count += 1
+            if count > MAX_ENTRIES:
+                raise SettingsError(
+                    f"{folder}: holds more than {MAX_ENTRIES} files", hint="name the folder of a published model"
+                )
+            yield (here / name).relative_to(folder).as_posix(), here / name
+
+
+def _check_configuration(folder: Path, publication: Publication) -> Iterator[Finding]:
+    """Which keys of the configuration were changed: its digest says only that some were."""
+    name = ADAPTER_CONFIG if ADAPTER_CONFIG in publication.files else CONFIG
+    if not (folder / name).is_file():
+        return
+    try:
+        found = read_json(folder / name)
+    except AmalgramError as error:
+        yield Finding(what=name, found=_quoted(error.message), is_signed=False)
+        return
+    signed = publication.configuration
+    for key in sorted(found.keys() | signed.keys()):
+        if found.get(key) != signed.get(key):
+            changed = f"{_value(found.get(key))}; signed was {_value(signed.get(key))}"
+            yield Finding(what=f"{name}: {_quoted(key)}", found=changed, is_signed=False)
+
+
+# --- the report ---
+
+
+def _check_report(out: Path, agreement: Agreement, receipts: PublishedReceipts) -> Iterator[Finding]:
+    if not (out / "report.json").exists():
+        return
+    try:
+        report = read_report(out)
+    except SettingsError as error:
+        yield Finding(what="report.json", found=_quoted(error.message), is_signed=False)
+        return
+    differing = sorted(_differences(report, agreement, receipts))
+    for what in differing:
+        yield Finding(what=f"report.json: {_quoted(what)}", found="not as signed", is_signed=False)
+    if not differing:
+        yield Finding(what="report.json", found="metrics, owners and digests as signed", is_signed=True)
+
+
+def _differences(report: Report, agreement: Agreement, receipts: PublishedReceipts) -> Iterator[str]:
+    """What the report says otherwise than was signed."""
+    publication, evaluation = receipts.publication, report.evaluation
+    for what, is_equal in {
+        "owners": report.owners == publication.owners,
+        "examples": report.examples == publication.examples,
+        "method": report.method == agreement.method,
+        "digests.agreement": report.digests.agreement == agreement.digest(),
+        "digests.model": report.digests.model == receipts.model_digest,
+    }.items():
+        if not is_equal:
+            yield what
+    if not publication.test.keys() <= evaluation.mean.keys() <= publication.test.keys() | REFERENCES:
+        yield "evaluation.mean"
+    for model, signed in publication.test.items():
+        mean = evaluation.mean.get(model)
+        if mean is None or (mean.accuracy, mean.metric, mean.pooled_accuracy, mean.predictions) != (
+            signed.accuracy,
+            signed.metric,
+            signed.pooled_accuracy,
+            signed.predictions,
+        ):  # check: verify-compares-metrics
+            yield f"evaluation.mean.{model}"
+        shown = {owner: each[model] for owner, each in evaluation.by_owner.items() if model in each}
+        if {owner: (each.accuracy, each.metric, each.predictions) for owner, each in shown.items()} != _by_owner(
+            signed
+        ):
+            yield f"evaluation.by_owner.{model}"
+    tried = {trial.candidate: trial for trials in evaluation.sweep.values() for trial in trials}
+    if {name: (each.accuracy, each.metric) for name, each in tried.items()} != {
+        name: (each.accuracy, each.metric) for name, each in publication.validation.items()
+    }:
+        yield "evaluation.sweep"
+
+
+def _by_owner(signed: SignedMean) -> dict[str, tuple[float, float, int]]:
+    return {
+        owner: (each.correct / each.predictions, each.metric, each.predictions)
+        for owner, each in signed.by_owner.items()
+        if each.predictions
+    }
+
+
+# --- showing ---
+
+
+def _print(console: Console, verification: Verification, out: Path) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what", overflow="fold")
+    table.add_column("found", overflow="fold")
+    for finding in verification.findings:
+        table.add_row(escape(finding.what), escape(finding.found), style="" if finding.is_signed else "bold red")
+    console.print(table)
+    lines = [f"agreement    {_quoted(verification.title)}", f"fingerprint  {verification.fingerprint}"]
+    if verification.signed_by:
+        lines.append(f"signed by    {', '.join(verification.signed_by)}")
+    if verification.not_signed_by:
+        lines.append(f"not signed   {', '.join(verification.not_signed_by)}")
+    verdict = "is what they signed" if verification.is_signed else "IS NOT WHAT WAS SIGNED"
+    lines += [
+        f"{out} {verdict}.",
+        "Compare the fingerprint with an owner: a folder cannot show by itself whose agreement it is.",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _quoted(text: str) -> str:
+    """Somebody's words in plain characters."""
+    return ascii(text)[1:-1][:MAX_QUOTED_CHARACTERS]
+
+
+def _value(value: JsonValue) -> str:
+    return "missing" if value is None else _quoted(str(value))
