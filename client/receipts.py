@@ -63,6 +63,7 @@ def _check_was_tested(owner: OwnerContext, message: Result, publication: Publica
     assert run.published is not None  # written when the tested model had arrived
     _check_files(run.published, publication, is_adapter=owner.agreement.publish.adapter_rank is not None)
     _check_metrics(owner, publication)
+    _check_is_good_enough(owner)
 
 
 def _check_files(own: PublishedFolder, publication: Publication, *, is_adapter: bool) -> None:
@@ -108,6 +109,28 @@ def _check_metrics(owner: OwnerContext, publication: Publication) -> None:
                 f"the coordinator published other metrics of {tested.model} for {owner.name} than were measured here",
                 hint="nothing was signed; the owner's own metrics are in its state folder, run/run.json",
             )
+
+
+def _check_is_good_enough(owner: OwnerContext) -> None:
+    """If the agreement says so, the model is as good as it demands on this owner's rows, and as good as the base."""
+    agreement, measured = owner.agreement, {each.model: each for each in owner.state.run.tested}
+    least, metric = agreement.evaluation.sign_above, agreement.evaluation.choose_by
+    if least is None:
+        return
+    if not measured:
+        raise ConsentError(
+            f"{owner.name} took no part in the last round, so it has not compared the model with its base"
+        )
+    values = {
+        model: each.correct / each.rows if metric == "accuracy" else each.metric for model, each in measured.items()
+    }
+    merged, base = values[agreement.method], values[BASE]
+    if merged < max(least, base):  # check: signed-model-is-good-enough
+        raise ConsentError(
+            f"the merged model's {metric.replace('_', ' ')} on the test rows of {owner.name} is {merged:.3f}; it signs "
+            f"{least:.3f} or more (evaluation.sign_above), and no less than its base's {base:.3f}",
+            hint="nothing was signed; a contribution may be dishonest, or its training may have failed",
+        )
 
 
 def _are_equal(tested: TestedRecord, shown: SignedScore | None) -> bool:

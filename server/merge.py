@@ -5,8 +5,9 @@ round it takes in the total. When the last is over it writes what is published, 
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isclose
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ from server.run_record import opened_rounds, sent_deliveries, step_costs
 from server.settings import CoordinatorSettings
 
 CHECKPOINT = "checkpoint"
+WEIGHT_TOLERANCE = 1e-3  # on the scales of a 32-bit sum, a weight loses its last bits
 
 
 def run_merge(settings_path: Path, channel: Channel) -> None:
@@ -162,6 +164,7 @@ class MergeRun:
             self._contributions = RescaledTotal(scaled=total, measured=self._measured, scales=self._scales)
         self._owners = total.owners
         self._examples = _examples_in(self._contributions)
+        _check_weights(self._contributions, total.owners, self.agreement)
 
     def _destroy_contributions(self) -> None:
         for each in self.schedule.rounds:
@@ -328,6 +331,22 @@ def _multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:
 def _examples_in(total: SummedTensors) -> int | None:
     """All owners' training examples, if a method has them summed."""
     return round(total["examples"][0]) if "examples" in total else None
+
+
+def _check_weights(total: SummedTensors, owners: Sequence[str], agreement: Agreement) -> None:
+    """Raise NumericalError if the owners' weights and examples do not add up, as far as totals show it."""
+    if "weight" not in total or "examples" not in total:
+        return
+    weight, examples = float(total["weight"][0]), float(total["examples"][0])
+    expected = examples if agreement.weighting == "rows" else float(len(owners))
+    most = len(owners) * agreement.bounds.examples
+    if not isclose(weight, expected, rel_tol=WEIGHT_TOLERANCE) or examples > most:  # check: weights-add-up
+        raise NumericalError(
+            f"merge: the owners' weights add up to {weight:.0f} and their examples to {examples:.0f}; the weights "
+            f"should be {expected:.0f}, the examples at most {most}",
+            hint="an owner's program contributed a weight that is not its own; the sum hides whose. A new run needs a "
+            "new agreement",
+        )
 
 
 # --- files ---

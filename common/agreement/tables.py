@@ -160,9 +160,14 @@ class Reading(Settings):
 
 
 class Evaluation(Settings):
-    """The metric by which a sweep is decided, on validation examples."""
+    """The metric by which a sweep is decided, on validation examples.
+
+    `sign_above`: with it, an owner signs no model whose metric on its own test examples is lower, or lower than that of
+    the base. One refusal stops the publication, unless owners may drop out.
+    """
 
     choose_by: Literal["accuracy"] | Metric = "accuracy"
+    sign_above: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 class Publish(Settings):

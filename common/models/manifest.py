@@ -19,7 +19,8 @@ from common.settings_file import HEX_64, Settings, matching
 # Every file that some tokenizer of transformers reads, what people read to prepare images, and how a model generates,
 # which is published as it is.
 READ = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*",
     "additional_chat_templates/*.jinja", "*processor_config.json", "vocab*", "*vocab.json", "merges.txt", "*.model",
     "*.spm", "*.tokenizer", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "normalizer.json", "emoji.json",
     "byte_maps.json", "word_*.json",

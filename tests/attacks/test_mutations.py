@@ -58,6 +58,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
 BASE_FILES = "attacks/test_base_files.py"
 LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
+DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
@@ -479,6 +480,10 @@ TABLE = [
     Mutation(RECEIPTS, "test_84_receipts_with", "verify-checks-signatures", "signed_by = list(receipts.owners)"),
     Mutation(RECEIPTS, "test_84_receipts_of", "published-receipts-are-the-coordinator-s"),
     Mutation(SIMULATE, "report_that_was_improved", "verify-compares-metrics"),
+    # 85, 86: dishonest owners
+    Mutation(DISHONEST, "test_85_", "signed-model-is-good-enough"),
+    Mutation(DISHONEST, "test_86_a_weight", "weights-add-up"),
+    Mutation(DISHONEST, "test_86_more", "weights-add-up"),
 ]
 
 
