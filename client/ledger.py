@@ -108,6 +108,11 @@ class Ledger:
         """Whether this owner has signed the result of this agreement."""
         return self._page.result is not None
 
+    @property
+    def next_round(self) -> int:
+        """The lowest number that a sum may be opened under."""
+        return 0 if self._page.round is None else self._page.round + 1
+
     def begin(
         self, number: int, session: str, position: int, title: str, contributed: Contributed | None, again: Set[str]
     ) -> None:
@@ -116,9 +121,8 @@ class Ledger:
         All metrics on one split are one round: two rounds would have the row counts in common. `contributed`: what the
         round is about, None for metrics; `again`: the agreements that this owner consented to repeat.
         """
-        last = self._page.round
-        if last is not None and number <= last:  # check: rounds-only-go-up
-            raise ConsentError(f"the coordinator opened round {number}, but the last one here was {last}")
+        if number < self.next_round:  # check: rounds-only-go-up
+            raise ConsentError(f"the coordinator opened round {number}, but the last one here was {self._page.round}")
         self._check_not_burned(session)  # check: burned-is-not-opened
         if any(offer.position == position for offer in self._page.offers):  # check: contributed-once
             raise ConsentError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from client import receipts, received_models, rounds
 from client.context import OwnerContext
-from common.certificates import check_burned, sign_burned
+from common.certificates import check_burned, presence_body, sign_burned
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
 from common.messages import (
@@ -104,10 +104,10 @@ class Owner(OwnerContext):
 def _answer_roll_call(owner: Owner, message: RollCall) -> Message:
     owner.check()
     owner.state.start_run(message.run, message.agreement_digest)
-    pending = owner.ledger.pending
-    body = bytes.fromhex(message.agreement_digest) + pending.encode()
+    next_round, pending = owner.ledger.next_round, owner.ledger.pending
+    body = presence_body(message.agreement_digest, next_round, pending)
     signature = owner.identity.sign(Domain.SIGN_PRESENT, bytes.fromhex(message.run), body)
-    return Present(run=message.run, owner=owner.name, pending=pending, signature=signature)
+    return Present(run=message.run, owner=owner.name, next_round=next_round, pending=pending, signature=signature)
 
 
 def _burn_session(owner: Owner, message: BurnSession) -> Message:

@@ -43,6 +43,11 @@ def deliveries_digest(delivered: Sequence[Delivered]) -> str:
     return hashlib.sha256(Domain.DELIVERIES.value + canonical.encode()).hexdigest()
 
 
+def presence_body(agreement_digest: str, next_round: int, pending: str) -> bytes:
+    """What an owner signs at the roll call."""
+    return bytes.fromhex(agreement_digest) + next_round.to_bytes(8) + pending.encode()
+
+
 def result_body(agreement: Agreement, model: str, model_digest: str, digest: str, publication: bytes) -> bytes:
     """What the coordinator and owners sign; `digest` is of the deliveries."""
     published = hashlib.sha256(publication).hexdigest()

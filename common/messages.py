@@ -75,10 +75,14 @@ class RollCall(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Present(Message):
-    """`pending`: an earlier session that this owner offered its vector to and that may be open; empty if none is."""
+    """`next_round`: the lowest number that this owner opens a sum under.
+
+    `pending`: an earlier session that this owner offered its vector to and that may be open; empty if none is.
+    """
 
     run: str
     owner: str
+    next_round: int
     pending: str
     signature: bytes
 
@@ -429,6 +433,10 @@ def _is_index(value: object) -> bool:
     return type(value) is int and 0 <= value < MAX_PARTS
 
 
+def _is_round(value: object) -> bool:
+    return type(value) is int and 0 <= value < MAX_ROUND
+
+
 def _is_payload(value: object) -> bool:
     return (
         isinstance(value, np.ndarray)
@@ -451,7 +459,8 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "run": _is_hex_64,
     "session": _is_hex_64,
     "pending": lambda value: value == "" or _is_hex_64(value),
-    "round": lambda value: type(value) is int and 0 <= value < MAX_ROUND,
+    "round": _is_round,
+    "next_round": _is_round,
     "nonce": _is_hex_64,
     "model_digest": _is_hex_64,
     "deliveries_digest": _is_hex_64,

@@ -5,7 +5,6 @@ the channel. What the checkpoint holds is neither summed nor sent again.
 """
 
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
-from common.certificates import Delivered, body_of, deliveries_digest, result_body
+from common.certificates import Delivered, body_of, deliveries_digest, presence_body, result_body
 from common.domain_separation import Domain
 from common.errors import OwnerRefused, RemoteProtocolError, SettingsError
 from common.identity import Identity, verify
@@ -48,6 +47,7 @@ from server.exchange import Ahead, Channel, Exchange, log
 from server.recovery import certify_as_over, reopen_sum, sessions_to_certify
 
 FINISH_TIMEOUT_SECONDS = 60.0
+MAX_ROUNDS_AHEAD = 2**20  # how much further one owner may be than the others, from sums that they missed
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Coordinator:
     exchange: Exchange = field(init=False)
     delivered: list[Delivered] = field(default_factory=list)  # everything that was sent to the owners
     sums: list[OpenedSum] = field(default_factory=list)  # everything that was learned from them
-    _round: int = -1
+    _next_round: int = 0
     _signed: list[Signed] = field(default_factory=list)  # the owners' signatures under the result
 
     def __post_init__(self) -> None:
@@ -114,17 +114,19 @@ class Coordinator:
         timeout = self.exchange.reply_timeout_seconds
         nodes = self.channel.wait_for_nodes(len(self.agreement.owners), timeout)
         request = RollCall(version=PROTOCOL_VERSION, run=self.run, agreement_digest=self.agreement.digest())
-        refusals, pending = [], set()
+        refusals, present = [], []
         for node, reply in self.exchange.ask_nodes(nodes, request, timeout):
             if isinstance(reply, Refusal):
                 refusals.append(reply.code)
             elif isinstance(reply, Present) and reply.run == self.run:
                 self._check_present(reply)
                 self.exchange.join(reply.owner, node)
-                pending |= {reply.pending} - {""}
+                present.append(reply)
             elif reply is not None:
                 raise RemoteProtocolError(f"roll call: a node answered {type(reply).__name__}")
         self._check_attendance(refusals)
+        self._choose_next_round(present)
+        pending = {each.pending for each in present} - {""}
         for session in sessions_to_certify(pending, self.checkpoint):
             certify_as_over(self.exchange, self.agreement, self.run, session)
         self.exchange.count_step()
@@ -134,7 +136,7 @@ class Coordinator:
             raise RemoteProtocolError(f"roll call: a node calls itself {reply.owner}, who is not on the roster")
         if reply.owner in self.owners:
             raise RemoteProtocolError(f"roll call: two nodes call themselves {reply.owner}")
-        body = bytes.fromhex(self.agreement.digest()) + reply.pending.encode()
+        body = presence_body(self.agreement.digest(), reply.next_round, reply.pending)
         key = self.agreement.roster[reply.owner]
         verify(
             key, Domain.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature
@@ -146,6 +148,28 @@ class Coordinator:
         if refusals and len(self.owners) < self.agreement.needed_owners:
             raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {', '.join(missing)}", refusals[0])
         self.exchange.check_enough()
+
+    def _choose_next_round(self, present: list[Present]) -> None:
+        """The lowest number that every owner accepts.
+
+        An owner that claims a number near the end of the range would use the range up for everybody, for good. If at
+        most c owners do that (or one, if c is 0), then the highest claim but c is at most an honest owner's, and honest
+        owners differ by the few sums that some of them missed. Raises RemoteProtocolError if too few owners remain.
+        """
+        claims = sorted((reply.next_round for reply in present), reverse=True)
+        liars = max(1, self.agreement.colluders)
+        highest = claims[min(liars, len(claims) - 1)] + MAX_ROUNDS_AHEAD
+        for reply in present:
+            if reply.next_round > highest:  # check: rounds-are-not-used-up
+                self.exchange.exclude(
+                    reply.owner,
+                    RemoteProtocolError(
+                        f"roll call: owner {reply.owner} wants the next sum to be number {reply.next_round}, at most "
+                        f"{highest} fits what the others say"
+                    ),
+                )
+            else:
+                self._next_round = max(self._next_round, reply.next_round)
 
     # --- rounds ---
 
@@ -173,17 +197,16 @@ class Coordinator:
         return request.session, drive(side, exchange, self.exchange.exclude)
 
     def _new_sum(self, round: Round) -> tuple[OpenSum, CoordinatorSide]:
-        # Owners accept a number only once, in ascending order, also across restarts of this process: hence the clock.
-        self._round = max(self._round + 1, time.time_ns() // 1_000_000)
         request = OpenSum(
             run=self.run,
             agreement_digest=self.agreement.digest(),
-            round=self._round,
+            round=self._next_round,
             nonce=secrets.token_hex(32),
             position=round.position,
             deliveries_digest=deliveries_digest(self.delivered),
             layout_digest=round.layout.digest(),
         )
+        self._next_round += 1
         return request, self._kind.coordinator(self._terms(request, round), self.owners, self.checkpoint.zeros)
 
     def _terms(self, request: OpenSum, round: Round) -> SumTerms:

@@ -12,6 +12,7 @@ from common.certificates import body_of, check_burned, sign_burned
 from common.domain_separation import Domain
 from common.errors import ConsentError, OwnerRefused, RemoteProtocolError, TooFewOwners
 from common.messages import (
+    MAX_ROUND,
     Acknowledgements,
     BurnCertificate,
     BurnSession,
@@ -37,7 +38,16 @@ from common.publication import Publication
 from common.tensor_layout import TensorLayout
 from server.coordinator import Coordinator
 from tests.support.parties import IDENTITIES
-from tests.support.scripted_owners import DELIVERY, LAYOUT, ROUND, TEST_ROUND, Fault, coordinator_of, honest
+from tests.support.scripted_owners import (
+    DELIVERY,
+    LAYOUT,
+    ROUND,
+    TEST_ROUND,
+    Fault,
+    coordinator_of,
+    honest,
+    present,
+)
 
 MODEL = "cd" * 32
 PUBLICATION = Publication(
@@ -243,9 +253,7 @@ def interrupted(reply_to_burn: Callable[[str, BurnSession], Message]) -> Fault:
 
     def fault(owner: str, request: Message, reply: Message) -> Message:
         if isinstance(request, RollCall):
-            body = bytes.fromhex(request.agreement_digest) + MODEL.encode()
-            signature = IDENTITIES[owner].sign(Domain.SIGN_PRESENT, bytes.fromhex(request.run), body)
-            return Present(run=request.run, owner=owner, pending=MODEL, signature=signature)
+            return present(request, owner, pending=MODEL)
         return reply_to_burn(owner, request) if isinstance(request, BurnSession) else reply
 
     return fault
@@ -300,8 +308,42 @@ def test_every_sum_has_its_own_session_and_a_later_number(agreement: Agreement) 
     coordinator.roll_call()
     for _ in range(3):
         coordinator.sum(ROUND)
-    assert rounds == sorted(set(rounds))
+    assert rounds == [0, 1, 2]
     assert len(set(sessions)) == 3
+
+
+def claiming(next_rounds: dict[str, int], opened: list[int]) -> Fault:
+    """Owners that want the next sum to have these numbers; `opened` gets those that it has."""
+
+    def fault(owner: str, request: Message, reply: Message) -> Message:
+        if isinstance(request, OpenSum):
+            opened.append(request.round)
+        return present(request, owner, next_round=next_rounds[owner]) if isinstance(request, RollCall) else reply
+
+    return fault
+
+
+def test_73_the_numbers_of_sums_come_from_the_owners_and_not_from_a_clock(
+    agreement: Agreement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator whose clock was once wrong by ten years used to be locked out of its agreement for ten years."""
+    opened: list[int] = []
+    monkeypatch.setattr("time.time_ns", lambda: 2**61)
+    coordinator = coordinator_of(agreement, claiming({"ada": 4, "bea": 7, "cyd": 0}, opened), needed=3)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 9.0))
+    assert sorted(set(opened)) == [7, 8]
+
+
+def test_73_an_owner_that_would_use_up_all_numbers_is_left_out(agreement: Agreement) -> None:
+    """After number 2^62 - 1, no owner could open a sum under this agreement again."""
+    opened: list[int] = []
+    fault = claiming({"ada": 4, "bea": MAX_ROUND - 1, "cyd": 5}, opened)
+    coordinator = coordinator_of(agreement, fault, needed=2)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 6.0))
+    assert sorted(set(opened)) == [5, 6]
+    assert coordinator.dropped_out == {"bea": "roll call"}
+    with pytest.raises(RemoteProtocolError, match=f"owner bea wants the next sum to be number {MAX_ROUND - 1}"):
+        run_all(coordinator_of(agreement, fault, needed=3))
 
 
 def test_the_coordinator_s_settings_are_checked(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ DELIVERY: dict[str, Any] = {
 }
 EXAMPLES: list[Message] = [
     RollCall(version=1, run=HEX, agreement_digest=HEX),
-    Present(run=HEX, owner="ada", pending="", signature=SIGNATURE),
+    Present(run=HEX, owner="ada", next_round=0, pending="", signature=SIGNATURE),
     BurnSession(run=HEX, session=HEX),
     SessionBurned(session=HEX, owner="ada", signature=SIGNATURE),
     BurnCertificate(run=HEX, session=HEX, signatures=b"12"),

@@ -290,6 +290,7 @@ TABLE = [
     Mutation(PACKETS, "test_49_a_second_model", "delivered-once-or-the-same"),
     Mutation(PACKETS, "test_49_an_owner_whose_answers", "answers-fit-their-packet"),
     Mutation(PACKETS, "test_49_an_owner_whose_answers", "answer-is-about-the-part"),
+    Mutation(COORDINATOR, "test_73_an_owner", "rounds-are-not-used-up"),
     Mutation(COORDINATOR, "test_a_signature_of_another", "receipt-is-signed"),
     Mutation(COORDINATOR, "test_the_roll_call_refuses_a_node", "presence-is-signed"),
     # multi-round methods

@@ -65,7 +65,11 @@ def test_8_9_a_reused_nonce_or_an_old_round(process: Process, later: int) -> Non
 
 def test_9_an_old_round_after_the_owner_s_run_was_reset(process: Process) -> None:
     process.send("hotel", process.open_sum(5))
-    process.roll_call(OTHER)
+    assert {owner: present.next_round for owner, present in process.roll_call(OTHER).items()} == {
+        "cinema": 0,
+        "hotel": 6,
+        "phones": 0,
+    }
     with pytest.raises(ConsentError, match="the last one here was 5"):
         process.send("hotel", replace(process.open_sum(5), run=OTHER))
 

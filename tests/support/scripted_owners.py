@@ -7,8 +7,9 @@ from secrets import token_bytes
 import numpy as np
 
 from common.agreement import Agreement
-from common.certificates import body_of
+from common.certificates import body_of, presence_body
 from common.domain_separation import Domain
+from common.identity import Identity
 from common.messages import (
     BurnCertificate,
     BurnSession,
@@ -46,6 +47,15 @@ SCHEDULE = Schedule((ROUND, DELIVERY, TEST_ROUND))
 Fault = Callable[[str, Message, Message], Message | None]
 
 
+def present(
+    request: RollCall, owner: str, identity: Identity | None = None, *, next_round: int = 0, pending: str = ""
+) -> Present:
+    """An owner's answer to the roll call."""
+    body = presence_body(request.agreement_digest, next_round, pending)
+    signature = (identity or IDENTITIES[owner]).sign(Domain.SIGN_PRESENT, bytes.fromhex(request.run), body)
+    return Present(run=request.run, owner=owner, next_round=next_round, pending=pending, signature=signature)
+
+
 class ScriptedChannel:
     """Nodes 10, 11, ... are honest owners, each with a vector of threes. A fault may replace their answers."""
 
@@ -78,9 +88,7 @@ class ScriptedChannel:
     def honest_answer(self, owner: str, request: Message) -> Message:
         identity = IDENTITIES.get(owner, IDENTITIES["ada"])
         if isinstance(request, RollCall):
-            body = bytes.fromhex(request.agreement_digest)
-            signature = identity.sign(Domain.SIGN_PRESENT, bytes.fromhex(request.run), body)
-            return Present(run=request.run, owner=owner, pending="", signature=signature)
+            return present(request, owner, identity)
         if isinstance(request, DeliveryPart):
             return PartReceived(run=request.run, owner=owner, position=request.position, part=request.part)
         if isinstance(request, Result):
