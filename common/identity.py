@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from common.domain_separation import Domain
-from common.errors import RemoteProtocolError, SettingsError
+from common.errors import RemoteProtocolError, RuleError, SettingsError
 from common.names import NAME_PATTERN
 from common.private_file import read_secret, write_key
 
@@ -32,6 +32,10 @@ PUBLIC_FORM = re.compile(
 )
 MAX_FILE_BYTES = 1000
 FINGERPRINT_DIGITS, FINGERPRINT_GROUP = 40, 5  # 132 bits: nobody can find a second key that matches
+FIELD_PRIME, SIGN_BIT = 2**255 - 19, 2**255
+ORDER_EIGHT = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+# The y-coordinates of the points of order 1, 2, 4 and 8 on Ed25519. Under such a key, anybody can sign some messages.
+LOW_ORDER = {0, 1, FIELD_PRIME - 1, ORDER_EIGHT, FIELD_PRIME - ORDER_EIGHT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,16 @@ class Identity:
     def sign(self, domain: Domain, session: bytes, body: bytes) -> bytes:
         """Sign domain | session | name | body: 64 bytes."""
         return Ed25519PrivateKey.from_private_bytes(self.seed).sign(_signed_bytes(domain, session, self.name, body))
+
+
+def check_public_key(public_key: bytes) -> None:
+    """Raise RuleError for an Ed25519 key that is a point of low order, or not in its canonical encoding (RFC 8032)."""
+    coordinate = int.from_bytes(public_key, "little") % SIGN_BIT
+    if coordinate >= FIELD_PRIME or coordinate in LOW_ORDER:  # check: identity-key-is-strong
+        raise RuleError(
+            "a weak key, under which others could sign: a point of low order, or not in its canonical encoding",
+            hint="`amalgram keys new NAME` makes a good one",
+        )
 
 
 def verify(public_key: bytes, domain: Domain, session: bytes, name: str, body: bytes, signature: bytes) -> None:
@@ -119,4 +133,9 @@ def read_public_identity(path: Path) -> PublicIdentity:
         raise SettingsError(
             f"{path}: not a public identity", hint="`amalgram keys new NAME` writes NAME.pub beside NAME.key"
         )
-    return PublicIdentity(name=found[1], public_key=bytes.fromhex(found[2]), node_key=found[3])
+    public_key = bytes.fromhex(found[2])
+    try:
+        check_public_key(public_key)
+    except RuleError as weak:
+        raise SettingsError(f"{path}: {weak}", hint=weak.hint) from None
+    return PublicIdentity(name=found[1], public_key=public_key, node_key=found[3])

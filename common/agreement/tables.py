@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, create_model
 
+from common.identity import check_public_key
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
 from common.merge_methods.terms import Weighting
@@ -27,7 +28,14 @@ METRICS: dict[TaskKind, Metric] = {
     "sequence-to-sequence": "log_likelihood",
 }
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
-PublicKey = Annotated[str, HEX_64]
+
+
+def _strong_key(public_key: str) -> str:
+    check_public_key(bytes.fromhex(public_key))
+    return public_key
+
+
+PublicKey = Annotated[str, HEX_64, AfterValidator(_strong_key)]
 Commit = Annotated[str, matching("[0-9a-f]{40}", "a commit of the hub, 40 hexadecimal digits")]
 NodeKey = Annotated[
     str, matching("ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==", "an OpenSSH key of type ecdsa-sha2-nistp384")

@@ -19,6 +19,16 @@ TAG_BYTES = 16
 # A sealing key is derived for one direction of one pair in one session, and seals one message: the nonce is never
 # used twice.
 ONLY_NONCE = bytes(12)
+FIELD_PRIME = 2**255 - 19
+# The points of order 1, 2, 4 and 8 on Curve25519 and its twist (Cremers and Jackson, CSF 2019, table I). With one of
+# them, the secret of a pair would be zero, known to everybody.
+LOW_ORDER = {
+    0,
+    1,
+    FIELD_PRIME - 1,
+    0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
+    0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
+}
 
 
 def derive(secret: bytes, domain: Domain, salt: bytes, info: bytes = b"", length: int = 32) -> bytes:
@@ -45,8 +55,16 @@ def agree(private: X25519PrivateKey, public: bytes) -> bytes:
 
 
 def check_public_key(public: bytes) -> None:
-    """Raise RemoteProtocolError for a point of low order, which any multiple of the cofactor takes to zero."""
-    agree(X25519PrivateKey.from_private_bytes(bytes(KEY_BYTES)), public)
+    """Raise RemoteProtocolError for a point of low order, or one that has another encoding than this.
+
+    X25519 ignores the highest bit and reduces the rest (RFC 7748, section 5). With a second encoding, one owner could
+    advertise another's key as its own.
+    """
+    coordinate = int.from_bytes(public, "little")
+    if coordinate >= FIELD_PRIME:  # check: key-has-one-encoding
+        raise RemoteProtocolError("a public key is not in its canonical encoding")
+    if coordinate in LOW_ORDER:  # check: advertised-key-is-of-high-order
+        raise RemoteProtocolError("a public key is a point of low order")
 
 
 def seal(key: bytes, plain: bytes, associated: bytes) -> bytes:

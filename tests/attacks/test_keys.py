@@ -1,15 +1,18 @@
-"""Attacks 1 to 7, 12, 13 and 27: a key book in which somebody's keys are not that owner's keys of this session."""
+"""Attacks 1 to 7, 12, 13, 27 and 74: a key book in which somebody's keys are not that owner's keys of this session."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from common.agreement.tables import CoordinatorEntry, OwnerEntry
 from common.domain_separation import Domain
-from common.identity import Identity
-from common.messages import KeyBook, KeyShares, OpenSum
+from common.errors import RemoteProtocolError, SettingsError
+from common.identity import Identity, read_public_identity, verify
+from common.messages import KeyBook, OpenSum
 from common.summation import key_agreement
+from common.summation.masked.book import check_entry
 from common.summation.masked.owner import MaskedOwner
-from common.summation.masked.phases import Phase
 from common.summation.records import KeyEntry
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.sums import repeating_bytes
@@ -127,45 +130,69 @@ LOW_ORDER = [
     "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
     "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
     "ec" + "ff" * 30 + "7f",
-    "ed" + "ff" * 30 + "7f",
-    "ee" + "ff" * 30 + "7f",
 ]
+NOT_CANONICAL = ["ed" + "ff" * 30 + "7f", "ee" + "ff" * 30 + "7f", "00" * 31 + "80"]  # p, p + 1, and 0 with a sign bit
 
 
-@pytest.mark.parametrize("point", LOW_ORDER)
+@pytest.mark.parametrize("point", [*LOW_ORDER, *NOT_CANONICAL])
 @pytest.mark.parametrize("which", ["channel", "mask"])
-def test_27_a_low_order_point_signed_by_a_colluder(which: str, point: str) -> None:
-    """With it, the secret of the pair would be zero, known to everybody."""
+def test_27_a_weak_key_signed_by_a_colluder(which: str, point: str) -> None:
+    """With it, the secret of the pair would be zero, known to everybody. The coordinator does not take it either."""
     evil = MaliciousCoordinator()
     entries = entries_of(evil.honest_until(KeyBook)["o0"])  # type: ignore[arg-type]
     keys = {"channel_key": entries[1].channel_key, "mask_key": entries[1].mask_key}
     keys[f"{which}_key"] = bytes.fromhex(point)
     signature = evil.identities["o1"].sign(Domain.SIGN_KEYS, evil.terms.session, keys["channel_key"] + keys["mask_key"])
-    entry = KeyEntry(1, keys["channel_key"], keys["mask_key"], signature)
-    if which == "channel":
-        send_book(evil, {1: entry}, "point of low order")
-        return
-    # A mask key is used one step later. The colluder plays on with its own view of the book.
-    book = evil.side.requests()["o0"]
-    changed = replace(book, entries=KeyEntry.pack_all({**entries, 1: entry}.values()))  # type: ignore[type-var]
-    evil.side._book = type(evil.side._book)(evil.terms, changed.entries)
-    evil.owners["o1"] = replace(evil.owners["o1"], book_data=changed.entries)
-    for owner in ("o0", "o2", "o3", "o4"):
-        evil.side.receive(owner, evil.send(owner, changed))
-    evil.side.drop("o1")
-    requests = evil.side.end_step() or evil.side.requests()
-    del requests
-    sealed = _sealed_by_colluder(evil, changed)
-    with evil.refused("o0", "point of low order"):
-        evil.send("o0", sealed)
+    why = "not in its canonical encoding" if point in NOT_CANONICAL else "point of low order"
+    with pytest.raises(RemoteProtocolError, match=why):
+        check_entry(evil.terms, KeyEntry(1, **keys, signature=signature))
+    send_book(evil, {1: KeyEntry(1, **keys, signature=signature)}, why)
 
 
-def _sealed_by_colluder(evil: MaliciousCoordinator, book: KeyBook) -> KeyShares:
-    """What o0 would receive if the colluder o1 took part with its weak mask key."""
-    weak = evil.owners["o1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MaskedOwner, "_own_entry", lambda self: entries_of(book)[1])
-        patch.setattr("common.summation.masked.book.Book.check", lambda self: None)
-        _, reply = replace(weak, phase=Phase.ADVERTISE_KEYS).answer(book, evil.encoded["o1"], repeating_bytes(5))
-    evil.side._take_shares(1, reply)  # type: ignore[arg-type]
-    return evil.side._key_shares(0)
+@pytest.mark.parametrize("point", LOW_ORDER)
+def test_27_a_low_order_point_gives_no_secret(point: str) -> None:
+    """Even if one came through, in whatever way."""
+    with pytest.raises(RemoteProtocolError, match="point of low order"):
+        key_agreement.agree(key_agreement.private_key(b"a" * 32, Domain.MASK_KEY, bytes(32)), bytes.fromhex(point))
+
+
+def test_74_another_owner_s_key_in_a_second_encoding() -> None:
+    """X25519 ignores the highest bit, so this is o1's key, in other bytes."""
+    evil = MaliciousCoordinator()
+    entries = entries_of(evil.honest_until(KeyBook)["o0"])  # type: ignore[arg-type]
+    stolen = bytearray(entries[1].mask_key)
+    stolen[-1] ^= 0x80
+    keys = {"channel_key": entries[2].channel_key, "mask_key": bytes(stolen)}
+    signature = evil.identities["o2"].sign(Domain.SIGN_KEYS, evil.terms.session, keys["channel_key"] + keys["mask_key"])
+    send_book(evil, {2: KeyEntry(2, **keys, signature=signature)}, "not in its canonical encoding")
+
+
+IDENTITY_POINT = bytes([1]) + bytes(31)
+WEAK_IDENTITIES = [  # on Ed25519: of order 1, 2, 4, 8, 8; then 1 with a sign, p + 1, and no field element
+    IDENTITY_POINT,
+    (2**255 - 20).to_bytes(32, "little"),
+    bytes(32),
+    bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+    bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa"),
+    bytes([1]) + bytes(30) + b"\x80",
+    (2**255 - 18).to_bytes(32, "little"),
+    b"\xff" * 32,
+]
+
+
+def test_74_under_the_weakest_identity_anybody_signs_anything() -> None:
+    """Why such a key must not come onto the roster: this signature, of zero, was made without any secret."""
+    signature = IDENTITY_POINT + bytes(32)
+    for body in (b"one list", b"another list"):
+        verify(IDENTITY_POINT, Domain.SIGN_SURVIVORS, bytes(32), "o1", body, signature)
+
+
+@pytest.mark.parametrize("key", WEAK_IDENTITIES)
+def test_74_a_weak_identity_comes_onto_no_roster(key: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ada.pub"
+    path.write_text(f"amalgram public identity v1\nname ada\npublic {key.hex()}\n")
+    with pytest.raises(SettingsError, match=r"ada\.pub: a weak key, under which others could sign"):
+        read_public_identity(path)
+    for entry in (lambda: OwnerEntry(name="ada", public_key=key.hex()), lambda: CoordinatorEntry(public_key=key.hex())):
+        with pytest.raises(ValueError, match="a weak key"):
+            entry()

@@ -82,7 +82,12 @@ TABLE = [
     Mutation(KEYS, "test_12_", "owner-is-on-the-roster"),
     Mutation(KEYS, "test_13_too_few", "enough-owners-in-the-key-book"),
     Mutation(KEYS, "test_13_the_quorum", "quorum-counts-too", "needed = self.terms.needed_owners"),
-    Mutation(KEYS, "test_27_", "no-low-order-point", "return bytes(32)"),
+    Mutation(KEYS, "test_27_a_low_order", "no-low-order-point", "return bytes(32)"),
+    Mutation(KEYS, "test_27_a_weak_key", "advertised-key-is-of-high-order"),
+    # 74: weak keys
+    Mutation(KEYS, "test_27_a_weak_key", "key-has-one-encoding"),
+    Mutation(KEYS, "test_74_another_owner_s", "key-has-one-encoding"),
+    Mutation(KEYS, "test_74_a_weak_identity", "identity-key-is-strong"),
     # 8-11, 37: rounds and agreements
     Mutation(PROCESS, "test_8_9_", "rounds-only-go-up"),
     Mutation(PROCESS, "test_9_an_old", "rounds-only-go-up"),

@@ -39,10 +39,7 @@ class Book:
         return NeighbourGraph(self.digest, list(self.entries), self.terms.neighbourhood.degree)
 
     def check(self) -> None:
-        """Raise RemoteProtocolError unless all entries are signed under the pinned keys and all keys are distinct.
-
-        A weak key is found when it is used first, in `seal_key` or `pair_masks`.
-        """
+        """Raise RemoteProtocolError unless all entries are signed under the pinned keys, and all keys are distinct."""
         keys = [key for entry in self.entries.values() for key in (entry.channel_key, entry.mask_key)]
         require(
             len(set(keys)) == len(keys), f"{Phase.SHARE_KEYS}: duplicate key in the key book"
@@ -78,7 +75,9 @@ class Book:
 
 
 def check_entry(terms: SumTerms, entry: KeyEntry) -> None:
-    """Raise RemoteProtocolError unless the owner signed this entry, under its pinned key and for this session."""
+    """Raise RemoteProtocolError unless its keys are good, and signed under the owner's pinned key for this session."""
+    for key in (entry.channel_key, entry.mask_key):
+        key_agreement.check_public_key(key)
     verify_owner(terms, entry.owner, Domain.SIGN_KEYS, entry.channel_key + entry.mask_key, entry.signature)
 
 

@@ -84,8 +84,6 @@ class MaskedCoordinator(CoordinatorSide):
     def _take_keys(self, index: int, reply: KeysAdvertised) -> None:
         entry = KeyEntry(index, reply.channel_key, reply.mask_key, reply.signature)
         check_entry(self._terms, entry)
-        for key in (entry.channel_key, entry.mask_key):
-            key_agreement.check_public_key(key)
         self._entries[index] = entry
 
     def _make_book(self) -> bool:
