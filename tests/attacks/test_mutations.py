@@ -174,7 +174,8 @@ TABLE = [
     Mutation(PROCESS, "test_39_two_processes", "one-process-at-a-time"),
     Mutation(PROCESS, "test_a_session_whose", "broken-session-is-forgotten"),
     Mutation(OWNERS, "test_vector_and_secrets", "vector-is-deleted-once-signed"),
-    # 11, 19: acknowledgements
+    # 11, 19, 75: acknowledgements
+    Mutation(SURVIVORS, "test_75_", "survivors-are-of-one-book", "signed = survivors"),
     Mutation(SURVIVORS, "test_11_19_", "quorum-signed-the-survivor-list"),
     Mutation(SURVIVORS, "test_19_one_signer", "owners-ascend"),
     Mutation(SURVIVORS, "test_19_a_signature_passed", "signed-this-list"),

@@ -1,4 +1,4 @@
-"""Attacks 13 to 16, 18, 19, 22 and 36: false survivor lists, false signatures under them, and what is then revealed."""
+"""Attacks 13 to 16, 18, 19, 22, 36 and 75: false survivor lists, false signatures under them, what is then revealed."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -10,9 +10,9 @@ from common.domain_separation import Domain
 from common.errors import RemoteProtocolError
 from common.identity import Identity
 from common.messages import Acknowledgements, SharesRevealed, SurvivorList, SurvivorsSigned
-from common.summation.masked.book import MASK, SELF, survivors_body
+from common.summation.masked.book import MASK, SELF, Book, survivors_body
 from common.summation.protocol import SessionOver
-from common.summation.records import RevealedShare, Signed, Survivor
+from common.summation.records import KeyEntry, RevealedShare, Signed, Survivor
 from tests.support.malicious import MaliciousCoordinator, flip, held_by
 
 
@@ -139,6 +139,19 @@ def test_19_signatures_under_another_list() -> None:
         evil.send("o0", acknowledgements(evil, signed))
 
 
+def test_75_a_signature_by_an_owner_that_was_shown_another_key_book() -> None:
+    """In a sparse graph, groups with books of their own would otherwise make up one quorum together."""
+    evil = MaliciousCoordinator()
+    evil.honest_until(Acknowledgements)
+    entries = KeyEntry.unpack_all(evil.side._book.data)
+    other_book = Book(evil.terms, KeyEntry.pack_all(entries[:-1]))
+    *signed, last = true_signatures(evil)[:4]
+    body = survivors_body(other_book, evil.survivor_list(list(evil.identities)))
+    elsewhere = evil.identities["o3"].sign(Domain.SIGN_SURVIVORS, evil.terms.session, body)
+    with evil.refused("o0", "the signature of o3 is not valid"):
+        evil.send("o0", acknowledgements(evil, [*signed, replace(last, signature=elsewhere)]))
+
+
 def test_19_a_signer_who_is_not_on_the_roster_or_no_survivor() -> None:
     for index in (4, 5):
         evil = MaliciousCoordinator()
@@ -146,7 +159,7 @@ def test_19_a_signer_who_is_not_on_the_roster_or_no_survivor() -> None:
         requests = survivors_for(evil, ["o0", "o1", "o2", "o3"])
         evil.send("o0", requests)
         stranger = Identity(name="o5", seed=b"x" * 32)
-        body = survivors_body(evil.terms, requests.survivors)
+        body = survivors_body(evil.side._book, requests.survivors)
         signature = stranger.sign(Domain.SIGN_SURVIVORS, evil.terms.session, body)
         signed = [evil.sign_as(name, requests.survivors) for name in ("o0", "o1", "o2")]
         with evil.refused("o0", "a signer is not a survivor"):

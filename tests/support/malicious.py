@@ -96,7 +96,7 @@ class MaliciousCoordinator:
 
     def sign_as(self, name: str, survivors: bytes) -> Signed:
         """A colluder's signature under any list."""
-        body = survivors_body(self.terms, survivors)
+        body = survivors_body(self.side._book, survivors)
         signature = self.identities[name].sign(Domain.SIGN_SURVIVORS, self.terms.session, body)
         return Signed(self.terms.indices[name], signature)
 

@@ -135,7 +135,7 @@ def bad_requests(coordinator: MaliciousCoordinator, honest: Message) -> Iterator
         yield "acknowledgements_too_few", replace(honest, signatures=fewer), "the quorum is"
         forged_signature = Signed.pack_all([*signed[:-1], replace(signed[-1], signature=flip(signed[-1].signature))])
         yield "acknowledgements_forged", replace(honest, signatures=forged_signature), "is not valid"
-        other = survivors_body(coordinator.terms, b"")
+        other = survivors_body(coordinator.side._book, b"")
         name = coordinator.terms.names[signed[-1].owner]
         signature = coordinator.identities[name].sign(Domain.SIGN_SURVIVORS, coordinator.terms.session, other)
         elsewhere = Signed.pack_all([*signed[:-1], replace(signed[-1], signature=signature)])

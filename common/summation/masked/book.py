@@ -85,8 +85,9 @@ def upload_digest(terms: SumTerms, part_digests: Sequence[bytes]) -> bytes:
     return hashlib.sha256(Domain.UPLOAD.value + terms.session + b"".join(part_digests)).digest()
 
 
-def survivors_body(terms: SumTerms, survivors: bytes) -> bytes:
-    return hashlib.sha256(Domain.SURVIVORS.value + terms.session + survivors).digest()
+def survivors_body(book: Book, survivors: bytes) -> bytes:
+    signed = book.digest + survivors  # check: survivors-are-of-one-book
+    return hashlib.sha256(Domain.SURVIVORS.value + book.terms.session + signed).digest()
 
 
 def shares_body(book: Book, commitment: bytes, manifest: bytes) -> bytes:

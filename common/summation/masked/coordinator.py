@@ -159,7 +159,7 @@ class MaskedCoordinator(CoordinatorSide):
         return SurvivorList(session=self._terms.request.session, survivors=self._survivors)
 
     def _take_signature(self, index: int, reply: SurvivorsSigned) -> None:
-        body = survivors_body(self._terms, self._survivors)
+        body = survivors_body(self._book, self._survivors)
         verify_owner(self._terms, index, Domain.SIGN_SURVIVORS, body, reply.signature)
         self._signed[index] = reply.signature
 

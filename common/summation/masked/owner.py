@@ -206,14 +206,14 @@ class MaskedOwner(SavedMaskedOwner):
         reply = SurvivorsSigned(
             session=request.session,
             owner=self.identity.name,
-            signature=self._sign(Domain.SIGN_SURVIVORS, survivors_body(self.terms, request.survivors)),
+            signature=self._sign(Domain.SIGN_SURVIVORS, survivors_body(self._book, request.survivors)),
         )
         return replace(self, survivors=request.survivors, masks=()), reply
 
     def _reveal(self, request: Acknowledgements, inputs: Inputs) -> tuple[Self, Message]:
         survivors = {each.owner for each in Survivor.unpack_all(self.survivors)}
         signed = Signed.unpack_all(request.signatures)
-        body = survivors_body(self.terms, self.survivors)
+        body = survivors_body(self._book, self.survivors)
         for each in signed:
             require(each.owner in survivors, f"{Phase.UNMASKING}: a signer is not a survivor")  # check: signer-survived
             verify_owner(self.terms, each.owner, Domain.SIGN_SURVIVORS, body, each.signature)  # check: signed-this-list
