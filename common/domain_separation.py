@@ -21,6 +21,7 @@ class Domain(Enum):
     FINGERPRINT = b"amalgram v1 08 fingerprint\n"
     DELIVERIES = b"amalgram v1 09 deliveries of a run\n"
     MEASURED_ROWS = b"amalgram v1 60 rows to measure\n"
+    SHARE_COMMITMENT = b"amalgram v1 15 commitment to a share\n"
     # What is signed.
     SIGN_PRESENT = b"amalgram v1 21 sign presence\n"
     SIGN_KEYS = b"amalgram v1 22 sign advertised keys\n"

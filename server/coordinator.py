@@ -177,13 +177,12 @@ class Coordinator:
         """The total of a round, over the owners that neither drop out nor break the protocol. Raises TooFewOwners."""
         total = self.checkpoint.next_total(round)
         if total is None:
-            session, total = self._sum_over_owners(round)
-            self.checkpoint.save_total(round, session, total)
+            total = self._sum_over_owners(round)
         self.exchange.count_step()
         self.sums.append(OpenedSum(round, total.owners))
         return total
 
-    def _sum_over_owners(self, round: Round) -> tuple[str, Total]:
+    def _sum_over_owners(self, round: Round) -> Total:
         self.exchange.begin_step(round.name, round.phase, round.layout.num_bytes + self.exchange.ahead_bytes)
         reopened = reopen_sum(self.checkpoint, self._kind, lambda request: self._terms(request, round), self.owners)
         request, side = reopened or self._new_sum(round)
@@ -194,7 +193,11 @@ class Coordinator:
                 self.checkpoint.save_opening(request, opening)
             return self.exchange.ask(requests)
 
-        return request.session, drive(side, exchange, self.exchange.exclude)
+        total = drive(side, exchange, self.exchange.exclude)
+        self.checkpoint.save_total(round, request.session, total)
+        for owner, violation in side.violations.items():  # check: who-lied-is-left-out
+            self.exchange.exclude(owner, violation)
+        return total
 
     def _new_sum(self, round: Round) -> tuple[OpenSum, CoordinatorSide]:
         request = OpenSum(

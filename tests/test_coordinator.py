@@ -35,6 +35,8 @@ from common.messages import (
     SurvivorList,
 )
 from common.publication import Publication
+from common.summation.masked.coordinator import COORDINATOR_STEPS, MaskedCoordinator
+from common.summation.masked.phases import Phase
 from common.tensor_layout import TensorLayout
 from server.coordinator import Coordinator
 from tests.support.parties import IDENTITIES
@@ -310,6 +312,29 @@ def test_every_sum_has_its_own_session_and_a_later_number(agreement: Agreement) 
         coordinator.sum(ROUND)
     assert rounds == [0, 1, 2]
     assert len(set(sessions)) == 3
+
+
+def test_72_an_owner_whose_wrong_shares_were_corrected_is_left_out_of_the_next_sum(
+    agreement: Agreement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The total of this sum is right, and saved, before anybody is left out."""
+
+    def lie(side: MaskedCoordinator) -> bool:
+        side.violations["bea"] = RemoteProtocolError("owner bea lied")
+        return unmask(side)
+
+    unmask = MaskedCoordinator._unmask
+    step = replace(COORDINATOR_STEPS[Phase.UNMASKING], end=lie)
+    monkeypatch.setitem(COORDINATOR_STEPS, Phase.UNMASKING, step)  # type: ignore[arg-type]
+    coordinator = coordinator_of(agreement, honest, needed=2)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 9.0))
+    assert coordinator.dropped_out == {"bea": "sum of contributions"}
+    assert coordinator.receipts == ("ada", "cyd")
+    coordinator = coordinator_of(agreement, honest, needed=3)
+    coordinator.roll_call()
+    with pytest.raises(RemoteProtocolError, match="owner bea lied"):
+        coordinator.sum(ROUND)
+    assert len(coordinator.checkpoint.sums) == 1
 
 
 def claiming(next_rounds: dict[str, int], opened: list[int]) -> Fault:

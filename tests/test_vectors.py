@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import json
 from contextlib import suppress
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from common.domain_separation import Domain
 from common.errors import LocalProtocolError, RemoteProtocolError
 from common.identity import Identity
 from common.summation import key_agreement, mask_stream, secret_sharing
+from common.summation.error_correction import correct, evaluate, radius
 from common.summation.masked.book import Book
+from common.thresholds import neighbourhood
 from tests.support.sums import repeating_bytes
 from tests.vectors import transcripts
 from tests.vectors.transcripts import CASES, FOLDER, from_json, set_up, to_json
@@ -164,7 +166,7 @@ def test_ed25519_as_in_rfc_8032() -> None:
 def test_shamir_s_scheme_on_a_textbook_polynomial() -> None:
     """1234 + 166 x + 94 x^2 modulo 1613, its values at 1 to 6, and the secret again from any three."""
     values = {1: 1494, 2: 329, 3: 965, 4: 176, 5: 1188, 6: 775}
-    assert {point: secret_sharing.evaluate([1234, 166, 94], point, 1613) for point in values} == values
+    assert {point: evaluate([1234, 166, 94], point, 1613) for point in values} == values
     for points in ((1, 2, 3), (2, 4, 5), (1, 3, 6)):
         coefficients = secret_sharing.coefficients_at_zero(points, 1613)
         assert sum(coefficients[point] * values[point] for point in points) % 1613 == 1234
@@ -181,6 +183,63 @@ def test_any_threshold_of_shares_gives_the_secret_and_one_fewer_another(secret: 
     fewer = secret_sharing.coefficients_at_zero(some[:-1])
     with suppress(RemoteProtocolError):  # no 32-byte seed at all
         assert secret_sharing.reconstruct(shares, fewer) != secret
+
+
+def test_a_wrong_value_of_a_textbook_polynomial_is_found() -> None:
+    """3 + 2 x + x^2 modulo 929 at 0 to 6 (PDF417's field), with two of seven values wrong: the most that can be."""
+    values = {0: 3, 1: 6, 2: 123, 3: 18, 4: 456, 5: 38, 6: 51}
+    found = correct(values, 3, 929)
+    assert found.coefficients == [3, 2, 1]
+    assert found.wrong == {2, 4}
+    with pytest.raises(RemoteProtocolError, match="more than 2 of them are wrong"):
+        correct({**values, 0: 7}, 3, 929)
+
+
+def agreeing_polynomials(values: dict[int, int], size: int, prime: int) -> list[tuple[list[int], set[int]]]:
+    """The oracle: every polynomial of this size that agrees with all but `radius` values, found by trying them all."""
+    tried = ([*coefficients] for coefficients in product(range(prime), repeat=size))
+    wrong = ((each, {p for p, value in values.items() if evaluate(each, p, prime) != value}) for each in tried)
+    return [(each, points) for each, points in wrong if len(points) <= radius(len(values), size)]
+
+
+@given(st.data())
+def test_correction_finds_what_trying_all_polynomials_finds_and_nothing_else(data: st.DataObject) -> None:
+    """Over a small field, where any values may lie near a polynomial or near none."""
+    prime = 11
+    count = data.draw(st.integers(1, 10))
+    size = data.draw(st.integers(1, min(count, 3)))
+    points = data.draw(st.lists(st.integers(0, prime - 1), min_size=count, max_size=count, unique=True))
+    coefficients = data.draw(st.lists(st.integers(0, prime - 1), min_size=size, max_size=size))
+    wrong = data.draw(st.dictionaries(st.sampled_from(points), st.integers(0, prime - 1)))
+    values = {point: wrong.get(point, evaluate(coefficients, point, prime)) for point in points}
+    expected = agreeing_polynomials(values, size, prime)
+    try:
+        found = correct(values, size, prime)
+    except RemoteProtocolError:
+        assert expected == []
+    else:
+        padded = found.coefficients + [0] * (size - len(found.coefficients))
+        assert expected == [(padded, found.wrong)]
+
+
+@pytest.mark.parametrize("num_owners", [15, 150, 1000])
+@pytest.mark.parametrize("share_of_radius", [0, 1])
+def test_a_secret_is_rebuilt_from_shares_of_which_as_many_as_can_be_are_wrong(
+    num_owners: int, share_of_radius: int
+) -> None:
+    """With the thresholds of an agreement in which a tenth of the owners collude, and a tenth may drop out."""
+    graph = neighbourhood(num_owners, num_owners // 10, num_owners // 10)
+    points, random_bytes = range(1, graph.degree + 2), repeating_bytes()
+    shares = secret_sharing.split(b"secret".ljust(32), graph.threshold, points, random_bytes)
+    wrong = radius(len(shares), graph.threshold) * share_of_radius
+    shares |= secret_sharing.split(b"another".ljust(32), graph.threshold, points, random_bytes) if wrong else {}
+    honest = secret_sharing.split(b"secret".ljust(32), graph.threshold, points, repeating_bytes())
+    shares |= {point: honest[point] for point in points[wrong:]}
+    assert secret_sharing.reconstruct_corrected(shares, graph.threshold) == b"secret".ljust(32)
+    if wrong:
+        shares[points[-1]] = bytes(33)
+        with pytest.raises(RemoteProtocolError, match=f"more than {wrong} of them are wrong"):
+            secret_sharing.reconstruct_corrected(shares, graph.threshold)
 
 
 def test_fewer_shares_than_the_threshold_fit_every_secret() -> None:

@@ -210,6 +210,7 @@ class SavedOpening(SavedState):
     remaining: tuple[str, ...]  # the owners that are asked to open it
     book: bytes  # KeyEntry.pack_all
     commitments: Mapping[int, bytes]  # owner index -> commitment to its self-mask seed
+    dealt: Mapping[int, Mapping[int, bytes]]  # dealer -> recipient -> commitment to the share that it is to reveal
     survivors: bytes  # Survivor.pack_all
     signatures: Mapping[int, bytes]  # owner index -> signature over `survivors`
 
@@ -251,6 +252,7 @@ class CoordinatorSide(ABC):
         self._waiting: set[str] = set()
         self._last_heard: dict[str, str] = {}
         self._accumulator = Accumulator(terms.layout, zeros)
+        self.violations: dict[str, RemoteProtocolError] = {}  # owners that lied, though the sum did not need the truth
 
     @property
     @abstractmethod
@@ -398,4 +400,8 @@ def run_in_memory(
     def exclude(owner: str, violation: RemoteProtocolError) -> None:
         raise LocalProtocolError(f"sum: honest owner {owner} was accused of breaking the rules") from violation
 
-    return drive(kind.coordinator(terms, terms.names), exchange, exclude)
+    side = kind.coordinator(terms, terms.names)
+    total = drive(side, exchange, exclude)
+    for owner, violation in side.violations.items():
+        exclude(owner, violation)
+    return total

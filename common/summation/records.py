@@ -4,6 +4,7 @@ Lists are canonical: strictly ascending by their first field, the owner index. T
 when their bytes are, and no owner is in one twice.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
@@ -53,22 +54,40 @@ class KeyEntry(Record):
 
 @dataclass(frozen=True)
 class SealedShare(Record):
-    """One recipient's shares of the sender's two seeds, sealed. `owner` is the recipient."""
+    """One recipient's shares of the sender's two seeds, sealed. `owner` is the recipient.
 
-    FORMAT = Struct(">H84s")
+    The commitments are to the two shares: whoever reveals another share later can be named, and so can a sender whose
+    shares do not fit together.
+    """
+
+    FORMAT = Struct(">H84s32s32s")
 
     sealed: bytes
+    self_commitment: bytes
+    mask_commitment: bytes
+
+    @property
+    def digest(self) -> bytes:
+        """What the sender signs of it, 32 bytes."""
+        return sealed_digest(self)
 
 
 @dataclass(frozen=True)
 class ShareDelivery(Record):
     """What one sender (`owner`) has for one recipient: commitment, sealed share, signature."""
 
-    FORMAT = Struct(">H32s84s64s")
+    FORMAT = Struct(">H32s84s32s32s64s")
 
     commitment: bytes
     sealed: bytes
+    self_commitment: bytes
+    mask_commitment: bytes
     signature: bytes
+
+    @property
+    def digest(self) -> bytes:
+        """Where this recipient's part of the sender's manifest comes from (SealedShare.digest)."""
+        return sealed_digest(self)
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,11 @@ class RevealedShare(Record):
 
     kind: bytes
     share: bytes
+
+
+def sealed_digest(share: SealedShare | ShareDelivery) -> bytes:
+    """One recipient's part of a sender's manifest: SHA-256 of the sealed shares and of the commitments to them."""
+    return hashlib.sha256(share.sealed + share.self_commitment + share.mask_commitment).digest()
 
 
 def name_at(names: Sequence[str], index: int) -> str:

@@ -8,6 +8,7 @@ coefficients at zero depend on who answered, not on the secret, so one set serve
 from collections.abc import Callable, Mapping, Sequence
 
 from common.errors import LocalProtocolError, RemoteProtocolError
+from common.summation.error_correction import correct, evaluate
 
 PRIME = 2**256 + 297
 SECRET_BYTES = 32
@@ -29,14 +30,6 @@ def split(secret: bytes, threshold: int, points: Sequence[int], random_bytes: Ra
     }
 
 
-def evaluate(coefficients: Sequence[int], point: int, prime: int) -> int:
-    """The polynomial with these coefficients (constant first) at `point`, modulo `prime` (Horner's rule)."""
-    value = 0
-    for coefficient in reversed(coefficients):
-        value = (value * point + coefficient) % prime
-    return value
-
-
 def coefficients_at_zero(points: Sequence[int], prime: int = PRIME) -> dict[int, int]:
     """Lagrange's coefficients: f(0) = sum of coefficient * f(point) over the points, for deg f < len(points)."""
     result = {}
@@ -55,7 +48,19 @@ def reconstruct(shares: Mapping[int, bytes], coefficients: Mapping[int, int]) ->
 
     Wrong shares give a wrong secret, or RemoteProtocolError. The caller must check the secret against a commitment.
     """
-    value = sum(coefficients[point] * read_share(shares[point]) for point in coefficients) % PRIME
+    return _secret(sum(coefficients[point] * read_share(shares[point]) for point in coefficients) % PRIME)
+
+
+def reconstruct_corrected(shares: Mapping[int, bytes], threshold: int) -> bytes:
+    """The secret, rebuilt although up to (len(shares) - threshold) // 2 shares are wrong.
+
+    Raises RemoteProtocolError if more are. The caller must check the secret against a commitment.
+    """
+    corrected = correct({point: read_share(share) for point, share in shares.items()}, threshold, PRIME)
+    return _secret(evaluate(corrected.coefficients, 0, PRIME))
+
+
+def _secret(value: int) -> bytes:
     if value >= 2 ** (8 * SECRET_BYTES):
         raise RemoteProtocolError("the shares of a secret do not fit together")
     return value.to_bytes(SECRET_BYTES)

@@ -197,8 +197,15 @@ TABLE = [
     Mutation(SHARES, "test_20_a_share_at", "share-is-at-my-point"),
     Mutation(SHARES, "test_20_a_share_sealed", "seals-name-their-direction", "return self.digest"),
     Mutation(SHARES, "test_20_a_share_that_is_not", "share-is-in-the-field"),
-    Mutation(SHARES, "test_21_one_wrong or test_21_wrong", "rebuilt-secret-fits", "if True:"),
     Mutation(SHARES, "test_21_a_share", "share-is-of-its-kind", "is_right_kind = True"),
+    # 70-72: who lied about a share
+    Mutation(SHARES, "test_70_all", "revealed-share-is-the-dealt-one", "True,"),
+    Mutation(SHARES, "test_70_after", "revealed-share-is-the-dealt-one", "True,"),
+    Mutation(SHARES, "test_71_liars", "revealed-share-is-the-dealt-one", "True,"),
+    Mutation(SHARES, "test_71_a_dealer", "share-fits-its-commitment", "True,"),
+    Mutation(SHARES, "test_72_shares_that", "rebuilt-secret-fits", "if True:"),
+    Mutation(SHARES, "test_72_shares_of", "corrected-secret-fits", "if True:"),
+    Mutation(COORDINATOR, "test_72_", "who-lied-is-left-out", "for owner, violation in ():"),
     # 22-25: uploads
     Mutation(SURVIVORS, "test_22_", "self-mask-is-added", ""),
     Mutation(UPLOADS, "test_23_a_second", "one-answer-a-step"),

@@ -1,19 +1,25 @@
-"""Attacks 13, 20 and 21: shares that are swapped, forged, cut, too few, or wrong."""
+"""Attacks 13, 20, 21 and 70 to 73: shares that are swapped, forged, cut, too few, or wrong, and who is named for it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from common import saved_state
 from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, TooFewOwners
-from common.messages import Acknowledgements, KeyShares, SharesRevealed, SharesSealed
+from common.messages import Acknowledgements, KeyBook, KeyShares, Message, SharesRevealed, SharesSealed
 from common.summation import key_agreement, secret_sharing
+from common.summation.masked.coordinator import MaskedCoordinator
+from common.summation.protocol import SavedOpening, Total, drive
 from common.summation.records import RevealedShare, SealedShare, ShareDelivery
-from tests.support.malicious import MaliciousCoordinator, delivered, flip
+from tests.support.malicious import MaliciousCoordinator, flip
+from tests.support.sums import repeating_bytes
 
 Change = Callable[[dict[int, ShareDelivery]], None]
+Shares = dict[int, bytes]  # point -> share
 
 
 def send_shares(change: Change, why: str, *, manifests: Callable[[bytes], bytes] = lambda data: data) -> None:
@@ -43,11 +49,11 @@ def test_20_a_forged_share_with_a_manifest_that_fits() -> None:
 
     def forge(deliveries: dict[int, ShareDelivery]) -> None:
         nonlocal forged
-        forged = flip(deliveries[1].sealed)
-        deliveries[1] = replace(deliveries[1], sealed=forged)
+        deliveries[1] = replace(deliveries[1], sealed=flip(deliveries[1].sealed))
+        forged = deliveries[1].digest
 
     def adapt(manifests: bytes) -> bytes:
-        return hashlib.sha256(forged).digest() + manifests[32:]
+        return forged + manifests[32:]
 
     send_shares(forge, "the signature of o1 is not valid", manifests=adapt)
 
@@ -95,13 +101,14 @@ def colluder_seals(plain: Callable[[bytes], bytes], direction: tuple[int, int] =
     evil.honest_until(KeyShares)
     book, seed = evil.side._book, evil.owners["o1"].channel_seed
     honest = next(m for m in evil.received["o1"] if isinstance(m, SharesSealed))
-    shares = {share.owner: share.sealed for share in SealedShare.unpack_all(honest.shares)}
+    shares = {share.owner: share for share in SealedShare.unpack_all(honest.shares)}
     key = book.seal_key(seed, 1, 0, 1)
-    opened = key_agreement.open_sealed(key, shares[0], book.associated_data(1, 0))
-    shares[0] = key_agreement.seal(key, plain(opened), book.associated_data(*direction))
-    manifest = b"".join(hashlib.sha256(shares[owner]).digest() for owner in sorted(shares))
+    opened = key_agreement.open_sealed(key, shares[0].sealed, book.associated_data(1, 0))
+    sealed = key_agreement.seal(key, plain(opened), book.associated_data(*direction))
+    shares[0] = replace(shares[0], sealed=sealed)
+    manifest = b"".join(shares[owner].digest for owner in sorted(shares))
     body = book.digest + honest.commitment + manifest
-    packed = SealedShare.pack_all(SealedShare(owner, sealed) for owner, sealed in shares.items())
+    packed = SealedShare.pack_all(shares.values())
     signature = evil.identities["o1"].sign(Domain.SIGN_SHARES, evil.terms.session, body)
     evil.side._take_shares(1, replace(honest, shares=packed, signature=signature))
     return evil
@@ -136,17 +143,42 @@ def test_13_too_few_senders_of_shares(missing: tuple[int, ...]) -> None:
         evil.send("o0", replace(request, deliveries=ShareDelivery.pack_all(kept), manifests=manifests))
 
 
-def revealing(wrong: set[str], *, lie: Callable[[bytes], bytes]) -> MaliciousCoordinator:
-    """All but the last step, honest; then the owners in `wrong` reveal something else, signed."""
-    evil = MaliciousCoordinator()
-    for owner, request in evil.honest_until(Acknowledgements).items():
-        reply = evil.send(owner, request)
-        assert isinstance(reply, SharesRevealed)
-        if owner in wrong:
-            records = [replace(each, share=lie(each.share)) for each in RevealedShare.unpack_all(reply.shares)]
-            reply = signed_reveal(evil, owner, reply, RevealedShare.pack_all(records))
-        evil.side.receive(owner, delivered(reply))
-    return evil
+Reveal = Callable[[RevealedShare], RevealedShare]
+Deal = Callable[[Shares], Shares]
+
+
+def play(
+    evil: MaliciousCoordinator,
+    named: dict[str, str],
+    *,
+    reveal: Mapping[str, Reveal] | None = None,
+    deal: Mapping[str, Deal] | None = None,
+) -> Total:
+    """Drive a sum in which some owners reveal or deal other shares, signed. `named`: who is excluded for what."""
+
+    def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+        for owner, request in requests.items():
+            with pytest.MonkeyPatch.context() as patch:
+                if owner in (deal or {}) and isinstance(request, KeyBook):
+                    patch.setattr(secret_sharing, "split", lambda *what: deal[owner](split(*what)))  # noqa: B023
+                reply = evil.send(owner, request)
+            if owner in (reveal or {}) and isinstance(reply, SharesRevealed):
+                records = map(reveal[owner], RevealedShare.unpack_all(reply.shares))
+                reply = signed_reveal(evil, owner, reply, RevealedShare.pack_all(records))
+            yield owner, reply
+
+    def exclude(owner: str, violation: RemoteProtocolError) -> None:
+        named[owner] = violation.message
+
+    split = secret_sharing.split
+    total = drive(evil.side, exchange, exclude)
+    for owner, violation in evil.side.violations.items():
+        exclude(owner, violation)
+    return total
+
+
+def is_everybody_s_sum(evil: MaliciousCoordinator, total: Total) -> bool:
+    return bool(abs(total.vector - sum(evil.vectors.values())).max() < 1e-12)
 
 
 def signed_reveal(evil: MaliciousCoordinator, owner: str, reply: SharesRevealed, shares: bytes) -> SharesRevealed:
@@ -159,17 +191,101 @@ def other_share(share: bytes) -> bytes:
     return ((2 * int.from_bytes(share) + 1) % secret_sharing.PRIME).to_bytes(33)
 
 
-def test_21_one_wrong_share_at_reveal_is_passed_over() -> None:
-    evil = revealing({"o2"}, lie=other_share)
-    evil.side.end_step()
-    total = evil.side.total()
-    assert abs(total.vector - sum(evil.vectors.values())).max() < 1e-12
+def other(record: RevealedShare) -> RevealedShare:
+    return replace(record, share=other_share(record.share))
 
 
-def test_21_wrong_shares_that_leave_no_honest_group_stop_the_sum() -> None:
-    evil = revealing({"o2", "o3"}, lie=other_share)
-    with pytest.raises(RemoteProtocolError, match="do not fit its commitment"):
-        evil.side.end_step()
+def at(*points: int) -> Callable[[Shares], Shares]:
+    """Deals wrong shares at these points."""
+    return lambda shares: {point: other_share(share) if point in points else share for point, share in shares.items()}
+
+
+@pytest.mark.parametrize("count", [5, 15, 24])
+def test_70_all_lying_shares_that_the_sum_can_spare_are_named_and_it_survives(count: int) -> None:
+    """From 15 owners on, one used to be enough to end it: too many groups of shares contain a wrong one."""
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator(count, needed=count * 4 // 5, colluders=1)
+    liars = [f"o{index}" for index in range(count - count * 4 // 5)]
+    total = play(evil, named, reveal=dict.fromkeys(liars, other))
+    assert is_everybody_s_sum(evil, total)
+    assert list(named) == liars
+    assert all("is not the one that it was dealt: it lied" in why for why in named.values())
+
+
+def test_70_after_a_restart_too_a_lying_share_is_named() -> None:
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator()
+    evil.honest_until(Acknowledgements)
+    opening = evil.side.opening()
+    assert opening is not None
+    state = saved_state.from_json(SavedOpening, saved_state.to_json(SavedOpening, opening.state))
+    evil.side = MaskedCoordinator.reopen(evil.terms, replace(opening, state=state))
+    assert is_everybody_s_sum(evil, play(evil, named, reveal={"o2": other}))
+    assert list(named) == ["o2"]
+
+
+def test_70_more_liars_than_the_sum_can_spare_stop_it_and_each_is_named() -> None:
+    named: dict[str, str] = {}
+    with pytest.raises(TooFewOwners, match=r"o2 .*o3 "):
+        play(MaliciousCoordinator(), named, reveal={"o2": other, "o3": other})
+    assert list(named) == ["o2", "o3"]
+
+
+def test_71_a_dealer_cannot_make_its_honest_neighbour_look_like_the_liar() -> None:
+    """It seals another share for o0 than it commits to. Only o0 can see that, and stops before it has sent anything."""
+    evil = colluder_seals(lambda plain: plain[:2] + other_share(plain[2:35]) + plain[35:])
+    with evil.refused("o0", "not the one that its sender committed to: o1 lied, and only this owner can see it"):
+        evil.send("o0", evil.side._key_shares(0))
+
+
+def test_71_liars_above_the_decoding_radius_cannot_make_an_honest_owner_look_like_one() -> None:
+    """They add to o0's polynomial another one that is zero at zero and at two honest points: the secret stays, and all
+    but one share agree with the false polynomial. Decoding alone would name o2, who is honest.
+    """
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator(7, needed=4, colluders=0)
+    liars = [f"o{index}" for index in range(3, 7)]
+    assert evil.terms.neighbourhood.threshold == 4
+
+    def bend(record: RevealedShare, point: int) -> RevealedShare:
+        if record.owner != 0:
+            return record
+        value = int.from_bytes(record.share) + point * (point - 1) * (point - 2)
+        return replace(record, share=(value % secret_sharing.PRIME).to_bytes(33))
+
+    with pytest.raises(TooFewOwners):
+        play(evil, named, reveal={name: partial(bend, point=evil.terms.indices[name] + 1) for name in liars})
+    assert list(named) == liars
+
+
+LIED = "Unmasking: owner o3 lied: the shares of its secret do not fit what it committed to"
+
+
+@pytest.mark.parametrize(("points", "is_needed"), [((1,), True), ((2, 5, 9), True), ((13, 14, 15), False)])
+def test_72_shares_that_were_dealt_wrong_are_corrected_and_their_dealer_is_named(
+    points: tuple[int, ...], is_needed: bool
+) -> None:
+    """It committed to them, so its neighbours reveal what they were dealt. None of them is named."""
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator(15, needed=12, colluders=1)
+    total = play(evil, named, deal={"o3": at(*points)})
+    assert is_everybody_s_sum(evil, total)
+    assert named == ({"o3": LIED} if is_needed else {})
+
+
+def test_72_beyond_the_decoding_radius_the_sum_fails_and_the_dealer_alone_is_named() -> None:
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator(15, needed=12, colluders=1)
+    with pytest.raises(RemoteProtocolError, match=f"{LIED}. No total was computed"):
+        play(evil, named, deal={"o3": at(1, 2, 3, 4)})
+    assert not named
+
+
+def test_72_shares_of_another_secret_than_the_one_committed_to_name_their_dealer() -> None:
+    """They fit together, so only the commitment shows it. The sum would be wrong, and nobody would know."""
+    another = secret_sharing.split(b"another".ljust(32), 4, range(1, 6), repeating_bytes())
+    with pytest.raises(RemoteProtocolError, match=f"{LIED}. No total was computed"):
+        play(MaliciousCoordinator(), {}, deal={"o3": lambda shares: another})
 
 
 def test_21_a_share_of_the_wrong_kind_or_owner_or_signature_is_refused() -> None:

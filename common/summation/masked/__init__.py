@@ -8,7 +8,7 @@ long-lived keys are pinned in the agreement. Threshold, roster, bounds and layou
                                                             secrets and the session is over
     AdvertiseKeys     OpenSum             KeysAdvertised    agreement, layout, round, ledger (client/owner.py)
     ShareKeys         KeyBook             SharesSealed      pinned signatures, own entry, distinct keys, enough owners
-    MaskedInput       KeyShares           MaskedPart 0      senders in the book, their signatures, seals, enough senders
+    MaskedInput       KeyShares           MaskedPart 0      senders in the book, signatures, seals, commitments, enough
                       PartRequest         MaskedPart k      part k is the next one, or the same bytes as sent before
     ConsistencyCheck  SurvivorList        SurvivorsSigned   a subset of the book with my upload in it, enough owners
     Unmasking         Acknowledgements    SharesRevealed    a quorum signed the same list as I did; if a restarted
@@ -20,6 +20,9 @@ i dropped out although its upload arrived: the neighbours then help to rebuild s
 survived they help to rebuild b_i, never s_i*. Both secrets of one owner would open x_i. So no honest owner signs two
 survivor lists in one session, and none reveals anything before a quorum t = floor((N + c) / 2) + 1 has signed its own
 list. Two quorums share an honest owner.
+
+Each owner also commits to every share that it deals, under its signature. So whoever reveals another share is named,
+and so is a dealer whose shares do not fit together. No honest owner can be made to look like the liar.
 
 Every sum is a session of its own with fresh keys. A multi-round method runs one session for each round: keys that lived
 on across rounds would have to be kept while nobody knows yet who will survive the next round.

@@ -70,6 +70,11 @@ class Book:
     def commitment(self, owner: int, self_seed: bytes) -> bytes:
         return hashlib.sha256(Domain.SEED_COMMITMENT.value + self.digest + index_bytes(owner) + self_seed).digest()
 
+    def share_commitment(self, sender: int, recipient: int, kind: bytes, share: bytes) -> bytes:
+        """What a sender publishes of one share. A share is uniform in the field, so this hides it."""
+        about = self.digest + _direction(sender, recipient) + kind
+        return hashlib.sha256(Domain.SHARE_COMMITMENT.value + about + share).digest()
+
     def associated_data(self, sender: int, recipient: int) -> bytes:
         return self.digest + _direction(sender, recipient)  # check: seals-name-their-direction
 

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, islice
 from typing import Self
 
 import numpy as np
@@ -42,15 +42,13 @@ from common.summation.masked.phases import Phase
 from common.summation.protocol import DONE, CoordinatorSide, CoordinatorStep, Opening, SavedOpening, SumTerms
 from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
 
-MAX_SHARE_SUBSETS = 2000  # how many groups of shares the coordinator tries if an owner revealed a wrong one
-
 
 @dataclass(frozen=True)
 class Sealed:
-    """What one owner sent to its neighbours."""
+    """What one owner sent to its neighbours: `shares` by recipient."""
 
     commitment: bytes
-    shares: Mapping[int, bytes]
+    shares: Mapping[int, SealedShare]
     manifest: bytes
     signature: bytes
 
@@ -69,6 +67,7 @@ class MaskedCoordinator(CoordinatorSide):
         self._is_first_upload = True
         self._part_digests: dict[int, dict[int, bytes]] = {}
         self._survivors = b""
+        self._dealt: dict[int, Mapping[int, bytes]] = {}  # dealer -> recipient -> commitment to the share to reveal
         self._signed: dict[int, bytes] = {}
         self._revealed: dict[tuple[int, bytes], dict[int, bytes]] = {}  # (owner, kind) -> point -> share
 
@@ -99,10 +98,10 @@ class MaskedCoordinator(CoordinatorSide):
         shares = SealedShare.unpack_all(reply.shares)
         recipients = tuple(share.owner for share in shares)
         require(recipients == self._book.neighbours[index], f"{Phase.SHARE_KEYS}: not one share for each neighbour")
-        manifest = b"".join(hashlib.sha256(share.sealed).digest() for share in shares)
+        manifest = b"".join(share.digest for share in shares)
         body = shares_body(self._book, reply.commitment, manifest)
         verify_owner(self._terms, index, Domain.SIGN_SHARES, body, reply.signature)
-        by_recipient = {share.owner: share.sealed for share in shares}
+        by_recipient = {share.owner: share for share in shares}
         self._sealed[index] = Sealed(reply.commitment, by_recipient, manifest, reply.signature)
 
     # --- MaskedInput ---
@@ -118,7 +117,15 @@ class MaskedCoordinator(CoordinatorSide):
             if sender in self._sealed:
                 sealed = self._sealed[sender]
                 share = sealed.shares[recipient]
-                deliveries.append(ShareDelivery(sender, sealed.commitment, share, sealed.signature))
+                delivery = ShareDelivery(
+                    sender,
+                    sealed.commitment,
+                    share.sealed,
+                    share.self_commitment,
+                    share.mask_commitment,
+                    sealed.signature,
+                )
+                deliveries.append(delivery)
                 manifests.append(sealed.manifest)
         return KeyShares(
             session=self._terms.request.session,
@@ -143,6 +150,12 @@ class MaskedCoordinator(CoordinatorSide):
         if self._accumulator.advance():
             return False
         self._survivors = Survivor.pack_all(self._survivor_records())
+        survivors = self._survivor_indices()
+        for dealer, sealed in self._sealed.items():
+            self._dealt[dealer] = {
+                recipient: share.self_commitment if dealer in survivors else share.mask_commitment
+                for recipient, share in sealed.shares.items()
+            }
         return True
 
     def _survivor_records(self) -> list[Survivor]:
@@ -181,8 +194,23 @@ class MaskedCoordinator(CoordinatorSide):
             is_right_kind = record.kind == (SELF if record.owner in survivors else MASK)  # check: share-is-of-its-kind
             require(is_right_kind, f"{Phase.UNMASKING}: a share of the wrong kind")
             secret_sharing.read_share(record.share)
+            self._check_is_the_dealt_share(index, record)
         for record in records:
             self._revealed.setdefault((record.owner, record.kind), {})[index + 1] = record.share
+
+    def _check_is_the_dealt_share(self, index: int, record: RevealedShare) -> None:
+        """Raise RemoteProtocolError for a share other than the one that its dealer committed to.
+
+        The revealer had checked the commitment, so it lies now. The dealer's signature and its own prove it to anybody.
+        """
+        if record.owner == index:  # nobody else holds it: if it is wrong, the dealer is the liar
+            return
+        revealed = self._book.share_commitment(record.owner, index, record.kind, record.share)
+        require(
+            revealed == self._dealt[record.owner][index],  # check: revealed-share-is-the-dealt-one
+            f"{Phase.UNMASKING}: its share of {self._terms.names[record.owner]}'s secret is not the one that it was "
+            "dealt: it lied",
+        )
 
     def _unmask(self) -> bool:
         """Remove the survivors' self masks, and the pair masks that owners who dropped out left behind."""
@@ -209,7 +237,10 @@ class MaskedCoordinator(CoordinatorSide):
         )
 
     def _rebuild(self, owner: int, kind: bytes, fits: Callable[[bytes], bool]) -> bytes:
-        """Rebuild an owner's secret from the revealed shares, passing over groups that contain a wrong one."""
+        """An owner's secret, from the revealed shares.
+
+        Each of them is what the owner itself dealt, or revealed. So if they do not fit together, it has lied.
+        """
         shares, threshold = self._revealed.get((owner, kind), {}), self._terms.neighbourhood.threshold
         name = self._terms.names[owner]
         if len(shares) < threshold:
@@ -218,14 +249,21 @@ class MaskedCoordinator(CoordinatorSide):
                 "No total was computed",
                 hint="bring the missing owners back and run again",
             )
-        for points in islice(combinations(sorted(shares), threshold), MAX_SHARE_SUBSETS):
-            try:
-                seed = secret_sharing.reconstruct(shares, _coefficients(points))
-            except RemoteProtocolError:
-                continue
+        points = tuple(sorted(shares)[:threshold])
+        with suppress(RemoteProtocolError):
+            seed = secret_sharing.reconstruct(shares, _coefficients(points))
             if fits(seed):  # check: rebuilt-secret-fits
                 return seed
-        raise RemoteProtocolError(f"{Phase.UNMASKING}: the shares of {name}'s secret do not fit its commitment")
+        lie = f"{Phase.UNMASKING}: owner {name} lied: the shares of its secret do not fit what it committed to"
+        with suppress(RemoteProtocolError):
+            seed = secret_sharing.reconstruct_corrected(shares, threshold)
+            if fits(seed):  # check: corrected-secret-fits
+                self.violations[name] = RemoteProtocolError(lie)
+                return seed
+        raise RemoteProtocolError(
+            f"{lie}. No total was computed",
+            hint=f"the owners helped to open this sum, and will not open another: make a new agreement without {name}",
+        )
 
     # --- the end ---
 
@@ -244,6 +282,7 @@ class MaskedCoordinator(CoordinatorSide):
             remaining=tuple(sorted(self._remaining)),
             book=self._book.data,
             commitments={index: sealed.commitment for index, sealed in self._sealed.items()},
+            dealt=self._dealt,
             survivors=self._survivors,
             signatures=self._signed,
         )
@@ -256,6 +295,7 @@ class MaskedCoordinator(CoordinatorSide):
         side._phase = Phase.UNMASKING
         side._book = Book(terms, state.book)
         side._sealed = {index: Sealed(commitment, {}, b"", b"") for index, commitment in state.commitments.items()}
+        side._dealt = dict(state.dealt)
         side._survivors = state.survivors
         side._signed = dict(state.signatures)
         return side

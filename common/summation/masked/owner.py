@@ -106,18 +106,26 @@ class MaskedOwner(SavedMaskedOwner):
         points = [owner + 1 for owner in neighbourhood]
         self_shares = secret_sharing.split(self.self_seed, threshold, points, inputs.random_bytes)
         mask_shares = secret_sharing.split(self.mask_seed, threshold, points, inputs.random_bytes)
-        sealed = {}
+        sealed = []
         for other in book.neighbours[self._me]:
             key = book.seal_key(self.channel_seed, self._me, other, self._me)
-            plain = index_bytes(other) + self_shares[other + 1] + mask_shares[other + 1]
-            sealed[other] = key_agreement.seal(key, plain, book.associated_data(self._me, other))
+            self_share, mask_share = self_shares[other + 1], mask_shares[other + 1]
+            plain = index_bytes(other) + self_share + mask_share
+            sealed.append(
+                SealedShare(
+                    other,
+                    key_agreement.seal(key, plain, book.associated_data(self._me, other)),
+                    book.share_commitment(self._me, other, SELF, self_share),
+                    book.share_commitment(self._me, other, MASK, mask_share),
+                )
+            )
         commitment = book.commitment(self._me, self.self_seed)
-        manifest = b"".join(hashlib.sha256(sealed[other]).digest() for other in sorted(sealed))
+        manifest = b"".join(share.digest for share in sealed)
         reply = SharesSealed(
             session=request.session,
             owner=self.identity.name,
             commitment=commitment,
-            shares=SealedShare.pack_all(SealedShare(other, each) for other, each in sealed.items()),
+            shares=SealedShare.pack_all(sealed),
             signature=self._sign(Domain.SIGN_SHARES, shares_body(book, commitment, manifest)),
         )
         own = self_shares[self._me + 1] + mask_shares[self._me + 1]
@@ -154,10 +162,18 @@ class MaskedOwner(SavedMaskedOwner):
         sender = delivery.owner
         start = DIGEST_BYTES * book.neighbours[sender].index(self._me)
         sent = manifest[start : start + DIGEST_BYTES]
-        is_intact = hashlib.sha256(delivery.sealed).digest() == sent  # check: share-is-the-one-sent
+        is_intact = delivery.digest == sent  # check: share-is-the-one-sent
         require(is_intact, f"{Phase.MASKED_INPUT}: a share is not the one that was sent")
         body = shares_body(book, delivery.commitment, manifest)
         verify_owner(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)  # check: shares-are-signed
+        try:
+            return self._opened(book, delivery)
+        except RemoteProtocolError as lie:  # the sender signed what is sealed here, so nobody else altered it
+            name = self.terms.name_of(sender)
+            raise RemoteProtocolError(f"{lie.message}: {name} lied, and only this owner can see it") from None
+
+    def _opened(self, book: Book, delivery: ShareDelivery) -> bytes:
+        sender = delivery.owner
         key = book.seal_key(self.channel_seed, sender, self._me, self._me)
         plain = key_agreement.open_sealed(key, delivery.sealed, book.associated_data(sender, self._me))
         require(
@@ -166,6 +182,15 @@ class MaskedOwner(SavedMaskedOwner):
         shares = plain[2:]
         for share in _two_shares(shares):
             secret_sharing.read_share(share)  # check: share-is-in-the-field
+        # Otherwise the sender could make me look like the liar, who reveals another share than I was sent.
+        committed = [
+            book.share_commitment(sender, self._me, kind, share)
+            for kind, share in zip((SELF, MASK), _two_shares(shares), strict=True)
+        ]
+        require(
+            committed == [delivery.self_commitment, delivery.mask_commitment],  # check: share-fits-its-commitment
+            f"{Phase.MASKED_INPUT}: a share is not the one that its sender committed to",
+        )
         return shares
 
     def _give_part(self, request: PartRequest, inputs: Inputs) -> tuple[Self, Message]:
