@@ -10,6 +10,7 @@
     │   └── RemoteProtocolError  a peer sent what the protocol does not allow          exit 3
     ├── TooFewOwners             fewer owners are left than the agreement demands      exit 4
     ├── NumericalError           a number that should be finite is not                 exit 5
+    │   └── FalseTotal           a total is larger than honest owners can make it      exit 5
     ├── EngineError              the Flower engine did not do its part                 exit 1
     └── OwnerRefused             an owner answered with one of the codes above         that code's exit
 
@@ -74,6 +75,10 @@ class TooFewOwners(AmalgramError):  # noqa: N818 - the name is the sentence
 class NumericalError(AmalgramError):
     code = "numerical"
     exit_code = 5
+
+
+class FalseTotal(NumericalError):  # noqa: N818 - the name says it
+    pass
 
 
 class EngineError(AmalgramError):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from common import metrics, scaling
 from common.agreement import COORDINATOR, Agreement
-from common.errors import LocalProtocolError, NumericalError, SettingsError
+from common.errors import FalseTotal, LocalProtocolError, NumericalError, SettingsError
 from common.identity import Identity, read_identity
 from common.mapped import releasing
 from common.merge_methods import METHODS, contribution_layout
@@ -120,6 +120,8 @@ class MergeRun:
             for event in self.schedule.events:
                 self._handle(event)
             self._publish()
+        except FalseTotal:  # check: false-total-keeps-the-checkpoint
+            raise  # its masked sum is saved: if this machine computed it wrongly, the same command computes it again
         except NumericalError:  # the same totals would fail again; after any other error the same command resumes
             self.coordinator.checkpoint.remove()
             self.coordinator.finish()

@@ -36,6 +36,12 @@ class Accumulator:
 
     def fold(self, owner: str, part: int, payload: NDArray) -> None:
         """Add one owner's part. Raises RemoteProtocolError, and adds nothing, unless it is the part expected now."""
+        self.check(owner, part, payload)
+        self.vector[self.slices[self.part]] += payload
+        release(self.vector)
+
+    def check(self, owner: str, part: int, payload: NDArray) -> None:
+        """Raise RemoteProtocolError unless this is the part expected now."""
         position = self.slices[self.part]
         expected = position.stop - position.start
         if part != self.part or payload.shape != (expected,) or payload.dtype != self.vector.dtype:  # check: part-fits
@@ -43,8 +49,6 @@ class Accumulator:
                 f"sum: owner {owner} sent {payload.size} {payload.dtype} numbers as part {part}, "
                 f"but part {self.part} has {expected} {self.vector.dtype} numbers"
             )
-        self.vector[position] += payload
-        release(self.vector)
 
     def drop_owner(self) -> None:
         """Start again, at the next `advance`, if parts of the owner that dropped out are in the sum."""

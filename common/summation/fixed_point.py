@@ -15,7 +15,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import NumericalError, SettingsError
+from common.errors import FalseTotal, NumericalError, RemoteProtocolError, SettingsError
 from common.mapped import release
 from common.tensor_layout import RingBits, TensorEntry, TensorLayout
 
@@ -76,22 +76,45 @@ def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -
 def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num_summed: int) -> NDArray[np.float64]:
     """Decode the sum in `words`, over `num_summed` of the `num_owners` owners, in place; returns it as float64.
 
-    Raises NumericalError if a number is larger than that many honest owners can make it.
+    Raises FalseTotal if a number is larger than that many honest owners can make it.
     """
     signed, decoded = numbers(layout, words).view(f"<i{layout.dtype.itemsize}"), words.view("<f8")
     for entry, position in reversed(layout.positions()):
         bits = fraction_bits(entry.bound, num_owners, layout.ring_bits)
-        largest = num_summed * (int(Fraction(entry.bound) * 2**bits) + 1)
+        largest = num_summed * _largest(entry, bits)
         for start in reversed(range(position.start, position.stop, CHUNK_NUMBERS)):  # see `encode`
             chunk = signed[start : min(start + CHUNK_NUMBERS, position.stop)]
-            if int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest:  # check: total-is-in-bounds
-                raise NumericalError(
+            if _exceeds(chunk, largest):  # check: total-is-in-bounds
+                raise FalseTotal(
                     f"sum: {entry.name} exceeds {num_summed} owners times the bound {entry.bound:g}: an owner sent a "
-                    "false vector, or the masks did not cancel. Nothing was published"
+                    "false vector, and the sum hides who it was. Nothing was published",
+                    hint="owners contribute once: find out together, then make a new agreement; if this machine may be "
+                    "at fault, run the same command again",
                 )
             decoded[start : start + len(chunk)] = np.ldexp(chunk.astype(np.float64), -bits)
         release(words)
     return decoded
+
+
+def check_one(layout: TensorLayout, position: slice, part: NDArray, owner: str, num_owners: int) -> None:
+    """Raise RemoteProtocolError if one owner's encoded numbers at `position` of a vector exceed their bounds."""
+    signed = part.view(f"<i{part.itemsize}")
+    for entry, whole in layout.positions():
+        chunk = signed[max(whole.start - position.start, 0) : max(whole.stop - position.start, 0)]
+        largest = _largest(entry, fraction_bits(entry.bound, num_owners, layout.ring_bits)) if len(chunk) else 0
+        if _exceeds(chunk, largest):  # check: plain-part-is-in-bounds
+            raise RemoteProtocolError(
+                f"sum: owner {owner} sent a value of {entry.name} beyond the agreed bound {entry.bound:g}"
+            )
+
+
+def _largest(entry: TensorEntry, bits: int) -> int:
+    """The largest integer that one number within the bound can become."""
+    return int(Fraction(entry.bound) * 2**bits) + 1
+
+
+def _exceeds(chunk: NDArray, largest: int) -> bool:
+    return int(chunk.max(initial=0)) > largest or int(chunk.min(initial=0)) < -largest
 
 
 def _out_of_bound(entry: TensorEntry, chunk: NDArray[np.float64]) -> NumericalError:

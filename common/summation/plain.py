@@ -21,6 +21,7 @@ from common.errors import LocalProtocolError, RemoteProtocolError
 from common.identity import Identity
 from common.messages import Message, PartRequest, SumOpened, VectorPart
 from common.saved_state import SavedState
+from common.summation import fixed_point
 from common.summation.protocol import (
     DONE,
     CoordinatorSide,
@@ -121,7 +122,11 @@ class PlainCoordinator(CoordinatorSide):
         """Nothing to keep: the owner is ready."""
 
     def _fold(self, index: int, reply: VectorPart) -> None:
-        self._accumulator.fold(reply.owner, reply.part, reply.payload)
+        terms, accumulator = self._terms, self._accumulator
+        accumulator.check(reply.owner, reply.part, reply.payload)
+        position = accumulator.slices[accumulator.part]
+        fixed_point.check_one(terms.layout, position, reply.payload, reply.owner, len(terms.roster))
+        accumulator.fold(reply.owner, reply.part, reply.payload)
 
     def _end_part(self) -> bool:
         return not self._accumulator.advance()

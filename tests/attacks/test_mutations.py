@@ -206,7 +206,7 @@ TABLE = [
     Mutation(SHARES, "test_72_shares_that", "rebuilt-secret-fits", "if True:"),
     Mutation(SHARES, "test_72_shares_of", "corrected-secret-fits", "if True:"),
     Mutation(COORDINATOR, "test_72_", "who-lied-is-left-out", "for owner, violation in ():"),
-    # 22-25: uploads
+    # 22-25, 76: uploads
     Mutation(SURVIVORS, "test_22_", "self-mask-is-added", ""),
     Mutation(UPLOADS, "test_23_a_second", "one-answer-a-step"),
     Mutation(UPLOADS, "test_23_another", "same-part-again"),
@@ -226,6 +226,8 @@ TABLE = [
     Mutation(UPLOADS, "test_25_a_total_of_32", "total-is-in-bounds"),
     Mutation(SUM, "test_a_total_beyond", "total-is-in-bounds"),
     Mutation(SUM, "test_a_vector_that_changed", "sent-parts-never-change"),
+    Mutation(UPLOADS, "test_76_a_random", "false-total-keeps-the-checkpoint", "except ZeroDivisionError:"),
+    Mutation(UPLOADS, "test_76_a_false", "plain-part-is-in-bounds"),
     # 28, 29: contribute once
     Mutation(PROCESS, "test_28_", "contributed-once"),
     Mutation(PROCESS, "test_29_all", "offered-from-the-first-part", "if side.reveals:"),

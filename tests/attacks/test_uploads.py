@@ -1,22 +1,40 @@
-"""Attacks 23 to 25: owners that upload twice, or something else, or NaN; values at the bound and beyond it."""
+"""Attacks 23 to 25 and 76: owners that upload twice, or something else, or NaN; values at the bound and beyond it."""
 
 import hashlib
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.owner import Owner
 from common.domain_separation import Domain
-from common.errors import LocalProtocolError, NumericalError, RemoteProtocolError, SettingsError
-from common.messages import KeyShares, MaskedPart, PartRequest, SurvivorList, decode, encode
+from common.errors import FalseTotal, LocalProtocolError, NumericalError, RemoteProtocolError, SettingsError
+from common.messages import (
+    Acknowledgements,
+    Finish,
+    KeyShares,
+    MaskedPart,
+    Message,
+    PartRequest,
+    RollCall,
+    SumOpened,
+    SurvivorList,
+    VectorPart,
+    decode,
+    encode,
+)
 from common.summation import fixed_point
 from common.summation.masked.book import part_body
+from common.summation.plain import PlainCoordinator
 from common.tensor_layout import RingBits, TensorLayout
+from server.merge import run_merge
 from tests.support.malicious import MaliciousCoordinator
-from tests.support.sums import layout_of
+from tests.support.parties import OwnersChannel, parties_with_method
+from tests.support.sums import identities_of, layout_of, terms_of
 
 
 def first_part(evil: MaliciousCoordinator) -> MaskedPart:
@@ -193,6 +211,53 @@ def test_25_a_total_of_32_bits_beyond_its_owners_bounds_is_refused(sum_of_two: i
     fixed_point.numbers(layout, words)[0] = sum_of_two % 2**32
     with pytest.raises(NumericalError, match="t0 exceeds 2 owners times the bound 8"):
         fixed_point.decode(layout, words, 3, 2)
+
+
+class RandomVector(OwnersChannel):
+    """The first owner follows the protocol with a random vector, which is a lie that no message shows."""
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        if node == 0 and isinstance(request, KeyShares):
+            state = Owner(self.files[node]).state
+            layout = state.read_layout("vector")
+            vector = state.open_array("vector", layout.size, "<u8", writable=True)
+            vector[:] = np.random.default_rng(1).integers(0, 2**63, layout.size, "<u8")
+        return super().answer(node, request)
+
+
+def test_76_a_random_vector_in_a_masked_sum_names_nobody_and_costs_no_checkpoint(
+    reviews_folder: Path, tmp_path: Path
+) -> None:
+    """The error used to remove what was summed, although another start can help if this machine computed wrongly."""
+    with parties_with_method(reviews_folder, tmp_path, "average") as parties:
+        (parties.output / ".amalgram").touch()
+        channel, again = RandomVector(parties.files), OwnersChannel(parties.files)
+        with pytest.raises(FalseTotal, match="an owner sent a false vector, and the sum hides who it was"):
+            run_merge(parties.coordinator, channel)
+        with pytest.raises(FalseTotal):
+            run_merge(parties.coordinator, again)
+    assert (Finish,) not in channel.kinds
+    assert again.kinds == [(RollCall,), (Acknowledgements,)]
+
+
+def test_76_a_false_vector_in_a_plain_sum_names_its_owner() -> None:
+    identities, layout = identities_of(3), layout_of(2, 4)
+    terms = terms_of(identities, layout, needed=2)
+    side, session = PlainCoordinator(terms, terms.names), terms.request.session
+    for name in side.requests():
+        side.receive(name, SumOpened(session=session, owner=name))
+    side.end_step()
+    bits = fixed_point.fraction_bits(8.0, 3)
+    for value, is_false in ((8 * 2**bits + 2, True), (-8 * 2**bits - 2, True), (8 * 2**bits, False)):
+        side.requests()
+        for place in range(6):
+            payload = np.zeros(6, "<u8")
+            payload[place] = value % 2**64
+            part = VectorPart(session=session, owner="o1", part=0, payload=payload)
+            if is_false:
+                with pytest.raises(RemoteProtocolError, match=f"o1 sent a value of t{int(place > 1)} beyond"):
+                    side.receive("o1", part)
+    side.receive("o1", part)
 
 
 def test_a_bound_without_room_or_without_an_end_is_refused() -> None:
