@@ -22,6 +22,7 @@ TRIED = {
     "superlink/cli/flwr_serverapp.py": "dd5408fc7a702d59cb2e34edad1ac5560d8d6e3237026761fe52cc379bdfcb14",
     "superlink/extensions.py": "569829ba366c324e2c2b20022f33100208b7a3707ca8a444f7528a09f4e3bce1",
     "superlink/main.py": "3e94714b6f1433fdf74d9e640bc96cf92e5a62bd61216ddb5c18a306c8052920",
+    "superlink/routers/fleet/node_auth.py": "8646e6bfd8e5b47d062a03c824d1609ae1897c3e71f97b028be1381cd23b3255",
     "supernode/cli/flower_supernode.py": "e637b07a731536a63cb3d4e7d9293fef613c425b65363c4c64840aad263de1d9",
     "supernode/cli/flwr_clientapp.py": "e87dccf7a82b0447c6dac323c6bbfc1ffd2e70e7837d7f5c39b18b86b7b39c98",
     "supernode/fleet_http_connection.py": "8b90826f407ab5d30564379fd1d475f66565b87547ff612eb5672277e92a33c8",
@@ -37,6 +38,7 @@ RELIED_ON = {
     "superlink/cli/flwr_serverapp.py": ("flwr_serverapp",),  # the coordinator's app
     "superlink/extensions.py": ("get_middleware",),  # where the guard enters
     "superlink/main.py": ("_get_middleware", "create_app"),  # that the guard is outermost
+    "superlink/routers/fleet/node_auth.py": ("authenticate_node",),  # what a node's headers must prove
     "supernode/cli/flower_supernode.py": ("flower_supernode",),
     "supernode/cli/flwr_clientapp.py": ("flwr_clientapp",),  # an owner's app
     "supernode/fleet_http_connection.py": ("http_request_response",),  # the callbacks that the gate wraps

@@ -60,6 +60,7 @@ LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
+SERVER = "attacks/test_server.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -472,6 +473,13 @@ TABLE = [
     Mutation(LAUNCH, "test_an_answer_that_broke_off", "answer-is-whole", "if True:"),
     Mutation(LAUNCH, "test_another_version", "flower-is-of-that-version"),
     Mutation(LAUNCH, "test_a_changed_or_missing", "flower-is-as-released"),
+    # 90, 91: what a stranger can make the server hold
+    Mutation(SERVER, "test_90_a_stranger", "nodes-prove-their-keys-first"),
+    Mutation(SERVER, "test_90_a_stranger", "nodes-are-registered", "return True"),
+    Mutation(SERVER, "test_90_even_this_machine", "bodies-are-bounded"),
+    Mutation(SERVER, "test_90_headers", "heads-are-bounded", '"h11_max_incomplete_event_size": 1 << 30,'),
+    Mutation(SERVER, "test_91_a_request_that", "requests-arrive-in-time"),
+    Mutation(SERVER, "test_91_connections", "connections-are-bounded"),
     Mutation(DEPLOYMENT, "test_a_bundle_that_reads", "other-bundles-are-refused", "if True:"),
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "node-key-is-agreed"),
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "nodes-prove-their-keys"),

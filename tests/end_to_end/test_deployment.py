@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -26,6 +25,7 @@ from tests.support.network import (
     OWNERS,
     Command,
     Network,
+    outside_address,
     running,
     set_up,
     set_up_example,
@@ -75,12 +75,6 @@ def status_of(network: Network, host: str, path: str, method: str = "POST") -> i
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-
-
-def outside_address() -> str | None:
-    """An address of this machine that is none of the loopback, if it has one."""
-    addresses = [each for found in psutil.net_if_addrs().values() for each in found if each.family == socket.AF_INET]
-    return next((each.address for each in addresses if not each.address.startswith("127.")), None)
 
 
 def test_from_another_address_the_server_shows_the_owners_interface_alone(network: Network, server: Command) -> None:

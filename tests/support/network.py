@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -148,3 +149,9 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) 
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.2)
+
+
+def outside_address() -> str | None:
+    """An address of this machine that is none of the loopback, if it has one."""
+    addresses = [each for found in psutil.net_if_addrs().values() for each in found if each.family == socket.AF_INET]
+    return next((each.address for each in addresses if not each.address.startswith("127.")), None)
