@@ -9,15 +9,13 @@ name other models, modules or code to fetch, import or run are never followed. U
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from common.errors import ModelError, first_line
 from common.lazy import lazy_module
+from common.models.files import inside, read_json, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -86,13 +84,8 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """The keys of adapter_config.json that are used."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"model {folder}: its {ADAPTER_CONFIG} cannot be used: {first_line(error)}", hint=SAVE_AGAIN
-        ) from None
+    config = read_json(folder, ADAPTER_CONFIG)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(
             f"model {folder}: its adapter is of type {kind}; only LORA can be merged into weights here",
@@ -113,14 +106,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, Tensor] = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"model {folder}: its {ADAPTER_WEIGHTS} cannot be read: {first_line(error)}", hint=SAVE_AGAIN
-        ) from None
+    tensors = dict(read_tensors(inside(folder, ADAPTER_WEIGHTS)))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ModelError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from functools import cache
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.agreement import Agreement
 from common.errors import ModelError, first_line
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from common.models.files import DOWNLOAD_AGAIN, read_json, without_code
 from common.models.manifest import READ, check_manifest, only_files_read
 from common.text import as_line
 
@@ -16,7 +22,9 @@ if TYPE_CHECKING:
 
 HUB_PATTERNS = [*READ, "*.json", "*.safetensors", "README.md"]  # the model card names the licence
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
-DOWNLOAD_AGAIN = "save the model again, or download it again; the file may be damaged or incomplete"
+# Keys that a configuration class reads although it does not declare them.
+LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta")
+WRAPPERS = ("timm_wrapper",)  # model types whose code is another library's, chosen by a name in the configuration
 
 BaseOrigin = Literal["hub", "own folder", "folder of the drafter"]
 
@@ -123,15 +131,42 @@ def _check_files(folder: Path, config: str, weights: str) -> None:
 
 
 def read_config(folder: Path, **changes: Any) -> Any:
-    """The configuration in a model folder, with `changes`. Code that it names is never run."""
-    from transformers import AutoConfig
+    """The configuration in a model folder, with `changes`. Only keys that describe a model of its type are used."""
+    from transformers import CONFIG_MAPPING
 
+    values = read_json(folder, "config.json")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or kind in WRAPPERS:  # check: code-is-of-transformers
+        raise ModelError(
+            f"model {folder}: its model_type {kind!r} is none of transformers' own",
+            hint="only models whose code is part of transformers can be merged",
+        )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **changes)
-    except (OSError, ValueError, KeyError) as error:
+        config_class = CONFIG_MAPPING[kind]
+        return config_class(**_describing(without_code(values), config_class) | changes)
+    except Exception as error:  # odd values can make the library raise anything
         raise ModelError(
             f"model {folder}: its config.json cannot be used: {first_line(error)}", hint=DOWNLOAD_AGAIN
         ) from None
+
+
+def _describing(values: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """The keys of a configuration that its class declares, or that the models of this type read; and numbers."""
+    known = _known_keys(config_class)
+    return {
+        key: value
+        for key, value in values.items()
+        if key != "model_type"
+        and (key in known or isinstance(value, int | float))  # check: configurations-describe-models
+    }
+
+
+@cache
+def _known_keys(config_class: Any) -> frozenset[str]:
+    declared = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
+    models = find_spec(config_class.__module__.replace(".configuration_", ".modeling_"))
+    read = re.findall(r"\w+", Path(models.origin).read_text()) if models and models.origin else []
+    return frozenset({*declared, *signature(config_class.__init__).parameters, *read, *LEGACY_KEYS})
 
 
 def base_labels(folder: Path) -> tuple[str, ...]:
@@ -181,10 +216,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with only_files_read(folder) as files:
             tokenizer = AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # a broken tokenizer can make the library raise anything
         raise ModelError(
             f"model {folder}: its tokenizer cannot be loaded: {first_line(error)}", hint=DOWNLOAD_AGAIN
         ) from None
+    tokenizer.name_or_path = str(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from common.agreement import Agreement, Task, TaskKind
 from common.errors import ModelError, first_line
 from common.lazy import lazy_module
 from common.models.adapter import is_adapter, with_adapter
-from common.models.folders import DOWNLOAD_AGAIN, load_tokenizer, named_labels, read_config
+from common.models.files import DOWNLOAD_AGAIN, read_json, read_tensors, weight_files, without_code
+from common.models.folders import load_tokenizer, named_labels, read_config
 from common.models.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -33,7 +32,8 @@ else:
 # The median over weight matrices of |W_i - W_0| / |W_0|. Unrelated weights are at 1 or above, however they are scaled.
 # MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 are below 0.4.
 MOST_MEDIAN_CHANGE = 0.8
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
+FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
+LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -210,15 +210,14 @@ def _check_labels(folder: Path, task: Task) -> None:
 
 def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
     """The model, checked, and the names of the parameters that its files lack."""
-    read_config(folder)
-    stored = _stored_types(folder)
-    model, missing, mismatched = _from_pretrained(folder, task, seed)
+    tensors = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
+    model, missing, mismatched = _from_tensors(folder, tensors, task, seed)
     for name in sorted(mismatched - set(private_head(model, task))):
         raise ModelError(
             f"model {folder}: parameter {name} does not have the shape that config.json gives it",
             hint="check that config.json and the weights belong together",
         )
-    _check_types(model, stored, folder)
+    _check_types(model, tensors, folder)
     _check_finite(model, folder)
     for module in model.modules():  # chunks change no output, but inside a chunk the shape does not reveal padding
         if hasattr(module, "chunk_size_feed_forward"):
@@ -227,18 +226,24 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
     return model, sorted(missing)
 
 
-def _from_pretrained(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """The model as transformers loads it, then the parameters that are missing and those of another shape."""
+def _from_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], task: Task, seed: int
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model that transformers makes of its configuration and tensors, then the parameters that are missing and
+    those of another shape.
+    """
+    config = read_config(folder, **_head(task))
+    generation = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model, found = getattr(transformers, AUTO_CLASSES[task.kind]).from_pretrained(
-                folder,
-                **_head(task),
+            model, found = _model_class(config, task).from_pretrained(
+                None,
+                config=config,
+                # Without quantised weights, at which the loader would stumble before _check_types can name them.
+                state_dict={name: tensor for name, tensor in tensors.items() if _type_of(tensor) in LOADABLE_TYPES},
+                generation_config=generation and transformers.GenerationConfig.from_dict(without_code(generation)),
                 dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=task.head == "private",  # an owner's head may have more labels than the base's
             )
@@ -246,8 +251,6 @@ def _from_pretrained(folder: Path, task: Task, seed: int) -> tuple[PreTrainedMod
             reason, hint = first_line(error), DOWNLOAD_AGAIN
             if "ignore_mismatched_sizes" in reason:
                 reason, hint = "its head, or another weight, has another shape", "check that task.labels fit this model"
-            elif "custom code" in reason:
-                hint = "only models whose code is part of transformers can be merged"
             with_labels = f" with {len(task.labels)} labels" if task.has_labels else ""
             raise ModelError(
                 f"model {folder}: cannot be loaded for {task.kind}{with_labels}: {reason}", hint=hint
@@ -261,29 +264,29 @@ def _head(task: Task) -> dict[str, Any]:
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if task.has_labels else {}
 
 
-def _stored_types(folder: Path) -> dict[str, str]:
-    """The stored type of every tensor in the folder's files, read from their headers."""
-    types = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                types.update({name: file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"model {path}: cannot be read: {first_line(error)}", hint=DOWNLOAD_AGAIN) from None
-    return types
+def _model_class(config: Any, task: Task) -> Any:
+    """The class of transformers for this configuration and task. Raises an error if there is none."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    return _get_model_class(config, getattr(transformers, AUTO_CLASSES[task.kind])._model_mapping)
 
 
-def _check_types(model: PreTrainedModel, stored: Mapping[str, str], folder: Path) -> None:
+def _check_types(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise ModelError if a parameter is stored as integers: quantised weights mean nothing without their scales."""
     body = f"{model.base_model_prefix}."
     parameters = {name.removeprefix(body) for name in parameter_shapes(model)}
-    for name, kind in stored.items():
+    for name, tensor in tensors.items():
+        kind = _type_of(tensor)
         if name.removeprefix(body) in parameters and kind not in FLOAT_TYPES:
             raise ModelError(
                 f"model {folder}: {name} is stored as {kind}; weights must be floating-point numbers "
                 f"({', '.join(FLOAT_TYPES)})",
                 hint="save the model without quantisation",
             )
+
+
+def _type_of(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _check_finite(model: nn.Module, folder: Path) -> None:

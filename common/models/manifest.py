@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from common.errors import ModelError
+from common.models.files import inside, read_json, without_code
 from common.settings_file import HEX_64, Settings, matching
 
 # Every file that some tokenizer of transformers reads, what people read to prepare images, and how a model generates,
@@ -43,7 +44,7 @@ def manifest_of(folder: Path) -> Manifest:
 
     Raises ModelError if its configuration sends the reader to other files, which no manifest covers.
     """
-    if "configuration_files" in _read_json(folder / "config.json"):  # check: configuration-is-the-listed-file
+    if "configuration_files" in read_json(folder, "config.json"):  # check: configuration-is-the-listed-file
         raise ModelError(
             f"model {folder}: its config.json sets configuration_files, so that another file would be read",
             hint="delete this key from config.json",
@@ -81,26 +82,15 @@ def only_files_read(folder: Path) -> Iterator[Path]:
             copy = Path(room) / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             if path.name in CONFIGURATIONS:
-                copy.write_text(json.dumps(_without_file_names(_read_json(path))))
+                copy.write_text(json.dumps(_without_file_names(without_code(read_json(folder, path.name)))))
             else:
                 shutil.copyfile(path, copy)
         yield Path(room)
 
 
 def _files_read(folder: Path) -> list[Path]:
-    return sorted({path for pattern in READ for path in folder.glob(pattern) if path.is_file()})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict):
-        raise ModelError(
-            f"model {path}: is not a JSON object", hint="download it again; the file may be damaged or incomplete"
-        )
-    return read
+    found = {path for pattern in READ for path in folder.glob(pattern) if path.is_file()}
+    return [inside(folder, path.relative_to(folder).as_posix()) for path in sorted(found)]
 
 
 def _without_file_names(value: Any) -> Any:

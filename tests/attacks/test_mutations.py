@@ -60,7 +60,7 @@ LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
-SERVER = "attacks/test_server.py"
+SERVER, FOLDERS = "attacks/test_server.py", "attacks/test_model_folders.py"
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -480,6 +480,15 @@ TABLE = [
     Mutation(SERVER, "test_90_headers", "heads-are-bounded", '"h11_max_incomplete_event_size": 1 << 30,'),
     Mutation(SERVER, "test_91_a_request_that", "requests-arrive-in-time"),
     Mutation(SERVER, "test_91_connections", "connections-are-bounded"),
+    # 92-95: what a model's folder names
+    Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
+    Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),
+    Mutation(FOLDERS, "test_92_an_adapter", "model-files-are-inside"),
+    Mutation(FOLDERS, "test_93_a_configuration_names", "configurations-name-no-code", "if True"),
+    Mutation(FOLDERS, "test_93_a_part", "configurations-name-no-code", "if True"),
+    Mutation(FOLDERS, "test_93_a_configuration_names", "configurations-describe-models", "if key != 'model_type'"),
+    Mutation(FOLDERS, "test_93_a_configuration_needs", "code-is-of-transformers"),
+    Mutation(FOLDERS, "test_95_a_configuration", "configurations-are-bounded"),
     Mutation(DEPLOYMENT, "test_a_bundle_that_reads", "other-bundles-are-refused", "if True:"),
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "node-key-is-agreed"),
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "nodes-prove-their-keys"),
