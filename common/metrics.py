@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from common.agreement import Agreement
 from common.tensor_layout import TensorEntry, TensorLayout
 
-MAX_NATS = 100.0  # a less likely token counts as this unlikely
+MAX_NATS = 16.0  # a less likely token counts as this unlikely: one in nine million
+NATS_STEP = 0.125  # to which a token's nats are rounded
 BASE, OWN_AT_HOME = "base", "own_at_home"  # models that every evaluation on test examples has, beside the merged ones
 Split = Literal["validation", "test"]
 METRIC_KINDS = {
@@ -73,7 +74,7 @@ def contribution(
         if shows_single(agreement, split):
             shown = np.zeros((len(agreement.shown_owners), 3))
             if owner in agreement.shown_owners:
-                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, score.metric
+                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, _thousandths(score.metric)
             yield f"{model}/shown", shown
 
 

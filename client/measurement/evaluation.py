@@ -1,5 +1,7 @@
 """How well a model does on an owner's held-out examples."""
 
+import hashlib
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,7 +9,7 @@ from transformers import PreTrainedModel
 
 from client.data.rows import IGNORED, Rows
 from common.agreement import Task
-from common.metrics import MAX_NATS, Score
+from common.metrics import MAX_NATS, NATS_STEP, Score
 
 Entity = tuple[int, int, int, str]  # row, first word, word after the last, type
 
@@ -45,16 +47,26 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
 
 @torch.inference_mode()
 def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> Score:
-    """Judge one batch at a time, because the logits of all examples over a whole vocabulary would fill any memory."""
+    """Judge one batch at a time, because the logits of all examples over a whole vocabulary would fill any memory.
+
+    Each token's nats are clipped and rounded before they are summed. Otherwise a crafted candidate could give one token
+    so many that the mean spells out which token it is. They are rounded up or down at random, so that the mean stays;
+    whoever does not know all rows cannot know how.
+    """
     model.eval()
+    known_here = hashlib.sha256(b"".join(np.asarray(each).tobytes() for each in rows.targets)).digest()
+    chance = torch.Generator().manual_seed(int.from_bytes(known_here[:7]))
     correct, count, nats = 0, 0, 0.0
     for _, batch, targets in rows.batches(batch_size):
         judged = targets != IGNORED
         logits, wanted = model(**batch).logits[judged].float(), targets[judged]  # (predictions, vocabulary)
         correct += int((logits.argmax(-1) == wanted).sum())
         count += len(wanted)
-        nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-    return Score(correct=correct, rows=max(count, 1), metric=max(-nats / max(count, 1), -MAX_NATS))
+        each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").nan_to_num(nan=MAX_NATS)
+        each = each.clamp(max=MAX_NATS)  # check: likelihoods-are-clipped
+        steps = (each / NATS_STEP + torch.rand(len(each), generator=chance)).floor()  # check: likelihoods-are-rounded
+        nats += float(steps.double().sum()) * NATS_STEP
+    return Score(correct=correct, rows=max(count, 1), metric=-nats / max(count, 1))
 
 
 def _macro_f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:

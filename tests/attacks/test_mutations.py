@@ -61,6 +61,7 @@ TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
 SERVER, FOLDERS = "attacks/test_server.py", "attacks/test_model_folders.py"
+SERVER, FOLDERS, LIKELIHOODS = (f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods"))
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -480,6 +481,9 @@ TABLE = [
     Mutation(SERVER, "test_90_headers", "heads-are-bounded", '"h11_max_incomplete_event_size": 1 << 30,'),
     Mutation(SERVER, "test_91_a_request_that", "requests-arrive-in-time"),
     Mutation(SERVER, "test_91_connections", "connections-are-bounded"),
+    # 96: a token in a mean likelihood
+    Mutation(LIKELIHOODS, "test_96_a_candidate_without_bounds", "likelihoods-are-clipped", ""),
+    Mutation(LIKELIHOODS, "test_96_two_candidates", "likelihoods-are-rounded", "steps = each / NATS_STEP"),
     # 92-95: what a model's folder names
     Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
     Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),
