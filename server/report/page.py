@@ -34,6 +34,7 @@ FOLDER = Path(__file__).parent
 MAX_PARTS = 7  # owners that a stacked bar shows one by one; beyond that, some are put together
 COORDINATOR = "coordinator"
 OTHERS = "the others"
+ALL_OWNERS = "owners"
 BETWEEN_STEPS = "between steps"
 
 
@@ -226,11 +227,9 @@ class CostChart:
 
 def _cost_charts(report: Report) -> list[CostChart]:
     """Time, bytes from owners and bytes to owners. Each bar is a phase, cut into owners."""
-    waited = _by_phase(report, lambda cost: cost.waited_seconds)
+    waited = _seconds_by_phase(report)
     received = _by_phase(report, lambda cost: cost.bytes_received / 1e6)
     sent = _by_phase(report, lambda cost: cost.bytes_sent / 1e6)
-    for phase, seconds in _coordinator_seconds(report).items():
-        waited.setdefault(phase, {})[COORDINATOR] = seconds
     charts = [("Time", "seconds", waited), ("From the owners", "MB", received), ("To the owners", "MB", sent)]
     return [_cost_chart(title, unit, costs) for title, unit, costs in charts if any(costs.values())]
 
@@ -258,11 +257,12 @@ def _by_phase(report: Report, of: Callable[[OwnerCost], float]) -> dict[str, dic
     return costs
 
 
-def _coordinator_seconds(report: Report) -> dict[str, float]:
-    """By phase, the time in which the coordinator waited for nobody."""
-    own: dict[str, float] = {}
+def _seconds_by_phase(report: Report) -> dict[str, dict[str, float]]:
+    """By phase, the time in which the coordinator waited for owners, and the time in which it waited for nobody."""
+    seconds: dict[str, dict[str, float]] = {}
     for step in report.steps:
-        waited = sum(cost.waited_seconds for cost in step.by_owner.values())
-        own[step.phase] = own.get(step.phase, 0.0) + max(0.0, step.seconds - waited)
-    own[BETWEEN_STEPS] = max(0.0, report.seconds - sum(step.seconds for step in report.steps))
-    return own
+        phase = seconds.setdefault(step.phase, {ALL_OWNERS: 0.0, COORDINATOR: 0.0})
+        phase[ALL_OWNERS] += step.waited_seconds
+        phase[COORDINATOR] += max(0.0, step.seconds - step.waited_seconds)
+    seconds[BETWEEN_STEPS] = {COORDINATOR: max(0.0, report.seconds - sum(step.seconds for step in report.steps))}
+    return seconds

@@ -255,9 +255,8 @@ Sent = Annotated[SentCandidate | SentMergedStep | SentScales, Field(discriminato
 
 
 class OwnerCost(Table):
-    """One owner's part in what a step cost."""
+    """One owner's part in what a step cost. Not its time, which would tell how many rows it has."""
 
-    waited_seconds: Size = Field(description="How long the coordinator waited for this owner and for nobody else.")
     messages: Count = Field(description="How many messages the owner was sent.")
     bytes_sent: Count = Field(description="Payload sent to the owner.")
     bytes_received: Count = Field(description="Payload received from the owner.")
@@ -269,6 +268,7 @@ class Step(Table):
     title: Line = Field(description="The step's name for people.")
     phase: Line = Field(description="What it is grouped under in the plots of time and bytes.")
     seconds: Size = Field(description="From the first message to the last answer.")
+    waited_seconds: Size = Field(description="How long the coordinator waited for owners.")
     bytes_sent: Count = Field(description="Payload sent to all owners.")
     bytes_received: Count = Field(description="Payload received from all owners.")
     by_owner: dict[Line, OwnerCost] = Field(description="By owner.")

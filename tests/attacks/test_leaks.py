@@ -32,7 +32,9 @@ from deploy.complete import complete_agreement
 from deploy.example import reviews
 from deploy.simulation.in_process_grid import InProcessGrid, run_in_process
 from server.app import app as server_app
+from server.checkpoint import OwnerCost, Step
 from server.coordinator import Coordinator
+from server.run_record import step_costs
 from tests.support.models import delta_of
 from tests.support.parties import IDENTITIES, Parties
 
@@ -406,3 +408,14 @@ def test_of_experts_alone_no_number_of_rows_is_asked(parties: Parties) -> None:
 
 def test_a_tokenizer_of_the_tests_is_that_of_the_model(llama: Path) -> None:
     assert len(load_tokenizer(llama)) == load_base(llama, Task(labels=("a", "b")), 0).config.vocab_size
+
+
+def test_97_the_report_does_not_say_how_long_an_owner_took() -> None:
+    """Measuring takes as long as an owner has rows. So only the sum over owners is published."""
+
+    def published(**seconds: float) -> tuple[object, ...]:
+        costs = {owner: OwnerCost(waited_seconds=each, messages=1) for owner, each in seconds.items()}
+        return step_costs([Step("round", "rounds", seconds=10.0, by_owner=costs)])
+
+    assert published(ada=1.0, bea=7.0) == published(ada=6.0, bea=2.0)
+    assert published(ada=1.0, bea=7.0) != published(ada=1.0, bea=6.0)

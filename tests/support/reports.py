@@ -165,11 +165,11 @@ _REPORT: dict[str, Any] = {
             "title": "round: contributions",
             "phase": "contributions",
             "seconds": 4.0,
+            "waited_seconds": 3.0,
             "bytes_sent": 2000,
             "bytes_received": 2 * 10**7,
             "by_owner": {
-                owner: {"waited_seconds": 1.5, "messages": 4, "bytes_sent": 1000, "bytes_received": 10**7}
-                for owner in ("ada", "bea")
+                owner: {"messages": 4, "bytes_sent": 1000, "bytes_received": 10**7} for owner in ("ada", "bea")
             },
         }
     ],
