@@ -115,6 +115,11 @@ def write_identity(path: Path, identity: Identity, node_key: str | None = None) 
 
 def read_identity(path: Path) -> Identity:
     """Read a secret file. Raises SettingsError if it is not an identity, or if other users may read it."""
+    if path.suffix == ".pub":
+        secret = path.with_suffix(".key").name
+        raise SettingsError(
+            f"{path}: is the public file of an identity", hint=f"name its secret file, usually {secret}"
+        )
     found = SECRET_FORM.fullmatch(read_secret(path).decode("ascii", errors="replace"))
     if found is None:
         raise SettingsError(f"{path}: not an amalgram identity", hint="`amalgram keys new NAME` makes one")

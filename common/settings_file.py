@@ -92,14 +92,17 @@ def load_settings(path: Path, kind: type[S]) -> S:
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises SettingsError if the file is missing, too large or malformed."""
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > MAX_FILE_BYTES:
-        raise SettingsError(f"{path}: {len(content)} bytes; a settings file has at most {MAX_FILE_BYTES}")
+        raise SettingsError(f"{path}: a settings file has at most {MAX_FILE_BYTES} bytes")
     try:
         return tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise SettingsError(f"{path}: not valid TOML: nested too deeply") from None
+    except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
         raise SettingsError(f"{path}: not valid TOML: {error}") from None
 
 

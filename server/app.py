@@ -22,7 +22,7 @@ from common.errors import (
 )
 from common.logs import JsonLines
 from common.messages import Packet, Refusal
-from common.private_file import locked, write_whole
+from common.private_file import create, locked, write_whole
 from common.settings_file import load_settings
 from common.wire import from_record, to_record
 from server.exchange import RESUME_HINT
@@ -119,7 +119,9 @@ def _only_one_in(output: Path) -> Iterator[None]:
 @contextmanager
 def _progress_in(output: Path) -> Iterator[None]:
     """Write a line per step and per answer to where the command that started this app reads it."""
-    handler = logging.FileHandler(output / PROGRESS, mode="w", encoding="utf-8")
+    (output / PROGRESS).unlink(missing_ok=True)
+    create(output / PROGRESS).close()  # 0600: it says how long each owner took
+    handler = logging.FileHandler(output / PROGRESS, mode="a", encoding="utf-8")
     handler.setFormatter(JsonLines())
     log = logging.getLogger("amalgram")
     level = log.level

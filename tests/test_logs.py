@@ -55,6 +55,7 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
     (parties.output / ".amalgram").touch()
     configs = [{"settings": str(path)} for path in parties.files.values()]
     run_in_process(server_app.app, client_app, configs, {"coordinator": str(parties.coordinator)})
+    assert (parties.output / PROGRESS).stat().st_mode & 0o777 == 0o600
     text = (parties.output / PROGRESS).read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     steps = [line["message"] for line in lines if "owners" in line]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ else:
 
 Columns = dict[str, list[Any]]
 
+MAX_UNPACKED_BYTES = 16_000_000_000  # of a compressed file, as it says itself; a few kilobytes can hold any number
 INCOMPLETE = "check that the file is complete"
 SAVE_AS_UTF8 = "save the file as UTF-8"
 
@@ -46,10 +47,16 @@ def read_arrays(path: Path, columns: Sequence[str], max_rows: int | None) -> lis
     """The named arrays of an .npz file: every row, or the first `max_rows`. All have the same number of rows."""
     _check_exists(path)
     try:
+        with ZipFile(path) as archive:
+            _check_size(path, sum(member.file_size for member in archive.infolist()))
         with np.load(path, allow_pickle=False) as arrays:
             _check_columns(path, columns, arrays.files)
             found = [arrays[column][:max_rows] for column in columns]
-    except (OSError, ValueError, EOFError, AttributeError, BadZipFile):
+        if any(array.ndim == 0 for array in found):
+            raise ValueError("a number, not an array")
+    except DataError:
+        raise
+    except Exception:  # a broken file can make the library raise anything
         raise DataError(
             f"{path}: cannot be read as a NumPy .npz file", hint="write it with numpy.savez, as arrays of numbers"
         ) from None
@@ -80,7 +87,9 @@ def _read_json_lines(path: Path, columns: Sequence[str], max_rows: int | None) -
 def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:  # also text that is not UTF-8
+        if b"\\ud" in line.lower():  # half of a surrogate pair is not text
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # also text that is not UTF-8, and lists nested too deeply
         raise DataError(f"{path}: line {number} is not one JSON object", hint=INCOMPLETE) from None
     if not isinstance(row, dict):
         raise DataError(f"{path}: line {number} is {type(row).__name__}, not a JSON object")
@@ -108,8 +117,11 @@ def _read_csv(path: Path, columns: Sequence[str], max_rows: int | None) -> Colum
 
 def _read_parquet(path: Path, columns: Sequence[str], max_rows: int | None) -> Columns:
     try:
-        table = parquet.read_table(path)
-    except (pa.ArrowException, OSError):
+        with parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            _check_size(path, sum(group.total_byte_size for group in groups))
+            table = file.read()
+    except (pa.ArrowException, OSError, MemoryError):
         raise DataError(f"{path}: cannot be read as Parquet", hint=INCOMPLETE) from None
     return _from_table(path, table, columns, max_rows)
 
@@ -157,6 +169,14 @@ READERS: dict[str, Callable[[Path, Sequence[str], int | None], Columns]] = {
 def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+
+
+def _check_size(path: Path, unpacked_bytes: int) -> None:
+    if unpacked_bytes > MAX_UNPACKED_BYTES:  # check: unpacked-files-are-bounded
+        raise DataError(
+            f"{path}: would take {unpacked_bytes} bytes unpacked, at most {MAX_UNPACKED_BYTES} are allowed",
+            hint="split the file, and name the part to use",
+        )
 
 
 def _check_columns(path: Path, columns: Sequence[str], found: Sequence[str], where: str = "") -> None:

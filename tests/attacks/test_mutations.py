@@ -62,6 +62,9 @@ DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
 SERVER, FOLDERS = "attacks/test_server.py", "attacks/test_model_folders.py"
 SERVER, FOLDERS, LIKELIHOODS = (f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods"))
+SERVER, FOLDERS, LIKELIHOODS, FILES = (
+    f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods", "files")
+)
 DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py"
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
@@ -484,6 +487,8 @@ TABLE = [
     # 96: a token in a mean likelihood
     Mutation(LIKELIHOODS, "test_96_a_candidate_without_bounds", "likelihoods-are-clipped", ""),
     Mutation(LIKELIHOODS, "test_96_two_candidates", "likelihoods-are-rounded", "steps = each / NATS_STEP"),
+    # 98: files
+    Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),
     # 92-95: what a model's folder names
     Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
     Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),

@@ -1,0 +1,83 @@
+"""Settings and data that are not what they say: one error, no traceback, and no memory for what they claim to hold."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from client.data import files
+from client.data.files import read_arrays, read_columns
+from common.errors import DataError, SettingsError
+from common.identity import Identity, read_identity, write_identity
+from common.settings_file import read_toml
+
+DEEP = 100_000
+
+
+def test_98_settings_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "owner.toml"
+    for content in ("a = " + "[" * DEEP + "]" * DEEP, "a = " + "{b = " * DEEP + "1" + "}" * DEEP, "a = 1" + "0" * 5000):
+        path.write_text(content)
+        with pytest.raises(SettingsError, match="not valid TOML"):
+            read_toml(path)
+
+
+def test_98_settings_without_an_end() -> None:
+    with pytest.raises(SettingsError, match="at most 16000000 bytes"):
+        read_toml(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("line", ["[" * DEEP + "]" * DEEP, '{"text": ' + "[" * DEEP, '{"text": "\\ud800"}', "1" * 5000])
+def test_98_rows_of_json_that_are_none(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(DataError, match="line 1 is not one JSON object"):
+        read_columns(path, ["text"], None)
+
+
+def lying_npy() -> bytes:
+    """An array of three numbers that says it has 10^15."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue().replace(b"(3,), }" + b" " * 13, b"(1000000000000000,), }"[:20].ljust(20))
+
+
+def test_98_arrays_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npz"
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    np.savez(tmp_path / "number.npz", image=np.float32(1))
+    with zipfile.ZipFile(tmp_path / "lying.npz", "w") as archive:
+        archive.writestr("image.npy", lying_npy())
+    for content in (
+        buffer.getvalue(),  # .npz that is .npy
+        b"",
+        b"PK",
+        (tmp_path / "number.npz").read_bytes(),
+        (tmp_path / "lying.npz").read_bytes(),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot be read as a NumPy \.npz file"):
+            read_arrays(path, ["image"], None)
+
+
+def test_98_a_small_file_that_unpacks_to_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 1_000_000)
+    np.savez_compressed(tmp_path / "rows.npz", image=np.zeros(1_000_000))
+    with pytest.raises(DataError, match=r"would take 8000\d\d\d bytes unpacked, at most 1000000 are allowed"):
+        read_arrays(tmp_path / "rows.npz", ["image"], None)
+    table = pa.table({"text": pa.array([f"{number:030}" for number in range(100_000)])})
+    parquet.write_table(table, tmp_path / "rows.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match="bytes unpacked, at most 1000000 are allowed"):
+        read_columns(tmp_path / "rows.parquet", ["text"], max_rows=1)
+
+
+def test_98_a_public_file_given_as_a_secret_one_says_so(tmp_path: Path) -> None:
+    write_identity(tmp_path / "ada.key", Identity(name="ada", seed=bytes(32)))
+    with pytest.raises(SettingsError, match="is the public file of an identity") as refused:
+        read_identity(tmp_path / "ada.pub")
+    assert "ada.key" in refused.value.hint
