@@ -105,14 +105,16 @@ def _read_csv(path: Path, columns: Sequence[str], max_rows: int | None) -> Colum
             parse_options=csv.ParseOptions(newlines_in_values=True),
             convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())),
         )
-    except (pa.ArrowException, OSError) as error:
-        if "UTF8" in str(error):
+        return _from_table(path, table, columns, max_rows)
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        if "UTF8" in str(error) or isinstance(error, UnicodeDecodeError):
             raise DataError(f"{path}: is not UTF-8", hint=SAVE_AS_UTF8) from None
         raise DataError(
             f"{path}: cannot be read as CSV",
             hint="every line needs as many values as the header, and text with commas or quotes must be quoted",
         ) from None
-    return _from_table(path, table, columns, max_rows)
 
 
 def _read_parquet(path: Path, columns: Sequence[str], max_rows: int | None) -> Columns:
@@ -120,10 +122,11 @@ def _read_parquet(path: Path, columns: Sequence[str], max_rows: int | None) -> C
         with parquet.ParquetFile(path) as file:
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             _check_size(path, sum(group.total_byte_size for group in groups))
-            table = file.read()
-    except (pa.ArrowException, OSError, MemoryError):
+            return _from_table(path, file.read(), columns, max_rows)
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError):
         raise DataError(f"{path}: cannot be read as Parquet", hint=INCOMPLETE) from None
-    return _from_table(path, table, columns, max_rows)
 
 
 def _from_table(path: Path, table: pa.Table, columns: Sequence[str], max_rows: int | None) -> Columns:

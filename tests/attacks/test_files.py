@@ -1,6 +1,8 @@
 """Settings and data that are not what they say: one error, no traceback, and no memory for what they claim to hold."""
 
 import io
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -74,6 +76,25 @@ def test_98_a_small_file_that_unpacks_to_much(tmp_path: Path, monkeypatch: pytes
     parquet.write_table(table, tmp_path / "rows.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(DataError, match="bytes unpacked, at most 1000000 are allowed"):
         read_columns(tmp_path / "rows.parquet", ["text"], max_rows=1)
+
+
+def test_98_a_csv_whose_header_is_not_text(tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    (tmp_path / "rows.csv").write_bytes(b"\xf6\xf6;\n)")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_columns(tmp_path / "rows.csv", ["a"], None)
+
+
+@pytest.mark.slow
+def test_98_half_a_minute_of_coverage_guided_fuzzing_of_files_finds_nothing(tmp_path: Path) -> None:
+    """Needs atheris, as the fuzzing of messages does (`test_wire.py`)."""
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.support.fuzz_files", "-max_total_time=30", "-max_len=2000", "-seed=1"]
+    command.append(f"-artifact_prefix={tmp_path}/")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done" in done.stderr
 
 
 def test_98_a_public_file_given_as_a_secret_one_says_so(tmp_path: Path) -> None:

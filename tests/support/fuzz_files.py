@@ -1,0 +1,95 @@
+"""Coverage-guided fuzzing of what is read from files: `python -m tests.support.fuzz_files -max_total_time=60`.
+
+Whatever a file holds: reading it gives a value, or one of our errors, whose message is one line.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["client.data.files", "common.models.files", "common.settings_file"]):
+    from client.data.files import read_arrays, read_columns
+    from common.models.files import read_json, read_tensors, weight_files, without_code
+    from common.settings_file import parse_settings, read_toml
+
+from client.settings import OwnerSettings
+from common.agreement import AgreementDraft
+from common.errors import AmalgramError
+from common.identity import read_identity, read_public_identity
+from common.models.folders import read_config
+
+FOLDER = Path(tempfile.mkdtemp(prefix="amalgram-fuzz-"))
+
+
+def written(name: str, content: bytes) -> Path:
+    path = FOLDER / name
+    path.write_bytes(content)
+    path.chmod(0o600)
+    return path
+
+
+def read_settings(data: bytes) -> None:
+    tables = read_toml(written("a.toml", data))
+    for kind in (AgreementDraft, OwnerSettings):
+        parse_settings(tables, kind, "a.toml")
+
+
+def read_model_config(data: bytes) -> None:
+    """The data as a configuration, or as what one key of a whole configuration is changed to."""
+    written("config.json", data)
+    without_code(read_json(FOLDER, "config.json"))
+    read_config(FOLDER)
+
+
+def read_changed_config(data: bytes) -> None:
+    provider = atheris.FuzzedDataProvider(data)
+    key = provider.PickValueInList(["hidden_size", "id2label", "hidden_act", "layer_types", "dtype", "rope_scaling"])
+    value = provider.PickValueInList([None, -1, 1e400, {}, [], "x", {"a": 1}, [[]], True, provider.ConsumeUnicode(20)])
+    kind = provider.PickValueInList(["bert", "llama", "t5", "clip", "vit", "gpt2"])
+    read_model_config(json.dumps({"model_type": kind, key: value}).encode())
+
+
+def read_weights(data: bytes) -> None:
+    list(read_tensors(written("model.safetensors", data)))
+
+
+def read_index(data: bytes) -> None:
+    (FOLDER / "model.safetensors").unlink(missing_ok=True)
+    written("model.safetensors.index.json", data)
+    weight_files(FOLDER)
+
+
+READERS: tuple[Callable[[bytes], object], ...] = (
+    read_settings,
+    read_model_config,
+    read_changed_config,
+    read_weights,
+    read_index,
+    *(lambda data, end=end: read_columns(written(f"a{end}", data), ["a"], 5) for end in (".jsonl", ".csv", ".parquet")),
+    lambda data: read_columns(written("a.txt", data), ["words", "tags"], 5),
+    lambda data: read_arrays(written("a.npz", data), ["a"], 5),
+    lambda data: read_identity(written("a.key", data)),
+    lambda data: read_public_identity(written("a.pub", data)),
+)
+
+
+def read_anything(data: bytes) -> None:
+    if data:
+        try:
+            READERS[data[0] % len(READERS)](data[1:])
+        except AmalgramError as error:
+            if len(error.message.splitlines()) != 1:
+                raise AssertionError(error.message) from error
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, read_anything)
+    try:
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)
