@@ -146,7 +146,7 @@ def truncate(folder: Path) -> None:
     [
         (make_prefix_tuning, "its adapter is of type PREFIX_TUNING; only LORA can be merged"),
         (make_pickle, "holds pickled weights only, and loading a pickle runs its code"),
-        (truncate, "its adapter_model.safetensors cannot be read"),
+        (truncate, "adapter_model.safetensors: cannot be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "its adapter_config.json cannot be used"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "its adapter_config.json cannot be used"),
         (lambda folder: change_config(folder, target_modules=["q_proj"]), "its adapter does not fit the base: No mod"),

@@ -16,10 +16,9 @@ from client.repeats import LEAST_SHARE, Repeat, Terms, terms_of, what_the_differ
 from common.agreement import Agreement, OwnerEntry
 from common.errors import ConsentError, RemoteProtocolError, SettingsError
 from common.messages import KeyShares, Message
-from common.schedule import schedule_of
 from deploy.commands.agree import ask_for_consent, give_consent
 from deploy.simulation.simulate import write_settings
-from tests.support.owner_process import Process, opening_of
+from tests.support.owner_process import Process, roll_call
 from tests.support.parties import Parties, identities_of, parties_with_method
 
 SAME = "the same rows and the same weight changes were contributed under another agreement"
@@ -147,7 +146,7 @@ def test_60_a_repetition_needs_consent_to_this_one(after: Parties, capsys: pytes
     second = changed(after.agreement, weighting="owners", method="average")
     write_settings(after.folder / "agreement.toml", second)
     with pytest.raises(ConsentError, match=r"the same rows were contributed(?s:.*)amalgram agree --again"):
-        ask_for_consent(after.files["hotel"], yes=True, again=False)
+        ask_for_consent(after.files["hotel"], yes=None, again=False)
     text = " ".join(capsys.readouterr().out.split())
     assert "YOU HAVE CONTRIBUTED THE SAME ROWS BEFORE, UNDER ANOTHER AGREEMENT" in text
     assert "one of them can solve the two averages for your weight changes" in text
@@ -234,10 +233,12 @@ def test_64_a_link_to_a_ledger_is_followed(after: Parties) -> None:
 
 def test_65_another_owner_s_state_folder(after: Parties) -> None:
     """Two owners on one machine: cinema would answer, because hotel consented."""
-    settings = after.files["cinema"]
-    settings.write_text(settings.read_text().replace("state/cinema", "state/hotel"))
+    parties, cinema = under(after, SECOND["another title"](after.agreement)), after.files["cinema"]
+    with pytest.raises(ConsentError, match="nobody has consented"):
+        Owner(cinema).answer(roll_call(parties))
+    cinema.write_text(cinema.read_text().replace("state/cinema", "state/hotel"))
     with pytest.raises(SettingsError, match="state of another identity"):
-        Owner(settings).answer(opening_of(after, schedule_of(after.agreement, after.plan).find("contribution")))
+        Owner(cinema).answer(roll_call(parties))
 
 
 def test_66_a_session_whose_rules_were_broken_does_not_come_back_with_its_files(

@@ -60,8 +60,6 @@ LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
-SERVER, FOLDERS = "attacks/test_server.py", "attacks/test_model_folders.py"
-SERVER, FOLDERS, LIKELIHOODS = (f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods"))
 SERVER, FOLDERS, LIKELIHOODS, FILES = (
     f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods", "files")
 )

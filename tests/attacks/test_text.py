@@ -167,10 +167,10 @@ def test_101_consent_needs_the_true_fingerprint_s_digits(
         with pytest.raises(ConsentError, match="another fingerprint"):
             _check_answer(owner, given_digits)
     with pytest.raises(ConsentError, match="another fingerprint"):
-        ask_for_consent(file, "1" * 40)
+        ask_for_consent(file, "1" * 40, again=False)
     assert not consents.exists()
     monkeypatch.setattr(sys, "stdin", Terminal(f"{digits[:5]}\n"))
-    ask_for_consent(file, None)
+    ask_for_consent(file, None, again=False)
     assert list(json.loads(consents.read_text())) == [parties.agreement.digest()]
     consents.unlink()
     cli(["agree", str(file), "--yes", digits], standalone_mode=False)
