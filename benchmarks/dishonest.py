@@ -33,7 +33,7 @@ def claims(examples: float, *, consistently: bool) -> Change:
 
     def change(name: str, tensor: NDArray) -> NDArray:
         if name == "weight" or (name == "examples" and consistently):
-            return tensor / tensor * examples
+            return np.full_like(tensor, examples)
         return tensor * examples / 200 if name.startswith("weighted_delta/") else tensor  # it has 200
 
     return change

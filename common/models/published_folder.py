@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from common.agreement import Agreement, Task
 from common.errors import ModelError
 from common.models.adapter import ADAPTER_CONFIG, is_adapter
-from common.models.folders import DOWNLOAD_AGAIN, load_tokenizer
+from common.models.files import DOWNLOAD_AGAIN
+from common.models.folders import load_tokenizer
 from common.models.loading import private_head
 from common.models.low_rank import AdapterPlan
 from common.publication import RECEIPTS, PublishedFolder, digest_of_file
