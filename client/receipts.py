@@ -11,7 +11,7 @@ from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
 from common.merge_methods import METHODS
 from common.messages import Message, Receipts, ReceiptsKept, Result, ResultReceived
-from common.metrics import BASE, OWN_AT_HOME
+from common.metrics import BASE, OWN_AT_HOME, thousandths
 from common.models.adapter import ADAPTER_WEIGHTS
 from common.publication import CARD, Publication, PublishedFolder, PublishedReceipts, SignedScore, read_publication
 
@@ -138,7 +138,7 @@ def _are_equal(tested: TestedRecord, shown: SignedScore | None) -> bool:
     return (
         shown is not None
         and (shown.correct, shown.predictions) == (tested.correct, tested.rows)
-        and abs(shown.metric - tested.metric) < METRIC_TOLERANCE
+        and abs(shown.metric - thousandths(tested.metric)) < METRIC_TOLERANCE
     )
 
 

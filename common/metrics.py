@@ -69,12 +69,12 @@ def contribution(
 ) -> Iterator[tuple[str, NDArray]]:
     """One owner's named tensors, in the order of `metrics_layout(agreement, split, list(scores))`."""
     for model, score in scores.items():
-        yield f"{model}/mean", np.array([_thousandths(score.correct / score.rows), _thousandths(score.metric), 1.0])
+        yield f"{model}/mean", np.array([thousandths(score.correct / score.rows), thousandths(score.metric), 1.0])
         yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
         if shows_single(agreement, split):
             shown = np.zeros((len(agreement.shown_owners), 3))
             if owner in agreement.shown_owners:
-                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, _thousandths(score.metric)
+                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, thousandths(score.metric)
             yield f"{model}/shown", shown
 
 
@@ -93,7 +93,7 @@ class MeanScore:
         return self.accuracy if measure == "accuracy" else self.metric
 
 
-def _thousandths(share: float) -> float:
+def thousandths(share: float) -> float:
     return round(1000 * share) / 1000
 
 
