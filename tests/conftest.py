@@ -48,22 +48,9 @@ BEGUN_FIRST = (
     "test_docs.py",
     "attacks/",
 )
-# Files whose tests share something dear, such as a server that is running: all of them go to one worker.
-TOGETHER = (
-    "test_adapters.py",
-    "test_deployment.py",
-    "test_launch.py",
-    "test_masked.py",
-    "test_page_in_browser.py",
-    "test_resume.py",
-)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.name in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
     items.sort(
         key=lambda item: next((n for n, part in enumerate(BEGUN_FIRST) if part in item.nodeid), len(BEGUN_FIRST))
     )
