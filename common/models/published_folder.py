@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common.agreement import Agreement, Task
 from common.errors import ModelError
 from common.models.adapter import ADAPTER_CONFIG, is_adapter
-from common.models.files import DOWNLOAD_AGAIN
+from common.models.files import DOWNLOAD_AGAIN, read_json, without_code
 from common.models.folders import load_tokenizer
 from common.models.loading import private_head
 from common.models.low_rank import AdapterPlan
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 # Of the base's agreed files, those that a tokenizer is made of are published, if they are data.
 DATA = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".tokenizer", ".codes")
-CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 
 
 def write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement, folder: Path) -> None:
@@ -36,16 +35,16 @@ def write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement,
     published = model.base_model if private_head(model, agreement.task) else model
     published.save_pretrained(folder)
     (folder / GENERATION_CONFIG).unlink(missing_ok=True)
-    _write_json(folder / CONFIG, model_configuration(read_json(base_folder / CONFIG), published, agreement.task))
+    _write_json(folder / CONFIG, model_configuration(read_finite(base_folder / CONFIG), published, agreement.task))
     if (base_folder / GENERATION_CONFIG).is_file():
-        _write_json(folder / GENERATION_CONFIG, _without_code(read_json(base_folder / GENERATION_CONFIG)))
+        _write_json(folder / GENERATION_CONFIG, without_code(read_finite(base_folder / GENERATION_CONFIG)))
     if agreement.task.is_text:
         write_tokenizer(base_folder, agreement, folder)
 
 
 def model_configuration(base: Mapping[str, Any], published: PreTrainedModel, task: Task) -> dict[str, Any]:
     """The published config.json: the base's, except for the keys that the agreement decides."""
-    config = _without_code(base) | {"architectures": [type(published).__name__], "dtype": "float32"}
+    config = without_code(base) | {"architectures": [type(published).__name__], "dtype": "float32"}
     config.pop("torch_dtype", None)
     if config.get("pad_token_id") is None and getattr(published.config, "pad_token_id", None) is not None:
         config["pad_token_id"] = published.config.pad_token_id  # the tokenizer's (loading.load_base)
@@ -88,10 +87,10 @@ def write_tokenizer(base_folder: Path, agreement: Agreement, folder: Path) -> No
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(base_folder / name, copy)
     path = base_folder / TOKENIZER_CONFIG
-    config = read_json(path) if path.is_file() else {}
-    changed = _without_code(config)
+    config = read_finite(path) if path.is_file() else {}
+    changed = without_code(config)
     special = base_folder / "special_tokens_map.json"
-    if not (config.get("pad_token") or (special.is_file() and read_json(special).get("pad_token"))):
+    if not (config.get("pad_token") or (special.is_file() and read_finite(special).get("pad_token"))):
         tokenizer = load_tokenizer(base_folder)
         if tokenizer.pad_token == tokenizer.eos_token:
             changed["pad_token"] = tokenizer.eos_token
@@ -107,7 +106,7 @@ def published_folder(folder: Path) -> PublishedFolder:
         if path.is_file() and path.name != RECEIPTS
     }
     return PublishedFolder(
-        files=files, configuration=read_json(folder / (ADAPTER_CONFIG if is_adapter(folder) else CONFIG))
+        files=files, configuration=read_finite(folder / (ADAPTER_CONFIG if is_adapter(folder) else CONFIG))
     )
 
 
@@ -118,24 +117,14 @@ def _tokenizer_files(agreement: Agreement) -> Iterator[str]:
             yield file.name
 
 
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_code(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in CODE_KEYS  # check: published-configuration-names-no-code
-    }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object of finite numbers, as configurations do. Raises ModelError."""
+def read_finite(path: Path) -> dict[str, Any]:
+    """One JSON object of finite numbers, as published configurations are. Raises ModelError."""
+    values = read_json(path.parent, path.name)
     try:
-        read = json.loads(path.read_bytes())
-        json.dumps(read, allow_nan=False)
-    except (OSError, ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict):
-        raise ModelError(f"model {path}: is not a JSON object of finite numbers", hint=DOWNLOAD_AGAIN)
-    return read
+        json.dumps(values, allow_nan=False)
+    except ValueError:
+        raise ModelError(f"model {path}: holds a number that is not finite", hint=DOWNLOAD_AGAIN) from None
+    return values
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

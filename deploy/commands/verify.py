@@ -19,7 +19,7 @@ from common.agreement import Agreement
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError
 from common.identity import fingerprint
 from common.models.adapter import ADAPTER_CONFIG
-from common.models.published_folder import CONFIG, read_json
+from common.models.published_folder import CONFIG, read_finite
 from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean, digest_of_file
 from common.settings_file import parse_settings
 from deploy.terminal import answer, shows_json
@@ -157,7 +157,7 @@ def _check_configuration(folder: Path, publication: Publication) -> Iterator[Fin
     if not (folder / name).is_file():
         return
     try:
-        found = read_json(folder / name)
+        found = read_finite(folder / name)
     except AmalgramError as error:
         yield Finding(what=name, found=_quoted(error.message), is_signed=False)
         return

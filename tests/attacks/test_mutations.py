@@ -505,7 +505,6 @@ TABLE = [
     Mutation(RECEIPTS, "test_80_a_configuration_file", "published-files-are-mine"),
     Mutation(RECEIPTS, "test_81_an_additional", "published-files-are-the-agreed-ones"),
     Mutation(RECEIPTS, "test_81_weights", "published-files-are-mine"),
-    Mutation(RECEIPTS, "test_81_code", "published-configuration-names-no-code", ""),
     Mutation(RECEIPTS, "test_82_metrics_that_show", "own-metrics-are-published-as-measured"),
     Mutation(RECEIPTS, "test_82_metrics_that_omit", "metrics-are-of-the-agreed-models"),
     Mutation(

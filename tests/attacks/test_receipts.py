@@ -60,12 +60,15 @@ def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @contextmanager
 def state_kept(process: Process, copy: Path) -> Iterator[None]:
-    """Afterwards the owners' state is what it was."""
+    """Afterwards the owners' state and ledgers are what they were."""
     state = process.parties.folder / "state"
+    ledgers = {Owner(path).ledger_path: Owner(path).ledger_path.read_bytes() for path in process.parties.files.values()}
     shutil.copytree(state, copy)
     yield
     shutil.rmtree(state)
     shutil.copytree(copy, state)
+    for path, content in ledgers.items():
+        path.write_bytes(content)
 
 
 def packed(replies: list[Message]) -> bytes:
