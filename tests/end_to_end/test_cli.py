@@ -94,6 +94,8 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     assert "Nobody. Your vector leaves masked" not in shown.stdout
     assert "THIS IS NOT THE CODE THAT IS INSTALLED HERE." in shown.stdout
     # what goes wrong says so in one line
+    cinema = home / "cinema.toml"
+    cinema.write_text('state = "state-cinema"\n' + cinema.read_text())
     for arguments, code, says in (
         (["keys", "new", "hotel"], 2, "hotel.key: already exists, and a key is never overwritten"),
         (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is not a name"),
