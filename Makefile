@@ -5,7 +5,7 @@ BIN := .venv/bin
 PRODUCT := .venv/product
 DEVELOPMENT := .venv/development
 # Two workers, one thread each. With two threads each they compete for the cores and take nearly twice as long.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all check format bench clean
 

@@ -35,17 +35,15 @@ settings.register_profile("amalgram", deadline=None, max_examples=60)
 settings.load_profile("amalgram")
 
 
-# What takes longest, begun first: then no worker is left with a long test when the other has nothing to do.
+# The files that take longest, begun first: then no worker is left with a long one when the other has nothing to do.
+# A file's tests go to one worker, since they may share something dear, such as a server that is running.
 BEGUN_FIRST = (
-    "test_the_demo_runs_on_images",
-    "test_what_a_document_shows_is_what_happens[merge-in-ten-minutes]",
-    "test_a_consortium_is_set_up",
-    "test_example_is_written",
-    "end_to_end/test_masked.py",
-    "end_to_end/test_faults.py",
-    "end_to_end/test_resume.py",
-    "end_to_end/",
+    "end_to_end/test_simulate.py",
     "test_docs.py",
+    "end_to_end/test_deployment.py",
+    "end_to_end/test_resume.py",
+    "end_to_end/test_masked.py",
+    "end_to_end/",
     "attacks/",
 )
 

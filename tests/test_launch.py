@@ -38,8 +38,6 @@ from deploy.launch.processes import FollowedFile
 from server.app import _read
 from tests.support.network import wait_until
 
-pytestmark = pytest.mark.xdist_group("launch")  # its tests share something dear, so one worker runs them
-
 # --- the guard ---
 
 

@@ -19,8 +19,6 @@ from server.report.report import Report
 from tests.support.adapters import write_adapter
 from tests.support.models import delta_of
 
-pytestmark = pytest.mark.xdist_group("adapters")  # its tests share something dear, so one worker runs them
-
 OWNERS = ("hotel", "cinema", "phones")
 TASK = Task(labels=("negative", "positive"))
 SETTINGS = {"target_modules": ["query", "value", "dense"], "modules_to_save": ["classifier"]}

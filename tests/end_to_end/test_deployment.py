@@ -34,8 +34,6 @@ from tests.support.network import (
     wait_until,
 )
 
-pytestmark = pytest.mark.xdist_group("deployment")  # its tests share something dear, so one worker runs them
-
 SECRET = "a row that must never leave"
 
 

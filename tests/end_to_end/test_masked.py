@@ -21,8 +21,6 @@ from common.tensor_layout import TensorLayout
 from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
 
-pytestmark = pytest.mark.xdist_group("masked")  # its tests share something dear, so one worker runs them
-
 
 @pytest.fixture(scope="module")
 def runs(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

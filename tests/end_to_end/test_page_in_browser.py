@@ -15,8 +15,6 @@ from server.report.words import capitalised
 from tests.support.programs import required_program
 from tests.support.reports import HOSTILE, as_report, hand_written
 
-pytestmark = pytest.mark.xdist_group("page_in_browser")  # its tests share something dear, so one worker runs them
-
 SECTIONS = ["verdict", "metrics", "choice", "revealed", "layers", "cost", "agreement", "digests"]
 DESKTOP, PHONE = 1280, 390  # CSS pixels
 

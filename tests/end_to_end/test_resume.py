@@ -32,8 +32,6 @@ from server.merge import CHECKPOINT, run_merge
 from server.report.report import read_report
 from tests.support.parties import OwnersChannel, Parties, consortium_in_32_bits, parties_of
 
-pytestmark = pytest.mark.xdist_group("resume")  # its tests share something dear, so one worker runs them
-
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of the killed process runs after it."""
