@@ -346,7 +346,7 @@ class Workbench:
         """
         agreement, rank = self.agreement, self.agreement.publish.adapter_rank
         with self.state.scratch_folder() as scratch:
-            folder, base = scratch / "published", load_base(self._base_folder, agreement.task, agreement.seed)
+            folder, base = scratch / "published", self.load_base()  # a private head fits, and is not published
             if rank is None:
                 add_delta(base, VectorDelta(self.plan, (layout, vector)))
                 write_model(base, self._base_folder, agreement, folder)
