@@ -64,8 +64,10 @@ class Reader:
             yield from (image.tobytes() for image in images)
             return
         words = self.task.kind == "token-classification"
-        columns = [data.tokens if words else data.text] + ([data.text_pair] if data.text_pair else [])
-        for values in zip(*read_columns(path, columns, max_rows).values(), strict=True):
+        # CoNLL files have both columns of a word.
+        asked = [data.tokens, data.tags] if words else [data.text, *filter(None, [data.text_pair])]
+        found = list(read_columns(path, asked, max_rows).values())
+        for values in zip(*(found[:1] if words else found), strict=True):
             texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
             yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
 
