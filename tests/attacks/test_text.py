@@ -171,7 +171,7 @@ def test_101_consent_needs_the_true_fingerprint_s_digits(
     assert not consents.exists()
     monkeypatch.setattr(sys, "stdin", Terminal(f"{digits[:5]}\n"))
     ask_for_consent(file, None, again=False)
-    assert list(json.loads(consents.read_text())) == [parties.agreement.digest()]
+    assert list(Owner(file).state.consents()) == [parties.agreement.digest()]
     consents.unlink()
     cli(["agree", str(file), "--yes", digits], standalone_mode=False)
     assert consents.exists()
@@ -229,7 +229,7 @@ def test_102_an_error_is_two_lines_whatever_it_quotes(hidden: str, capsys: pytes
 
 
 def test_102_an_error_that_is_kept_can_be_read_at_a_terminal(tmp_path: Path) -> None:
-    state = OwnerState(tmp_path / "state")
+    state = OwnerState(tmp_path / "state", bytes(range(32)))
     state.write_error(f"missing or unexpected fields: {FORGED}\ud800\u202e\nhint: ask")
     first, hint = (state.folder / "error.txt").read_text().splitlines()
     assert shown(first) == first
