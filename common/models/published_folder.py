@@ -44,7 +44,7 @@ def write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement,
 
 def model_configuration(base: Mapping[str, Any], published: PreTrainedModel, task: Task) -> dict[str, Any]:
     """The published config.json: the base's, except for the keys that the agreement decides."""
-    config = without_code(base) | {"architectures": [type(published).__name__], "dtype": "float32"}
+    config: dict[str, Any] = without_code(base) | {"architectures": [type(published).__name__], "dtype": "float32"}
     config.pop("torch_dtype", None)
     if config.get("pad_token_id") is None and getattr(published.config, "pad_token_id", None) is not None:
         config["pad_token_id"] = published.config.pad_token_id  # the tokenizer's (loading.load_base)
