@@ -87,8 +87,6 @@ def _read_json_lines(path: Path, columns: Sequence[str], max_rows: int | None) -
 def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        if b"\\ud" in line.lower():  # half of a surrogate pair is not text
-            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # also text that is not UTF-8, and lists nested too deeply
         raise DataError(f"{path}: line {number} is not one JSON object", hint=INCOMPLETE) from None
     if not isinstance(row, dict):

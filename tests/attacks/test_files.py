@@ -33,7 +33,7 @@ def test_98_settings_without_an_end() -> None:
         read_toml(Path("/dev/zero"))
 
 
-@pytest.mark.parametrize("line", ["[" * DEEP + "]" * DEEP, '{"text": ' + "[" * DEEP, '{"text": "\\ud800"}', "1" * 5000])
+@pytest.mark.parametrize("line", ["[" * DEEP + "]" * DEEP, '{"text": ' + "[" * DEEP, "1" * 5000])
 def test_98_rows_of_json_that_are_none(line: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{line}\n")
