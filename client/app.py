@@ -50,12 +50,13 @@ def _answers(message: FlowerMessage, context: Context) -> Iterator[Message]:
 
 def _keep(owner: Owner | None, text: str) -> None:
     """Leave the text where only the owner reads it. Logs get none of it: an engine may keep them for all to read."""
-    if owner is None:
-        log.error("refused: this node's settings cannot be used")
-        return
-    log.error("owner %s refused; its error.txt says why", owner.name)
-    with suppress(OSError):  # a full disk must not turn into an exception that Flower would pass on
-        owner.state.write_error(text)
+    # A full disk, or another owner's state folder, must not turn into an exception that Flower would pass on.
+    with suppress(OSError, AmalgramError):
+        if owner is not None:
+            owner.state.write_error(text)
+            log.error("owner %s refused; its error.txt says why", owner.name)
+            return
+    log.error("refused: this node's settings cannot be used")
 
 
 def _settings_path(context: Context) -> Path:

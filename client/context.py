@@ -15,7 +15,7 @@ from client.settings import OwnerSettings
 from client.state import OwnerState
 from common.agreement import Agreement
 from common.domain_separation import Domain
-from common.identity import read_identity
+from common.identity import Identity, read_identity
 from common.settings_file import load_settings
 from common.summation import SUMMATIONS, key_agreement
 from common.summation.protocol import OwnerSide
@@ -32,8 +32,6 @@ class OwnerContext:
         self.home = settings_path.resolve().parent
         self.settings = load_settings(settings_path, OwnerSettings)
         self.name = self.settings.name
-        self.identity = read_identity(self.identity_path)
-        self.state = OwnerState(self.home / self.settings.state, self.identity.public_key)
 
     @cached_property
     def agreement(self) -> Agreement:
@@ -54,6 +52,15 @@ class OwnerContext:
     @property
     def identity_path(self) -> Path:
         return self.home / (self.settings.identity or f"{self.name}.key")
+
+    @cached_property
+    def identity(self) -> Identity:
+        return read_identity(self.identity_path)
+
+    @cached_property
+    def state(self) -> OwnerState:
+        """The state folder, which belongs to this identity alone."""
+        return OwnerState(self.home / self.settings.state, self.identity.public_key)
 
     @property
     def ledger_path(self) -> Path:

@@ -127,7 +127,7 @@ def test_a_state_folder_of_the_version_before_is_refused(parties: Parties, party
     for found in ("1", "3", None):
         version.unlink() if found is None else version.write_text(f"{found}\n")
         with pytest.raises(SettingsError, match=f"state of version {found or 1}, this program writes version 2"):
-            Owner(party)
+            assert Owner(party).state
 
 
 def test_state_is_readable_by_the_owner_alone(parties: Parties, party: Path) -> None:
@@ -389,6 +389,14 @@ def test_an_unexpected_exception_leaves_as_a_code_too(parties: Parties, monkeypa
     monkeypatch.setattr(Owner, "check", fail)
     assert through_app(parties.files["hotel"], roll_call(parties)) == Refusal(code="unexpected")
     assert "Mrs Smith" in (parties.folder / "state" / "hotel" / "error.txt").read_text()
+
+
+def test_a_refusal_leaves_nothing_in_another_owner_s_folder(parties: Parties) -> None:
+    """Its text could quote a row, and the other owner would read it."""
+    cinema = parties.files["cinema"]
+    cinema.write_text(cinema.read_text().replace("state/cinema", "state/hotel"))
+    assert through_app(cinema, roll_call(parties)) == Refusal(code="settings")
+    assert not (parties.folder / "state" / "hotel" / "error.txt").exists()
 
 
 def test_a_node_without_an_owner_refuses(parties: Parties, tmp_path: Path) -> None:

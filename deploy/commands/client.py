@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.owner import Owner
-from client.settings import OwnerNetwork, OwnerSettings
+from client.settings import OwnerNetwork
 from common.errors import ConsentError, SettingsError
 from common.private_file import make_private_folder, write_whole
-from common.settings_file import load_settings
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import MARK, check_internals
 from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, free_port, started
@@ -54,10 +53,10 @@ def find_node(settings_file: Path) -> Node:
     """Check an owner's settings. Raises ConsentError unless the owner consented to the agreement that they name, and
     SettingsError unless its keys are the agreed ones.
     """
-    network = load_settings(settings_file, OwnerSettings).network
+    owner = Owner(settings_file)
+    network = owner.settings.network
     if network is None:
         raise SettingsError(f"{settings_file}: has no [network] table", hint='it needs at least address = "HOST:PORT"')
-    owner = Owner(settings_file)
     agreement = owner.agreement
     if agreement.digest() not in owner.state.consents():  # check: consent-comes-before-connecting
         raise ConsentError(f"{owner.name} has not consented to this agreement", hint=f"amalgram agree {settings_file}")
