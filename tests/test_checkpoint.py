@@ -21,7 +21,12 @@ REQUEST = OpenSum(
     run=HEX, agreement_digest=DIGEST, round=7, nonce=HEX, position=0, deliveries_digest=HEX, layout_digest=HEX
 )
 OPENING = SavedOpening(
-    remaining=("ada",), book=b"book", commitments={0: b"c"}, survivors=b"survivors", signatures={0: b"s", 2: b"t"}
+    remaining=("ada",),
+    book=b"book",
+    commitments={0: b"c"},
+    dealt={0: {2: b"d"}, 2: {}},
+    survivors=b"survivors",
+    signatures={0: b"s", 2: b"t"},
 )
 
 
