@@ -1,8 +1,6 @@
 """Settings and data that are not what they say: one error, no traceback, and no memory for what they claim to hold."""
 
 import io
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from client.data.files import read_arrays, read_columns
 from common.errors import DataError, SettingsError
 from common.identity import Identity, read_identity, write_identity
 from common.settings_file import read_toml
+from tests.support.commands import fuzz_for_half_a_minute
 
 DEEP = 100_000
 
@@ -89,10 +88,7 @@ def test_98_a_csv_whose_header_is_not_text(tmp_path: Path) -> None:
 def test_98_half_a_minute_of_coverage_guided_fuzzing_of_files_finds_nothing(tmp_path: Path) -> None:
     """Needs atheris, as the fuzzing of messages does (`test_wire.py`)."""
     pytest.importorskip("atheris")
-    command = [sys.executable, "-m", "tests.support.fuzz_files", "-max_total_time=30", "-max_len=2000", "-seed=1"]
-    command.append(f"-artifact_prefix={tmp_path}/")
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
+    done = fuzz_for_half_a_minute("fuzz_files", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Done" in done.stderr
 

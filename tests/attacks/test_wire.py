@@ -27,6 +27,7 @@ from common.summation.records import KeyEntry, RevealedShare, SealedShare, Share
 from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import InProcessGrid
 from server.app import FlowerChannel
+from tests.support.commands import fuzz_for_half_a_minute
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.owner_process import Process
 from tests.support.parties import Parties
@@ -213,12 +214,10 @@ def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> Non
 
 
 @pytest.mark.slow
-def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing() -> None:
+def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing(tmp_path: Path) -> None:
     """Needs atheris, which exists for Linux on x86-64 only; elsewhere the tests above have to suffice."""
     pytest.importorskip("atheris")
-    command = [sys.executable, "-m", "tests.support.fuzz", "-max_total_time=30", "-max_len=2000", "-seed=1"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
+    done = fuzz_for_half_a_minute("fuzz", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Done" in done.stderr
 

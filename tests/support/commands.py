@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, run
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -70,6 +70,13 @@ def started(*arguments: str | Path, cwd: Path, terminal: int | None = None, **en
         finally:
             process.kill()
             process.join()
+
+
+def fuzz_for_half_a_minute(module: str, artifacts: Path) -> CompletedProcess[str]:
+    """Run a coverage-guided fuzzer of this folder to its end. What it finds goes to `artifacts`."""
+    options = ["-max_total_time=30", "-max_len=2000", "-seed=1", f"-artifact_prefix={artifacts}/"]
+    command = [sys.executable, "-m", f"tests.support.{module}", *options]
+    return run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300)
 
 
 def _start(arguments: tuple[str | Path, ...], cwd: Path, environment: dict[str, str], *streams: int) -> BaseProcess:
