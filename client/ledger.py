@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from client.records import Record
 from client.repeats import Contributed, Repeat, Terms, check_repeats, terms_of
 from common import private_file
 from common.agreement import Agreement
@@ -24,23 +25,19 @@ from common.errors import ConsentError, SettingsError
 from common.private_file import write_whole
 
 
-class Offer(BaseModel):
+class Offer(Record):
     """What left for the round at `position`, to one session; `deliveries_digest` is what it was measured with."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     position: int
     session: str
     deliveries_digest: str
 
 
-class Page(BaseModel):
+class Page(Record):
     """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
 
     `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     round: int | None = None
     offers: tuple[Offer, ...] = ()
@@ -51,10 +48,8 @@ class Page(BaseModel):
     terms: Terms | None = None
 
 
-class Book(BaseModel):
+class Book(Record):
     """The whole file: whose it is, and a page for each agreement, by its digest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Literal[2]
     identity: str  # the public key, in hexadecimal

@@ -7,8 +7,7 @@ second contribution of the same is refused, unless the owner has read what the d
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 
-from pydantic import BaseModel, ConfigDict
-
+from client.records import Record
 from client.sketch import Sketch, share_in_common
 from common import merge_methods
 from common.agreement import Agreement
@@ -17,10 +16,6 @@ from common.merge_methods import METHODS, Hyperparameters
 
 # From this share of the smaller set on, it is a repetition. Texts that anybody writes, such as "thank you", stay below.
 LEAST_SHARE = 0.1
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Contributed(Record):

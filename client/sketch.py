@@ -12,16 +12,15 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+
+from client.records import Record
 
 KEPT = 4096
 DIGEST_BYTES = 8  # two of a million elements share a digest with probability 3e-8
 
 
-class Sketch(BaseModel):
+class Sketch(Record):
     """`size`: how many distinct elements the set has. `digests`: the smallest ones, ascending, in Base64."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     size: int = 0
     digests: str = ""

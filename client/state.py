@@ -26,8 +26,9 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from client.records import Record
 from common import private_file
 from common.certificates import Delivered
 from common.errors import DataError, RemoteProtocolError, SettingsError
@@ -40,12 +41,6 @@ from common.text import shown_lines
 
 STATE_VERSION = 2
 RoundKind = Literal["scales", "contribution", "step", "metrics"]  # schedule.RoundKind, which needs more imports
-
-
-class Record(BaseModel):
-    """Base of what is written to a file: frozen, and read back exactly."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ReceivedRecord(Record):

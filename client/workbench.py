@@ -85,11 +85,10 @@ class Workbench:
     def check(self) -> None:
         """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
         check_layout(self.contribution_layout(), len(self.agreement.owners))
-        own = self._on_disk(self.own_model()) if self.settings.fine_tuned is not None else None
-        base = self.load_base()
-        if own is not None and self.settings.fine_tuned is not None:
+        base = self._on_disk(self.load_base())
+        if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-            check_change(own, dict(base.named_parameters()), body_parameters(base), folder)
+            check_change(dict(self.own_model().named_parameters()), base, body_parameters(base.model), folder)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
         self.data.label_set()

@@ -4,9 +4,7 @@ The files carry their SHA-256, as `sha256sum` prints it. `receipts.json`, which 
 it with the agreement and everybody's signatures, so anybody can check a folder against it (deploy/commands/verify.py).
 """
 
-import hashlib
 import json
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError
@@ -16,16 +14,14 @@ from common.certificates import check_receipts, check_result
 from common.errors import RemoteProtocolError
 from common.messages import Result
 from common.metrics import MeanScore
-from common.settings_file import HEX_64, Name, Probability, Settings, matching
+from common.settings_file import Count, Digest, FileName, Name, Probability, Settings, matching
 from common.summation.records import Signed
 
 CARD, RECEIPTS = "README.md", "receipts.json"
 MAX_RECEIPTS_BYTES = 64_000_000
 
-FileName = Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
-Digest = Annotated[str, HEX_64]
+Signature = Annotated[str, matching("[0-9a-f]{128}", "a signature, 128 hexadecimal digits")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
 
 
 class PublishedFolder(Settings):
@@ -109,8 +105,8 @@ class PublishedReceipts(Settings):
     model_digest: Digest
     deliveries_digest: Digest
     publication: Publication
-    coordinator: Annotated[str, matching("[0-9a-f]{128}", "a signature, 128 hexadecimal digits")]
-    owners: dict[Name, Annotated[str, matching("[0-9a-f]{128}", "a signature, 128 hexadecimal digits")]]
+    coordinator: Signature
+    owners: dict[Name, Signature]
 
     @classmethod
     def of(cls, agreement: Agreement, result: Result, signatures: bytes) -> "PublishedReceipts":
@@ -147,9 +143,3 @@ class PublishedReceipts(Settings):
     def content(self) -> bytes:
         """What a file of them holds."""
         return self.model_dump_json(indent=1).encode() + b"\n"
-
-
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

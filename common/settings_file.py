@@ -70,7 +70,10 @@ def one_line(longest: int) -> AfterValidator:
 Line = Annotated[str, one_line(MAX_LINE)]
 Paragraph = Annotated[str, one_line(MAX_PARAGRAPH)]
 Name = Annotated[str, matching(NAME_PATTERN, NAME_RULE)]
+FileName = Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
 HEX_64 = matching("[0-9a-f]{64}", "64 hexadecimal digits")
+Digest = Annotated[str, HEX_64]
+Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -31,6 +31,7 @@ from common.errors import ProtocolError, SettingsError
 from common.messages import Envelope, OpenSum, decode, encode
 from common.private_file import make_private_folder, write_whole
 from common.schedule import Round
+from common.settings_file import Count, Digest
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 
@@ -42,8 +43,6 @@ WORD_BYTES = 8
 EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 log = logging.getLogger("amalgram.coordinator")
 
-Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -95,7 +94,7 @@ class SavedDelivery(Saved):
 
     position: Count
     model: str
-    digest: Hex64
+    digest: Digest
     bytes: Count
     owners: tuple[str, ...]
 
@@ -108,8 +107,8 @@ class SavedSum(Saved):
     """A round whose total is saved; `layout` is the digest of its layout."""
 
     position: Count
-    session: Hex64
-    layout: Hex64
+    session: Digest
+    layout: Digest
     owners: tuple[str, ...]
     roster_size: Count
 
@@ -126,8 +125,8 @@ class SavedRun(Saved):
     """The content of run.json."""
 
     version: Literal[2] = VERSION
-    agreement_digest: Hex64
-    run: Hex64
+    agreement_digest: Digest
+    run: Digest
     seconds: Seconds
     steps: tuple[Step, ...]
     deliveries: tuple[SavedDelivery, ...]

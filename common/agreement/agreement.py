@@ -18,10 +18,9 @@ from common.errors import RuleError, SettingsError
 from common.merge_methods.terms import MergeBounds, MergeSettings
 from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
-from common.settings_file import HEX_64
+from common.settings_file import Digest
 
 CANONICAL_LABEL = b"amalgram agreement v4\n"
-Digest = Annotated[str, HEX_64]
 
 
 class AgreementDraft(DraftTables):

@@ -6,6 +6,7 @@ that describe a model are used. Keys that name code, files, or an implementation
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -66,6 +67,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             f"model {folder}: its {name} cannot be used: {first_line(error)}", hint=DOWNLOAD_AGAIN
         ) from None
     return values
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def without_code(values: Any) -> Any:

@@ -6,6 +6,7 @@ Weights are read from safetensors only, because loading a pickle runs whatever c
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -69,19 +70,18 @@ def load_outline(folder: Path, task: Task) -> PreTrainedModel:
 
     Its weights are not looked at; `check_base` looks at them whenever they are loaded.
     """
-    return _outline(folder, (folder / "config.json").read_bytes(), task)
+    return _outline(folder, json.dumps(read_json(folder, "config.json")), task)
 
 
 @lru_cache(maxsize=16)  # it holds no weights, so a simulation of many owners keeps one
-def _outline(folder: Path, config: bytes, task: Task) -> PreTrainedModel:
-    model_class = getattr(transformers, AUTO_CLASSES[task.kind])
+def _outline(folder: Path, config_json: str, task: Task) -> PreTrainedModel:
+    """`config_json`: what is in the folder now, so that another content is not taken from the cache."""
+    config = read_config(folder, **_head(task))
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = model_class.from_config(
-                read_config(folder, **_head(task)), dtype=torch.float32, trust_remote_code=False
-            )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"model {folder}: cannot be loaded for {task.kind}: {first_line(error)}") from None
+            model: PreTrainedModel = _model_class(config, task)(config)
+    except Exception as error:  # odd values can make the library raise anything
+        raise _cannot_be_loaded(folder, task, first_line(error), DOWNLOAD_AGAIN) from None
     _choose_padding(model, folder, task)
     return model
 
@@ -251,11 +251,13 @@ def _from_tensors(
             reason, hint = first_line(error), DOWNLOAD_AGAIN
             if "ignore_mismatched_sizes" in reason:
                 reason, hint = "its head, or another weight, has another shape", "check that task.labels fit this model"
-            with_labels = f" with {len(task.labels)} labels" if task.has_labels else ""
-            raise ModelError(
-                f"model {folder}: cannot be loaded for {task.kind}{with_labels}: {reason}", hint=hint
-            ) from None
+            raise _cannot_be_loaded(folder, task, reason, hint) from None
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
+
+
+def _cannot_be_loaded(folder: Path, task: Task, reason: str, hint: str) -> ModelError:
+    with_labels = f" with {len(task.labels)} labels" if task.has_labels else ""
+    return ModelError(f"model {folder}: cannot be loaded for {task.kind}{with_labels}: {reason}", hint=hint)
 
 
 def _head(task: Task) -> dict[str, Any]:

@@ -4,18 +4,17 @@ Weights are not among these files; the base digest covers them as loaded (loadin
 is, to the byte: transformers chooses the tokenizer by `_name_or_path` and `transformers_version` too.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 from common.errors import ModelError
-from common.models.files import inside, read_json, without_code
-from common.settings_file import HEX_64, Settings, matching
+from common.models.files import digest_of_file, inside, read_json, without_code
+from common.settings_file import Digest, FileName, Settings
 
 # Every file that some tokenizer of transformers reads, what people read to prepare images, and how a model generates,
 # which is published as it is.
@@ -32,8 +31,8 @@ CONFIGURATIONS = ("config.json", "tokenizer_config.json")
 class BaseFile(Settings):
     """One file of the manifest."""
 
-    name: Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
-    sha256: Annotated[str, HEX_64]
+    name: FileName
+    sha256: Digest
 
 
 Manifest = tuple[BaseFile, ...]
@@ -49,12 +48,9 @@ def manifest_of(folder: Path) -> Manifest:
             f"model {folder}: its config.json sets configuration_files, so that another file would be read",
             hint="delete this key from config.json",
         )
-    found = []
-    for path in _files_read(folder):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append(BaseFile(name=path.relative_to(folder).as_posix(), sha256=digest))
-    return tuple(found)
+    return tuple(
+        BaseFile(name=path.relative_to(folder).as_posix(), sha256=digest_of_file(path)) for path in _files_read(folder)
+    )
 
 
 def check_manifest(folder: Path, agreed: Manifest) -> None:

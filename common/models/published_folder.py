@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from common.agreement import Agreement, Task
 from common.errors import ModelError
 from common.models.adapter import ADAPTER_CONFIG, is_adapter
-from common.models.files import DOWNLOAD_AGAIN, read_json, without_code
+from common.models.files import DOWNLOAD_AGAIN, digest_of_file, read_json, without_code
 from common.models.folders import load_tokenizer
 from common.models.loading import private_head
 from common.models.low_rank import AdapterPlan
-from common.publication import RECEIPTS, PublishedFolder, digest_of_file
+from common.publication import RECEIPTS, PublishedFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,9 @@ from common.agreement import Agreement
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError
 from common.identity import fingerprint
 from common.models.adapter import ADAPTER_CONFIG
+from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
-from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean, digest_of_file
+from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean
 from common.settings_file import parse_settings
 from deploy.terminal import answer, shows_json
 from server.report.report import Report, read_report

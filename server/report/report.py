@@ -19,7 +19,7 @@ from common.agreement.tables import Metric, TaskKind
 from common.errors import SettingsError
 from common.merge_methods.terms import Weighting
 from common.metrics import Split
-from common.settings_file import HEX_64, Line, Paragraph
+from common.settings_file import Count, Digest, Line, Paragraph
 from common.text import MAX_LINE, flaw
 
 REPORT_VERSION: Literal[3] = 3
@@ -27,10 +27,8 @@ MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
 FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
 
-Count = Annotated[int, Field(ge=0)]
 Size = Annotated[float, Field(ge=0)]  # a norm, a duration, a ratio of norms
 Share = Annotated[float, Field(ge=0, le=1)]
-Digest = Annotated[str, HEX_64]
 
 
 def _check_strings(value: JsonValue) -> JsonValue:

@@ -62,7 +62,7 @@ def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def state_kept(process: Process, copy: Path) -> Iterator[None]:
     """Afterwards the owners' state and ledgers are what they were."""
     state = process.parties.folder / "state"
-    ledgers = {Owner(path).ledger_path: Owner(path).ledger_path.read_bytes() for path in process.parties.files.values()}
+    ledgers = {path: path.read_bytes() for path in (Owner(file).ledger_path for file in process.parties.files.values())}
     shutil.copytree(state, copy)
     yield
     shutil.rmtree(state)
