@@ -11,6 +11,7 @@ from common.errors import ConsentError, NumericalError
 from common.merge_methods import contribution_layout
 from common.models.plan import MergePlan
 from common.summation.protocol import Total
+from deploy.commands.agree import consent_text
 from server.merge import _check_weights
 from tests.support.owner_process import Process
 from tests.support.parties import IDENTITIES, Parties
@@ -39,6 +40,12 @@ def test_85_a_merge_that_dishonest_contributions_spoiled(parties: Parties) -> No
         _check_is_good_enough(owner_with(parties, 0.7, merged=80, base=81))
     _check_is_good_enough(owner_with(parties, 0.7, merged=70, base=70))
     _check_is_good_enough(owner_with(parties, None, merged=1, base=50))
+
+
+def test_what_an_owner_signs_is_in_the_consent_text(parties: Parties) -> None:
+    signs = "signs the result only if its accuracy on your own test rows is 0.7 or more, and no less than the base's."
+    assert signs in consent_text(owner_with(parties, 0.7, merged=70, base=70))
+    assert "signs the result only if" not in consent_text(owner_with(parties, None, merged=70, base=70))
 
 
 def total_with(agreement: Agreement, plan: MergePlan, **claimed: float) -> Total:
