@@ -104,7 +104,8 @@ class Owner(OwnerContext):
 def _answer_roll_call(owner: Owner, message: RollCall) -> Message:
     owner.check()
     owner.state.start_run(message.run, message.agreement_digest)
-    next_round, pending = owner.ledger.next_round, owner.ledger.pending
+    ledger = owner.ledger
+    next_round, pending = ledger.next_round, ledger.pending
     body = presence_body(message.agreement_digest, next_round, pending)
     signature = owner.identity.sign(Domain.SIGN_PRESENT, bytes.fromhex(message.run), body)
     return Present(run=message.run, owner=owner.name, next_round=next_round, pending=pending, signature=signature)

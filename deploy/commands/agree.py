@@ -121,10 +121,12 @@ def _disclosures(agreement: Agreement) -> list[str]:
 
 def give_consent(owner: Owner, repeats: Sequence[Repeat] = ()) -> None:
     """Write down that this owner agreed to its agreement's digest, and to repeat what `repeats` name."""
-    owner.ledger.create()
     when = datetime.now(UTC).isoformat(timespec="seconds")
     consent = Consent(when=when, again=tuple(each.agreement_digest for each in repeats))
-    owner.state.write_consent(owner.agreement.digest(), consent)
+    # A client of the same identity may be writing its first page.
+    with owner.ledger_locked():  # check: consent-waits-for-the-ledger
+        owner.ledger.create()
+        owner.state.write_consent(owner.agreement.digest(), consent)
 
 
 def _fingerprint(agreement: Agreement) -> str:

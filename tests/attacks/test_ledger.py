@@ -5,6 +5,7 @@ difference of the two totals would not be.
 """
 
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,6 +220,19 @@ def test_64_a_ledger_that_is_gone_or_another_s_is_not_an_empty_one(after: Partie
         shutil.rmtree(after.folder / "state" / "hotel")
     with pytest.raises(SettingsError, match=r"what was given before is unknown|the ledger of another identity"):
         give_consent(Owner(after.files["hotel"]))
+
+
+def test_64_consent_does_not_write_an_empty_ledger_over_one_that_a_client_begins(after: Parties) -> None:
+    owner = Owner(after.files["hotel"])
+    stored = owner.state.folder / "consent.json"
+    stored.unlink()
+    consenting = threading.Thread(target=give_consent, args=(owner,))
+    with owner.ledger_locked():
+        consenting.start()
+        consenting.join(1)
+        assert not stored.exists()
+    consenting.join(10)
+    assert stored.exists()
 
 
 def test_64_a_link_to_a_ledger_is_followed(after: Parties) -> None:

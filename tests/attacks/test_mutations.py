@@ -377,6 +377,7 @@ TABLE = [
     ),
     Mutation(LEDGER, "test_63_", "weightings-add-up"),
     Mutation(LEDGER, "test_64_", "missing-ledger-is-not-empty"),
+    Mutation(LEDGER, "test_64_consent", "consent-waits-for-the-ledger", "if True:"),
     Mutation(LEDGER, "test_64_", "ledger-is-of-this-identity"),
     Mutation(LEDGER, "test_65_", "state-is-of-this-identity"),
     Mutation(LEDGER, "test_66_", "broken-session-is-burned"),
