@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,7 +37,7 @@ from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement, Task
 from common.domain_separation import Domain
-from common.errors import DataError
+from common.errors import DataError, first_line
 from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, Step
 from common.merge_methods.refit import classifier
@@ -171,6 +173,17 @@ class Workbench:
     def _on_disk(self, model: PreTrainedModel) -> DiskModel:
         return DiskModel(model, self.state.folder)
 
+    @contextmanager
+    def _needing_room(self, what: str) -> Iterator[None]:
+        """Raise DataError if `what` cannot be written to the state folder's disk."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{self.state.folder}: {what} cannot be written here ({first_line(error)})",
+                hint="make room on this disk, or move the state folder",
+            ) from None
+
     def _make_own_model(self) -> Path:
         folder = self.state.fine_tuned_folder
         made_from = folder / "made_from.json"
@@ -184,9 +197,10 @@ class Workbench:
         finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        if self.task.is_text:
-            load_tokenizer(self._base_folder).save_pretrained(partial)
+        with self._needing_room("the fine-tuned model"):
+            model.save_pretrained(partial)
+            if self.task.is_text:
+                load_tokenizer(self._base_folder).save_pretrained(partial)
         (partial / "made_from.json").write_text(recipe)
         self.state.seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -346,12 +360,13 @@ class Workbench:
         agreement, rank = self.agreement, self.agreement.publish.adapter_rank
         with self.state.scratch_folder() as scratch:
             folder, base = scratch / "published", self.load_base()  # a private head fits, and is not published
-            if rank is None:
-                add_delta(base, VectorDelta(self.plan, (layout, vector)))
-                write_model(base, self._base_folder, agreement, folder)
-            else:
-                plan = adapter_plan(base, weights_made_here(self._base_folder, agreement.task), rank)
-                write_adapter_configuration(agreement, plan, self._base_folder, folder)
+            with self._needing_room("what would be published"):
+                if rank is None:
+                    add_delta(base, VectorDelta(self.plan, (layout, vector)))
+                    write_model(base, self._base_folder, agreement, folder)
+                else:
+                    plan = adapter_plan(base, weights_made_here(self._base_folder, agreement.task), rank)
+                    write_adapter_configuration(agreement, plan, self._base_folder, folder)
             return published_folder(folder)
 
     def score_base(self, split: Split) -> Score:

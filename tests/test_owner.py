@@ -6,6 +6,8 @@ import resource
 import shutil
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from common.messages import (
     PartRequest,
     Refusal,
 )
+from common.models.delta import delta_layout
 from common.schedule import Delivery, Round, schedule_of
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
@@ -156,14 +159,31 @@ def test_a_full_disk_is_one_line_and_not_the_end_of_the_process(parties: Parties
     state.create_array("vector", 1_000_000, "<f8")
     vector = state.folder / "run" / "vector.bin"
     assert vector.stat().st_blocks * 512 >= 8_000_000
+    refused = pytest.raises(DataError, match=r"vector.bin: cannot write 8 MB here \(File too large\)")
+    with file_size_limited(1_000_000), refused:
+        state.create_array("vector", 1_000_000, "<f8")
+    assert not vector.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on files stands for a full disk")
+def test_a_full_disk_is_one_line_where_a_model_is_written(parties: Parties, party: Path) -> None:
+    answer(parties, "hotel", roll_call(parties))
+    workbench, layout = Owner(party).workbench, delta_layout(parties.plan)
+    zeros = np.zeros(layout.size, np.float32)
+    with file_size_limited(100_000), pytest.raises(DataError, match="what would be published cannot be written here"):
+        workbench.published_folder(layout, zeros)
+    assert not list((workbench.state.folder / "run").glob("scratch"))
+    assert set(workbench.published_folder(layout, zeros).files) >= {"config.json", "model.safetensors"}
+
+
+@contextmanager
+def file_size_limited(num_bytes: int) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"vector.bin: cannot write 8 MB here \(File too large\)"):
-            state.create_array("vector", 1_000_000, "<f8")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not vector.exists()
 
 
 def test_an_owner_without_consent_refuses_before_it_reads_a_row(
