@@ -84,8 +84,17 @@ def trained_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def reviews_folder(shared: Path) -> Path:
-    """The consortium that `amalgram simulate --init` writes; tests copy it before they change it."""
-    return made_once(shared / "reviews", reviews.write_consortium)
+    """The consortium that `amalgram simulate --init` writes, with Fisher information of few examples, which is dear.
+
+    Tests copy it before they change it.
+    """
+
+    def write(folder: Path) -> None:
+        reviews.write_consortium(folder)
+        agreement = folder / "agreement.toml"
+        agreement.write_text(agreement.read_text() + "\n[fisher]\nmeasured_examples = 16\n")
+
+    return made_once(shared / "reviews", write)
 
 
 @pytest.fixture(scope="session")
