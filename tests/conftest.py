@@ -76,6 +76,14 @@ def _models_are_trained_once(shared: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_is_cut() -> Iterator[None]:
+    """Whoever reads a file that a killed process wrote finds it whole; only a crash of the machine needs a disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def trained_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the training itself: no weights are taken from an earlier test."""

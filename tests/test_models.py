@@ -12,6 +12,7 @@ from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
 from client.measurement.gram import measure_grams
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
+from common.models import loading
 from common.models.delta import add_delta
 from common.models.folders import base_labels, load_tokenizer, model_folder
 from common.models.loading import check_base, digest_of, load_base, load_fine_tuned
@@ -43,6 +44,21 @@ def test_the_digest_covers_the_weights_and_not_the_files(folder: Path, tmp_path:
     model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert digest_of(load_base(tmp_path / "sharded", TASK, seed=0), TASK) == digest_of(model, TASK)
+
+
+def test_a_model_is_what_its_files_hold_now_and_nobody_else_s_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_base(folder, TASK, seed=0)
+    before = digest_of(first, TASK)
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+    assert digest_of(load_base(folder, TASK, seed=0), TASK) == before
+    change_weights(folder, classifier__bias=torch.ones(3))
+    after = digest_of(load_base(folder, TASK, seed=0), TASK)
+    assert after != before
+    monkeypatch.setattr(loading, "SMALL_BYTES", 0)
+    assert digest_of(load_base(folder, TASK, seed=0), TASK) == after
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

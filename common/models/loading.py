@@ -5,6 +5,7 @@ Weights are read from safetensors only, because loading a pickle runs whatever c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,14 @@ from common.agreement import Agreement, Task, TaskKind
 from common.errors import ModelError, first_line
 from common.lazy import lazy_module
 from common.models.adapter import is_adapter, with_adapter
-from common.models.files import DOWNLOAD_AGAIN, read_json, read_tensors, weight_files, without_code
+from common.models.files import (
+    DOWNLOAD_AGAIN,
+    digest_of_file,
+    read_json,
+    read_tensors,
+    weight_files,
+    without_code,
+)
 from common.models.folders import load_tokenizer, named_labels, read_config
 from common.models.parameters import parameter_shapes
 
@@ -34,6 +42,7 @@ else:
 # MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 are below 0.4.
 MOST_MEDIAN_CHANGE = 0.8
 FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
+SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -93,7 +102,7 @@ def _choose_padding(model: PreTrainedModel, folder: Path, task: Task) -> None:
 
 def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
     """The parameters that the base's folder lacks and `load_base` makes; none if heads are private."""
-    return () if task.head == "private" else tuple(_load(folder, task, seed=0)[1])
+    return () if task.head == "private" else _load(folder, task, seed=0)[1]
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:
@@ -208,8 +217,29 @@ def _check_labels(folder: Path, task: Task) -> None:
         )
 
 
-def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
-    """The model, checked, and the names of the parameters that its files lack."""
+def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, checked, and the names of the parameters that its files lack.
+
+    transformers takes longer to build a small model than to run it on a batch, and every candidate starts from the
+    base. So small models are kept, and copied.
+    """
+    files = weight_files(folder)
+    if sum(path.stat().st_size for path in files) > SMALL_BYTES:
+        return _built(folder, task, seed)
+    files += [path for path in (folder / "config.json", folder / "generation_config.json") if path.is_file()]
+    model, missing = _small_model(folder, tuple(digest_of_file(path) for path in files), task, seed)
+    return copy.deepcopy(model), missing
+
+
+@lru_cache(maxsize=8)
+def _small_model(
+    folder: Path, contents: tuple[str, ...], task: Task, seed: int
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """`contents`: the digests of the files as they are now, so that other ones are not taken from the cache."""
+    return _built(folder, task, seed)
+
+
+def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
     tensors = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
     model, missing, mismatched = _from_tensors(folder, tensors, task, seed)
     for name in sorted(mismatched - set(private_head(model, task))):
@@ -223,7 +253,7 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, list[st
         if hasattr(module, "chunk_size_feed_forward"):
             module.chunk_size_feed_forward = 0
     model.eval()
-    return model, sorted(missing)
+    return model, tuple(sorted(missing))
 
 
 def _from_tensors(
