@@ -37,6 +37,9 @@ IN_WORDS = {
     "too_short": "has too few entries, the minimum is {min_length}",
     "too_long": "has too many entries, the maximum is {max_length}",
     "model_type": "must be a table",
+    "missing": "is missing",
+    "extra_forbidden": "is an unknown key",
+    "union_tag_invalid": "must have {discriminator} = one of {expected_tags}",
     # The JSON is ours (parse_settings): only a string that is not Unicode keeps it from being read.
     "json_invalid": "a string holds half of a surrogate pair, which is not a character",
 }
@@ -133,14 +136,15 @@ def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple
         return f"{where}: {key} is missing{more}", ""
     rule = first.get("ctx", {}).get("error")
     hint = rule.hint if isinstance(rule, RuleError) else ""
-    reason = _reason(first)
+    reason = reason_in_words(first)
     if not key:  # a rule about several keys together
         return f"{where}: {reason}{more}", hint
     value = repr(first["input"])
     return f"{where}: {key} = {value if len(value) <= 80 else value[:77] + '...'}: {reason}{more}", hint
 
 
-def _reason(problem: Mapping[str, Any]) -> str:
+def reason_in_words(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, from one entry of `ValidationError.errors()`."""
     words = IN_WORDS.get(problem["type"])
     if words is None:
         return str(problem["msg"]).removeprefix("Value error, ")

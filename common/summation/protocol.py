@@ -333,7 +333,7 @@ def check_enough(remaining: int, terms: SumTerms, step: str, last_heard: Mapping
         raise TooFewOwners(
             f"{remaining} owners are left at step {step}, the agreement needs {terms.needed_owners}; "
             f"dropped out: {dropped or 'none'}. No total was computed",
-            hint="bring the missing owners back and run again",
+            hint="bring the missing owners back, then run the same command again to resume",
         )
 
 

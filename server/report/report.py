@@ -19,7 +19,7 @@ from common.agreement.tables import Metric, TaskKind
 from common.errors import SettingsError
 from common.merge_methods.terms import Weighting
 from common.metrics import Split
-from common.settings_file import Count, Digest, Line, Paragraph
+from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
 
 REPORT_VERSION: Literal[3] = 3
@@ -380,9 +380,9 @@ def _as_settings_error(error: ValidationError, path: Path) -> SettingsError:
         )
     first = problems[0]
     place = ".".join(map(str, first["loc"]))[:MAX_QUOTED_CHARACTERS]
-    reason = first["msg"].removeprefix("Value error, ")[:MAX_QUOTED_CHARACTERS]
+    reason = first["msg"] if first["type"] == "json_invalid" else reason_in_words(first)
     return SettingsError(
-        f"{path}: " + ascii(f"{place}: {reason}" if place else reason)[1:-1],
+        f"{path}: " + ascii(f"{place}: {reason}" if place else reason)[1:-1][: 2 * MAX_QUOTED_CHARACTERS],
         hint="the file was changed after the run wrote it; get it again, or run the merge again",
     )
 

@@ -92,7 +92,7 @@ def test_a_merge_whose_every_part_is_killed_in_turn_ends_in_the_very_model_of_a_
         kill_all(clients["hotel"].family())
         stack.enter_context(running("client", network.owner("hotel")))
         assert merge.exit_code(400) == 4, merge.said
-        assert "run again" in last_line(merge)
+        assert last_line(merge) == "hint: bring the missing owners back, then run the same command again to resume"
         assert no_result(network)
 
         # The coordinator's app, when the owners are asked to open the sum: they do so for this session or for none.

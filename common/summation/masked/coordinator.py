@@ -247,7 +247,7 @@ class MaskedCoordinator(CoordinatorSide):
             raise TooFewOwners(
                 f"{Phase.UNMASKING}: {len(shares)} of {name}'s neighbours revealed a share, {threshold} are needed. "
                 "No total was computed",
-                hint="bring the missing owners back and run again",
+                hint="bring the missing owners back, then run the same command again to resume",
             )
         points = tuple(sorted(shares)[:threshold])
         with suppress(RemoteProtocolError):
