@@ -243,7 +243,7 @@ def set_at(content: Any, place: tuple[str | int, ...], value: Any) -> None:
             "theft",
             "rounds.0.kind: must be 'scales', 'contribution', 'step' or 'metrics'",
         ),
-        (("sent", 0, "kind"), "<b>\n", "sent.0: must have 'kind' = one of 'scales'"),
+        (("sent", 0, "kind"), "<b>\n", "sent.0: must have 'kind' = one of 'candidate'"),
         (("<b>\n\u202e" + 1000 * "x",), 1, r"<b>\n\u202exxx"),
         (("layers", 0, "rows"), 1, "layers.0.rows: is an unknown key"),
         (("evaluation", "mean", "stock"), {}, "evaluation.mean.stock.accuracy: is missing"),
