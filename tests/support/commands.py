@@ -50,7 +50,7 @@ class Command:
 def amalgram(*arguments: str | Path, cwd: Path, **environment: str) -> CompletedProcess[str]:
     """Run `amalgram ARGUMENTS` in the folder `cwd` to its end."""
     with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
-        process = _start(arguments, cwd, environment, stdout.fileno(), stderr.fileno())
+        process = fork(arguments, cwd, environment, stdout.fileno(), stderr.fileno())
         exit_code = Command(process, stdout, stderr).exit_code()
         stdout.seek(0)
         stderr.seek(0)
@@ -61,7 +61,7 @@ def amalgram(*arguments: str | Path, cwd: Path, **environment: str) -> Completed
 def started(*arguments: str | Path, cwd: Path, terminal: int | None = None, **environment: str) -> Iterator[Command]:
     """`amalgram ARGUMENTS`, running. `terminal`, a file descriptor, takes the place of its standard error."""
     (out, its_out), (err, its_err) = os.pipe(), os.pipe()
-    process = _start(arguments, cwd, environment, its_out, its_err if terminal is None else terminal)
+    process = fork(arguments, cwd, environment, its_out, its_err if terminal is None else terminal)
     os.close(its_out)
     os.close(its_err)
     with os.fdopen(out) as stdout, os.fdopen(err) as stderr:
@@ -72,19 +72,20 @@ def started(*arguments: str | Path, cwd: Path, terminal: int | None = None, **en
             process.join()
 
 
-def fuzz_for_half_a_minute(module: str, artifacts: Path) -> CompletedProcess[str]:
-    """Run a coverage-guided fuzzer of this folder to its end. What it finds goes to `artifacts`."""
-    options = ["-max_total_time=30", "-max_len=2000", "-seed=1", f"-artifact_prefix={artifacts}/"]
-    command = [sys.executable, "-m", f"tests.support.{module}", *options]
-    return run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300)
-
-
-def _start(arguments: tuple[str | Path, ...], cwd: Path, environment: dict[str, str], *streams: int) -> BaseProcess:
+def fork(arguments: tuple[str | Path, ...], cwd: Path, environment: dict[str, str], *streams: int) -> BaseProcess:
+    """`amalgram ARGUMENTS` in the folder `cwd`, begun. `streams`: the descriptors of its standard output and error."""
     sent = [Connection(os.dup(stream), readable=False) for stream in streams]  # how multiprocessing sends a descriptor
     whole = dict(os.environ) | environment
     process = _forks.Process(target=_run, args=([*map(str, arguments)], str(cwd), whole, *sent))
     process.start()
     return process
+
+
+def fuzz_for_half_a_minute(module: str, artifacts: Path) -> CompletedProcess[str]:
+    """Run a coverage-guided fuzzer of this folder to its end. What it finds goes to `artifacts`."""
+    options = ["-max_total_time=30", "-max_len=2000", "-seed=1", f"-artifact_prefix={artifacts}/"]
+    command = [sys.executable, "-m", f"tests.support.{module}", *options]
+    return run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300)
 
 
 def _run(arguments: list[str], cwd: str, environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:

@@ -1,15 +1,12 @@
 """A coordinator and three owners set up as for machines of their own, and their commands as processes of the tests."""
 
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -24,10 +21,9 @@ from deploy.launch.processes import free_port
 from deploy.network_keys import write_certificate, write_node_key
 from deploy.simulation.simulate import simulate, write_settings
 from server.report.report import Report
+from tests.support.commands import fork
 
 OWNERS = ("hotel", "cinema", "phones")
-AMALGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}  # threads: as many as in the tests' own process
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def simulated_twin(network: Network, folder: Path) -> Report:
 class Command:
     """A command of ours that is running, and what it has said."""
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     log: Path
 
     @property
@@ -114,14 +110,17 @@ class Command:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str, seconds: float = 60.0) -> None:
-        wait_until(lambda: text in self.said or self.process.poll() is not None, f"{text!r} in:\n{self.said}", seconds)
+        wait_until(lambda: text in self.said or not self.process.is_alive(), f"{text!r} in:\n{self.said}", seconds)
         assert text in self.said, self.said
 
     def exit_code(self, seconds: float) -> int:
-        return self.process.wait(seconds)
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"is still running:\n{self.said}"
+        return self.process.exitcode
 
     def family(self) -> list[psutil.Process]:
-        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
 
 
 @contextmanager
@@ -129,15 +128,14 @@ def running(*arguments: str | Path) -> Iterator[Command]:
     """`amalgram ARGUMENTS`, ended with SIGTERM when the block is left; then nothing of it may be left running."""
     log = Path(arguments[-1]).with_suffix(f".{arguments[0]}.{time.monotonic_ns()}.log")
     with log.open("wb") as output:
-        command = [*AMALGRAM, *map(str, arguments)]
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True)
+        process = fork(arguments, Path.cwd(), {"COLUMNS": "300"}, output.fileno(), output.fileno())
         started = Command(process, log)
         try:
             yield started
         finally:
-            family = started.family() if process.poll() is None else []
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            family = started.family() if process.is_alive() else []
+            process.terminate()
+            process.join(60)
             left = psutil.wait_procs(family, 10)[1]
             for each in left:
                 each.kill()
