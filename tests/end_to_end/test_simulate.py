@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from sklearn.datasets import load_digits
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -264,7 +265,12 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_published(
 
 
 def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The demo itself, with less training, fewer measured rows and a shorter sweep; `make demo` runs it in full.
+    # The demo itself, with three owners, less training and a shorter sweep; `make demo` runs it in full.
+    scanners = {name: digits.SCANNERS[name] for name in ("top-left", "bottom-right", "centre")}
+    images, labels = load_digits(return_X_y=True)
+    rows = digits.PUBLIC + len(scanners) * digits.TRAIN + digits.VALIDATION + 300
+    monkeypatch.setattr(digits, "SCANNERS", scanners)
+    monkeypatch.setattr(digits, "load_digits", lambda *, return_X_y: (images[:rows], labels[:rows]))
     agreement = digits.AGREEMENT.replace("[0.1, 0.5, 0.9, 0.95, 0.99]", "[0.5, 0.9]")
     monkeypatch.setattr(digits, "AGREEMENT", agreement + "[fisher]\nmeasured_examples = 20\n")
     for training in ("BASE_TRAINING", "OWNER_TRAINING"):
