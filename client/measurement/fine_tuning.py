@@ -15,7 +15,9 @@ from common.errors import NumericalError
 def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int, description: str) -> None:
     """Train `model` in place with AdamW at a constant rate. A seed gives the same weights each time on one machine."""
     random = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
     batches_per_epoch = -(-len(rows) // training.batch_size)
     # Commands show their progress on this console too. Rich's default console would write to standard output.
     console = get_console() if get_console().stderr else Console(stderr=True)
