@@ -1,39 +1,15 @@
-"""Things that many tests need: agreements and tiny models, made here, so that nothing is fetched."""
+"""How the tests are run: what is loaded, what begins first, what is said at the end. Fixtures are in tests/support."""
 
-import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too: see torch.set_num_threads below
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too: see torch.set_num_threads in fixtures.py
 
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from hypothesis import settings
 
-from client.measurement import fine_tuning
-from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
-from common.models.plan import MergePlan, merge_plan
-from deploy.complete import complete_agreement
-from deploy.example import reviews
-from deploy.simulation.simulate import simulate
-from tests.support.models import tiny_bert
-from tests.support.once import made_once, shared_folder, trained_once
-from tests.support.parties import IDENTITIES, Parties, parties_of
 from tests.support.programs import NEEDS
-
-TRAIN = fine_tuning.fine_tune
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(1)  # models this small gain nothing from a second thread, and a busy machine makes it dear
-settings.register_profile("amalgram", deadline=None, max_examples=60)
-settings.load_profile("amalgram")
-
 
 # The files that take longest, begun first: then no worker is left with a long one when the other has nothing to do.
 # A file's tests go to one worker, since they may share something dear, such as a server that is running.
@@ -54,95 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     )
 
 
-@pytest.fixture
-def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that run commands in this process: what these do to the log is undone afterwards."""
-    log = logging.getLogger("amalgram")
-    for name in ("handlers", "propagate", "level"):
-        monkeypatch.setattr(log, name, getattr(log, name))
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers share."""
-    return shared_folder(tmp_path_factory)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _models_are_trained_once(shared: Path) -> Iterator[None]:
-    (shared / "trained").mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fine_tuning, "fine_tune", trained_once(TRAIN, shared / "trained"))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_power_is_cut() -> Iterator[None]:
-    """Whoever reads a file that a killed process wrote finds it whole; only a crash of the machine needs a disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture
-def trained_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of the training itself: no weights are taken from an earlier test."""
-    monkeypatch.setattr(fine_tuning, "fine_tune", TRAIN)
-
-
-@pytest.fixture(scope="session")
-def reviews_folder(shared: Path) -> Path:
-    """The consortium that `amalgram simulate --init` writes, with Fisher information of few examples, which is dear.
-
-    Tests copy it before they change it.
-    """
-
-    def write(folder: Path) -> None:
-        reviews.write_consortium(folder)
-        agreement = folder / "agreement.toml"
-        agreement.write_text(agreement.read_text() + "\n[fisher]\nmeasured_examples = 16\n")
-
-    return made_once(shared / "reviews", write)
-
-
-@pytest.fixture(scope="session")
-def example_run(reviews_folder: Path, shared: Path) -> Path:
-    """The output folder of a simulation of the example, references included; nobody changes it."""
-    return made_once(shared / "example-run", partial(simulate, reviews_folder))
-
-
-@pytest.fixture
-def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    """The example's parties, each with its settings file and the one agreement; nothing has run yet."""
-    with parties_of(reviews_folder, tmp_path) as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    tiny_bert().save_pretrained(folder)
-    reviews.make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def agreement(bert_folder: Path) -> Agreement:
-    """Three owners, every method, over the tiny BERT; their identities are `tests.support.parties.IDENTITIES`."""
-    draft = AgreementDraft(
-        title="Test",
-        base=str(bert_folder),
-        owners=tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd")),
-        method="regmean",
-        compare_with=("average", "task_arithmetic", "fisher"),
-        task=Task(labels=("a", "b", "c")),
-    )
-    return complete_agreement(draft, bert_folder, {name: each.public_key for name, each in IDENTITIES.items()})
-
-
-@pytest.fixture(scope="session")
-def plan(agreement: Agreement) -> MergePlan:
-    return merge_plan(tiny_bert(), agreement.tensors)
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures where tests run. The process that hands them out to workers need not import torch first."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("tests.support.fixtures")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
