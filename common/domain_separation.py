@@ -30,6 +30,8 @@ class Domain(Enum):
     SIGN_SURVIVORS = b"amalgram v1 25 sign survivor list\n"
     SIGN_REVEAL = b"amalgram v1 26 sign revealed shares\n"
     SIGN_BURNED = b"amalgram v1 27 sign burned session\n"
+    SIGN_DISPUTE = b"amalgram v1 30 sign disputed shares\n"
+    SIGN_OPENED = b"amalgram v1 31 sign opened shares\n"
     SIGN_RESULT = b"amalgram v1 28 sign result\n"
     SIGN_RECEIPT = b"amalgram v1 29 sign receipt of a result\n"
     # What is derived.

@@ -7,6 +7,8 @@
     AdvertiseKeys       OpenSum                  KeysAdvertised      masked; nothing of the owner's vector leaves yet
     ShareKeys           KeyBook                  SharesSealed
     MaskedInput         KeyShares                MaskedPart          part 0
+                        KeyShares                SharesDisputed      instead, if a neighbour sealed wrong shares
+                        OpenShares               SharesOpened        only after that; then KeyShares again
                         PartRequest              MaskedPart          parts 1, 2, ...
     ConsistencyCheck    SurvivorList             SurvivorsSigned
     Unmasking           Acknowledgements         SharesRevealed
@@ -44,7 +46,7 @@ from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 from common.text import MAX_LINE, flaw
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_PARTS = 1_000_000
@@ -169,11 +171,42 @@ class SharesSealed(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyShares(Message):
-    """`deliveries`: a `records.ShareDelivery` from each neighbour; `manifests`: what each signed, hashed."""
+    """`deliveries`: a `records.ShareDelivery` from each neighbour; `manifests`: what each signed, hashed.
+
+    `opened`: a `records.OpenedShare` from each neighbour whose shares this owner disputed.
+    """
 
     session: str
     deliveries: bytes
     manifests: bytes
+    opened: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesDisputed(Message):
+    """`disputes`: a `records.Signed` for each neighbour that sealed other shares than it committed to."""
+
+    session: str
+    owner: str
+    disputes: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenShares(Message):
+    """`disputes`: a `records.Signed` by each neighbour that disputes the shares that this owner dealt it."""
+
+    session: str
+    disputes: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesOpened(Message):
+    """`shares`: a `records.OpenedShare` for each neighbour that disputed them."""
+
+    session: str
+    owner: str
+    shares: bytes
+    signature: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +376,9 @@ KINDS: dict[str, type[Message]] = {
         KeyBook,
         SharesSealed,
         KeyShares,
+        SharesDisputed,
+        OpenShares,
+        SharesOpened,
         PartRequest,
         MaskedPart,
         SurvivorList,
@@ -472,6 +508,8 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "shares": _is_list,
     "deliveries": _is_list,
     "manifests": _is_list,
+    "opened": _is_list,
+    "disputes": _is_list,
     "survivors": _is_list,
     "signatures": _is_list,
     "publication": _is_list,

@@ -1,7 +1,8 @@
 """What a run has reached, on the coordinator's disk, so that the same command resumes it after a crash.
 
 OUT/checkpoint/
-    run.json     SavedRun: which run of which agreement, the rounds that are summed, what was delivered, step costs
+    run.json     SavedRun: which run of which agreement, the rounds that are summed, what was delivered, step costs,
+                 and which owners broke the rules
     sum-N.bin    the total of the N-th round, float64
     opening.bin  the masked sum of a session that the owners were asked to open
 
@@ -35,7 +36,7 @@ from common.settings_file import Count, Digest
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 
-VERSION: Final = 2  # of run.json
+VERSION: Final = 3  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 PIECE_WORDS = 1 << 20
@@ -124,7 +125,7 @@ class OpenedSession(Saved):
 class SavedRun(Saved):
     """The content of run.json."""
 
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     agreement_digest: Digest
     run: Digest
     seconds: Seconds
@@ -132,6 +133,7 @@ class SavedRun(Saved):
     deliveries: tuple[SavedDelivery, ...]
     sums: tuple[SavedSum, ...]
     opening: OpenedSession | None
+    excluded: dict[str, str]
 
 
 # --- reading and writing it ---
@@ -147,6 +149,7 @@ class Checkpoint:
     steps: list[Step] = field(default_factory=list)
     deliveries: list[SavedDelivery] = field(default_factory=list)  # those that every owner has
     sums: list[SavedSum] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)  # owner that broke the rules of a sum -> what it did
     seconds_before: float = 0.0  # of the earlier starts of this run
     _opening: OpenedSession | None = None
     _replayed: int = 0
@@ -168,6 +171,7 @@ class Checkpoint:
                 steps=list(saved.steps),
                 deliveries=list(saved.deliveries),
                 sums=list(saved.sums),
+                excluded=dict(saved.excluded),
                 seconds_before=saved.seconds,
                 _opening=saved.opening,
             )
@@ -221,6 +225,11 @@ class Checkpoint:
         self.deliveries.append(delivery)
         self.save()
 
+    def save_excluded(self, owner: str, reason: str) -> None:
+        """`owner` is left out from now on, and after a restart."""
+        self.excluded.setdefault(owner, reason)
+        self.save()
+
     def save_opening(self, request: OpenSum, opening: Opening) -> None:
         """Save a session before the owners open it. They do so only once, so the result must not be lost."""
         write_whole(self.folder / OPENING, np.ascontiguousarray(opening.words).data.cast("B"))
@@ -248,6 +257,7 @@ class Checkpoint:
             deliveries=tuple(self.deliveries),
             sums=tuple(self.sums),
             opening=self._opening,
+            excluded=self.excluded,
         )
         write_whole(self.folder / RUN, saved.model_dump_json().encode())
 

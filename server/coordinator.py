@@ -39,7 +39,7 @@ from common.messages import (
 from common.publication import PublishedReceipts
 from common.schedule import Delivery, Round, Schedule
 from common.summation import SUMMATIONS
-from common.summation.protocol import CoordinatorSide, SumKind, SumTerms, Total, drive
+from common.summation.protocol import CoordinatorSide, SumAbandoned, SumKind, SumTerms, Total, drive
 from common.summation.records import Signed
 from common.summation.totals import SummedTensors
 from server.checkpoint import Checkpoint, SavedDelivery, Step
@@ -102,6 +102,11 @@ class Coordinator:
         return self.exchange.dropped_out
 
     @property
+    def excluded(self) -> dict[str, str]:
+        """The owners that broke the rules of a sum, each with what it did. They stay out for the rest of the run."""
+        return self.checkpoint.excluded
+
+    @property
     def receipts(self) -> tuple[str, ...]:
         """The owners that signed the result."""
         return tuple(self.agreement.owner_names[each.owner] for each in self._signed)
@@ -120,6 +125,9 @@ class Coordinator:
                 refusals.append(reply.code)
             elif isinstance(reply, Present) and reply.run == self.run:
                 self._check_present(reply)
+                if reply.owner in self.excluded:  # check: who-lied-stays-out
+                    log.warning("owner %s is left out: %s", reply.owner, self.excluded[reply.owner])
+                    continue
                 self.exchange.join(reply.owner, node)
                 present.append(reply)
             elif reply is not None:
@@ -145,6 +153,12 @@ class Coordinator:
     def _check_attendance(self, refusals: list[str]) -> None:
         missing = [name for name in self.agreement.owner_names if name not in self.owners]
         self.exchange.dropped_out.update(dict.fromkeys(missing, "roll call"))
+        if self.excluded and len(self.owners) < self.agreement.needed_owners:
+            raise RemoteProtocolError(
+                f"roll call: {len(self.owners)} owners are left, the agreement needs {self.agreement.needed_owners}. "
+                f"Left out: {'; '.join(self.excluded.values())}",
+                hint=f"make a new agreement without {', '.join(self.excluded)}",
+            )
         if refusals and len(self.owners) < self.agreement.needed_owners:
             raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {', '.join(missing)}", refusals[0])
         self.exchange.check_enough()
@@ -183,6 +197,14 @@ class Coordinator:
         return total
 
     def _sum_over_owners(self, round: Round) -> Total:
+        while True:
+            try:
+                return self._one_session(round)
+            except SumAbandoned as abandoned:
+                log.warning("%s: opening another session without them", abandoned.message)
+
+    def _one_session(self, round: Round) -> Total:
+        """Raises SumAbandoned if another session can be opened without the owners that broke the rules."""
         self.exchange.begin_step(round.name, round.phase, round.layout.num_bytes + self.exchange.ahead_bytes)
         reopened = reopen_sum(self.checkpoint, self._kind, lambda request: self._terms(request, round), self.owners)
         request, side = reopened or self._new_sum(round)
@@ -193,11 +215,26 @@ class Coordinator:
                 self.checkpoint.save_opening(request, opening)
             return self.exchange.ask(requests)
 
-        total = drive(side, exchange, self.exchange.exclude)
+        try:
+            total = drive(side, exchange, self._exclude)
+        except SumAbandoned:
+            self._exclude_all(side.violations)
+            certify_as_over(self.exchange, self.agreement, self.run, request.session)
+            raise
         self.checkpoint.save_total(round, request.session, total)
-        for owner, violation in side.violations.items():  # check: who-lied-is-left-out
-            self.exchange.exclude(owner, violation)
+        self._exclude_all(side.violations)  # check: who-lied-is-left-out
         return total
+
+    def _exclude_all(self, violations: Mapping[str, RemoteProtocolError]) -> None:
+        for owner, violation in violations.items():
+            self._exclude(owner, violation)
+
+    def _exclude(self, owner: str, violation: RemoteProtocolError) -> None:
+        """Continue without an owner that broke the rules of a sum, also after a restart. Raises `violation` if too few
+        remain.
+        """
+        self.checkpoint.save_excluded(owner, violation.message)  # check: who-lied-is-remembered
+        self.exchange.exclude(owner, violation)
 
     def _new_sum(self, round: Round) -> tuple[OpenSum, CoordinatorSide]:
         request = OpenSum(

@@ -283,6 +283,7 @@ class MergeRun:
             sent=sent_deliveries(self.schedule, coordinator.checkpoint.deliveries),
             steps=step_costs(coordinator.steps),
             dropped_out=coordinator.dropped_out,
+            excluded=coordinator.excluded,
             receipts=coordinator.receipts,
             seconds=coordinator.checkpoint.seconds,
         )

@@ -32,11 +32,16 @@ from common.messages import (
     ResultReceived,
     RollCall,
     SessionBurned,
+    SharesOpened,
+    SharesSealed,
     SurvivorList,
 )
 from common.publication import Publication
+from common.summation.masked.book import shares_body
 from common.summation.masked.coordinator import COORDINATOR_STEPS, MaskedCoordinator
+from common.summation.masked.owner import MaskedOwner
 from common.summation.masked.phases import Phase
+from common.summation.records import SealedShare
 from common.tensor_layout import TensorLayout
 from server.coordinator import Coordinator
 from tests.support.parties import IDENTITIES
@@ -46,6 +51,7 @@ from tests.support.scripted_owners import (
     ROUND,
     TEST_ROUND,
     Fault,
+    ScriptedChannel,
     coordinator_of,
     honest,
     present,
@@ -319,9 +325,9 @@ def test_72_an_owner_whose_wrong_shares_were_corrected_is_left_out_of_the_next_s
 ) -> None:
     """The total of this sum is right, and saved, before anybody is left out."""
 
-    def lie(side: MaskedCoordinator) -> bool:
+    def lie(side: MaskedCoordinator) -> None:
         side.violations["bea"] = RemoteProtocolError("owner bea lied")
-        return unmask(side)
+        unmask(side)
 
     unmask = MaskedCoordinator._unmask
     step = replace(COORDINATOR_STEPS[Phase.UNMASKING], end=lie)
@@ -335,6 +341,87 @@ def test_72_an_owner_whose_wrong_shares_were_corrected_is_left_out_of_the_next_s
     with pytest.raises(RemoteProtocolError, match="owner bea lied"):
         coordinator.sum(ROUND)
     assert len(coordinator.checkpoint.sums) == 1
+
+
+class WrongDealer:
+    """bea seals what ada cannot use, signs it, and opens it as `opens` says. The owners certify what is over."""
+
+    def __init__(self, opens: Callable[[SharesOpened], Message | None]) -> None:
+        self.opens = opens
+        self.coordinator: Coordinator
+        self.sessions: set[str] = set()
+
+    def __call__(self, owner: str, request: Message, reply: Message) -> Message | None:
+        if isinstance(request, BurnSession):
+            digest = self.coordinator.agreement.digest()
+            signature = sign_burned(IDENTITIES[owner], digest, request.session)
+            return SessionBurned(session=request.session, owner=owner, signature=signature)
+        if isinstance(request, OpenSum):
+            self.sessions.add(request.session)
+        if owner == "bea" and isinstance(reply, SharesSealed):
+            return self._sealed_wrong(reply)
+        if owner == "bea" and isinstance(reply, SharesOpened):
+            return self.opens(reply)
+        return reply
+
+    def _sealed_wrong(self, reply: SharesSealed) -> SharesSealed:
+        channel = self.coordinator.channel
+        assert isinstance(channel, ScriptedChannel)
+        side = channel.sides["bea"]
+        assert isinstance(side, MaskedOwner)
+        first, *others = SealedShare.unpack_all(reply.shares)
+        shares = [replace(first, sealed=bytes(84)), *others]
+        body = shares_body(side._book, reply.commitment, b"".join(share.digest for share in shares))
+        signature = IDENTITIES["bea"].sign(Domain.SIGN_SHARES, side.terms.session, body)
+        return replace(reply, shares=SealedShare.pack_all(shares), signature=signature)
+
+    def started(self, agreement: Agreement, needed: int) -> Coordinator:
+        self.coordinator = coordinator_of(agreement, self, needed)
+        return self.coordinator
+
+
+def opens_another(reply: SharesOpened) -> SharesOpened:
+    return replace(reply, shares=bytes(68))
+
+
+def test_71_a_dealer_that_opens_what_it_committed_to_does_no_harm(agreement: Agreement) -> None:
+    dealer = WrongDealer(lambda reply: reply)
+    coordinator = dealer.started(agreement, needed=3)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 9.0))
+    assert (coordinator.dropped_out, coordinator.excluded) == ({}, {})
+    assert len(dealer.sessions) == 2  # one for each round
+
+
+@pytest.mark.parametrize("opens", [opens_another, lambda reply: None])
+def test_71_a_dealer_that_does_not_is_left_out_of_another_session(
+    agreement: Agreement, opens: Callable[[SharesOpened], Message | None]
+) -> None:
+    """The first session is certified as over before anybody could open it, so that the owners may contribute again."""
+    dealer = WrongDealer(opens)
+    coordinator = dealer.started(agreement, needed=2)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 6.0))
+    assert set(coordinator.dropped_out) == {"bea"}
+    assert len(dealer.sessions) == 3
+    assert coordinator.receipts == ("ada", "cyd")
+
+
+def test_71_whoever_lied_stays_out_after_a_restart(agreement: Agreement) -> None:
+    """bea behaves then, and its absence is not that of an owner that can be brought back."""
+    coordinator = WrongDealer(opens_another).started(agreement, needed=2)
+    coordinator.roll_call()
+    coordinator.sum(ROUND)
+    lie = {"bea": "the signature of bea is not valid (31 sign opened shares)"}
+    assert coordinator.excluded == lie
+    coordinator = coordinator_of(agreement, honest, needed=2)
+    np.testing.assert_array_equal(run_all(coordinator), np.full(7, 6.0))
+    assert (coordinator.excluded, coordinator.owners) == (lie, ("ada", "cyd"))
+
+
+def test_71_too_few_owners_without_the_liar_need_a_new_agreement(agreement: Agreement) -> None:
+    with pytest.raises(RemoteProtocolError, match="the signature of bea is not valid"):
+        run_all(WrongDealer(opens_another).started(agreement, needed=3))
+    with pytest.raises(RemoteProtocolError, match=r"Left out: the signature of bea .*\nhint: .* agreement without bea"):
+        coordinator_of(agreement, honest, needed=3).roll_call()
 
 
 def claiming(next_rounds: dict[str, int], opened: list[int]) -> Fault:

@@ -54,11 +54,15 @@ class Accumulator:
         """Start again, at the next `advance`, if parts of the owner that dropped out are in the sum."""
         self._must_restart |= self.part > 0
 
+    def start_again(self) -> None:
+        """Drop what was added, and collect the first part next."""
+        self.vector[:] = 0
+        self.part, self._must_restart = 0, False
+
     def advance(self) -> bool:
         """Move to the next part, or back to the first after an owner dropped out; False when every part is in."""
         if self._must_restart:
-            self.vector[:] = 0
-            self.part, self._must_restart = 0, False
+            self.start_again()
             return True
         self.part += 1
         return self.part < len(self.slices)

@@ -128,8 +128,8 @@ class PlainCoordinator(CoordinatorSide):
         fixed_point.check_one(terms.layout, position, reply.payload, reply.owner, len(terms.roster))
         accumulator.fold(reply.owner, reply.part, reply.payload)
 
-    def _end_part(self) -> bool:
-        return not self._accumulator.advance()
+    def _end_part(self) -> str | None:
+        return Phase.UPLOAD if self._accumulator.advance() else None
 
     def _summed_owners(self) -> tuple[str, ...]:
         return tuple(name for name in self._terms.names if name in self._remaining)
@@ -145,13 +145,13 @@ class PlainCoordinator(CoordinatorSide):
 COORDINATOR_STEPS: Mapping[str, CoordinatorStep] = {
     Phase.OPEN: CoordinatorStep(
         request=PlainCoordinator._open,
-        expects=SumOpened,
+        expects=(SumOpened,),
         handle=PlainCoordinator._take_opened,
         next_phase=Phase.UPLOAD,
     ),
     Phase.UPLOAD: CoordinatorStep(
         request=PlainCoordinator._request_part,
-        expects=VectorPart,
+        expects=(VectorPart,),
         handle=PlainCoordinator._fold,
         end=PlainCoordinator._end_part,
         next_phase=DONE,

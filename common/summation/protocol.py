@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
 from common.mapped import pieces, release
-from common.messages import MaskedPart, Message, OpenSum, VectorPart
+from common.messages import MaskedPart, Message, OpenSum, SharesDisputed, VectorPart
 from common.saved_state import SavedState
 from common.summation import fixed_point
 from common.summation.accumulator import Accumulator, Zeros, zeros_in_memory
@@ -63,6 +63,11 @@ class SumTerms:
     @property
     def quorum(self) -> int:
         return quorum(len(self.roster), self.colluders)
+
+    @property
+    def most_liars(self) -> int:
+        """How many owners may lie together, or one, if the agreement expects none."""
+        return max(1, self.colluders)
 
     @property
     def neighbourhood(self) -> Neighbourhood:
@@ -122,6 +127,10 @@ class SessionOver(RemoteProtocolError):  # noqa: N818 - the name is the sentence
     """The coordinator broke a rule that privacy rests on. This session is over, and its secrets must be wiped."""
 
 
+class SumAbandoned(RemoteProtocolError):  # noqa: N818 - the name is the sentence
+    """The coordinator gives a session up before the owners open it. Another can be opened without those who lied."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What an owner needs for an answer beside its state: its vector in fixed point, (layout.size,), and randomness."""
@@ -137,6 +146,7 @@ class Transition:
     handle: Callable[[Any, Any, Inputs], tuple[Any, Message]]
     next_phase: str
     after_last_part: str | None = None  # the next phase once the reply is the vector's last part
+    after_dispute: str | None = None  # the next phase once the reply disputes shares
 
     def follow(self, side: Any, request: Message, inputs: Inputs) -> tuple[Any, Message]:
         """Handle the request and enter the next phase."""
@@ -145,6 +155,8 @@ class Transition:
         if self.after_last_part is not None and isinstance(reply, (MaskedPart, VectorPart)):
             is_last = reply.part == len(side.terms.part_slices) - 1
             next_phase = self.after_last_part if is_last else next_phase
+        if self.after_dispute is not None and isinstance(reply, SharesDisputed):
+            next_phase = self.after_dispute
         return replace(state, phase=next_phase), reply
 
 
@@ -227,16 +239,16 @@ class Opening:
 class CoordinatorStep:
     """One row of the coordinator's table: what it sends in a phase, what it expects back, and what follows.
 
-    `request(side, owner_index)` builds the request to one owner. `handle(side, owner_index, reply)` takes one reply, or
-    raises RemoteProtocolError and changes nothing. `end(side)` runs once every reply is in; it returns whether the
-    phase is over.
+    `request(side, owner_index)` builds the request to one owner, None for one that is not asked. `handle(side,
+    owner_index, reply)` takes one reply, or raises RemoteProtocolError and changes nothing. `end(side)` runs once every
+    reply is in; it returns the phase that follows, None for `next_phase`.
     """
 
-    request: Callable[[Any, int], Message]
-    expects: type[Message]
+    request: Callable[[Any, int], Message | None]
+    expects: tuple[type[Message], ...]
     handle: Callable[[Any, int, Any], None]
     next_phase: str
-    end: Callable[[Any], bool] = lambda side: True
+    end: Callable[[Any], str | None] = lambda side: None
     in_parts: bool = False  # the phase repeats for each part of the vectors
 
 
@@ -267,15 +279,17 @@ class CoordinatorSide(ABC):
         """The next request to each owner that must answer; empty when the total is ready."""
         if self._phase == DONE:
             return {}
-        self._waiting = set(self._remaining)
         in_order = [name for name in self._terms.names if name in self._remaining]
         request = self._steps[self._phase].request
-        return {name: request(self, self._terms.indices[name]) for name in in_order}
+        asked = {name: request(self, self._terms.indices[name]) for name in in_order}
+        requests = {name: message for name, message in asked.items() if message is not None}
+        self._waiting = set(requests)
+        return requests
 
     def receive(self, owner: str, reply: Message) -> None:
         """Take one owner's answer. Raises RemoteProtocolError if it is not the one asked for; then nothing changes."""
         step = self._steps.get(self._phase)
-        if step is None or type(reply) is not step.expects:
+        if step is None or type(reply) not in step.expects:
             raise RemoteProtocolError(f"sum: owner {owner} sent {type(reply).__name__} in phase {self._phase}")
         if owner not in self._waiting:  # check: one-answer-a-step
             raise RemoteProtocolError(f"sum: owner {owner} answered twice, or was not asked")
@@ -300,8 +314,7 @@ class CoordinatorSide(ABC):
         heard = {name: self._last_heard.get(name, "never") for name in dropped}
         check_enough(len(self._remaining), self._terms, self._step_name, heard)
         step = self._steps[self._phase]
-        if step.end(self):
-            self._phase = step.next_phase
+        self._phase = step.end(self) or step.next_phase
 
     def total(self) -> Total:
         """The result, once `requests` is empty."""

@@ -91,6 +91,16 @@ class ShareDelivery(Record):
 
 
 @dataclass(frozen=True)
+class OpenedShare(Record):
+    """The two shares that one owner dealt another, in the clear. `owner` is the other end."""
+
+    FORMAT = Struct(">H33s33s")
+
+    self_share: bytes
+    mask_share: bytes
+
+
+@dataclass(frozen=True)
 class Survivor(Record):
     """An owner whose whole upload arrived, and the digest of that upload."""
 

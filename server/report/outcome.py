@@ -89,6 +89,7 @@ class Outcome:
     sent        everything that was sent to them, in order
     steps       what each step cost, in order
     dropped_out by owner, the step at which it dropped out
+    excluded    by owner that broke the rules of a sum, what it did
     receipts    the owners that signed the result
     """
 
@@ -103,6 +104,7 @@ class Outcome:
     sent: tuple[Sent, ...]
     steps: tuple[Step, ...]
     dropped_out: Mapping[str, str]
+    excluded: Mapping[str, str]
     receipts: tuple[str, ...]
     seconds: float
 
@@ -276,6 +278,8 @@ def _advice(outcome: Outcome) -> Iterator[str]:
             f"{best} did better than {agreement.method} on the test rows: {metric.replace('_', ' ')} "
             f'{scores[best]:.3f} against {scores[agreement.method]:.3f}. To publish it, set method = "{best}".'
         )
+    for owner, reason in outcome.excluded.items():
+        yield f"The coordinator left {owner} out because it broke the rules of a sum: {reason}."
     for choice in outcome.choices.values():
         tried = list(choice.sweep)
         if len(tried) > 2 and choice.candidate in (tried[0], tried[-1]) and choice.hyperparameter not in (0.0, 1.0):

@@ -1,4 +1,6 @@
-"""Attacks 13, 20, 21 and 70 to 73: shares that are swapped, forged, cut, too few, or wrong, and who is named for it."""
+"""Attacks 13, 20, 21, 70 to 72 and 110 to 113: shares that are swapped, forged, too few, wrong or disputed, and who is
+named for it.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +12,26 @@ import pytest
 from common import saved_state
 from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, TooFewOwners
-from common.messages import Acknowledgements, KeyBook, KeyShares, Message, SharesRevealed, SharesSealed
+from common.identity import verify
+from common.messages import (
+    Acknowledgements,
+    KeyBook,
+    KeyShares,
+    MaskedPart,
+    Message,
+    OpenShares,
+    SharesDisputed,
+    SharesOpened,
+    SharesRevealed,
+    SharesSealed,
+    SurvivorList,
+)
 from common.summation import key_agreement, secret_sharing
+from common.summation.masked.book import MASK, SELF
 from common.summation.masked.coordinator import MaskedCoordinator
-from common.summation.protocol import SavedOpening, Total, drive
-from common.summation.records import RevealedShare, SealedShare, ShareDelivery
+from common.summation.masked.phases import Phase
+from common.summation.protocol import SavedOpening, SumAbandoned, Total, drive
+from common.summation.records import OpenedShare, RevealedShare, SealedShare, ShareDelivery, Signed
 from tests.support.malicious import MaliciousCoordinator, flip
 from tests.support.sums import repeating_bytes
 
@@ -95,8 +112,13 @@ def test_20_more_manifests_than_senders() -> None:
     send_shares(lambda deliveries: None, "more manifests than senders", manifests=lambda data: data + bytes(32))
 
 
-def colluder_seals(plain: Callable[[bytes], bytes], direction: tuple[int, int] = (1, 0)) -> MaliciousCoordinator:
-    """The colluder o1 seals something else for o0, and signs it properly; what o0 then makes of it is the test's."""
+def colluder_seals(
+    plain: Callable[[bytes], bytes], direction: tuple[int, int] = (1, 0), *, commits: bool = False
+) -> MaliciousCoordinator:
+    """The colluder o1 seals something else for o0, and signs it properly; what o0 then makes of it is the test's.
+
+    `commits`: it also commits to what it seals.
+    """
     evil = MaliciousCoordinator()
     evil.honest_until(KeyShares)
     book, seed = evil.side._book, evil.owners["o1"].channel_seed
@@ -106,6 +128,13 @@ def colluder_seals(plain: Callable[[bytes], bytes], direction: tuple[int, int] =
     opened = key_agreement.open_sealed(key, shares[0].sealed, book.associated_data(1, 0))
     sealed = key_agreement.seal(key, plain(opened), book.associated_data(*direction))
     shares[0] = replace(shares[0], sealed=sealed)
+    if commits:
+        self_share, mask_share = plain(opened)[2:35], plain(opened)[35:]
+        shares[0] = replace(
+            shares[0],
+            self_commitment=book.share_commitment(1, 0, SELF, self_share),
+            mask_commitment=book.share_commitment(1, 0, MASK, mask_share),
+        )
     manifest = b"".join(shares[owner].digest for owner in sorted(shares))
     body = book.digest + honest.commitment + manifest
     packed = SealedShare.pack_all(shares.values())
@@ -114,22 +143,31 @@ def colluder_seals(plain: Callable[[bytes], bytes], direction: tuple[int, int] =
     return evil
 
 
+def disputed_by(evil: MaliciousCoordinator, owner: str) -> list[int]:
+    """Whose shares this owner disputes, under its signature, before it gives anything of its vector."""
+    reply = evil.send(owner, evil.side._key_shares(evil.terms.indices[owner]))
+    assert isinstance(reply, SharesDisputed)
+    assert not evil.owners[owner].offers
+    signed = Signed.unpack_all(reply.disputes)
+    for each in signed:
+        body = evil.side._book.dispute_body(each.owner, evil.terms.indices[owner])
+        verify(evil.terms.roster[owner], Domain.SIGN_DISPUTE, evil.terms.session, owner, body, each.signature)
+    return [each.owner for each in signed]
+
+
 def test_20_a_share_at_another_owner_s_point() -> None:
     evil = colluder_seals(lambda plain: (3).to_bytes(2) + plain[2:])
-    with evil.refused("o0", "a share is at another owner's point"):
-        evil.send("o0", evil.side._key_shares(0))
+    assert disputed_by(evil, "o0") == [1]
 
 
 def test_20_a_share_sealed_for_another_direction() -> None:
     evil = colluder_seals(lambda plain: plain, direction=(0, 1))
-    with evil.refused("o0", "a sealed share cannot be opened"):
-        evil.send("o0", evil.side._key_shares(0))
+    assert disputed_by(evil, "o0") == [1]
 
 
 def test_20_a_share_that_is_not_an_element_of_the_field() -> None:
-    evil = colluder_seals(lambda plain: plain[:2] + b"\xff" * 33 + plain[35:])
-    with evil.refused("o0", "a share is not an element of the field"):
-        evil.send("o0", evil.side._key_shares(0))
+    evil = colluder_seals(lambda plain: plain[:2] + b"\xff" * 33 + plain[35:], commits=True)
+    assert disputed_by(evil, "o0") == [1]
 
 
 @pytest.mark.parametrize("missing", [(1, 2), (1, 2, 3), (1, 2, 3, 4)])
@@ -143,6 +181,7 @@ def test_13_too_few_senders_of_shares(missing: tuple[int, ...]) -> None:
         evil.send("o0", replace(request, deliveries=ShareDelivery.pack_all(kept), manifests=manifests))
 
 
+Answer = Callable[[Message], Message]
 Reveal = Callable[[RevealedShare], RevealedShare]
 Deal = Callable[[Shares], Shares]
 
@@ -153,8 +192,12 @@ def play(
     *,
     reveal: Mapping[str, Reveal] | None = None,
     deal: Mapping[str, Deal] | None = None,
+    answer: Mapping[str, Answer] | None = None,
 ) -> Total:
-    """Drive a sum in which some owners reveal or deal other shares, signed. `named`: who is excluded for what."""
+    """Drive a sum in which some owners reveal or deal other shares, signed. `named`: who is excluded for what.
+
+    `answer`: what some owners answer instead of the honest reply.
+    """
 
     def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
         for owner, request in requests.items():
@@ -165,7 +208,7 @@ def play(
             if owner in (reveal or {}) and isinstance(reply, SharesRevealed):
                 records = map(reveal[owner], RevealedShare.unpack_all(reply.shares))
                 reply = signed_reveal(evil, owner, reply, RevealedShare.pack_all(records))
-            yield owner, reply
+            yield owner, (answer or {}).get(owner, unchanged)(reply)
 
     def exclude(owner: str, violation: RemoteProtocolError) -> None:
         named[owner] = violation.message
@@ -175,6 +218,10 @@ def play(
     for owner, violation in evil.side.violations.items():
         exclude(owner, violation)
     return total
+
+
+def unchanged(reply: Message) -> Message:
+    return reply
 
 
 def is_everybody_s_sum(evil: MaliciousCoordinator, total: Total) -> bool:
@@ -232,10 +279,184 @@ def test_70_more_liars_than_the_sum_can_spare_stop_it_and_each_is_named() -> Non
 
 
 def test_71_a_dealer_cannot_make_its_honest_neighbour_look_like_the_liar() -> None:
-    """It seals another share for o0 than it commits to. Only o0 can see that, and stops before it has sent anything."""
-    evil = colluder_seals(lambda plain: plain[:2] + other_share(plain[2:35]) + plain[35:])
-    with evil.refused("o0", "not the one that its sender committed to: o1 lied, and only this owner can see it"):
-        evil.send("o0", evil.side._key_shares(0))
+    """It seals another share for o0 than it commits to. o0 says so before it has sent anything, and gets the shares in
+    the clear. Both stay in the sum, and nobody is named: the lie did no harm.
+    """
+    named: dict[str, str] = {}
+    evil = colluder_seals(OTHER)
+    assert is_everybody_s_sum(evil, play(evil, named))
+    assert named == {}
+    assert [type(reply) for reply in evil.received["o0"]][2:4] == [SharesDisputed, MaskedPart]
+
+
+def test_71_a_dealer_that_does_not_open_what_it_committed_to_is_named_and_the_sum_is_given_up() -> None:
+    """Before anybody opens it, so that another one can be opened without this dealer."""
+
+    def lie(reply: Message) -> Message:
+        if not isinstance(reply, SharesOpened):
+            return reply
+        (shares,) = OpenedShare.unpack_all(reply.shares)
+        packed = OpenedShare.pack_all([replace(shares, mask_share=other_share(shares.mask_share))])
+        body = hashlib.sha256(packed).digest()
+        signature = evil.identities["o1"].sign(Domain.SIGN_OPENED, evil.terms.session, body)
+        return replace(reply, shares=packed, signature=signature)
+
+    named: dict[str, str] = {}
+    evil = colluder_seals(OTHER)
+    with pytest.raises(SumAbandoned, match="o1 did not open shares that others could not use"):
+        play(evil, named, answer={"o1": lie})
+    assert named == {"o1": "owner o1 lied: it opened other shares for o0 than it committed to"}
+    assert not any(isinstance(reply, SharesRevealed) for received in evil.received.values() for reply in received)
+
+
+def test_71_a_dealer_whose_shares_more_owners_dispute_than_may_lie_is_named_at_once() -> None:
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator()
+    with pytest.raises(SumAbandoned, match="o1 did not open"):
+        play(evil, named, answer={"o2": disputes(evil, "o2", 1), "o3": disputes(evil, "o3", 1)})
+    assert evil.side.violations["o1"].message == (
+        "owner o1 lied: 2 owners dispute the shares that it dealt them, and at most 1 of them can be lying"
+    )
+
+
+def disputes(evil: MaliciousCoordinator, owner: str, dealer: int) -> Answer:
+    """This owner disputes good shares, once, instead of giving its first part."""
+    before = []
+
+    def answer(reply: Message) -> Message:
+        if isinstance(reply, SharesSealed):
+            before.append(evil.owners[owner])
+        if not isinstance(reply, MaskedPart) or not before:
+            return reply
+        evil.owners[owner] = replace(before.pop(), phase=Phase.DISPUTED_SHARES)
+        return SharesDisputed(
+            session=reply.session, owner=owner, disputes=Signed.pack_all([dispute(evil, owner, dealer, dealer)])
+        )
+
+    return answer
+
+
+def dispute(evil: MaliciousCoordinator, owner: str, dealer: int, record_owner: int) -> Signed:
+    """An owner's signature under a dispute with a dealer."""
+    body = evil.side._book.dispute_body(dealer, evil.terms.indices[owner])
+    return Signed(record_owner, evil.identities[owner].sign(Domain.SIGN_DISPUTE, evil.terms.session, body))
+
+
+def test_110_a_false_dispute_costs_an_honest_dealer_nothing() -> None:
+    """It opens two shares that the disputing owner held anyway, and nobody is named."""
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator()
+    held: dict[int, bytes] = {}
+    false = disputes(evil, "o4", 0)
+
+    def answer(reply: Message) -> Message:
+        if isinstance(reply, MaskedPart):
+            held.update(evil.owners["o4"].held)
+        return false(reply)
+
+    assert is_everybody_s_sum(evil, play(evil, named, answer={"o4": answer}))
+    assert named == {}
+    (opened,) = [reply for reply in evil.received["o0"] if isinstance(reply, SharesOpened)]
+    (shares,) = OpenedShare.unpack_all(opened.shares)
+    assert shares.owner == 4
+    assert shares.self_share + shares.mask_share == held[0]
+
+
+def ask_to_open(evil: MaliciousCoordinator, *disputes: Signed) -> Message:
+    """Ask o0 to open the shares that it dealt to others."""
+    return OpenShares(session=evil.terms.request.session, disputes=Signed.pack_all(disputes))
+
+
+def test_111_a_dispute_that_the_coordinator_invents_or_takes_from_elsewhere() -> None:
+    """With four of them it could open both secrets of an honest owner."""
+    for invented in (
+        lambda evil: replace(dispute(evil, "o4", 0, 4), owner=2),  # a colluder's, passed off as o2's
+        lambda evil: replace(dispute(evil, "o2", 0, 2), signature=bytes(64)),
+        lambda evil: dispute(evil, "o2", 1, 2),  # with another dealer
+    ):
+        evil = MaliciousCoordinator()
+        evil.honest_until(SurvivorList)
+        with evil.refused("o0", "the signature of o2 is not valid"):
+            evil.send("o0", ask_to_open(evil, invented(evil)))
+    evil = MaliciousCoordinator()
+    evil.honest_until(SurvivorList)
+    with evil.refused("o0", "I dealt no shares to an owner that disputes"):
+        evil.send("o0", ask_to_open(evil, dispute(evil, "o0", 0, 0)))
+
+
+def test_112_more_disputes_than_owners_may_lie() -> None:
+    evil = MaliciousCoordinator()
+    evil.honest_until(SurvivorList)
+    with evil.refused("o0", "2 owners dispute my shares, at most 1 may"):
+        evil.send("o0", ask_to_open(evil, dispute(evil, "o3", 0, 3), dispute(evil, "o4", 0, 4)))
+
+
+def test_112_one_dispute_after_the_other_and_after_the_survivors_are_signed() -> None:
+    evil = MaliciousCoordinator()
+    requests = evil.honest_until(SurvivorList)
+    first = ask_to_open(evil, dispute(evil, "o4", 0, 4))
+    assert evil.send("o0", first) == evil.send("o0", first)
+    with evil.refused("o0", "other shares were opened before"):
+        evil.send("o0", ask_to_open(evil, dispute(evil, "o3", 0, 3)))
+    evil.send("o1", requests["o1"])
+    with pytest.raises(RemoteProtocolError, match="OpenShares in phase ConsistencyCheck"):
+        evil.send("o1", ask_to_open(evil, dispute(evil, "o4", 1, 4)))
+    assert not evil.owners["o1"].dealt
+
+
+def test_113_shares_that_the_dealer_did_not_commit_to_are_not_taken_as_opened_ones() -> None:
+    """Nor does an owner dispute the same shares again, or give its vector without them."""
+    for opened in (b"", OpenedShare.pack_all([OpenedShare(1, other_share(bytes(33)), other_share(bytes(33)))])):
+        evil = colluder_seals(OTHER)
+        assert disputed_by(evil, "o0") == [1]
+        with evil.refused("o0", "the shares of o1 are not opened, or are not those that it committed to"):
+            evil.send("o0", replace(evil.side._key_shares(0), opened=opened))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda evil, reply: replace(reply, disputes=b""), "disputes shares that nobody dealt it"),
+        (
+            lambda evil, reply: replace(reply, disputes=Signed.pack_all([dispute(evil, "o4", 4, 4)])),
+            "disputes shares that nobody dealt it",
+        ),
+        (
+            lambda evil, reply: replace(reply, disputes=Signed.pack_all([dispute(evil, "o3", 0, 0)])),
+            "the signature of o4 is not valid",
+        ),
+    ],
+)
+def test_110_a_dispute_about_nothing_excludes_only_its_owner(
+    change: Callable[[MaliciousCoordinator, SharesDisputed], SharesDisputed], why: str
+) -> None:
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator()
+    false = disputes(evil, "o4", 0)
+
+    def answer(reply: Message) -> Message:
+        wrong = false(reply)
+        return change(evil, wrong) if isinstance(wrong, SharesDisputed) else wrong
+
+    total = play(evil, named, answer={"o4": answer})
+    assert total.owners == ("o0", "o1", "o2", "o3")
+    assert list(named) == ["o4"]
+    assert why in named["o4"]
+
+
+def test_110_an_owner_disputes_once_and_before_it_gives_anything() -> None:
+    named: dict[str, str] = {}
+    evil = MaliciousCoordinator()
+    false, twice = disputes(evil, "o4", 0), disputes(evil, "o4", 1)
+
+    def answer(reply: Message) -> Message:
+        if isinstance(reply, SharesSealed):
+            twice(reply)
+        first = false(reply)
+        return first if isinstance(first, SharesDisputed) else twice(first)
+
+    play(evil, named, answer={"o4": answer})
+    assert named == {"o4": "MaskedInput: it disputes shares after it was to give its vector"}
 
 
 def test_71_liars_above_the_decoding_radius_cannot_make_an_honest_owner_look_like_one() -> None:
@@ -258,6 +479,7 @@ def test_71_liars_above_the_decoding_radius_cannot_make_an_honest_owner_look_lik
     assert list(named) == liars
 
 
+OTHER: Callable[[bytes], bytes] = lambda plain: plain[:2] + other_share(plain[2:35]) + plain[35:]  # noqa: E731
 LIED = "Unmasking: owner o3 lied: the shares of its secret do not fit what it committed to"
 
 

@@ -19,6 +19,7 @@ from common.messages import (
     KeyBook,
     KeyShares,
     Message,
+    OpenShares,
     PartRequest,
     SurvivorList,
     decode,
@@ -127,6 +128,10 @@ def bad_requests(coordinator: MaliciousCoordinator, honest: Message) -> Iterator
         altered = Survivor.pack_all([replace(listed[0], upload=bytes(32)), *listed[1:]])
         yield "survivors_other_upload", replace(honest, survivors=altered), "my upload is missing or altered"
         yield "survivors_without_me", replace(honest, survivors=Survivor.pack_all(listed[1:])), "my upload is missing"
+        for name, dispute in (("forged", Signed(1, bytes(64))), ("by_myself", Signed(0, bytes(64)))):
+            refusal = "the signature of o1" if name == "forged" else "I dealt no shares"
+            disputes = Signed.pack_all([dispute])
+            yield f"open_shares_{name}", OpenShares(session=honest.session, disputes=disputes), refusal
         yield "survivors_me_alone", replace(honest, survivors=Survivor.pack_all(listed[:1])), "the agreement needs"
         yield "part_that_is_none", PartRequest(session=honest.session, part=1), "part 1 is not the next one"
     if isinstance(honest, Acknowledgements):

@@ -9,6 +9,8 @@ long-lived keys are pinned in the agreement. Threshold, roster, bounds and layou
     AdvertiseKeys     OpenSum             KeysAdvertised    agreement, layout, round, ledger (client/owner.py)
     ShareKeys         KeyBook             SharesSealed      pinned signatures, own entry, distinct keys, enough owners
     MaskedInput       KeyShares           MaskedPart 0      senders in the book, signatures, seals, commitments, enough
+                      KeyShares           SharesDisputed    instead, once, if a neighbour signed shares of no use
+                      OpenShares          SharesOpened      at most max(c, 1) neighbours signed that mine are of no use
                       PartRequest         MaskedPart k      part k is the next one, or the same bytes as sent before
     ConsistencyCheck  SurvivorList        SurvivorsSigned   a subset of the book with my upload in it, enough owners
     Unmasking         Acknowledgements    SharesRevealed    a quorum signed the same list as I did; if a restarted
@@ -22,7 +24,11 @@ survivor lists in one session, and none reveals anything before a quorum t = flo
 list. Two quorums share an honest owner.
 
 Each owner also commits to every share that it deals, under its signature. So whoever reveals another share is named,
-and so is a dealer whose shares do not fit together. No honest owner can be made to look like the liar.
+and so is a dealer whose shares do not fit together. An owner that was sealed something else than its dealer committed
+to disputes it, before it gives anything. The dealer then opens these two shares to the coordinator, which passes them
+on. If it does not, it is left out of the next session, and this one is given up. No honest owner disputes an honest
+owner's shares, so the coordinator learns only shares that a dishonest owner held. No honest owner can be made to look
+like the liar.
 
 Every sum is a session of its own with fresh keys. A multi-round method runs one session for each round: keys that lived
 on across rounds would have to be kept while nobody knows yet who will survive the next round.

@@ -17,6 +17,7 @@ from common.summation.records import KeyEntry
 
 SELF, MASK = b"s", b"m"  # which of an owner's two secrets a revealed share belongs to
 DIGEST_BYTES = 32
+Shares = tuple[bytes, bytes]  # of an owner's self-mask seed, and of its mask-key seed
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,15 @@ class Book:
         """What a sender publishes of one share. A share is uniform in the field, so this hides it."""
         about = self.digest + _direction(sender, recipient) + kind
         return hashlib.sha256(Domain.SHARE_COMMITMENT.value + about + share).digest()
+
+    def are_committed(self, sender: int, recipient: int, shares: Shares, commitments: tuple[bytes, bytes]) -> bool:
+        """Whether these two shares are those that the sender committed to when it dealt them to the recipient."""
+        pairs = zip((SELF, MASK), shares, strict=True)
+        return commitments == tuple(self.share_commitment(sender, recipient, kind, share) for kind, share in pairs)
+
+    def dispute_body(self, sender: int, recipient: int) -> bytes:
+        """What a recipient signs that cannot use the shares that this sender dealt it."""
+        return self.digest + _direction(sender, recipient)  # check: disputes-name-their-direction
 
     def associated_data(self, sender: int, recipient: int) -> bytes:
         return self.digest + _direction(sender, recipient)  # check: seals-name-their-direction

@@ -18,7 +18,10 @@ from common.messages import (
     KeyShares,
     MaskedPart,
     Message,
+    OpenShares,
     PartRequest,
+    SharesDisputed,
+    SharesOpened,
     SharesRevealed,
     SharesSealed,
     SurvivorList,
@@ -39,8 +42,16 @@ from common.summation.masked.book import (
     verify_owner,
 )
 from common.summation.masked.phases import Phase
-from common.summation.protocol import DONE, CoordinatorSide, CoordinatorStep, Opening, SavedOpening, SumTerms
-from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
+from common.summation.protocol import (
+    DONE,
+    CoordinatorSide,
+    CoordinatorStep,
+    Opening,
+    SavedOpening,
+    SumAbandoned,
+    SumTerms,
+)
+from common.summation.records import KeyEntry, OpenedShare, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,8 @@ class MaskedCoordinator(CoordinatorSide):
         self._entries: dict[int, KeyEntry] = {}
         self._book = Book(terms, b"")
         self._sealed: dict[int, Sealed] = {}
-        self._is_first_upload = True
+        self._disputes: dict[int, dict[int, bytes]] = {}  # dealer -> recipient that disputes its shares -> signature
+        self._opened: dict[int, dict[int, OpenedShare]] = {}  # recipient -> dealer -> the shares that it opened
         self._part_digests: dict[int, dict[int, bytes]] = {}
         self._survivors = b""
         self._dealt: dict[int, Mapping[int, bytes]] = {}  # dealer -> recipient -> commitment to the share to reveal
@@ -85,9 +97,8 @@ class MaskedCoordinator(CoordinatorSide):
         check_entry(self._terms, entry)
         self._entries[index] = entry
 
-    def _make_book(self) -> bool:
+    def _make_book(self) -> None:
         self._book = Book(self._terms, KeyEntry.pack_all(self._entries.values()))
-        return True
 
     # --- ShareKeys ---
 
@@ -107,7 +118,7 @@ class MaskedCoordinator(CoordinatorSide):
     # --- MaskedInput ---
 
     def _ask_input(self, index: int) -> Message:
-        if self._is_first_upload:
+        if index not in self._part_digests:
             return self._key_shares(index)
         return PartRequest(session=self._terms.request.session, part=self._accumulator.part)
 
@@ -131,7 +142,14 @@ class MaskedCoordinator(CoordinatorSide):
             session=self._terms.request.session,
             deliveries=ShareDelivery.pack_all(deliveries),
             manifests=b"".join(manifests),
+            opened=OpenedShare.pack_all(self._opened.get(recipient, {}).values()),
         )
+
+    def _take_input(self, index: int, reply: MaskedPart | SharesDisputed) -> None:
+        if isinstance(reply, SharesDisputed):
+            self._take_disputes(index, reply)
+        else:
+            self._fold(index, reply)
 
     def _fold(self, index: int, reply: MaskedPart) -> None:
         digest = hashlib.sha256(np.ascontiguousarray(reply.payload).data).digest()
@@ -145,10 +163,11 @@ class MaskedCoordinator(CoordinatorSide):
         self._accumulator.fold(reply.owner, reply.part, reply.payload)
         self._part_digests[index][reply.part] = digest
 
-    def _end_part(self) -> bool:
-        self._is_first_upload = False
+    def _end_part(self) -> str | None:
+        if self._disputes and not self._opened:
+            return self._begin_disputes()
         if self._accumulator.advance():
-            return False
+            return Phase.MASKED_INPUT
         self._survivors = Survivor.pack_all(self._survivor_records())
         survivors = self._survivor_indices()
         for dealer, sealed in self._sealed.items():
@@ -156,7 +175,7 @@ class MaskedCoordinator(CoordinatorSide):
                 recipient: share.self_commitment if dealer in survivors else share.mask_commitment
                 for recipient, share in sealed.shares.items()
             }
-        return True
+        return None
 
     def _survivor_records(self) -> list[Survivor]:
         records = []
@@ -165,6 +184,74 @@ class MaskedCoordinator(CoordinatorSide):
             digests = [self._part_digests[index][part] for part in sorted(self._part_digests[index])]
             records.append(Survivor(index, upload_digest(self._terms, digests)))
         return records
+
+    # --- disputed shares ---
+
+    def _take_disputes(self, index: int, reply: SharesDisputed) -> None:
+        """An owner cannot use the shares that these neighbours dealt it, and says so before it gives anything."""
+        has_disputed = any(index in by_recipient for by_recipient in self._disputes.values())
+        require(
+            not self._opened and not has_disputed and index not in self._part_digests,
+            f"{Phase.MASKED_INPUT}: it disputes shares after it was to give its vector",
+        )
+        signed = Signed.unpack_all(reply.disputes)
+        is_about_neighbours = {each.owner for each in signed} <= {*self._book.neighbours[index]} & set(self._sealed)
+        require(bool(signed) and is_about_neighbours, f"{Phase.MASKED_INPUT}: it disputes shares that nobody dealt it")
+        for each in signed:
+            body = self._book.dispute_body(each.owner, index)
+            verify_owner(self._terms, index, Domain.SIGN_DISPUTE, body, each.signature)
+        for each in signed:
+            self._disputes.setdefault(each.owner, {})[index] = each.signature
+
+    def _begin_disputes(self) -> str:
+        """Have the dealers open what is disputed. The parts that the other owners gave are asked for again later."""
+        for dealer, by_recipient in self._disputes.items():
+            if len(by_recipient) > self._terms.most_liars:  # check: many-disputes-name-the-dealer
+                name = self._terms.names[dealer]
+                self.violations[name] = RemoteProtocolError(
+                    f"owner {name} lied: {len(by_recipient)} owners dispute the shares that it dealt them, and at most "
+                    f"{self._terms.most_liars} of them can be lying"
+                )
+        self._check_dealers({self._terms.indices[name] for name in self._remaining - set(self.violations)})
+        self._accumulator.start_again()
+        return Phase.DISPUTED_SHARES
+
+    def _ask_to_open(self, index: int) -> Message | None:
+        if index not in self._disputes:
+            return None
+        disputes = Signed.pack_all(Signed(owner, signature) for owner, signature in self._disputes[index].items())
+        return OpenShares(session=self._terms.request.session, disputes=disputes)
+
+    def _take_opened(self, index: int, reply: SharesOpened) -> None:
+        digest = hashlib.sha256(reply.shares).digest()
+        verify_owner(self._terms, index, Domain.SIGN_OPENED, digest, reply.signature)
+        shares = OpenedShare.unpack_all(reply.shares)
+        name, sealed = self._terms.names[index], self._sealed[index].shares
+        is_one_each = {each.owner for each in shares} == set(self._disputes[index])
+        require(is_one_each, f"owner {name} lied: it did not open the shares that are disputed")
+        for each in shares:
+            dealt = sealed[each.owner]
+            commitments = (dealt.self_commitment, dealt.mask_commitment)
+            require(
+                self._book.are_committed(
+                    index, each.owner, (each.self_share, each.mask_share), commitments
+                ),  # check: opened-shares-are-the-dealt-ones
+                f"owner {name} lied: it opened other shares for {self._terms.names[each.owner]} than it committed to",
+            )
+        for each in shares:
+            self._opened.setdefault(each.owner, {})[index] = OpenedShare(index, each.self_share, each.mask_share)
+
+    def _end_disputes(self) -> None:
+        self._check_dealers({dealer for by_dealer in self._opened.values() for dealer in by_dealer})
+
+    def _check_dealers(self, good: set[int]) -> None:
+        """Raise SumAbandoned unless all dealers whose shares are disputed are `good`.
+
+        The sum could not do without one: the shares that open the masks which it leaves behind may be too few.
+        """
+        bad = ", ".join(self._terms.names[dealer] for dealer in sorted(set(self._disputes) - good))
+        if bad:
+            raise SumAbandoned(f"{Phase.DISPUTED_SHARES}: {bad} did not open shares that others could not use")
 
     # --- ConsistencyCheck ---
 
@@ -212,7 +299,7 @@ class MaskedCoordinator(CoordinatorSide):
             "dealt: it lied",
         )
 
-    def _unmask(self) -> bool:
+    def _unmask(self) -> None:
         """Remove the survivors' self masks, and the pair masks that owners who dropped out left behind."""
         survivors = self._survivor_indices()
         masks: list[mask_stream.Mask] = []
@@ -224,7 +311,6 @@ class MaskedCoordinator(CoordinatorSide):
                 others = [other for other in self._book.neighbours[owner] if other in survivors]
                 masks += self._book.pair_masks(self._rebuild_mask_seed(owner), owner, others)
         mask_stream.add_masks(self._accumulator.vector, masks, 0)
-        return True
 
     def _rebuild_self_seed(self, owner: int) -> bytes:
         commitment = self._sealed[owner].commitment
@@ -304,34 +390,41 @@ class MaskedCoordinator(CoordinatorSide):
 COORDINATOR_STEPS: Mapping[str, CoordinatorStep] = {
     Phase.ADVERTISE_KEYS: CoordinatorStep(
         request=MaskedCoordinator._open,
-        expects=KeysAdvertised,
+        expects=(KeysAdvertised,),
         handle=MaskedCoordinator._take_keys,
         end=MaskedCoordinator._make_book,
         next_phase=Phase.SHARE_KEYS,
     ),
     Phase.SHARE_KEYS: CoordinatorStep(
         request=MaskedCoordinator._send_book,
-        expects=SharesSealed,
+        expects=(SharesSealed,),
         handle=MaskedCoordinator._take_shares,
         next_phase=Phase.MASKED_INPUT,
     ),
     Phase.MASKED_INPUT: CoordinatorStep(
         request=MaskedCoordinator._ask_input,
-        expects=MaskedPart,
-        handle=MaskedCoordinator._fold,
+        expects=(MaskedPart, SharesDisputed),
+        handle=MaskedCoordinator._take_input,
         end=MaskedCoordinator._end_part,
         next_phase=Phase.CONSISTENCY_CHECK,
         in_parts=True,
     ),
+    Phase.DISPUTED_SHARES: CoordinatorStep(  # a detour from MaskedInput, only if shares are disputed
+        request=MaskedCoordinator._ask_to_open,
+        expects=(SharesOpened,),
+        handle=MaskedCoordinator._take_opened,
+        end=MaskedCoordinator._end_disputes,
+        next_phase=Phase.MASKED_INPUT,
+    ),
     Phase.CONSISTENCY_CHECK: CoordinatorStep(
         request=MaskedCoordinator._send_survivors,
-        expects=SurvivorsSigned,
+        expects=(SurvivorsSigned,),
         handle=MaskedCoordinator._take_signature,
         next_phase=Phase.UNMASKING,
     ),
     Phase.UNMASKING: CoordinatorStep(
         request=MaskedCoordinator._acknowledge,
-        expects=SharesRevealed,
+        expects=(SharesRevealed,),
         handle=MaskedCoordinator._take_revealed,
         end=MaskedCoordinator._unmask,
         next_phase=DONE,

@@ -19,7 +19,10 @@ from common.messages import (
     KeyShares,
     MaskedPart,
     Message,
+    OpenShares,
     PartRequest,
+    SharesDisputed,
+    SharesOpened,
     SharesRevealed,
     SharesSealed,
     SurvivorList,
@@ -32,6 +35,7 @@ from common.summation.masked.book import (
     MASK,
     SELF,
     Book,
+    Shares,
     index_bytes,
     part_body,
     require,
@@ -42,7 +46,15 @@ from common.summation.masked.book import (
 )
 from common.summation.masked.phases import Phase
 from common.summation.protocol import Inputs, SessionOver, SumTerms, Transition, Transitions, find_transition
-from common.summation.records import KeyEntry, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
+from common.summation.records import (
+    KeyEntry,
+    OpenedShare,
+    RevealedShare,
+    SealedShare,
+    ShareDelivery,
+    Signed,
+    Survivor,
+)
 from common.summation.secret_sharing import RandomBytes
 
 
@@ -50,13 +62,15 @@ from common.summation.secret_sharing import RandomBytes
 class SavedMaskedOwner(SavedState):
     """What an owner saves between two messages. It drops each secret at the step after which it is not needed."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     phase: Phase = Phase.ADVERTISE_KEYS
     channel_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
     mask_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
     self_seed: bytes = field(default=b"", repr=False)  # until MaskedInput  # check: secrets-do-not-show
     book_data: bytes = b""
     own_shares: bytes = field(default=b"", repr=False)  # until MaskedInput, then among `held`
+    dealt: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # recipient -> two shares, until the survivors
+    disputes: bytes = b""  # those that this owner opened shares for
     masks: tuple[mask_stream.Mask, ...] = field(default=(), repr=False)  # from MaskedInput until ConsistencyCheck
     held: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # owner index -> two shares, until Unmasking
     part_digests: tuple[bytes, ...] = ()
@@ -129,7 +143,8 @@ class MaskedOwner(SavedMaskedOwner):
             signature=self._sign(Domain.SIGN_SHARES, shares_body(book, commitment, manifest)),
         )
         own = self_shares[self._me + 1] + mask_shares[self._me + 1]
-        return replace(self, book_data=request.entries, own_shares=own), reply
+        dealt = {other: self_shares[other + 1] + mask_shares[other + 1] for other in book.neighbours[self._me]}
+        return replace(self, book_data=request.entries, own_shares=own, dealt=dealt), reply
 
     def _begin_input(self, request: KeyShares, inputs: Inputs) -> tuple[Self, Message]:
         book = self._book
@@ -139,15 +154,24 @@ class MaskedOwner(SavedMaskedOwner):
             set(senders) <= set(book.neighbours[self._me]), f"{Phase.MASKED_INPUT}: a sender is not my neighbour"
         )  # check: senders-are-neighbours
         self._check_neighbourhood(len(senders) + 1)  # check: enough-senders-of-shares
-        held = {self._me: self.own_shares}
+        held, disputed = {self._me: self.own_shares}, []
+        opened = {each.owner: (each.self_share, each.mask_share) for each in OpenedShare.unpack_all(request.opened)}
         rest = request.manifests
         for delivery in deliveries:
             length = DIGEST_BYTES * len(book.neighbours[delivery.owner])
             manifest, rest = rest[:length], rest[length:]
-            held[delivery.owner] = self._open_share(book, delivery, manifest)
+            self._check_is_as_sent(book, delivery, manifest)
+            found = (self._sealed_shares(book, delivery), opened.get(delivery.owner))
+            good = [shares for shares in found if shares is not None and self._are_committed(book, delivery, shares)]
+            if good:
+                held[delivery.owner] = b"".join(good[0])
+            else:
+                disputed.append(delivery.owner)
         require(
             rest == b"", f"{Phase.MASKED_INPUT}: there are more manifests than senders"
         )  # check: manifests-fit-senders
+        if disputed:
+            return self._dispute(book, disputed)
         masks = [
             *book.pair_masks(self.mask_seed, self._me, senders),
             (book.self_mask(self.self_seed), 1),  # check: self-mask-is-added
@@ -157,8 +181,8 @@ class MaskedOwner(SavedMaskedOwner):
         )
         return state._give(0, inputs.encoded)
 
-    def _open_share(self, book: Book, delivery: ShareDelivery, manifest: bytes) -> bytes:
-        """The two shares in `delivery`."""
+    def _check_is_as_sent(self, book: Book, delivery: ShareDelivery, manifest: bytes) -> None:
+        """Raise RemoteProtocolError unless the sender signed exactly this. Otherwise the coordinator is the liar."""
         sender = delivery.owner
         start = DIGEST_BYTES * book.neighbours[sender].index(self._me)
         sent = manifest[start : start + DIGEST_BYTES]
@@ -166,32 +190,67 @@ class MaskedOwner(SavedMaskedOwner):
         require(is_intact, f"{Phase.MASKED_INPUT}: a share is not the one that was sent")
         body = shares_body(book, delivery.commitment, manifest)
         verify_owner(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)  # check: shares-are-signed
-        try:
-            return self._opened(book, delivery)
-        except RemoteProtocolError as lie:  # the sender signed what is sealed here, so nobody else altered it
-            name = self.terms.name_of(sender)
-            raise RemoteProtocolError(f"{lie.message}: {name} lied, and only this owner can see it") from None
 
-    def _opened(self, book: Book, delivery: ShareDelivery) -> bytes:
+    def _sealed_shares(self, book: Book, delivery: ShareDelivery) -> Shares | None:
+        """The two shares in `delivery`; None if its sender sealed something else."""
         sender = delivery.owner
         key = book.seal_key(self.channel_seed, sender, self._me, self._me)
-        plain = key_agreement.open_sealed(key, delivery.sealed, book.associated_data(sender, self._me))
+        try:
+            plain = key_agreement.open_sealed(key, delivery.sealed, book.associated_data(sender, self._me))
+            shares = _two_shares(plain[2:])
+            for share in shares:
+                secret_sharing.read_share(share)  # check: share-is-in-the-field
+        except RemoteProtocolError:
+            return None
+        return shares if plain[:2] == index_bytes(self._me) else None  # check: share-is-at-my-point
+
+    def _are_committed(self, book: Book, delivery: ShareDelivery, shares: Shares) -> bool:
+        """Otherwise the sender could make me look like the liar, who reveals another share than I was sent."""
+        commitments = (delivery.self_commitment, delivery.mask_commitment)
+        return book.are_committed(delivery.owner, self._me, shares, commitments)  # check: share-fits-its-commitment
+
+    def _dispute(self, book: Book, dealers: list[int]) -> tuple[Self, Message]:
+        """Ask these neighbours, which signed what is wrong, to open my shares of their secrets. Nothing else leaves."""
+        names = ", ".join(map(self.terms.name_of, dealers))
         require(
-            plain[:2] == index_bytes(self._me), f"{Phase.MASKED_INPUT}: a share is at another owner's point"
-        )  # check: share-is-at-my-point
-        shares = plain[2:]
-        for share in _two_shares(shares):
-            secret_sharing.read_share(share)  # check: share-is-in-the-field
-        # Otherwise the sender could make me look like the liar, who reveals another share than I was sent.
-        committed = [
-            book.share_commitment(sender, self._me, kind, share)
-            for kind, share in zip((SELF, MASK), _two_shares(shares), strict=True)
-        ]
-        require(
-            committed == [delivery.self_commitment, delivery.mask_commitment],  # check: share-fits-its-commitment
-            f"{Phase.MASKED_INPUT}: a share is not the one that its sender committed to",
+            self.phase == Phase.SHARE_KEYS,  # check: shares-are-disputed-once
+            f"{Phase.DISPUTED_SHARES}: the shares of {names} are not opened, or are not those that it committed to",
         )
-        return shares
+        disputes = [
+            Signed(each, self._sign(Domain.SIGN_DISPUTE, book.dispute_body(each, self._me))) for each in dealers
+        ]
+        session = self.terms.request.session
+        return self, SharesDisputed(session=session, owner=self.identity.name, disputes=Signed.pack_all(disputes))
+
+    def _open_shares(self, request: OpenShares, inputs: Inputs) -> tuple[Self, Message]:
+        """Give the coordinator the shares that I dealt to neighbours who say that they cannot use them.
+
+        An honest one can. So if this owner is honest, whoever disputes its shares is dishonest, and the coordinator
+        learns what that one could have told it.
+        """
+        book, disputes = self._book, Signed.unpack_all(request.disputes)
+        require(
+            len(disputes) <= self.terms.most_liars,  # check: few-shares-are-opened
+            f"{Phase.DISPUTED_SHARES}: {len(disputes)} owners dispute my shares, at most {self.terms.most_liars} may",
+        )
+        for each in disputes:
+            require(each.owner in self.dealt, f"{Phase.DISPUTED_SHARES}: I dealt no shares to an owner that disputes")
+            body = book.dispute_body(self._me, each.owner)
+            verify_owner(
+                self.terms, each.owner, Domain.SIGN_DISPUTE, body, each.signature
+            )  # check: disputes-are-signed
+        is_first = self.disputes in (b"", request.disputes)  # check: shares-are-opened-once
+        require(is_first, f"{Phase.DISPUTED_SHARES}: other shares were opened before")
+        shares = OpenedShare.pack_all(
+            OpenedShare(each.owner, *_two_shares(self.dealt[each.owner])) for each in disputes
+        )
+        reply = SharesOpened(
+            session=request.session,
+            owner=self.identity.name,
+            shares=shares,
+            signature=self._sign(Domain.SIGN_OPENED, hashlib.sha256(shares).digest()),
+        )
+        return replace(self, disputes=request.disputes), reply
 
     def _give_part(self, request: PartRequest, inputs: Inputs) -> tuple[Self, Message]:
         return self._give(request.part, inputs.encoded)
@@ -233,7 +292,7 @@ class MaskedOwner(SavedMaskedOwner):
             owner=self.identity.name,
             signature=self._sign(Domain.SIGN_SURVIVORS, survivors_body(self._book, request.survivors)),
         )
-        return replace(self, survivors=request.survivors, masks=()), reply
+        return replace(self, survivors=request.survivors, masks=(), dealt={}), reply
 
     def _reveal(self, request: Acknowledgements, inputs: Inputs) -> tuple[Self, Message]:
         survivors = {each.owner for each in Survivor.unpack_all(self.survivors)}
@@ -324,8 +383,18 @@ class MaskedOwner(SavedMaskedOwner):
 OWNER_TRANSITIONS: Transitions = {  # check: no-other-transition
     (Phase.ADVERTISE_KEYS, KeyBook): Transition(MaskedOwner._share_keys, Phase.SHARE_KEYS),
     (Phase.SHARE_KEYS, KeyShares): Transition(
+        MaskedOwner._begin_input,
+        Phase.MASKED_INPUT,
+        after_last_part=Phase.WHOLE_INPUT,
+        after_dispute=Phase.DISPUTED_SHARES,
+    ),
+    (Phase.DISPUTED_SHARES, KeyShares): Transition(
         MaskedOwner._begin_input, Phase.MASKED_INPUT, after_last_part=Phase.WHOLE_INPUT
     ),
+    (Phase.SHARE_KEYS, OpenShares): Transition(MaskedOwner._open_shares, Phase.SHARE_KEYS),
+    (Phase.DISPUTED_SHARES, OpenShares): Transition(MaskedOwner._open_shares, Phase.DISPUTED_SHARES),
+    (Phase.MASKED_INPUT, OpenShares): Transition(MaskedOwner._open_shares, Phase.MASKED_INPUT),
+    (Phase.WHOLE_INPUT, OpenShares): Transition(MaskedOwner._open_shares, Phase.WHOLE_INPUT),
     (Phase.MASKED_INPUT, PartRequest): Transition(
         MaskedOwner._give_part, Phase.MASKED_INPUT, after_last_part=Phase.WHOLE_INPUT
     ),

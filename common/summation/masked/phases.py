@@ -11,6 +11,7 @@ class Phase(StrEnum):
 
     ADVERTISE_KEYS = "AdvertiseKeys"
     SHARE_KEYS = "ShareKeys"
+    DISPUTED_SHARES = "MaskedInput, disputed shares"  # a detour, only if an owner finds that it was dealt wrong shares
     MASKED_INPUT = "MaskedInput"
     WHOLE_INPUT = "MaskedInput complete"  # an owner's only: its last part has left
     CONSISTENCY_CHECK = "ConsistencyCheck"
