@@ -27,6 +27,7 @@ else:
 Columns = dict[str, list[Any]]
 
 MAX_UNPACKED_BYTES = 16_000_000_000  # of a compressed file, as it says itself; a few kilobytes can hold any number
+BATCH_ROWS = 1024  # of a Parquet file, unpacked at once
 INCOMPLETE = "check that the file is complete"
 SAVE_AS_UTF8 = "save the file as UTF-8"
 
@@ -116,15 +117,46 @@ def _read_csv(path: Path, columns: Sequence[str], max_rows: int | None) -> Colum
 
 
 def _read_parquet(path: Path, columns: Sequence[str], max_rows: int | None) -> Columns:
+    """Nothing but these columns is unpacked, and little beyond the last row that is asked for."""
+    found: Columns = {column: [] for column in columns}
+    unpacked = 0
     try:
         with parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-            _check_size(path, sum(group.total_byte_size for group in groups))
-            return _from_table(path, file.read(), columns, max_rows)
+            _check_columns(path, columns, file.schema_arrow.names)
+            groups = _groups_with(file.metadata, max_rows)
+            _check_size(path, sum(_declared_bytes(file.metadata.row_group(group), columns) for group in groups))
+            for batch in file.iter_batches(
+                min(BATCH_ROWS, max_rows or BATCH_ROWS), row_groups=groups, columns=list(columns)
+            ):
+                unpacked += batch.nbytes
+                _check_size(path, unpacked)
+                for column in columns:
+                    room = None if max_rows is None else max_rows - len(found[column])
+                    found[column] += batch.column(column).slice(0, room).to_pylist()
+                if max_rows is not None and len(found[columns[0]]) >= max_rows:
+                    break
+            return found
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError):
         raise DataError(f"{path}: cannot be read as Parquet", hint=INCOMPLETE) from None
+
+
+def _groups_with(metadata: parquet.FileMetaData, max_rows: int | None) -> list[int]:
+    """The groups of rows that hold the first `max_rows`, as the file says itself."""
+    groups, rows = [], 0
+    for index in range(metadata.num_row_groups):
+        if max_rows is not None and rows >= max_rows:
+            break
+        groups.append(index)
+        rows += metadata.row_group(index).num_rows
+    return groups
+
+
+def _declared_bytes(group: parquet.RowGroupMetaData, columns: Sequence[str]) -> int:
+    """What these columns of a group take unpacked, as the file says itself. A nested column is stored as several."""
+    stored = [group.column(index) for index in range(group.num_columns)]
+    return sum(each.total_uncompressed_size for each in stored if each.path_in_schema.split(".")[0] in columns)
 
 
 def _from_table(path: Path, table: pa.Table, columns: Sequence[str], max_rows: int | None) -> Columns:

@@ -77,6 +77,31 @@ def test_98_a_small_file_that_unpacks_to_much(tmp_path: Path, monkeypatch: pytes
         read_columns(tmp_path / "rows.parquet", ["text"], max_rows=1)
 
 
+def test_98_a_parquet_file_that_says_it_is_small_unpacks_to_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each value stands in the file once."""
+    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 1_000_000)
+    parquet.write_table(pa.table({"text": ["x" * 1000] * 100_000}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"would take \d{7} bytes unpacked, at most 1000000 are allowed"):
+        read_columns(tmp_path / "rows.parquet", ["text"], None)
+    assert len(read_columns(tmp_path / "rows.parquet", ["text"], 5)["text"]) == 5
+
+
+def test_98_columns_and_rows_of_a_parquet_file_that_nobody_asked_for_are_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 100_000)
+    table = pa.table({"text": [f"row {number}" for number in range(3000)], "scan": [bytes(1000)] * 3000})
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=1000, use_dictionary=False)
+    for max_rows in (1, 999, 1000, None):
+        found = read_columns(tmp_path / "rows.parquet", ["text"], max_rows)
+        assert found["text"][:1000] == table["text"].to_pylist()[:max_rows][:1000]
+        assert len(found["text"]) == (max_rows or 3000)
+    with pytest.raises(DataError, match="bytes unpacked, at most 100000 are allowed"):
+        read_columns(tmp_path / "rows.parquet", ["text", "scan"], None)
+
+
 def test_98_a_csv_whose_header_is_not_text(tmp_path: Path) -> None:
     """Found by fuzzing."""
     (tmp_path / "rows.csv").write_bytes(b"\xf6\xf6;\n)")
