@@ -23,7 +23,6 @@ from common.agreement import Agreement
 from common.tensor_layout import TensorEntry, TensorLayout
 
 MAX_NATS = 16.0  # a less likely token counts as this unlikely: one in nine million
-NATS_STEP = 0.125  # to which a token's nats are rounded
 BASE, OWN_AT_HOME = "base", "own_at_home"  # models that every evaluation on test examples has, beside the merged ones
 Split = Literal["validation", "test"]
 METRIC_KINDS = {

@@ -1,6 +1,7 @@
 """How well a model does on an owner's held-out examples."""
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from client.data.rows import IGNORED, Rows
 from common.agreement import Task
-from common.metrics import MAX_NATS, NATS_STEP, Score
+from common.metrics import MAX_NATS, Score
 
 Entity = tuple[int, int, int, str]  # row, first word, word after the last, type
 
@@ -49,9 +50,9 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
 def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> Score:
     """Judge one batch at a time, because the logits of all examples over a whole vocabulary would fill any memory.
 
-    Each token's nats are clipped and rounded before they are summed. Otherwise a crafted candidate could give one token
-    so many that the mean spells out which token it is. They are rounded up or down at random, so that the mean stays;
-    whoever does not know all rows cannot know how.
+    Each token's nats are clipped, and their sum is rounded to a whole multiple of the clip. So whatever a crafted
+    candidate gives one token, the sum is one of two neighbours: at most one bit about it. The sum is rounded up or down
+    at random, so that its expectation stays; whoever does not know all rows cannot know how.
     """
     model.eval()
     known_here = hashlib.sha256(b"".join(np.asarray(each).tobytes() for each in rows.targets)).digest()
@@ -64,8 +65,9 @@ def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> S
         count += len(wanted)
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").nan_to_num(nan=MAX_NATS)
         each = each.clamp(max=MAX_NATS)  # check: likelihoods-are-clipped
-        steps = (each / NATS_STEP + torch.rand(len(each), generator=chance)).floor()  # check: likelihoods-are-rounded
-        nats += float(steps.double().sum()) * NATS_STEP
+        nats += float(each.double().sum())
+    up_or_down = float(torch.rand(1, generator=chance))
+    nats = MAX_NATS * math.floor(nats / MAX_NATS + up_or_down)  # check: likelihoods-are-rounded
     return Score(correct=correct, rows=max(count, 1), metric=-nats / max(count, 1))
 
 

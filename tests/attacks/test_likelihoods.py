@@ -84,6 +84,20 @@ def test_96_two_candidates_within_the_bounds_do_not_spell_out_a_token_either() -
     assert recovered <= 1
 
 
+def test_96_whatever_a_candidate_gives_one_token_its_mean_is_one_of_two() -> None:
+    """Or of three, over all draws of how the sum is rounded. Without rounding there would be as many means as tokens.
+
+    Rounding each token would not do: all others can be given whole multiples of a step, so that nothing of them is
+    rounded.
+    """
+    nats, tokens = np.linspace(0.0, MAX_NATS, VOCABULARY), range(10, VOCABULARY, 20)
+    rows = map(rows_with, tokens)
+    steps = {-evaluate(speller(nats), each, 8, TASK, np.empty(0, np.int64)).metric * COUNT / MAX_NATS for each in rows}
+    assert all(step == pytest.approx(round(step)) for step in steps)
+    assert max(steps) - min(steps) < 2.5
+    assert len({round(step) for step in steps}) > 1
+
+
 @pytest.mark.parametrize("size", [0.05, 0.3])
 def test_96_honest_likelihoods_keep_their_mean(size: float) -> None:
     """The published mean has thousandths; for a thousand tokens it is uncertain by a tenth anyway."""
