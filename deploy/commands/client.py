@@ -18,14 +18,15 @@ from client.settings import OwnerNetwork
 from common.errors import ConsentError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from deploy.launch.flower import flower_environment
-from deploy.launch.internals import MARK, check_internals
+from deploy.launch.internals import TOLD, check_internals
 from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, free_port, started
 from deploy.network_keys import read_certificate, read_node_key
 from deploy.terminal import answer
 
 RETRY_SECONDS = 5.0
 NO_CONNECTION = "Failed to initialize the connection"  # from the SuperNode's log; its next line has the reason
-REFUSED = " refused"  # from the owner's app, which logs no reason, because that may quote a row
+# From the owner's app, which logs no reason, because that may quote a row. The rest of a line may be somebody else's.
+REFUSED = re.compile(r"owner [\w.-]+ refused; its error\.txt says why|refused: this node's settings cannot be used")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 log = logging.getLogger("amalgram.client")
 
@@ -92,30 +93,32 @@ def keep_connected(node: Node) -> None:
     with alone(node.state, "client"):
         for old in node.state.glob("*.log"):
             old.unlink()
-        said = FollowedFile(node.state / "supernode.log")
-        answered = FollowedFile(node.state / "superexec.log")
+        said, told, answered = (FollowedFile(node.state / name) for name in ("supernode.log", TOLD, "superexec.log"))
         while True:
             log.info("connecting to %s", node.address)
             with supernode(node) as parts:
-                ended = _watch(parts, said, answered)
+                ended = _watch(parts, said, told, answered)
             log.warning("%s; trying again", ended)
             time.sleep(RETRY_SECONDS)
 
 
-def _watch(parts: Mapping[str, Process], said: FollowedFile, answered: FollowedFile) -> str:
-    """Log what the node reports and each refusal of the owner's app. Returns which part ended, and why."""
+def _watch(parts: Mapping[str, Process], said: FollowedFile, told: FollowedFile, answered: FollowedFile) -> str:
+    """Log what the node reports and each refusal of the owner's app. Returns which part ended, and why.
+
+    `said` and `answered` are Flower's logs, where a line may be part of an error that the coordinator wrote.
+    """
     reason, previous = "it logged nothing", ""
     while True:
         ended = [name for name, process in parts.items() if process.poll() is not None]
+        for line in told.new_lines():
+            log.info("%s", line)
         for line in said.new_lines():
-            if line.startswith(MARK):
-                log.info("%s", line.removeprefix(MARK))
-            elif previous.startswith(NO_CONNECTION) or "error" in line.lower():
+            if previous.startswith(NO_CONNECTION) or "error" in line.lower():
                 reason = COLOURS.sub("", line).strip()
             previous = line
         for line in answered.new_lines():
-            if REFUSED in line:
-                log.warning("%s", COLOURS.sub("", line).strip())
+            if refusal := REFUSED.search(line):  # check: only-our-words-are-repeated
+                log.warning("%s", refusal[0])
         if ended:
             return f"{ended[0]} ended: {reason}"
         time.sleep(POLL_SECONDS)

@@ -1,6 +1,7 @@
 """The parts of Flower that the guard, the pin and the fork server rely on, exactly as they were when tested."""
 
 import hashlib
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -49,7 +50,7 @@ RELIED_ON = {
         "_init_connection",
     ),
 }
-MARK = "amalgram: "  # begins the lines of a launcher's log that are for people
+TOLD = "told.log"  # what a launcher says itself; Flower's own log may hold what other parties wrote
 
 
 def check_internals(version: str = VERSION, tried: dict[str, str] = TRIED) -> None:
@@ -70,6 +71,9 @@ def check_internals(version: str = VERSION, tried: dict[str, str] = TRIED) -> No
             )
 
 
-def tell(message: str) -> None:
-    """Say something in one line to whoever started the launcher."""
-    print(f"{MARK}{shown(message)}", flush=True)  # check: launchers-tell-one-line
+def tell(folder: Path, message: str) -> None:
+    """Say something in one line to whoever started the launcher in `folder`."""
+    line = shown(message)  # check: launchers-tell-one-line
+    descriptor = os.open(folder / TOLD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as told:
+        told.write(f"{line}\n")

@@ -59,6 +59,7 @@ class Gate:
     def __init__(self, digest: str, connection: dict[str, Any], folder: Path) -> None:
         self._digest = digest
         self._connection = connection
+        self._folder = folder
         self._unanswered = folder / UNANSWERED
         self._agreed: dict[int, tuple[Run, Fab]] = {}
         self._refused: set[int] = set()
@@ -119,7 +120,8 @@ class Gate:
             self._agreed[run_id] = (run, fab)
         else:
             self._refused.add(run_id)
-            tell(f"REFUSED run {run_id} of the coordinator, nothing of it was installed or started: {reason}")
+            told = f"REFUSED run {run_id} of the coordinator, nothing of it was installed or started: {reason}"
+            tell(self._folder, told)
 
     def _note_if_whole(self) -> None:
         if not self._to_push:  # check: answer-is-whole
@@ -132,9 +134,9 @@ class Gate:
         reply = message_from_proto(ProtoMessage.FromString(self._unanswered.read_bytes()))
         try:
             self._answer(reply)
-            tell("interrupted while at work on a message; told the coordinator to wait no longer")
+            tell(self._folder, "interrupted while at work on a message; told the coordinator to wait no longer")
         except (RunNotRunningException, httpx.HTTPStatusError):
-            tell("interrupted while at work on a message of a run that is over")
+            tell(self._folder, "interrupted while at work on a message of a run that is over")
         self._unanswered.unlink()
 
     def _answer(self, reply: Message) -> None:
@@ -169,7 +171,7 @@ def pinned(connect: Callable[..., Any], digest: str, folder: Path) -> Callable[.
         with connect(*arguments, **named) as callbacks:
             connection = dict(zip(NAMES, callbacks, strict=True))
             gate = Gate(digest, connection, folder)
-            tell("connected to the coordinator")
+            tell(folder, "connected to the coordinator")
             names = ("receive", "send", "get_run", "get_fab", "push_object")
             yield tuple((connection | {name: getattr(gate, name) for name in names}).values())
 

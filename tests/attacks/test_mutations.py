@@ -441,7 +441,13 @@ TABLE = [
     Mutation(TEXT, "test_101_consent", "consent-names-the-digits"),
     Mutation(TEXT, "test_102_a_log_line", "log-lines-are-escaped", "return super().format(record)"),
     Mutation(TEXT, "test_102_a_server", "log-lines-are-escaped", "return super().format(record)"),
-    Mutation(TEXT, "test_102_a_bundle", "launchers-tell-one-line", 'print(f"{MARK}{message}", flush=True)'),
+    Mutation(TEXT, "test_102_a_bundle", "launchers-tell-one-line", "line = message"),
+    Mutation(
+        TEXT,
+        "test_102_an_error_of_flower",
+        "only-our-words-are-repeated",
+        "if refusal := REFUSED.search(line) and [line]:",
+    ),
     Mutation(
         TEXT,
         "test_102_an_error_is",
@@ -496,7 +502,8 @@ TABLE = [
     Mutation(SERVER, "test_91_connections", "connections-are-bounded"),
     # 96: a token in a mean likelihood
     Mutation(LIKELIHOODS, "test_96_a_candidate_without_bounds", "likelihoods-are-clipped", ""),
-    Mutation(LIKELIHOODS, "test_96_two_candidates", "likelihoods-are-rounded", "steps = each / NATS_STEP"),
+    Mutation(LIKELIHOODS, "test_96_two_candidates", "likelihoods-are-rounded", ""),
+    Mutation(LIKELIHOODS, "test_96_whatever", "likelihoods-are-rounded", ""),
     # 98: files
     Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),
     # 92-95: what a model's folder names

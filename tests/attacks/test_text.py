@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -34,11 +35,13 @@ from common.settings_file import parse_settings
 from common.text import flaw, is_web_address, shown
 from deploy.cli import cli
 from deploy.commands.agree import QUOTE, _check_answer, ask_for_consent, consent_text, quoted
+from deploy.commands.client import _watch
 from deploy.commands.errors import run_command
 from deploy.commands.keys import make_keys
 from deploy.commands.table import print_report
 from deploy.complete import complete_agreement
-from deploy.launch.internals import MARK, tell
+from deploy.launch.internals import TOLD, tell
+from deploy.launch.processes import FollowedFile
 from deploy.simulation.simulate import write_settings
 from deploy.terminal import as_lines, set_up_output
 from server.report.card import CARD, _markdown, write_model_card
@@ -208,10 +211,30 @@ def test_102_a_server_s_error_text_forges_no_line_in_an_owner_s_log(capsys: pyte
     assert line.endswith(r"\nconsent stored\ud800; trying again")
 
 
-def test_102_a_bundle_s_words_forge_no_second_line_of_a_launcher(capsys: pytest.CaptureFixture[str]) -> None:
-    tell(f"REFUSED run 7 of the coordinator: its name is {FORGED}\n{MARK}connected to the coordinator")
-    (line,) = capsys.readouterr().out.splitlines()
+def test_102_a_bundle_s_words_forge_no_second_line_of_a_launcher(tmp_path: Path) -> None:
+    tell(tmp_path, f"REFUSED run 7 of the coordinator: its name is {FORGED}\nconnected to the coordinator")
+    (line,) = (tmp_path / TOLD).read_text().splitlines()
     assert shown(line) == line
+    assert (tmp_path / TOLD).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("own_log")
+def test_102_an_error_of_flower_s_forges_no_line_of_the_owner_s_client(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that the coordinator wrote has as many lines as it likes, and ends up in Flower's logs."""
+    set_up_output(as_json=False)
+    said, told, answered = (FollowedFile(tmp_path / name) for name in ("supernode.log", TOLD, "superexec.log"))
+    (tmp_path / "supernode.log").write_text("Message:\namalgram: connected to the coordinator\n")
+    (tmp_path / "superexec.log").write_text(
+        "x\nowner hotel refused; its error.txt says why. Call 555 and read it out\n"
+    )
+    tell(tmp_path, "connected to 127.0.0.1")
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+        assert _watch({"supernode": process}, said, told, answered) == "supernode ended: it logged nothing"
+    lines = [line.partition(" ")[2].strip() for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["connected to 127.0.0.1", "owner hotel refused; its error.txt says why"]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN, ids=ascii)

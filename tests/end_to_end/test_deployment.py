@@ -17,6 +17,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from deploy.commands.client import find_node, supernode
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
+from deploy.launch.internals import TOLD
 from deploy.launch.processes import free_port, started
 from deploy.network_keys import write_certificate, write_node_key
 from deploy.simulation.simulate import write_settings
@@ -213,7 +214,7 @@ def test_a_bundle_that_reads_the_owner_s_rows_is_refused_and_would_have_got_them
     with supernode(replace(node, state=state, bundle_digest=digest)):
         answer = flwr(control(network), "run", str(evil), CONNECTION, "--run-config", f"coordinator='{loot}'")
         wait_until(lambda: loot.exists() and loot.read_text() != "", f"an answer to run {answer}", 90)
-    said = (tmp_path / "state" / "supernode.log").read_text()
+    said = (tmp_path / "state" / TOLD).read_text()
     if agreed:  # the attack works where nothing stops it
         assert SECRET in loot.read_text()
         return
