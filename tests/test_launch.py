@@ -32,7 +32,7 @@ from common.messages import Refusal
 from deploy.launch import check_flower, internals
 from deploy.launch.flower import APP_FOLDER, bundle_digest, flower_environment
 from deploy.launch.guarded_superlink import Guard
-from deploy.launch.internals import check_internals
+from deploy.launch.internals import TOLD, check_internals
 from deploy.launch.pinned_supernode import NAMES, Gate, pinned, why_not
 from deploy.launch.processes import FollowedFile
 from server.app import _read
@@ -210,7 +210,7 @@ def test_the_gate_asks_the_sooner_for_a_message_the_more_recent_the_last_one_was
 
 
 def test_the_gate_answers_for_another_bundle_and_flower_never_hears_of_it(
-    bundle: bytes, evil: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    bundle: bytes, evil: bytes, tmp_path: Path
 ) -> None:
     link = Link(run_of(evil), fab_of(evil))
     gate = Gate(bundle_digest(), link.connection(), tmp_path)
@@ -220,7 +220,7 @@ def test_the_gate_answers_for_another_bundle_and_flower_never_hears_of_it(
     assert [answer.error.code for answer in link.answers] == [ErrorCode.INVALID_FAB] * 2
     with pytest.raises(KeyError):
         gate.get_fab("", 7)
-    assert capsys.readouterr().out.count("amalgram: REFUSED run 7") == 1
+    assert (tmp_path / TOLD).read_text().count("REFUSED run 7") == 1
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,7 @@ def test_another_bundle_that_declares_the_agreed_sha256_is_refused(bundle: bytes
     assert "its bundle has the SHA-256" in (why_not(bundle_digest(), run_of(bundle), fab) or "")
 
 
-def test_whoever_was_killed_at_work_says_so_when_it_is_back_and_once(
-    bundle: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_whoever_was_killed_at_work_says_so_when_it_is_back_and_once(bundle: bytes, tmp_path: Path) -> None:
     link = Link(run_of(bundle), fab_of(bundle))
     Gate(bundle_digest(), link.connection(), tmp_path).receive()
     again = Gate(bundle_digest(), link.connection(), tmp_path)  # a new process
@@ -257,7 +255,7 @@ def test_whoever_was_killed_at_work_says_so_when_it_is_back_and_once(
     again.send(Message(RecordDict(), reply_to=received), None, 0.0)
     again.receive()
     assert [answer.has_error() for answer in link.answers] == [True, False]
-    assert capsys.readouterr().out.count("interrupted while at work on a message") == 1
+    assert (tmp_path / TOLD).read_text().count("interrupted while at work on a message") == 1
 
 
 def test_an_answer_that_broke_off_half_way_is_followed_by_an_error(bundle: bytes, tmp_path: Path) -> None:
