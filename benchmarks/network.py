@@ -139,7 +139,7 @@ class Peaks:
 
     def _look_at(self, process: psutil.Process) -> None:
         try:
-            line = " ".join(process.cmdline())
+            line = " ".join((process.name(), *process.cmdline()))  # apps are forks that take their name
             found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
         except (psutil.Error, OSError):
             return  # it has ended

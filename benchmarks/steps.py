@@ -183,7 +183,8 @@ class Apps:
     def _program(self, process: int) -> str | None:
         if process not in self._programs:
             try:
-                command = Path(f"/proc/{process}/cmdline").read_bytes().decode()
+                name = Path(f"/proc/{process}/comm").read_text()  # apps are forks that take their name
+                command = name if name.startswith("flwr-") else Path(f"/proc/{process}/cmdline").read_bytes().decode()
                 environment = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
                 parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:

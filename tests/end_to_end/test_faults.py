@@ -60,7 +60,12 @@ def kill_all(family: list[psutil.Process]) -> None:
 
 def part_of(command: Command, program: str) -> psutil.Process:
     """The process of a running command that runs `program`."""
-    return next(each for each in command.family() if any(program in word for word in each.cmdline()))
+    return next(each for each in command.family() if runs(each, program))
+
+
+def runs(process: psutil.Process, program: str) -> bool:
+    """Whether it was started as `program`, or is a fork that took its name."""
+    return any(program in word for word in (process.name(), *process.cmdline()))
 
 
 def connect_through(network: Network, owner: str, proxy: Proxy) -> None:
@@ -170,7 +175,7 @@ def test_owners_that_are_too_slow_or_whose_line_is_tampered_with_drop_out_and_ma
 
 def is_slowed(process: psutil.Process) -> bool:
     """Whether it runs an owner's app, or starts one. The node itself keeps telling the server that it is there."""
-    return any(program in word for word in process.cmdline() for program in ("bound_superexec", "flwr-clientapp"))
+    return runs(process, "bound_superexec") or runs(process, "flwr-clientapp")
 
 
 def test_whoever_sits_on_the_line_with_a_certificate_of_its_own_reads_nothing(
