@@ -21,6 +21,8 @@ class Domain(Enum):
     FINGERPRINT = b"amalgram v1 08 fingerprint\n"
     DELIVERIES = b"amalgram v1 09 deliveries of a run\n"
     MEASURED_ROWS = b"amalgram v1 60 rows to measure\n"
+    PROJECTION = b"amalgram v1 16 projection of a merged model\n"
+    COMBINATION = b"amalgram v1 17 combination of a merged model's rows\n"
     SHARE_COMMITMENT = b"amalgram v1 15 commitment to a share\n"
     # What is signed.
     SIGN_PRESENT = b"amalgram v1 21 sign presence\n"
@@ -34,6 +36,7 @@ class Domain(Enum):
     SIGN_OPENED = b"amalgram v1 31 sign opened shares\n"
     SIGN_RESULT = b"amalgram v1 28 sign result\n"
     SIGN_RECEIPT = b"amalgram v1 29 sign receipt of a result\n"
+    SIGN_DELIVERIES = b"amalgram v1 30 sign what was delivered\n"
     # What is derived.
     CHANNEL_KEY = b"amalgram v1 41 channel private key\n"
     MASK_KEY = b"amalgram v1 42 mask private key\n"

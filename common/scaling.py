@@ -32,6 +32,7 @@ from common.errors import NumericalError, RemoteProtocolError
 from common.mapped import releasing
 from common.summation.fixed_point import fraction_bits
 from common.summation.protocol import Total
+from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
 # What the owners' and the coordinator's rounding may add to a number of at most 1.
@@ -142,15 +143,20 @@ class Scales:
         """
         most = 2.0 ** (fraction_bits(BOUND, num_owners, ring_bits=32) - LEAST_BITS)
         own = dict(releasing(measures(self.layout, vector), vector))
+        empty: set[str] = set()
         for entry in self.layout.entries:
             if not _has_scale(entry):
                 continue
+            if _kind(entry) == DIAGONAL and _is_floor(self.layout.read(vector, entry.name)):
+                empty.add(entry.name)
             mine, powers = own[_measure(entry).name], self._powers[_measure(entry).name]
             sent = powers if _kind(entry) == LARGEST else powers**2
             if not (mine <= sent).all():  # check: scales-cover-my-numbers
                 raise RemoteProtocolError(
                     f"the coordinator sent a scale for {entry.name} below this owner's own numbers"
                 )
+            if entry.name in empty or entry.product_of in empty:
+                continue  # no row of mine is in it, so no bits of mine can be lost
             worth, seen = most * mine, mine > 0
             if sent.sum() > worth.sum() > 0 or 2 * (sent > worth)[seen].sum() > seen.sum():  # check: my-bits-are-kept
                 raise NumericalError(
@@ -180,13 +186,13 @@ def scaled(scales: Scales, vector: NDArray[np.float64]) -> Iterator[tuple[str, N
 
 @dataclass(frozen=True, kw_only=True)
 class RescaledTotal:
-    """The total of the contributions (summation.totals.SummedTensors), from both rounds.
+    """The total of the contributions (summation.totals.SummedTensors), from both rounds, or one owner's part of it.
 
     `scaled` stays as it was summed; each tensor is put back on its true scale as it is read.
     """
 
-    scaled: Total
-    measured: Total
+    scaled: SummedTensors
+    measured: SummedTensors
     scales: Scales
 
     @property
@@ -215,6 +221,11 @@ class RescaledTotal:
     def destroy(self) -> None:
         self.scaled.destroy()
         self.measured.destroy()
+
+
+def _is_floor(gram: NDArray[np.float64]) -> bool:
+    """Whether a Gram holds nothing but the floor of a verified merge (normal_equations.add_floor)."""
+    return len(gram) > 1 and bool((gram == gram[0, 0] * np.eye(len(gram))).all())
 
 
 def _has_scale(entry: TensorEntry) -> bool:

@@ -162,6 +162,9 @@ class TensorLayout:
         """The largest absolute value that one owner may add to the tensor `name`."""
         return self._slices[name][0].bound
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._slices[name][0].shape
+
     def unflatten(self, vector: NDArray) -> Iterator[tuple[str, NDArray]]:
         """Yield every (name, tensor), in order."""
         for entry in self.entries:

@@ -7,18 +7,20 @@ from collections.abc import Iterator, Mapping
 
 from numpy.typing import NDArray
 
+from common.merge_methods.equations import Equation, mean_equations
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
 from common.merge_methods.terms import (
     Hyperparameters,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
-    mean_delta,
-    unchanged,
+    means,
+    rounded,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
     weighted_delta_tensors,
+    with_unchanged,
 )
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
@@ -38,6 +40,7 @@ class Average(SingleRoundMethod[AverageTable]):
     paper = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
     order = 1
     table = AverageTable
+    trust = "nobody"
     fits_32_bits = True
     can_be_refitted = True
 
@@ -55,8 +58,10 @@ class Average(SingleRoundMethod[AverageTable]):
     def solve(
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
     ) -> MergedDelta:
-        delta = {name: mean_delta(total, name).float() for name in settings.plan.changed}
-        return MergedDelta(delta=delta | unchanged(settings.plan))
+        return with_unchanged(settings, rounded(settings, means(total, settings.plan.changed)))
+
+    def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
+        return mean_equations(settings, settings.plan.changed)
 
 
 AVERAGE = register(Average())

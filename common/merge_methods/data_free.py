@@ -20,21 +20,30 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from common.lazy import lazy_module
+from common.merge_methods.equations import Equation, mean_equations
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
-from common.merge_methods.normal_equations import ALPHA_SUMMARY, System, add_ridge, notes_on
+from common.merge_methods.normal_equations import (
+    ALPHA_SUMMARY,
+    System,
+    SystemEquation,
+    add_floor,
+    add_ridge,
+    notes_on,
+)
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Hyperparameters,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
-    mean_delta,
+    means,
     owner_weight,
-    unchanged,
+    rounded,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
     weighted_delta_tensors,
+    with_unchanged,
 )
 from common.models.layers import Layer, join_slices, parameter_of
 from common.models.plan import MergePlan
@@ -78,6 +87,7 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
     swept_summary = ALPHA_SUMMARY
     order = 4
     table = DataFreeTable
+    trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS
     fits_32_bits = True
     can_be_refitted = True
@@ -109,9 +119,14 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
             solved, note = self.system_of(settings, layer).solve(total, hyperparameter, None, with_spectra)
             merged |= solved
             layers.append(note)
-        averaged = {name: mean_delta(total, name).float() for name in _averaged(plan)}
-        delta = averaged | unchanged(plan) | join_slices(merged, plan.linear_layers, plan.shapes)
-        return MergedDelta(delta=delta, layers=tuple(layers), notes=notes_on(layers))
+        exact = means(total, _averaged(plan)) | join_slices(merged, plan.linear_layers, plan.shapes)
+        return with_unchanged(settings, rounded(settings, exact, tuple(layers), notes_on(layers)))
+
+    def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
+        assert hyperparameter is not None
+        layers = settings.plan.linear_layers
+        systems = (SystemEquation.of(self.system_of(settings, layer), hyperparameter) for layer in layers)
+        return (*systems, *mean_equations(settings, _averaged(settings.plan)))
 
     # One layer, for RegMean too, which merges some layers this way.
 
@@ -127,11 +142,14 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
 
     def layer_entries(self, settings: MergeSettings, layer: Layer) -> Iterator[TensorEntry]:
         """What is summed for one layer."""
+        return self.system_of(settings, layer).entries(*self._bounds(settings, layer))
+
+    def _bounds(self, settings: MergeSettings, layer: Layer) -> tuple[float, float]:
+        """The largest number that one owner may add to the Gram, and to its product."""
         # C has entries of at most 1, and a ridge of at most 1 / d_in is added. By Cauchy and Schwarz an entry of
         # C delta^T is at most sqrt(C_jj) times the norm of a column of delta^T.
         bound = settings.weight_bound
-        product_bound = bound * (sqrt(layer.d_in) + 1) * settings.bounds.delta
-        return self.system_of(settings, layer).entries(2 * bound, product_bound)
+        return 2 * bound, bound * (sqrt(layer.d_in) + 1) * settings.bounds.delta
 
     def layer_tensors(self, settings: MergeSettings, layer: Layer, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
         """One owner's part of the layer's system."""
@@ -139,6 +157,7 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
         squares = delta.square().sum()
         gram = delta @ delta.T / squares if squares > 0 else torch.zeros(layer.d_in, layer.d_in, dtype=torch.float64)
         weighted = add_ridge(owner_weight(settings, owner) * gram, self.hyperparameters(settings).ridge)
+        add_floor(weighted, settings, *self._bounds(settings, layer))
         yield from self.system_of(settings, layer).tensors(weighted, owner.delta)
 
 

@@ -5,6 +5,9 @@
 F_i is the owner's mean over its measured examples, times its weight. An entry takes the weighted mean instead where
 sum F_i is at most `floor` times the largest entry of its tensor, because nobody's loss depends on that parameter. It
 does so, too, where sum F_i is so small that the sum's fixed point would show in the quotient. The report counts both.
+
+Where owners verify the merge, every entry must solve the equation above. So each owner raises its F_i to the larger of
+both floors before it is summed. Where nobody's loss depends on a parameter, it takes the owners' plain mean change.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from common.lazy import lazy_module
+from common.merge_methods.equations import Equation, FisherEquation
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
@@ -25,22 +30,26 @@ from common.merge_methods.terms import (
     OwnerTerms,
     mean_delta,
     owner_weight,
+    rounded,
     to_array,
-    unchanged,
     weight_entries,
     weight_tensors,
     weighted_delta_entries,
     weighted_delta_tensors,
+    with_unchanged,
 )
+from common.summation.fixed_point import fraction_bits
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 else:
     torch = lazy_module("torch")
 
 QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
+FLOOR = 2.0**22  # times the rounding of a sum, so that even where nobody's loss depends on a parameter it is exact
 
 
 class FisherTable(Hyperparameters):
@@ -60,6 +69,7 @@ class Fisher(SingleRoundMethod[FisherTable]):
     paper = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
     order = 3
     table = FisherTable
+    trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | {
         "fisher": "squared gradients, summed over {their} examples (Fisher information)",
         "fisher_delta": "squared gradients times {their} weight changes",
@@ -89,23 +99,38 @@ class Fisher(SingleRoundMethod[FisherTable]):
         scale = owner_weight(settings, owner) / owner.fisher_examples
         for name in settings.plan.changed:
             fisher = scale * to_array(owner.fisher[name])
+            if settings.has_floors:
+                fisher = np.maximum(fisher, self._floor(settings, name, float(fisher.max())))
             yield f"fisher/{name}", fisher
             yield f"fisher_delta/{name}", fisher * to_array(owner.delta[name])
 
     def solve(
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
     ) -> MergedDelta:
-        floor, delta, below_floor = self.hyperparameters(settings).floor, {}, 0
+        floor, exact, below_floor = self.hyperparameters(settings).floor, dict[str, "Tensor"](), 0
         for name in settings.plan.changed:
             fisher = torch.from_numpy(total[f"fisher/{name}"])
             rounding = total.rounding_error(f"fisher_delta/{name}")
+            if settings.has_floors:
+                exact[name] = torch.from_numpy(total[f"fisher_delta/{name}"]) / fisher
+                continue
             known = fisher > max(floor * float(fisher.max()), QUOTIENT_PRECISION * rounding)
             weighted = torch.from_numpy(total[f"fisher_delta/{name}"]) / torch.where(known, fisher, 1.0)
-            delta[name] = torch.where(known, weighted, mean_delta(total, name)).float()
+            exact[name] = torch.where(known, weighted, mean_delta(total, name))
             below_floor += int((~known).sum())
-        parameters = sum(tensor.numel() for tensor in delta.values())
+        parameters = sum(tensor.numel() for tensor in exact.values())
         note = f"{below_floor} of {parameters} parameters have no Fisher information above the floor and take the mean"
-        return MergedDelta(delta=delta | unchanged(settings.plan), notes=(note,))
+        notes = () if settings.has_floors else (note,)
+        return with_unchanged(settings, rounded(settings, exact, notes=notes))
+
+    def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
+        return tuple(FisherEquation.of(name, settings.plan.shapes[name]) for name in settings.plan.changed)
+
+    def _floor(self, settings: MergeSettings, name: str, largest: float) -> float:
+        """The least that an owner contributes of a tensor whose largest Fisher information is `largest`."""
+        bound = settings.weight_bound * settings.bounds.fisher[name] * settings.bounds.delta
+        rounding = 0.5 ** fraction_bits(bound, settings.num_owners)
+        return max(self.hyperparameters(settings).floor * largest, FLOOR * rounding)
 
 
 FISHER = register(Fisher())

@@ -14,10 +14,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from numpy.typing import NDArray
 
+from common.merge_methods.equations import Equation
 from common.merge_methods.terms import WEIGHT_KINDS, Hyperparameters, MergedDelta, MergeSettings, OwnerTerms
 from common.models.plan import SharedInput
 from common.summation.totals import SummedTensors
@@ -48,6 +49,7 @@ class Method(ABC, Generic[H]):
     table: type[H]  # its hyperparameters, [regmean] in the agreement
     tensor_kinds: ClassVar[Mapping[str, str]] = WEIGHT_KINDS  # kind of tensor -> what it holds, in words
 
+    trust: ClassVar[Literal["nobody", "coordinator"]] = "coordinator"  # nobody: its equations let owners verify a merge
     fits_32_bits: ClassVar[bool] = False  # whether its numbers can be scaled so that 32 bits are enough (scaling.py)
     can_be_refitted: ClassVar[bool] = False  # whether its merged delta may be the body of `refit`
     needs_blocks: ClassVar[bool] = False  # whether the model must run block by block
@@ -106,6 +108,12 @@ class SingleRoundMethod(Method[H]):
     ) -> MergedDelta:
         """The merged delta. `with_spectra`: note condition and rank of each Gram, which costs more than the solve."""
 
+    def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
+        """What defines the merged delta: equations about every parameter that a merge may change, each in one. Without
+        them, the merge rests on the coordinator (`trust`).
+        """
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -121,8 +129,9 @@ class Step:
 class MultiRoundMethod(Method[H]):
     """A method that makes one more sum for each step, after the round that all methods share.
 
-    Between two rounds the coordinator sends what it merged. A malicious coordinator can choose what it sends, so these
-    methods rest on a trusted one (SECURITY.md, b4), and the consent text says so.
+    Between two rounds the coordinator sends what it merged. A malicious coordinator could choose what it sends, so the
+    owners verify it (common/verification.py). Where an agreement turns that off, these methods rest on a trusted
+    coordinator (SECURITY.md, b4), and the consent text says so.
     """
 
     @abstractmethod
@@ -151,6 +160,18 @@ class MultiRoundMethod(Method[H]):
         self, settings: MergeSettings, step: Step, total: SummedTensors, hyperparameter: float | None
     ) -> MergedDelta:
         """The merged delta of the step's parameters; the hyperparameter matters in the last step."""
+
+    @abstractmethod
+    def start_equations(self, settings: MergeSettings) -> tuple[Equation, ...]:
+        """What defines the merged delta of `start`: equations about the parameters of `merged_names` 0."""
+
+    @abstractmethod
+    def step_equations(self, settings: MergeSettings, step: Step, hyperparameter: float | None) -> tuple[Equation, ...]:
+        """What defines the merged delta of a step."""
+
+    def step_names(self, settings: MergeSettings, step: Step) -> tuple[str, ...]:
+        """The parameters that a step merges."""
+        return self.merged_names(settings, step.number)
 
 
 METHODS: dict[str, Method[Hyperparameters]] = {}  # by name; filled by importing this folder

@@ -19,15 +19,17 @@ A solve ends in one of four ways, reported per system:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
 from common.lazy import lazy_module
-from common.merge_methods.terms import LayerNote, to_array
+from common.merge_methods.equations import Equation
+from common.merge_methods.terms import LayerNote, MergeSettings, to_array
 from common.models.layers import Layer
+from common.summation.fixed_point import fraction_bits
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry
 
@@ -40,6 +42,7 @@ else:
 ALPHA_SUMMARY = (
     "Alpha is how much of a Gram matrix's off-diagonal is kept: 1 is plain least squares, 0 keeps the diagonal alone."
 )
+FLOOR = 2.0**10  # times the rounding of a sum: a layer that nobody's rows reach is then exact to a thousandth
 SURE_PIVOT = 1e-10  # squared pivot of a Cholesky factor, relative to the diagonal; rounding leaves far less of a zero
 
 
@@ -80,15 +83,12 @@ class System:
     def solve(
         self, total: SummedTensors, alpha: float, rows: int | None, with_spectrum: bool = True
     ) -> tuple[dict[str, Tensor], LayerNote]:
-        """The merged deltas by layer (see `layers.join_slices`), and how the solve went. `rows`: those behind the Gram.
+        """The merged deltas by layer (see `layers.join_slices`), float64, and how the solve went. `rows`: those behind
+        the Gram.
 
         Eigenvalues cost more than the solve itself, so a sweep does without.
         """
-        gram = torch.from_numpy(total[f"{self.kind}gram/{self.name}"])  # (gram_size, gram_size) float64
-        diagonal = gram.diagonal().clone()
-        gram.mul_(alpha)
-        gram.diagonal().copy_(diagonal)
-        products = torch.cat([self._product(total, layer, alpha) for layer in self.layers], dim=1)
+        gram, products = self.sides(total, alpha)
         error = torch.from_numpy(total.diagonal_error(f"{self.kind}gram/{self.name}"))  # (gram_size,)
         solved, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
         condition, effective_rank = spectrum(gram) if with_spectrum else (None, None)
@@ -105,14 +105,60 @@ class System:
         merged: dict[str, Tensor] = {}
         parts = solved.split([layer.d_out for layer in self.layers], dim=1)
         for layer, part in zip(self.layers, parts, strict=True):
-            merged |= layer.give(part.float())
+            merged |= layer.give(part)
         return merged, note
+
+    def sides(self, summed: SummedTensors, alpha: float) -> tuple[Tensor, Tensor]:
+        """H, (gram_size, gram_size), and H delta^T, (gram_size, sum of d_out), float64: of a total or of one owner."""
+        gram = torch.from_numpy(summed[f"{self.kind}gram/{self.name}"])
+        diagonal = gram.diagonal().clone()
+        gram.mul_(alpha)
+        gram.diagonal().copy_(diagonal)
+        return gram, torch.cat([self._product(summed, layer, alpha) for layer in self.layers], dim=1)
 
     def _product(self, total: SummedTensors, layer: Layer, alpha: float) -> Tensor:
         product = torch.from_numpy(total[f"{self.kind}gram_delta/{layer.weight}"])  # (gram_size, d_out)
         if len(self.alphas) == 1:
             return product
         return alpha * product + (1 - alpha) * torch.from_numpy(total[f"{self.kind}diagonal_delta/{layer.weight}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemEquation(Equation):
+    """H D = sum of H_i delta_i^T, of all the layers that share one Gram."""
+
+    system: System
+    alpha: float
+
+    @classmethod
+    def of(cls, system: System, alpha: float) -> SystemEquation:
+        shape = (system.gram_size, sum(layer.d_out for layer in system.layers))
+        return cls(name=f"{system.kind}gram/{system.name}", shape=shape, system=system, alpha=alpha)
+
+    def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([layer.take(delta) for layer in self.system.layers], dim=1)
+
+    def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
+        return self.system.sides(summed, self.alpha)
+
+
+def add_floor(gram: Tensor, settings: MergeSettings, bound: float, product_bound: float) -> Tensor:
+    """Make the owners' sum positive definite whatever they contribute, so that the merge has exactly one value.
+
+    In place, unless the agreement turns verification off. Every owner adds FLOOR * d times the rounding of one number
+    of Gram or products to the diagonal; d of these roundings are the most by which an eigenvalue of the sum can be off.
+    Where no owner's rows reach, the layer then takes the owners' mean change. With 32 bits the rounding is relative to
+    the diagonal, up to 4 times as much because scales are powers of two.
+    """
+    if not settings.has_floors:
+        return gram
+    owners, dimension = settings.num_owners, len(gram)
+    if settings.ring_bits == 32:
+        rounding = owners * 0.5 ** fraction_bits(1.0, owners, 32)
+        gram.diagonal().mul_(1 + 8 * dimension * rounding)
+    bits = min(fraction_bits(bound, owners), fraction_bits(product_bound, owners))
+    gram.diagonal().add_(FLOOR * dimension * 0.5**bits)
+    return gram
 
 
 def add_ridge(gram: Tensor, ridge: float) -> Tensor:
@@ -150,16 +196,27 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) 
     # With the matrix scaled so that all errors are equal, they add up to `dimension` times the error, and L_jj^2 scales
     # along.
     if not failed and (factor.diagonal() ** 2 > SURE_PIVOT * diagonal + dimension * error).all():
-        return torch.cholesky_solve(right, factor), "solved", 0
+        return _refined(matrix, right, lambda each: torch.cholesky_solve(each, factor)), "solved", 0
     values, vectors = torch.linalg.eigh(matrix)
     noise = 10 * tolerance * values.abs().max() + error.sum()
     kept = values > noise
     indefinite = bool((values < -noise).any())
     basis = vectors[:, kept]
-    solved = basis @ ((basis.T @ right) / values[kept, None])
+
+    def solve_kept(each: Tensor) -> Tensor:
+        solved: Tensor = basis @ ((basis.T @ each) / values[kept, None])
+        return solved
+
     if kept.all():
-        return solved, "solved", 0
-    return solved, "indefinite" if indefinite else "singular", int((~kept).sum())
+        return _refined(matrix, right, solve_kept), "solved", 0
+    return solve_kept(right), "indefinite" if indefinite else "singular", int((~kept).sum())
+
+
+def _refined(matrix: Tensor, right: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    """The solution after one step of refinement, so that every row fits to rounding (Higham 2002, theorem 12.4)."""
+    solved = solve(right)
+    solved += solve(right - matrix @ solved)
+    return solved
 
 
 def spectrum(matrix: Tensor) -> tuple[float | None, float | None]:

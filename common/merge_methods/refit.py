@@ -24,14 +24,17 @@ The body (`body`) is any single-round method that can be refitted, at one value 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from common.lazy import lazy_module
+from common.merge_methods.equations import Equation
 from common.merge_methods.method import METHODS, Measurement, MultiRoundMethod, SingleRoundMethod, Step, register
 from common.merge_methods.normal_equations import add_ridge, solve_symmetric, spectrum
 from common.merge_methods.regmean import MAX_ROWS_PER_EXAMPLE
@@ -42,6 +45,7 @@ from common.merge_methods.terms import (
     MergedDelta,
     MergeSettings,
     OwnerTerms,
+    rounded,
     to_array,
 )
 from common.models.layers import Layer
@@ -88,6 +92,7 @@ class Refit(MultiRoundMethod[RefitTable]):
     swept_summary = "The balance is how much rare classes count: 0 counts rows alike, 1 classes alike."
     order = 6
     table = RefitTable
+    trust = "nobody"
     tensor_kinds = MappingProxyType(
         {
             "head_gram": "products of the classifier's inputs on the merged model, summed over {their} rows",
@@ -131,10 +136,8 @@ class Refit(MultiRoundMethod[RefitTable]):
         return self._body(settings.tables).contribution(settings, owner)
 
     def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:
-        body, alpha = self._body(settings.tables), self.hyperparameters(settings).alpha
-        if alpha is None:
-            alpha = max((each for each in body.swept(settings.tables) if each is not None), default=None)
-        return body.solve(settings, total, alpha, with_spectra=True)
+        body = self._body(settings.tables)
+        return body.solve(settings, total, self._body_alpha(settings), with_spectra=True)
 
     def steps(self, settings: MergeSettings) -> tuple[Step, ...]:
         step = Step(
@@ -205,8 +208,9 @@ class Refit(MultiRoundMethod[RefitTable]):
         error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
         solved, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
         fitted, base = solved.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, the base's
+        factor = 1.0
         if self.hyperparameters(settings).targets == "labels":
-            fitted = fitted * _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
+            factor = _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
         condition, effective_rank = spectrum(gram)
         note = LayerNote(
             name=step.inputs[0].name,
@@ -218,7 +222,30 @@ class Refit(MultiRoundMethod[RefitTable]):
             effective_rank=effective_rank,
             unseen_directions=unseen,
         )
-        return MergedDelta(delta=layer.give((fitted - base).float()), layers=(note,))
+        merged = rounded(settings, layer.give(factor * fitted - base), layers=(note,))
+        return replace(merged, factor=factor)
+
+    def start_equations(self, settings: MergeSettings) -> tuple[Equation, ...]:
+        return self._body(settings.tables).equations(settings, self._body_alpha(settings))
+
+    def step_equations(self, settings: MergeSettings, step: Step, hyperparameter: float | None) -> tuple[Equation, ...]:
+        return (
+            ClassifierEquation.of(
+                classifier(settings.plan),
+                0.0 if hyperparameter is None else hyperparameter,
+                is_scaled=self.hyperparameters(settings).targets == "labels",
+            ),
+        )
+
+    def step_names(self, settings: MergeSettings, step: Step) -> tuple[str, ...]:
+        return classifier(settings.plan).parameters
+
+    def _body_alpha(self, settings: MergeSettings) -> float | None:
+        alpha = self.hyperparameters(settings).alpha
+        if alpha is not None:
+            return alpha
+        swept = self._body(settings.tables).swept(settings.tables)
+        return max((each for each in swept if each is not None), default=None)
 
     def _body(self, tables: Mapping[str, Hyperparameters]) -> SingleRoundMethod[Hyperparameters]:
         """The method that merges the body. Raises ValueError for one that cannot be refitted."""
@@ -228,6 +255,28 @@ class Refit(MultiRoundMethod[RefitTable]):
             allowed = sorted(each.name for each in METHODS.values() if each.can_be_refitted)
             raise ValueError(f"refit.body = {name!r}: must be one of {', '.join(allowed)}")
         return body
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierEquation(Equation):
+    """(sum G_i) D = t sum C_i - sum G_i W_0^T, where t is the factor by which the coordinator scales the scores."""
+
+    layer: Layer
+    balance: float
+
+    @classmethod
+    def of(cls, layer: Layer, balance: float, *, is_scaled: bool) -> ClassifierEquation:
+        shape = (layer.d_in + (layer.bias is not None), layer.d_out)
+        return cls(name=f"head@{balance!r}", shape=shape, is_scaled=is_scaled, layer=layer, balance=balance)
+
+    def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
+        return self.layer.take(delta)
+
+    def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
+        gram, targets, start = (
+            torch.from_numpy(summed[f"{kind}@{self.balance!r}"]) for kind in ("head_gram", "head_targets", "head_start")
+        )
+        return gram, factor * targets - start
 
 
 def classifier(plan: MergePlan) -> Layer:
@@ -245,9 +294,13 @@ def class_weights(targets: Tensor, balance: float) -> Tensor:
 
 
 def _scale(gram: Tensor, fitted: Tensor, squared_scores: float) -> float:
-    """The factor that makes the fitted scores, squared and summed over all rows, as large as the own models' scores."""
+    """The factor that makes the fitted scores, squared and summed over all rows, as large as the own models' scores.
+
+    It travels to the owners, so it is one that float32 holds.
+    """
     size = float((fitted * (gram @ fitted)).sum())
-    return float((squared_scores / size) ** 0.5) if size > 0 and squared_scores > 0 else 1.0
+    factor = float(np.float32((squared_scores / size) ** 0.5)) if size > 0 and squared_scores > 0 else 1.0
+    return factor if 0 < factor < inf else 1.0
 
 
 REFIT = register(Refit())

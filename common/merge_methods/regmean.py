@@ -21,16 +21,25 @@ from pydantic import Field
 
 from common.lazy import lazy_module
 from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
+from common.merge_methods.equations import Equation, mean_equations
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
-from common.merge_methods.normal_equations import ALPHA_SUMMARY, System, add_ridge, notes_on
+from common.merge_methods.normal_equations import (
+    ALPHA_SUMMARY,
+    System,
+    SystemEquation,
+    add_floor,
+    add_ridge,
+    notes_on,
+)
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Hyperparameters,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
-    mean_delta,
+    means,
     owner_scale,
+    rounded,
     to_array,
     weight_entries,
     weight_tensors,
@@ -108,6 +117,8 @@ class GramPart:
             gram = owner.grams[shared.name]
             yield f"rows/{shared.name}", to_array(torch.tensor([float(gram.rows)]))
             weighted = add_ridge(owner_scale(settings, owner, gram) * gram.matrix, self.ridge)
+            bound = settings.weight_bound * settings.bounds.grams[shared.name]
+            add_floor(weighted, settings, bound, bound)
             yield from self._system_of(shared).tensors(weighted, owner.delta)
         for layer in self.data_free:
             yield from DATA_FREE.layer_tensors(settings, layer, owner)
@@ -125,10 +136,16 @@ class GramPart:
             solved, note = DATA_FREE.system_of(settings, layer).solve(total, data_free_alpha, None, with_spectra)
             merged |= solved
             layers.append(note)
-        averaged = {name: mean_delta(total, name).float() for name in self.averaged}
         solved_layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)
-        delta = averaged | join_slices(merged, solved_layers, settings.plan.shapes)
-        return MergedDelta(delta=delta, layers=tuple(layers), notes=notes_on(layers))
+        exact = means(total, self.averaged) | join_slices(merged, solved_layers, settings.plan.shapes)
+        return rounded(settings, exact, tuple(layers), notes_on(layers))
+
+    def equations(self, settings: MergeSettings, alpha: float) -> tuple[Equation, ...]:
+        systems = [SystemEquation.of(self._system_of(shared), alpha) for shared in self.inputs]
+        for layer in self.data_free:
+            (data_free_alpha,) = DATA_FREE.hyperparameters(settings).alphas
+            systems.append(SystemEquation.of(DATA_FREE.system_of(settings, layer), data_free_alpha))
+        return (*systems, *mean_equations(settings, self.averaged))
 
     def _system_of(self, shared: SharedInput) -> System:
         return System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=self.alphas)
@@ -146,6 +163,7 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
     swept_summary = ALPHA_SUMMARY
     order = 5
     table = RegMeanTable
+    trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS
     fits_32_bits = True
     can_be_refitted = True
@@ -176,6 +194,10 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
         assert hyperparameter is not None
         merged = self._part(settings).solve(settings, total, hyperparameter, with_spectra=with_spectra)
         return with_unchanged(settings, merged)
+
+    def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
+        assert hyperparameter is not None
+        return self._part(settings).equations(settings, hyperparameter)
 
     def _part(self, settings: MergeSettings) -> GramPart:
         table, plan = self.hyperparameters(settings), settings.plan

@@ -12,6 +12,7 @@ from dataclasses import replace
 from numpy.typing import NDArray
 
 from common.merge_methods.data_free import DATA_FREE_KINDS
+from common.merge_methods.equations import Equation
 from common.merge_methods.method import Measurement, MultiRoundMethod, Step, register
 from common.merge_methods.regmean import GRAM_KINDS, REGMEAN, GramPart
 from common.merge_methods.terms import (
@@ -45,6 +46,7 @@ class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
     paper = "Nguyen et al., 2025, arXiv 2508.03121"
     order = 7
     table = RegMeanPlusPlusTable
+    trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS
     needs_blocks = True
 
@@ -112,6 +114,12 @@ class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
     ) -> MergedDelta:
         alpha = self.hyperparameters(settings).alpha
         return self._step_part(settings, step).solve(settings, total, alpha, with_spectra=True)
+
+    def start_equations(self, settings: MergeSettings) -> tuple[Equation, ...]:
+        return self._start_part(settings).equations(settings, self.hyperparameters(settings).alpha)
+
+    def step_equations(self, settings: MergeSettings, step: Step, hyperparameter: float | None) -> tuple[Equation, ...]:
+        return self._step_part(settings, step).equations(settings, self.hyperparameters(settings).alpha)
 
     def _start_part(self, settings: MergeSettings) -> GramPart:
         """What needs no measured Gram."""

@@ -14,8 +14,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from common.merge_methods.average import AVERAGE
+from common.merge_methods.equations import Equation, MeanEquation
 from common.merge_methods.method import Measurement, SingleRoundMethod, register
-from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings, OwnerTerms, mean_delta, unchanged
+from common.merge_methods.terms import (
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
+    OwnerTerms,
+    means,
+    rounded,
+    with_unchanged,
+)
 from common.settings_file import Positive
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
@@ -39,6 +48,7 @@ class TaskArithmetic(SingleRoundMethod[TaskArithmeticTable]):
     swept_summary = "The scale is how far the base is moved: with N owners, 1/N is the average."
     order = 2
     table = TaskArithmeticTable
+    trust = "nobody"
     fits_32_bits = True
 
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
@@ -58,8 +68,15 @@ class TaskArithmetic(SingleRoundMethod[TaskArithmeticTable]):
     ) -> MergedDelta:
         assert hyperparameter is not None
         scale = hyperparameter * total.num_owners
-        delta = {name: (scale * mean_delta(total, name)).float() for name in settings.plan.changed}
-        return MergedDelta(delta=delta | unchanged(settings.plan))
+        exact = {name: scale * mean for name, mean in means(total, settings.plan.changed).items()}
+        return with_unchanged(settings, rounded(settings, exact))
+
+    def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
+        assert hyperparameter is not None
+        shapes = settings.plan.shapes
+        return tuple(
+            MeanEquation.of(name, shapes[name], scale=hyperparameter, per_owner=True) for name in settings.plan.changed
+        )
 
 
 TASK_ARITHMETIC = register(TaskArithmetic())

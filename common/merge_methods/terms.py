@@ -18,7 +18,7 @@ from common.lazy import lazy_module
 from common.models.plan import MergePlan
 from common.settings_file import Settings
 from common.summation.totals import SummedTensors
-from common.tensor_layout import TensorEntry
+from common.tensor_layout import RingBits, TensorEntry
 
 if TYPE_CHECKING:
     import torch
@@ -56,12 +56,19 @@ class MergeBounds:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """All that an agreement says to a method. `tables`: every method's hyperparameters by the method's name."""
+    """All that an agreement says to a method. `tables`: every method's hyperparameters by the method's name.
+
+    `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
+    normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
+    """
 
     plan: MergePlan
     weighting: Weighting
     bounds: MergeBounds
     tables: Mapping[str, Hyperparameters]
+    has_floors: bool = False
+    num_owners: int = 2
+    ring_bits: RingBits = 64
 
     @property
     def weight_bound(self) -> float:
@@ -121,20 +128,27 @@ class LayerNote:
 class MergedDelta:
     """A merged delta by parameter name (float32), with notes for the report; `low_rank` if it was cut to a rank.
 
-    Raises NumericalError if a number is not finite.
+    `rest`: what rounding to float32 took from each tensor, float32; empty where nothing is verified. `factor`: what its
+    equations leave free (equations.Equation.is_scaled). Raises NumericalError if a number is not finite.
     """
 
     delta: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
     layers: tuple[LayerNote, ...] = ()
     notes: tuple[str, ...] = ()
     low_rank: LowRank | None = None
+    factor: float = 1.0
 
     def followed_by(self, later: MergedDelta) -> MergedDelta:
         """This merged delta with that of a later step, which replaces what both have."""
         renewed = {note.name for note in later.layers}
         kept = tuple(note for note in self.layers if note.name not in renewed)
         return MergedDelta(
-            delta={**self.delta, **later.delta}, layers=(*kept, *later.layers), notes=(*self.notes, *later.notes)
+            delta={**self.delta, **later.delta},
+            rest={**self.rest, **later.rest},
+            layers=(*kept, *later.layers),
+            notes=(*self.notes, *later.notes),
+            factor=later.factor,
         )
 
     def __post_init__(self) -> None:
@@ -144,6 +158,22 @@ class MergedDelta:
                     f"merge: the merged delta of {name} is not finite",
                     hint="the summed contributions are unusable; check the owners' models and bounds, and agree anew",
                 )
+
+
+def rounded(
+    settings: MergeSettings,
+    exact: dict[str, Tensor],
+    layers: tuple[LayerNote, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> MergedDelta:
+    """A merged delta as it travels, from float64 tensors by parameter name. Empties `exact`, to need less memory."""
+    delta, rest = dict[str, "Tensor"](), dict[str, "Tensor"]()
+    for name in list(exact):
+        tensor = exact.pop(name)
+        delta[name] = tensor.float()
+        if settings.has_floors:
+            rest[name] = tensor.sub_(delta[name]).float()
+    return MergedDelta(delta=delta, rest=rest, layers=layers, notes=notes)
 
 
 def owner_weight(settings: MergeSettings, owner: OwnerTerms) -> float:
@@ -188,6 +218,11 @@ def weighted_delta_tensors(
 def mean_delta(total: SummedTensors, name: str) -> Tensor:
     """sum n_i delta_i / sum n_i, float64."""
     return torch.from_numpy(total[f"weighted_delta/{name}"] / total["weight"][0])
+
+
+def means(total: SummedTensors, names: Iterable[str]) -> dict[str, Tensor]:
+    """The mean delta of each parameter, float64."""
+    return {name: mean_delta(total, name) for name in names}
 
 
 def unchanged(plan: MergePlan) -> dict[str, Tensor]:

@@ -62,12 +62,14 @@ def owner_for(plan: MergePlan, rows: Tensor, seed: int) -> OwnerTerms:
     )
 
 
-def merge_settings(plan: MergePlan, weighting: Weighting = "rows", **tables: Hyperparameters) -> MergeSettings:
+def merge_settings(
+    plan: MergePlan, weighting: Weighting = "rows", *, bound: float = 4096.0, **tables: Hyperparameters
+) -> MergeSettings:
     """What an agreement over `plan` says to a method: default hyperparameters, except those of `tables`."""
     bounds = MergeBounds(
         examples=10_000,
         delta=64.0,
-        grams={shared.name: 4096.0 for shared in plan.inputs},
+        grams={shared.name: bound for shared in plan.inputs},
         fisher=dict.fromkeys(plan.changed, 64.0),
     )
     every = {name: method.table() for name, method in METHODS.items()} | tables

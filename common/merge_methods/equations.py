@@ -1,0 +1,108 @@
+"""The linear equations that define a merged delta, so that owners can verify one together (common/verification.py).
+
+Every method's merged delta D solves equations that are linear in the summed contribution:
+
+    (sum A_i) D = sum B_i
+
+A_i and B_i are read from owner i's own contribution as the coordinator reads the sums from the total. So each owner can
+compute its share A_i D - B_i for a D that it was sent, and the shares add up to zero exactly if D is the merge.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from common.lazy import lazy_module
+from common.merge_methods.terms import MergeSettings
+from common.summation.totals import SummedTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equation(ABC):
+    """One equation: about a part of D with `shape` (n, m).
+
+    `by_entry`: A is diagonal and the equation holds for each entry of D alone, which is then one column, (n, 1).
+    `is_scaled`: B has a free positive factor, which the coordinator names.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    by_entry: bool = False
+    is_scaled: bool = False
+
+    @abstractmethod
+    def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
+        """What the equation is about, (n, m), from whole parameters by name."""
+
+    @abstractmethod
+    def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
+        """A and B, float64, of a total or of one owner's own part: (n, n), or (n, 1) if A is diagonal, and (n, m)."""
+
+
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """A X, (n, k), where a column stands for a diagonal matrix."""
+    return left * right if left.shape[1] == 1 else left @ right
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The rows and columns as which a tensor's mean is verified: the first dimension, and all others. A vector is one
+    row, because the correction has one number for each row.
+    """
+    return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanEquation(Equation):
+    """w D = scale * (sum of w_i delta_i) of one parameter. `per_owner`: the scale is times the number of owners."""
+
+    parameter: str
+    scale: float = 1.0
+    per_owner: bool = False
+
+    @classmethod
+    def of(cls, parameter: str, shape: tuple[int, ...], *, scale: float = 1.0, per_owner: bool = False) -> MeanEquation:
+        return cls(
+            name=f"mean/{parameter}", shape=as_matrix(shape), parameter=parameter, scale=scale, per_owner=per_owner
+        )
+
+    def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
+        return delta[self.parameter].reshape(self.shape)
+
+    def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
+        weight = torch.from_numpy(summed["weight"]).expand(self.shape[0])[:, None]
+        right = torch.from_numpy(summed[f"weighted_delta/{self.parameter}"]).reshape(self.shape)
+        scale = self.scale * (summed.num_owners if self.per_owner else 1)
+        return weight, right if scale == 1 else scale * right
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherEquation(Equation):
+    """F D = (F delta), entry by entry, of one parameter."""
+
+    parameter: str
+
+    @classmethod
+    def of(cls, parameter: str, shape: tuple[int, ...]) -> FisherEquation:
+        return cls(name=f"fisher/{parameter}", shape=(prod(shape), 1), by_entry=True, parameter=parameter)
+
+    def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
+        return delta[self.parameter].reshape(self.shape)
+
+    def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
+        fisher = torch.from_numpy(summed[f"fisher/{self.parameter}"]).reshape(self.shape)
+        return fisher, torch.from_numpy(summed[f"fisher_delta/{self.parameter}"]).reshape(self.shape)
+
+
+def mean_equations(settings: MergeSettings, names: Iterable[str]) -> tuple[Equation, ...]:
+    """What defines the weighted mean of each parameter."""
+    return tuple(MeanEquation.of(name, settings.plan.shapes[name]) for name in names)

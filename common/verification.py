@@ -1,0 +1,255 @@
+"""Verified merges: owners prove together that a model they were sent is the merge of what they contributed.
+
+Who runs it: owners and coordinator. A merge D solves (sum A_i) D = sum B_i (merge_methods/equations.py). The owners sum
+their shares A_i D - B_i in one more masked sum that everybody opens. It is zero exactly if D is the merge. An honest
+sum is zero, so it reveals nothing.
+
+The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
+s (n, 8), owner i sends for each equation, for every column k,
+
+    e_i = s_k^T (A_i (D rho_k + c_k) - B_i rho_k)
+
+The order matters. First the owners have D. Then each draws a nonce, from which rho follows. Then the coordinator names
+the correction c. Then the keys of the check's own session are drawn, from which s follows. Whoever knew s when choosing
+c could hide an error in directions where A is weak, and whoever knew rho when choosing D could hide it at once.
+
+The correction. D travels in float32, and the coordinator knows it to 48 bits, D + R. It sends c = R rho. Rounding to
+nearest leaves |R| <= 2^-24 |D| + 2^-150, so an owner accepts only
+
+    |c| <= (1 + 2^-20) (2^-24 |D| |rho| + 2^-149 sum |rho|)                                       in every row
+
+where 1 + 2^-20 covers that R, c and this bound are computed in floating point, and 2^-149 what R loses when it becomes
+float32. So what passes is the merge, to the rounding of float32.
+
+The tolerance. With u = 2^-53, what an honest sum may be off by is bounded, for each equation, by a multiple of
+
+    S = sum_i |s|^T (|A_i| |D| |rho| + |B_i| |rho|)          added over the columns; it travels with the shares
+
+    2^-48 S twice              R and c are rounded to float32, 24 bits below D
+    (n + 2) u S                the solve, which leaves no larger residual in a row (normal_equations.solve_symmetric)
+    (2 n + 2 m + 8) u S        the products of this check at owners and coordinator, and what decoding rounds
+
+`tolerance` is twice as much, and at least 2^-140, because shares travel in multiples of 2^-160.
+
+What this does not protect against: an owner that colludes with the coordinator can contribute a share that makes any
+sum zero. SECURITY.md says what that means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.domain_separation import Domain
+from common.errors import NumericalError, RemoteProtocolError
+from common.lazy import lazy_module
+from common.merge_methods.equations import Equation, times
+from common.summation import mask_stream
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorEntry, TensorLayout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+COLUMNS = 8  # a wrong model passes all of them with probability below 2^-100
+HALF_RANGE = 2**15  # projections are whole numbers from -2^15 to 2^15 - 1
+LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
+LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
+SUBNORMAL = 2.0**-149  # the smallest positive float32
+UNIT = 2.0**-53  # the relative rounding of float64
+MAX_OPENED_BYTES = 1_000_000  # what one owner adds to a sum that every owner opens
+CHECK_KINDS = {"check": "whether the models that were sent solve the merge's equations, with {their} part of each"}
+
+
+class NotTheMerge(RemoteProtocolError):  # noqa: N818 - the name says it
+    """What the coordinator sent cannot belong to a merge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a check proves of one delivery: that its model solves `equations` over the total of round `source`.
+
+    `known`: the parameters that an earlier check has proved, which must be the same numbers again.
+    """
+
+    delivery: int
+    source: int
+    equations: tuple[Equation, ...]
+    known: tuple[str, ...] = ()
+
+    def named(self) -> Iterator[tuple[str, Equation]]:
+        """Each equation with a name that no other claim of a check has."""
+        for equation in self.equations:
+            yield f"{self.delivery}/{equation.name}", equation
+
+
+def columns_of(equation: Equation) -> int:
+    """How many columns the correction has: one where rho has nothing to combine."""
+    return 1 if equation.by_entry else COLUMNS
+
+
+def correction_layout(claims: Sequence[Claim]) -> TensorLayout:
+    """How the corrections travel to the owners, float32: c of each equation, and its factor if it has one."""
+    entries = []
+    for name, equation in (each for claim in claims for each in claim.named()):
+        shape = (equation.shape[0], columns_of(equation))
+        entries.append(TensorEntry(name=name, shape=shape, bound=np.inf))
+        if equation.is_scaled:
+            entries.append(TensorEntry(name=f"{name}/factor", shape=(1,), bound=np.inf))
+    return TensorLayout(tuple(entries))
+
+
+def check_layout(claims: Sequence[Claim]) -> TensorLayout:
+    """What an owner adds to a check: for each equation, eight shares and their scale, in limbs."""
+    names = (name for claim in claims for name, _ in claim.named())
+    shape, bound = (COLUMNS + 1, LIMBS), 2.0**LIMB_BITS
+    return TensorLayout(tuple(TensorEntry(name=f"check/{name}", shape=shape, bound=bound) for name in names))
+
+
+def projection_seed(delivered: str, nonces: bytes) -> bytes:
+    """What rho follows from: the digest of everything that was delivered, and a nonce of every owner."""
+    return hashlib.sha256(Domain.PROJECTION.value + bytes.fromhex(delivered) + nonces).digest()
+
+
+def combination_seed(book_digest: bytes) -> bytes:
+    """What s follows from: the key book of the check's session, which covers the correction too."""
+    return hashlib.sha256(Domain.COMBINATION.value + book_digest).digest()
+
+
+def projection(seed: bytes, name: str, rows: int, columns: int) -> Tensor:
+    """Uniform whole numbers from -2^15 to 2^15 - 1, (rows, columns) float64, the same at every party."""
+    key = hashlib.sha256(seed + name.encode()).digest()[: mask_stream.KEY_BYTES]
+    words = np.zeros(-(-rows * columns // 4), dtype="<u8")
+    mask_stream.add_masks(words, [(key, 1)], 0, threads=1)
+    numbers = words.view("<i2")[: rows * columns].astype(np.float64)
+    return torch.from_numpy(numbers.reshape(rows, columns))
+
+
+def rho_of(seed: bytes, name: str, equation: Equation) -> Tensor:
+    """rho, (m, columns)."""
+    if equation.by_entry:
+        return torch.ones(1, 1, dtype=torch.float64)
+    return projection(seed, name, equation.shape[1], COLUMNS)
+
+
+# --- the coordinator ---
+
+
+def corrections(
+    claim: Claim, seed: bytes, rest: Mapping[str, Tensor], factor: float
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """What the coordinator sends for one claim, in the order of `correction_layout`; `rest` is MergedDelta's."""
+    for name, equation in claim.named():
+        correction = equation.part_of(rest).double() @ rho_of(seed, name, equation)
+        yield name, correction.float().numpy()
+        if equation.is_scaled:
+            yield f"{name}/factor", np.array([factor], dtype=np.float32)
+
+
+# --- an owner ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Challenge:
+    """What an owner needs to add to a check: both seeds, and the corrections that the coordinator sent."""
+
+    claims: tuple[Claim, ...]
+    rho_seed: bytes
+    combination_seed: bytes
+    sent: NDArray[np.float32]  # (correction_layout.size,)
+
+    @cached_property
+    def _layout(self) -> TensorLayout:
+        return correction_layout(self.claims)
+
+    def shares(
+        self, claim: Claim, delta: Mapping[str, Tensor], own: SummedTensors
+    ) -> Iterator[tuple[str, NDArray[np.float64]]]:
+        """This owner's part of one claim, in the order of `check_layout`. `own`: what it contributed, as decoded from
+        its own vector; `delta`: what it was sent. Raises NotTheMerge for a correction beyond its bound.
+        """
+        for name, equation in claim.named():
+            sent = torch.from_numpy(self._layout.read(self.sent, name).astype(np.float64))
+            factor = float(self._layout.read(self.sent, f"{name}/factor")[0]) if equation.is_scaled else 1.0
+            if not 0 < factor < np.inf:  # check: factors-are-positive
+                raise NotTheMerge(f"the coordinator sent a factor of {factor} for {name}")
+            part = equation.part_of(delta).double()  # (n, m)
+            rho = rho_of(self.rho_seed, name, equation)  # (m, columns)
+            check_correction(name, part, rho, sent)
+            test = projection(self.combination_seed, name, equation.shape[0], COLUMNS)
+            numbers = _shares(equation, part, rho, sent, test, own, factor)
+            yield f"check/{name}", np.array([to_limbs(float(number)) for number in numbers])
+
+
+def check_correction(name: str, part: Tensor, rho: Tensor, sent: Tensor) -> None:
+    """Raise NotTheMerge unless every number of a correction is within the rounding of float32."""
+    if not (sent.abs() <= largest_correction(part, rho)).all():  # check: corrections-are-bounded
+        raise NotTheMerge(f"the coordinator sent a correction of {name} beyond the rounding of float32")
+
+
+def largest_correction(part: Tensor, rho: Tensor) -> Tensor:
+    """The bound at the top of this file, (n, columns) float64."""
+    size = rho.abs()
+    return (1 + 2.0**-20) * (2.0**-24 * (part.abs() @ size) + SUBNORMAL * size.sum(dim=0))
+
+
+def _shares(
+    equation: Equation, part: Tensor, rho: Tensor, sent: Tensor, test: Tensor, own: SummedTensors, factor: float
+) -> Tensor:
+    """e_i for every column, then this owner's part of the scale S: (9,) float64."""
+    left, right = equation.sides(own, factor)
+    residual = times(left, part @ rho + sent) - right @ rho  # (n, columns)
+    shares = (test * residual).sum(dim=0)
+    reach = part.abs() @ rho.abs() + SUBNORMAL * rho.abs().sum(dim=0)
+    sizes = times(left.abs(), reach) + right.abs() @ rho.abs()
+    return torch.cat([shares, (test.abs() * sizes).sum()[None]])
+
+
+def tolerance(shape: tuple[int, int], scale: float) -> float:
+    """The most by which an honest sum of shares is off, for an equation of shape (n, m) whose scale adds up to S."""
+    rows, columns = shape
+    return 2 * (2.0**-47 + (3 * rows + 2 * columns + 10) * UNIT) * scale + 2.0**-140
+
+
+def wrong_claims(claims: Sequence[Claim], total: SummedTensors) -> list[str]:
+    """The equations that do not hold, by name. `total`: the check's, as every owner adds it up by itself."""
+    found = []
+    for name, equation in (each for claim in claims for each in claim.named()):
+        *shares, scale = (from_limbs(limbs) for limbs in total[f"check/{name}"])
+        largest = max(abs(share) for share in shares)
+        if not largest <= tolerance(equation.shape, scale):  # check: sums-of-shares-are-zero
+            found.append(name)
+    return found
+
+
+# --- exact numbers ---
+
+
+def to_limbs(number: float) -> list[float]:
+    """A float64 in multiples of 2^-160 (the rest is cut off), as whole numbers below 2^32 with the number's own sign.
+
+    Raises NumericalError for a number of 2^160 or more.
+    """
+    if not abs(number) < 2.0 ** (LIMBS * LIMB_BITS + LOWEST_BIT):
+        raise NumericalError(
+            f"verification: {number:g} is too large to be summed; nothing has left",
+            hint="the model that was sent, or what was contributed, has numbers that no merge has",
+        )
+    numerator, denominator = abs(number).as_integer_ratio()
+    whole = (numerator << -LOWEST_BIT) // denominator
+    sign = -1.0 if number < 0 else 1.0
+    return [sign * float(whole >> LIMB_BITS * limb & (1 << LIMB_BITS) - 1) for limb in range(LIMBS)]
+
+
+def from_limbs(limbs: Sequence[float] | NDArray[np.float64]) -> float:
+    """The sum of numbers from the sum of their limbs, rounded once."""
+    return sum(int(limb) << LIMB_BITS * position for position, limb in enumerate(limbs)) / (1 << -LOWEST_BIT)

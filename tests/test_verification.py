@@ -1,0 +1,351 @@
+"""Verified merges: an honest merge of every method passes, a wrong one does not, and what is in between is derived."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from common.errors import NumericalError, RemoteProtocolError
+from common.merge_methods import METHODS, contribution, contribution_layout
+from common.merge_methods.data_free import DataFreeTable
+from common.merge_methods.method import SingleRoundMethod
+from common.merge_methods.normal_equations import System, SystemEquation, solve_symmetric
+from common.merge_methods.refit import ClassifierEquation
+from common.merge_methods.regmean import RegMeanTable
+from common.merge_methods.task_arithmetic import TaskArithmeticTable
+from common.merge_methods.terms import MergeSettings, OwnerTerms, rounded
+from common.models.layers import Layer
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorEntry, TensorLayout
+from common.verification import (
+    UNIT,
+    NotTheMerge,
+    check_correction,
+    check_layout,
+    from_limbs,
+    largest_correction,
+    projection,
+    to_limbs,
+    tolerance,
+    wrong_claims,
+)
+from tests.support.merging import merge_settings, owner_for, plan_for
+from tests.support.sums import identities_of
+from tests.support.verifying import Check, Contributions, verified
+
+KNOWN = [4827.0, 29887.0, 21690.0]
+SEVERAL, ONE = (0.0, 0.5, 0.9, 1.0), (0.9,)
+CASES = ["average", "task_arithmetic", "fisher", "data_free", "regmean"]
+
+
+def owners_for(
+    settings_: MergeSettings, count: int, seed: int, condition: float, *, reaches_half: bool
+) -> dict[str, OwnerTerms]:
+    """Owners whose rows have features of very different sizes; owner 0's rows reach only half of them."""
+    plan, random = settings_.plan, torch.Generator().manual_seed(seed)
+    size = plan.inputs[0].gram_size
+    sizes = torch.logspace(0, -float(np.log10(condition)) / 2, size, dtype=torch.float64)
+    owners = {}
+    for number, name in enumerate(identities_of(count)):
+        rows = sizes * torch.randn(3 + 2 * size, size, generator=random, dtype=torch.float64)
+        if number == 0 and reaches_half:
+            rows[:, size // 2 :] = 0
+        owners[name] = owner_for(plan, rows, seed + number)
+    return owners
+
+
+def contributions_of(methods: Sequence[str], settings_: MergeSettings, owners: dict[str, OwnerTerms]) -> Contributions:
+    layout = contribution_layout(methods, settings_)
+    vectors = {name: np.zeros(layout.size) for name in owners}
+    for name, owner in owners.items():
+        layout.flatten(contribution(methods, settings_, owner), vectors[name])
+    return (Contributions.in_32_bits if settings_.ring_bits == 32 else Contributions.of)(layout, vectors)
+
+
+def check_of(method_name: str, settings_: MergeSettings, contributions: Contributions, seed: int = 0) -> Check:
+    method = METHODS[method_name]
+    assert isinstance(method, SingleRoundMethod)
+    value = method.swept(settings_.tables)[-1]
+    merged = method.solve(settings_, contributions.total, value, with_spectra=False)
+    assert all(note.status == "solved" for note in merged.layers)
+    return Check(equations=method.equations(settings_, value), contributions=contributions, merged=merged, seed=seed)
+
+
+@st.composite
+def checks(draw: st.DrawFn) -> Check:
+    """An honest check of any single-round method, over any shapes, rings, owners and conditions."""
+    method = draw(st.sampled_from(CASES))
+    in_32_bits = method != "fisher" and draw(st.booleans())
+    count, seed = draw(st.integers(2, 6)), draw(st.integers(0, 2**20))
+    plan = plan_for(
+        draw(st.integers(1, 7)),
+        draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)),
+        stored_input_first=draw(st.booleans()),
+        has_constant=method != "data_free" and draw(st.booleans()),
+    )
+    alphas = draw(st.sampled_from([SEVERAL, ONE]))
+    tables = {
+        "regmean": RegMeanTable(alphas=alphas),
+        "data_free": DataFreeTable(alphas=alphas),
+        "task_arithmetic": TaskArithmeticTable(scales=(0.3, draw(st.sampled_from([0.5, 1.0])))),
+    }
+    # 32 bits are for values that are alike
+    condition = 10 ** draw(st.floats(0, 2 if in_32_bits else 12))
+    weighting = draw(st.sampled_from(["rows", "owners"]))
+    settings_ = verified(merge_settings(plan, weighting, **tables), count, in_32_bits=in_32_bits)
+    owners = owners_for(settings_, count, seed, condition, reaches_half=not in_32_bits)
+    return check_of(method, settings_, contributions_of([method], settings_, owners), seed)
+
+
+def wrong_entry(check: Check, size: float, seed: int) -> None:
+    """Change one entry of one tensor by `size` times the tensor's norm."""
+    random = np.random.default_rng(seed)
+    names = sorted(name for name, tensor in check.delta.items() if tensor.abs().sum() > 0)
+    tensor = check.delta[names[random.integers(len(names))]]
+    flat = tensor.reshape(-1)
+    flat[random.integers(len(flat))] += size * float(tensor.norm())
+
+
+@given(check=checks())
+@settings(max_examples=150)
+def test_an_honest_merge_of_every_method_passes(check: Check) -> None:
+    assert check.wrong() == []
+
+
+@given(check=checks(), seed=st.integers(0, 1000))
+@settings(max_examples=100)
+def test_one_wrong_entry_of_one_tensor_is_found(check: Check, seed: int) -> None:
+    wrong_entry(check, 1e-2, seed)
+    assert check.wrong() != []
+
+
+@pytest.mark.slow
+@given(check=checks())
+@settings(max_examples=10_000)
+def test_ten_thousand_honest_merges_raise_no_false_alarm(check: Check) -> None:
+    assert check.wrong() == []
+
+
+@pytest.mark.slow
+@given(check=checks(), seed=st.integers(0, 1000))
+@settings(max_examples=10_000)
+def test_none_of_ten_thousand_wrong_merges_passes(check: Check, seed: int) -> None:
+    wrong_entry(check, 1e-2, seed)
+    assert check.wrong() != []
+
+
+# --- what nobody's rows reach, and what a coordinator would like to hide ----------------------------------------------
+
+
+def system_check(gram: Tensor, seed: int = 0, d_out: int = 3) -> Check:
+    """Three owners that share a Gram, each with a third of it; the merge solves their sum."""
+    size, random = len(gram), torch.Generator().manual_seed(seed)
+    layer = Layer(weight="l.weight", d_in=size, d_out=d_out, stored_input_first=True)
+    system = System(name="l", kind="", gram_size=size, layers=(layer,), alphas=(1.0,))
+    settings_ = verified(merge_settings(plan_for(size, [d_out])), 3)
+    layout = TensorLayout(tuple(system.entries(1.0, 1.0)))
+    vectors = {}
+    for name in identities_of(3):
+        delta = {"l.weight": torch.randn(size, d_out, generator=random, dtype=torch.float64) * 1e-3}
+        vectors[name] = np.zeros(layout.size)
+        layout.flatten(system.tensors(gram / 3, delta), vectors[name])
+    contributions = Contributions.of(layout, vectors)
+    solved, note = system.solve(contributions.total, 1.0, None)
+    assert note.status == "solved"
+    return Check(
+        equations=[SystemEquation.of(system, 1.0)],
+        contributions=contributions,
+        merged=rounded(settings_, dict(solved)),
+        seed=seed,
+    )
+
+
+def gram_of(size: int, condition: float, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))
+    values = torch.logspace(0, -float(np.log10(condition)), size, dtype=torch.float64)
+    gram = basis * values @ basis.T
+    return (gram + gram.T) / 2
+
+
+def test_an_expert_that_nobody_s_rows_reach_takes_the_owners_mean_change() -> None:
+    plan, owners = plan_for(6, [4]), {}
+    settings_ = verified(merge_settings(plan), 3)
+    for number, name in enumerate(identities_of(3)):
+        owner = owner_for(plan, torch.zeros(0, 6, dtype=torch.float64), number)
+        owners[name] = owner
+    check = check_of("regmean", settings_, contributions_of(["regmean"], settings_, owners))
+    assert check.wrong() == []
+    mean = sum(owner.delta["l0.weight"] for owner in owners.values()) / 3
+    torch.testing.assert_close(check.delta["l0.weight"].double(), mean, atol=1e-3, rtol=1e-3)
+    check.delta["l0.weight"][0, 0] += 1e-2  # a free direction would be a place for a detector
+    assert check.wrong() != []
+
+
+def test_an_unreached_expert_in_32_bits_is_verified_too() -> None:
+    plan, owners = plan_for(6, [4]), {}
+    settings_ = verified(merge_settings(plan), 3, in_32_bits=True)
+    for number, name in enumerate(identities_of(3)):
+        rows = torch.zeros(0, 6, dtype=torch.float64) if number else torch.eye(6, dtype=torch.float64)
+        owners[name] = owner_for(plan, rows, number)
+    assert check_of("regmean", settings_, contributions_of(["regmean"], settings_, owners)).wrong() == []
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize("size", [1, 40, 384])
+def test_no_condition_of_a_gram_raises_a_false_alarm(size: int, condition: float) -> None:
+    for seed in range(3):
+        assert system_check(gram_of(size, condition, seed), seed).wrong() == []
+
+
+@pytest.mark.slow
+def test_no_false_alarm_with_4096_inputs_and_a_condition_of_1e12() -> None:
+    assert system_check(gram_of(4096, 1e12), d_out=8).wrong() == []
+
+
+def test_an_error_in_the_weakest_direction_is_found() -> None:
+    """A hundred thousandth of the merge's norm, in a direction whose eigenvalue is 7e-5 of the largest."""
+    gram = gram_of(384, 1 / 7e-5)
+    check = system_check(gram)
+    weakest = torch.linalg.eigh(gram).eigenvectors[:, 0]
+    delta = check.delta["l.weight"]
+    delta[:, 0] += (1e-5 * float(delta.norm()) * weakest).float()
+    assert check.wrong() == ["0/gram/l"]
+
+
+def test_a_lie_of_one_part_in_a_million_about_one_entry_is_found() -> None:
+    check = system_check(gram_of(40, 10.0))
+    check.delta["l.weight"][3, 1] *= 1 + 2.0**-18
+    assert check.wrong() == ["0/gram/l"]
+
+
+def test_124_a_correction_is_accepted_up_to_the_rounding_of_float32_and_no_further() -> None:
+    part, rho = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=torch.float64), projection(bytes(32), "", 2, 8)
+    bound = largest_correction(part, rho)
+    check_correction("l", part, rho, bound)
+    check_correction("l", part, rho, -bound)
+    for row, column in ((0, 0), (1, 7)):
+        sent = bound.clone()
+        sent[row, column] *= 1 + 2.0**-50
+        with pytest.raises(RemoteProtocolError, match="correction of l beyond the rounding of float32"):
+            check_correction("l", part, rho, sent)
+    nothing = torch.full_like(bound, float("nan"))
+    with pytest.raises(RemoteProtocolError, match="beyond the rounding"):
+        check_correction("l", part, rho, nothing)
+
+
+@given(
+    values=st.lists(st.floats(width=64, min_value=-4, max_value=4), min_size=1, max_size=20),
+    exponent=st.integers(-140, 20),
+    seed=st.integers(0, 100),
+)
+def test_what_rounding_takes_is_always_within_the_bound(values: list[float], exponent: int, seed: int) -> None:
+    exact = torch.tensor([values], dtype=torch.float64) * 2.0**exponent
+    part, rho = exact.float().double(), projection(bytes([seed]), "", len(values), 8)
+    rest = (exact - part).float()
+    check_correction("l", part, rho, (rest.double() @ rho).float().double())
+
+
+def test_125_one_colluding_owner_makes_a_wrong_model_pass() -> None:
+    """A documented break: it knows with the coordinator what the others' shares add up to."""
+    check = system_check(gram_of(20, 10.0))
+    check.delta["l.weight"] += 1.0
+    assert check.wrong() != []
+    others = ["o1", "o2"]
+    honest = {owner: check.shares(owner) for owner in others}
+    hidden = [from_limbs(sum(vector.reshape(-1, 9, 10)[0][k] for vector in honest.values())) for k in range(8)]
+    lie = np.array([*(to_limbs(-each) for each in hidden), to_limbs(0.0)])
+    layout = check_layout([check.claim])
+    total = Contributions.of(layout, {"o0": lie.reshape(-1), **honest}).total
+    assert wrong_claims([check.claim], total) == []
+
+
+def total_of(check: Check, residual: float, scale: float) -> SummedTensors:
+    layout = check_layout([check.claim])
+    numbers = np.array([*(to_limbs(each) for each in (0.0,) * 7 + (residual,)), to_limbs(scale)])
+    return Contributions.of(layout, {"o0": numbers.reshape(-1), "o1": np.zeros(layout.size)}).total
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_tolerance_is_met_on_both_sides_of_its_edge(sign: int) -> None:
+    check = system_check(gram_of(5, 10.0))
+    edge = tolerance((5, 3), 1024.0)
+    assert edge == pytest.approx(2 * (2.0**-47 + (3 * 5 + 2 * 3 + 10) * UNIT) * 1024, rel=1e-12)
+    assert wrong_claims([check.claim], total_of(check, sign * edge, 1024.0)) == []
+    beyond = sign * edge * (1 + 2.0**-40)
+    assert wrong_claims([check.claim], total_of(check, beyond, 1024.0)) == ["0/gram/l"]
+
+
+# --- exact numbers ----------------------------------------------------------------------------------------------------
+
+
+@given(numbers=st.lists(st.floats(min_value=-(2.0**100), max_value=2.0**100), min_size=1, max_size=6))
+def test_numbers_in_limbs_add_up_exactly(numbers: list[float]) -> None:
+    limbs = np.array([to_limbs(number) for number in numbers])
+    assert np.abs(limbs).max() < 2**32
+    cut = [Fraction(int(Fraction(number) * 2**160), 2**160) for number in numbers]
+    assert from_limbs(limbs.sum(axis=0)) == float(sum(cut))
+
+
+@pytest.mark.parametrize("number", [2.0**160, -(2.0**160), float("inf"), float("nan")])
+def test_a_number_that_limbs_cannot_hold_does_not_leave(number: float) -> None:
+    with pytest.raises(NumericalError, match="too large to be summed; nothing has left"):
+        to_limbs(number)
+
+
+def test_projections_are_the_same_everywhere_and_uniform() -> None:
+    numbers = projection(bytes(32), "gram/l", 3, 8)
+    assert numbers[0, :3].tolist() == KNOWN
+    many = projection(bytes(32), "gram/l", 4000, 8)
+    torch.testing.assert_close(many[:3], numbers)
+    assert (many == many.round()).all()
+    assert (many.abs() <= 2**15).all()
+    assert abs(float(many.mean())) < 400
+    assert len(many.unique()) > 20_000
+    assert not torch.equal(projection(bytes(32), "gram/m", 3, 8), numbers)
+
+
+# --- a classifier whose scale the coordinator names -------------------------------------------------------------------
+
+
+def classifier_check(factor: float) -> Check:
+    random = torch.Generator().manual_seed(1)
+    layer = Layer(weight="head.weight", d_in=5, d_out=3, stored_input_first=True)
+    shapes = {"head_gram@0.5": (5, 5), "head_start@0.5": (5, 3), "head_targets@0.5": (5, 3)}
+    layout = TensorLayout(tuple(TensorEntry(name=name, shape=shape, bound=100.0) for name, shape in shapes.items()))
+    vectors = {}
+    for name in identities_of(3):
+        rows = torch.randn(20, 5, generator=random, dtype=torch.float64)
+        targets, start = rows.T @ torch.randn(20, 3, generator=random, dtype=torch.float64), torch.ones(5, 3).double()
+        gram = rows.T @ rows
+        vectors[name] = np.zeros(layout.size)
+        layout.flatten(zip(shapes, (gram.numpy(), (gram @ start).numpy(), targets.numpy()), strict=True), vectors[name])
+    contributions = Contributions.of(layout, vectors)
+    equation = ClassifierEquation.of(layer, 0.5, is_scaled=True)
+    gram, right = equation.sides(contributions.total, factor)
+    solved, _, _ = solve_symmetric(gram, right)
+    merged = rounded(verified(merge_settings(plan_for(5, [3])), 3), layer.give(solved))
+    return Check(equations=[equation], contributions=contributions, merged=replace(merged, factor=factor))
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-20, 40.5])
+def test_a_classifier_passes_at_the_scale_that_the_coordinator_names_and_at_no_other(factor: float) -> None:
+    check = classifier_check(factor)
+    assert check.wrong() == []
+    check.sent[-1] *= np.float32(1.5)
+    assert check.wrong() == ["0/head@0.5"]
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_124_a_scale_that_is_not_a_positive_number_is_refused(factor: float) -> None:
+    """Zero would erase what the classifier was fitted to."""
+    check = classifier_check(1.0)
+    check.sent[-1] = factor
+    with pytest.raises(NotTheMerge, match="sent a factor of"):
+        check.wrong()
