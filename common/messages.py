@@ -17,6 +17,9 @@
     between rounds      CandidatePart            PartReceived        a merged model to be judged, in parts
                         MergedStepPart           PartReceived        what a step merged, to measure the next step with
                         ScalesPart               PartReceived        the scales that contributions are summed on
+    verification        Draw                     Drawn               a nonce of each owner, once it has the models
+                        CorrectionPart           PartReceived        what rounding to float32 took from them
+                        UploadsOpened            OpeningChecked      after Unmasking: everybody adds up by itself
     the end             Result                   ResultReceived      what is published, signed by the coordinator
                         Receipts                 ReceiptsKept        everybody's signature under the same result
                         Finish                   Finished            ends a run without a result
@@ -46,7 +49,7 @@ from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 from common.text import MAX_LINE, flaw
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_PARTS = 1_000_000
@@ -301,6 +304,53 @@ class ScalesPart(DeliveryPart):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionPart(DeliveryPart):
+    """Of the corrections of the check that follows (common/verification.py).
+
+    `nonces`: a `records.Nonce` of each owner. `signature`: the coordinator's, over everything that it has delivered.
+    """
+
+    nonces: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw(Message):
+    """Asks for the nonce of the check whose corrections are due at `position`."""
+
+    run: str
+    agreement_digest: str
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Message):
+    run: str
+    owner: str
+    position: int
+    nonce: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadsOpened(Message):
+    """What everybody needs to add up a sum that is open to all owners.
+
+    `payload`: the survivors' masked vectors, one after the other in the order of the survivor list. `seeds`: a
+    `records.OpenedSeed` of everybody who shared keys.
+    """
+
+    session: str
+    seeds: bytes
+    payload: NDArray  # (survivors * layout size,) of the layout's ring
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningChecked(Message):
+    session: str
+    owner: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartReceived(Message):
     run: str
     owner: str
@@ -390,7 +440,12 @@ KINDS: dict[str, type[Message]] = {
         CandidatePart,
         MergedStepPart,
         ScalesPart,
+        CorrectionPart,
         PartReceived,
+        Draw,
+        Drawn,
+        UploadsOpened,
+        OpeningChecked,
         Result,
         ResultReceived,
         Receipts,
@@ -513,6 +568,8 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "survivors": _is_list,
     "signatures": _is_list,
     "publication": _is_list,
+    "nonces": _is_list,
+    "seeds": _is_list,
     "agreement_digest": _is_hex_64,
     "layout_digest": _is_hex_64,
     "owner": _is_owner,

@@ -4,6 +4,7 @@ OUT/checkpoint/
     run.json     SavedRun: which run of which agreement, the rounds that are summed, what was delivered, step costs,
                  and which owners broke the rules
     sum-N.bin    the total of the N-th round, float64
+    open-N.bin   the masked vectors of the N-th round, if every owner opens it, until they have them
     opening.bin  the masked sum of a session that the owners were asked to open
 
 A run is a fixed sequence of deliveries and rounds (common/schedule.py). A coordinator that restarts goes through it
@@ -29,14 +30,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from common import saved_state
 from common.certificates import Delivered
 from common.errors import ProtocolError, SettingsError
-from common.messages import Envelope, OpenSum, decode, encode
+from common.messages import Envelope, OpenSum, UploadsOpened, decode, encode
 from common.private_file import make_private_folder, write_whole
 from common.schedule import Round
 from common.settings_file import Count, Digest
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 
-VERSION: Final = 3  # of run.json
+VERSION: Final = 4  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 PIECE_WORDS = 1 << 20
@@ -104,14 +105,26 @@ class SavedDelivery(Saved):
         return Delivered(position=self.position, model=self.model, digest=self.digest)
 
 
+class SavedUploads(Saved):
+    """An UploadsOpened without its vectors: `seeds` in hexadecimal, the vectors' size and ring."""
+
+    seeds: str
+    size: Count
+    ring_bits: Literal[32, 64]
+
+
 class SavedSum(Saved):
-    """A round whose total is saved; `layout` is the digest of its layout."""
+    """A round whose total is saved; `layout` is the digest of its layout.
+
+    `opened`: what the owners need to open it themselves, too, beside the masked vectors; None once they have it.
+    """
 
     position: Count
     session: Digest
     layout: Digest
     owners: tuple[str, ...]
     roster_size: Count
+    opened: SavedUploads | None = None
 
 
 class OpenedSession(Saved):
@@ -125,7 +138,7 @@ class OpenedSession(Saved):
 class SavedRun(Saved):
     """The content of run.json."""
 
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
     agreement_digest: Digest
     run: Digest
     seconds: Seconds
@@ -134,6 +147,7 @@ class SavedRun(Saved):
     sums: tuple[SavedSum, ...]
     opening: OpenedSession | None
     excluded: dict[str, str]
+    nonces: dict[str, str]  # position of a correction -> records.Nonce of every owner, in hexadecimal
 
 
 # --- reading and writing it ---
@@ -150,6 +164,7 @@ class Checkpoint:
     deliveries: list[SavedDelivery] = field(default_factory=list)  # those that every owner has
     sums: list[SavedSum] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)  # owner that broke the rules of a sum -> what it did
+    nonces: dict[str, str] = field(default_factory=dict)
     seconds_before: float = 0.0  # of the earlier starts of this run
     _opening: OpenedSession | None = None
     _replayed: int = 0
@@ -172,6 +187,7 @@ class Checkpoint:
                 deliveries=list(saved.deliveries),
                 sums=list(saved.sums),
                 excluded=dict(saved.excluded),
+                nonces=dict(saved.nonces),
                 seconds_before=saved.seconds,
                 _opening=saved.opening,
             )
@@ -199,8 +215,13 @@ class Checkpoint:
         self._replayed += 1
         return Total(layout=round.layout, vector=vector, owners=saved.owners, roster_size=saved.roster_size)
 
-    def save_total(self, round: Round, session: str, total: Total) -> None:
-        """Save the total of a round; the session that gave it is open, and needs no help any more."""
+    def save_total(self, round: Round, session: str, total: Total, uploads: UploadsOpened | None = None) -> None:
+        """Save the total of a round; the session that gave it is open, and needs no help any more.
+
+        `uploads`: what all owners must still be given to open it themselves.
+        """
+        if uploads is not None:
+            write_whole(self._uploads_file(len(self.sums)), np.ascontiguousarray(uploads.payload).data.cast("B"))
         write_whole(self._total_file(len(self.sums)), np.ascontiguousarray(total.vector).data.cast("B"))
         self.sums.append(
             SavedSum(
@@ -209,12 +230,43 @@ class Checkpoint:
                 layout=total.layout.digest(),
                 owners=total.owners,
                 roster_size=total.roster_size,
+                opened=_saved_uploads(uploads),
             )
         )
         self._replayed = len(self.sums)
         self._opening = None
         self.save()
         (self.folder / OPENING).unlink(missing_ok=True)
+
+    def uploads_to_relay(self) -> UploadsOpened | None:
+        """What the owners must still be given to open the round that was come to last."""
+        number = self._replayed - 1
+        saved = self.sums[number]
+        if saved.opened is None:
+            return None
+        dtype = np.dtype(f"<u{saved.opened.ring_bits // 8}")
+        content = self._uploads_file(number).read_bytes()
+        if len(content) != saved.opened.size * dtype.itemsize:
+            raise SettingsError(f"{self._uploads_file(number)}: is incomplete", hint=_start_anew(self.folder))
+        return UploadsOpened(
+            session=saved.session, seeds=bytes.fromhex(saved.opened.seeds), payload=np.frombuffer(content, dtype)
+        )
+
+    def uploads_relayed(self) -> None:
+        """Every owner has opened the round that was come to last."""
+        number = self._replayed - 1
+        self.sums[number] = self.sums[number].model_copy(update={"opened": None})
+        self.save()
+        self._uploads_file(number).unlink(missing_ok=True)
+
+    def save_nonces(self, position: int, nonces: bytes) -> None:
+        self.nonces[str(position)] = nonces.hex()
+        self.save()
+
+    def saved_nonces(self, position: int) -> bytes | None:
+        """What the owners drew for the check whose corrections are due at `position`; None if they have not."""
+        found = self.nonces.get(str(position))
+        return None if found is None else bytes.fromhex(found)
 
     @property
     def opened_sessions(self) -> set[str]:
@@ -258,6 +310,7 @@ class Checkpoint:
             sums=tuple(self.sums),
             opening=self._opening,
             excluded=self.excluded,
+            nonces=self.nonces,
         )
         write_whole(self.folder / RUN, saved.model_dump_json().encode())
 
@@ -280,6 +333,9 @@ class Checkpoint:
 
     def _total_file(self, number: int) -> Path:
         return self.folder / f"sum-{number}.bin"
+
+    def _uploads_file(self, number: int) -> Path:
+        return self.folder / f"open-{number}.bin"
 
     def _read_array(self, path: Path, size: int) -> NDArray[np.uint64]:
         """A saved vector, (size,). Raises SettingsError if it is incomplete."""
@@ -321,6 +377,13 @@ def _read(folder: Path) -> SavedRun | None:
     except (ValueError, ValidationError, ProtocolError):
         raise SettingsError(f"{path}: is damaged", hint=_start_anew(folder)) from None
     return saved
+
+
+def _saved_uploads(uploads: UploadsOpened | None) -> SavedUploads | None:
+    if uploads is None:
+        return None
+    ring_bits: Literal[32, 64] = 32 if uploads.payload.itemsize == 4 else 64
+    return SavedUploads(seeds=uploads.seeds.hex(), size=uploads.payload.size, ring_bits=ring_bits)
 
 
 def _fields(request: OpenSum) -> dict[str, str | int]:

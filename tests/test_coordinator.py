@@ -371,7 +371,7 @@ class WrongDealer:
         assert isinstance(side, MaskedOwner)
         first, *others = SealedShare.unpack_all(reply.shares)
         shares = [replace(first, sealed=bytes(84)), *others]
-        body = shares_body(side._book, reply.commitment, b"".join(share.digest for share in shares))
+        body = shares_body(side.book, reply.commitment, b"".join(share.digest for share in shares))
         signature = IDENTITIES["bea"].sign(Domain.SIGN_SHARES, side.terms.session, body)
         return replace(reply, shares=SealedShare.pack_all(shares), signature=signature)
 

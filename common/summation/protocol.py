@@ -8,7 +8,7 @@ product are the same lines.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, Self
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
 from common.mapped import pieces, release
-from common.messages import MaskedPart, Message, OpenSum, SharesDisputed, VectorPart
+from common.messages import MaskedPart, Message, OpenSum, SharesDisputed, UploadsOpened, VectorPart
 from common.saved_state import SavedState
 from common.summation import fixed_point
 from common.summation.accumulator import Accumulator, Zeros, zeros_in_memory
@@ -33,13 +33,17 @@ Exchange = Callable[[Mapping[str, Message]], Iterator[tuple[str, Message | None]
 
 @dataclass(frozen=True, kw_only=True)
 class SumTerms:
-    """What one sum is about. A party takes all of it but `request` from its own copy of the agreement."""
+    """What one sum is about. A party takes all of it but `request` from its own copy of the agreement.
+
+    `is_open`: every owner adds up the total by itself (masked/opening.py).
+    """
 
     request: OpenSum
     layout: TensorLayout
     roster: Mapping[str, bytes]  # owner -> Ed25519 public key, in the agreement's order
     needed_owners: int
     colluders: int = 0
+    is_open: bool = False
 
     def __post_init__(self) -> None:
         if self.request.layout_digest != self.layout.digest():
@@ -218,13 +222,16 @@ class OwnerSide(Protocol):
 class SavedOpening(SavedState):
     """What a coordinator needs to open a session after a restart, except the masked sum itself."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     remaining: tuple[str, ...]  # the owners that are asked to open it
     book: bytes  # KeyEntry.pack_all
     commitments: Mapping[int, bytes]  # owner index -> commitment to its self-mask seed
     dealt: Mapping[int, Mapping[int, bytes]]  # dealer -> recipient -> commitment to the share that it is to reveal
     survivors: bytes  # Survivor.pack_all
     signatures: Mapping[int, bytes]  # owner index -> signature over `survivors`
+    uploads: Mapping[int, bytes] = field(
+        default_factory=dict
+    )  # owner index -> its masked vector, in a sum that is open to all owners
 
 
 @dataclass(frozen=True)
@@ -327,6 +334,10 @@ class CoordinatorSide(ABC):
     @abstractmethod
     def opening(self) -> Opening | None:
         """What must be on the disk before the next requests leave, if owners answer these only once."""
+
+    def uploads_opened(self) -> UploadsOpened | None:
+        """What every owner needs to add up the total by itself, once it is ready; None unless the sum is open."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -119,6 +119,27 @@ class Signed(Record):
 
 
 @dataclass(frozen=True)
+class Nonce(Record):
+    """What an owner drew for a check, once it had the models that the check is about."""
+
+    FORMAT = Struct(">H32s")
+
+    nonce: bytes
+
+
+@dataclass(frozen=True)
+class OpenedSeed(Record):
+    """An owner's rebuilt secret: `kind` is b"s" for a survivor's self-mask seed, b"m" for the mask-key seed of an owner
+    that dropped out.
+    """
+
+    FORMAT = Struct(">Hc32s")
+
+    kind: bytes
+    seed: bytes
+
+
+@dataclass(frozen=True)
 class RevealedShare(Record):
     """One share of one owner's secret: `kind` is b"s" for its self-mask seed, b"m" for its mask-key seed."""
 

@@ -1,7 +1,7 @@
 """What both sides of a masked sum compute alike: the key book, its keys and masks, and what is hashed and signed."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from common.summation import key_agreement, mask_stream
 from common.summation.masked.neighbours import NeighbourGraph
 from common.summation.masked.phases import Phase
 from common.summation.protocol import SumTerms
-from common.summation.records import KeyEntry
+from common.summation.records import KeyEntry, OpenedSeed
 
 SELF, MASK = b"s", b"m"  # which of an owner's two secrets a revealed share belongs to
 DIGEST_BYTES = 32
@@ -59,6 +59,18 @@ class Book:
         """The masks that `me` shares with each of `others`. The owner with the smaller index adds its mask."""
         private = key_agreement.private_key(mask_seed, Domain.MASK_KEY, self.terms.session)
         return [(self._pair_key(private, me, other), 1 if me < other else -1) for other in others]
+
+    def remaining_masks(self, seeds: Sequence[OpenedSeed], survivors: Set[int]) -> list[mask_stream.Mask]:
+        """What is to be added to the sum of the survivors' masked vectors, so that only their own numbers remain."""
+        masks: list[mask_stream.Mask] = []
+        for each in seeds:
+            if each.owner in survivors:
+                masks.append((self.self_mask(each.seed), -1))
+            else:
+                # The survivors added the same masks with the opposite sign: adding the missing owner's cancels them.
+                others = [other for other in self.neighbours[each.owner] if other in survivors]
+                masks += self.pair_masks(each.seed, each.owner, others)
+        return masks
 
     def _pair_key(self, private: Any, me: int, other: int) -> bytes:
         shared = key_agreement.agree(private, self.entries[other].mask_key)

@@ -26,6 +26,7 @@ from common.messages import (
     SharesSealed,
     SurvivorList,
     SurvivorsSigned,
+    UploadsOpened,
 )
 from common.summation import key_agreement, mask_stream, secret_sharing
 from common.summation.accumulator import Zeros, zeros_in_memory
@@ -51,7 +52,16 @@ from common.summation.protocol import (
     SumAbandoned,
     SumTerms,
 )
-from common.summation.records import KeyEntry, OpenedShare, RevealedShare, SealedShare, ShareDelivery, Signed, Survivor
+from common.summation.records import (
+    KeyEntry,
+    OpenedSeed,
+    OpenedShare,
+    RevealedShare,
+    SealedShare,
+    ShareDelivery,
+    Signed,
+    Survivor,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class MaskedCoordinator(CoordinatorSide):
         self._dealt: dict[int, Mapping[int, bytes]] = {}  # dealer -> recipient -> commitment to the share to reveal
         self._signed: dict[int, bytes] = {}
         self._revealed: dict[tuple[int, bytes], dict[int, bytes]] = {}  # (owner, kind) -> point -> share
+        self._uploads: dict[int, bytes] = {}  # owner index -> masked vector, if all owners open the sum
+        self._seeds: list[OpenedSeed] = []
 
     @property
     def _steps(self) -> Mapping[str, CoordinatorStep]:
@@ -162,6 +174,8 @@ class MaskedCoordinator(CoordinatorSide):
         )  # check: same-part-again
         self._accumulator.fold(reply.owner, reply.part, reply.payload)
         self._part_digests[index][reply.part] = digest
+        if self._terms.is_open:
+            self._uploads[index] = np.ascontiguousarray(reply.payload).tobytes()
 
     def _end_part(self) -> str | None:
         if self._disputes and not self._opened:
@@ -302,15 +316,23 @@ class MaskedCoordinator(CoordinatorSide):
     def _unmask(self) -> None:
         """Remove the survivors' self masks, and the pair masks that owners who dropped out left behind."""
         survivors = self._survivor_indices()
-        masks: list[mask_stream.Mask] = []
-        for owner in self._sealed:
-            if owner in survivors:
-                masks.append((self._book.self_mask(self._rebuild_self_seed(owner)), -1))
-            else:
-                # The survivors added the same masks with the opposite sign: adding the missing owner's cancels them.
-                others = [other for other in self._book.neighbours[owner] if other in survivors]
-                masks += self._book.pair_masks(self._rebuild_mask_seed(owner), owner, others)
-        mask_stream.add_masks(self._accumulator.vector, masks, 0)
+        self._seeds = [
+            OpenedSeed(owner, SELF, self._rebuild_self_seed(owner))
+            if owner in survivors
+            else OpenedSeed(owner, MASK, self._rebuild_mask_seed(owner))
+            for owner in self._sealed
+        ]
+        mask_stream.add_masks(self._accumulator.vector, self._book.remaining_masks(self._seeds, survivors), 0)
+
+    def uploads_opened(self) -> UploadsOpened | None:
+        if not self._terms.is_open:
+            return None
+        uploads = b"".join(self._uploads[index] for index in sorted(self._survivor_indices()))
+        return UploadsOpened(
+            session=self._terms.request.session,
+            seeds=OpenedSeed.pack_all(self._seeds),
+            payload=np.frombuffer(uploads, self._terms.layout.dtype),
+        )
 
     def _rebuild_self_seed(self, owner: int) -> bytes:
         commitment = self._sealed[owner].commitment
@@ -371,6 +393,7 @@ class MaskedCoordinator(CoordinatorSide):
             dealt=self._dealt,
             survivors=self._survivors,
             signatures=self._signed,
+            uploads=self._uploads,
         )
         return Opening(state, self._accumulator.words)
 
@@ -384,6 +407,7 @@ class MaskedCoordinator(CoordinatorSide):
         side._dealt = dict(state.dealt)
         side._survivors = state.survivors
         side._signed = dict(state.signatures)
+        side._uploads = dict(state.uploads)
         return side
 
 

@@ -62,7 +62,7 @@ from common.summation.secret_sharing import RandomBytes
 class SavedMaskedOwner(SavedState):
     """What an owner saves between two messages. It drops each secret at the step after which it is not needed."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     phase: Phase = Phase.ADVERTISE_KEYS
     channel_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
     mask_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
@@ -73,6 +73,7 @@ class SavedMaskedOwner(SavedState):
     disputes: bytes = b""  # those that this owner opened shares for
     masks: tuple[mask_stream.Mask, ...] = field(default=(), repr=False)  # from MaskedInput until ConsistencyCheck
     held: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # owner index -> two shares, until Unmasking
+    commitments: Mapping[int, bytes] = field(default_factory=dict)  # owner index -> commitment to its self-mask seed
     part_digests: tuple[bytes, ...] = ()
     survivors: bytes = b""
     revealed: bytes = b""
@@ -147,7 +148,7 @@ class MaskedOwner(SavedMaskedOwner):
         return replace(self, book_data=request.entries, own_shares=own, dealt=dealt), reply
 
     def _begin_input(self, request: KeyShares, inputs: Inputs) -> tuple[Self, Message]:
-        book = self._book
+        book = self.book
         deliveries = ShareDelivery.unpack_all(request.deliveries)
         senders = [delivery.owner for delivery in deliveries]
         require(
@@ -176,8 +177,17 @@ class MaskedOwner(SavedMaskedOwner):
             *book.pair_masks(self.mask_seed, self._me, senders),
             (book.self_mask(self.self_seed), 1),  # check: self-mask-is-added
         ]
+        commitments = {each.owner: each.commitment for each in deliveries}
+        commitments[self._me] = book.commitment(self._me, self.self_seed)
         state = replace(
-            self, held=held, masks=tuple(masks), channel_seed=b"", mask_seed=b"", self_seed=b"", own_shares=b""
+            self,
+            held=held,
+            masks=tuple(masks),
+            commitments=commitments,
+            channel_seed=b"",
+            mask_seed=b"",
+            self_seed=b"",
+            own_shares=b"",
         )
         return state._give(0, inputs.encoded)
 
@@ -228,7 +238,7 @@ class MaskedOwner(SavedMaskedOwner):
         An honest one can. So if this owner is honest, whoever disputes its shares is dishonest, and the coordinator
         learns what that one could have told it.
         """
-        book, disputes = self._book, Signed.unpack_all(request.disputes)
+        book, disputes = self.book, Signed.unpack_all(request.disputes)
         require(
             len(disputes) <= self.terms.most_liars,  # check: few-shares-are-opened
             f"{Phase.DISPUTED_SHARES}: {len(disputes)} owners dispute my shares, at most {self.terms.most_liars} may",
@@ -279,8 +289,8 @@ class MaskedOwner(SavedMaskedOwner):
 
     def _sign_survivors(self, request: SurvivorList, inputs: Inputs) -> tuple[Self, Message]:
         survivors = {each.owner: each.upload for each in Survivor.unpack_all(request.survivors)}
-        strangers = set(survivors) - set(self._book.entries)
-        silent = (set(survivors) & set(self._book.neighbours[self._me])) - set(self.held)
+        strangers = set(survivors) - set(self.book.entries)
+        silent = (set(survivors) & set(self.book.neighbours[self._me])) - set(self.held)
         require(
             not strangers and not silent, f"{Phase.CONSISTENCY_CHECK}: a listed owner shared no keys"
         )  # check: survivors-shared-keys
@@ -290,14 +300,14 @@ class MaskedOwner(SavedMaskedOwner):
         reply = SurvivorsSigned(
             session=request.session,
             owner=self.identity.name,
-            signature=self._sign(Domain.SIGN_SURVIVORS, survivors_body(self._book, request.survivors)),
+            signature=self._sign(Domain.SIGN_SURVIVORS, survivors_body(self.book, request.survivors)),
         )
         return replace(self, survivors=request.survivors, masks=(), dealt={}), reply
 
     def _reveal(self, request: Acknowledgements, inputs: Inputs) -> tuple[Self, Message]:
         survivors = {each.owner for each in Survivor.unpack_all(self.survivors)}
         signed = Signed.unpack_all(request.signatures)
-        body = survivors_body(self._book, self.survivors)
+        body = survivors_body(self.book, self.survivors)
         for each in signed:
             require(each.owner in survivors, f"{Phase.UNMASKING}: a signer is not a survivor")  # check: signer-survived
             verify_owner(self.terms, each.owner, Domain.SIGN_SURVIVORS, body, each.signature)  # check: signed-this-list
@@ -352,7 +362,8 @@ class MaskedOwner(SavedMaskedOwner):
         return self.terms.indices[self.identity.name]
 
     @property
-    def _book(self) -> Book:
+    def book(self) -> Book:
+        """The key book, once the owner has checked it."""
         return Book(self.terms, self.book_data)
 
     @property
