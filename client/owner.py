@@ -6,13 +6,14 @@ which agreed step comes next; a step that was not agreed is refused before anyth
     roll call, burned sessions, the end of a run     here
     secure sums                                      rounds.py
     what the coordinator sends between rounds        received_models.py
+    whether that is what was contributed, merged     verification.py
     the result and everybody's receipts              receipts.py
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from client import receipts, received_models, rounds
+from client import receipts, received_models, rounds, verification
 from client.context import OwnerContext
 from common.certificates import check_burned, presence_body, sign_burned
 from common.domain_separation import Domain
@@ -23,7 +24,9 @@ from common.messages import (
     BurnSession,
     CandidatePart,
     CertificateKept,
+    CorrectionPart,
     DeliveryPart,
+    Draw,
     Finish,
     Finished,
     MergedStepPart,
@@ -67,6 +70,7 @@ class Owner(OwnerContext):
 
     def _check_may_answer(self, message: Message) -> None:
         """The message belongs to an agreement that this owner consented to, and to the run in progress."""
+        verification.check_no_evidence(self)
         if isinstance(message, RollCall):
             if message.version != PROTOCOL_VERSION:  # check: protocol-version-is-mine
                 raise RemoteProtocolError(
@@ -75,7 +79,7 @@ class Owner(OwnerContext):
                 )
             self._check_consented(message.agreement_digest)
             return
-        if isinstance(message, (OpenSum, DeliveryPart)):
+        if isinstance(message, (OpenSum, DeliveryPart, Draw)):
             run, digest = message.run, message.agreement_digest
         elif isinstance(message, (BurnSession, BurnCertificate, Result, Receipts, Finish)):
             run, digest = message.run, self.agreement.digest()
@@ -141,6 +145,8 @@ ANSWERS: Mapping[type[Message], Callable[[Any, Any], Message]] = {
     CandidatePart: received_models.take_part,
     MergedStepPart: received_models.take_part,
     ScalesPart: received_models.take_part,
+    CorrectionPart: received_models.take_part,
+    Draw: verification.draw,
     Result: receipts.sign_result,
     Receipts: receipts.keep_receipts,
     Finish: _finish,

@@ -1,11 +1,12 @@
 """An owner's part in the end of a run: compare the result with what was sent, sign it, keep everybody's signatures.
 
 An owner signs files that it could have written itself, from its own copy of the base and the model that it tested.
-Of the metrics it can check its own; everybody signs the same ones.
+Of the metrics it can check its own and, where merges are verified, the totals; everybody signs the same ones.
 """
 
 from client.context import OwnerContext
 from client.state import ResultRecord, TestedRecord
+from client.verification import contributors
 from common.certificates import body_of, check_receipts, check_result, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
@@ -13,7 +14,15 @@ from common.merge_methods import METHODS
 from common.messages import Message, Receipts, ReceiptsKept, Result, ResultReceived
 from common.metrics import BASE, OWN_AT_HOME, thousandths
 from common.models.adapter import ADAPTER_WEIGHTS
-from common.publication import CARD, Publication, PublishedFolder, PublishedReceipts, SignedScore, read_publication
+from common.publication import (
+    CARD,
+    Publication,
+    PublishedFolder,
+    PublishedReceipts,
+    SignedMean,
+    SignedScore,
+    read_publication,
+)
 
 METRIC_TOLERANCE = 1e-6
 
@@ -63,6 +72,7 @@ def _check_was_tested(owner: OwnerContext, message: Result, publication: Publica
     assert run.published is not None  # written when the tested model had arrived
     _check_files(run.published, publication, is_adapter=owner.agreement.publish.adapter_rank is not None)
     _check_metrics(owner, publication)
+    _check_totals(owner, publication)
     _check_is_good_enough(owner)
 
 
@@ -108,6 +118,26 @@ def _check_metrics(owner: OwnerContext, publication: Publication) -> None:
             raise ConsentError(
                 f"the coordinator published other metrics of {tested.model} for {owner.name} than were measured here",
                 hint="nothing was signed; the owner's own metrics are in its state folder, run/run.json",
+            )
+
+
+def _check_totals(owner: OwnerContext, publication: Publication) -> None:
+    """Where merges are verified: the owners are those that verified it, and the metrics are the totals that this owner
+    added up by itself.
+    """
+    if not owner.agreement.is_verified:
+        return
+    run = owner.state.run
+    if publication.owners != contributors(owner):  # check: published-owners-verified
+        raise RemoteProtocolError("the coordinator published other owners than those whose contributions are merged")
+    is_in_total = run.is_complete and run.begun == owner.schedule.events[-1].position
+    for split, published in (("validation", publication.validation), ("test", publication.test)):
+        own = {each.model: SignedMean.model_validate_json(each.metrics) for each in run.totals if each.split == split}
+        took_part = bool(own) or (split == "test" and is_in_total)
+        if took_part and published != own:  # check: published-totals-are-mine
+            raise ConsentError(
+                f"the coordinator published other {split} metrics than the totals that this owner added up",
+                hint="nothing was signed; the totals are in its state folder, run/run.json",
             )
 
 

@@ -1,4 +1,5 @@
-"""What the coordinator sends an owner between rounds: candidates to be judged, merged steps and scales to measure with.
+"""What the coordinator sends an owner between rounds: candidates to be judged, merged steps and scales to measure with,
+and corrections to verify them with.
 
 Each arrives in parts and is taken once. The same delivery may be repeated, bit for bit, because a coordinator that was
 started again repeats what it sent last; another one in its place is refused.
@@ -7,16 +8,27 @@ started again repeats what it sent last; another one in its place is refused.
 import numpy as np
 from numpy.typing import NDArray
 
+from client import verification
 from client.context import OwnerContext
-from client.state import ArrivingRecord, ReceivedRecord, merged_step_array, score_record
+from client.state import ArrivingRecord, ReceivedRecord, delivered_array, merged_step_array, score_record
+from common.certificates import nonces_digest
 from common.errors import ConsentError, RemoteProtocolError
 from common.mapped import is_finite, sha256_of
-from common.messages import CandidatePart, DeliveryPart, MergedStepPart, Message, PartReceived, ScalesPart
+from common.messages import (
+    CandidatePart,
+    CorrectionPart,
+    DeliveryPart,
+    MergedStepPart,
+    Message,
+    PartReceived,
+    ScalesPart,
+)
 from common.schedule import Delivery, DeliveryKind
 from common.tensor_layout import TensorLayout
 
 KINDS: dict[type[DeliveryPart], DeliveryKind] = {
     CandidatePart: "candidate",
+    CorrectionPart: "correction",
     MergedStepPart: "merged_step",
     ScalesPart: "scales",
 }
@@ -24,8 +36,10 @@ ARRIVING = "arriving"
 
 
 def take_part(owner: OwnerContext, message: DeliveryPart) -> Message:
-    """Take one part. With the last one, a candidate is judged and anything else is kept for the next round."""
-    model = message.model if isinstance(message, CandidatePart) else ""
+    """Take one part. With the last one, a candidate is judged, unless it must be verified first. Anything else is kept
+    for the next round.
+    """
+    model = _name_of(message)
     arriving = owner.state.run.arriving
     continues = message.part > 0 and arriving is not None
     if (
@@ -63,7 +77,9 @@ def _begin(owner: OwnerContext, message: DeliveryPart, model: str) -> TensorLayo
     """The layout of a delivery that begins now. Raises unless it is the next one, or one that was taken before."""
     run, schedule = owner.state.run, owner.schedule
     delivery = schedule.delivery_at(message.position, KINDS[type(message)])
-    if model not in delivery.names:  # check: model-is-agreed
+    if isinstance(message, CorrectionPart):
+        verification.check_nonces(owner, message)
+    elif model not in delivery.names:  # check: model-is-agreed
         raise ConsentError(f"the coordinator sent a model {model!r} that was not agreed")
     if not _was_taken(owner, message.position):
         schedule.check_follows(
@@ -95,19 +111,47 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
     if owner.ledger.has_signed:  # check: nothing-after-the-result
         raise ConsentError(f"the coordinator sent {what} after the result")
     delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
-    scores, published = run.scores, run.published
-    if delivery.kind == "candidate":
-        assert delivery.split is not None
-        digest, score = owner.workbench.score_candidate(delivery.split, layout, array)
-        scores = (*scores, score_record(message.position, model, digest, score))
-        if (delivery.split, delivery.method) == ("test", owner.agreement.method):
-            published = owner.workbench.published_folder(layout, array)
+    judged: dict[str, object] = {}
+    if isinstance(message, CorrectionPart):
+        verification.take_correction(owner, message, received)
+    elif delivery.kind == "candidate" and owner.agreement.is_verified:
+        verification.note_candidate(owner, delivery, received)
+    elif delivery.kind == "candidate":
+        judged = _judged(owner, delivery, model, array)
+    if judged:
         owner.state.delete_array(ARRIVING)
     elif layout.size:
         owner.state.keep_array(ARRIVING, under=_kept_as(delivery))
-    owner.state.update_run(
-        arriving=None, received=(*run.received, received), scores=scores, published=published, is_complete=True
-    )
+    owner.state.update_run(arriving=None, received=(*run.received, received), is_complete=True, **judged)
+
+
+def judge(owner: OwnerContext, delivery: Delivery) -> None:
+    """Score a candidate that was verified, once."""
+    run, name = owner.state.run, _kept_as(delivery)
+    received = next((each for each in run.received if each.position == delivery.position), None)
+    if received is None or run.score_at(delivery.position) is not None:
+        return
+    array = owner.state.open_array(name, delivery.layout.size, "<f4")
+    owner.state.update_run(**_judged(owner, delivery, received.model, array))
+    owner.state.delete_array(name)
+
+
+def _judged(owner: OwnerContext, delivery: Delivery, model: str, array: NDArray) -> dict[str, object]:
+    """What the run keeps of a candidate: its score, and what would be published of it."""
+    run, split = owner.state.run, delivery.split
+    assert split is not None
+    digest, score = owner.workbench.score_candidate(split, delivery.layout, array)
+    judged: dict[str, object] = {"scores": (*run.scores, score_record(delivery.position, model, digest, score))}
+    if (split, delivery.method) == ("test", owner.agreement.method):
+        judged["published"] = owner.workbench.published_folder(delivery.layout, array)
+    return judged
+
+
+def _name_of(message: DeliveryPart) -> str:
+    """What tells a delivery from others at its position (certificates.Delivered.model)."""
+    if isinstance(message, CorrectionPart):
+        return nonces_digest(message.nonces)
+    return message.model if isinstance(message, CandidatePart) else ""
 
 
 def _was_taken(owner: OwnerContext, position: int) -> bool:
@@ -115,6 +159,8 @@ def _was_taken(owner: OwnerContext, position: int) -> bool:
 
 
 def _kept_as(delivery: Delivery) -> str:
+    if delivery.kind in ("candidate", "correction"):
+        return delivered_array(delivery.position)
     if delivery.method is None or delivery.step is None:
         return "scales"
     return merged_step_array(delivery.method, delivery.step)

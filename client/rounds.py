@@ -7,18 +7,20 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
+from client import received_models, verification
 from client.context import OwnerContext
-from client.state import TestedRecord
+from client.state import RoundKind, TestedRecord
 from common import scaling
 from common.certificates import deliveries_digest
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
 from common.mapped import releasing
-from common.messages import Message, OpenSum
+from common.messages import KeyBook, Message, OpenSum, UploadsOpened
 from common.metrics import BASE, OWN_AT_HOME, Score
 from common.metrics import contribution as metric_contribution
 from common.scaling import Scales
 from common.schedule import Round
 from common.summation import fixed_point
+from common.summation.masked.owner import MaskedOwner
 from common.summation.protocol import SessionOver, SumTerms
 from common.tensor_layout import TensorLayout
 
@@ -34,25 +36,35 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
         raise RemoteProtocolError(
             f"the coordinator opened the {round_.name} after sending other models than those sent to this owner"
         )
-    terms = _terms(owner, message, round_.layout)
-    contributed = None if round_.kind == "metrics" else owner.contributed()
+    verification.check_all_verified(owner, round_)
+    terms = _terms(owner, message, round_.layout, round_.kind)
+    contributed = None if round_.kind in ("check", "metrics") else owner.contributed()
     again = owner.state.may_repeat(message.agreement_digest)
     owner.ledger.begin(message.round, message.session, message.position, round_.title, contributed, again)
     owner.state.forget_round()
     owner.state.update_run(begun=message.position, is_complete=False)
-    vector = owner.state.create_array("vector", terms.layout.size, "<f8")
-    try:
-        terms.layout.flatten(releasing(_tensors(owner, round_), vector), vector)
-        fixed_point.encode(terms.layout, vector, len(terms.roster))
-    except BaseException:  # what was measured so far must not stay on the disk
-        owner.state.delete_array("vector")
-        if round_.kind == "scales":  # check: nothing-measured-stays
-            owner.state.delete_array(CONTRIBUTION)
-        raise
+    if round_.kind != "check":  # its vector follows from the session's keys
+        try:
+            _make_vector(owner, terms, _tensors(owner, round_))
+        except BaseException:
+            if round_.kind == "scales":  # check: nothing-measured-stays
+                owner.state.delete_array(CONTRIBUTION)
+            raise
     side, reply = owner.summation.open(terms, owner.identity, secrets.token_bytes)
     owner.state.write_layout("vector", terms.layout)  # so that the next messages need no model
     owner.state.write_open_round(round_.kind, message, side.to_json())
     return reply
+
+
+def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[str, NDArray]]) -> None:
+    """Write this owner's vector to the disk, in fixed point. Of one that cannot be made, nothing stays there."""
+    vector = owner.state.create_array("vector", terms.layout.size, "<f8")
+    try:
+        terms.layout.flatten(releasing(tensors, vector), vector)
+        fixed_point.encode(terms.layout, vector, len(terms.roster))
+    except BaseException:
+        owner.state.delete_array("vector")
+        raise
 
 
 def opened(owner: OwnerContext, message: Message) -> OpenSum:
@@ -68,16 +80,23 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
     kept = owner.state.open_round
     assert kept is not None  # `opened` was asked before
     request = kept.open_sum
-    terms = _terms(owner, request, owner.state.read_layout("vector"))
+    terms = _terms(owner, request, owner.state.read_layout("vector"), kept.kind)
     side = owner.summation.from_json(kept.side, terms, owner.identity)
+    if isinstance(message, UploadsOpened):
+        return verification.open_uploads(owner, kept.kind, side, message)
     # Once the survivors are signed for, no part is given any more, and the vector is deleted.
-    words = np.empty(0, "<u8") if side.is_done else owner.state.open_array("vector", terms.layout.size, "<u8")
+    has_vector = owner.state.has_array("vector") and not side.is_done
+    words = owner.state.open_array("vector", terms.layout.size, "<u8") if has_vector else np.empty(0, "<u8")
     try:
         side, reply = side.answer(message, fixed_point.numbers(terms.layout, words), secrets.token_bytes)
     except SessionOver:
         owner.ledger.give_up(request.session)  # check: broken-session-is-burned
         owner.state.forget_round()  # check: broken-session-is-forgotten
         raise
+    if kept.kind == "check" and isinstance(message, KeyBook):
+        assert isinstance(side, MaskedOwner)  # a plain sum is not verified
+        round_ = owner.schedule.round_at(request.position)
+        _make_vector(owner, terms, verification.shares(owner, round_, side.book))
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
     if side.offers:  # check: offered-from-the-first-part
         again = owner.state.may_repeat(request.agreement_digest)
@@ -85,18 +104,24 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
     if side.reveals:
         owner.ledger.reveal(request.session)
     owner.state.write_open_round(kept.kind, request, side.to_json())  # check: latch-is-written-first
-    if side.is_done:
+    if side.is_done and owner.state.has_array("vector"):
+        if owner.agreement.is_verified and kept.kind in verification.SOURCES:
+            assert isinstance(side, MaskedOwner)
+            verification.keep_own(owner, request.position, side)
         owner.state.delete_array("vector")  # check: vector-is-deleted-once-signed
     # Before that, the session can still be burned.
     if side.reveals and kept.kind == "contribution":  # check: contribution-outlives-a-burn
         owner.state.delete_array(CONTRIBUTION)
     # All that the coordinator needs has left, so the next event may come, unless it came without this owner already.
-    if side.is_complete and request.position == owner.state.run.begun:  # check: round-is-complete-once-revealed
+    # An open round is complete once this owner has added it up.
+    must_open = owner.agreement.is_verified and kept.kind in verification.OPEN
+    is_complete = side.is_complete and not must_open  # check: open-rounds-are-opened
+    if is_complete and request.position == owner.state.run.begun:  # check: round-is-complete-once-revealed
         owner.state.update_run(is_complete=True)
     return reply
 
 
-def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout) -> SumTerms:
+def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout, kind: RoundKind) -> SumTerms:
     """What the sum is about, from the owner's own agreement; `request` is checked, not believed."""
     if layout.digest() != request.layout_digest:  # check: layout-is-the-agreed-one
         raise ConsentError("the coordinator's layout for this round is not the one that was agreed")
@@ -104,8 +129,9 @@ def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout) -> SumTe
         request=request,
         layout=layout,
         roster=owner.agreement.roster,
-        needed_owners=owner.agreement.needed_owners,
+        needed_owners=len(verification.contributors(owner)) if kind == "check" else owner.agreement.needed_owners,
         colluders=owner.agreement.colluders,
+        is_open=owner.agreement.is_verified and kind in verification.OPEN,
     )
 
 
@@ -143,7 +169,7 @@ def _scaled(owner: OwnerContext) -> Iterator[tuple[str, NDArray]]:
 
 
 def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
-    """How each model of a metrics round did. Candidates were judged when they arrived."""
+    """How each model of a metrics round did. Candidates are judged when they arrive, or once they are verified."""
     split = round_.split
     assert split is not None
     scores = {}
@@ -153,7 +179,10 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
         elif model == OWN_AT_HOME:
             scores[model] = owner.workbench.score(owner.workbench.own_model(), split)
         else:
-            kept = owner.state.run.score_at(owner.schedule.delivery_of(model, split).position)
+            delivery = owner.schedule.delivery_of(model, split)
+            if owner.agreement.is_verified:
+                received_models.judge(owner, delivery)
+            kept = owner.state.run.score_at(delivery.position)
             if kept is None:  # the schedule lets no metrics round begin before its candidates are complete
                 raise LocalProtocolError(f"no score was kept for {model} on {split} examples")
             scores[model] = Score(correct=kept.correct, rows=kept.rows, metric=kept.metric)

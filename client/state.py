@@ -8,6 +8,7 @@
         *.layout.json   the layouts of arrays that outlive a message, so that most messages need no model
         *.bin           arrays: the vector of the open round, what is arriving, what has arrived
     consent.json, receipts/, fine_tuned/, error.txt       what outlives a run
+    evidence/           a model that was sent and is not the merge, with the signatures that show who sent it
 
 The ledger (ledger.py) is elsewhere, because it outlives this folder.
 
@@ -39,8 +40,8 @@ from common.publication import PublishedFolder, PublishedReceipts
 from common.tensor_layout import TensorLayout
 from common.text import shown_lines
 
-STATE_VERSION = 2
-RoundKind = Literal["scales", "contribution", "step", "metrics"]  # schedule.RoundKind, which needs more imports
+STATE_VERSION = 3
+RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]
 
 
 class ReceivedRecord(Record):
@@ -79,6 +80,34 @@ class ArrivingRecord(Record):
     next_part: int
 
 
+class SummedRecord(Record):
+    """The owners whose vectors are in the round at `position`, as this owner signed."""
+
+    position: int
+    owners: tuple[str, ...]
+
+
+class DrawnRecord(Record):
+    """The nonce that was drawn here for the corrections due at `position`; `delivered`: the digest of what was sent
+    before; `nonces`: those of all owners, and `signature`: the coordinator's under all that it delivered, once the
+    corrections have arrived. All in hexadecimal.
+    """
+
+    position: int
+    delivered: str
+    nonce: str
+    nonces: str = ""
+    signature: str = ""
+
+
+class TotalRecord(Record):
+    """The metrics of all owners, as this owner added them up; `metrics`: a SignedMean, in JSON."""
+
+    split: str
+    model: str
+    metrics: str
+
+
 class ResultRecord(Record):
     """The coordinator's signed result."""
 
@@ -92,7 +121,8 @@ class ResultRecord(Record):
 class RunState(Record):
     """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over.
 
-    `tested`: what this owner contributed to the test round; `published`: the folder that it would publish itself.
+    `tested`: what this owner contributed to the test round; `published`: the folder that it would publish itself. Where
+    merges are verified: `summed`, `drawn` and `verified`, the positions of the deliveries that are; `totals`.
     """
 
     run: str
@@ -103,6 +133,10 @@ class RunState(Record):
     scores: tuple[ScoreRecord, ...] = ()
     tested: tuple[TestedRecord, ...] = ()
     published: PublishedFolder | None = None
+    summed: tuple[SummedRecord, ...] = ()
+    drawn: DrawnRecord | None = None
+    verified: tuple[int, ...] = ()
+    totals: tuple[TotalRecord, ...] = ()
     arriving: ArrivingRecord | None = None
     result: ResultRecord | None = None
 
@@ -161,6 +195,16 @@ R = TypeVar("R", bound=Record)
 def merged_step_array(method: str, step: int) -> str:
     """The name of the array that holds what a step merged."""
     return f"merged-{method}-{step}"
+
+
+def own_array(position: int) -> str:
+    """The name of the array that holds what this owner contributed to a round, until it is verified what came of it."""
+    return f"own-{position}"
+
+
+def delivered_array(position: int) -> str:
+    """The name of the array that holds a candidate or a correction."""
+    return f"delivered-{position}"
 
 
 def score_record(position: int, model: str, model_digest: str, score: Score) -> ScoreRecord:
@@ -318,6 +362,9 @@ class OwnerState:
         """Give a whole array the name under which later messages look for it."""
         (self._run_folder / f"{name}.bin").rename(self._run_folder / f"{under}.bin")
 
+    def has_array(self, name: str) -> bool:
+        return (self._run_folder / f"{name}.bin").is_file()
+
     def delete_array(self, name: str) -> None:
         (self._run_folder / f"{name}.bin").unlink(missing_ok=True)
 
@@ -372,6 +419,21 @@ class OwnerState:
     def has_receipt(self, run: str) -> bool:
         """Whether the run has ended here with a published model."""
         return (self.folder / "receipts" / f"{run}.json").is_file()
+
+    def write_evidence(self, agreement_digest: str, evidence: Record) -> Path:
+        """Keep, for good, what shows that the coordinator sent a model that is not the merge."""
+        make_private_folder(self.folder / "evidence")
+        path = self._evidence_path(agreement_digest)
+        write_whole(path, evidence.model_dump_json(indent=1).encode() + b"\n")
+        return path
+
+    def evidence(self, agreement_digest: str) -> Path | None:
+        """Where the evidence is that a model sent under this agreement was wrong; None if there is none."""
+        path = self._evidence_path(agreement_digest)
+        return path if path.is_file() else None
+
+    def _evidence_path(self, agreement_digest: str) -> Path:
+        return self.folder / "evidence" / f"{agreement_digest}.json"
 
     @property
     def fine_tuned_folder(self) -> Path:

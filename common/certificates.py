@@ -29,7 +29,8 @@ from common.thresholds import MAX_COMPLETE, burn_quorum
 class Delivered:
     """What the coordinator sent every owner at `position` of the schedule.
 
-    `model` is a candidate's name, empty for anything else; `digest` is the SHA-256 of the vector as it travelled.
+    `model` is a candidate's name, or the digest of the nonces that a correction follows from, and empty for anything
+    else; `digest` is the SHA-256 of the vector as it travelled.
     """
 
     position: int
@@ -41,6 +42,11 @@ def deliveries_digest(delivered: Sequence[Delivered]) -> str:
     """64 hexadecimal digits for everything that was sent to the owners, in order."""
     canonical = json.dumps([[each.position, each.model, each.digest] for each in delivered], separators=(",", ":"))
     return hashlib.sha256(Domain.DELIVERIES.value + canonical.encode()).hexdigest()
+
+
+def nonces_digest(nonces: bytes) -> str:
+    """64 hexadecimal digits for the nonces that a correction follows from; they stand for its name in Delivered."""
+    return hashlib.sha256(nonces).hexdigest()
 
 
 def presence_body(agreement_digest: str, next_round: int, pending: str) -> bytes:

@@ -11,6 +11,7 @@
     ├── TooFewOwners             fewer owners are left than the agreement demands      exit 4
     ├── NumericalError           a number that should be finite is not                 exit 5
     │   └── FalseTotal           a total is larger than honest owners can make it      exit 5
+    ├── WrongModel               the coordinator sent a model that is not the merge     exit 6
     ├── EngineError              the Flower engine did not do its part                 exit 1
     └── OwnerRefused             an owner answered with one of the codes above         that code's exit
 
@@ -81,6 +82,11 @@ class FalseTotal(NumericalError):  # noqa: N818 - the name says it
     pass
 
 
+class WrongModel(AmalgramError):  # noqa: N818 - the name says it
+    code = "wrong-model"
+    exit_code = 6
+
+
 class EngineError(AmalgramError):
     code = "engine"
 
@@ -104,6 +110,7 @@ EXIT_CODES: dict[str, int] = {
         ProtocolError,
         TooFewOwners,
         NumericalError,
+        WrongModel,
         EngineError,
     )
 }

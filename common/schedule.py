@@ -10,6 +10,10 @@ text, the progress display and the report print it.
     candidates, metrics round               on validation examples, for the methods that sweep a hyperparameter
     candidates, metrics round               on test examples, the chosen candidate of every method
 
+Unless the agreement turns it off, owners verify what they are sent before they measure anything on it: a correction and
+a check round come before every step round and metrics round (common/verification.py). Then all owners learn the totals
+of metrics, too.
+
 An event is known by its `position`. Agreement, position and layout together say exactly what is asked for.
 """
 
@@ -17,22 +21,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 from common import scaling
 from common.agreement import COORDINATOR, Agreement
 from common.errors import LocalProtocolError, RemoteProtocolError
 from common.merge_methods import METHODS, contribution_layout, kind_of, tensor_kinds
-from common.merge_methods.method import MultiRoundMethod, Step
+from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.terms import Hyperparameters, MergeSettings
 from common.metrics import BASE, METRIC_KINDS, OWN_AT_HOME, Split, metric_kind, metrics_layout
 from common.models.delta import delta_layout
 from common.models.plan import MergePlan
 from common.scaling import SCALE_KINDS
 from common.tensor_layout import TensorLayout
+from common.verification import CHECK_KINDS, Claim, check_layout, correction_layout
 
-RoundKind = Literal["scales", "contribution", "step", "metrics"]
-DeliveryKind = Literal["scales", "merged_step", "candidate"]
+VERIFICATION = "verification"
+RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]
+DeliveryKind = Literal["scales", "merged_step", "candidate", "correction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,10 @@ class Content:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One secure sum, from opening to total. `models`: the models that a metrics round is about."""
+    """One secure sum, from opening to total. `models`: the models that a metrics round is about.
+
+    `claims`: what a check proves. `is_open`: every owner adds up the total by itself.
+    """
 
     position: int
     kind: RoundKind
@@ -56,7 +66,13 @@ class Round:
     step: Step | None = None
     split: Split | None = None
     models: tuple[str, ...] = ()
-    learned_by: tuple[str, ...] = (COORDINATOR,)  # who learns the total
+    claims: tuple[Claim, ...] = ()
+    is_open: bool = False
+
+    @property
+    def learned_by(self) -> tuple[str, ...]:
+        """Who learns the total."""
+        return (COORDINATOR, "owners") if self.is_open else (COORDINATOR,)
 
     @property
     def title(self) -> str:
@@ -65,7 +81,7 @@ class Round:
             return f"{METHODS[self.method].title} step {self.step.number}"
         if self.kind == "metrics":
             return f"{self.split} metrics"
-        return {"scales": "scales", "contribution": "contributions"}[self.kind]
+        return {"scales": "scales", "contribution": "contributions", "check": "check shares"}[self.kind]
 
     @property
     def name(self) -> str:
@@ -75,12 +91,14 @@ class Round:
     @property
     def phase(self) -> str:
         """What the report counts the round's cost under: all steps of a method are one phase."""
+        if self.kind == "check":
+            return VERIFICATION
         return self.name if self.method is None else f"rounds of {METHODS[self.method].title}"
 
     def contents(self, their: str) -> tuple[Content, ...]:
         """What is in one owner's vector, by kind of tensor. `their`: `your`, or `the owner's`."""
         metrics = self.kind == "metrics"
-        meanings = METRIC_KINDS if metrics else tensor_kinds() | SCALE_KINDS
+        meanings = METRIC_KINDS if metrics else tensor_kinds() | SCALE_KINDS | CHECK_KINDS
         found: dict[str, list[tuple[str, int]]] = {}
         for entry in self.layout.entries:
             kind = metric_kind(entry.name) if metrics else kind_of(entry.name)
@@ -103,6 +121,7 @@ class Delivery:
     scales       the scales on which contributions are summed
     merged_step  what step `step` of a multi-round method merged; number 0 is what it merged before its first round
     candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent
+    correction   what rounding took from the models that the check after it is about; `claims` are the check's
     """
 
     position: int
@@ -112,6 +131,7 @@ class Delivery:
     step: int | None = None
     split: Split | None = None
     names: tuple[str, ...] = ("",)
+    claims: tuple[Claim, ...] = ()
 
     @property
     def name(self) -> str:
@@ -120,13 +140,15 @@ class Delivery:
             return f"{METHODS[self.method].title}, merged before step {(self.step or 0) + 1}"
         if self.kind == "candidate":
             return f"{self.method} candidate for {self.split}"
-        return "scales"
+        return self.kind if self.kind == "correction" else "scales"
 
     @property
     def phase(self) -> str:
         """What the report counts the delivery's cost under."""
         if self.kind == "candidate":
             return "candidates to validate" if self.split == "validation" else "candidates to test"
+        if self.kind == "correction":
+            return VERIFICATION
         return "scales" if self.kind == "scales" else "merged layers"
 
 
@@ -161,6 +183,22 @@ class Schedule:
                 f"the coordinator sent a {kind.replace('_', ' ')} at position {position}, which is for {event.name}"
             )
         return event
+
+    def of_kind(self, *kinds: DeliveryKind) -> tuple[Delivery, ...]:
+        """Every delivery of these kinds, in order."""
+        return tuple(event for event in self.events if isinstance(event, Delivery) and event.kind in kinds)
+
+    def last_check_of(self, source: int) -> int | None:
+        """The position of the last check that needs what was contributed to the round at `source`; None if none does.
+
+        What the scales were made of is needed as long as the contribution.
+        """
+        checks = [
+            each.position
+            for each in self.rounds
+            if any(source == claim.source or self.events[source].kind == "scales" for claim in each.claims)
+        ]
+        return max(checks, default=None)
 
     def find(self, kind: RoundKind, *, split: Split | None = None) -> Round:
         """The round of a kind that an agreement has once."""
@@ -206,7 +244,7 @@ class Schedule:
         raise RemoteProtocolError(f"the coordinator went on with {self._at(position).name}, but {expected} is due")
 
     def _has_only_rounds(self, start: int, stop: int) -> bool:
-        only_rounds = all(isinstance(event, Round) for event in self.events[start:stop])  # check: no-delivery-is-missed
+        only_rounds = all(_may_be_missed(event) for event in self.events[start:stop])  # check: no-delivery-is-missed
         return start < stop and only_rounds
 
     def _at(self, position: int) -> Event:
@@ -226,38 +264,94 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
     def add_delivery(kind: DeliveryKind, layout: TensorLayout, **what: object) -> None:
         events.append(Delivery(position=len(events), kind=kind, layout=layout, **what))  # type: ignore[arg-type]
 
+    def add_metrics(split: Split, models: tuple[str, ...]) -> None:
+        layout = metrics_layout(agreement, split, models)
+        add_round("metrics", layout, split=split, models=models, is_open=agreement.is_verified)
+
+    def add_check(claims: list[Claim]) -> None:
+        proved = tuple(claim for claim in claims if claim.equations)
+        for claim in proved:
+            _check_covers(claim, events, plan)
+        if agreement.is_verified and proved:
+            add_delivery("correction", correction_layout(proved), claims=proved)
+            add_round("check", check_layout(proved), claims=proved, is_open=True)
+
     layout = contribution_layout(agreement.methods, settings)
     if agreement.summation.has_scales:
         add_round("scales", scaling.measures_layout(layout))
         add_delivery("scales", scaling.exponents_layout(layout))
     add_round("contribution", scaling.scaled_layout(layout) if agreement.summation.has_scales else layout)
 
+    contributed = len(events) - 1
+    last_steps: dict[str, int] = {}  # method -> the position of its last round
     for method in agreement.multi_round_methods:
         add_delivery("merged_step", _merged_layout(method, settings, 0), method=method.name, step=0)
+        start = method.start_equations(settings)
+        add_check([Claim(delivery=len(events) - 1, source=contributed, equations=start)])
         *before, last = method.steps(settings)
         for step in before:
             add_round("step", method.step_layout(settings, step), method=method.name, step=step)
             merged = _merged_layout(method, settings, step.number)
             add_delivery("merged_step", merged, method=method.name, step=step.number)
+            equations = method.step_equations(settings, step, None)
+            add_check([Claim(delivery=len(events) - 1, source=len(events) - 2, equations=equations)])
+        last_steps[method.name] = len(events)
         add_round("step", method.step_layout(settings, last), method=method.name, step=last)
+
+    def claim_of(method_name: str, hyperparameter: float | None) -> Claim:
+        """What is to be proved of a candidate that was added last."""
+        method, position = METHODS[method_name], len(events) - 1
+        if isinstance(method, SingleRoundMethod):
+            equations = method.equations(settings, hyperparameter)
+            return Claim(delivery=position, source=contributed, equations=equations)
+        assert isinstance(method, MultiRoundMethod)
+        *_, last = method.steps(settings)
+        new = method.step_names(settings, last)
+        return Claim(
+            delivery=position,
+            source=last_steps[method_name],
+            equations=method.step_equations(settings, last, hyperparameter),
+            known=tuple(name for name in plan.changed if name not in new),
+        )
 
     whole = delta_layout(plan)
     candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods}
     swept = {method: names for method, names in candidates.items() if len(names) > 1}
+    claims = []
     for method_name, names in swept.items():
         for name in names:
             add_delivery("candidate", whole, method=method_name, split="validation", names=(name,))
+            claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[name]))
     if swept:
-        models = tuple(name for names in swept.values() for name in names)
-        add_round("metrics", metrics_layout(agreement, "validation", models), split="validation", models=models)
+        add_check(claims)
+        add_metrics("validation", tuple(name for names in swept.values() for name in names))
+    claims = []
     for method_name, names in candidates.items():
         add_delivery("candidate", whole, method=method_name, split="test", names=names)
-    tested = (BASE, OWN_AT_HOME, *agreement.methods)
-    add_round("metrics", metrics_layout(agreement, "test", tested), split="test", models=tested)
+        if method_name not in swept:  # what was validated is sent again, bit for bit
+            claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[names[0]]))
+    add_check(claims)
+    add_metrics("test", (BASE, OWN_AT_HOME, *agreement.methods))
     return Schedule(
         tuple(events),
         owners_may_drop_out=agreement.needed_owners < len(agreement.owners),  # check: dropouts-are-agreed
     )
+
+
+def _may_be_missed(event: Event) -> bool:
+    """Whether an owner that dropped out may go on without it: what was not verified is not measured on."""
+    return isinstance(event, Round) and event.kind != "check"  # check: no-check-is-missed
+
+
+def _check_covers(claim: Claim, events: list[Event], plan: MergePlan) -> None:
+    """Raise LocalProtocolError unless every number of a delivery is in an equation, or known: a method's mistake."""
+    numbers = sum(rows * columns for rows, columns in (each.shape for each in claim.equations))
+    numbers += sum(prod(plan.shapes[name]) for name in claim.known)
+    if numbers != events[claim.delivery].layout.size:
+        raise LocalProtocolError(
+            f"schedule: the equations of {events[claim.delivery].name} are about {numbers} of its "
+            f"{events[claim.delivery].layout.size} numbers"
+        )
 
 
 def _merged_layout(method: MultiRoundMethod[Hyperparameters], settings: MergeSettings, number: int) -> TensorLayout:

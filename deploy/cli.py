@@ -215,17 +215,24 @@ def merge(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
 
 @cli.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="The output folder of a run, or the folder of a published model.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="The output folder of a run, or of a published model; or OWNER.toml, for its evidence."),
+    ],
     receipts: Annotated[Path | None, typer.Option(help="An owner's own file in state/receipts, to check with.")] = None,
     as_json: Json = False,
 ) -> int:
     """Check a published model against the signatures of its owners. Exit code 0: all as signed; 1: not.
 
+    With OWNER.toml: explain the evidence that a model sent to this owner was not the merge. Exit code 6: there is some.
+
     Example: amalgram verify demo-output
     """
     set_up_output(as_json)
-    from deploy.commands.verify import verify_folder
+    from deploy.commands.verify import explain_evidence, verify_folder
 
+    if out.suffix == ".toml" and out.is_file():
+        return explain_evidence(out)
     return verify_folder(out, receipts)
 
 

@@ -13,19 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
-from common.certificates import Delivered, body_of, deliveries_digest, presence_body, result_body
+from common.certificates import Delivered, body_of, deliveries_digest, nonces_digest, presence_body, result_body
 from common.domain_separation import Domain
-from common.errors import OwnerRefused, RemoteProtocolError, SettingsError
+from common.errors import OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
 from common.identity import Identity, verify
 from common.mapped import sha256_of
 from common.messages import (
     PROTOCOL_VERSION,
     CandidatePart,
+    CorrectionPart,
     DeliveryPart,
+    Draw,
+    Drawn,
     Finish,
     Finished,
     MergedStepPart,
     Message,
+    OpeningChecked,
     OpenSum,
     PartReceived,
     Present,
@@ -40,10 +44,11 @@ from common.publication import PublishedReceipts
 from common.schedule import Delivery, Round, Schedule
 from common.summation import SUMMATIONS
 from common.summation.protocol import CoordinatorSide, SumAbandoned, SumKind, SumTerms, Total, drive
-from common.summation.records import Signed
+from common.summation.records import Nonce, Signed
 from common.summation.totals import SummedTensors
+from common.verification import wrong_claims
 from server.checkpoint import Checkpoint, SavedDelivery, Step
-from server.exchange import Ahead, Channel, Exchange, log
+from server.exchange import RESUME_HINT, Ahead, Channel, Exchange, log
 from server.recovery import certify_as_over, reopen_sum, sessions_to_certify
 
 FINISH_TIMEOUT_SECONDS = 60.0
@@ -79,7 +84,8 @@ class Coordinator:
             channel=self.channel,
             agreement=self.agreement,
             steps=self.checkpoint.steps,
-            num_steps=1 + len(self.schedule.rounds) + 1,  # the roll call, every round, the result
+            # the roll call, every round, the nonces of every check, the result
+            num_steps=1 + len(self.schedule.rounds) + len(self.schedule.of_kind("correction")) + 1,
         )
 
     @property
@@ -192,6 +198,7 @@ class Coordinator:
         total = self.checkpoint.next_total(round)
         if total is None:
             total = self._sum_over_owners(round)
+        self._relay_uploads(round, total)
         self.exchange.count_step()
         self.sums.append(OpenedSum(round, total.owners))
         return total
@@ -205,7 +212,8 @@ class Coordinator:
 
     def _one_session(self, round: Round) -> Total:
         """Raises SumAbandoned if another session can be opened without the owners that broke the rules."""
-        self.exchange.begin_step(round.name, round.phase, round.layout.num_bytes + self.exchange.ahead_bytes)
+        vectors = 1 + (len(self.owners) if round.is_open else 0)  # an owner's own, then everybody's
+        self.exchange.begin_step(round.name, round.phase, vectors * round.layout.num_bytes + self.exchange.ahead_bytes)
         reopened = reopen_sum(self.checkpoint, self._kind, lambda request: self._terms(request, round), self.owners)
         request, side = reopened or self._new_sum(round)
 
@@ -221,7 +229,7 @@ class Coordinator:
             self._exclude_all(side.violations)
             certify_as_over(self.exchange, self.agreement, self.run, request.session)
             raise
-        self.checkpoint.save_total(round, request.session, total)
+        self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
         self._exclude_all(side.violations)  # check: who-lied-is-left-out
         return total
 
@@ -235,6 +243,63 @@ class Coordinator:
         """
         self.checkpoint.save_excluded(owner, violation.message)  # check: who-lied-is-remembered
         self.exchange.exclude(owner, violation)
+
+    def _relay_uploads(self, round: Round, total: Total) -> None:
+        """Let every owner of an open sum add it up by itself. Raises OwnerRefused if one finds a model wrong."""
+        if not round.is_open or (round.kind == "check" and wrong_claims(round.claims, total)):
+            return
+        uploads = self.checkpoint.uploads_to_relay()
+        if uploads is None:
+            return
+        if self.exchange.steps[-1].name != round.name:  # an earlier start of this run summed it
+            self.exchange.begin_step(round.name, round.phase)
+        present = [owner for owner in total.owners if owner in self.owners]
+        for owner, reply in self.exchange.ask(dict.fromkeys(present, uploads)):
+            if reply is not None and reply != OpeningChecked(session=uploads.session, owner=owner):
+                self.exchange.exclude(owner, RemoteProtocolError(f"owner {owner} did not open the {round.name}"))
+        self._check_all_present(round)
+        self.exchange.check_enough()
+        self.checkpoint.uploads_relayed()
+
+    def _check_all_present(self, round: Round) -> None:
+        """Raise TooFewOwners if a check lacks an owner: shares add up to zero only over all who contributed."""
+        missing = [owner for owner in self._contributors if owner not in self.owners]
+        if round.kind == "check" and missing:
+            raise TooFewOwners(
+                f"{', '.join(missing)} did not verify the merge; it can only be verified by all who contributed",
+                hint=f"bring them back, then {RESUME_HINT}",
+            )
+
+    @property
+    def _contributors(self) -> tuple[str, ...]:
+        """The owners whose contributions are merged."""
+        return next(each.owners for each in self.sums if each.round.kind == "contribution")
+
+    def draw(self, correction: Delivery) -> bytes:
+        """A nonce of every owner (records.Nonce), each drawn after the owner had the models that are to be verified."""
+        saved = self.checkpoint.saved_nonces(correction.position)
+        if saved is not None:
+            self.exchange.count_step()
+            return saved
+        self.exchange.begin_step("draw nonces", correction.phase, self.exchange.ahead_bytes)
+        request = Draw(run=self.run, agreement_digest=self.agreement.digest(), position=correction.position)
+        nonces = []
+        for owner, reply in self.exchange.ask(dict.fromkeys(self.owners, request)):
+            if isinstance(reply, Drawn) and (reply.owner, reply.position) == (owner, correction.position):
+                nonces.append(Nonce(self.agreement.owner_names.index(owner), bytes.fromhex(reply.nonce)))
+            elif reply is not None:
+                self.exchange.exclude(owner, RemoteProtocolError(f"owner {owner} drew no nonce"))
+        self._check_all_present(self.schedule.round_at(correction.position + 1))
+        drawn = Nonce.pack_all(nonces)
+        self.checkpoint.save_nonces(correction.position, drawn)
+        self.exchange.count_step()
+        return drawn
+
+    def leave_out_absent(self, owners: tuple[str, ...]) -> None:
+        """Go on without those that take part but are not among `owners`: they could verify no merge."""
+        for owner in self.owners:
+            if owner not in owners:
+                self.exchange.drop(owner, "its contribution is not in the sum, so it can verify no merge")
 
     def _new_sum(self, round: Round) -> tuple[OpenSum, CoordinatorSide]:
         request = OpenSum(
@@ -254,8 +319,9 @@ class Coordinator:
             request=request,
             layout=round.layout,
             roster=self.agreement.roster,
-            needed_owners=self.agreement.needed_owners,
+            needed_owners=len(self._contributors) if round.kind == "check" else self.agreement.needed_owners,
             colluders=self.agreement.colluders,
+            is_open=round.is_open,
         )
 
     @property
@@ -270,11 +336,13 @@ class Coordinator:
 
     # --- deliveries ---
 
-    def deliver(self, delivery: Delivery, vector: NDArray[np.float32], model: str = "") -> None:
-        """Send every owner `vector`, (delivery.layout.size,); `model` is the name of a candidate.
+    def deliver(self, delivery: Delivery, vector: NDArray[np.float32], model: str = "", nonces: bytes = b"") -> None:
+        """Send every owner `vector`, (delivery.layout.size,); `model` is the name of a candidate, `nonces` are those
+        that a correction follows from.
 
         It travels in parts. Those that fill packets leave at once, the last ones ahead of the next round's OpenSum.
         """
+        model = nonces_digest(nonces) if delivery.kind == "correction" else model
         record = SavedDelivery(
             position=delivery.position, model=model, digest=sha256_of(vector), bytes=vector.nbytes, owners=()
         )
@@ -285,7 +353,7 @@ class Coordinator:
         has_begun = False
         for part, numbers in enumerate(slices):
             # A copy, because what waits must not keep the whole vector in memory.
-            message = self._part(delivery, model, part, len(slices), vector[numbers].copy())
+            message = self._part(delivery, model, nonces, part, len(slices), vector[numbers].copy())
             if not self.exchange.fits_ahead(message):
                 if not has_begun:
                     self.exchange.begin_step(delivery.name, delivery.phase, vector.nbytes)
@@ -294,7 +362,9 @@ class Coordinator:
             is_last = part + 1 == len(slices)
             self._send_part(message, delivery, record if is_last else None)
 
-    def _part(self, delivery: Delivery, model: str, part: int, parts: int, payload: NDArray) -> DeliveryPart:
+    def _part(
+        self, delivery: Delivery, model: str, nonces: bytes, part: int, parts: int, payload: NDArray
+    ) -> DeliveryPart:
         fields: dict[str, Any] = {
             "run": self.run,
             "agreement_digest": self.agreement.digest(),
@@ -305,6 +375,10 @@ class Coordinator:
         }
         if delivery.kind == "candidate":
             return CandidatePart(**fields, model=model)
+        if delivery.kind == "correction":
+            body = bytes.fromhex(deliveries_digest(self.delivered))
+            signature = self.identity.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(self.run), body)
+            return CorrectionPart(**fields, nonces=nonces, signature=signature)
         return MergedStepPart(**fields) if delivery.kind == "merged_step" else ScalesPart(**fields)
 
     def _send_part(self, message: DeliveryPart, delivery: Delivery, completes: SavedDelivery | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from common.agreement import Agreement
-from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners
+from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners, WrongModel
 from common.messages import Message, Packet, Refusal, encode, payload_bytes
 from common.tensor_layout import PART_BYTES
 from server.checkpoint import OwnerCost, Step
@@ -50,7 +50,7 @@ class Exchange:
     channel: Channel
     agreement: Agreement
     steps: list[Step]  # what each step cost, those of earlier starts included
-    num_steps: int  # of the whole run: the roll call, every round, the result
+    num_steps: int  # of the whole run (Coordinator)
     dropped_out: dict[str, str] = field(default_factory=dict)  # owner -> the step at which it did
     _steps_done: int = 0  # includes those that an earlier start of this run has done
     _ahead: list[Ahead] = field(default_factory=list)
@@ -200,7 +200,7 @@ class Exchange:
             return None
         last = answer[-1]
         if isinstance(last, Refusal):
-            if len(self._nodes) - 1 < self.agreement.needed_owners:
+            if last.code == WrongModel.code or len(self._nodes) - 1 < self.agreement.needed_owners:
                 raise OwnerRefused(owner, last.code)
             self.drop(owner, f"it refused ({last.code})")
             return None

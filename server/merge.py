@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import metrics, scaling
 from common.agreement import COORDINATOR, Agreement
+from common.certificates import deliveries_digest
 from common.errors import FalseTotal, LocalProtocolError, NumericalError, SettingsError
 from common.identity import Identity, read_identity
 from common.mapped import releasing
@@ -36,6 +38,7 @@ from common.settings_file import load_settings
 from common.summation.protocol import Total
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
+from common.verification import corrections, projection_seed, wrong_claims
 from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
@@ -103,6 +106,7 @@ class MergeRun:
     _contributions: SummedTensors = field(init=False)
     _owners: tuple[str, ...] = ()  # those in `_contributions`
     _examples: int | None = None
+    _rest: dict[int, tuple[Mapping[str, Tensor], float]] = field(default_factory=dict)  # by position of a delivery
     _so_far: dict[str, MergedDelta] = field(default_factory=dict)  # what the steps of a multi-round method have merged
     # After the last step, by hyperparameter:
     _final: dict[str, dict[float | None, MergedDelta]] = field(default_factory=dict)
@@ -142,6 +146,10 @@ class MergeRun:
                 self._sum_step(event, method, step)
             case Delivery(kind="candidate", split="validation", method=str(method)):
                 self._send_candidate(event, method)
+            case Delivery(kind="correction"):
+                self._send_corrections(event)
+            case Round(kind="check"):
+                self._check(event)
             case Round(kind="metrics", split="validation"):
                 self._choose(event)
             case Delivery(kind="candidate", split="test", method=str(method)):
@@ -167,6 +175,8 @@ class MergeRun:
         self._owners = total.owners
         self._examples = _examples_in(self._contributions)
         _check_weights(self._contributions, total.owners, self.agreement)
+        if self.agreement.is_verified:
+            self.coordinator.leave_out_absent(total.owners)
 
     def _destroy_contributions(self) -> None:
         for each in self.schedule.rounds:
@@ -176,12 +186,51 @@ class MergeRun:
         self._so_far.clear()
         self._final.clear()
 
+    # --- verification ---
+
+    def _keep_rest(self, delivery: Delivery, merged: MergedDelta) -> None:
+        """Keep what rounding took from a model that was sent, until it is verified; a large one lies on the disk."""
+        if not self.agreement.is_verified:
+            return
+        unsolved = [note for note in merged.layers if note.status != "solved"]
+        if unsolved:
+            raise NumericalError(
+                f"merge: the sums for {unsolved[0].name} do not define its weights ({unsolved[0].status}), so no owner "
+                "could verify them. Nothing was published",
+                hint="agree on a larger ridge",
+            )
+        if not any(delivery.position == claim.delivery for each in self.schedule.rounds for claim in each.claims):
+            return
+        vector = self._vector_of(delivery.layout, merged.rest)
+        self._rest[delivery.position] = VectorDelta(self.plan, (delivery.layout, vector)), merged.factor
+
+    def _send_corrections(self, delivery: Delivery) -> None:
+        nonces = self.coordinator.draw(delivery)
+        seed = projection_seed(deliveries_digest(self.coordinator.delivered), nonces)
+        vector = np.empty(delivery.layout.size, dtype=np.float32)
+        delivery.layout.flatten(
+            (each for claim in delivery.claims for each in corrections(claim, seed, *self._rest.pop(claim.delivery))),
+            vector,
+        )
+        self.coordinator.deliver(delivery, vector, nonces=nonces)
+
+    def _check(self, round: Round) -> None:
+        """Let the owners verify what was sent. Raises NumericalError if their shares do not add up to zero."""
+        wrong = wrong_claims(round.claims, self.coordinator.sum(round))
+        if wrong:
+            raise NumericalError(
+                f"merge: the owners' shares of the check of {wrong[0]} do not add up to zero. Nothing was published",
+                hint="an owner's program sent a share that is not its own, and the sum hides whose; a new run needs a "
+                "new agreement",
+            )
+
     # --- multi-round methods ---
 
     def _send_merged_step(self, delivery: Delivery, name: str) -> None:
         if delivery.step == 0:
             self._so_far[name] = _multi_round(name).start(self._settings, self._contributions)
-        self.coordinator.deliver(delivery, self._vector(delivery.layout, self._so_far[name]))
+        self._keep_rest(delivery, self._so_far[name])
+        self.coordinator.deliver(delivery, self._vector_of(delivery.layout, self._so_far[name].delta))
 
     def _sum_step(self, round: Round, name: str, step: Step) -> None:
         method, so_far, total = _multi_round(name), self._so_far[name], self.coordinator.sum(round)
@@ -307,16 +356,17 @@ class MergeRun:
 
     def _send(self, delivery: Delivery, candidate: str, merged: MergedDelta) -> MergedDelta:
         """Send a candidate; return it with the vector that was sent as its only copy."""
-        vector = self._vector(delivery.layout, merged)
+        self._keep_rest(delivery, merged)
+        vector = self._vector_of(delivery.layout, merged.delta)
         sent = VectorDelta(self.plan, (delivery.layout, vector))
         self.coordinator.deliver(delivery, vector, candidate)
-        return replace(merged, delta=sent, low_rank=merged.low_rank and replace(merged.low_rank, delta=sent))
+        return replace(merged, delta=sent, rest={}, low_rank=merged.low_rank and replace(merged.low_rank, delta=sent))
 
-    def _vector(self, layout: TensorLayout, merged: MergedDelta) -> NDArray[np.float32]:
+    def _vector_of(self, layout: TensorLayout, delta: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """A merged delta as it travels, (layout.size,); a large one lies on the disk."""
         words = self.coordinator.checkpoint.zeros((layout.size + 1) // 2)
         vector = words.view("<f4")[: layout.size]
-        tensors = ((entry.name, merged.delta[entry.name].numpy()) for entry in layout.entries)
+        tensors = ((entry.name, delta[entry.name].numpy()) for entry in layout.entries)
         layout.flatten(releasing(tensors, vector), vector)
         return vector
 

@@ -4,7 +4,7 @@ from common.schedule import Delivery, Schedule
 from server import checkpoint
 from server.coordinator import Coordinator
 from server.report.outcome import OpenedRound
-from server.report.report import OwnerCost, Sent, SentCandidate, SentMergedStep, SentScales, Step
+from server.report.report import OwnerCost, Sent, SentCandidate, SentCorrection, SentMergedStep, SentScales, Step
 
 
 def opened_rounds(coordinator: Coordinator) -> tuple[OpenedRound, ...]:
@@ -22,6 +22,8 @@ def sent_deliveries(schedule: Schedule, deliveries: list[checkpoint.SavedDeliver
 def _sent(delivery: object, saved: checkpoint.SavedDelivery) -> Sent:
     assert isinstance(delivery, Delivery)  # the coordinator sends nothing else
     digest, num_bytes, owners, method = saved.digest, saved.bytes, saved.owners, delivery.method
+    if delivery.kind == "correction":
+        return SentCorrection(title=delivery.name, digest=digest, bytes=num_bytes, owners=owners)
     if method is None:
         return SentScales(title=delivery.name, digest=digest, bytes=num_bytes, owners=owners)
     if delivery.split is None:

@@ -19,6 +19,8 @@ from common.errors import RemoteProtocolError
 from common.messages import (
     Acknowledgements,
     CandidatePart,
+    CorrectionPart,
+    Draw,
     Finish,
     KeyBook,
     KeyShares,
@@ -32,6 +34,7 @@ from common.messages import (
     Result,
     RollCall,
     SurvivorList,
+    UploadsOpened,
     VectorPart,
     check_packet,
 )
@@ -65,7 +68,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def merge(reviews_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
     """Merges the example with changes to its agreement; what each message to an owner held."""
 
-    def run(*changes: tuple[str, str]) -> list[Kinds]:
+    def run(*changes: tuple[str, str], verified: bool = False) -> list[Kinds]:
         consortium = Path(
             shutil.copytree(reviews_folder, tmp_path / "consortium", ignore=shutil.ignore_patterns("output"))
         )
@@ -79,7 +82,7 @@ def merge(reviews_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
         output = tmp_path / "output"
         output.mkdir()
         (output / ".amalgram").touch()
-        with parties_of(consortium, output) as made:
+        with parties_of(consortium, output, verified=verified) as made:
             channel = OwnersChannel(made.files)
             run_merge(made.coordinator, channel)
             assert not any((made.folder / "state" / name / "run").exists() for name in made.files)
@@ -102,6 +105,15 @@ def test_regmean_with_five_alphas_sends_an_owner_18_messages(merge: Callable[...
     validation, test = (*[CandidatePart] * 5, OpenSum), (CandidatePart, OpenSum)
     assert kinds == [(RollCall,), (OpenSum,), *SUM, validation, *SUM, test, *SUM, (Result,), (Receipts,)]
     assert len(kinds) == 18
+
+
+def test_verifying_a_merge_sends_an_owner_8_messages_more(merge: Callable[..., list[Kinds]]) -> None:
+    alone = ("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
+    kinds = merge(ALONE, alone, verified=True)
+    check = [(CandidatePart, Draw), (CorrectionPart, OpenSum), *SUM, (UploadsOpened,)]
+    metrics = [(OpenSum,), *SUM, (UploadsOpened,)]
+    assert kinds == [(RollCall,), (OpenSum,), *SUM, *check, *metrics, (Result,), (Receipts,)]
+    assert len(kinds) == 13 + 8
 
 
 def test_comparing_another_method_costs_no_message(merge: Callable[..., list[Kinds]]) -> None:

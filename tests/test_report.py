@@ -212,7 +212,7 @@ def test_a_missing_or_foreign_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"report_version": 99}))
-    with pytest.raises(SettingsError, match="report_version is 99, this release reads 3"):
+    with pytest.raises(SettingsError, match="report_version is 99, this release reads 4"):
         read_report(tmp_path)
 
 
@@ -241,7 +241,7 @@ def set_at(content: Any, place: tuple[str | int, ...], value: Any) -> None:
         (
             ("rounds", 0, "kind"),
             "theft",
-            "rounds.0.kind: must be 'scales', 'contribution', 'step' or 'metrics'",
+            "rounds.0.kind: must be 'scales', 'contribution', 'step', 'check' or 'metrics'",
         ),
         (("sent", 0, "kind"), "<b>\n", "sent.0: must have 'kind' = one of 'candidate'"),
         (("<b>\n\u202e" + 1000 * "x",), 1, r"<b>\n\u202exxx"),
@@ -301,7 +301,7 @@ def test_a_method_that_no_table_knows_is_on_the_page() -> None:
 def test_the_schema_in_the_documents_is_the_one_that_is_read() -> None:
     text = SCHEMA.read_text()
     assert text == schema_text(), "run: python -m server.report.report > docs/report.schema.json"
-    assert "version 3" in json.loads(text)["title"]
+    assert "version 4" in json.loads(text)["title"]
 
 
 def test_every_field_of_the_schema_is_described() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.agreement import Agreement, AgreementDraft, Summation
+from common.agreement.tables import Verification
 from common.errors import LocalProtocolError, RemoteProtocolError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.data_free import DataFreeTable
@@ -52,6 +53,13 @@ def metrics(split: str, *models: str) -> tuple[object, ...]:
     return ("round", "metrics", None, None, split, models, f"{split} metrics")
 
 
+# What is sent and summed before anything is measured on a model.
+CHECK = (
+    ("delivery", "correction", None, None, None, ("",)),
+    ("round", "check", None, None, None, (), "check shares"),
+)
+
+
 def events_of(agreement: Agreement, plan: MergePlan, **changes: object) -> list[tuple[object, ...]]:
     return [described(event) for event in schedule_of(agreement.model_copy(update=changes), plan).events]
 
@@ -69,11 +77,13 @@ def test_the_example_s_schedule(agreement: Agreement, plan: MergePlan, reviews_f
         contributions(),
         *(candidate("validation", "regmean", name) for name in ALPHAS),
         *(candidate("validation", "task_arithmetic", name) for name in SCALES),
+        *CHECK,
         metrics("validation", *ALPHAS, *SCALES),
         candidate("test", "regmean", *ALPHAS),
         candidate("test", "average", "average"),
         candidate("test", "task_arithmetic", *SCALES),
         candidate("test", "fisher", "fisher"),
+        *CHECK,
         metrics("test", BASE, OWN_AT_HOME, "regmean", "average", "task_arithmetic", "fisher"),
     ]
 
@@ -86,6 +96,7 @@ def test_the_schedule_in_32_bits(agreement: Agreement, plan: MergePlan) -> None:
         contributions(),
         candidate("test", "regmean", "regmean"),
         candidate("test", "average", "average"),
+        *CHECK,
         metrics("test", BASE, OWN_AT_HOME, "regmean", "average"),
     ]
 
@@ -96,8 +107,10 @@ def test_the_schedule_of_refit_with_two_balances(agreement: Agreement, plan: Mer
     assert events_of(agreement, plan, method="refit", compare_with=(), refit=refit) == [
         contributions(),
         merged("refit", 0),
+        *CHECK,
         step("refit", 1, "refit step 1"),
         *(candidate("validation", "refit", name) for name in swept),
+        *CHECK,
         metrics("validation", *swept),
         candidate("test", "refit", *swept),
         metrics("test", BASE, OWN_AT_HOME, "refit"),
@@ -110,16 +123,31 @@ def test_the_schedule_of_regmean_plus_plus_on_two_blocks(agreement: Agreement, p
     assert events_of(agreement, plan, method=name, compare_with=()) == [
         contributions(),
         merged(name, 0),
+        *CHECK,
         step(name, 1, "RegMean++ step 1"),
         merged(name, 1),
+        *CHECK,
         step(name, 2, "RegMean++ step 2"),
         merged(name, 2),
+        *CHECK,
         step(name, 3, "RegMean++ step 3"),
         merged(name, 3),
+        *CHECK,
         step(name, 4, "RegMean++ step 4"),
         candidate("test", name, name),
+        *CHECK,
         metrics("test", BASE, OWN_AT_HOME, name),
     ]
+
+
+CHECKED = ("sum of check shares", "verification")
+
+
+def test_without_verification_nothing_is_checked(agreement: Agreement, plan: MergePlan) -> None:
+    changes = {"compare_with": ("average",), "regmean": UNSWEPT, "verification": Verification(required=False)}
+    schedule = schedule_of(agreement.model_copy(update=changes), plan)
+    assert [each.kind for each in schedule.events] == ["contribution", "candidate", "candidate", "metrics"]
+    assert {each.learned_by for each in schedule.rounds} == {("coordinator",)}
 
 
 def test_people_read_what_a_round_is_called(agreement: Agreement, plan: MergePlan) -> None:
@@ -127,8 +155,14 @@ def test_people_read_what_a_round_is_called(agreement: Agreement, plan: MergePla
     schedule = schedule_of(agreement.model_copy(update=changes), plan)
     assert [(each.name, each.phase) for each in schedule.rounds] == [
         ("sum of contributions", "sum of contributions"),
-        *((f"sum of RegMean++ step {number}", "rounds of RegMean++") for number in (1, 2, 3, 4)),
+        *(
+            each
+            for number in (1, 2, 3, 4)
+            for each in (CHECKED, (f"sum of RegMean++ step {number}", "rounds of RegMean++"))
+        ),
+        CHECKED,
         ("sum of refit step 1", "rounds of refit"),
+        CHECKED,
         ("sum of test metrics", "sum of test metrics"),
     ]
 
@@ -210,7 +244,11 @@ def test_what_a_step_is_measured_on_was_sent_before_it(
         assert [each.step for each in sent] == list(range(len(rounds)))
         assert contribution.position < sent[0].position
         for merged_step, measured in zip(sent, rounds, strict=True):
-            assert merged_step.position + 1 == measured.position
+            checks = [each for each in schedule.rounds if merged_step.position in {c.delivery for c in each.claims}]
+            between = schedule.events[merged_step.position + 1 : measured.position]
+            assert [each.kind for each in between] == (["correction", "check"] if checks else [])
+            assert checks == [each for each in between if each.kind == "check"]
+            assert len(checks) == (1 if merged_step.layout.size else 0)
         for measured, next_merged in zip(rounds, sent[1:], strict=False):
             assert measured.position < next_merged.position
 
@@ -283,6 +321,34 @@ def test_an_owner_that_may_drop_out_may_miss_rounds_but_no_delivery() -> None:
     assert allowed(schedule, 2, False) == [2]
 
 
+def test_an_owner_that_may_drop_out_misses_no_check(agreement: Agreement, plan: MergePlan) -> None:
+    changes = {"compare_with": (), "regmean": UNSWEPT, "min_owners": 2}
+    schedule = schedule_of(agreement.model_copy(update=changes), plan)
+    candidate_, correction, check, test = schedule.events[1:]
+    assert allowed(schedule, candidate_.position, True) == [candidate_.position, correction.position]
+    assert allowed(schedule, correction.position, True) == [correction.position, check.position]
+    assert allowed(schedule, check.position, False) == [check.position]
+    assert allowed(schedule, check.position, True) == [check.position, test.position]
+
+
+@given(changes=changes_to_an_agreement())
+def test_every_model_is_verified_before_anything_is_measured_on_it(
+    agreement: Agreement, plan: MergePlan, changes: dict[str, object]
+) -> None:
+    agreement = agreement.model_copy(update=changes)
+    schedule, proved = schedule_of(agreement, plan), dict[int, str]()
+    for event in schedule.events:
+        if isinstance(event, Round) and event.kind in ("step", "metrics"):
+            for sent in schedule.of_kind("merged_step", "candidate"):
+                if sent.position < event.position and sent.layout.size:
+                    validated = sent.split == "test" and len(agreement.agreed(METHODS[sent.method or ""])) > 1
+                    assert sent.position in proved or validated  # bit-identical to one that was proved
+        for claim in event.claims if isinstance(event, Round) else ():
+            proved[claim.delivery] = event.name
+            assert schedule.events[claim.source].kind in ("contribution", "step")
+            assert claim.source < claim.delivery < event.position
+
+
 def test_owners_may_drop_out_only_if_the_agreement_needs_fewer(agreement: Agreement, plan: MergePlan) -> None:
     assert not schedule_of(agreement, plan).owners_may_drop_out
     fewer = agreement.model_copy(update={"min_owners": 2})
@@ -304,13 +370,15 @@ def test_if_all_owners_are_needed_only_the_begun_event_or_the_next_one_passes(
 def test_a_refusal_names_the_event_that_is_due(agreement: Agreement, plan: MergePlan) -> None:
     changes = {"compare_with": ("average",), "regmean": UNSWEPT}
     schedule = schedule_of(agreement.model_copy(update=changes), plan)
-    contribution, first, second, test = schedule.events
+    contribution, first, second, _, check, test = schedule.events
     assert isinstance(first, Delivery)
     for position, begun, is_complete, says in (
         (test.position, None, True, "went on with sum of test metrics, but sum of contributions is due"),
         (first.position, contribution.position, False, "regmean candidate for test, but sum of contributions is due"),
         (test.position, first.position, True, "sum of test metrics, but average candidate for test is due"),
-        (contribution.position, second.position, True, "sum of contributions, but sum of test metrics is due"),
+        (contribution.position, second.position, True, "sum of contributions, but correction is due"),
+        (test.position, second.position, True, "sum of test metrics, but correction is due"),
+        (test.position, check.position, False, "sum of test metrics, but sum of check shares is due"),
         (second.position, test.position, True, "average candidate for test, but nothing is due"),
     ):
         with pytest.raises(RemoteProtocolError, match=says):

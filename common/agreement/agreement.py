@@ -77,7 +77,15 @@ class Agreement(AgreementDraft):
         grams = {shared.name: bound for shared, bound in zip(plan.inputs, self.bounds.grams, strict=True)}
         fisher = dict(zip(plan.changed, self.bounds.fisher, strict=False))
         bounds = MergeBounds(examples=self.bounds.examples, delta=self.bounds.delta, grams=grams, fisher=fisher)
-        return MergeSettings(plan=plan, weighting=self.weighting, bounds=bounds, tables=self.tables)
+        return MergeSettings(
+            plan=plan,
+            weighting=self.weighting,
+            bounds=bounds,
+            tables=self.tables,
+            has_floors=self.verification.required is not False,
+            num_owners=len(self.owners),
+            ring_bits=self.summation.ring_bits,
+        )
 
     def canonical_bytes(self) -> bytes:
         """The same bytes at every party: labelled, sorted keys, shortest floats, UTF-8."""

@@ -10,6 +10,7 @@ from common.names import TAKEN_NAMES
 from common.text import alike
 from common.thresholds import quorum
 
+LEAST_RIDGE = 1e-8  # with less, a Gram may be singular to rounding, and its merge not unique
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
 
@@ -125,6 +126,34 @@ def thirty_two_bits_are_enough(draft: DraftTables) -> None:
         )
 
 
+def verified_merges_can_be_verified(draft: DraftTables) -> None:
+    """A check needs a masked sum, equations with one solution, and a model that travels as it was solved."""
+    if draft.summation.kind == "plain" and draft.verification.required:
+        raise RuleError("verification.required = true: a plain sum cannot be verified", hint="leave it out")
+    if not draft.is_verified:
+        return
+    for name in draft.methods:
+        if METHODS[name].trust == "coordinator":
+            raise RuleError(
+                f"{name}: no owner can verify what it merges",
+                hint="if all owners trust the coordinator to send what it solved, agree on [verification] required = "
+                "false",
+            )
+    if draft.publish.adapter_rank is not None:
+        raise RuleError(
+            f"publish.adapter_rank = {draft.publish.adapter_rank}: what is cut to an adapter cannot be verified yet",
+            hint="publish the whole model, or agree on [verification] required = false",
+        )
+    for name, table in draft.tables.items():
+        ridge = getattr(table, "ridge", LEAST_RIDGE)
+        if ridge < LEAST_RIDGE:
+            raise RuleError(
+                f"{name}.ridge = {ridge:g}: must be at least {LEAST_RIDGE:g}, so that the merge has one value that "
+                "owners can verify",
+                hint="raise it, or agree on [verification] required = false",
+            )
+
+
 def methods_fit_together(draft: DraftTables) -> None:
     if len(set(draft.methods)) != len(draft.methods):
         raise RuleError(f"compare_with = {list(draft.compare_with)}: names a method twice, or {draft.method!r} again")
@@ -184,6 +213,7 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     hidden_metrics_cannot_be_subtracted_out,
     multi_round_methods_need_all_owners,
     thirty_two_bits_are_enough,
+    verified_merges_can_be_verified,
     methods_fit_together,
     the_task_is_consistent,
     a_sweep_tries_each_value_once,

@@ -178,6 +178,15 @@ class Evaluation(Settings):
     sign_above: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
+class Verification(Settings):
+    """Whether owners verify every merged model before they measure anything on it (common/verification.py).
+
+    Left out, it is required, except with a plain sum, which cannot be verified.
+    """
+
+    required: bool | None = None
+
+
 class Publish(Settings):
     """The form of the published model: whole, or with `adapter_rank` a LoRA adapter of the base with that rank."""
 
@@ -219,6 +228,7 @@ class DraftTables(MethodTables):
     privacy: Privacy = Privacy()
     reading: Reading = Reading()
     evaluation: Evaluation = Evaluation()
+    verification: Verification = Verification()
     publish: Publish = Publish()
 
     @property
@@ -262,6 +272,11 @@ class DraftTables(MethodTables):
             return self.summation.colluders
         count, needed = len(self.owners), self.needed_owners
         return max((c for c in range(count) if max(quorum(count, c), c + 3) <= needed), default=0)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether owners verify every merged model."""
+        return self.summation.kind == "masked" and self.verification.required is not False
 
     @property
     def quorum(self) -> int:

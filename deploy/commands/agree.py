@@ -32,7 +32,8 @@ DIGITS_TO_TYPE = 5
 def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
     """Everything to know before saying yes. `repeats`: the agreements under which the same was contributed before."""
     agreement, plan = owner.agreement, owner.workbench.plan
-    rounds = [each for each in owner.schedule.rounds if each.kind != "metrics"]
+    rounds = [each for each in owner.schedule.rounds if each.kind not in ("check", "metrics")]
+    checks = [each.layout for each in owner.schedule.rounds if each.kind == "check"]
     candidates = [model for name in agreement.methods for model in agreement.agreed(METHODS[name])]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -52,6 +53,8 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         rounds=[{"title": each.title, "numbers": each.layout.size} for each in rounds],
         numbers=sum(each.layout.size for each in rounds),
         vector_bytes=_bytes(sum(each.layout.num_bytes for each in rounds)),
+        check_numbers=sum(layout.size for layout in checks),
+        check_bytes=_bytes(sum(layout.num_bytes for layout in checks)),
         multi_round=[method.title for method in agreement.multi_round_methods],
         contents=_contents(rounds),
         candidates=len(candidates),
@@ -90,7 +93,12 @@ def _warnings(owner: Owner, same_bundle: bool, repeats: Sequence[Repeat]) -> Ite
         yield "THE CODE THAT WOULD RUN IS NOT THE CODE THAT IS INSTALLED HERE."
     if owner.workbench.base_origin == "folder of the drafter":
         yield "YOUR COPY OF THE BASE MODEL IS THE FOLDER THAT THE AGREEMENT NAMES: ITS DRAFTER CHOSE THE FILES."
-    if agreement.multi_round_methods:
+    if agreement.summation.kind == "masked" and not agreement.is_verified:
+        yield "VERIFICATION IS OFF: THE COORDINATOR CAN SEND ANY MODEL, AND YOUR PROGRAM MEASURES YOUR ROWS ON IT."
+    for name in agreement.methods:
+        if METHODS[name].trust == "coordinator":
+            yield f"NO OWNER CAN VERIFY WHAT {METHODS[name].title.upper()} MERGES: IT RESTS ON THE COORDINATOR."
+    if agreement.multi_round_methods and not agreement.is_verified:
         yield "BETWEEN TWO ROUNDS, A MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL YOURS ALONE."
     if agreement.privacy.merge_routed_inputs:
         yield "GRAM MATRICES OF EXPERTS LEAVE, HOWEVER FEW ROWS REACHED THEM."

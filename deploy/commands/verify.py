@@ -1,10 +1,14 @@
 """`amalgram verify`: whether a published folder is what the owners signed. Anybody can run it; it needs no secret.
 
-It shows that the files and metrics are those that the parties of one agreement signed. It does not show that the model
-is the merge, nor whose agreement it is: somebody who makes up all parties can sign anything. Hence the fingerprint.
+It shows that the files and metrics are those that the parties of one agreement signed, who verified that the model is
+the merge unless that agreement says otherwise. It does not show whose agreement it is: somebody who makes up all
+parties can sign anything. Hence the fingerprint.
+
+With an owner's settings file, it explains the evidence that a model which was sent to this owner is not the merge.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +19,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.agreement import Agreement
-from common.errors import AmalgramError, RemoteProtocolError, SettingsError
-from common.identity import fingerprint
+from client.context import OwnerContext
+from client.verification import Evidence
+from common.agreement import COORDINATOR, Agreement
+from common.certificates import Delivered, deliveries_digest
+from common.domain_separation import Domain
+from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
+from common.identity import fingerprint, verify
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
 from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean
 from common.settings_file import parse_settings
+from common.summation.records import Survivor, name_at
 from deploy.terminal import answer, shows_json
 from server.report.report import Report, read_report
 
@@ -48,6 +57,7 @@ class Verification:
 
     title: str
     fingerprint: str
+    verified_by: list[str]  # the owners that verified that the model is the merge, if they signed
     signed_by: list[str]
     not_signed_by: list[str]
     findings: list[Finding]
@@ -89,6 +99,7 @@ def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
     return Verification(
         title=agreement.title,
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
+        verified_by=[name for name in publication.owners if name in signed_by] if agreement.is_verified else [],
         signed_by=signed_by,
         not_signed_by=[name for name in agreement.owner_names if name not in signed_by],
         findings=findings,
@@ -230,6 +241,56 @@ def _by_owner(signed: SignedMean) -> dict[str, tuple[float, float, int]]:
     }
 
 
+# --- a model that is not the merge ---
+
+
+def explain_evidence(owner_file: Path) -> int:
+    """Say in words what an owner has kept of a model that is not the merge. The exit code: 0 if it has kept nothing.
+
+    Raises SettingsError for evidence that cannot be read.
+    """
+    owner = OwnerContext(owner_file)
+    path = owner.state.evidence(owner.agreement.digest())
+    if path is None:
+        answer({"evidence": None}, hint=f"every model that was sent to {owner.name} and verified was the merge")
+        return 0
+    try:
+        evidence = Evidence.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise SettingsError(f"{path}: damaged", hint="it was changed after it was written") from None
+    print("\n".join(in_words(owner.agreement, evidence)), file=sys.stderr if shows_json() else sys.stdout)
+    if shows_json():
+        answer({"evidence": evidence.model_dump(mode="json")})
+    return WrongModel.exit_code
+
+
+def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
+    """Who sent what, and who signed it."""
+    last = evidence.delivered[-1].position if evidence.delivered else 0
+    yield f"In run {evidence.run[:16]}..., the coordinator sent a model that is not the merge of what was contributed."
+    yield "Wrong in it:"
+    yield from (f"  {_quoted(each)}" for each in evidence.wrong)
+    if evidence.signature:
+        delivered = [
+            Delivered(position=each.position, model=each.model, digest=each.digest) for each in evidence.delivered
+        ]
+        body = bytes.fromhex(deliveries_digest(delivered))
+        key = bytes.fromhex(agreement.coordinator.public_key)
+        session, signature = bytes.fromhex(evidence.run), bytes.fromhex(evidence.signature)
+        try:
+            verify(key, Domain.SIGN_DELIVERIES, session, COORDINATOR, body, signature)
+            yield f"The coordinator signed that it sent all of these, up to event {last}; its signature is valid:"
+        except RemoteProtocolError:
+            yield "The coordinator's signature under what it sent is NOT valid for this list:"
+    yield from (f"  event {each.position}: SHA-256 {each.digest}  {_quoted(each.model)}" for each in evidence.delivered)
+    if evidence.survivors:
+        survivors = Survivor.unpack_all(bytes.fromhex(evidence.survivors))
+        names = ", ".join(name_at(agreement.owner_names, each.owner) for each in survivors)
+        yield f"Those who checked it: {names}. Their masked shares and the seeds of the masks are in the evidence."
+        yield "Whoever adds them up finds that the sum is not zero. An owner's program that sent a false share has the"
+        yield "same effect; the sum hides which. Compare the evidence of all owners."
+
+
 # --- showing ---
 
 
@@ -245,6 +306,8 @@ def _print(console: Console, verification: Verification, out: Path) -> None:
         lines.append(f"signed by    {', '.join(verification.signed_by)}")
     if verification.not_signed_by:
         lines.append(f"not signed   {', '.join(verification.not_signed_by)}")
+    if verification.verified_by:
+        lines.append(f"the merge    as verified by {', '.join(verification.verified_by)}")
     verdict = "is what they signed" if verification.is_signed else "IS NOT WHAT WAS SIGNED"
     lines += [
         f"{out} {verdict}.",

@@ -101,6 +101,9 @@ max_unknown = 0.05            # mostly unknown, or of one repeated token
 choose_by = "accuracy"        # or "macro_f1"
 # sign_above = 0.7            # no owner signs a model that is worse than this, or than the base, on its test rows
 
+# [verification]
+# required = false            # measure on models that nobody has verified; an adapter still needs this
+
 # [publish]
 # adapter_rank = 8            # publish a LoRA adapter of the base, cut to this rank, instead of a whole model
 

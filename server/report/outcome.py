@@ -118,6 +118,7 @@ def make_report(outcome: Outcome, model: PreTrainedModel) -> Report:
         method=agreement.method,
         methods={method.name: _described(method) for method in ORDERED if method.name in agreement.methods},
         summation=agreement.summation.kind,
+        verified=agreement.is_verified,
         simulated=False,
         seconds=round(outcome.seconds, 3),
         owners=outcome.owners,
@@ -385,7 +386,7 @@ def _disclosures(outcome: Outcome) -> Iterator[str]:
             "Every owner received the scales of the 32-bit round. They give the size of the totals within a factor of "
             "two. A malicious coordinator could send coarse scales, so that only one owner's numbers survive rounding."
         )
-    if any(opened.round.kind == "step" for opened in outcome.rounds):
+    if any(opened.round.kind == "step" for opened in outcome.rounds) and not agreement.is_verified:
         yield (
             "Between rounds the coordinator sent merged layers. A malicious coordinator could craft layers so that the "
             "next total is a single owner's. The owners had to trust it to send what it solved."

@@ -101,11 +101,11 @@ def choice_section(report: Report) -> dict[str, Any]:
 
 
 def revealed_section(report: Report) -> dict[str, Any]:
-    measured = [each for each in report.rounds if each.kind != "metrics"]
+    measured = [each for each in report.rounds if each.kind not in ("check", "metrics")]
     return {
-        "has_later_rounds": len(measured) > 1,
+        "has_later_rounds": len(measured) > 1 and not report.verified,
         "all_destroyed": all(each.destroyed for each in measured),
-        "models_sent": [each for each in report.sent if each.kind != "scales"],
+        "models_sent": [each for each in report.sent if each.kind not in ("scales", "correction")],
         "deliveries": _deliveries(report),
         "rounds_with": {
             owner: [each.title for each in report.rounds if owner in each.owners] for owner in report.dropped_out
@@ -206,6 +206,8 @@ def _deliveries(report: Report) -> list[DeliveryGroup]:
 def _purpose(sent: Sent) -> str:
     if sent.kind == "scales":
         return "scaling the numbers of a 32-bit round"
+    if sent.kind == "correction":
+        return "verifying the models"
     if sent.kind == "merged_step":
         return "measuring the next round"
     return "choosing, on validation rows" if sent.split == "validation" else "the metrics, on test rows"

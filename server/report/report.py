@@ -22,7 +22,7 @@ from common.metrics import Split
 from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
 
-REPORT_VERSION: Literal[3] = 3
+REPORT_VERSION: Literal[4] = 4
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
 FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
@@ -206,7 +206,7 @@ class Content(Table):
 class Round(Table):
     """One secure sum: what the coordinator learned."""
 
-    kind: Literal["scales", "contribution", "step", "metrics"] = Field(description="What the sum was for.")
+    kind: Literal["scales", "contribution", "step", "check", "metrics"] = Field(description="What the sum was for.")
     method: Line | None = Field(description="The multi-round method that a step belongs to, else null.")
     step: int | None = Field(description="The step's number, from 1, else null.")
     split: Split | None = Field(description="The rows that metrics were measured on, else null.")
@@ -249,7 +249,13 @@ class SentScales(Delivery):
     kind: Literal["scales"] = Field(default="scales", description="What was sent.")
 
 
-Sent = Annotated[SentCandidate | SentMergedStep | SentScales, Field(discriminator="kind")]
+class SentCorrection(Delivery):
+    """What rounding took from the models that the owners verified next."""
+
+    kind: Literal["correction"] = Field(default="correction", description="What was sent.")
+
+
+Sent = Annotated[SentCandidate | SentMergedStep | SentScales | SentCorrection, Field(discriminator="kind")]
 
 
 class OwnerCost(Table):
@@ -284,11 +290,15 @@ class Digests(Table):
 class Report(Table):
     """Everything that is known of one run."""
 
-    report_version: Literal[3] = Field(default=REPORT_VERSION, description="The version of this form.")
+    report_version: Literal[4] = Field(default=REPORT_VERSION, description="The version of this form.")
     title: Line = Field(description="The agreement's title.")
     method: Line = Field(description="The method whose model is published.")
     methods: dict[Line, MethodDescription] = Field(description="By agreed method, simpler ones first, its description.")
     summation: Literal["masked", "plain"] = Field(description="Whether owners' vectors were masked before the sum.")
+    verified: bool = Field(
+        description="Whether all owners in the model verified that it is the merge of what they contributed, and "
+        "added up the metrics of all owners by themselves."
+    )
     simulated: bool = Field(description="Whether all parties ran on one machine, in one pair of hands.")
     seconds: Size = Field(description="How long the run took.")
     owners: tuple[Line, ...] = Field(min_length=1, description="The owners whose numbers are in the merged model.")
@@ -322,7 +332,7 @@ class Report(Table):
             ("chosen", set(self.chosen)),
             ("evaluation.sweep", set(self.evaluation.sweep)),
             ("evaluation.mean", set(self.evaluation.mean) - set(FIXED_MODELS)),
-            ("sent", {each.method for each in self.sent if not isinstance(each, SentScales)}),
+            ("sent", {each.method for each in self.sent if isinstance(each, (SentCandidate, SentMergedStep))}),
         ):
             if not names <= known:
                 raise ValueError(f"{where} names a method that `methods` lacks")

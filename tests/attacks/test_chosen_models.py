@@ -1,28 +1,39 @@
-"""What a malicious coordinator learns by choosing the models that owners measure and test on: documented breaks.
+"""What a malicious coordinator could learn by choosing the models that owners measure and test on.
 
-It may send any model as a merged candidate, and any layers between two rounds. Here it sends a detector of one word,
-of which it knows that only one owner uses it. Honest owners accept every message, and every total is over all of them.
-But all the other owners' parts of it are zero, or known. SECURITY.md, b4 and g, says so.
+Instead of a merge, it sends a detector of one word, of which it knows that only one owner uses it. By default owners
+verify what they are sent, and find it. Where an agreement turns that off, these are documented breaks: honest owners
+accept every message, and every total is over all of them, but all the other owners' parts of it are zero, or known.
+SECURITY.md, b4 and g, says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+import server.coordinator
+import server.merge
 from client.owner import Owner
+from client.verification import Evidence
+from common.errors import OwnerRefused, WrongModel
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.method import MultiRoundMethod
+from common.messages import Message, OpenSum, Packet, Refusal
 from common.metrics import read_total
 from common.models.folders import load_tokenizer
-from common.schedule import Schedule, schedule_of
+from common.schedule import Delivery, Schedule, schedule_of
 from common.tensor_layout import TensorLayout
+from deploy.commands.verify import explain_evidence
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
+from server.merge import prepare
 from tests.support.models import delta_of
+from tests.support.owner_process import roll_call
 from tests.support.parties import OwnersChannel, Parties, parties_with_method
 
 VICTIM, WORD = "hotel", "breakfast"
@@ -158,3 +169,173 @@ def test_43_a_chosen_candidate_turns_summed_metrics_into_a_count_of_one_owner_s_
     assert labels
     assert learned == sum(labels) - (len(labels) - sum(labels))
     assert not any(has for other in ("cinema", "phones") for has, _ in texts(parties, other, "validation"))
+
+
+# --- where merges are verified, which is the default ---
+
+
+class RefusingChannel(OwnersChannel):
+    """Owners that answer a wrong model with its code, as client/app.py does."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        super().__init__(files)
+        self.answered: list[Message] = []  # by the first owner
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        try:
+            answer = super().answer(node, request)
+        except WrongModel as error:
+            return Refusal(code=error.code)
+        if node == 0:
+            self.answered.append(request)
+        return answer
+
+    def _answers(self, node: int, packet: Packet) -> Packet | None:
+        answers: list[Message] = []
+        for request in packet:  # up to the first that is refused
+            answers += [answer] if (answer := self.answer(node, request)) is not None else []
+            if isinstance(answers[-1], Refusal):
+                break
+        return tuple(answers)
+
+
+@dataclass
+class Cheat:
+    """A run whose coordinator plays by the book, except where `change` replaces what it sends."""
+
+    parties: Parties
+    channel: RefusingChannel
+    change: Callable[[Delivery, np.ndarray], np.ndarray]
+
+    def run(self) -> OwnerRefused:
+        """What ends the run."""
+        honest = Coordinator.deliver
+
+        def deliver(self_: Coordinator, delivery: Delivery, vector: np.ndarray, *rest: Any, **named: Any) -> None:
+            honest(self_, delivery, self.change(delivery, vector), *rest, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Coordinator, "deliver", deliver)
+            for module in (server.coordinator, server.merge):
+                patch.setattr(module, "wrong_claims", lambda claims, total: [])
+            with pytest.raises(OwnerRefused) as refused:
+                prepare(self.parties.coordinator, self.channel).run()
+        return refused.value
+
+    @property
+    def opened(self) -> list[str]:
+        """The kinds of rounds that the first owner opened, in order."""
+        schedule = schedule_for(self.parties)
+        requests = [message for message in self.channel.answered if isinstance(message, OpenSum)]
+        return [schedule.round_at(each.position).kind for each in requests]
+
+
+@pytest.fixture
+def cheat(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Cheat]:
+    def make(method: str, change: Callable[[Parties, Delivery, np.ndarray], np.ndarray]) -> Cheat:
+        context = parties_with_method(reviews_folder, tmp_path, method, verified=True)
+        parties = context.__enter__()
+        request.addfinalizer(lambda: context.__exit__(None, None, None))
+        (parties.output / ".amalgram").touch()
+        channel = RefusingChannel(parties.files)
+        return Cheat(parties, channel, lambda delivery, vector: change(parties, delivery, vector))
+
+    return make
+
+
+def evidence_of(parties: Parties, owner: str) -> Evidence:
+    path = Owner(parties.files[owner]).state.evidence(parties.agreement.digest())
+    assert path is not None
+    return Evidence.model_validate_json(path.read_bytes())
+
+
+@pytest.mark.parametrize("method", ["refit", "regmean_plus_plus"])
+def test_42_layers_that_are_not_the_merge_are_found_before_anything_is_measured(
+    cheat: Callable[..., Cheat], method: str
+) -> None:
+    def detector(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        is_first = (delivery.kind, delivery.step) == ("merged_step", 0)
+        if delivery.kind == "correction":
+            return np.zeros_like(vector)  # within every bound
+        return vector_of(parties, delivery.layout, word_detector(parties)) if is_first else vector
+
+    run = cheat(method, detector)
+    refused = run.run()
+    assert (refused.code, refused.exit_code) == ("wrong-model", 6)
+    assert run.opened == ["contribution", "check"]  # no step
+    first = next(iter(run.parties.files))
+    evidence, state = evidence_of(run.parties, first), Owner(run.parties.files[first]).state
+    assert evidence.wrong
+    assert not (state.folder / "run").exists()
+    with pytest.raises(WrongModel, match="not the merge"):  # nothing more is answered, to whatever run
+        Owner(run.parties.files[first]).answer(roll_call(run.parties))
+
+
+def test_43_a_candidate_that_is_not_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
+    """The last of five candidates is crafted; on none of them anything is measured."""
+
+    def detector(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        is_last = delivery.names == ("regmean@0.99",)
+        if delivery.kind == "correction":
+            return np.zeros_like(vector)
+        return vector_of(parties, delivery.layout, word_detector(parties)) if is_last else vector
+
+    run = cheat("regmean", detector)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]
+
+
+def test_122_a_published_model_with_a_backdoor_in_one_entry(
+    cheat: Callable[..., Cheat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def backdoor(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            head = delivery.layout.read(changed, "classifier.weight")
+            head[0, 0] += 1e-4 * float(np.linalg.norm(head))
+        return changed
+
+    run = cheat("average", backdoor)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]
+    first = next(iter(run.parties.files))
+    assert evidence_of(run.parties, first).wrong == ("1/mean/classifier.weight",)
+    assert explain_evidence(run.parties.files[first]) == WrongModel.exit_code
+    printed = capsys.readouterr().out
+    assert "1/mean/classifier.weight" in printed
+    assert "its signature is valid" in printed
+    assert "Those who checked it: hotel, cinema, phones." in printed
+
+
+def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(cheat: Callable[..., Cheat]) -> None:
+    def other(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        return vector * np.float32(1.001) if delivery.split == "test" else vector
+
+    run = cheat("regmean", other)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check", "metrics"]
+
+
+def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callable[..., Cheat]) -> None:
+    """Only the classifier is new in refit's candidate; the body was verified, and must stay as it is."""
+
+    def other_body(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            delivery.layout.read(changed, "bert.pooler.dense.bias")[0] += 1e-6
+        return changed
+
+    run = cheat("refit", other_body)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check", "step", "check"]
+
+
+def test_124_corrections_beyond_the_rounding_of_float32(cheat: Callable[..., Cheat]) -> None:
+    """A wrong model whose correction says by how much."""
+
+    def bent(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        return vector + np.float32(1e-3) if delivery.kind == "correction" else vector
+
+    run = cheat("average", bent)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]

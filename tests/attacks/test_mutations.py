@@ -67,7 +67,37 @@ DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
 
+VERIFICATION, OPENING, CHOSEN, VERIFYING = (
+    "test_verification.py",
+    "attacks/test_opening.py",
+    "attacks/test_chosen_models.py",
+    "attacks/test_verifying_owner.py",
+)
+
 TABLE = [
+    # 42, 43, 120 to 126: verified merges
+    Mutation(CHOSEN, "test_42_layers_that_are_not", "sums-of-shares-are-zero"),
+    Mutation(CHOSEN, "test_42_layers_that_are_not", "nothing-after-a-wrong-model"),
+    Mutation(CHOSEN, "test_43_a_candidate_that_is_not", "sums-of-shares-are-zero"),
+    Mutation(CHOSEN, "test_122_", "sums-of-shares-are-zero"),
+    Mutation(CHOSEN, "test_123_a_candidate_that_was", "tested-is-the-validated-candidate"),
+    Mutation(CHOSEN, "test_123_a_candidate_whose", "known-parts-are-the-same"),
+    Mutation(CHOSEN, "test_124_", "corrections-are-bounded"),
+    Mutation(VERIFICATION, "test_124_a_correction", "corrections-are-bounded"),
+    Mutation(VERIFICATION, "test_124_a_scale", "factors-are-positive"),
+    Mutation(VERIFICATION, "test_the_tolerance", "sums-of-shares-are-zero"),
+    Mutation(OPENING, "test_120_", "opened-uploads-are-those-signed", "is_signed = True"),
+    Mutation(OPENING, "test_121_", "opened-seeds-fit"),
+    Mutation(VERIFYING, "test_124_", "nonce-is-drawn-once"),
+    Mutation(VERIFYING, "test_124_", "nonce-is-drawn-after-the-models"),
+    Mutation(VERIFYING, "test_124_", "my-nonce-is-in-it"),
+    Mutation(VERIFYING, "test_124_", "deliveries-are-signed"),
+    Mutation(VERIFYING, "test_124_", "checked-by-all-contributors"),
+    Mutation(VERIFYING, "test_124_", "open-rounds-are-opened", "is_complete = side.is_complete"),
+    Mutation(VERIFYING, "test_124_", "nothing-is-measured-unverified"),
+    Mutation(VERIFYING, "test_124_", "contributions-are-deleted-once-verified"),
+    Mutation(VERIFYING, "test_126_", "published-totals-are-mine"),
+    Mutation(VERIFYING, "test_126_", "published-owners-verified"),
     # 1-7, 12, 13, 27: the key book
     Mutation(KEYS, "test_1_", "key-entries-are-signed"),
     Mutation(KEYS, "test_2_", "key-entries-are-signed"),
@@ -116,6 +146,9 @@ TABLE = [
     # the schedule: an owner answers the next event only
     Mutation(SCHEDULE, "test_the_next_event", "last-event-is-complete", "due = following"),
     Mutation(SCHEDULE, "test_an_owner_that_may_drop_out", "no-delivery-is-missed", "only_rounds = True"),
+    Mutation(
+        SCHEDULE, "test_an_owner_that_may_drop_out_misses", "no-check-is-missed", "return isinstance(event, Round)"
+    ),
     Mutation(SCHEDULE, "test_owners_may_drop_out", "dropouts-are-agreed", "owners_may_drop_out=True,"),
     Mutation(OWNERS, "test_an_owner_answers_only", "round-is-the-next-event"),
     Mutation(OWNERS, "test_an_owner_answers_only", "delivery-is-the-next-event"),

@@ -16,6 +16,8 @@ from common.messages import (
     Acknowledgements,
     BurnSession,
     CandidatePart,
+    CorrectionPart,
+    Draw,
     KeyShares,
     MergedStepPart,
     Message,
@@ -25,6 +27,7 @@ from common.messages import (
     RollCall,
     ScalesPart,
     SurvivorList,
+    UploadsOpened,
 )
 from common.schedule import Round, schedule_of
 from server.checkpoint import Checkpoint
@@ -98,14 +101,14 @@ def one_may_drop_out(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()
-    with parties_of(consortium, output) as made:
+    with parties_of(consortium, output, verified=True) as made:
         yield made
 
 
 @pytest.fixture
 def several_rounds(consortium: Path, tmp_path: Path) -> Iterator[Parties]:
     (tmp_path / ".amalgram").touch()
-    with parties_of(consortium, tmp_path) as made:
+    with parties_of(consortium, tmp_path, verified=True) as made:
         yield made
 
 
@@ -114,7 +117,7 @@ def undisturbed(consortium: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """The same parties after a run that nothing disturbed."""
     output = tmp_path_factory.mktemp("undisturbed")
     (output / ".amalgram").touch()
-    with parties_of(consortium, output) as made:
+    with parties_of(consortium, output, verified=True) as made:
         run_merge(made.coordinator, OwnersChannel(made.files))
         yield made
 
@@ -153,7 +156,18 @@ def test_a_coordinator_that_is_killed_when_some_owners_have_their_message_resume
     one; by all. Its sums lie on the disk, those of the undisturbed run in memory.
     """
     monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 1000)
-    for kind in (KeyShares, Acknowledgements, MergedStepPart, CandidatePart, Result, Receipts):
+    kinds = (
+        KeyShares,
+        Acknowledgements,
+        MergedStepPart,
+        Draw,
+        CorrectionPart,
+        UploadsOpened,
+        CandidatePart,
+        Result,
+        Receipts,
+    )
+    for kind in kinds:
         with pytest.raises(Killed):
             run_merge(several_rounds.coordinator, KilledAt(several_rounds.files, kind, 1))
     again = OwnersChannel(several_rounds.files)
@@ -168,7 +182,7 @@ def in_32_bits(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()
-    with parties_of(consortium, output) as made:
+    with parties_of(consortium, output, verified=True) as made:
         yield made
 
 
@@ -207,9 +221,10 @@ def test_a_run_in_32_bits_resumes_within_and_between_its_two_rounds(in_32_bits: 
     assert [(each.kind, each.split) for each in report.rounds] == [
         ("scales", None),
         ("contribution", None),
+        ("check", None),
         ("metrics", "test"),
     ]
-    assert [each.destroyed for each in report.rounds] == [True, True, False]
+    assert [each.destroyed for each in report.rounds] == [True, True, False, False]
     assert report.rounds[0].owners == report.rounds[1].owners
     assert not any((in_32_bits.folder / "state" / name / "run").exists() for name in ("hotel", "cinema", "phones"))
 

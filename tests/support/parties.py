@@ -9,6 +9,7 @@ from pathlib import Path
 
 from client.owner import Owner
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
+from common.agreement.tables import Verification
 from common.identity import Identity
 from common.messages import Message, Packet
 from common.models.loading import load_base
@@ -70,9 +71,14 @@ def _digest_of_files(folder: Path) -> str:
 
 
 @contextmanager
-def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
-    """The parties of a consortium, as a simulation sets them up."""
+def parties_of(consortium: Path, output: Path, *, verified: bool = False) -> Iterator[Parties]:
+    """The parties of a consortium, as a simulation sets them up.
+
+    Unless merges are `verified`, tests can send owners models that are no merges, to see what else they check.
+    """
     draft = load_settings(consortium / "agreement.toml", AgreementDraft)
+    if not verified:
+        draft = draft.model_copy(update={"verification": Verification(required=False)})
     base = consortium / "base"
     identities = identities_of((*draft.owner_names, COORDINATOR))
     agreement, plan = completed(draft, base)
@@ -91,7 +97,9 @@ def parties_of(consortium: Path, output: Path) -> Iterator[Parties]:
 
 
 @contextmanager
-def parties_with_method(reviews_folder: Path, folder: Path, method: str) -> Iterator[Parties]:
+def parties_with_method(
+    reviews_folder: Path, folder: Path, method: str, *, verified: bool = False
+) -> Iterator[Parties]:
     """The example's parties, who agreed on this one method."""
     consortium = folder / "consortium"
     shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
@@ -99,7 +107,7 @@ def parties_with_method(reviews_folder: Path, folder: Path, method: str) -> Iter
     text = path.read_text().replace('method = "regmean"', f'method = "{method}"')
     text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
     path.write_text(text.replace("[task_arithmetic]", "[refit]\nbalances = [0.0]\n\n[task_arithmetic]"))
-    with parties_of(consortium, folder / "output") as parties:
+    with parties_of(consortium, folder / "output", verified=verified) as parties:
         yield parties
 
 

@@ -1,0 +1,317 @@
+"""An owner's part in verifying what it is sent: nothing is measured on a model before it is known to be the merge.
+
+The mathematics and the order of what is drawn are in common/verification.py; the sum that everybody opens is in
+common/summation/masked/opening.py. An owner that finds a model wrong keeps what proves it, forgets the run and answers
+nothing more under the agreement.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.context import OwnerContext
+from client.records import Record
+from client.state import (
+    DrawnRecord,
+    ReceivedRecord,
+    RoundKind,
+    SummedRecord,
+    TotalRecord,
+    delivered_array,
+    merged_step_array,
+    own_array,
+)
+from common import scaling
+from common.agreement import COORDINATOR
+from common.certificates import Delivered, deliveries_digest
+from common.domain_separation import Domain
+from common.errors import LocalProtocolError, RemoteProtocolError, WrongModel
+from common.identity import verify
+from common.mapped import release
+from common.messages import CorrectionPart, Draw, Drawn, Message, OpeningChecked, UploadsOpened
+from common.metrics import read_total
+from common.models.delta import VectorDelta
+from common.publication import SignedMean
+from common.schedule import Delivery, Round
+from common.summation import fixed_point
+from common.summation.masked.book import Book
+from common.summation.masked.opening import opened_total
+from common.summation.masked.owner import MaskedOwner
+from common.summation.own_part import OwnPart
+from common.summation.protocol import OwnerSide, Total
+from common.summation.records import Nonce, Survivor
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorLayout
+from common.verification import Challenge, Claim, NotTheMerge, combination_seed, projection_seed, wrong_claims
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SOURCES: Final = ("scales", "contribution", "step")  # the rounds from whose totals models are merged
+OPEN: Final = ("check", "metrics")  # the rounds that every owner opens, where merges are verified
+
+
+class Evidence(Record):
+    """What proves that the coordinator sent a model that is not the merge.
+
+    The coordinator signed everything that it delivered, the owners signed whose vectors were summed and which they were
+    (`survivors`), and the opened `uploads` do not add up to zero. All bytes are in hexadecimal.
+    """
+
+    agreement_digest: str
+    run: str
+    wrong: tuple[str, ...]
+    delivered: tuple[ReceivedRecord, ...]
+    signature: str
+    request: dict[str, str | int] | None = None
+    survivors: str = ""
+    seeds: str = ""
+    uploads: str = ""
+
+
+# --- before the check ---
+
+
+def draw(owner: OwnerContext, message: Draw) -> Message:
+    """Draw this owner's nonce, now that it has the models: once, whoever asks again."""
+    run, schedule = owner.state.run, owner.schedule
+    schedule.delivery_at(message.position, "correction")
+    schedule.check_follows(
+        message.position, run.begun, is_complete=run.is_complete
+    )  # check: nonce-is-drawn-after-the-models
+    drawn = run.drawn
+    if drawn is None or drawn.position != message.position:  # check: nonce-is-drawn-once
+        drawn = DrawnRecord(
+            position=message.position, delivered=deliveries_digest(run.delivered), nonce=secrets.token_hex(32)
+        )
+        owner.state.update_run(drawn=drawn)
+    return Drawn(run=message.run, owner=owner.name, position=message.position, nonce=drawn.nonce)
+
+
+def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
+    """Raise RemoteProtocolError unless the correction follows from this owner's own nonce, too."""
+    drawn, me = owner.state.run.drawn, owner.agreement.owner_names.index(owner.name)
+    nonces = {each.owner: each.nonce.hex() for each in Nonce.unpack_all(message.nonces)}
+    mine = drawn.nonce if drawn is not None and drawn.position == message.position else ""
+    if nonces.get(me) != mine:  # check: my-nonce-is-in-it
+        raise RemoteProtocolError("the coordinator sent corrections that do not follow from this owner's nonce")
+
+
+def take_correction(owner: OwnerContext, message: CorrectionPart, received: ReceivedRecord) -> None:
+    """Keep from which nonces a whole correction follows, and the coordinator's signature under all its deliveries."""
+    run = owner.state.run
+    last = Delivered(position=received.position, model=received.model, digest=received.digest)
+    body = bytes.fromhex(deliveries_digest([*run.delivered, last]))
+    key = bytes.fromhex(owner.agreement.coordinator.public_key)
+    session = bytes.fromhex(message.run)
+    verify(key, Domain.SIGN_DELIVERIES, session, COORDINATOR, body, message.signature)  # check: deliveries-are-signed
+    assert run.drawn is not None  # `check_nonces` was asked before
+    changes = {"nonces": message.nonces.hex(), "signature": message.signature.hex()}
+    owner.state.update_run(drawn=run.drawn.model_copy(update=changes))
+
+
+def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRecord) -> None:
+    """A candidate that no check will prove must be one that was proved before, bit for bit."""
+    schedule, run = owner.schedule, owner.state.run
+    if any(delivery.position == claim.delivery for each in schedule.rounds for claim in each.claims):
+        return
+    before = [(each.model, each.digest) for each in run.received if each.position in run.verified]
+    if (received.model, received.digest) not in before:  # check: tested-is-the-validated-candidate
+        _condemn(owner, [f"{received.model}, which is not the candidate that was validated"], {})
+    owner.state.update_run(verified=(*run.verified, delivery.position))
+
+
+def check_all_verified(owner: OwnerContext, round_: Round) -> None:
+    """Raise LocalProtocolError if something that was sent before a round is yet to be verified."""
+    if not owner.agreement.is_verified or round_.kind not in ("step", "metrics"):
+        return
+    run, schedule = owner.state.run, owner.schedule
+    received = {each.position for each in run.received}
+    for delivery in schedule.of_kind("merged_step", "candidate"):
+        position = delivery.position
+        if (
+            position in received and delivery.layout.size and position not in run.verified
+        ):  # check: nothing-is-measured-unverified
+            raise LocalProtocolError(f"{delivery.name} was not verified")
+
+
+# --- the check ---
+
+
+def contributors(owner: OwnerContext) -> tuple[str, ...]:
+    """The owners whose contributions are merged, as this owner signed. Raises RemoteProtocolError if it did not."""
+    summed = owner.state.run.summed
+    if not summed:
+        raise RemoteProtocolError("the coordinator asked for a check of a merge that holds nothing of this owner")
+    return summed[-1].owners
+
+
+def keep_own(owner: OwnerContext, position: int, side: MaskedOwner) -> None:
+    """Keep what this owner contributed, and with whom, until what is merged from it is verified."""
+    names = tuple(side.terms.name_of(each.owner) for each in Survivor.unpack_all(side.survivors))
+    others = tuple(each for each in owner.state.run.summed if each.position != position)
+    owner.state.keep_array("vector", under=own_array(position))
+    owner.state.update_run(summed=(*others, SummedRecord(position=position, owners=names)))
+
+
+def shares(owner: OwnerContext, round_: Round, book: Book) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """What this owner adds to a check, in the order of its layout; `book` is that of the check's session."""
+    run, schedule = owner.state.run, owner.schedule
+    present = tuple(owner.agreement.owner_names[index] for index in book.entries)
+    if present != contributors(owner):  # check: checked-by-all-contributors
+        raise RemoteProtocolError("the coordinator made a check without all owners whose contributions are merged")
+    drawn = run.drawn
+    assert drawn is not None  # the schedule has the corrections before the check
+    correction = schedule.delivery_at(round_.position - 1, "correction")
+    challenge = Challenge(
+        claims=round_.claims,
+        rho_seed=projection_seed(drawn.delivered, bytes.fromhex(drawn.nonces)),
+        combination_seed=combination_seed(book.digest),
+        sent=np.array(owner.state.open_array(delivered_array(correction.position), correction.layout.size, "<f4")),
+    )
+    try:
+        for claim in round_.claims:
+            _check_known(owner, claim)
+            yield from challenge.shares(claim, _delta(owner, claim.delivery), _own(owner, claim.source))
+    except NotTheMerge as violation:
+        _condemn(owner, [violation.message], {})
+
+
+def open_uploads(owner: OwnerContext, kind: RoundKind, side: OwnerSide, message: UploadsOpened) -> Message:
+    """Add up an open sum. Raises WrongModel if it shows that something that was sent is not the merge."""
+    if not isinstance(side, MaskedOwner) or not side.terms.is_open:
+        raise RemoteProtocolError("the coordinator opened a sum that is not open to all owners")
+    run, request = owner.state.run, side.terms.request
+    reply = OpeningChecked(session=message.session, owner=owner.name)
+    if message.session != request.session:
+        raise RemoteProtocolError("the coordinator opened another sum than the last one")
+    if request.position != run.begun or run.is_complete:
+        return reply  # asked again
+    total, round_ = opened_total(side, message), owner.schedule.round_at(request.position)
+    if kind == "check":
+        _check_claims(owner, round_, total, side, message)
+        verified = (*run.verified, *(claim.delivery for claim in round_.claims))
+        owner.state.update_run(verified=verified, is_complete=True)
+        _delete_proved(owner, round_)
+    else:
+        assert round_.split is not None
+        scores = read_total(owner.agreement, round_.split, round_.models, total.vector)
+        totals = tuple(
+            TotalRecord(split=round_.split, model=model, metrics=SignedMean.of(score).model_dump_json())
+            for model, score in scores.items()
+        )
+        owner.state.update_run(totals=(*run.totals, *totals), is_complete=True)
+    return reply
+
+
+def _check_claims(owner: OwnerContext, round_: Round, total: Total, side: MaskedOwner, message: UploadsOpened) -> None:
+    wrong = wrong_claims(round_.claims, total)
+    if wrong:
+        opened = {
+            "request": vars(side.terms.request),
+            "survivors": side.survivors.hex(),
+            "seeds": message.seeds.hex(),
+            "uploads": message.payload.tobytes().hex(),
+        }
+        _condemn(owner, wrong, opened)
+
+
+def _delete_proved(owner: OwnerContext, round_: Round) -> None:
+    """Delete what this owner contributed, as far as no later check needs it, and the corrections."""
+    owner.state.delete_array(delivered_array(round_.position - 1))
+    for each in owner.state.run.summed:
+        last = owner.schedule.last_check_of(each.position)
+        if last is None or last <= round_.position:  # check: contributions-are-deleted-once-verified
+            owner.state.delete_array(own_array(each.position))
+
+
+# --- a model that is wrong ---
+
+
+def check_no_evidence(owner: OwnerContext) -> None:
+    """Raise WrongModel if a model that was sent under this agreement was not the merge."""
+    path = owner.state.evidence(owner.agreement.digest())
+    if path is not None:  # check: nothing-after-a-wrong-model
+        raise _wrong_model(path)
+
+
+def _condemn(owner: OwnerContext, wrong: list[str], opened: Mapping[str, object]) -> None:
+    """Keep the evidence, forget the run, and raise WrongModel."""
+    run = owner.state.run
+    evidence = Evidence(
+        agreement_digest=run.agreement_digest,
+        run=run.run,
+        wrong=tuple(wrong),
+        delivered=run.received,
+        signature=run.drawn.signature if run.drawn is not None else "",
+        **opened,  # type: ignore[arg-type]
+    )
+    path = owner.state.write_evidence(run.agreement_digest, evidence)
+    owner.state.end_run()
+    raise _wrong_model(path, wrong[0])
+
+
+def _wrong_model(path: Path, wrong: str = "") -> WrongModel:
+    about = f" ({wrong})" if wrong else ""
+    return WrongModel(
+        f"the model that the coordinator sent is not the merge of what was contributed{about}; nothing was measured on "
+        "it",
+        hint=f"show {path} to the other owners (amalgram verify OWNER.toml explains it); under this agreement, nothing "
+        "more is answered",
+    )
+
+
+# --- what the parts share ---
+
+
+def _delta(owner: OwnerContext, position: int) -> VectorDelta:
+    """What was delivered at a position of the schedule."""
+    delivery = owner.schedule.events[position]
+    assert isinstance(delivery, Delivery)
+    return VectorDelta(owner.workbench.plan, _array(owner, delivery))
+
+
+def _array(owner: OwnerContext, delivery: Delivery) -> tuple[TensorLayout, NDArray[np.float32]]:
+    name = delivered_array(delivery.position)
+    if delivery.kind == "merged_step":
+        assert delivery.method is not None
+        assert delivery.step is not None
+        name = merged_step_array(delivery.method, delivery.step)
+    return delivery.layout, owner.state.open_array(name, delivery.layout.size, "<f4")
+
+
+def _check_known(owner: OwnerContext, claim: Claim) -> None:
+    """Raise NotTheMerge unless a candidate has everything that was merged before it, bit for bit."""
+    if not claim.known:
+        return
+    candidate, method = _delta(owner, claim.delivery), owner.schedule.events[claim.delivery].method
+    steps = owner.schedule.deliveries("merged_step", method=method)
+    before = VectorDelta(owner.workbench.plan, *(_array(owner, each) for each in steps if each.layout.size))
+    for name in claim.known:
+        if not _are_same_bits(candidate[name], before[name]):  # check: known-parts-are-the-same
+            raise NotTheMerge(f"the coordinator sent a candidate whose {name} is not what was merged before")
+
+
+def _are_same_bits(first: "Tensor", second: "Tensor") -> bool:
+    return first.numpy().tobytes() == second.numpy().tobytes()
+
+
+def _own(owner: OwnerContext, source: int) -> SummedTensors:
+    """What this owner contributed to a round, as it decodes from its own vector."""
+    layout = owner.schedule.events[source].layout
+    names = contributors(owner)
+    words = owner.state.open_array(own_array(source), layout.size, "<u8")
+    release(words)
+    roster_size = len(owner.agreement.owners)
+    part = OwnPart(layout=layout, encoded=fixed_point.numbers(layout, words), owners=names, roster_size=roster_size)
+    if layout.ring_bits == 64:
+        return part
+    whole = owner.workbench.contribution_layout()
+    scales_layout = scaling.exponents_layout(whole)
+    exponents = np.array(owner.state.open_array("scales", scales_layout.size, "<f4"))
+    measured = _own(owner, owner.schedule.find("scales").position)
+    return scaling.RescaledTotal(scaled=part, measured=measured, scales=scaling.Scales(whole, exponents))

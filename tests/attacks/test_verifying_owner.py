@@ -1,0 +1,205 @@
+"""Attacks 123, 124 and 126: a coordinator that tries each shortcut around the check of one honest run.
+
+One owner is sent every message that must be refused, just before the honest one in its place. At the end the run has
+succeeded, so the owner refused those and nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from client import verification
+from client.owner import Owner
+from common.certificates import deliveries_digest, result_body
+from common.domain_separation import Domain
+from common.errors import AmalgramError, ConsentError, LocalProtocolError, RemoteProtocolError
+from common.messages import (
+    CorrectionPart,
+    Draw,
+    KeyBook,
+    Message,
+    OpenSum,
+    Result,
+    UploadsOpened,
+)
+from common.publication import read_publication
+from common.schedule import Round, Schedule, schedule_of
+from common.summation.masked.book import Book
+from common.summation.protocol import SumTerms
+from common.summation.records import KeyEntry, Nonce
+from server.merge import run_merge
+from tests.support.owner_process import opening_of
+from tests.support.parties import OwnersChannel, Parties, parties_with_method
+
+FIRST = 0  # the node of the owner that is attacked
+
+
+@dataclass
+class Attempt:
+    """What an owner was asked, and why it must refuse."""
+
+    request: Message
+    error: type[AmalgramError]
+    says: str
+
+
+class TryingChannel(OwnersChannel):
+    """Sends the first owner what `attempts` makes of a message, before the message itself."""
+
+    def __init__(self, parties: Parties) -> None:
+        super().__init__(parties.files)
+        self.parties = parties
+        self.schedule: Schedule = schedule_of(parties.agreement, parties.plan)
+        self.tried: list[str] = []
+        self.checks: dict[type[Message], Callable[[Owner, Message], None]] = {}
+        self.attempts: dict[type[Message], Callable[[Message], Iterator[Attempt]]] = {}
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        if node == FIRST:
+            if type(request) in self.checks:
+                self.checks[type(request)](self.owner, request)
+            for attempt in self.attempts.get(type(request), lambda _: iter(()))(request):
+                with pytest.raises(attempt.error, match=attempt.says):
+                    super().answer(node, attempt.request)
+                self.tried.append(attempt.says)
+        return super().answer(node, request)
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.files[FIRST])
+
+    @property
+    def check(self) -> Round:
+        return self.schedule.find("check")
+
+    def opening(self, position: int) -> OpenSum:
+        owner = self.owner
+        return opening_of(
+            self.parties,
+            self.schedule.round_at(position),
+            owner.ledger.next_round,
+            owner.state.run.delivered,
+            owner.state.run.run,
+        )
+
+
+@pytest.fixture
+def trying(reviews_folder: Path, tmp_path: Path) -> Iterator[TryingChannel]:
+    """An agreement on the plain average, whose models are verified."""
+    with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
+        (parties.output / ".amalgram").touch()
+        yield TryingChannel(parties)
+
+
+@contextmanager
+def as_if(owner: Owner, **changes: object) -> Iterator[None]:
+    """The owner's run with other fields, for a moment."""
+    before = owner.state.run
+    owner.state.update_run(**changes)
+    yield
+    owner.state.update_run(**{name: getattr(before, name) for name in changes})
+
+
+def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: TryingChannel) -> None:
+    parties, metrics = trying.parties, trying.schedule.events[-1].position
+    drawn: list[Message] = []
+
+    def before_draw(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, Draw)
+        skipped = "went on with sum of test metrics, but correction is due"
+        yield Attempt(trying.opening(metrics), RemoteProtocolError, skipped)
+
+    def before_correction(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, CorrectionPart)
+        again = [trying.owner.answer(Draw(**{**vars(DRAW[0]), "position": request.position})) for _ in range(2)]
+        assert again[0] == again[1]
+        drawn.extend(again)
+        nonces = Nonce.unpack_all(request.nonces)
+        other = Nonce.pack_all([replace(each, nonce=bytes(32)) for each in nonces])
+        without = Nonce.pack_all(nonces[1:])
+        for changed in (other, without):
+            says = "do not follow from this owner's nonce"
+            yield Attempt(replace(request, nonces=changed), RemoteProtocolError, says)
+        yield Attempt(replace(request, signature=bytes(64)), RemoteProtocolError, "signature")
+
+    DRAW: list[Draw] = []
+
+    def note_draw(owner: Owner, request: Message) -> None:
+        assert isinstance(request, Draw)
+        DRAW.append(request)
+
+    def try_other_owners(owner: Owner, request: Message) -> None:
+        """A key book of others than those who contributed: the shares would not add up to zero."""
+        assert isinstance(request, KeyBook)
+        kept = owner.state.open_round
+        assert kept is not None
+        if kept.kind != "check":
+            return
+        names = parties.agreement.owner_names
+        terms = SumTerms(
+            request=kept.open_sum, layout=trying.check.layout, roster=parties.agreement.roster, needed_owners=2
+        )
+        entries = KeyEntry.unpack_all(request.entries)
+        fewer = Book(terms, KeyEntry.pack_all(entries[: len(names) - 1]))
+        with pytest.raises(RemoteProtocolError, match="without all owners whose contributions are merged"):
+            next(verification.shares(owner, trying.check, fewer))
+        trying.tried.append("fewer owners")
+
+    def before_opening(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, UploadsOpened)
+        kept = trying.owner.state.open_round
+        assert kept is not None
+        if kept.kind == "check":
+            says = "went on with sum of test metrics, but sum of check shares is due"
+            yield Attempt(trying.opening(metrics), RemoteProtocolError, says)
+
+    def before_metrics(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, OpenSum)
+        if request.position != metrics:
+            if trying.schedule.round_at(request.position).kind == "contribution":
+                early = Draw(
+                    run=request.run, agreement_digest=request.agreement_digest, position=trying.check.position - 1
+                )
+                yield Attempt(early, RemoteProtocolError, "went on with correction, but sum of contributions is due")
+            return
+        owner = trying.owner
+        folder = owner.state.folder / "run"
+        assert not list(folder.glob("own-*.bin"))  # what was contributed is proved, and deleted
+        with as_if(owner, verified=()):
+            yield Attempt(request, LocalProtocolError, "was not verified")
+
+    trying.checks = {Draw: note_draw, KeyBook: try_other_owners}
+    trying.attempts = {
+        Draw: before_draw,
+        CorrectionPart: before_correction,
+        UploadsOpened: before_opening,
+        OpenSum: before_metrics,
+    }
+    run_merge(parties.coordinator, trying)
+    assert len(trying.tried) == 8
+    assert (parties.output / "model").is_dir()
+
+
+def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChannel) -> None:
+    identity = trying.parties.identities["coordinator"]
+
+    def before_result(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, Result)
+        publication = read_publication(request.publication)
+        better = {name: mean.model_copy(update={"accuracy": 1.0}) for name, mean in publication.test.items()}
+        for changes, error, says in (
+            ({"test": better}, ConsentError, "other test metrics than the totals that this owner added up"),
+            ({"owners": publication.owners[:2]}, RemoteProtocolError, "other owners than those"),
+        ):
+            content = publication.model_copy(update=changes).canonical_bytes()
+            digest = deliveries_digest(trying.owner.state.run.delivered)
+            body = result_body(trying.parties.agreement, request.model, request.model_digest, digest, content)
+            signature = identity.sign(Domain.SIGN_RESULT, bytes.fromhex(request.run), body)
+            yield Attempt(replace(request, publication=content, signature=signature), error, says)
+
+    trying.attempts = {Result: before_result}
+    run_merge(trying.parties.coordinator, trying)
+    assert len(trying.tried) == 2
