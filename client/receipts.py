@@ -6,7 +6,7 @@ Of the metrics it can check its own and, where merges are verified, the totals; 
 
 from client.context import OwnerContext
 from client.state import ResultRecord, TestedRecord
-from client.verification import contributors
+from client.verification import check_was_shown, contributors
 from common.certificates import body_of, check_receipts, check_result, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
@@ -50,6 +50,7 @@ def sign_result(owner: OwnerContext, message: Result) -> Message:
 
 def _check_was_tested(owner: OwnerContext, message: Result, publication: Publication) -> None:
     """The result is of the agreed method, and it and its files are the model that this owner tested."""
+    check_was_shown(owner)
     run = owner.state.run
     delivered = run.delivered
     if message.deliveries_digest != deliveries_digest(delivered):  # check: result-names-all-models

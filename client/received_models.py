@@ -82,6 +82,7 @@ def _begin(owner: OwnerContext, message: DeliveryPart, model: str) -> TensorLayo
     elif model not in delivery.names:  # check: model-is-agreed
         raise ConsentError(f"the coordinator sent a model {model!r} that was not agreed")
     if not _was_taken(owner, message.position):
+        verification.check_was_shown(owner)
         schedule.check_follows(
             message.position, run.begun, is_complete=run.is_complete
         )  # check: delivery-is-the-next-event

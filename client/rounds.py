@@ -36,6 +36,7 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
         raise RemoteProtocolError(
             f"the coordinator opened the {round_.name} after sending other models than those sent to this owner"
         )
+    verification.check_was_shown(owner)
     verification.check_all_verified(owner, round_)
     terms = _terms(owner, message, round_.layout, round_.kind)
     contributed = None if round_.kind in ("check", "metrics") else owner.contributed()

@@ -41,6 +41,7 @@ from common.summation import fixed_point
 from common.summation.masked.book import Book
 from common.summation.masked.opening import opened_total
 from common.summation.masked.owner import MaskedOwner
+from common.summation.masked.phases import Phase
 from common.summation.own_part import OwnPart
 from common.summation.protocol import OwnerSide, Total
 from common.summation.records import Nonce, Survivor
@@ -123,6 +124,17 @@ def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRe
     if (received.model, received.digest) not in before:  # check: tested-is-the-validated-candidate
         _condemn(owner, [f"{received.model}, which is not the candidate that was validated"], {})
     owner.state.update_run(verified=(*run.verified, delivery.position))
+
+
+def check_was_shown(owner: OwnerContext) -> None:
+    """Raise RemoteProtocolError if this owner helped to open a sum that is open to all, and was not shown it."""
+    run, kept = owner.state.run, owner.state.open_round
+    if not owner.agreement.is_verified or kept is None or kept.kind not in OPEN or run.is_complete:
+        return
+    if (
+        kept.open_sum.position == run.begun and kept.side.get("phase") == Phase.UNMASKING
+    ):  # check: opened-sums-are-shown-to-all
+        raise RemoteProtocolError("the coordinator goes on without showing this owner the sum that it helped to open")
 
 
 def check_all_verified(owner: OwnerContext, round_: Round) -> None:

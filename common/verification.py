@@ -23,7 +23,8 @@ float32. So what passes is the merge, to the rounding of float32.
 
 The tolerance. With u = 2^-53, what an honest sum may be off by is bounded, for each equation, by a multiple of
 
-    S = sum_i |s|^T (|A_i| |D| |rho| + |B_i| |rho|)          added over the columns; it travels with the shares
+    S = sum_i |s|^T (|A_i| |D| |rho| + |B_i| |rho|)          added over the columns; it travels with the shares, each
+                                                            owner's part rounded up to a power of two
 
     2^-48 S twice              R and c are rounded to float32, 24 bits below D
     (n + 2) u S                the solve, which leaves no larger residual in a row (normal_equations.solve_symmetric)
@@ -49,7 +50,7 @@ from numpy.typing import NDArray
 from common.domain_separation import Domain
 from common.errors import NumericalError, RemoteProtocolError
 from common.lazy import lazy_module
-from common.merge_methods.equations import Equation, times
+from common.merge_methods.equations import LARGEST_FACTOR, LEAST_FACTOR, Equation, times
 from common.summation import mask_stream
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -66,7 +67,6 @@ LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
 LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
-MAX_OPENED_BYTES = 1_000_000  # what one owner adds to a sum that every owner opens
 CHECK_KINDS = {"check": "whether the models that were sent solve the merge's equations, with {their} part of each"}
 
 
@@ -180,7 +180,7 @@ class Challenge:
         for name, equation in claim.named():
             sent = torch.from_numpy(self._layout.read(self.sent, name).astype(np.float64))
             factor = float(self._layout.read(self.sent, f"{name}/factor")[0]) if equation.is_scaled else 1.0
-            if not 0 < factor < np.inf:  # check: factors-are-positive
+            if not LEAST_FACTOR <= factor <= LARGEST_FACTOR:  # check: factors-are-bounded
                 raise NotTheMerge(f"the coordinator sent a factor of {factor} for {name}")
             part = equation.part_of(delta).double()  # (n, m)
             rho = rho_of(self.rho_seed, name, equation)  # (m, columns)
@@ -211,7 +211,9 @@ def _shares(
     shares = (test * residual).sum(dim=0)
     reach = part.abs() @ rho.abs() + SUBNORMAL * rho.abs().sum(dim=0)
     sizes = times(left.abs(), reach) + right.abs() @ rho.abs()
-    return torch.cat([shares, (test.abs() * sizes).sum()[None]])
+    scale = (test.abs() * sizes).sum()
+    coarse = torch.exp2(torch.ceil(torch.log2(scale))) if scale > 0 else scale  # check: scales-are-coarse
+    return torch.cat([shares, coarse[None]])
 
 
 def tolerance(shape: tuple[int, int], scale: float) -> float:

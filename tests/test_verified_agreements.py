@@ -40,13 +40,21 @@ def test_a_masked_merge_is_verified_unless_one_line_says_otherwise(tmp_path: Pat
     assert not draft(tmp_path, '[summation]\nkind = "plain"\n').is_verified
 
 
+def test_in_a_sparse_graph_of_owners_nothing_is_verified(tmp_path: Path) -> None:
+    """There an owner does not know all owners' commitments, so it could be shown a false sum."""
+    more = "".join(f'[[owners]]\nname = "o{number}"\n' for number in range(148))
+    assert not draft(tmp_path, more).is_verified
+    with pytest.raises(SettingsError, match="at most 150 owners can verify a merge, there are 151"):
+        draft(tmp_path, "[verification]\nrequired = true\n" + more)
+
+
 @pytest.mark.parametrize(
     ("tables", "says"),
     [
         ('[verification]\nrequired = true\n[summation]\nkind = "plain"\n', "a plain sum cannot be verified"),
         ("[publish]\nadapter_rank = 8\n", "what is cut to an adapter cannot be verified yet"),
-        ("[regmean]\nridge = 0\n", "regmean.ridge = 0: must be at least 1e-08"),
-        ("[data_free]\nridge = 1e-9\n", "data_free.ridge = 1e-09: must be at least 1e-08"),
+        ("[regmean]\nridge = 0\n", "regmean.ridge = 0: must be at least 1e-06"),
+        ("[data_free]\nridge = 1e-9\n", "data_free.ridge = 1e-09: must be at least 1e-06"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(tmp_path: Path, tables: str, says: str) -> None:

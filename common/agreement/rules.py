@@ -8,9 +8,9 @@ from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED
 from common.names import TAKEN_NAMES
 from common.text import alike
-from common.thresholds import quorum
+from common.thresholds import MAX_COMPLETE, quorum
 
-LEAST_RIDGE = 1e-8  # with less, a Gram may be singular to rounding, and its merge not unique
+LEAST_RIDGE = 1e-6  # with less, a Gram may be singular to rounding, and its merge not unique
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
 
@@ -130,6 +130,12 @@ def verified_merges_can_be_verified(draft: DraftTables) -> None:
     """A check needs a masked sum, equations with one solution, and a model that travels as it was solved."""
     if draft.summation.kind == "plain" and draft.verification.required:
         raise RuleError("verification.required = true: a plain sum cannot be verified", hint="leave it out")
+    if len(draft.owners) > MAX_COMPLETE and draft.verification.required:
+        raise RuleError(
+            f"verification.required = true: at most {MAX_COMPLETE} owners can verify a merge, there are "
+            f"{len(draft.owners)}",
+            hint="leave it out",
+        )
     if not draft.is_verified:
         return
     for name in draft.methods:

@@ -12,7 +12,7 @@ from common.merge_methods.terms import Weighting
 from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probability, Settings, matching
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
-from common.thresholds import quorum
+from common.thresholds import MAX_COMPLETE, quorum
 
 COORDINATOR = "coordinator"  # the name of the party that no owner may have
 
@@ -275,8 +275,9 @@ class DraftTables(MethodTables):
 
     @property
     def is_verified(self) -> bool:
-        """Whether owners verify every merged model."""
-        return self.summation.kind == "masked" and self.verification.required is not False
+        """Whether owners verify every merged model. In a sparse graph, an owner does not know all owners' masks."""
+        is_complete = len(self.owners) <= MAX_COMPLETE  # check: verified-sums-are-complete
+        return self.summation.kind == "masked" and is_complete and self.verification.required is not False
 
     @property
     def quorum(self) -> int:

@@ -27,12 +27,17 @@ else:
     torch = lazy_module("torch")
 
 
+# What a free factor may be. With a smaller one, a classifier would be the base's but for the last bits of float32, and
+# whoever chooses these chooses the decisions: they do not depend on how large the scores are.
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-4, 2.0**12
+
+
 @dataclass(frozen=True, kw_only=True)
 class Equation(ABC):
     """One equation: about a part of D with `shape` (n, m).
 
     `by_entry`: A is diagonal and the equation holds for each entry of D alone, which is then one column, (n, 1).
-    `is_scaled`: B has a free positive factor, which the coordinator names.
+    `is_scaled`: B has a factor that the coordinator names, from LEAST_FACTOR to LARGEST_FACTOR.
     """
 
     name: str

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import inf
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -34,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from common.lazy import lazy_module
-from common.merge_methods.equations import Equation
+from common.merge_methods.equations import LARGEST_FACTOR, LEAST_FACTOR, Equation
 from common.merge_methods.method import METHODS, Measurement, MultiRoundMethod, SingleRoundMethod, Step, register
 from common.merge_methods.normal_equations import add_ridge, solve_symmetric, spectrum
 from common.merge_methods.regmean import MAX_ROWS_PER_EXAMPLE
@@ -296,11 +295,11 @@ def class_weights(targets: Tensor, balance: float) -> Tensor:
 def _scale(gram: Tensor, fitted: Tensor, squared_scores: float) -> float:
     """The factor that makes the fitted scores, squared and summed over all rows, as large as the own models' scores.
 
-    It travels to the owners, so it is one that float32 holds.
+    It travels to the owners, so it is one that float32 holds and that they accept.
     """
     size = float((fitted * (gram @ fitted)).sum())
     factor = float(np.float32((squared_scores / size) ** 0.5)) if size > 0 and squared_scores > 0 else 1.0
-    return factor if 0 < factor < inf else 1.0
+    return min(max(factor, LEAST_FACTOR), LARGEST_FACTOR)
 
 
 REFIT = register(Refit())

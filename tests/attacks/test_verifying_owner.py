@@ -28,8 +28,9 @@ from common.messages import (
 from common.publication import read_publication
 from common.schedule import Round, Schedule, schedule_of
 from common.summation.masked.book import Book
-from common.summation.protocol import SumTerms
+from common.summation.protocol import SumTerms, Total
 from common.summation.records import KeyEntry, Nonce
+from server.coordinator import Coordinator
 from server.merge import run_merge
 from tests.support.owner_process import opening_of
 from tests.support.parties import OwnersChannel, Parties, parties_with_method
@@ -203,3 +204,19 @@ def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChanne
     trying.attempts = {Result: before_result}
     run_merge(trying.parties.coordinator, trying)
     assert len(trying.tried) == 2
+
+
+def test_126_totals_that_an_owner_is_not_shown_are_not_signed(
+    trying: TryingChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever never sees the last sum could be told any metrics."""
+    relay = Coordinator._relay_uploads
+
+    def relay_no_metrics(self: Coordinator, round: Round, total: Total) -> None:
+        if round.kind != "metrics":
+            relay(self, round, total)
+
+    monkeypatch.setattr(Coordinator, "_relay_uploads", relay_no_metrics)
+    with pytest.raises(RemoteProtocolError, match="without showing this owner the sum that it helped to open"):
+        run_merge(trying.parties.coordinator, trying)
+    assert not (trying.parties.output / "model").exists()
