@@ -1,8 +1,11 @@
 """Verified merges: owners prove together that a model they were sent is the merge of what they contributed.
 
 Who runs it: owners and coordinator. A merge D solves (sum A_i) D = sum B_i (merge_methods/equations.py). The owners sum
-their shares A_i D - B_i in one more masked sum that everybody opens. It is zero exactly if D is the merge. An honest
+their shares A_i D - B_i in one more masked sum that everybody opens. It is zero if D is the merge. An honest
 sum is zero, so it reveals nothing.
+
+What it shows: errors above a tolerance that is relative to a whole equation. In rows of A that are small beside the
+others, larger errors of D pass (SECURITY.md, attack 129).
 
 The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
 s (n, 8), owner i sends for each equation, for every column k,
@@ -19,7 +22,7 @@ nearest leaves |R| <= 2^-24 |D| + 2^-150, so an owner accepts only
     |c| <= (1 + 2^-20) (2^-24 |D| |rho| + 2^-149 sum |rho|)                                       in every row
 
 where 1 + 2^-20 covers that R, c and this bound are computed in floating point, and 2^-149 what R loses when it becomes
-float32. So what passes is the merge, to the rounding of float32.
+float32.
 
 The tolerance. With u = 2^-53, what an honest sum may be off by is bounded, for each equation, by a multiple of
 

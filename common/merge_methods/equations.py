@@ -27,8 +27,8 @@ else:
     torch = lazy_module("torch")
 
 
-# What a free factor may be. With a smaller one, a classifier would be the base's but for the last bits of float32, and
-# whoever chooses these chooses the decisions: they do not depend on how large the scores are.
+# What a free factor may be. With a smaller one, a classifier would be the base's except for the last bits of float32,
+# and whoever chooses these chooses the decisions: they do not depend on how large the scores are.
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-4, 2.0**12
 
 

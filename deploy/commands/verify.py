@@ -286,9 +286,9 @@ def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
     if evidence.survivors:
         survivors = Survivor.unpack_all(bytes.fromhex(evidence.survivors))
         names = ", ".join(name_at(agreement.owner_names, each.owner) for each in survivors)
-        yield f"Those who checked it: {names}. Their masked shares and the seeds of the masks are in the evidence."
-        yield "Whoever adds them up finds that the sum is not zero. An owner's program that sent a false share has the"
-        yield "same effect; the sum hides which. Compare the evidence of all owners."
+        yield f"Those who checked it: {names}. Their masked shares and the seeds of the masks are in the record."
+        yield "This program added them up, and the sum is not zero. An owner's program that sent a false share has the"
+        yield "same effect; the sum hides which. Compare the records of all owners."
 
 
 # --- showing ---

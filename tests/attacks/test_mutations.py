@@ -67,7 +67,8 @@ DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
 
-VERIFICATION, OPENING, CHOSEN, VERIFYING = (
+AGREED, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
+    "test_verified_agreements.py",
     "test_verification.py",
     "attacks/test_opening.py",
     "attacks/test_chosen_models.py",
@@ -75,7 +76,7 @@ VERIFICATION, OPENING, CHOSEN, VERIFYING = (
 )
 
 TABLE = [
-    # 42, 43, 120 to 126: verified merges
+    # 42, 43, 120 to 129: verified merges
     Mutation(CHOSEN, "test_42_layers_that_are_not", "sums-of-shares-are-zero"),
     Mutation(CHOSEN, "test_42_layers_that_are_not", "nothing-after-a-wrong-model"),
     Mutation(CHOSEN, "test_43_a_candidate_that_is_not", "sums-of-shares-are-zero"),
@@ -85,6 +86,7 @@ TABLE = [
     Mutation(CHOSEN, "test_124_", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_124_a_correction", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_127_", "factors-are-bounded"),
+    Mutation(AGREED, "test_in_a_sparse", "verified-sums-are-complete", "is_complete = True"),
     Mutation(VERIFICATION, "test_128_", "scales-are-coarse", "coarse = scale"),
     Mutation(VERIFYING, "test_126_totals_that", "opened-sums-are-shown-to-all"),
     Mutation(VERIFICATION, "test_the_tolerance", "sums-of-shares-are-zero"),
