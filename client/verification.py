@@ -27,7 +27,7 @@ from client.state import (
 )
 from common import scaling
 from common.agreement import COORDINATOR
-from common.certificates import Delivered, deliveries_digest
+from common.certificates import Delivered, deliveries_digest, nonce_body
 from common.domain_separation import Domain
 from common.errors import LocalProtocolError, RemoteProtocolError, WrongModel
 from common.identity import verify
@@ -44,7 +44,7 @@ from common.summation.masked.owner import MaskedOwner
 from common.summation.masked.phases import Phase
 from common.summation.own_part import OwnPart
 from common.summation.protocol import OwnerSide, Total
-from common.summation.records import Nonce, Survivor
+from common.summation.records import Nonce, Survivor, name_at
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
 from common.verification import Challenge, Claim, NotTheMerge, combination_seed, projection_seed, wrong_claims
@@ -90,16 +90,31 @@ def draw(owner: OwnerContext, message: Draw) -> Message:
             position=message.position, delivered=deliveries_digest(run.delivered), nonce=secrets.token_hex(32)
         )
         owner.state.update_run(drawn=drawn)
-    return Drawn(run=message.run, owner=owner.name, position=message.position, nonce=drawn.nonce)
+    body = nonce_body(message.position, drawn.delivered, bytes.fromhex(drawn.nonce))
+    signature = owner.identity.sign(Domain.SIGN_NONCE, bytes.fromhex(message.run), body)
+    return Drawn(run=message.run, owner=owner.name, position=message.position, nonce=drawn.nonce, signature=signature)
 
 
 def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
-    """Raise RemoteProtocolError unless the correction follows from this owner's own nonce, too."""
-    drawn, me = owner.state.run.drawn, owner.agreement.owner_names.index(owner.name)
-    nonces = {each.owner: each.nonce.hex() for each in Nonce.unpack_all(message.nonces)}
-    mine = drawn.nonce if drawn is not None and drawn.position == message.position else ""
-    if nonces.get(me) != mine:  # check: my-nonce-is-in-it
+    """Raise RemoteProtocolError unless the correction follows from a nonce of every contributor, each drawn for it.
+
+    A coordinator that could invent a nonce would choose it last, so that rho hides its false model.
+    """
+    drawn, roster = owner.state.run.drawn, owner.agreement.roster
+    nonces = {name_at(owner.agreement.owner_names, each.owner): each for each in Nonce.unpack_all(message.nonces)}
+    mine = nonces[owner.name].nonce.hex() if owner.name in nonces else ""
+    if drawn is None or (drawn.position, drawn.nonce) != (message.position, mine):  # check: my-nonce-is-in-it
         raise RemoteProtocolError("the coordinator sent corrections that do not follow from this owner's nonce")
+    if tuple(nonces) != contributors(owner):  # check: nonces-of-all-contributors
+        raise RemoteProtocolError(
+            "the coordinator sent corrections that do not follow from the nonces of all owners whose contributions are "
+            "merged"
+        )
+    for name, each in nonces.items():
+        body = nonce_body(message.position, drawn.delivered, each.nonce)
+        verify(
+            roster[name], Domain.SIGN_NONCE, bytes.fromhex(message.run), name, body, each.signature
+        )  # check: nonces-are-signed
 
 
 def take_correction(owner: OwnerContext, message: CorrectionPart, received: ReceivedRecord) -> None:

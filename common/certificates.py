@@ -49,6 +49,11 @@ def nonces_digest(nonces: bytes) -> str:
     return hashlib.sha256(nonces).hexdigest()
 
 
+def nonce_body(position: int, delivered: str, nonce: bytes) -> bytes:
+    """What an owner signs with its nonce: for which corrections it drew it, and the digest of the deliveries before."""
+    return position.to_bytes(8) + bytes.fromhex(delivered) + nonce  # check: nonces-are-of-this-check
+
+
 def presence_body(agreement_digest: str, next_round: int, pending: str) -> bytes:
     """What an owner signs at the roll call."""
     return bytes.fromhex(agreement_digest) + next_round.to_bytes(8) + pending.encode()

@@ -36,7 +36,8 @@ class Domain(Enum):
     SIGN_OPENED = b"amalgram v1 31 sign opened shares\n"
     SIGN_RESULT = b"amalgram v1 28 sign result\n"
     SIGN_RECEIPT = b"amalgram v1 29 sign receipt of a result\n"
-    SIGN_DELIVERIES = b"amalgram v1 30 sign what was delivered\n"
+    SIGN_DELIVERIES = b"amalgram v1 32 sign what was delivered\n"
+    SIGN_NONCE = b"amalgram v1 33 sign nonce\n"
     # What is derived.
     CHANNEL_KEY = b"amalgram v1 41 channel private key\n"
     MASK_KEY = b"amalgram v1 42 mask private key\n"

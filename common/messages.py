@@ -17,7 +17,7 @@
     between rounds      CandidatePart            PartReceived        a merged model to be judged, in parts
                         MergedStepPart           PartReceived        what a step merged, to measure the next step with
                         ScalesPart               PartReceived        the scales that contributions are summed on
-    verification        Draw                     Drawn               a nonce of each owner, once it has the models
+    verification        Draw                     Drawn               a signed nonce, once the owner has the models
                         CorrectionPart           PartReceived        what rounding to float32 took from them
                         UploadsOpened            OpeningChecked      after Unmasking: everybody adds up by itself
     the end             Result                   ResultReceived      what is published, signed by the coordinator
@@ -307,7 +307,8 @@ class ScalesPart(DeliveryPart):
 class CorrectionPart(DeliveryPart):
     """Of the corrections of the check that follows (common/verification.py).
 
-    `nonces`: a `records.Nonce` of each owner. `signature`: the coordinator's, over everything that it has delivered.
+    `nonces`: a `records.Nonce` of each owner whose contribution is merged. `signature`: the coordinator's, over
+    everything that it has delivered.
     """
 
     nonces: bytes
@@ -325,10 +326,13 @@ class Draw(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(Message):
+    """A fresh nonce. `signature`: over it and what the owner has been sent (certificates.nonce_body)."""
+
     run: str
     owner: str
     position: int
     nonce: str
+    signature: bytes
 
 
 @dataclass(frozen=True, kw_only=True)

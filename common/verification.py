@@ -12,7 +12,8 @@ s (n, 8), owner i sends for each equation, for every column k,
 
     e_i = s_k^T (A_i (D rho_k + c_k) - B_i rho_k)
 
-The order matters. First the owners have D. Then each draws a nonce, from which rho follows. Then the coordinator names
+The order matters. First the owners have D. Then each draws a nonce, from which rho follows, and signs it with the
+digest of what it was sent, so that nobody else can invent one that suits a D chosen before. Then the coordinator names
 the correction c. Then the keys of the check's own session are drawn, from which s follows. Whoever knew s when choosing
 c could hide an error in directions where A is weak, and whoever knew rho when choosing D could hide it at once.
 

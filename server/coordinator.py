@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Agreement
-from common.certificates import Delivered, body_of, deliveries_digest, nonces_digest, presence_body, result_body
+from common.certificates import (
+    Delivered,
+    body_of,
+    deliveries_digest,
+    nonce_body,
+    nonces_digest,
+    presence_body,
+    result_body,
+)
 from common.domain_separation import Domain
 from common.errors import OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
 from common.identity import Identity, verify
@@ -285,15 +293,27 @@ class Coordinator:
         request = Draw(run=self.run, agreement_digest=self.agreement.digest(), position=correction.position)
         nonces = []
         for owner, reply in self.exchange.ask(dict.fromkeys(self.owners, request)):
-            if isinstance(reply, Drawn) and (reply.owner, reply.position) == (owner, correction.position):
-                nonces.append(Nonce(self.agreement.owner_names.index(owner), bytes.fromhex(reply.nonce)))
-            elif reply is not None:
-                self.exchange.exclude(owner, RemoteProtocolError(f"owner {owner} drew no nonce"))
+            try:
+                if reply is not None:
+                    nonces.append(self._nonce(owner, correction, reply))
+            except RemoteProtocolError as violation:
+                self.exchange.exclude(owner, violation)
         self._check_all_present(self.schedule.round_at(correction.position + 1))
         drawn = Nonce.pack_all(nonces)
         self.checkpoint.save_nonces(correction.position, drawn)
         self.exchange.count_step()
         return drawn
+
+    def _nonce(self, owner: str, correction: Delivery, reply: Message) -> Nonce:
+        """Raises RemoteProtocolError for a nonce that the other owners would not accept."""
+        if not isinstance(reply, Drawn) or (reply.owner, reply.position) != (owner, correction.position):
+            raise RemoteProtocolError(f"owner {owner} drew no nonce")
+        key, nonce = self.agreement.roster[owner], bytes.fromhex(reply.nonce)
+        body = nonce_body(correction.position, deliveries_digest(self.delivered), nonce)
+        verify(
+            key, Domain.SIGN_NONCE, bytes.fromhex(self.run), owner, body, reply.signature
+        )  # check: drawn-nonces-are-signed
+        return Nonce(self.agreement.owner_names.index(owner), nonce, reply.signature)
 
     def leave_out_absent(self, owners: tuple[str, ...]) -> None:
         """Go on without those that take part but are not among `owners`: they could verify no merge."""

@@ -105,7 +105,7 @@ EXAMPLES: list[Message] = [
     ScalesPart(**DELIVERY),
     CorrectionPart(**DELIVERY, nonces=b"34", signature=SIGNATURE),
     Draw(run=HEX, agreement_digest=HEX, position=4),
-    Drawn(run=HEX, owner="ada", position=4, nonce=HEX),
+    Drawn(run=HEX, owner="ada", position=4, nonce=HEX, signature=SIGNATURE),
     UploadsOpened(session=HEX, seeds=b"35", payload=np.array([1, 2, 2**63], "<u8")),
     OpeningChecked(session=HEX, owner="ada"),
     PartReceived(run=HEX, owner="ada", position=4, part=0),

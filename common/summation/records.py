@@ -120,11 +120,15 @@ class Signed(Record):
 
 @dataclass(frozen=True)
 class Nonce(Record):
-    """What an owner drew for a check, once it had the models that the check is about."""
+    """What an owner drew for a check, once it had the models that the check is about.
 
-    FORMAT = Struct(">H32s")
+    `signature`: the owner's, over it and what it had been sent (certificates.nonce_body).
+    """
+
+    FORMAT = Struct(">H32s64s")
 
     nonce: bytes
+    signature: bytes
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import pytest
 
 from client import verification
 from client.owner import Owner
-from common.certificates import deliveries_digest, result_body
+from common.certificates import deliveries_digest, nonce_body, result_body
 from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, LocalProtocolError, RemoteProtocolError
+from common.identity import Identity, verify
 from common.messages import (
     CorrectionPart,
     Draw,
+    Drawn,
     KeyBook,
     Message,
     OpenSum,
@@ -48,7 +50,7 @@ class Attempt:
 
 
 class TryingChannel(OwnersChannel):
-    """Sends the first owner what `attempts` makes of a message, before the message itself."""
+    """Sends the first owner what `attempts` makes of a message, before the message itself; may `change` its reply."""
 
     def __init__(self, parties: Parties) -> None:
         super().__init__(parties.files)
@@ -57,6 +59,7 @@ class TryingChannel(OwnersChannel):
         self.tried: list[str] = []
         self.checks: dict[type[Message], Callable[[Owner, Message], None]] = {}
         self.attempts: dict[type[Message], Callable[[Message], Iterator[Attempt]]] = {}
+        self.change: Callable[[Message], Message] = lambda reply: reply
 
     def answer(self, node: int, request: Message) -> Message | None:
         if node == FIRST:
@@ -66,6 +69,8 @@ class TryingChannel(OwnersChannel):
                 with pytest.raises(attempt.error, match=attempt.says):
                     super().answer(node, attempt.request)
                 self.tried.append(attempt.says)
+            reply = super().answer(node, request)
+            return None if reply is None else self.change(reply)
         return super().answer(node, request)
 
     @property
@@ -121,7 +126,11 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         nonces = Nonce.unpack_all(request.nonces)
         other = Nonce.pack_all([replace(each, nonce=bytes(32)) for each in nonces])
         without = Nonce.pack_all(nonces[1:])
-        for changed in (other, without):
+        with as_if(trying.owner, drawn=None):  # a second nonce, drawn and signed by this owner, is not its nonce
+            second = trying.owner.answer(DRAW[0])
+        assert isinstance(second, Drawn)
+        mine = replace(nonces[0], nonce=bytes.fromhex(second.nonce), signature=second.signature)
+        for changed in (other, without, Nonce.pack_all([mine, *nonces[1:]])):
             says = "do not follow from this owner's nonce"
             yield Attempt(replace(request, nonces=changed), RemoteProtocolError, says)
         yield Attempt(replace(request, signature=bytes(64)), RemoteProtocolError, "signature")
@@ -180,8 +189,58 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         OpenSum: before_metrics,
     }
     run_merge(parties.coordinator, trying)
-    assert len(trying.tried) == 8
+    assert len(trying.tried) == 9
     assert (parties.output / "model").is_dir()
+
+
+def test_124_nonces_of_others_that_are_invented_old_or_missing(trying: TryingChannel) -> None:
+    """The coordinator knows the first owner's nonce. It would choose the others' so that rho hides its false model."""
+    identity = trying.parties.identities["cinema"]
+    assert trying.parties.agreement.owner_names.index("cinema") == 1
+
+    def before_correction(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, CorrectionPart)
+        first, second, third = Nonce.unpack_all(request.nonces)
+        position, delivered = request.position, deliveries_digest(trying.owner.state.run.delivered)
+        verify(
+            identity.public_key,
+            Domain.SIGN_NONCE,
+            bytes.fromhex(request.run),
+            "cinema",
+            nonce_body(position, delivered, second.nonce),
+            second.signature,
+        )
+
+        def signed(run: str, position: int, delivered: str, by: Identity = identity) -> Nonce:
+            """A nonce that an owner drew, but not for this check."""
+            body = nonce_body(position, delivered, bytes(32))
+            return Nonce(1, bytes(32), by.sign(Domain.SIGN_NONCE, bytes.fromhex(run), body))
+
+        for false in (
+            replace(second, nonce=bytes(32)),
+            signed(request.run, position, delivered, by=replace(trying.parties.identities["phones"], name="cinema")),
+            signed("ab" * 32, position, delivered),
+            signed(request.run, position - 1, delivered),
+            signed(request.run, position, deliveries_digest([])),
+        ):
+            nonces = Nonce.pack_all([first, false, third])
+            says = "the signature of cinema is not valid"
+            yield Attempt(replace(request, nonces=nonces), RemoteProtocolError, says)
+        for fewer in ([first, second], [first]):
+            says = "from the nonces of all owners whose contributions are merged"
+            yield Attempt(replace(request, nonces=Nonce.pack_all(fewer)), RemoteProtocolError, says)
+
+    trying.attempts = {CorrectionPart: before_correction}
+    run_merge(trying.parties.coordinator, trying)
+    assert len(trying.tried) == 7
+
+
+def test_124_an_owner_that_signs_its_nonce_badly_is_named_before_the_others_are_sent_it(trying: TryingChannel) -> None:
+    """They would refuse, and the coordinator would have spoilt the check."""
+    trying.change = lambda reply: replace(reply, signature=bytes(64)) if isinstance(reply, Drawn) else reply
+    with pytest.raises(RemoteProtocolError, match="the signature of hotel is not valid"):
+        run_merge(trying.parties.coordinator, trying)
+    assert CorrectionPart not in [kind for packet in trying.kinds for kind in packet]
 
 
 def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChannel) -> None:
