@@ -23,7 +23,7 @@ from common.certificates import (
     result_body,
 )
 from common.domain_separation import Domain
-from common.errors import OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
+from common.errors import FalseTotal, OwnerRefused, RemoteProtocolError, SettingsError, TooFewOwners
 from common.identity import Identity, verify
 from common.mapped import sha256_of
 from common.messages import (
@@ -219,7 +219,9 @@ class Coordinator:
                 log.warning("%s: opening another session without them", abandoned.message)
 
     def _one_session(self, round: Round) -> Total:
-        """Raises SumAbandoned if another session can be opened without the owners that broke the rules."""
+        """Raises SumAbandoned if another session can be opened without the owners that broke the rules, and FalseTotal
+        for a total that honest owners cannot make. Then the same session can be opened again.
+        """
         vectors = 1 + (len(self.owners) if round.is_open else 0)  # an owner's own, then everybody's
         self.exchange.begin_step(round.name, round.phase, vectors * round.layout.num_bytes + self.exchange.ahead_bytes)
         reopened = reopen_sum(self.checkpoint, self._kind, lambda request: self._terms(request, round), self.owners)
@@ -237,6 +239,7 @@ class Coordinator:
             self._exclude_all(side.violations)
             certify_as_over(self.exchange, self.agreement, self.run, request.session)
             raise
+        _check_zero(round, total)
         self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
         self._exclude_all(side.violations)  # check: who-lied-is-left-out
         return total
@@ -254,7 +257,7 @@ class Coordinator:
 
     def _relay_uploads(self, round: Round, total: Total) -> None:
         """Let every owner of an open sum add it up by itself. Raises OwnerRefused if one finds a model wrong."""
-        if not round.is_open or (round.kind == "check" and wrong_claims(round.claims, total)):
+        if not round.is_open:
             return
         uploads = self.checkpoint.uploads_to_relay()
         if uploads is None:
@@ -471,3 +474,18 @@ class Coordinator:
         for owner, reply in self.exchange.poll(Finish(run=self.run), FINISH_TIMEOUT_SECONDS):
             if not isinstance(reply, Finished):
                 log.warning("owner %s did not confirm that it has forgotten the run", owner)
+
+
+def _check_zero(round: Round, total: Total) -> None:
+    """Raise FalseTotal for a check that does not add up to zero, before an owner is sent any of it.
+
+    An owner that opened it would take this coordinator's model for a false one, and answer nothing more.
+    """
+    wrong = wrong_claims(round.claims, total)
+    if wrong:  # check: wrong-checks-are-not-relayed
+        raise FalseTotal(
+            f"merge: the owners' shares of the check of {wrong[0]} do not add up to zero: an owner sent a false share, "
+            "and the sum hides who it was. Nothing was published",
+            hint="owners contribute once: find out together, then make a new agreement; if this machine may be at "
+            "fault, run the same command again",
+        )

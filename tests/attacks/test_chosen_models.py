@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 import server.coordinator
-import server.merge
 from client.owner import Owner
 from client.verification import Evidence
 from common.errors import OwnerRefused, WrongModel
@@ -216,8 +215,7 @@ class Cheat:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Coordinator, "deliver", deliver)
-            for module in (server.coordinator, server.merge):
-                patch.setattr(module, "wrong_claims", lambda claims, total: [])
+            patch.setattr(server.coordinator, "wrong_claims", lambda claims, total: [])
             with pytest.raises(OwnerRefused) as refused:
                 prepare(self.parties.coordinator, self.channel).run()
         return refused.value

@@ -282,6 +282,8 @@ TABLE = [
     Mutation(SUM, "test_a_total_beyond", "total-is-in-bounds"),
     Mutation(SUM, "test_a_vector_that_changed", "sent-parts-never-change"),
     Mutation(UPLOADS, "test_76_a_random", "false-total-keeps-the-checkpoint", "except ZeroDivisionError:"),
+    Mutation(UPLOADS, "test_76_a_false_share", "false-total-keeps-the-checkpoint", "except ZeroDivisionError:"),
+    Mutation(UPLOADS, "test_76_a_false_share", "wrong-checks-are-not-relayed"),
     Mutation(UPLOADS, "test_76_a_false", "plain-part-is-in-bounds"),
     # 28, 29: contribute once
     Mutation(PROCESS, "test_28_", "contributed-once"),

@@ -23,6 +23,7 @@ from common.messages import (
     RollCall,
     SumOpened,
     SurvivorList,
+    UploadsOpened,
     VectorPart,
     decode,
     encode,
@@ -31,6 +32,7 @@ from common.summation import fixed_point
 from common.summation.masked.book import part_body
 from common.summation.plain import PlainCoordinator
 from common.tensor_layout import RingBits, TensorLayout
+from common.verification import LIMBS
 from server.merge import run_merge
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.parties import OwnersChannel, parties_with_method
@@ -238,6 +240,52 @@ def test_76_a_random_vector_in_a_masked_sum_names_nobody_and_costs_no_checkpoint
             run_merge(parties.coordinator, again)
     assert (Finish,) not in channel.kinds
     assert again.kinds == [(RollCall,), (Acknowledgements,)]
+
+
+class ZeroShares(OwnersChannel):
+    """The first owner follows the protocol, but its shares of a check are all zero."""
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        state = Owner(self.files[node]).state
+        if node == 0 and isinstance(request, KeyShares) and state.open_round and state.open_round.kind == "check":
+            layout = state.read_layout("vector")
+            state.open_array("vector", layout.size, "<u8", writable=True)[:] = 0
+        return super().answer(node, request)
+
+
+def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(reviews_folder: Path, tmp_path: Path) -> None:
+    """No owner is sent it: each would take an honest coordinator's model for a false one."""
+    with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
+        (parties.output / ".amalgram").touch()
+        channel, again = ZeroShares(parties.files), OwnersChannel(parties.files)
+        with pytest.raises(FalseTotal, match="do not add up to zero: an owner sent a false share") as error:
+            run_merge(parties.coordinator, channel)
+        with pytest.raises(FalseTotal):
+            run_merge(parties.coordinator, again)
+        assert not any(Owner(path).state.evidence(parties.agreement.digest()) for path in parties.files.values())
+    assert "if this machine may be at fault, run the same command again" in error.value.hint
+    assert not {Finish, UploadsOpened} & {kind for packet in channel.kinds for kind in packet}
+    assert again.kinds == [(RollCall,), (Acknowledgements,)]
+
+
+def test_76_a_check_that_this_machine_computed_wrongly_is_computed_again(
+    reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_bit_wrong(layout: TensorLayout, words: np.ndarray, *rest: int) -> np.ndarray:
+        decoded = decode_sum(layout, words, *rest)
+        if layout.entries[0].name.startswith("check/"):
+            decoded[LIMBS - 1] += 1.0  # the highest limb of the first share
+        return decoded
+
+    decode_sum = fixed_point.decode
+    with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
+        (parties.output / ".amalgram").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(fixed_point, "decode", one_bit_wrong)
+            with pytest.raises(FalseTotal, match="do not add up to zero"):
+                run_merge(parties.coordinator, OwnersChannel(parties.files))
+        run_merge(parties.coordinator, OwnersChannel(parties.files))
+        assert (parties.output / "model").is_dir()
 
 
 def test_76_a_false_vector_in_a_plain_sum_names_its_owner() -> None:
