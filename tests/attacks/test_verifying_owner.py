@@ -13,10 +13,11 @@ import pytest
 
 from client import verification
 from client.owner import Owner
-from common.certificates import deliveries_digest, nonce_body, result_body
+from common.certificates import Delivered, deliveries_digest, nonce_body, nonces_digest, result_body
 from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, LocalProtocolError, RemoteProtocolError
 from common.identity import Identity, verify
+from common.mapped import sha256_of
 from common.messages import (
     CorrectionPart,
     Draw,
@@ -81,6 +82,14 @@ class TryingChannel(OwnersChannel):
     def check(self) -> Round:
         return self.schedule.find("check")
 
+    def signed(self, request: CorrectionPart, nonces: bytes) -> CorrectionPart:
+        """The same corrections as if they followed from other nonces, which the coordinator signs."""
+        last = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(request.payload))
+        body = bytes.fromhex(deliveries_digest([*self.owner.state.run.delivered, last]))
+        coordinator = self.parties.identities["coordinator"]
+        signature = coordinator.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(request.run), body)
+        return replace(request, nonces=nonces, signature=signature)
+
     def opening(self, position: int) -> OpenSum:
         owner = self.owner
         return opening_of(
@@ -130,9 +139,9 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
             second = trying.owner.answer(DRAW[0])
         assert isinstance(second, Drawn)
         mine = replace(nonces[0], nonce=bytes.fromhex(second.nonce), signature=second.signature)
-        for changed in (other, without, Nonce.pack_all([mine, *nonces[1:]])):
+        for changed in (Nonce.pack_all([mine, *nonces[1:]]), other, without):
             says = "do not follow from this owner's nonce"
-            yield Attempt(replace(request, nonces=changed), RemoteProtocolError, says)
+            yield Attempt(trying.signed(request, changed), RemoteProtocolError, says)
         yield Attempt(replace(request, signature=bytes(64)), RemoteProtocolError, "signature")
 
     DRAW: list[Draw] = []
@@ -225,10 +234,10 @@ def test_124_nonces_of_others_that_are_invented_old_or_missing(trying: TryingCha
         ):
             nonces = Nonce.pack_all([first, false, third])
             says = "the signature of cinema is not valid"
-            yield Attempt(replace(request, nonces=nonces), RemoteProtocolError, says)
+            yield Attempt(trying.signed(request, nonces), RemoteProtocolError, says)
         for fewer in ([first, second], [first]):
             says = "from the nonces of all owners whose contributions are merged"
-            yield Attempt(replace(request, nonces=Nonce.pack_all(fewer)), RemoteProtocolError, says)
+            yield Attempt(trying.signed(request, Nonce.pack_all(fewer)), RemoteProtocolError, says)
 
     trying.attempts = {CorrectionPart: before_correction}
     run_merge(trying.parties.coordinator, trying)
