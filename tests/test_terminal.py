@@ -51,7 +51,7 @@ def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(s
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
         table = run.stdout.read()
         assert run.exit_code() == 0
-    for words in ("step 2 of 4: sum of contributions", "step 4 of 4: result", "hotel: fine-tuning ━"):
+    for words in ("step 2 of 6: sum of contributions", "step 6 of 6: result", "hotel: fine-tuning ━"):
         assert words in shown
     for state in ("at work", "answered"):
         assert re.search(rf"  cinema .*{state}", shown)
@@ -75,6 +75,8 @@ def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
     assert all(re.match(r"\d\d:\d\d:\d\d (  )?\S", line) for line in lines)
     assert [line[9:] for line in lines if " owners" in line] == [
         "sum of contributions, 3 owners",
+        "draw nonces, 3 owners",
+        "sum of check shares, 3 owners",
         "sum of test metrics, 3 owners",
         "result, 3 owners",
     ]

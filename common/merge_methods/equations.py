@@ -29,7 +29,7 @@ else:
 
 # What a free factor may be. With a smaller one, a classifier would be the base's except for the last bits of float32,
 # and whoever chooses these chooses the decisions: they do not depend on how large the scores are.
-LEAST_FACTOR, LARGEST_FACTOR = 2.0**-4, 2.0**12
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**12
 
 
 @dataclass(frozen=True, kw_only=True)
