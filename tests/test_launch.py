@@ -313,8 +313,8 @@ def test_a_coordinator_takes_error_7_for_a_refusal_and_others_for_a_loss(tmp_pat
 
 def test_another_version_of_flower_is_refused() -> None:
     check_internals()
-    with pytest.raises(EngineError, match=r"flwr 1\.41\.0 is installed; guard and pin were made for 1\.42\.0"):
-        check_internals(version="1.42.0")
+    with pytest.raises(EngineError, match=r"flwr 1\.42\.0 is installed; guard and pin were made for 1\.43\.0"):
+        check_internals(version="1.43.0")
 
 
 @pytest.mark.parametrize("name", internals.TRIED)

@@ -10,7 +10,7 @@ import flwr
 from common.errors import EngineError
 from common.text import shown
 
-VERSION = "1.41.0"
+VERSION = "1.42.0"
 # Files of Flower that a launcher changes or relies on, as released: SHA-256 of each.
 TRIED = {
     "supercore/app_utils.py": "3f9e7c0ceaf96b850fc8e7510b16c342e79017e2fe91273aab3a2e3cfbaa8f45",
@@ -22,7 +22,7 @@ TRIED = {
     "superlink/cli/flower_superlink.py": "53a0528b289cbb7b2e48e3ad9ae4373bd2dfaac34050ccb94db7db3f35e8e742",
     "superlink/cli/flwr_serverapp.py": "dd5408fc7a702d59cb2e34edad1ac5560d8d6e3237026761fe52cc379bdfcb14",
     "superlink/extensions.py": "569829ba366c324e2c2b20022f33100208b7a3707ca8a444f7528a09f4e3bce1",
-    "superlink/main.py": "3e94714b6f1433fdf74d9e640bc96cf92e5a62bd61216ddb5c18a306c8052920",
+    "superlink/main.py": "500f01979e167243df1121d556fbc925b033b725dce58adb0c9f07b7c0f8642e",
     "superlink/routers/fleet/node_auth.py": "8646e6bfd8e5b47d062a03c824d1609ae1897c3e71f97b028be1381cd23b3255",
     "supernode/cli/flower_supernode.py": "e637b07a731536a63cb3d4e7d9293fef613c425b65363c4c64840aad263de1d9",
     "supernode/cli/flwr_clientapp.py": "e87dccf7a82b0447c6dac323c6bbfc1ffd2e70e7837d7f5c39b18b86b7b39c98",
