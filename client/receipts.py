@@ -106,14 +106,13 @@ def _check_files(own: PublishedFolder, publication: Publication, *, is_adapter: 
 
 def _check_metrics(owner: OwnerContext, publication: Publication) -> None:
     """The metrics are of the agreed models, and those that are shown for this owner are what it measured."""
-    agreement, run = owner.agreement, owner.state.run
+    agreement = owner.agreement
     models = {BASE, OWN_AT_HOME, *agreement.methods}
     if publication.test.keys() != models:  # check: metrics-are-of-the-agreed-models
         raise RemoteProtocolError("the coordinator published metrics of other models than those that were agreed")
-    is_in_total = run.is_complete and run.begun == owner.schedule.events[-1].position
-    for tested in run.tested if owner.name in agreement.shown_owners else ():
+    for tested in owner.state.run.tested if owner.name in agreement.shown_owners else ():
         shown = publication.test[tested.model].by_owner.get(owner.name)
-        if shown is None and not is_in_total:  # it dropped out of the last round
+        if shown is None and not _is_in_last_total(owner):
             continue
         if not _are_equal(tested, shown):  # check: own-metrics-are-published-as-measured
             raise ConsentError(
@@ -131,15 +130,20 @@ def _check_totals(owner: OwnerContext, publication: Publication) -> None:
     run = owner.state.run
     if publication.owners != contributors(owner):  # check: published-owners-verified
         raise RemoteProtocolError("the coordinator published other owners than those whose contributions are merged")
-    is_in_total = run.is_complete and run.begun == owner.schedule.events[-1].position
     for split, published in (("validation", publication.validation), ("test", publication.test)):
         own = {each.model: SignedMean.model_validate_json(each.metrics) for each in run.totals if each.split == split}
-        took_part = bool(own) or (split == "test" and is_in_total)
+        took_part = bool(own) or (split == "test" and _is_in_last_total(owner))
         if took_part and published != own:  # check: published-totals-are-mine
             raise ConsentError(
                 f"the coordinator published other {split} metrics than the totals that this owner added up",
                 hint="nothing was signed; the totals are in its state folder, run/run.json",
             )
+
+
+def _is_in_last_total(owner: OwnerContext) -> bool:
+    """Whether this owner completed the round of test metrics, and so did not drop out of it."""
+    run = owner.state.run
+    return run.is_complete and run.begun == owner.schedule.events[-1].position
 
 
 def _check_is_good_enough(owner: OwnerContext) -> None:

@@ -41,7 +41,7 @@ from common.tensor_layout import TensorLayout
 from common.text import shown_lines
 
 STATE_VERSION = 3
-RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]
+RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
 
 
 class ReceivedRecord(Record):

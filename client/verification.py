@@ -132,8 +132,8 @@ def take_correction(owner: OwnerContext, message: CorrectionPart, received: Rece
 
 def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRecord) -> None:
     """A candidate that no check will prove must be one that was proved before, bit for bit."""
-    schedule, run = owner.schedule, owner.state.run
-    if any(delivery.position == claim.delivery for each in schedule.rounds for claim in each.claims):
+    run = owner.state.run
+    if owner.schedule.is_checked(delivery):
         return
     before = [(each.model, each.digest) for each in run.received if each.position in run.verified]
     if (received.model, received.digest) not in before:  # check: tested-is-the-validated-candidate

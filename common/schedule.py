@@ -188,6 +188,10 @@ class Schedule:
         """Every delivery of these kinds, in order."""
         return tuple(event for event in self.events if isinstance(event, Delivery) and event.kind in kinds)
 
+    def is_checked(self, delivery: Delivery) -> bool:
+        """Whether a check proves this delivery, and not an earlier one that is the same bit for bit."""
+        return any(delivery.position == claim.delivery for each in self.rounds for claim in each.claims)
+
     def last_check_of(self, source: int) -> int | None:
         """The position of the last check that needs what was contributed to the round at `source`; None if none does.
 

@@ -66,7 +66,6 @@ else:
     torch = lazy_module("torch")
 
 COLUMNS = 8  # a wrong model passes all of them with probability below 2^-100
-HALF_RANGE = 2**15  # projections are whole numbers from -2^15 to 2^15 - 1
 LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
 LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
 SUBNORMAL = 2.0**-149  # the smallest positive float32

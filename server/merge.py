@@ -199,7 +199,7 @@ class MergeRun:
                 "could verify them. Nothing was published",
                 hint="agree on a larger ridge",
             )
-        if not any(delivery.position == claim.delivery for each in self.schedule.rounds for claim in each.claims):
+        if not self.schedule.is_checked(delivery):
             return
         vector = self._vector_of(delivery.layout, merged.rest)
         self._rest[delivery.position] = VectorDelta(self.plan, (delivery.layout, vector)), merged.factor
