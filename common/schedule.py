@@ -26,7 +26,7 @@ from typing import Literal
 
 from common import scaling
 from common.agreement import COORDINATOR, Agreement
-from common.errors import LocalProtocolError, RemoteProtocolError
+from common.errors import LocalProtocolError, RemoteProtocolError, SettingsError
 from common.merge_methods import METHODS, contribution_layout, kind_of, tensor_kinds
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.terms import Hyperparameters, MergeSettings
@@ -34,7 +34,7 @@ from common.metrics import BASE, METRIC_KINDS, OWN_AT_HOME, Split, metric_kind, 
 from common.models.delta import delta_layout
 from common.models.plan import MergePlan
 from common.scaling import SCALE_KINDS
-from common.tensor_layout import TensorLayout
+from common.tensor_layout import PART_BYTES, TensorLayout
 from common.verification import CHECK_KINDS, Claim, check_layout, correction_layout
 
 VERIFICATION = "verification"
@@ -265,12 +265,16 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
     def add_round(kind: RoundKind, layout: TensorLayout, **what: object) -> None:
         events.append(Round(position=len(events), kind=kind, layout=layout, **what))  # type: ignore[arg-type]
 
+    def add_open_round(kind: RoundKind, layout: TensorLayout, **what: object) -> None:
+        if agreement.is_verified:
+            _check_can_be_relayed(layout, len(agreement.owners))
+        add_round(kind, layout, is_open=agreement.is_verified, **what)
+
     def add_delivery(kind: DeliveryKind, layout: TensorLayout, **what: object) -> None:
         events.append(Delivery(position=len(events), kind=kind, layout=layout, **what))  # type: ignore[arg-type]
 
     def add_metrics(split: Split, models: tuple[str, ...]) -> None:
-        layout = metrics_layout(agreement, split, models)
-        add_round("metrics", layout, split=split, models=models, is_open=agreement.is_verified)
+        add_open_round("metrics", metrics_layout(agreement, split, models), split=split, models=models)
 
     def add_check(claims: list[Claim]) -> None:
         proved = tuple(claim for claim in claims if claim.equations)
@@ -278,7 +282,7 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
             _check_covers(claim, events, plan)
         if agreement.is_verified and proved:
             add_delivery("correction", correction_layout(proved), claims=proved)
-            add_round("check", check_layout(proved), claims=proved, is_open=True)
+            add_open_round("check", check_layout(proved), claims=proved)
 
     layout = contribution_layout(agreement.methods, settings)
     if agreement.summation.has_scales:
@@ -345,6 +349,20 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
 def _may_be_missed(event: Event) -> bool:
     """Whether an owner that dropped out may go on without it: what was not verified is not measured on."""
     return isinstance(event, Round) and event.kind != "check"  # check: no-check-is-missed
+
+
+def _check_can_be_relayed(layout: TensorLayout, num_owners: int) -> None:
+    """Raise SettingsError if one message cannot hold the vectors of all owners in a sum that each of them opens.
+
+    Otherwise that would show only once every owner has contributed.
+    """
+    num_bytes = layout.num_bytes * num_owners
+    if num_bytes > PART_BYTES:  # check: opened-sums-fit-a-message
+        raise SettingsError(
+            f"verification: to check all models at once, each of {num_owners} owners is sent {num_bytes / 1e6:.0f} MB; "
+            f"one message holds at most {PART_BYTES / 1e6:.0f} MB",
+            hint="try fewer hyperparameters, compare fewer methods, or agree on [verification] required = false",
+        )
 
 
 def _check_covers(claim: Claim, events: list[Event], plan: MergePlan) -> None:

@@ -30,6 +30,7 @@ from common.models.loading import digest_of, load_base, private_head
 from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
+from common.schedule import schedule_of
 from common.settings_file import parse_settings
 from common.summation.fixed_point import check_layout
 from deploy.launch.flower import bundle_digest
@@ -75,8 +76,10 @@ def complete_agreement(
         bundle_digest=bundle_digest(),
         tensors=tensors,
     )
+    plan = merge_plan(base, tensors)
+    schedule_of(agreement, plan)  # raises for one that cannot be run
     for layout in (
-        contribution_layout(agreement.methods, agreement.merge_settings(merge_plan(base, tensors))),
+        contribution_layout(agreement.methods, agreement.merge_settings(plan)),
         metrics_layout(agreement, "test", ["base"]),
     ):
         check_layout(layout, len(agreement.owners))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.agreement import Agreement, AgreementDraft, Summation
+from common.agreement import Agreement, AgreementDraft, OwnerEntry, Summation
 from common.agreement.tables import Verification
-from common.errors import LocalProtocolError, RemoteProtocolError
+from common.errors import LocalProtocolError, RemoteProtocolError, SettingsError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.data_free import DataFreeTable
 from common.merge_methods.method import MultiRoundMethod
@@ -20,6 +20,7 @@ from common.metrics import BASE, OWN_AT_HOME
 from common.models.plan import MergePlan
 from common.schedule import Delivery, Event, Round, Schedule, schedule_of
 from common.settings_file import load_settings
+from common.tensor_layout import PART_BYTES
 from tests.support.scripted_owners import DELIVERY, ROUND, TEST_ROUND
 
 UNSWEPT = RegMeanTable(alphas=(0.9,))
@@ -347,6 +348,22 @@ def test_every_model_is_verified_before_anything_is_measured_on_it(
             proved[claim.delivery] = event.name
             assert schedule.events[claim.source].kind in ("contribution", "step")
             assert claim.source < claim.delivery < event.position
+
+
+def test_what_every_owner_is_to_open_must_fit_in_one_message(agreement: Agreement, plan: MergePlan) -> None:
+    swept = agreement.model_copy(update={"regmean": RegMeanTable(alphas=tuple(n / 20 for n in range(20)))})
+    largest = max(each.layout.num_bytes for each in schedule_of(swept, plan).rounds if each.kind == "check")
+
+    def schedule_for(num_owners: int) -> Schedule:
+        owners = tuple(OwnerEntry(name=f"o{number}") for number in range(num_owners))
+        return schedule_of(swept.model_copy(update={"owners": owners}), plan)
+
+    most = PART_BYTES // largest
+    assert schedule_for(most)
+    with pytest.raises(
+        SettingsError, match=f"each of {most + 1} owners is sent 64 MB; one message holds at most 64 MB"
+    ):
+        schedule_for(most + 1)
 
 
 def test_owners_may_drop_out_only_if_the_agreement_needs_fewer(agreement: Agreement, plan: MergePlan) -> None:

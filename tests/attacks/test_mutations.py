@@ -154,6 +154,7 @@ TABLE = [
     # the schedule: an owner answers the next event only
     Mutation(SCHEDULE, "test_the_next_event", "last-event-is-complete", "due = following"),
     Mutation(SCHEDULE, "test_an_owner_that_may_drop_out", "no-delivery-is-missed", "only_rounds = True"),
+    Mutation(SCHEDULE, "test_what_every_owner", "opened-sums-fit-a-message"),
     Mutation(
         SCHEDULE, "test_an_owner_that_may_drop_out_misses", "no-check-is-missed", "return isinstance(event, Round)"
     ),
