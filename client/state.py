@@ -8,7 +8,7 @@
         *.layout.json   the layouts of arrays that outlive a message, so that most messages need no model
         *.bin           arrays: the vector of the open round, what is arriving, what has arrived
     consent.json, receipts/, fine_tuned/, error.txt       what outlives a run
-    evidence/           a model that was sent and is not the merge, with the signatures that show who sent it
+    evidence/           what is known of a model that was sent and is not the merge
 
 The ledger (ledger.py) is elsewhere, because it outlives this folder.
 
@@ -421,14 +421,14 @@ class OwnerState:
         return (self.folder / "receipts" / f"{run}.json").is_file()
 
     def write_evidence(self, agreement_digest: str, evidence: Record) -> Path:
-        """Keep, for good, what shows that the coordinator sent a model that is not the merge."""
+        """Keep, for good, what is known of a model that is not the merge."""
         make_private_folder(self.folder / "evidence")
         path = self._evidence_path(agreement_digest)
         write_whole(path, evidence.model_dump_json(indent=1).encode() + b"\n")
         return path
 
     def evidence(self, agreement_digest: str) -> Path | None:
-        """Where the evidence is that a model sent under this agreement was wrong; None if there is none."""
+        """Where the record of a wrong model sent under this agreement is; None if there is none."""
         path = self._evidence_path(agreement_digest)
         return path if path.is_file() else None
 

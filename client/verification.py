@@ -1,7 +1,7 @@
 """An owner's part in verifying what it is sent: nothing is measured on a model before it is known to be the merge.
 
 The mathematics and the order of what is drawn are in common/verification.py; the sum that everybody opens is in
-common/summation/masked/opening.py. An owner that finds a model wrong keeps what proves it, forgets the run and answers
+common/summation/masked/opening.py. An owner that finds a model wrong keeps a record of it, forgets the run and answers
 nothing more under the agreement.
 """
 
@@ -57,10 +57,11 @@ OPEN: Final = ("check", "metrics")  # the rounds that every owner opens, where m
 
 
 class Evidence(Record):
-    """What proves that the coordinator sent a model that is not the merge.
+    """What an owner keeps of a model that is not the merge.
 
-    The coordinator signed everything that it delivered, the owners signed whose vectors were summed and which they were
-    (`survivors`), and the opened `uploads` do not add up to zero. All bytes are in hexadecimal.
+    The coordinator signed everything that it delivered; the `uploads` of the `survivors` do not add up to zero. It
+    proves nothing to others: the models, the key book and the owners' signatures are not in it. All bytes are in
+    hexadecimal.
     """
 
     agreement_digest: str
@@ -267,7 +268,7 @@ def check_no_evidence(owner: OwnerContext) -> None:
 
 
 def _condemn(owner: OwnerContext, wrong: list[str], opened: Mapping[str, object]) -> None:
-    """Keep the evidence, forget the run, and raise WrongModel."""
+    """Keep a record, forget the run, and raise WrongModel."""
     run = owner.state.run
     evidence = Evidence(
         agreement_digest=run.agreement_digest,

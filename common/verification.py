@@ -1,8 +1,8 @@
 """Verified merges: owners prove together that a model they were sent is the merge of what they contributed.
 
 Who runs it: owners and coordinator. A merge D solves (sum A_i) D = sum B_i (merge_methods/equations.py). The owners sum
-their shares A_i D - B_i in one more masked sum that everybody opens. It is zero if D is the merge. An honest
-sum is zero, so it reveals nothing.
+their shares A_i D - B_i in one more masked sum that everybody opens. It is zero if D is the merge, so it
+reveals nothing then; what does is S below, about as large as the terms are.
 
 What it shows: errors above a tolerance that is relative to a whole equation. In rows of A that are small beside the
 others, larger errors of D pass (SECURITY.md, attack 129).
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-COLUMNS = 8  # a wrong model passes all of them with probability below 2^-100
+COLUMNS = 8  # an error is exactly zero in all of them with probability below 2^-100
 LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
 LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
 SUBNORMAL = 2.0**-149  # the smallest positive float32

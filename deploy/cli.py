@@ -217,14 +217,16 @@ def merge(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
 def verify(
     out: Annotated[
         Path,
-        typer.Argument(help="The output folder of a run, or of a published model; or OWNER.toml, for its evidence."),
+        typer.Argument(
+            help="The output folder of a run, or of a published model; or OWNER.toml, for its record of a wrong model."
+        ),
     ],
     receipts: Annotated[Path | None, typer.Option(help="An owner's own file in state/receipts, to check with.")] = None,
     as_json: Json = False,
 ) -> int:
     """Check a published model against the signatures of its owners. Exit code 0: all as signed; 1: not.
 
-    With OWNER.toml: explain the evidence that a model sent to this owner was not the merge. Exit code 6: there is some.
+    With OWNER.toml: explain what this owner kept of a model that is not the merge. Exit code 6: it kept something.
 
     Example: amalgram verify demo-output
     """

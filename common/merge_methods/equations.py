@@ -5,7 +5,8 @@ Every method's merged delta D solves equations that are linear in the summed con
     (sum A_i) D = sum B_i
 
 A_i and B_i are read from owner i's own contribution as the coordinator reads the sums from the total. So each owner can
-compute its share A_i D - B_i for a D that it was sent, and the shares add up to zero exactly if D is the merge.
+compute its share A_i D - B_i for a D that it was sent, and the shares add up to zero, except for rounding, if D is the
+merge.
 """
 
 from __future__ import annotations

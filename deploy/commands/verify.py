@@ -1,10 +1,10 @@
 """`amalgram verify`: whether a published folder is what the owners signed. Anybody can run it; it needs no secret.
 
-It shows that the files and metrics are those that the parties of one agreement signed, who verified that the model is
-the merge unless that agreement says otherwise. It does not show whose agreement it is: somebody who makes up all
-parties can sign anything. Hence the fingerprint.
+It shows that the files and metrics are those that the parties of one agreement signed. Unless that agreement says
+otherwise, they verified that the model is the merge, up to a tolerance (SECURITY.md). It does not show whose agreement
+it is: somebody who makes up all parties can sign anything. Hence the fingerprint.
 
-With an owner's settings file, it explains the evidence that a model which was sent to this owner is not the merge.
+With an owner's settings file, it explains what that owner kept of a model that is not the merge.
 """
 
 import os
@@ -247,7 +247,7 @@ def _by_owner(signed: SignedMean) -> dict[str, tuple[float, float, int]]:
 def explain_evidence(owner_file: Path) -> int:
     """Say in words what an owner has kept of a model that is not the merge. The exit code: 0 if it has kept nothing.
 
-    Raises SettingsError for evidence that cannot be read.
+    Raises SettingsError for a record that cannot be read.
     """
     owner = OwnerContext(owner_file)
     path = owner.state.evidence(owner.agreement.digest())

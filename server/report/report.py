@@ -296,8 +296,8 @@ class Report(Table):
     methods: dict[Line, MethodDescription] = Field(description="By agreed method, simpler ones first, its description.")
     summation: Literal["masked", "plain"] = Field(description="Whether owners' vectors were masked before the sum.")
     verified: bool = Field(
-        description="Whether all owners in the model verified that it is the merge of what they contributed, and "
-        "added up the metrics of all owners by themselves."
+        description="Whether all owners in the model verified, up to a tolerance, that it is the merge of what they "
+        "contributed, and added up the metrics of all owners by themselves."
     )
     simulated: bool = Field(description="Whether all parties ran on one machine, in one pair of hands.")
     seconds: Size = Field(description="How long the run took.")
