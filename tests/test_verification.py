@@ -8,7 +8,7 @@ from math import log2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -102,7 +102,11 @@ def checks(draw: st.DrawFn) -> Check:
     weighting = draw(st.sampled_from(["rows", "owners"]))
     settings_ = verified(merge_settings(plan, weighting, **tables), count, in_32_bits=in_32_bits)
     owners = owners_for(settings_, count, seed, condition, reaches_half=not in_32_bits)
-    return check_of(method, settings_, contributions_of([method], settings_, owners), seed)
+    try:
+        contributions = contributions_of([method], settings_, owners)
+    except NumericalError:  # an owner refuses 32 bits where owners differ too much: nothing to verify
+        reject()
+    return check_of(method, settings_, contributions, seed)
 
 
 def wrong_entry(check: Check, size: float, seed: int) -> None:
