@@ -115,10 +115,12 @@ def candidates_kept() -> Iterator[dict[str, tuple[TensorLayout, NDArray[np.float
     kept: dict[str, tuple[TensorLayout, NDArray[np.float32]]] = {}
     deliver = Coordinator.deliver
 
-    def keep(self: Coordinator, delivery: Delivery, vector: NDArray[np.float32], model: str = "") -> None:
+    def keep(
+        self: Coordinator, delivery: Delivery, vector: NDArray[np.float32], model: str = "", nonces: bytes = b""
+    ) -> None:
         if delivery.kind == "candidate":
             kept[model] = delivery.layout, vector.copy()
-        deliver(self, delivery, vector, model)
+        deliver(self, delivery, vector, model, nonces)
 
     with patch.object(Coordinator, "deliver", keep):
         yield kept

@@ -5,7 +5,7 @@ their shares A_i D - B_i in one more masked sum that everybody opens. It is zero
 reveals nothing then; what does is S below, about as large as the terms are.
 
 What it shows: errors above a tolerance that is relative to a whole equation. In rows of A that are small beside the
-others, larger errors of D pass (SECURITY.md, attack 129).
+others, larger errors of D pass. Ridges and floors keep the rows from being too small (SECURITY.md, attack 129).
 
 The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
 s (n, 8), owner i sends for each equation, for every column k,
@@ -25,16 +25,26 @@ nearest leaves |R| <= 2^-24 |D| + 2^-150, so an owner accepts only
 where 1 + 2^-20 covers that R, c and this bound are computed in floating point, and 2^-149 what R loses when it becomes
 float32.
 
-The tolerance. With u = 2^-53, what an honest sum may be off by is bounded, for each equation, by a multiple of
+The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation,
 
-    S = sum_i |s|^T (|A_i| |D| |rho| + |B_i| |rho|)          added over the columns; it travels with the shares, each
-                                                            owner's part rounded up to a power of two
+    v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 8), the size of the terms
+    S_i = 2^15 max_k (a |v_ik|_2 + |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
-    2^-48 S twice              R and c are rounded to float32, 24 bits below D
-    (n + 2) u S                the solve, which leaves no larger residual in a row (normal_equations.solve_symmetric)
-    (2 n + 2 m + 8) u S        the products of this check at owners and coordinator, and what decoding rounds
+and adds S_i, rounded up to a power of two, to the sum. Honest parties are off by
 
-`tolerance` is twice as much, and at least 2^-140, because shares travel in multiples of 2^-160.
+    2^-48 v twice                       R and c are rounded to float32, 24 bits below D
+    (d(n) + 2) u v                      the solve (normal_equations.solve_symmetric)
+    (d(n) + 2 d(m) + 16) u v            the products at owners and coordinator, and what decoding and alpha round
+
+in every row, with v = sum v_i. All this is fixed before s, and s is uniform. So a column w of it adds up to at most
+10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to 2^15 sqrt(n) |w|_2 in any case. Summing over the
+rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column. So the sum of shares is at most
+
+    (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u) sum S_i
+
+and `tolerance` is twice as much, and at least 2^-140, because shares travel in multiples of 2^-160. Products are summed
+in blocks, so that a number is rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth,
+column_depth). Where A is diagonal, d(n) is that of one term.
 
 What this does not protect against: an owner that colludes with the coordinator can contribute a share that makes any
 sum zero. SECURITY.md says what that means.
@@ -54,7 +64,16 @@ from numpy.typing import NDArray
 from common.domain_separation import Domain
 from common.errors import NumericalError, RemoteProtocolError
 from common.lazy import lazy_module
-from common.merge_methods.equations import LARGEST_FACTOR, LEAST_FACTOR, Equation, times
+from common.merge_methods.equations import (
+    LARGEST_FACTOR,
+    LEAST_FACTOR,
+    Equation,
+    column_depth,
+    column_sums,
+    depth,
+    product,
+    times,
+)
 from common.summation import mask_stream
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -70,6 +89,8 @@ LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
 LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
+LARGEST_TEST = 2.0**15  # the largest number of rho and s
+SPREAD = 10.0  # standard deviations, at most, of a sum with random signs
 CHECK_KINDS = {"check": "whether the models that were sent solve the merge's equations, with {their} part of each"}
 
 
@@ -152,7 +173,7 @@ def corrections(
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """What the coordinator sends for one claim, in the order of `correction_layout`; `rest` is MergedDelta's."""
     for name, equation in claim.named():
-        correction = equation.part_of(rest).double() @ rho_of(seed, name, equation)
+        correction = product(equation.part_of(rest).double(), rho_of(seed, name, equation))
         yield name, correction.float().numpy()
         if equation.is_scaled:
             yield f"{name}/factor", np.array([factor], dtype=np.float32)
@@ -208,21 +229,23 @@ def largest_correction(part: Tensor, rho: Tensor) -> Tensor:
 def _shares(
     equation: Equation, part: Tensor, rho: Tensor, sent: Tensor, test: Tensor, own: SummedTensors, factor: float
 ) -> Tensor:
-    """e_i for every column, then this owner's part of the scale S: (9,) float64."""
+    """e_i for every column, then S_i: (9,) float64."""
     left, right = equation.sides(own, factor)
-    residual = times(left, part @ rho + sent) - right @ rho  # (n, columns)
-    shares = (test * residual).sum(dim=0)
+    residual = times(left, product(part, rho) + sent) - product(right, rho)  # (n, columns)
+    shares = column_sums(test * residual)
     reach = part.abs() @ rho.abs() + SUBNORMAL * rho.abs().sum(dim=0)
-    sizes = times(left.abs(), reach) + right.abs() @ rho.abs()
-    scale = (test.abs() * sizes).sum()
+    sizes = times(left.abs(), reach) + right.abs() @ rho.abs()  # v_i, (n, columns)
+    spread = min(len(sizes) ** 0.5, SPREAD)
+    scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + residual.norm(p=1, dim=0)).max()
     coarse = torch.exp2(torch.ceil(torch.log2(scale))) if scale > 0 else scale  # check: scales-are-coarse
     return torch.cat([shares, coarse[None]])
 
 
-def tolerance(shape: tuple[int, int], scale: float) -> float:
-    """The most by which an honest sum of shares is off, for an equation of shape (n, m) whose scale adds up to S."""
-    rows, columns = shape
-    return 2 * (2.0**-47 + (3 * rows + 2 * columns + 10) * UNIT) * scale + 2.0**-140
+def tolerance(equation: Equation, scale: float) -> float:
+    """The most by which an honest sum of an equation's shares is off, if its scales add up to S."""
+    rows, columns = equation.shape
+    times_rounded = 2 * depth(equation.terms_in_a_row) + 2 * depth(columns) + column_depth(rows) + 18
+    return 2 * (2.0**-47 + times_rounded * UNIT) * scale + 2.0**-140
 
 
 def wrong_claims(claims: Sequence[Claim], total: SummedTensors) -> list[str]:
@@ -231,7 +254,7 @@ def wrong_claims(claims: Sequence[Claim], total: SummedTensors) -> list[str]:
     for name, equation in (each for claim in claims for each in claim.named()):
         *shares, scale = (from_limbs(limbs) for limbs in total[f"check/{name}"])
         largest = max(abs(share) for share in shares)
-        if not largest <= tolerance(equation.shape, scale):  # check: sums-of-shares-are-zero
+        if not largest <= tolerance(equation, scale):  # check: sums-of-shares-are-zero
             found.append(name)
     return found
 

@@ -10,7 +10,7 @@ from common.names import TAKEN_NAMES
 from common.text import alike
 from common.thresholds import MAX_COMPLETE, quorum
 
-LEAST_RIDGE = 1e-6  # with less, a Gram may be singular to rounding, and its merge not unique
+LEAST_RIDGE = 1e-5  # with less, an error where no row reaches would be lost beside the others (attack 129)
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
 
@@ -152,7 +152,7 @@ def verified_merges_can_be_verified(draft: DraftTables) -> None:
         )
     for name, table in draft.tables.items():
         ridge = getattr(table, "ridge", LEAST_RIDGE)
-        if ridge < LEAST_RIDGE:
+        if ridge < LEAST_RIDGE:  # check: ridges-are-large-enough
             raise RuleError(
                 f"{name}.ridge = {ridge:g}: must be at least {LEAST_RIDGE:g}, so that the merge has one value that "
                 "owners can verify",

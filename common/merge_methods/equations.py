@@ -31,20 +31,28 @@ else:
 # What a free factor may be. With a smaller one, a classifier would be the base's except for the last bits of float32,
 # and whoever chooses these chooses the decisions: they do not depend on how large the scores are.
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**12
+BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equation(ABC):
     """One equation: about a part of D with `shape` (n, m).
 
-    `by_entry`: A is diagonal and the equation holds for each entry of D alone, which is then one column, (n, 1).
+    `is_diagonal`: A is, so `sides` gives it as a column.
+    `by_entry`: what is more, the equation holds for each entry of D alone, which is then one column, (n, 1).
     `is_scaled`: B has a factor that the coordinator names, from LEAST_FACTOR to LARGEST_FACTOR.
     """
 
     name: str
     shape: tuple[int, int]
+    is_diagonal: bool = False
     by_entry: bool = False
     is_scaled: bool = False
+
+    @property
+    def terms_in_a_row(self) -> int:
+        """How many numbers a row of A has that may not be zero."""
+        return 1 if self.is_diagonal else self.shape[0]
 
     @abstractmethod
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
@@ -57,7 +65,37 @@ class Equation(ABC):
 
 def times(left: Tensor, right: Tensor) -> Tensor:
     """A X, (n, k), where a column stands for a diagonal matrix."""
-    return left * right if left.shape[1] == 1 else left @ right
+    return left * right if left.shape[1] == 1 else product(left, right)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product, (n, k), summed in blocks of BLOCK terms."""
+    summed = torch.zeros(len(left), right.shape[1], dtype=left.dtype)
+    for start in range(0, left.shape[1], BLOCK):
+        summed.addmm_(left[:, start : start + BLOCK], right[start : start + BLOCK])
+    return summed
+
+
+def depth(terms: int) -> int:
+    """How often a number of a `product` is rounded at most, where it is the sum of so many terms."""
+    return 1 + min(terms, BLOCK) + -(-terms // BLOCK)
+
+
+def column_sums(numbers: Tensor) -> Tensor:
+    """The sum of each column, (k,), of (n, k): blocks of BLOCK rows, then blocks of these sums, and so on."""
+    while len(numbers) > 1:
+        padding = -len(numbers) % BLOCK
+        padded = torch.nn.functional.pad(numbers, (0, 0, 0, padding))
+        numbers = padded.view(-1, BLOCK, numbers.shape[1]).sum(dim=1)
+    return numbers[0]
+
+
+def column_depth(rows: int) -> int:
+    """How often a number of `column_sums` is rounded at most."""
+    levels = 0
+    while rows > 1:
+        rows, levels = -(-rows // BLOCK), levels + 1
+    return levels * BLOCK
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -78,7 +116,12 @@ class MeanEquation(Equation):
     @classmethod
     def of(cls, parameter: str, shape: tuple[int, ...], *, scale: float = 1.0, per_owner: bool = False) -> MeanEquation:
         return cls(
-            name=f"mean/{parameter}", shape=as_matrix(shape), parameter=parameter, scale=scale, per_owner=per_owner
+            name=f"mean/{parameter}",
+            shape=as_matrix(shape),
+            is_diagonal=True,
+            parameter=parameter,
+            scale=scale,
+            per_owner=per_owner,
         )
 
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
@@ -99,7 +142,9 @@ class FisherEquation(Equation):
 
     @classmethod
     def of(cls, parameter: str, shape: tuple[int, ...]) -> FisherEquation:
-        return cls(name=f"fisher/{parameter}", shape=(prod(shape), 1), by_entry=True, parameter=parameter)
+        return cls(
+            name=f"fisher/{parameter}", shape=(prod(shape), 1), is_diagonal=True, by_entry=True, parameter=parameter
+        )
 
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
         return delta[self.parameter].reshape(self.shape)

@@ -6,8 +6,9 @@ F_i is the owner's mean over its measured examples, times its weight. An entry t
 sum F_i is at most `floor` times the largest entry of its tensor, because nobody's loss depends on that parameter. It
 does so, too, where sum F_i is so small that the sum's fixed point would show in the quotient. The report counts both.
 
-Where owners verify the merge, every entry must solve the equation above. So each owner raises its F_i to the larger of
-both floors before it is summed. Where nobody's loss depends on a parameter, it takes the owners' plain mean change.
+Where owners verify the merge, every entry must solve the equation above, and none may be so light that an error in it
+is lost beside the others. So each owner raises its F_i, before it is summed, to the larger of both floors and
+LEAST_SHARE times its tensor's mean. Where nobody's loss depends on a parameter, it takes about the owners' mean change.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ else:
     torch = lazy_module("torch")
 
 QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
+LEAST_SHARE = 2.0**-16  # of its tensor's mean; with less, an error in an entry could be lost beside the others
 FLOOR = 2.0**22  # times the rounding of a sum, so that even where nobody's loss depends on a parameter it is exact
 
 
@@ -100,7 +102,7 @@ class Fisher(SingleRoundMethod[FisherTable]):
         for name in settings.plan.changed:
             fisher = scale * to_array(owner.fisher[name])
             if settings.has_floors:
-                fisher = np.maximum(fisher, self._floor(settings, name, float(fisher.max())))
+                fisher = np.maximum(fisher, self._least(settings, name, fisher))
             yield f"fisher/{name}", fisher
             yield f"fisher_delta/{name}", fisher * to_array(owner.delta[name])
 
@@ -126,11 +128,13 @@ class Fisher(SingleRoundMethod[FisherTable]):
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
         return tuple(FisherEquation.of(name, settings.plan.shapes[name]) for name in settings.plan.changed)
 
-    def _floor(self, settings: MergeSettings, name: str, largest: float) -> float:
-        """The least that an owner contributes of a tensor whose largest Fisher information is `largest`."""
+    def _least(self, settings: MergeSettings, name: str, fisher: NDArray[np.float64]) -> float:
+        """The least that an owner contributes of any entry of a tensor."""
         bound = settings.weight_bound * settings.bounds.fisher[name] * settings.bounds.delta
         rounding = 0.5 ** fraction_bits(bound, settings.num_owners)
-        return max(self.hyperparameters(settings).floor * largest, FLOOR * rounding)
+        floor = self.hyperparameters(settings).floor
+        least = max(floor * float(fisher.max()), FLOOR * rounding)
+        return max(least, LEAST_SHARE * float(fisher.mean()))  # check: no-entry-is-too-light
 
 
 FISHER = register(Fisher())

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from numpy.typing import NDArray
 
 from common.lazy import lazy_module
-from common.merge_methods.equations import Equation
+from common.merge_methods.equations import Equation, product
 from common.merge_methods.terms import LayerNote, MergeSettings, to_array
 from common.models.layers import Layer
 from common.summation.fixed_point import fraction_bits
@@ -62,8 +62,8 @@ class System:
         yield TensorEntry(name=gram, shape=square, bound=bound, packing="symmetric")
         for layer in self.layers:
             shape = (self.gram_size, layer.d_out)
-            for product in ("gram_delta", "diagonal_delta") if len(self.alphas) > 1 else ("gram_delta",):
-                name = f"{self.kind}{product}/{layer.weight}"
+            for term in ("gram_delta", "diagonal_delta") if len(self.alphas) > 1 else ("gram_delta",):
+                name = f"{self.kind}{term}/{layer.weight}"
                 yield TensorEntry(name=name, shape=shape, bound=product_bound, product_of=gram)
 
     def tensors(self, gram: Tensor, delta: Mapping[str, Tensor]) -> Iterator[tuple[str, NDArray]]:
@@ -215,7 +215,7 @@ def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) 
 def _refined(matrix: Tensor, right: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
     """The solution after one step of refinement, so that every row fits to rounding (Higham 2002, theorem 12.4)."""
     solved = solve(right)
-    solved += solve(right - matrix @ solved)
+    solved += solve(right - product(matrix, solved))
     return solved
 
 

@@ -79,7 +79,7 @@ class RegMeanTable(Hyperparameters):
     """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
-    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    ridge: Annotated[float, Field(ge=0, le=1)] = 1e-4
     measured_examples: Annotated[int, Field(ge=1)] = 1000
     bias_feature: bool = False
     data_free_layers: tuple[Line, ...] = ()

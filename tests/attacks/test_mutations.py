@@ -88,6 +88,8 @@ TABLE = [
     Mutation(VERIFICATION, "test_127_", "factors-are-bounded"),
     Mutation(AGREED, "test_in_a_sparse", "verified-sums-are-complete", "is_complete = True"),
     Mutation(VERIFICATION, "test_128_", "scales-are-coarse", "coarse = scale"),
+    Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "return least"),
+    Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
     Mutation(VERIFYING, "test_126_totals_that", "opened-sums-are-shown-to-all"),
     Mutation(VERIFICATION, "test_the_tolerance", "sums-of-shares-are-zero"),
     Mutation(OPENING, "test_120_", "opened-uploads-are-those-signed", "is_signed = True"),
