@@ -29,6 +29,7 @@ format: $(DEVELOPMENT)
 
 bench: $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.demo_seeds
+	$(BIN)/python -m benchmarks.membership
 	$(BIN)/python -m benchmarks.masking
 	$(BIN)/python -m benchmarks.gram --quick
 	$(BIN)/python -m benchmarks.solve

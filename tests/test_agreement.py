@@ -88,6 +88,13 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         ),
         (
             ('name = "bea"', f'name = "bea"\npublic_key = "{"a" * 64}"\n[coordinator]\npublic_key = "{"a" * 64}"'),
+            "coordinator.public_key: it is an owner's, too",
+        ),
+        (
+            (
+                'name = "bea"',
+                f'name = "dan"\npublic_key = "{"a" * 64}"\n[[owners]]\nname = "bea"\npublic_key = "{"a" * 64}"',
+            ),
             "duplicate public key",
         ),
         (

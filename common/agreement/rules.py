@@ -29,7 +29,12 @@ def min_owners_is_at_most_all(draft: DraftTables) -> None:
 
 def every_party_has_its_own_keys(draft: DraftTables) -> None:
     keys = [owner.public_key for owner in draft.owners if owner.public_key is not None]
-    keys += [] if draft.coordinator is None else [draft.coordinator.public_key]
+    if draft.coordinator is not None and draft.coordinator.public_key in keys:  # check: the-coordinator-is-no-owner
+        raise RuleError(
+            "coordinator.public_key: it is an owner's, too; whoever holds it could read the other owners' vectors",
+            hint="the coordinator makes its own: amalgram keys new coordinator. With three owners, it must be a fourth "
+            "party",
+        )
     if len(set(keys)) != len(keys):
         raise RuleError("owners: duplicate public key", hint="every party makes its own: amalgram keys new NAME")
     node_keys = [owner.node_key for owner in draft.owners if owner.node_key is not None]

@@ -29,6 +29,8 @@ def draft_agreement(short: Path, public: list[Path], out: Path) -> None:
     write_settings(out, agreement)
     found = {"agreement": str(out), "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
     hint = "give this file to every party; each owner reads it and consents: amalgram agree OWNER.toml"
+    if agreement.summation.kind == "masked" and agreement.colluders == 0:
+        hint += "\nno owner may collude with the coordinator, so it must be none of them, and work for none"
     answer(found | {"digest": agreement.digest()}, as_lines(found), hint)
 
 

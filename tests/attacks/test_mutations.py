@@ -90,6 +90,7 @@ TABLE = [
     Mutation(VERIFICATION, "test_128_", "scales-are-coarse", "coarse = scale"),
     Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "return least"),
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
+    Mutation(AGREEMENT, "test_a_wrong_draft", "the-coordinator-is-no-owner"),
     Mutation(VERIFYING, "test_126_totals_that", "opened-sums-are-shown-to-all"),
     Mutation(VERIFICATION, "test_the_tolerance", "sums-of-shares-are-zero"),
     Mutation(OPENING, "test_120_", "opened-uploads-are-those-signed", "is_signed = True"),
