@@ -42,7 +42,7 @@ def main() -> None:
     lines = [
         "# Telling members from strangers by a sum of Gram matrices",
         "",
-        "Area under the curve (0.5 is guessing, 1 is certainty) of the best quadratic membership test on Gaussian rows.",
+        "Area under the curve (0.5 is guessing, 1 is certainty) of the best quadratic test on Gaussian rows.",
         "Made by `python -m benchmarks.membership`.",
         "",
         "| dimensions | owners | "

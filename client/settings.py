@@ -82,6 +82,8 @@ class OwnerSettings(Settings):
     training: Training | None = None
     # How many of the longest examples a forward pass takes. Shorter ones fill the same padded size.
     batch_size: Count = 32
+    # How many threads compute at `amalgram client`. Left out, as many as this machine has cores.
+    threads: Count | None = None
     # The labels of this owner's own head, if heads are private. Left out, they are those that its model names.
     labels: tuple[str, ...] = ()
     # What `amalgram client` needs. A simulation does not read it.

@@ -34,10 +34,15 @@ from common.text import shown, shown_lines
 
 MAX_OWNER_ROWS = 12  # more owners share one row
 CLOCK = "%H:%M:%S"
-QUIET = {  # the libraries' own warnings and progress bars; their errors still arrive as exceptions
+DEFAULTS = {  # of environment variables that libraries read when they are imported
+    # Their own warnings and progress bars; their errors still arrive as exceptions.
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
+    # Torch's threads wait asleep. Otherwise they spin, and on a busy machine they take the cores from each other: ten
+    # times as long and more (benchmarks/threads.py).
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
 }
 log = logging.getLogger("amalgram")
 
@@ -53,9 +58,10 @@ def messages() -> Console:
 def set_up_output(as_json: bool) -> None:
     """Send log lines to standard error, as text for people or as JSON lines, with every owner's answer, for programs.
 
-    The libraries that are imported afterwards keep quiet, unless the environment says otherwise.
+    The libraries that are imported afterwards keep quiet, and their threads wait asleep, unless the environment says
+    otherwise.
     """
-    for name, value in QUIET.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     console = messages()
     handler: logging.Handler

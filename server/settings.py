@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
+
 from common.settings_file import Settings, matching
 
 LISTEN_FORM = "0.0.0.0:PORT, [::]:PORT or 127.0.0.1:PORT"
@@ -31,5 +33,7 @@ class CoordinatorSettings(Settings):
     identity: Path = Path("coordinator.key")
     # The coordinator's copy of the base model, if it is not where the agreement says.
     base: str | None = None
+    # How many threads compute at `amalgram server`. Left out, as many as this machine has cores.
+    threads: Annotated[int, Field(ge=1)] | None = None
     # `amalgram server` and `amalgram merge` need it; a simulation does not.
     network: ServerNetwork | None = None

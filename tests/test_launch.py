@@ -105,6 +105,10 @@ def test_nothing_of_the_surroundings_opens_flower_or_says_who_a_peer_is(
     }
 
 
+def test_the_threads_of_the_settings_are_those_that_flower_s_processes_compute_with(tmp_path: Path) -> None:
+    assert flower_environment(tmp_path, 3)["OMP_NUM_THREADS"] == "3"
+
+
 # --- the gate ---
 
 

@@ -41,6 +41,7 @@ class Node:
     root_certificate: Path
     key: Path
     bundle_digest: str
+    threads: int | None
 
 
 def run_client(settings_file: Path) -> None:
@@ -77,6 +78,7 @@ def find_node(settings_file: Path) -> Node:
         root_certificate=root,
         key=key,
         bundle_digest=agreement.bundle_digest,
+        threads=owner.settings.threads,
     )
 
 
@@ -127,7 +129,7 @@ def _watch(parts: Mapping[str, Process], said: FollowedFile, told: FollowedFile,
 @contextmanager
 def supernode(node: Node) -> Iterator[Mapping[str, Process]]:
     """The pinned SuperNode, and the SuperExec that starts the owner's app for it."""
-    environment = flower_environment(node.state / "flower")
+    environment = flower_environment(node.state / "flower", node.threads)
     write_whole(node.state / "superexec.secret", secrets.token_bytes(32))
     secret = ["--superexec-auth-secret-file", str(node.state / "superexec.secret")]
     port = free_port()  # on this machine only: the SuperExec fetches messages from it

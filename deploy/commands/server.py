@@ -56,7 +56,7 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        return flower_environment(self.flower_home)
+        return flower_environment(self.flower_home, self.settings.threads)
 
     @property
     def host_and_port(self) -> tuple[str, int]:

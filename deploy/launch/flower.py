@@ -31,23 +31,30 @@ PAUSE = 3  # for so many times as long as Flower took to answer, it is not asked
 FINISHED = "finished:completed"
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """The environment of every Flower process: nothing of Flower's own in it but what stands here."""
+def flower_environment(home: Path, threads: int | None = None) -> dict[str, str]:
+    """The environment of every Flower process: nothing of Flower's own in it but what stands here.
+
+    `threads`: how many of torch's threads compute; left out, as many as there are cores.
+    """
     # FLWR_... opens other interfaces; FORWARDED_ALLOW_IPS would let anybody say which address it comes from.
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("FLWR_") and name != "FORWARDED_ALLOW_IPS"  # check: peers-do-not-say-who-they-are
     }
-    return inherited | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; of this machine's own processes, Flower's is 1
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
+    return (
+        inherited
+        | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        | {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; of this machine's own processes, Flower's is 1
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+    )
 
 
 def write_connection(home: Path, port: int, root_certificate: Path | None) -> None:
