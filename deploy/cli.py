@@ -4,6 +4,7 @@ Each command imports its module when it is called, so that help, keys and the li
 """
 
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,7 +13,11 @@ import typer
 from deploy.commands.errors import run_command, run_until_stopped
 from deploy.terminal import set_up_output
 
-cli = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
+cli = typer.Typer(
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command: a subcommand inherits them
+)
 keys = typer.Typer(no_args_is_help=True)
 cli.add_typer(keys, name="keys")
 
@@ -37,8 +42,19 @@ def main() -> NoReturn:
     run_command(lambda: cli(prog_name="amalgram", standalone_mode=False))
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"amalgram {version('amalgram')}")
+        raise typer.Exit
+
+
 @cli.callback(invoke_without_command=True)
-def about(context: typer.Context) -> None:
+def about(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """One merged model from organisations that must not share data or models.
 
     Example: amalgram simulate

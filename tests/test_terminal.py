@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deploy import terminal
 from deploy.cli import FIRST_STEPS, cli
 from tests.support.command_line import parse, parsers
 from tests.support.commands import amalgram, started
+from tests.support.documents import ROOT
 
 PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]
 COMMANDS = [each for each in PARSERS if not isinstance(each.values[1], click.Group)]
@@ -189,6 +191,22 @@ def test_every_help_has_an_example_that_parses(words: str, command: click.Comman
         called, *arguments = shlex.split(line)
         assert called == "amalgram"
         parse(arguments)
+
+
+@pytest.mark.parametrize(("words", "command"), PARSERS)
+def test_h_and_help_show_the_same_help(words: str, command: click.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = words.split()[1:]
+    shown = []
+    for option in ("-h", "--help"):
+        cli([*asked, option], standalone_mode=False)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert inspect.cleandoc(command.help or "").splitlines()[0] in " ".join(shown[0].split())
+
+
+def test_the_version_is_the_package_s(tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert amalgram("--version", cwd=tmp_path).stdout == f"amalgram {project['version']}\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
