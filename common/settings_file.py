@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
+import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RuleError, SettingsError
@@ -120,6 +121,11 @@ def parse_settings(tables: dict[str, Any], kind: type[S], where: str) -> S:
     except ValidationError as error:
         message, hint = _in_words(error, kind, where)
         raise SettingsError(message, hint=hint) from None
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Write settings as TOML, which reads back to the same settings."""
+    path.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
 
 
 def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:

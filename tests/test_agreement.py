@@ -8,8 +8,7 @@ from common.agreement import Agreement, AgreementDraft, OwnerEntry, Reading, Sum
 from common.errors import SettingsError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import MultiRoundMethod
-from common.settings_file import load_settings
-from deploy.simulation.simulate import write_settings
+from common.settings_file import load_settings, write_settings
 from tests.support.errors import refused
 
 GOOD = """

@@ -7,12 +7,13 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from client.app import SIMULATED_OWNERS
 from common.agreement import Agreement
+from common.errors import SettingsError
 from common.settings_file import load_settings
 from deploy.launch.flower import (
     FAILURE,
@@ -26,11 +27,20 @@ from deploy.launch.flower import (
 from deploy.launch.processes import free_port, started, wait_for_port
 from server.settings import CoordinatorSettings
 
+Engine = Literal["in-process", "ray"]
 log = logging.getLogger("amalgram.launch")
+
+
+def check_engine(engine: Engine) -> None:
+    """Raise SettingsError if what carries the messages is not installed."""
+    if engine == "ray" and find_spec("ray") is None:
+        raise SettingsError("--engine ray: Ray is not installed", hint="pip install 'amalgram[ray]'")
 
 
 def run_with_ray(coordinator_file: Path, party_files: list[Path]) -> None:
     """Run the merge on Flower's simulation engine. Raises the error that the run met."""
+    import torch  # takes seconds: not before settings are checked
+
     settings = load_settings(coordinator_file, CoordinatorSettings)
     check_bundle(load_settings(coordinator_file.parent / settings.agreement, Agreement))
     output = coordinator_file.parent / settings.output
