@@ -251,7 +251,7 @@ def check_made_for(folder: Path, task: Task) -> None:
 
 
 def kind_of(folder: Path) -> TaskKind | None:
-    """What a model was made for, by the class that its configuration names; None if that is no task of ours."""
+    """What a model was made for, by the class that its configuration names; None for another task than ours."""
     (named, *_) = (*_architectures(folder), "")
     return next((kind for ending, kind in KINDS.items() if named.endswith(ending)), None)
 
