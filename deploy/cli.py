@@ -25,6 +25,7 @@ FIRST_STEPS = """\
 amalgram simulate                        see it work: five owners, one merged model, about a minute
 amalgram simulate --init my-consortium   write a small, commented example with three owners
 amalgram simulate my-consortium          merge it; then put your own models and files in
+amalgram check my-consortium             look at all of them in seconds, before anything is computed
 amalgram --help                          all commands; each has an example: amalgram simulate --help"""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; log lines become JSON too.")]
 OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")]
@@ -140,6 +141,23 @@ def keys_show(path: Annotated[Path, typer.Argument(help="A .pub, .key or .pem fi
     from deploy.commands.keys import show_fingerprint
 
     show_fingerprint(path)
+
+
+@cli.command()
+def check(
+    path: Annotated[
+        Path, typer.Argument(help="A consortium's folder, an agreement or its draft, OWNER.toml or COORDINATOR.toml.")
+    ],
+    as_json: Json = False,
+) -> int:
+    """Look at settings, keys, models and files, and say what a merge would do. Exit code 0: ready; 1: not.
+
+    Example: amalgram check reviews
+    """
+    set_up_output(as_json)
+    from deploy.commands.check import check_and_show
+
+    return check_and_show(path)
 
 
 @cli.command()

@@ -26,11 +26,29 @@ class Consortium:
     draft: AgreementDraft
     base_folder: Path
     owner_files: Mapping[str, Path]
-    looks: Mapping[str, OwnerLook]
+    settings: Mapping[str, OwnerSettings]
+
+    def look_at(self, owner: str) -> OwnerLook:
+        """Look at an owner's model and files. Raises the AmalgramError that a run would meet."""
+        home = self.owner_files[owner].parent
+        look = look_at_owner(self.settings[owner], home, self.draft.task)
+        if look.fine_tuned is not None:
+            check_same_type(look.fine_tuned, self.base_folder)
+        return look
 
 
 def read_consortium(folder: Path) -> Consortium:
-    """Read the settings in `folder` and look at what they name. Raises the AmalgramError that a run would meet."""
+    """Read the settings in `folder` and look at everything that they name. Raises the AmalgramError that a run would
+    meet.
+    """
+    consortium = read_settings(folder)
+    for owner in consortium.owner_files:
+        consortium.look_at(owner)
+    return consortium
+
+
+def read_settings(folder: Path) -> Consortium:
+    """Read the settings in `folder`, whatever the owners' models and files hold. Raises an AmalgramError."""
     if folder.is_file():
         raise SettingsError(f"{folder}: is a file; name the folder that it is in: {folder.parent}")
     if not (folder / AGREEMENT).is_file():
@@ -42,12 +60,8 @@ def read_consortium(folder: Path) -> Consortium:
     settings = {name: load_settings(path, OwnerSettings) for name, path in files.items()}
     base_folder = model_folder(draft.base, folder, draft.base_revision)
     found = {name: own_folder(each, files[name].parent) for name, each in settings.items()}
-    models = {name: each for name, each in found.items() if each is not None}
-    draft = with_labels(draft, base_folder, models)
-    for own in models.values():
-        check_same_type(own, base_folder)
-    looks = {name: look_at_owner(each, files[name].parent, draft.task) for name, each in settings.items()}
-    return Consortium(draft=draft, base_folder=base_folder, owner_files=files, looks=looks)
+    draft = with_labels(draft, base_folder, {name: each for name, each in found.items() if each is not None})
+    return Consortium(draft=draft, base_folder=base_folder, owner_files=files, settings=settings)
 
 
 def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from typing import Any
 from rich import get_console, reconfigure
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -90,6 +91,20 @@ def answer(found: dict[str, Any], text: str = "", hint: str = "") -> None:
         print(shown_lines(text), flush=True)
     if hint:
         messages().print(shown_lines(hint), soft_wrap=True, markup=False, highlight=False)
+
+
+def show_error(message: str, hint: str) -> None:
+    """Show an error on standard error, as text in one or two lines."""
+    messages().print("[red]error:[/]", escape(shown(message)), soft_wrap=True, highlight=False)
+    if hint:
+        messages().print("[yellow]hint:[/]", escape(shown(hint)), soft_wrap=True, highlight=False)
+
+
+def byte_count(count: int) -> str:
+    """A number of bytes for people."""
+    if count >= 10_000_000_000:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
 
 
 def as_lines(found: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from client.app import SIMULATED_OWNERS
-from common.agreement import Agreement
+from common.agreement import load_agreement
 from common.errors import SettingsError
 from common.settings_file import load_settings
 from deploy.launch.flower import (
@@ -42,7 +42,7 @@ def run_with_ray(coordinator_file: Path, party_files: list[Path]) -> None:
     import torch  # takes seconds: not before settings are checked
 
     settings = load_settings(coordinator_file, CoordinatorSettings)
-    check_bundle(load_settings(coordinator_file.parent / settings.agreement, Agreement))
+    check_bundle(load_agreement(coordinator_file.parent / settings.agreement))
     output = coordinator_file.parent / settings.output
     (output / FAILURE).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="amalgram-flower-") as home:
