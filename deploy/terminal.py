@@ -137,6 +137,41 @@ def progress_below_log() -> Iterator[None]:
             log.removeHandler(rows)
 
 
+@contextmanager
+def one_bar() -> Iterator[None]:
+    """Show the steps of a run as one bar, for scripts and notebooks."""
+    level = log.level
+    columns = BarColumn(20), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = _OneBar(progress)
+        log.addHandler(bar)
+        log.setLevel(min(logging.INFO, level or logging.INFO))
+        try:
+            yield
+            bar.end()
+        finally:
+            log.setLevel(level)
+            log.removeHandler(bar)
+
+
+class _OneBar(logging.Handler):
+    """Moves one bar on at each step of a run, from the `about` of the coordinator's records."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self._progress = progress
+        self._bar = progress.add_task("preparing", total=None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        about: dict[str, Any] = getattr(record, "about", {})
+        if "number" in about:
+            done, step = about["number"] - 1, shown(about["step"])
+            self._progress.update(self._bar, total=about["num_steps"], completed=done, description=step)
+
+    def end(self) -> None:
+        self._progress.update(self._bar, completed=self._progress.tasks[0].total, description="merged")
+
+
 class _Arrived(ProgressColumn):
     """A column for the rows that count a vector's bytes, empty until the first bytes arrive."""
 

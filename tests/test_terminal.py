@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import logging
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ import click
 import pytest
 from rich.console import Console
 
+import amalgram as amalgram_module
 from common.errors import SettingsError
 from deploy import terminal
 from deploy.cli import FIRST_STEPS, cli
@@ -169,6 +171,33 @@ def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
     before = list(terminal.log.handlers)
     with terminal.progress_below_log():
         assert terminal.log.handlers == before
+
+
+# --- from Python ---
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_script_that_merges_shows_nothing_or_one_bar(
+    reviews_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal.log.handlers = [logging.NullHandler()]
+    terminal.log.setLevel(logging.NOTSET)
+    draft = 'title = "Two"\nbase = "base"\nmethod = "average"\n[summation]\nkind = "plain"\n'
+    (tmp_path / "agreement.toml").write_text(draft + '[[owners]]\nname = "hotel"\n[[owners]]\nname = "cinema"\n')
+    for name, suffix in (("hotel", "jsonl"), ("cinema", "csv")):
+        data = f'[data]\ntrain = "data/{name}/train.{suffix}"\ntest = "data/{name}/test.{suffix}"\n'
+        (tmp_path / f"{name}.toml").write_text(f'name = "{name}"\nfine_tuned = "base"\n{data}')
+    for name in ("base", "data"):
+        shutil.copytree(reviews_folder / name, tmp_path / name)
+    for progress in (False, True):
+        merged = amalgram_module.simulate(tmp_path, progress=progress, with_references=False)
+        shown = capfd.readouterr()
+        assert shown.out == ""
+        assert shown.err == "" if not progress else re.fullmatch(r"━+ merged 0:00:\d\d\n", shown.err)
+    assert (merged.model / "config.json").is_file()
+    assert merged.page.is_file()
+    assert amalgram_module.report(tmp_path / "output") == merged
+    assert terminal.log.level == logging.NOTSET
 
 
 # --- help, first steps, completion ---
