@@ -9,6 +9,8 @@ from pathlib import Path
 from client.data.columns import FileLook, look_at_files
 from client.settings import OwnerSettings
 from common.agreement import Task
+from common.models.adapter import is_adapter
+from common.models.files import check_readable
 from common.models.folders import check_made_for, fine_tuned_folder, named_labels
 
 
@@ -28,6 +30,8 @@ def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
     own, folder = own_task(settings, home, task), own_folder(settings, home)
     if folder is not None:
         check_made_for(folder, own)
+        if not is_adapter(folder):
+            check_readable(folder)
     return OwnerLook(fine_tuned=folder, files=look_at_files(settings.data, own, home))
 
 

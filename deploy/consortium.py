@@ -11,7 +11,7 @@ from client.look import OwnerLook, look_at_owner, own_folder
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.errors import SettingsError
-from common.models.folders import check_same_type, model_folder
+from common.models.folders import check_same_architecture, model_folder
 from common.settings_file import load_settings
 from deploy.drafting import with_labels
 
@@ -33,7 +33,7 @@ class Consortium:
         home = self.owner_files[owner].parent
         look = look_at_owner(self.settings[owner], home, self.draft.task)
         if look.fine_tuned is not None:
-            check_same_type(look.fine_tuned, self.base_folder)
+            check_same_architecture(look.fine_tuned, self.base_folder)
         return look
 
 

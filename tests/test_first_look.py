@@ -171,6 +171,12 @@ def bring(name: str, **changed: object) -> Damage:
     return change
 
 
+def damage_weights(home: Path) -> None:
+    bring("hotel")(home)
+    weights = home / "models" / "hotel" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
 MISTAKES = {
     "a file": (replace("hotel.toml", "train.jsonl", "trian.jsonl"), "data/hotel/trian.jsonl: no such file"),
     "a column": (replace("hotel.toml", '"text"', '"review"'), "has no column 'review'; its columns are text, label"),
@@ -184,7 +190,9 @@ MISTAKES = {
         lambda home: (home / "phones.toml").unlink(),
         "owner 'phones' of agreement.toml has no settings file, phones.toml\nhint: write phones.toml, or remove",
     ),
-    "another architecture": (bring("hotel", model_type="roberta"), "is of type roberta, the base"),
+    "another architecture": (bring("hotel", model_type="roberta"), "its model_type is roberta, that of the base"),
+    "another size": (bring("hotel", hidden_size=128), "its hidden_size is 128, that of the base"),
+    "damaged weights": (damage_weights, "model.safetensors: cannot be read"),
     "swapped labels": (
         bring("hotel", id2label={"0": "positive", "1": "negative"}),
         "its labels are ['positive', 'negative'], the agreement's are ['negative', 'positive']\nhint: these are the sa",

@@ -27,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "voca
 LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta")
 ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
+SIZES = ("hidden_size", "num_hidden_layers", "d_model", "num_layers", "n_embd", "n_layer", "vocab_size")  # of a body
 KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of transformers
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -256,15 +257,17 @@ def kind_of(folder: Path) -> TaskKind | None:
     return next((kind for ending, kind in KINDS.items() if named.endswith(ending)), None)
 
 
-def check_same_type(folder: Path, base_folder: Path) -> None:
-    """Raise ModelError if an owner's whole model is of another architecture than the base."""
+def check_same_architecture(folder: Path, base_folder: Path) -> None:
+    """Raise ModelError if an owner's whole model is of another type or size than the base, by their configurations."""
     if is_adapter(folder):
         return
-    own, agreed = (read_json(each, "config.json").get("model_type") for each in (folder, base_folder))
-    if own != agreed:
-        raise ModelError(
-            f"model {folder}: is of type {own}, the base {base_folder} of type {agreed}", hint=ANOTHER_BASE
-        )
+    configs = [read_json(each, "config.json") for each in (folder, base_folder)]
+    for key in ("model_type", *SIZES):
+        own, agreed = (config.get(key) for config in configs)
+        if None not in (own, agreed) and own != agreed:
+            raise ModelError(
+                f"model {folder}: its {key} is {own}, that of the base {base_folder} is {agreed}", hint=ANOTHER_BASE
+            )
 
 
 def _architectures(folder: Path) -> list[str]:

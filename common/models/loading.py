@@ -270,7 +270,10 @@ def _from_tensors(
         except Exception as error:  # a broken folder can make the loader raise anything
             reason, hint = first_line(error), DOWNLOAD_AGAIN
             if "ignore_mismatched_sizes" in reason:
-                reason, hint = "its head, or another weight, has another shape", "check that task.labels fit this model"
+                reason, hint = (
+                    "its head, or another weight, has another shape",
+                    ("check that task.labels fit this model; for a new head, save it without one (AutoModel)"),
+                )
             raise _cannot_be_loaded(folder, task, reason, hint) from None
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
 

@@ -17,8 +17,8 @@ from client.owner import Owner
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, load_agreement
 from common.errors import AmalgramError, SettingsError
 from common.identity import Identity, fingerprint
-from common.models.files import weight_files
-from common.models.folders import base_model_folder, check_same_type, model_folder
+from common.models.files import check_readable, weight_files
+from common.models.folders import base_model_folder, check_same_architecture, model_folder
 from common.schedule import Delivery, Schedule, schedule_of
 from common.settings_file import load_settings, read_toml
 from common.text import shown
@@ -164,7 +164,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
     with checks.item("model, files") as item:
         look = owner.look()
         if look.fine_tuned is not None:
-            check_same_type(look.fine_tuned, base_folder)
+            check_same_architecture(look.fine_tuned, base_folder)
         item.found = _look_in_words(look)
     if settings.network is not None:
         with checks.item("network") as item:
@@ -265,6 +265,7 @@ def _in_words(draft: AgreementDraft) -> str:
 
 
 def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
+    check_readable(base_folder)
     size = byte_count(sum(path.stat().st_size for path in weight_files(base_folder)))
     labels = f", labels {', '.join(draft.task.labels)}" if draft.task.labels else ""
     return f"{base_folder.resolve()}, {size}; {draft.task.kind}{labels}"
