@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.agreement import COORDINATOR, AgreementDraft, CoordinatorEntry
 from common.errors import SettingsError
-from common.models.folders import base_labels, how_to_match, named_labels
+from common.models.folders import base_labels, check_base_labels, how_to_match, named_labels
 from common.settings_file import parse_settings
 
 WRITE_THEM = 'write them under [task], in the order of the models\' outputs: labels = ["...", "..."]'
@@ -19,6 +19,7 @@ def with_labels(draft: AgreementDraft, base_folder: Path, models: Mapping[str, P
     labels, if the owners name different ones, or if some cannot be agreed on.
     """
     if draft.task.labels or not draft.task.has_labels:
+        check_base_labels(base_folder, draft.task)
         return draft
     labels, where = named_labels(base_folder), f"model {base_folder}"
     if not labels and draft.task.head == "private":

@@ -76,6 +76,25 @@ def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
     assert errors.endswith("not ready: 2 to correct\n")
 
 
+@pytest.mark.usefixtures("own_log")
+def test_a_model_with_another_tokenizer_is_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hotel = home / "hotel.toml"
+    text = hotel.read_text()
+    training = text[text.index("\n[training]") : text.index("\n[data]")]
+    hotel.write_text(text.replace(training, '\nfine_tuned = "model"\n'))
+    shutil.copytree(home / "base", home / "model")
+    code, found, _ = lines(capsys, ".")
+    assert (code, found["tokenizers"]) == (0, "the same vocabulary as the base's")
+    path = home / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["bad"], vocabulary["good"] = vocabulary["good"], vocabulary["bad"]
+    path.write_text(json.dumps(tokenizer))
+    code, found, errors = lines(capsys, ".")
+    assert (code, "tokenizers" in found) == (1, False)
+    assert "the first that differs is 'bad'" in errors
+
+
 @pytest.mark.usefixtures("home", "own_log")
 def test_a_draft_is_told_from_an_agreement(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, "agreement.toml")

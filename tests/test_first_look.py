@@ -65,8 +65,12 @@ def test_a_base_that_names_no_labels_takes_those_of_the_owners_models(
 def test_a_draft_s_own_labels_come_first_and_the_base_s_second(tmp_path: Path) -> None:
     base = folder_of(tmp_path / "base", ("low", "high"))
     models = models_with(tmp_path, *[("no", "yes")] * 3)
-    assert with_labels(draft(labels=("a", "b")), base, models).task.labels == ("a", "b")
+    nameless = folder_of(tmp_path / "nameless")
+    assert with_labels(draft(labels=("a", "b")), nameless, models).task.labels == ("a", "b")
     assert with_labels(draft(), base, models).task.labels == ("low", "high")
+    assert with_labels(draft(labels=("a", "b"), head="private"), base, models).task.labels == ("a", "b")
+    with pytest.raises(ModelError, match=r"are \['a', 'b'\]\nhint: for a new head"):
+        with_labels(draft(labels=("a", "b")), base, models)
     assert with_labels(draft(kind="causal-lm"), base, models).task.labels == ()
 
 

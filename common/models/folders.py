@@ -25,6 +25,7 @@ HUB_PATTERNS = [*READ, "*.json", "*.safetensors", "README.md"]  # the model card
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 # Keys that a configuration class reads although it does not declare them.
 LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta")
+NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
 ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
 SIZES = ("hidden_size", "num_hidden_layers", "d_model", "num_layers", "n_embd", "n_layer", "vocab_size")  # of a body
@@ -209,7 +210,13 @@ def named_labels(folder: Path) -> tuple[str, ...]:
     return () if all(label.startswith("LABEL_") for label in labels) else labels
 
 
-def check_labels(folder: Path, task: Task, if_others: str) -> None:
+def check_base_labels(folder: Path, task: Task) -> None:
+    """Raise ModelError unless the labels that the base names, if any, are the agreed ones, or heads are private."""
+    if task.head == "shared":
+        _check_labels(folder, task, if_others=NEW_HEAD)
+
+
+def _check_labels(folder: Path, task: Task, if_others: str) -> None:
     """Raise ModelError unless the labels that a model names, if any, are the agreed ones in the agreed order.
 
     `if_others`: the hint for labels that are not the agreed ones in any order.
@@ -242,7 +249,7 @@ def check_made_for(folder: Path, task: Task) -> None:
     kind = kind_of(folder)
     # Some models that read images and write text are loaded as plain language models.
     if kind in (None, task.kind) or (kind in LANGUAGE_MODELLING and not task.has_labels):
-        check_labels(folder, task, if_others=ANOTHER_TASK)
+        _check_labels(folder, task, if_others=ANOTHER_TASK)
         return
     raise ModelError(
         f"model {folder}: its config.json names {_architectures(folder)[0]}, a model for {kind}; the task is "

@@ -26,7 +26,7 @@ from common.models.files import (
     weight_files,
     without_code,
 )
-from common.models.folders import ANOTHER_BASE, check_labels, check_made_for, load_tokenizer, read_config
+from common.models.folders import ANOTHER_BASE, check_base_labels, check_made_for, load_tokenizer, read_config
 from common.models.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ AUTO_CLASSES: dict[TaskKind, str] = {
     "sequence-to-sequence": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
-NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
 
 
 def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
@@ -60,8 +59,7 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     A head that the folder lacks is initialised from `seed`, so every party makes the same one. Raises ModelError if
     anything else is missing, or if the labels are in another order than the agreement's.
     """
-    if task.head == "shared":
-        check_labels(folder, task, if_others=NEW_HEAD)
+    check_base_labels(folder, task)
     model, missing = _load(folder, task, seed)
     body = f"{model.base_model_prefix}."
     for name in missing:

@@ -6,7 +6,7 @@ follow from the base's modules, which takes torch, whose import takes seconds.
 
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from common.agreement import COORDINATOR, Agreement, AgreementDraft, load_agreem
 from common.errors import AmalgramError, SettingsError
 from common.identity import Identity, fingerprint
 from common.models.files import check_readable, weight_files
-from common.models.folders import base_model_folder, check_same_architecture, model_folder
+from common.models.folders import base_model_folder, check_same_architecture, check_tokenizer, model_folder
 from common.schedule import Delivery, Schedule, schedule_of
 from common.settings_file import load_settings, read_toml
 from common.text import shown
@@ -109,13 +109,17 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         return following
     with checks.item("base") as item:
         item.found = _task_in_words(consortium.draft, consortium.base_folder)
+    looks = []
     for owner in consortium.owner_files:
         with checks.item(owner) as item:
-            item.found = _look_in_words(consortium.look_at(owner))
+            looks.append(consortium.look_at(owner))
+            item.found = _look_in_words(looks[-1])
     if checks.is_ready:
         with checks.item("rounds") as item:
             schedule = _simulated_schedule(consortium)
             item.found = _rounds_in_words(schedule) if schedule else "of a base this large: see `amalgram draft`"
+        models = [look.fine_tuned for look in looks if look.fine_tuned is not None]
+        _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
         if schedule:
             _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
     return following
@@ -175,6 +179,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             schedule = _schedule(agreement, base_folder)
             item.found = _rounds_in_words(schedule)
     if checks.is_ready:
+        _check_tokenizers(checks, agreement, [look.fine_tuned] if look.fine_tuned else [], base_folder)
         _check_room(checks, home / settings.state, schedule, parties=1)
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
@@ -212,6 +217,14 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 
 
 # --- parts that several have ---
+
+
+def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence[Path], base_folder: Path) -> None:
+    if draft.task.is_text and models:
+        with checks.item("tokenizers") as item:
+            for folder in models:
+                check_tokenizer(folder, base_folder)
+            item.found = "the same vocabulary as the base's"
 
 
 def _check_room(checks: Checklist, folder: Path, schedule: Schedule, *, parties: int) -> None:
