@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.consortium import read_consortium
-from deploy.launch.simulation import check_engine
+from deploy.simulation.engine import check_engine
 from server.report.report import Report, read_report
 
 if TYPE_CHECKING:
-    from deploy.launch.simulation import Engine
+    from deploy.simulation.engine import Engine
 
 __all__ = ["Merged", "report", "simulate"]
 logging.getLogger("amalgram").addHandler(logging.NullHandler())  # whoever sets logging up sees what we log

@@ -181,7 +181,62 @@ def damage_weights(home: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
+def name_owners_only(home: Path) -> None:
+    agreement = home / "agreement.toml"
+    text = agreement.read_text()
+    agreement.write_text(f"owners = {list(OWNERS)}\n" + text[: text.index("[[owners]]")])
+
+
 MISTAKES = {
+    "a capital": (
+        replace("agreement.toml", '"hotel"', '"Hotel"'),
+        "agreement.toml: owners[0].name = 'Hotel': must be 1 to 32 lower-case letters, digits, - and _, the first of "
+        'them a letter or digit\nhint: for example "hotel"',
+    ),
+    "one value": (
+        replace("agreement.toml", "[0.1, 0.5, 0.9, 0.95, 0.99]", "0.5"),
+        "agreement.toml: regmean.alphas = 0.5: must be a list\nhint: write alphas = [0.5]",
+    ),
+    "one name": (
+        replace("agreement.toml", '["average", "task_arithmetic", "fisher"]', '"average"'),
+        "compare_with = 'average': must be a list\nhint: write compare_with = [\"average\"]",
+    ),
+    "a misspelt key": (
+        replace("agreement.toml", "\nmethod =", "\nmetod ="),
+        "agreement.toml: unknown key metod\nhint: did you mean method?",
+    ),
+    "a misspelt method": (
+        replace("agreement.toml", 'method = "regmean"', 'method = "regmeen"'),
+        "regmean_plus_plus\nhint: did you mean regmean?",
+    ),
+    "a key in another table": (
+        lambda home: (home / "agreement.toml").write_text((home / "agreement.toml").read_text() + "\nseed = 3\n"),
+        ".seed\nhint: seed belongs at the top of the file, before the first [table]",
+    ),
+    "quotes": (
+        replace("agreement.toml", "max_tokens = 32", 'max_tokens = "32"'),
+        "task.max_tokens = '32': must be a whole number\nhint: write max_tokens = 32, without quotes",
+    ),
+    "no quotes": (
+        replace("agreement.toml", 'base = "base"', "base = base"),
+        "agreement.toml: not valid TOML: Invalid value (at line 5, column 8)\nhint: text stands in quotes",
+    ),
+    "names for tables": (
+        name_owners_only,
+        "owners[0] = 'hotel': must be a table (and 3 more)\nhint: write one [[owners]] table for each, with its keys",
+    ),
+    "another kind": (
+        replace("agreement.toml", '"text-classification"', '"text-clasification"'),
+        "'sequence-to-sequence' or 'image-classification'\nhint: did you mean text-classification?",
+    ),
+    "two owners": (
+        replace("agreement.toml", '[[owners]]\nname = "phones"', ""),
+        "with two, each knows the other's part of any total\nhint: find a third owner; or, if both accept that,",
+    ),
+    "a misspelt table": (
+        replace("hotel.toml", "\n[data]", "\n[dta]"),
+        "hotel.toml: unknown key dta (and 1 more)\nhint: did you mean data?",
+    ),
     "a file": (replace("hotel.toml", "train.jsonl", "trian.jsonl"), "data/hotel/trian.jsonl: no such file"),
     "a column": (replace("hotel.toml", '"text"', '"review"'), "has no column 'review'; its columns are text, label"),
     "a label": (replace("data/hotel/train.jsonl", '"negative"', '"bad"'), "its label is none of negative, positive"),

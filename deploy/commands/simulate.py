@@ -14,7 +14,7 @@ from deploy.terminal import answer, progress_below_log
 from server.output_folder import claim_output
 
 if TYPE_CHECKING:
-    from deploy.launch.simulation import Engine
+    from deploy.simulation.engine import Engine
 
 DEMO_OUTPUT = Path("demo-output")
 log = logging.getLogger("amalgram")
@@ -34,7 +34,7 @@ def write_example(folder: Path | None) -> None:
 def simulate_folder(folder: Path, out: Path | None, engine: Engine, references: bool) -> None:
     """Merge the consortium in `folder` and show its report."""
     from deploy.consortium import read_consortium
-    from deploy.launch.simulation import check_engine
+    from deploy.simulation.engine import check_engine
 
     check_engine(engine)
     consortium = read_consortium(folder.resolve())
@@ -51,7 +51,7 @@ def simulate_demo(out: Path | None, seed: int, engine: Engine, references: bool)
     """Make the demo's consortium, merge it and show its report."""
     if Path("agreement.toml").is_file():
         raise SettingsError("no FOLDER given, but this folder holds a consortium", hint="amalgram simulate .")
-    from deploy.launch.simulation import check_engine
+    from deploy.simulation.engine import check_engine
 
     check_engine(engine)
     out = out or DEMO_OUTPUT

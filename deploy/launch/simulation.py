@@ -7,13 +7,10 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from client.app import SIMULATED_OWNERS
 from common.agreement import load_agreement
-from common.errors import SettingsError
 from common.settings_file import load_settings
 from deploy.launch.flower import (
     FAILURE,
@@ -27,14 +24,7 @@ from deploy.launch.flower import (
 from deploy.launch.processes import free_port, started, wait_for_port
 from server.settings import CoordinatorSettings
 
-Engine = Literal["in-process", "ray"]
 log = logging.getLogger("amalgram.launch")
-
-
-def check_engine(engine: Engine) -> None:
-    """Raise SettingsError if what carries the messages is not installed."""
-    if engine == "ray" and find_spec("ray") is None:
-        raise SettingsError("--engine ray: Ray is not installed", hint="pip install 'amalgram[ray]'")
 
 
 def run_with_ray(coordinator_file: Path, party_files: list[Path]) -> None:

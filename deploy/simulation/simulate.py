@@ -27,8 +27,9 @@ from common.settings_file import load_settings, write_settings
 from deploy.commands.agree import give_consent
 from deploy.complete import complete_agreement
 from deploy.consortium import Consortium, read_consortium
-from deploy.launch.simulation import Engine, check_engine, run_with_ray
+from deploy.launch.simulation import run_with_ray
 from deploy.simulation import references
+from deploy.simulation.engine import Engine, check_engine
 from deploy.simulation.in_process_grid import run_in_process
 from server.app import app as server_app
 from server.checkpoint import is_checkpoint_of
