@@ -249,7 +249,7 @@ MISTAKES = {
         lambda home: (home / "phones.toml").unlink(),
         "owner 'phones' of agreement.toml has no settings file, phones.toml\nhint: write phones.toml, or remove",
     ),
-    "another architecture": (bring("hotel", model_type="roberta"), "its model_type is roberta, that of the base"),
+    "another architecture": (bring("hotel", model_type="roberta"), "its model_type is 'roberta', that of the base"),
     "another size": (bring("hotel", hidden_size=128), "its hidden_size is 128, that of the base"),
     "damaged weights": (damage_weights, "model.safetensors: cannot be read"),
     "swapped labels": (

@@ -74,7 +74,7 @@ class CoordinatorEntry(Settings):
 
 
 class Task(Settings):
-    """What the model does. Labels left empty are the base model's own; a language model has none."""
+    """What the model does. Labels left empty are the base's or else the owners' models'; a language model has none."""
 
     kind: TaskKind = "text-classification"
     labels: tuple[Line, ...] = ()

@@ -273,7 +273,8 @@ def check_same_architecture(folder: Path, base_folder: Path) -> None:
         own, agreed = (config.get(key) for config in configs)
         if None not in (own, agreed) and own != agreed:
             raise ModelError(
-                f"model {folder}: its {key} is {own}, that of the base {base_folder} is {agreed}", hint=ANOTHER_BASE
+                f"model {folder}: its {key} is {own!r:.60}, that of the base {base_folder} is {agreed!r:.60}",
+                hint=ANOTHER_BASE,
             )
 
 

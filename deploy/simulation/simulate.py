@@ -1,8 +1,6 @@
 """All parties of a consortium on one machine: the real apps and messages, every owner with its own settings and state.
 
-from deploy.simulation.simulate import simulate
-report = simulate("my-consortium")
-report.evaluation.mean["regmean"].accuracy
+Scripts and notebooks call `amalgram.simulate` (amalgram.py), which looks at the folder before it imports this.
 """
 
 import logging
@@ -50,7 +48,7 @@ def simulate(
     engine: Engine = "in-process",
     with_references: bool = True,
 ) -> Report:
-    """Merge the consortium in `folder`; write `model/`, `report.html` and `report.json`. For scripts and notebooks.
+    """Merge the consortium in `folder`; write `model/`, `report.html` and `report.json`.
 
     folder           holds `agreement.toml` (a draft is enough) and one settings file per owner, `<name>.toml` or
                      `<name>/owner.toml`; `amalgram simulate --init` writes a pattern
