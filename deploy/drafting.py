@@ -36,7 +36,9 @@ def with_labels(draft: AgreementDraft, base_folder: Path, models: Mapping[str, P
         )
     tables = draft.model_dump(mode="json")
     tables["task"]["labels"] = labels
-    return parse_settings(tables, AgreementDraft, where)  # check: base-labels-are-checked
+    completed = parse_settings(tables, AgreementDraft, where)  # check: base-labels-are-checked
+    check_base_labels(base_folder, completed.task)
+    return completed
 
 
 def _common(named: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def models_with(tmp_path: Path, *labels: tuple[str, ...]) -> dict[str, Path]:
     ("in_base", "made_for"),
     [
         ((), "BertForMaskedLM"),
-        (("LABEL_0", "LABEL_1", "LABEL_2"), "BertForSequenceClassification"),
+        (("LABEL_0", "LABEL_1"), "BertForSequenceClassification"),
         (("left", "behind"), "BertModel"),
     ],
     ids=["no labels", "numbered labels", "a body without its head"],
@@ -132,6 +132,18 @@ def test_swapped_labels_and_another_task_each_have_a_hint_of_their_own(
     with pytest.raises(ModelError) as caught:
         check_made_for(folder_of(tmp_path / "model", labels, made_for), Task(labels=("no", "yes")))
     assert says in str(caught.value)
+
+
+def test_a_model_that_numbers_its_labels_needs_as_many_as_are_agreed(tmp_path: Path) -> None:
+    three = folder_of(tmp_path / "three", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    check_made_for(three, Task(labels=("a", "b", "c")))
+    with pytest.raises(
+        ModelError, match=r"has 3 labels, the agreement 2: \['no', 'yes'\]\nhint: it was fine-tuned for"
+    ):
+        check_made_for(three, Task(labels=("no", "yes")))
+    with pytest.raises(ModelError, match=r"has 3 labels, the agreement 2: .*\nhint: for a new head, save the model"):
+        with_labels(draft(labels=("no", "yes")), three, {})
+    with_labels(draft(labels=("no", "yes")), folder_of(tmp_path / "masked", made_for="BertForMaskedLM"), {})
 
 
 def test_a_model_s_task_is_told_by_its_class(tmp_path: Path) -> None:

@@ -222,7 +222,16 @@ def _check_labels(folder: Path, task: Task, if_others: str) -> None:
     `if_others`: the hint for labels that are not the agreed ones in any order.
     """
     labels = named_labels(folder)
-    if not task.has_labels or labels in ((), task.labels):
+    if not task.has_labels or labels == task.labels:
+        return
+    if not labels:
+        # The head of a model that only numbers its labels has one output for each.
+        count = len(base_labels(folder)) if not is_adapter(folder) and kind_of(folder) == task.kind else None
+        if count not in (None, len(task.labels)):
+            raise ModelError(
+                f"model {folder}: has {count} labels, the agreement {len(task.labels)}: {list(task.labels)}",
+                hint=if_others,
+            )
         return
     raise ModelError(
         f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}",

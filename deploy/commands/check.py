@@ -118,6 +118,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         with checks.item("rounds") as item:
             schedule = _simulated_schedule(consortium)
             item.found = _rounds_in_words(schedule) if schedule else "of a base this large: see `amalgram draft`"
+    if checks.is_ready:
         models = [look.fine_tuned for look in looks if look.fine_tuned is not None]
         _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
         if schedule:
@@ -212,6 +213,7 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
         with checks.item("rounds") as item:
             schedule = _schedule(place.agreement, base_folder)
             item.found = _rounds_in_words(schedule)
+    if checks.is_ready:
         _check_room(checks, place.output, schedule, parties=len(place.agreement.owners))
     return f"amalgram {'merge' if is_running else 'server'} {path}"
 
