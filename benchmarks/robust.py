@@ -40,8 +40,9 @@ from common.models.delta import add_delta
 from common.settings_file import load_settings
 from common.summation.protocol import Total
 from deploy.complete import complete_agreement
+from deploy.consortium import find_owner_files
 from deploy.example import reviews
-from deploy.simulation.simulate import find_owner_files, make_identities, set_up_parties
+from deploy.simulation.simulate import make_identities, set_up_parties
 
 NUM_OWNERS, LIAR, TRIGGER, TRIGGERED_ROWS, ALPHA = 12, "hotel0", "score", 240, 0.9
 GROUPS: Mapping[str, Sequence[Sequence[int]]] = {

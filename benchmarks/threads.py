@@ -2,7 +2,7 @@
 
 python -m benchmarks.threads
 
-`deploy/terminal.py` sets OMP_WAIT_POLICY=PASSIVE. With libgomp's default, threads that have nothing to do spin for a
+`amalgram.py` sets OMP_WAIT_POLICY=PASSIVE. With libgomp's default, threads that have nothing to do spin for a
 while; if other processes need the cores, those that have something to do wait for them. Each case runs in a process of
 its own, three turns side by side. Writes benchmarks/results/threads.md.
 """

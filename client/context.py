@@ -13,7 +13,7 @@ from client.ledger import Ledger
 from client.repeats import Contributed
 from client.settings import OwnerSettings
 from client.state import OwnerState
-from common.agreement import Agreement
+from common.agreement import Agreement, load_agreement
 from common.domain_separation import Domain
 from common.identity import Identity, read_identity
 from common.settings_file import load_settings
@@ -35,7 +35,7 @@ class OwnerContext:
 
     @cached_property
     def agreement(self) -> Agreement:
-        return load_settings(self.home / self.settings.agreement, Agreement)
+        return load_agreement(self.home / self.settings.agreement)
 
     @cached_property
     def workbench(self) -> "Workbench":

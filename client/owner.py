@@ -15,6 +15,7 @@ from typing import Any
 
 from client import receipts, received_models, rounds, verification
 from client.context import OwnerContext
+from client.look import OwnerLook, look_at_owner
 from common.certificates import check_burned, presence_body, sign_burned
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
@@ -54,6 +55,11 @@ class Owner(OwnerContext):
 
     def check(self) -> None:
         """Look at everything this owner brings. Raises the error that a run would meet; nothing is computed."""
+        self.look()
+        self.workbench.check()
+
+    def look(self) -> OwnerLook:
+        """The part of `check` that takes no torch, whose import takes seconds."""
         if self.name not in self.agreement.owner_names:
             raise ConsentError(
                 f"owner {self.name} is not on the agreement's roster: {', '.join(self.agreement.owner_names)}"
@@ -66,7 +72,7 @@ class Owner(OwnerContext):
                 hint="name the right file as identity, or make a new agreement with this one's .pub file",
             )
         check_layout(metrics_layout(self.agreement, "test", [BASE]), len(self.agreement.owners))
-        self.workbench.check()
+        return look_at_owner(self.settings, self.home, self.agreement.task)
 
     def _check_may_answer(self, message: Message) -> None:
         """The message belongs to an agreement that this owner consented to, and to the run in progress."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from client.data.private_data import PrivateData
 from client.data.rows import Rows
+from client.look import own_task
 from client.measurement import fine_tuning as finetune
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_classifier
@@ -52,7 +53,6 @@ from common.models.folders import (
     check_tokenizer,
     fine_tuned_folder,
     load_tokenizer,
-    named_labels,
 )
 from common.models.loading import (
     check_base,
@@ -93,7 +93,6 @@ class Workbench:
             check_change(dict(self.own_model().named_parameters()), base, body_parameters(base.model), folder)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
-        self.data.label_set()
         for read in (self.data.train, self.data.validation, self.data.test):
             read()
 
@@ -118,13 +117,7 @@ class Workbench:
     @cached_property
     def task(self) -> Task:
         """The agreed task; if heads are private, over this owner's own labels."""
-        task = self.agreement.task
-        if task.head == "shared":
-            return task
-        labels = self.settings.labels
-        if not labels and self.settings.fine_tuned is not None:
-            labels = named_labels(fine_tuned_folder(self.settings.fine_tuned, self._home))
-        return task.model_copy(update={"labels": labels or task.labels})
+        return own_task(self.settings, self._home, self.agreement.task)
 
     @cached_property
     def _base_folder(self) -> Path:

@@ -7,10 +7,12 @@ is never read as a number. Every message names the file, the key, the value and 
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
+import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RuleError, SettingsError
@@ -69,10 +71,17 @@ def one_line(longest: int) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _check_name(name: str) -> str:
+    if re.fullmatch(NAME_PATTERN, name) is None:
+        similar = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:32]
+        raise RuleError(f"must be {NAME_RULE}", hint=f'for example "{similar}"' if similar else "")
+    return name
+
+
 # Every string that another party writes is one of these, a name, or a choice.
 Line = Annotated[str, one_line(MAX_LINE)]
 Paragraph = Annotated[str, one_line(MAX_PARAGRAPH)]
-Name = Annotated[str, matching(NAME_PATTERN, NAME_RULE)]
+Name = Annotated[str, AfterValidator(_check_name)]
 FileName = Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
 HEX_64 = matching("[0-9a-f]{64}", "64 hexadecimal digits")
 Digest = Annotated[str, HEX_64]
@@ -109,7 +118,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise SettingsError(f"{path}: not valid TOML: nested too deeply") from None
     except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
-        raise SettingsError(f"{path}: not valid TOML: {error}") from None
+        raise SettingsError(
+            f"{path}: not valid TOML: {error}",
+            hint='text stands in quotes, lists in [ ]; true and false are lower-case: base = "base", alphas = [0.5]',
+        ) from None
 
 
 def parse_settings(tables: dict[str, Any], kind: type[S], where: str) -> S:
@@ -122,6 +134,11 @@ def parse_settings(tables: dict[str, Any], kind: type[S], where: str) -> S:
         raise SettingsError(message, hint=hint) from None
 
 
+def write_settings(path: Path, settings: Settings) -> None:
+    """Write settings as TOML, which reads back to the same settings."""
+    path.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+
+
 def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:
     """(message, hint) for the first problem of a file."""
     problems = error.errors(include_url=False)
@@ -129,13 +146,11 @@ def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = _dotted(first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    hint = _hint(first, kind)
     if first["type"] == "extra_forbidden":
-        allowed = ", ".join(sorted(_settings_at(kind, first["loc"][:-1]).model_fields))
-        return f"{where}: unknown key {key}{more}", f"allowed here: {allowed}"
+        return f"{where}: unknown key {key}{more}", hint
     if first["type"] == "missing":
-        return f"{where}: {key} is missing{more}", ""
-    rule = first.get("ctx", {}).get("error")
-    hint = rule.hint if isinstance(rule, RuleError) else ""
+        return f"{where}: {key} is missing{more}", hint
     reason = reason_in_words(first)
     if not key:  # a rule about several keys together
         return f"{where}: {reason}{more}", hint
@@ -143,12 +158,72 @@ def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple
     return f"{where}: {key} = {value if len(value) <= 80 else value[:77] + '...'}: {reason}{more}", hint
 
 
+def _hint(problem: Mapping[str, Any], kind: type[Settings]) -> str:
+    """What to write instead, as far as the problem shows it; empty if it does not."""
+    *before, last = problem["loc"] or ("",)
+    value, context = problem["input"], problem.get("ctx", {})
+    rule = context.get("error")
+    if isinstance(rule, RuleError):
+        return rule.hint
+    match problem["type"]:
+        case "extra_forbidden":
+            return _where_a_key_belongs(kind, before, str(last))
+        case "missing":
+            return _how_to_add_a_table(_type_at(kind, problem["loc"]), str(last))
+        case "literal_error":
+            return did_you_mean(str(value), re.findall(r"'([^']+)'", str(context["expected"])))
+        case "tuple_type" if isinstance(value, str | int | float):
+            return f"write {last} = [{json.dumps(value)}]"
+        case "model_type" if isinstance(last, int) and before:
+            return f"write one [[{_dotted(tuple(before))}]] table for each, with its keys below it"
+        case "model_type":
+            return f"write [{_dotted(problem['loc'])}], with its keys below it"
+        case "int_type" | "float_type" | "bool_type" if isinstance(value, str) and _is_bare(value):
+            return f"write {last} = {value}, without quotes"
+        case "string_type" if isinstance(value, bool | int | float):
+            return f'write {last} = "{json.dumps(value)}"'
+    return ""
+
+
+def did_you_mean(written: str, known: Iterable[str]) -> str:
+    """A question that names the closest of the `known` words; empty if none is close."""
+    close = get_close_matches(written, list(known), n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _where_a_key_belongs(kind: type[Settings], table: Sequence[str | int], key: str) -> str:
+    allowed = sorted(_settings_at(kind, table).model_fields)
+    if table and key in kind.model_fields:
+        return f"{key} belongs at the top of the file, before the first [table]"
+    for name in kind.model_fields:
+        if any(key in each.model_fields for each in _settings_in(kind.model_fields[name].annotation)):
+            return f"{key} belongs below [{name}]"
+    return did_you_mean(key, allowed) or f"allowed here: {', '.join(allowed)}"
+
+
+def _how_to_add_a_table(annotation: Any, key: str) -> str:
+    if not list(_settings_in(annotation)):
+        return ""
+    return f"write [{key}], with its keys below it" if isinstance(annotation, type) else f"write [[{key}]] for each"
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a text would be a number, true or false without its quotes."""
+    return re.fullmatch(r"true|false|[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", text) is not None
+
+
 def reason_in_words(problem: Mapping[str, Any]) -> str:
     """What is wrong with a value, from one entry of `ValidationError.errors()`."""
     words = IN_WORDS.get(problem["type"])
     if words is None:
         return str(problem["msg"]).removeprefix("Value error, ")
-    return words.format(**problem.get("ctx", {}))
+    bounds = {name: _short(value) for name, value in problem.get("ctx", {}).items()}
+    return words.format(**bounds)
+
+
+def _short(value: Any) -> Any:
+    """A bound without a fraction of zero."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _dotted(location: tuple[str | int, ...]) -> str:
@@ -158,11 +233,22 @@ def _dotted(location: tuple[str | int, ...]) -> str:
     return key
 
 
-def _settings_at(kind: type[Settings], location: tuple[str | int, ...]) -> type[Settings]:
+def _settings_at(kind: type[Settings], location: Sequence[str | int]) -> type[Settings]:
     """The settings class that the key at `location` belongs to."""
     for step in location:
         if isinstance(step, str):
-            annotation: Any = kind.model_fields[step].annotation
-            candidates = [annotation, *get_args(annotation)]
-            kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Settings))
+            kind = next(_settings_in(kind.model_fields[step].annotation))
     return kind
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings classes that a key's type is made of: itself, or what it is a list or a choice of."""
+    for each in (annotation, *get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, Settings):
+            yield each
+
+
+def _type_at(kind: type[Settings], location: Sequence[str | int]) -> Any:
+    """The annotation of the key at `location`."""
+    *before, last = location
+    return _settings_at(kind, before).model_fields[str(last)].annotation

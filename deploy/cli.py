@@ -4,6 +4,7 @@ Each command imports its module when it is called, so that help, keys and the li
 """
 
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,7 +13,11 @@ import typer
 from deploy.commands.errors import run_command, run_until_stopped
 from deploy.terminal import set_up_output
 
-cli = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich")
+cli = typer.Typer(
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command: a subcommand inherits them
+)
 keys = typer.Typer(no_args_is_help=True)
 cli.add_typer(keys, name="keys")
 
@@ -20,6 +25,7 @@ FIRST_STEPS = """\
 amalgram simulate                        see it work: five owners, one merged model, about a minute
 amalgram simulate --init my-consortium   write a small, commented example with three owners
 amalgram simulate my-consortium          merge it; then put your own models and files in
+amalgram check my-consortium             look at all of them in seconds, before anything is computed
 amalgram --help                          all commands; each has an example: amalgram simulate --help"""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; log lines become JSON too.")]
 OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")]
@@ -37,8 +43,19 @@ def main() -> NoReturn:
     run_command(lambda: cli(prog_name="amalgram", standalone_mode=False))
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"amalgram {version('amalgram')}")
+        raise typer.Exit
+
+
 @cli.callback(invoke_without_command=True)
-def about(context: typer.Context) -> None:
+def about(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """One merged model from organisations that must not share data or models.
 
     Example: amalgram simulate
@@ -124,6 +141,23 @@ def keys_show(path: Annotated[Path, typer.Argument(help="A .pub, .key or .pem fi
     from deploy.commands.keys import show_fingerprint
 
     show_fingerprint(path)
+
+
+@cli.command()
+def check(
+    path: Annotated[
+        Path, typer.Argument(help="A consortium's folder, an agreement or its draft, OWNER.toml or COORDINATOR.toml.")
+    ],
+    as_json: Json = False,
+) -> int:
+    """Look at settings, keys, models and files, and say what a merge would do. Exit code 0: ready; 1: not.
+
+    Example: amalgram check reviews
+    """
+    set_up_output(as_json)
+    from deploy.commands.check import check_and_show
+
+    return check_and_show(path)
 
 
 @cli.command()

@@ -18,21 +18,21 @@ from client.data.rows import Batch, Rows
 from client.measurement.blocks import check_blocks
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram import BatchTokens, LayerInput, find_shared_inputs, layer_inputs
-from common.agreement import COORDINATOR, Agreement, AgreementDraft, CoordinatorEntry, Task
+from common.agreement import Agreement, AgreementDraft, Task
 from common.errors import ModelError, SettingsError, first_line
 from common.merge_methods import METHODS, contribution_layout, measurements
 from common.merge_methods.method import Measurement
 from common.merge_methods.regmean import REGMEAN
 from common.metrics import metrics_layout
-from common.models.folders import base_labels, hub_revision, image_shape, load_tokenizer
+from common.models.folders import hub_revision, image_shape, load_tokenizer
 from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
 from common.models.loading import digest_of, load_base, private_head
 from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
 from common.schedule import schedule_of
-from common.settings_file import parse_settings
 from common.summation.fixed_point import check_layout
+from deploy.drafting import with_keys, with_labels
 from deploy.launch.flower import bundle_digest
 
 PROBE_EXAMPLES = 8
@@ -51,7 +51,7 @@ def complete_agreement(
     `public_keys`: by party name, including the coordinator. `node_keys`: those of the owners' machines, which a
     simulation does not have. Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
     """
-    draft = _with_labels(draft, base_folder)
+    draft = with_labels(draft, base_folder, models={})
     task = draft.task
     base = load_base(base_folder, task, draft.seed)
     _check_no_running_statistics(base, base_folder)
@@ -61,10 +61,10 @@ def complete_agreement(
     tensors = _planned_tensors(base, probe, base_folder, private_head(base, task), draft)
     if any(METHODS[name].needs_classifier for name in draft.methods):
         _check_classifier(base, draft, probe, tensors)
-    with_keys = _with_keys(draft, public_keys, node_keys or {})
+    draft = with_keys(draft, public_keys, node_keys or {})
     agreement = Agreement(
         **{
-            **dict(with_keys),
+            **dict(draft),
             "task": task,
             "base_revision": draft.base_revision or hub_revision(base_folder),
             "min_owners": draft.needed_owners,
@@ -86,15 +86,6 @@ def complete_agreement(
     return agreement
 
 
-def _with_labels(draft: AgreementDraft, base_folder: Path) -> AgreementDraft:
-    """The draft with the base model's labels if it names none. Raises SettingsError if these cannot be agreed on."""
-    if draft.task.labels or not draft.task.has_labels:
-        return draft
-    tables = draft.model_dump(mode="json")
-    tables["task"]["labels"] = base_labels(base_folder)
-    return parse_settings(tables, AgreementDraft, f"model {base_folder}")  # check: base-labels-are-checked
-
-
 def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors) -> None:
     """Raise ModelError unless the last merged layer is a classifier that is fed one row per prediction."""
     last = merge_plan(base, tensors).inputs[-1].layers
@@ -110,26 +101,6 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
             "whole (regmean.largest_gram), which refit needs",
             hint='use method = "regmean"',
         )
-
-
-def _with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes], node_keys: Mapping[str, str]) -> AgreementDraft:
-    for name in (*draft.owner_names, COORDINATOR):
-        if name not in public_keys:
-            raise SettingsError(
-                f"no public key of {name}", hint=f"ask for its .pub file; `amalgram keys new {name}` makes it"
-            )
-    for name in public_keys:
-        if name not in (*draft.owner_names, COORDINATOR):
-            raise SettingsError(
-                f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}",
-                hint="remove the key, or add the owner to the draft",
-            )
-    owners = tuple(
-        owner.model_copy(update={"public_key": public_keys[owner.name].hex(), "node_key": node_keys.get(owner.name)})
-        for owner in draft.owners
-    )
-    coordinator = CoordinatorEntry(public_key=public_keys[COORDINATOR].hex())
-    return draft.model_copy(update={"owners": owners, "coordinator": coordinator})
 
 
 def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:

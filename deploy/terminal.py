@@ -16,6 +16,7 @@ from typing import Any
 from rich import get_console, reconfigure
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -34,15 +35,10 @@ from common.text import shown, shown_lines
 
 MAX_OWNER_ROWS = 12  # more owners share one row
 CLOCK = "%H:%M:%S"
-DEFAULTS = {  # of environment variables that libraries read when they are imported
-    # Their own warnings and progress bars; their errors still arrive as exceptions.
+QUIET = {  # the libraries' own warnings and progress bars; their errors still arrive as exceptions
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
-    # Torch's threads wait asleep. Otherwise they spin, and on a busy machine they take the cores from each other: ten
-    # times as long and more (benchmarks/threads.py).
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "KMP_BLOCKTIME": "0",
 }
 log = logging.getLogger("amalgram")
 
@@ -58,10 +54,9 @@ def messages() -> Console:
 def set_up_output(as_json: bool) -> None:
     """Send log lines to standard error, as text for people or as JSON lines, with every owner's answer, for programs.
 
-    The libraries that are imported afterwards keep quiet, and their threads wait asleep, unless the environment says
-    otherwise.
+    The libraries that are imported afterwards keep quiet, unless the environment says otherwise.
     """
-    for name, value in DEFAULTS.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     console = messages()
     handler: logging.Handler
@@ -98,6 +93,20 @@ def answer(found: dict[str, Any], text: str = "", hint: str = "") -> None:
         messages().print(shown_lines(hint), soft_wrap=True, markup=False, highlight=False)
 
 
+def show_error(message: str, hint: str) -> None:
+    """Show an error on standard error, as text in one or two lines."""
+    messages().print("[red]error:[/]", escape(shown(message)), soft_wrap=True, highlight=False)
+    if hint:
+        messages().print("[yellow]hint:[/]", escape(shown(hint)), soft_wrap=True, highlight=False)
+
+
+def byte_count(count: int) -> str:
+    """A number of bytes for people."""
+    if count >= 10_000_000_000:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
+
+
 def as_lines(found: dict[str, str]) -> str:
     """One `name  value` line per entry."""
     return "\n".join(f"{name.replace('_', ' '):<12} {shown(value)}" for name, value in found.items())
@@ -126,6 +135,41 @@ def progress_below_log() -> Iterator[None]:
             yield
         finally:
             log.removeHandler(rows)
+
+
+@contextmanager
+def one_bar() -> Iterator[None]:
+    """Show the steps of a run as one bar, for scripts and notebooks."""
+    level = log.level
+    columns = BarColumn(20), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = _OneBar(progress)
+        log.addHandler(bar)
+        log.setLevel(min(logging.INFO, level or logging.INFO))
+        try:
+            yield
+            bar.end()
+        finally:
+            log.setLevel(level)
+            log.removeHandler(bar)
+
+
+class _OneBar(logging.Handler):
+    """Moves one bar on at each step of a run, from the `about` of the coordinator's records."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self._progress = progress
+        self._bar = progress.add_task("preparing", total=None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        about: dict[str, Any] = getattr(record, "about", {})
+        if "number" in about:
+            done, step = about["number"] - 1, shown(about["step"])
+            self._progress.update(self._bar, total=about["num_steps"], completed=done, description=step)
+
+    def end(self) -> None:
+        self._progress.update(self._bar, completed=self._progress.tasks[0].total, description="merged")
 
 
 class _Arrived(ProgressColumn):

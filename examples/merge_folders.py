@@ -7,35 +7,27 @@ It writes a folder of settings files to OUT/consortium and runs it, as `amalgram
 """
 
 import argparse
-import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 import tomli_w
-import transformers
 from rich.console import Console
 
+import amalgram
 from common.agreement import TaskKind
 from common.errors import AmalgramError, SettingsError
 from common.merge_methods import METHODS
-from common.models.folders import model_folder
+from common.models.adapter import is_adapter
+from common.models.folders import fine_tuned_folder, kind_of, model_folder
 from deploy.commands.table import print_report
-from deploy.simulation.simulate import simulate
 from deploy.terminal import progress_below_log, set_up_output
 from server.output_folder import claim_output
 from server.report.report import Report
 
-TASKS: dict[str, TaskKind] = {  # by the end of the name of a Hugging Face model class
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForImageClassification": "image-classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "sequence-to-sequence",
-}
+Owner = tuple[str, str, str, str]  # name, fine-tuned folder, training rows, test rows
 PLAIN_SUM = """\
 TWO OWNERS: THE SUM IS PLAIN, NOT MASKED. Of two, each could subtract its own part from any total, so masks would hide
 nothing, and the coordinator is sent each owner's numbers as they are. That is fine while you hold both models yourself.
@@ -45,17 +37,20 @@ Between organisations it is not: there it takes three owners or more.
 
 def merge_folders(
     base: str,
-    owners: list[tuple[str, str, str, str]],
+    owners: Sequence[Owner],
     output: Path,
     *,
     task: TaskKind | None = None,
     method: str = "regmean",
+    labels: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
+    columns_of: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Report:
-    """Merge the models of `owners`, each (name, fine-tuned folder, training rows, test rows). Returns the report.
+    """Merge the models of `owners`. Returns the report.
 
-    `task` left out is what the base's configuration names; `columns` says what "text", "label", "image" ... are called
-    in the files, where that is something else.
+    `task` left out is what the base was made for, or else the models. `labels`, in the order of the models' outputs,
+    are needed only if no model names them. `columns` says what "text", "label", "image" ... are called in the files,
+    where that is something else; `columns_of`, the same for single owners.
     """
     if len(owners) == 2:
         print(PLAIN_SUM, file=sys.stderr)
@@ -67,26 +62,27 @@ def merge_folders(
         "title": f"{len(owners)} models, merged",
         "base": _model(base),
         "method": method,
-        "task": {"kind": task or task_of(base)},
+        "task": {"kind": task or task_of(base, *(model for _, model, *_ in owners)), "labels": list(labels)},
         "owners": [{"name": name} for name, *_ in owners],
         "summation": {"kind": "masked" if len(owners) > 2 else "plain"},
     }
     (consortium / "agreement.toml").write_text(tomli_w.dumps(draft))
     for name, fine_tuned, train, test in owners:
         files = {"train": str(Path(train).resolve()), "test": str(Path(test).resolve())}
-        settings = {"name": name, "fine_tuned": _model(fine_tuned), "data": files | dict(columns or {})}
+        named = dict(columns or {}) | dict((columns_of or {}).get(name, {}))
+        settings = {"name": name, "fine_tuned": _model(fine_tuned), "data": files | named}
         (consortium / f"{name}.toml").write_text(tomli_w.dumps(settings))
-    return simulate(consortium, output)
+    return amalgram.simulate(consortium, output).report
 
 
-def task_of(base: str) -> TaskKind:
-    """What the base was made for, by the class that its configuration names."""
-    config = json.loads((model_folder(base, Path.cwd()) / "config.json").read_text())
-    architecture = (config.get("architectures") or ["no class"])[0]
-    for ending, kind in TASKS.items():
-        if architecture.endswith(ending):
+def task_of(base: str, *models: str) -> TaskKind:
+    """What the base, or else the first model that says it, was made for, by the class that its configuration names."""
+    folder = model_folder(base, Path.cwd())
+    for each in (folder, *(fine_tuned_folder(model, Path.cwd()) for model in models)):
+        kind = None if is_adapter(each) else kind_of(each)
+        if kind is not None:
             return kind
-    raise SettingsError(f"{base}: its config.json names {architecture}, which tells no task; name one: --task")
+    raise SettingsError(f"{base}: its config.json tells no task; name one: --task")
 
 
 def _model(name: str) -> str:
@@ -109,23 +105,37 @@ def main() -> None:
     parser.add_argument("--task", choices=get_args(TaskKind), help="left out, what the base was made for")
     parser.add_argument("--method", choices=METHODS, default="regmean", help="(%(default)s)")
     parser.add_argument(
+        "--labels", nargs="+", default=[], metavar="LABEL", help="in the order of the outputs, if no model names them"
+    )
+    parser.add_argument(
         "--column",
         action="append",
         default=[],
-        metavar="KEY=NAME",
-        help="what your files call a column: text=message, label=queue, image=pixels, ...",
+        metavar="[OWNER:]KEY=NAME",
+        help="what the files, or one owner's, call a column: text=message, label=queue, hotel:text=review, ...",
     )
     asked = parser.parse_args()
-    if not all("=" in column for column in asked.column):
-        parser.error(f"--column {' '.join(asked.column)}: KEY=NAME is needed")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    owners = [tuple(owner) for owner in asked.owner]
-    columns = dict(column.split("=", 1) for column in asked.column)
+    columns: dict[str, str] = {}
+    columns_of: dict[str, dict[str, str]] = {name: {} for name, *_ in asked.owner}
+    for column in asked.column:
+        where, _, name = column.partition("=")
+        owner, _, key = where.rpartition(":")
+        if not key or not name or (owner and owner not in columns_of):
+            parser.error(f"--column {column}: [OWNER:]KEY=NAME is needed, with an OWNER that --owner names")
+        (columns_of[owner] if owner else columns)[key] = name
     set_up_output(as_json=False)
     try:
         with progress_below_log():
-            report = merge_folders(asked.base, owners, asked.out, task=asked.task, method=asked.method, columns=columns)
+            report = merge_folders(
+                asked.base,
+                [tuple(owner) for owner in asked.owner],
+                asked.out,
+                task=asked.task,
+                method=asked.method,
+                labels=asked.labels,
+                columns=columns,
+                columns_of=columns_of,
+            )
     except AmalgramError as error:
         sys.exit(f"error: {error}")
     print_report(Console(), report, asked.out)

@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import metrics, scaling
-from common.agreement import COORDINATOR, Agreement
+from common.agreement import Agreement, load_agreement
 from common.certificates import deliveries_digest
 from common.errors import FalseTotal, LocalProtocolError, NumericalError, SettingsError
-from common.identity import Identity, read_identity
 from common.mapped import releasing
 from common.merge_methods import METHODS, contribution_layout
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
@@ -48,7 +47,7 @@ from server.report.card import write_model_card
 from server.report.outcome import MethodChoice, Outcome, Tried, at_the_end, make_report
 from server.report.report import Report, agreement_of_report, save_report
 from server.run_record import opened_rounds, sent_deliveries, step_costs
-from server.settings import CoordinatorSettings
+from server.settings import CoordinatorSettings, read_coordinator_identity
 
 CHECKPOINT = "checkpoint"
 WEIGHT_TOLERANCE = 1e-3  # on the scales of a 32-bit sum, a weight loses its last bits
@@ -64,8 +63,8 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
     home = settings_path.resolve().parent
     settings = load_settings(settings_path, CoordinatorSettings)
     output = home / settings.output
-    agreement = load_settings(home / settings.agreement, Agreement)
-    identity = _read_identity(home / settings.identity, agreement)
+    agreement = load_agreement(home / settings.agreement)
+    identity = read_coordinator_identity(home / settings.identity, agreement)
     base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
     plan, adapter = _plans(base_folder, agreement)
     claim_output(output)
@@ -405,13 +404,6 @@ def _clear_results(output: Path, agreement: Agreement) -> None:
     shutil.rmtree(output / "model", ignore_errors=True)
     for name in ("report.json", "report.html", "failure.json"):
         (output / name).unlink(missing_ok=True)
-
-
-def _read_identity(path: Path, agreement: Agreement) -> Identity:
-    identity = read_identity(path)
-    if identity.name != COORDINATOR or identity.public_key.hex() != agreement.coordinator.public_key:
-        raise SettingsError(f"{path}: is not the identity that the agreement names for the coordinator")
-    return identity
 
 
 def _plans(base_folder: Path, agreement: Agreement) -> tuple[MergePlan, AdapterPlan | None]:

@@ -5,6 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from common.agreement import COORDINATOR, Agreement
+from common.errors import SettingsError
+from common.identity import Identity, read_identity
 from common.settings_file import Settings, matching
 
 LISTEN_FORM = "0.0.0.0:PORT, [::]:PORT or 127.0.0.1:PORT"
@@ -37,3 +40,14 @@ class CoordinatorSettings(Settings):
     threads: Annotated[int, Field(ge=1)] | None = None
     # `amalgram server` and `amalgram merge` need it; a simulation does not.
     network: ServerNetwork | None = None
+
+
+def read_coordinator_identity(path: Path, agreement: Agreement) -> Identity:
+    """The coordinator's identity. Raises SettingsError unless it is the agreed one."""
+    identity = read_identity(path)
+    if identity.name != COORDINATOR or identity.public_key.hex() != agreement.coordinator.public_key:
+        raise SettingsError(
+            f"{path}: is not the identity that the agreement names for the coordinator",
+            hint="name the right file as identity, or make a new agreement with this one's .pub file",
+        )
+    return identity

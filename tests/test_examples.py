@@ -1,11 +1,14 @@
 """The scripts in examples/, run for real on tiny models. (docs/merge-in-ten-minutes.md runs them, too.)"""
 
+import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -15,7 +18,7 @@ from transformers import (
 )
 
 from common.agreement import Task
-from common.errors import SettingsError
+from common.errors import DataError, SettingsError
 from common.models.loading import digest_of
 from examples.merge_folders import merge_folders, task_of
 from tests.support.documents import ROOT
@@ -103,3 +106,29 @@ def test_columns_may_have_other_names(reviews_folder: Path, tmp_path: Path) -> N
     columns = {"text": "message", "label": "queue"}
     report = merge_folders(base, owners, tmp_path / "merged", method="average", columns=columns)
     assert report.examples == 360  # a tenth of each owner's 200 rows is set aside for validation
+
+
+def test_a_base_without_a_head_takes_task_and_labels_from_the_models_or_the_command(
+    reviews_folder: Path, tmp_path: Path
+) -> None:
+    base, numbered = tmp_path / "base", tmp_path / "numbered"
+    for folder in (base, numbered):
+        shutil.copytree(reviews_folder / "base", folder)
+    AutoModel.from_pretrained(base).save_pretrained(base)
+    config = json.loads((numbered / "config.json").read_text())
+    (numbered / "config.json").write_text(json.dumps({key: config[key] for key in config if "label" not in key}))
+    named = str(reviews_folder / "base")
+    path = tmp_path / "hotel.csv"
+    rows = (reviews_folder / "data" / "cinema" / "train.csv").read_text().splitlines()
+    path.write_text("\n".join(["message,queue", *rows[1:]]))
+    owners = [("hotel", named, str(path), str(path)), owner("cinema", Path(named), "csv", reviews_folder)]
+    columns_of = {"hotel": {"text": "message", "label": "queue"}}
+    merge_folders(str(base), owners, tmp_path / "one", method="average", columns_of=columns_of)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one" / "model")
+    assert merged.config.id2label == {0: "negative", 1: "positive"}
+    owners = [(name, str(numbered), *files) for name, _, *files in owners]
+    with pytest.raises(SettingsError, match=r"task\.labels is missing.*\nhint: write them under \[task\]"):
+        merge_folders(str(base), owners, tmp_path / "two", method="average", columns_of=columns_of)
+    labels = ("bad", "good")
+    with pytest.raises(DataError, match="row 1: its label is none of bad, good"):
+        merge_folders(str(base), owners, tmp_path / "two", method="average", labels=labels, columns_of=columns_of)

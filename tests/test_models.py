@@ -133,7 +133,7 @@ def test_a_model_with_running_statistics_is_refused(tmp_path: Path) -> None:
         title="t",
         base=str(tmp_path),
         owners=(OwnerEntry(name="ada"), OwnerEntry(name="bea"), OwnerEntry(name="cyd")),
-        task=Task(kind="image-classification"),
+        task=Task(kind="image-classification", labels=("a", "b")),
     )
     with pytest.raises(ModelError, match="is a running statistic"):
         complete_agreement(draft, tmp_path, {})

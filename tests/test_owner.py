@@ -34,10 +34,10 @@ from common.messages import (
 )
 from common.models.delta import delta_layout
 from common.schedule import Delivery, Round, schedule_of
+from common.settings_file import write_settings
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
 from deploy.commands.agree import give_consent
-from deploy.simulation.simulate import write_settings
 from tests.support.owner_process import (
     OTHER,
     RUN,

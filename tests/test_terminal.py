@@ -3,13 +3,17 @@
 import inspect
 import io
 import json
+import logging
 import os
 import pty
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,13 @@ import click
 import pytest
 from rich.console import Console
 
+import amalgram as amalgram_module
 from common.errors import SettingsError
 from deploy import terminal
 from deploy.cli import FIRST_STEPS, cli
 from tests.support.command_line import parse, parsers
 from tests.support.commands import amalgram, started
+from tests.support.documents import ROOT
 
 PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]
 COMMANDS = [each for each in PARSERS if not isinstance(each.values[1], click.Group)]
@@ -38,6 +44,33 @@ def small_consortium(reviews_folder: Path, tmp_path: Path) -> Path:
         own = folder / f"{name}.toml"
         own.write_text(own.read_text().replace("epochs = 6", "epochs = 1"))
     return folder
+
+
+# --- packages of ours whose names others use, too ---
+
+
+@pytest.mark.parametrize("name", ["common", "client", "server", "deploy"])
+def test_another_package_of_the_same_name_is_named_in_two_lines(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import amalgram; amalgram.main()", "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: the package {name!r} is {tmp_path / name}, not Amalgram's",
+        "hint: give Amalgram a virtual environment of its own, without PYTHONPATH",
+    ]
+
+
+def test_threads_of_torch_sleep_while_they_wait() -> None:
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # set by `import amalgram`, as the command does
 
 
 # --- progress ---
@@ -169,6 +202,33 @@ def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
         assert terminal.log.handlers == before
 
 
+# --- from Python ---
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_script_that_merges_shows_nothing_or_one_bar(
+    reviews_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal.log.handlers = [logging.NullHandler()]
+    terminal.log.setLevel(logging.NOTSET)
+    draft = 'title = "Two"\nbase = "base"\nmethod = "average"\n[summation]\nkind = "plain"\n'
+    (tmp_path / "agreement.toml").write_text(draft + '[[owners]]\nname = "hotel"\n[[owners]]\nname = "cinema"\n')
+    for name, suffix in (("hotel", "jsonl"), ("cinema", "csv")):
+        data = f'[data]\ntrain = "data/{name}/train.{suffix}"\ntest = "data/{name}/test.{suffix}"\n'
+        (tmp_path / f"{name}.toml").write_text(f'name = "{name}"\nfine_tuned = "base"\n{data}')
+    for name in ("base", "data"):
+        shutil.copytree(reviews_folder / name, tmp_path / name)
+    for progress in (False, True):
+        merged = amalgram_module.simulate(tmp_path, progress=progress, with_references=False)
+        shown = capfd.readouterr()
+        assert shown.out == ""
+        assert shown.err == "" if not progress else re.fullmatch(r"━+ merged 0:00:\d\d\n", shown.err)
+    assert (merged.model / "config.json").is_file()
+    assert merged.page.is_file()
+    assert amalgram_module.report(tmp_path / "output") == merged
+    assert terminal.log.level == logging.NOTSET
+
+
 # --- help, first steps, completion ---
 
 
@@ -189,6 +249,22 @@ def test_every_help_has_an_example_that_parses(words: str, command: click.Comman
         called, *arguments = shlex.split(line)
         assert called == "amalgram"
         parse(arguments)
+
+
+@pytest.mark.parametrize(("words", "command"), PARSERS)
+def test_h_and_help_show_the_same_help(words: str, command: click.Command, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = words.split()[1:]
+    shown = []
+    for option in ("-h", "--help"):
+        cli([*asked, option], standalone_mode=False)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert inspect.cleandoc(command.help or "").splitlines()[0] in " ".join(shown[0].split())
+
+
+def test_the_version_is_the_package_s(tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert amalgram("--version", cwd=tmp_path).stdout == f"amalgram {project['version']}\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -13,8 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.errors import ModelError
-from common.settings_file import load_settings
-from deploy.simulation.simulate import write_settings
+from common.settings_file import load_settings, write_settings
 from tests.support.errors import in_two_lines
 from tests.support.parties import Parties
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.columns import contents_of, look_at_files
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
@@ -40,7 +41,7 @@ class PrivateData:
 
     def training_contents(self) -> Iterator[bytes]:
         """What every example of the training file says, without its label, none set aside."""
-        return self._reader.contents(self.folder / self.data.train, self.data.max_train_rows)
+        return contents_of(self.data, self.task, self.folder / self.data.train, self.data.max_train_rows)
 
     def validation(self) -> Rows:
         """The examples that decide a sweep."""
@@ -57,16 +58,8 @@ class PrivateData:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""
         if self.task.label_set == "all" or not self.task.has_labels:
             return np.arange(len(self.task.labels))
-        splits = (
-            (self.data.train, self.data.max_train_rows),
-            (self.data.validation, self.data.max_validation_rows),
-            (self.data.test, self.data.max_test_rows),
-        )
-        return np.unique(
-            np.concatenate(
-                [self._reader.labels(self.folder / path, max_rows) for path, max_rows in splits if path is not None]
-            )
-        )
+        looks = look_at_files(self.data, self.task, self.folder).values()
+        return np.unique(np.concatenate([each.labels for each in looks]))
 
     def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """A tenth of the training examples for validation, and the rest, as indices."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from client.data.columns import columns_of
 from client.data.files import read_arrays, read_columns
 from client.data.labels import label_numbers, tag_numbers
 from client.data.reading import check_texts
@@ -41,35 +42,6 @@ class Reader:
     def read(self, path: Path, max_rows: int | None) -> Rows:
         """The examples of a file, all or the first `max_rows`, with their targets."""
         return READERS[self.task.kind](self, path, max_rows)
-
-    def labels(self, path: Path, max_rows: int | None) -> NDArray[np.int64]:
-        """The labels that occur, once each. Nothing is tokenised."""
-        if self.task.kind == "image-classification":
-            _, labels = read_arrays(path, [self.data.image, self.data.label], max_rows)
-            return np.unique(label_numbers(path, labels.tolist(), self.task))
-        if self.task.kind == "token-classification":
-            rows = read_columns(path, [self.data.tokens, self.data.tags], max_rows)[self.data.tags]
-            return np.unique(np.concatenate(tag_numbers(path, self.data.tags, rows, self.task)))
-        values = read_columns(path, [self.data.label], max_rows)[self.data.label]
-        return np.unique(label_numbers(path, values, self.task))
-
-    def contents(self, path: Path, max_rows: int | None) -> Iterator[bytes]:
-        """What each example says, in bytes that depend neither on its label nor on anything that an agreement chooses.
-
-        White space counts as one blank. Nothing is tokenised.
-        """
-        data = self.data
-        if self.task.kind == "image-classification":
-            (images,) = read_arrays(path, [data.image], max_rows)
-            yield from (image.tobytes() for image in images)
-            return
-        words = self.task.kind == "token-classification"
-        # CoNLL files have both columns of a word.
-        asked = [data.tokens, data.tags] if words else [data.text, *filter(None, [data.text_pair])]
-        found = list(read_columns(path, asked, max_rows).values())
-        for values in zip(*(found[:1] if words else found), strict=True):
-            texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
-            yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
 
     @cached_property
     def max_tokens(self) -> int:
@@ -108,8 +80,7 @@ def features(encoded: BatchEncoding) -> tuple[dict[str, Any], ...]:
 
 def _read_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     data = reader.data
-    columns = [data.text, data.label] + ([data.text_pair] if data.text_pair else [])
-    found = read_columns(path, columns, max_rows)
+    found = read_columns(path, columns_of(data, reader.task.kind), max_rows)
     texts = _check_texts(path, data.text, found[data.text])
     pairs = _check_texts(path, data.text_pair, found[data.text_pair]) if data.text_pair else None
     targets = label_numbers(path, found[data.label], reader.task)
@@ -117,7 +88,7 @@ def _read_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
 
 
 def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
-    images, labels = read_arrays(path, [reader.data.image, reader.data.label], max_rows)
+    images, labels = read_arrays(path, columns_of(reader.data, reader.task.kind), max_rows)
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 255
     if images.ndim == 3:  # (n, height, width): one channel
@@ -137,7 +108,7 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
 def _read_tagged_words(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     """A word is judged at its first token. Words beyond max_tokens are not judged."""
     data, tokenizer = reader.data, reader.tokenizer
-    found = read_columns(path, [data.tokens, data.tags], max_rows)
+    found = read_columns(path, columns_of(data, reader.task.kind), max_rows)
     words = _check_words(path, data.tokens, found[data.tokens])
     tags = tag_numbers(path, data.tags, found[data.tags], reader.task)
     for index, (row, row_tags) in enumerate(zip(words, tags, strict=True)):
@@ -176,7 +147,7 @@ def _read_plain_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
 def _read_text_targets(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     """The decoder reads the target one token late, as it was trained to."""
     data = reader.data
-    found = read_columns(path, [data.text, data.target], max_rows)
+    found = read_columns(path, columns_of(data, reader.task.kind), max_rows)
     encoded = reader.encode(path, _check_texts(path, data.text, found[data.text]))
     wanted = reader.encode(path, text_target=_check_texts(path, data.target, found[data.target]))["input_ids"]
     start = reader.model.config.decoder_start_token_id

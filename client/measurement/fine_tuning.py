@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from rich import get_console
-from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel
 
@@ -19,13 +18,12 @@ def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int,
         model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
     batches_per_epoch = -(-len(rows) // training.batch_size)
-    # Commands show their progress on this console too. Rich's default console would write to standard output.
-    console = get_console() if get_console().stderr else Console(stderr=True)
+    console = get_console()  # commands have it write to standard error; a script that asks for no bar has not
     progress = track(
         range(training.epochs * batches_per_epoch),
         description=description,
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.stderr and console.is_terminal),
         transient=True,
     )
     model.train()

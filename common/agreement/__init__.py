@@ -1,6 +1,6 @@
 """The agreement: the one file that all parties hold identically (agreement.py), its tables, and its rules."""
 
-from common.agreement.agreement import Agreement, AgreementDraft
+from common.agreement.agreement import Agreement, AgreementDraft, load_agreement
 from common.agreement.tables import (
     COORDINATOR,
     Bounds,
@@ -29,4 +29,5 @@ __all__ = [
     "Summation",
     "Task",
     "TaskKind",
+    "load_agreement",
 ]

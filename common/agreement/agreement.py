@@ -8,6 +8,7 @@ it is ever taken from a message.
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -18,7 +19,7 @@ from common.errors import RuleError, SettingsError
 from common.merge_methods.terms import MergeBounds, MergeSettings
 from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
-from common.settings_file import Digest
+from common.settings_file import Digest, parse_settings, read_toml
 
 CANONICAL_LABEL = b"amalgram agreement v4\n"
 
@@ -98,3 +99,14 @@ class Agreement(AgreementDraft):
     def digest(self) -> str:
         """SHA-256 of the canonical bytes, in hexadecimal."""
         return hashlib.sha256(self.canonical_bytes()).hexdigest()
+
+
+def load_agreement(path: Path) -> Agreement:
+    """Read an agreement from its file. Raises SettingsError, also for a draft."""
+    tables = read_toml(path)
+    if "base_digest" not in tables and "owners" in tables:
+        raise SettingsError(
+            f"{path}: base_digest is missing: this is a draft",
+            hint="complete it: amalgram draft, then name the file that it wrote",
+        )
+    return parse_settings(tables, Agreement, str(path))

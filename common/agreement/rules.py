@@ -17,7 +17,7 @@ MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others
 def each_owner_is_named_once(draft: DraftTables) -> None:
     for name, count in Counter(draft.owner_names).items():
         if count > 1:
-            raise RuleError(f"owners: duplicate owner name {name!r}")
+            raise RuleError(f"owners: duplicate owner name {name!r}", hint="give each owner a name of its own")
         if name in TAKEN_NAMES:  # check: owners-take-no-other-file
             raise RuleError(f"owners: {name!r} is {TAKEN_NAMES[name]} name", hint="give the owner another name")
 
@@ -49,9 +49,11 @@ def a_masked_total_has_three_honest_owners(draft: DraftTables) -> None:
     count, needed, colluders = len(draft.owners), draft.needed_owners, draft.colluders
     if needed < 3:
         raise RuleError(
-            f"owners: a masked sum needs at least 3 of them, min_owners would be {needed}; with two, each knows the "
-            "other's part of any total",
-            hint='if both accept that, agree on summation.kind = "plain"',
+            f"owners: a masked sum needs at least 3 of them, min_owners {'is' if draft.min_owners else 'would be'} "
+            f"{needed}; with two, each knows the other's part of any total",
+            hint="leave min_owners out"
+            if count > 2
+            else 'find a third owner; or, if both accept that, agree on summation.kind = "plain"',
         )
     least = max(quorum(count, colluders), colluders + 3)
     if needed < least:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, create_model
 
+from common.errors import RuleError
 from common.identity import check_public_key
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
 from common.merge_methods.terms import Weighting
-from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probability, Settings, matching
+from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probability, Settings, did_you_mean, matching
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
 from common.thresholds import MAX_COMPLETE, quorum
@@ -45,7 +46,9 @@ Count = Annotated[int, Field(ge=1)]
 
 def _known_method(name: str) -> str:
     if name not in METHODS:
-        raise ValueError(f"unknown method; known: {', '.join(method.name for method in ORDERED)}")
+        raise RuleError(
+            f"unknown method; known: {', '.join(method.name for method in ORDERED)}", hint=did_you_mean(name, METHODS)
+        )
     return name
 
 
@@ -71,7 +74,7 @@ class CoordinatorEntry(Settings):
 
 
 class Task(Settings):
-    """What the model does. Labels left empty are the base model's own; a language model has none."""
+    """What the model does. Labels left empty are the base's or else the owners' models'; a language model has none."""
 
     kind: TaskKind = "text-classification"
     labels: tuple[Line, ...] = ()

@@ -10,8 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -105,11 +106,24 @@ def weight_files(folder: Path) -> list[Path]:
     return [inside(folder, name) for name in sorted(names)]
 
 
+def check_readable(folder: Path) -> None:
+    """Raise ModelError unless the headers of a whole model's weights fit their files. No weight is read."""
+    for path in weight_files(folder):
+        with _opened(path, "numpy"):
+            pass
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of one safetensors file, mapped from it. Raises ModelError."""
+    with _opened(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+        with safe_open(path, framework=framework) as file:
+            yield file
     except (OSError, SafetensorError, MemoryError) as error:
         raise ModelError(f"model {path}: cannot be read: {first_line(error)}", hint=DOWNLOAD_AGAIN) from None

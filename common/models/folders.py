@@ -10,12 +10,13 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.agreement import Agreement
+from common.agreement import Agreement, Task, TaskKind
+from common.agreement.tables import LANGUAGE_MODELLING
 from common.errors import ModelError, first_line
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from common.models.files import DOWNLOAD_AGAIN, read_json, without_code
 from common.models.manifest import READ, check_manifest, only_files_read
-from common.text import as_line
+from common.text import alike, as_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,18 @@ HUB_PATTERNS = [*READ, "*.json", "*.safetensors", "README.md"]  # the model card
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 # Keys that a configuration class reads although it does not declare them.
 LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta")
+NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
+ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
+ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
+SIZES = ("hidden_size", "num_hidden_layers", "d_model", "num_layers", "n_embd", "n_layer", "vocab_size")  # of a body
+KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of transformers
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "sequence-to-sequence",
+}
 WRAPPERS = ("timm_wrapper",)  # model types whose code is another library's, chosen by a name in the configuration
 
 BaseOrigin = Literal["hub", "own folder", "folder of the drafter"]
@@ -170,9 +183,16 @@ def _known_keys(config_class: Any) -> frozenset[str]:
 
 
 def base_labels(folder: Path) -> tuple[str, ...]:
-    """The labels that the base model's configuration names, in order."""
-    config = read_config(folder)
-    return tuple(as_line(str(config.id2label[index])) for index in sorted(config.id2label))
+    """The labels that a model's configuration names, in order; two numbered ones if it names none."""
+    named = read_json(folder, "config.json").get("id2label", {0: "LABEL_0", 1: "LABEL_1"})
+    try:
+        by_number = {int(number): label for number, label in named.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ModelError(
+            f"model {folder}: its config.json cannot be used: id2label is not a table of numbered labels",
+            hint=DOWNLOAD_AGAIN,
+        ) from None
+    return tuple(as_line(str(by_number[number])) for number in sorted(by_number))
 
 
 def named_labels(folder: Path) -> tuple[str, ...]:
@@ -183,11 +203,94 @@ def named_labels(folder: Path) -> tuple[str, ...]:
     """
     if is_adapter(folder):
         return ()
-    architectures = read_config(folder).architectures
-    if architectures and not any("For" in architecture for architecture in architectures):
+    named = _architectures(folder)
+    if named and not any("For" in architecture for architecture in named):
         return ()
     labels = base_labels(folder)
     return () if all(label.startswith("LABEL_") for label in labels) else labels
+
+
+def check_base_labels(folder: Path, task: Task) -> None:
+    """Raise ModelError unless the labels that the base names, if any, are the agreed ones, or heads are private."""
+    if task.head == "shared":
+        _check_labels(folder, task, if_others=NEW_HEAD)
+
+
+def _check_labels(folder: Path, task: Task, if_others: str) -> None:
+    """Raise ModelError unless the labels that a model names, if any, are the agreed ones in the agreed order.
+
+    `if_others`: the hint for labels that are not the agreed ones in any order.
+    """
+    labels = named_labels(folder)
+    if not task.has_labels or labels == task.labels:
+        return
+    if not labels:
+        # The head of a model that only numbers its labels has one output for each.
+        count = len(base_labels(folder)) if not is_adapter(folder) and kind_of(folder) == task.kind else None
+        if count not in (None, len(task.labels)):
+            raise ModelError(
+                f"model {folder}: has {count} labels, the agreement {len(task.labels)}: {list(task.labels)}",
+                hint=if_others,
+            )
+        return
+    raise ModelError(
+        f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}",
+        hint=how_to_match(labels, task.labels) or if_others,
+    )
+
+
+def how_to_match(labels: tuple[str, ...], agreed: tuple[str, ...]) -> str:
+    """What to do about a model whose labels are the agreed ones in another order or spelling; empty for others."""
+    if sorted(labels) == sorted(agreed):
+        return (
+            "these are the same labels in another order: put the rows of its classifier and the id2label of its "
+            "config.json in the agreed order, or train it again with that order"
+        )
+    if [alike(label) for label in labels] == [alike(label) for label in agreed]:
+        return "these are the same labels, spelt differently: write them in its config.json (id2label) as agreed"
+    return ""
+
+
+def check_made_for(folder: Path, task: Task) -> None:
+    """Raise ModelError if the configuration of an owner's model names a class for another task, or other labels."""
+    if is_adapter(folder):
+        return
+    kind = kind_of(folder)
+    # Some models that read images and write text are loaded as plain language models.
+    if kind in (None, task.kind) or (kind in LANGUAGE_MODELLING and not task.has_labels):
+        _check_labels(folder, task, if_others=ANOTHER_TASK)
+        return
+    raise ModelError(
+        f"model {folder}: its config.json names {_architectures(folder)[0]}, a model for {kind}; the task is "
+        f"{task.kind}",
+        hint=f"name a model that was fine-tuned for {task.kind}",
+    )
+
+
+def kind_of(folder: Path) -> TaskKind | None:
+    """What a model was made for, by the class that its configuration names; None for another task than ours."""
+    (named, *_) = (*_architectures(folder), "")
+    return next((kind for ending, kind in KINDS.items() if named.endswith(ending)), None)
+
+
+def check_same_architecture(folder: Path, base_folder: Path) -> None:
+    """Raise ModelError if an owner's whole model is of another type or size than the base, by their configurations."""
+    if is_adapter(folder):
+        return
+    configs = [read_json(each, "config.json") for each in (folder, base_folder)]
+    for key in ("model_type", *SIZES):
+        own, agreed = (config.get(key) for config in configs)
+        if None not in (own, agreed) and own != agreed:
+            raise ModelError(
+                f"model {folder}: its {key} is {own!r:.60}, that of the base {base_folder} is {agreed!r:.60}",
+                hint=ANOTHER_BASE,
+            )
+
+
+def _architectures(folder: Path) -> list[str]:
+    """The classes that a model's configuration names."""
+    named = read_json(folder, "config.json").get("architectures")
+    return [str(each) for each in named] if isinstance(named, list) else []
 
 
 def image_shape(config: Any) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ from common.models.files import (
     weight_files,
     without_code,
 )
-from common.models.folders import load_tokenizer, named_labels, read_config
+from common.models.folders import ANOTHER_BASE, check_base_labels, check_made_for, load_tokenizer, read_config
 from common.models.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ AUTO_CLASSES: dict[TaskKind, str] = {
     "sequence-to-sequence": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
-ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
 
 
 def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
@@ -60,8 +59,7 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
     A head that the folder lacks is initialised from `seed`, so every party makes the same one. Raises ModelError if
     anything else is missing, or if the labels are in another order than the agreement's.
     """
-    if task.head == "shared":
-        _check_labels(folder, task)
+    check_base_labels(folder, task)
     model, missing = _load(folder, task, seed)
     body = f"{model.base_model_prefix}."
     for name in missing:
@@ -115,7 +113,7 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
         model = with_adapter(base, folder)
         _check_finite(model, folder)
         return model
-    _check_labels(folder, task)
+    check_made_for(folder, task)
     model, missing = _load(folder, task, seed=0)
     if missing:
         raise ModelError(
@@ -207,16 +205,6 @@ def _relative_change(parameter: Tensor, start: Tensor) -> float | None:
 # --- loading and its checks ---
 
 
-def _check_labels(folder: Path, task: Task) -> None:
-    """If the model's configuration names labels, they must be the agreement's, in the same order."""
-    labels = named_labels(folder)
-    if task.has_labels and labels not in ((), task.labels):
-        raise ModelError(
-            f"model {folder}: its labels are {list(labels)}, the agreement's are {list(task.labels)}",
-            hint="for a new head, save the model without one (AutoModel) and name that as the base",
-        )
-
-
 def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model, checked, and the names of the parameters that its files lack.
 
@@ -280,7 +268,10 @@ def _from_tensors(
         except Exception as error:  # a broken folder can make the loader raise anything
             reason, hint = first_line(error), DOWNLOAD_AGAIN
             if "ignore_mismatched_sizes" in reason:
-                reason, hint = "its head, or another weight, has another shape", "check that task.labels fit this model"
+                reason, hint = (
+                    "its head, or another weight, has another shape",
+                    ("check that task.labels fit this model; for a new head, save it without one (AutoModel)"),
+                )
             raise _cannot_be_loaded(folder, task, reason, hint) from None
     return model, set(found["missing_keys"]), {key for key, *_ in found["mismatched_keys"]}
 

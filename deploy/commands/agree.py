@@ -22,7 +22,7 @@ from common.models.delta import delta_layout
 from common.schedule import Content, Round
 from common.text import shown
 from deploy.launch.flower import bundle_digest
-from deploy.terminal import answer, shows_json
+from deploy.terminal import answer, byte_count, shows_json
 
 MAX_COLUMNS, MIN_COLUMNS = 100, 40  # of a terminal, for words that are not ours
 QUOTE = "  | "
@@ -52,14 +52,14 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         warnings=list(_warnings(owner, same_bundle, repeats)),
         rounds=[{"title": each.title, "numbers": each.layout.size} for each in rounds],
         numbers=sum(each.layout.size for each in rounds),
-        vector_bytes=_bytes(sum(each.layout.num_bytes for each in rounds)),
+        vector_bytes=byte_count(sum(each.layout.num_bytes for each in rounds)),
         check_numbers=sum(layout.size for layout in checks),
-        check_bytes=_bytes(sum(layout.num_bytes for layout in checks)),
+        check_bytes=byte_count(sum(layout.num_bytes for layout in checks)),
         multi_round=[method.title for method in agreement.multi_round_methods],
         contents=_contents(rounds),
         candidates=len(candidates),
-        metrics_bytes=_bytes(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
-        model_bytes=_bytes(delta_layout(plan).size * 4),
+        metrics_bytes=byte_count(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
+        model_bytes=byte_count(delta_layout(plan).size * 4),
         disclosures=_disclosures(agreement),
         repeats=[
             {
@@ -139,10 +139,6 @@ def give_consent(owner: Owner, repeats: Sequence[Repeat] = ()) -> None:
 
 def _fingerprint(agreement: Agreement) -> str:
     return fingerprint(bytes.fromhex(agreement.digest()))
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
 
 
 def ask_for_consent(owner_file: Path, yes: str | None, again: bool) -> None:

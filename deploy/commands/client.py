@@ -56,21 +56,10 @@ def find_node(settings_file: Path) -> Node:
     SettingsError unless its keys are the agreed ones.
     """
     owner = Owner(settings_file)
-    network = owner.settings.network
-    if network is None:
-        raise SettingsError(f"{settings_file}: has no [network] table", hint='it needs at least address = "HOST:PORT"')
+    network, key, root = owner_network(owner, settings_file)
     agreement = owner.agreement
     if agreement.digest() not in owner.state.consents():  # check: consent-comes-before-connecting
         raise ConsentError(f"{owner.name} has not consented to this agreement", hint=f"amalgram agree {settings_file}")
-    home = settings_file.resolve().parent
-    key, root = _key_file(network, owner.name, home), home / network.root_certificate
-    agreed = {entry.name: entry.node_key for entry in agreement.owners}
-    if read_node_key(key) != agreed.get(owner.name):  # check: node-key-is-agreed
-        raise SettingsError(
-            f"{key}: is not the node key that the agreement names for {owner.name}",
-            hint=f"use the {owner.name}.node that was made together with the .pub file in the agreement",
-        )
-    read_certificate(root)
     return Node(
         settings_file=settings_file.resolve(),
         state=owner.state.folder.resolve() / "node",
@@ -80,6 +69,25 @@ def find_node(settings_file: Path) -> Node:
         bundle_digest=agreement.bundle_digest,
         threads=owner.settings.threads,
     )
+
+
+def owner_network(owner: Owner, settings_file: Path) -> tuple[OwnerNetwork, Path, Path]:
+    """How an owner's node connects: its settings, its node key and the root certificate, checked.
+
+    Raises SettingsError unless the key is the agreed one and the certificate is valid now.
+    """
+    network = owner.settings.network
+    if network is None:
+        raise SettingsError(f"{settings_file}: has no [network] table", hint='it needs at least address = "HOST:PORT"')
+    key, root = _key_file(network, owner.name, owner.home), owner.home / network.root_certificate
+    agreed = {entry.name: entry.node_key for entry in owner.agreement.owners}
+    if read_node_key(key) != agreed.get(owner.name):  # check: node-key-is-agreed
+        raise SettingsError(
+            f"{key}: is not the node key that the agreement names for {owner.name}",
+            hint=f"use the {owner.name}.node that was made together with the .pub file in the agreement",
+        )
+    read_certificate(root)
+    return network, key, root
 
 
 def _key_file(network: OwnerNetwork, name: str, home: Path) -> Path:

@@ -6,9 +6,8 @@ from common.agreement import AgreementDraft
 from common.errors import SettingsError
 from common.identity import PublicIdentity, fingerprint, read_public_identity
 from common.models.folders import model_folder
-from common.settings_file import load_settings
-from deploy.complete import complete_agreement
-from deploy.simulation.simulate import write_settings
+from common.settings_file import load_settings, write_settings
+from deploy.drafting import with_keys, with_labels
 from deploy.terminal import answer, as_lines
 
 
@@ -20,12 +19,13 @@ def draft_agreement(short: Path, public: list[Path], out: Path) -> None:
         raise SettingsError(f"{out}: exists already", hint="name another file with --out")
     written = load_settings(short, AgreementDraft)
     identities = _by_name(public)
-    agreement = complete_agreement(
-        written,
-        model_folder(written.base, short.resolve().parent, written.base_revision),
-        {name: each.public_key for name, each in identities.items()},
-        {name: each.node_key for name, each in identities.items() if each.node_key is not None},
-    )
+    base_folder = model_folder(written.base, short.resolve().parent, written.base_revision)
+    public_keys = {name: each.public_key for name, each in identities.items()}
+    node_keys = {name: each.node_key for name, each in identities.items() if each.node_key is not None}
+    with_keys(with_labels(written, base_folder, models={}), public_keys, node_keys)
+    from deploy.complete import complete_agreement  # torch: not before what people wrote is checked
+
+    agreement = complete_agreement(written, base_folder, public_keys, node_keys)
     write_settings(out, agreement)
     found = {"agreement": str(out), "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
     hint = "give this file to every party; each owner reads it and consents: amalgram agree OWNER.toml"

@@ -13,11 +13,10 @@ from types import FrameType
 from typing import NoReturn
 
 import click
-from rich.markup import escape
 
 from common.errors import AmalgramError, SettingsError
 from common.text import shown
-from deploy.terminal import messages, set_up_output, shows_json
+from deploy.terminal import set_up_output, show_error, shows_json
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells report it
 log = logging.getLogger("amalgram")
@@ -68,9 +67,7 @@ def _fail(message: str, exit_code: int, hint: str = "") -> NoReturn:
     if shows_json():
         log.error("%s", message, extra={"about": {"exit_code": exit_code, "hint": hint}})
     else:
-        messages().print("[red]error:[/]", escape(message), soft_wrap=True, highlight=False)
-        if hint:
-            messages().print("[yellow]hint:[/]", escape(hint), soft_wrap=True, highlight=False)
+        show_error(message, hint)
     sys.exit(exit_code)
 
 

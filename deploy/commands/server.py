@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.agreement import Agreement
+from common.agreement import Agreement, load_agreement
 from common.errors import EngineError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from common.settings_file import load_settings
@@ -82,7 +82,7 @@ def find_place(settings_file: Path) -> Place:
             f"{settings_file}: has no [network] table", hint='it needs at least listen = "0.0.0.0:PORT"'
         )
     home = settings_file.resolve().parent
-    agreement = load_settings(home / settings.agreement, Agreement)
+    agreement = load_agreement(home / settings.agreement)
     for owner in agreement.owners:
         if owner.node_key is None:
             raise SettingsError(

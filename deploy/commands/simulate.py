@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from common.errors import SettingsError
 from deploy.terminal import answer, progress_below_log
+from server.output_folder import claim_output
 
 if TYPE_CHECKING:
-    from deploy.simulation.simulate import Engine
+    from deploy.simulation.engine import Engine
 
 DEMO_OUTPUT = Path("demo-output")
 log = logging.getLogger("amalgram")
@@ -32,12 +33,17 @@ def write_example(folder: Path | None) -> None:
 
 def simulate_folder(folder: Path, out: Path | None, engine: Engine, references: bool) -> None:
     """Merge the consortium in `folder` and show its report."""
+    from deploy.consortium import read_consortium
+    from deploy.simulation.engine import check_engine
+
+    check_engine(engine)
+    consortium = read_consortium(folder.resolve())
     from deploy.commands.report import show_report
-    from deploy.simulation.simulate import simulate
+    from deploy.simulation.simulate import run_consortium  # torch: not before what people wrote is checked
 
     out = out or folder / "output"
     with progress_below_log():
-        report = simulate(folder, out, engine=engine, with_references=references)
+        report = run_consortium(consortium, out.resolve(), engine=engine, with_references=references)
     show_report(report, out)
 
 
@@ -45,17 +51,19 @@ def simulate_demo(out: Path | None, seed: int, engine: Engine, references: bool)
     """Make the demo's consortium, merge it and show its report."""
     if Path("agreement.toml").is_file():
         raise SettingsError("no FOLDER given, but this folder holds a consortium", hint="amalgram simulate .")
+    from deploy.simulation.engine import check_engine
+
+    check_engine(engine)
+    out = out or DEMO_OUTPUT
+    claim_output(out)
     import torch
 
     from deploy.commands.report import show_report
     from deploy.demo.run import run_demo
-    from deploy.simulation.simulate import check_engine
 
-    check_engine(engine)  # before the demo trains its base model
     # The demo's models gain nothing from a second thread, and on a busy machine threads that wait for each other take
     # ten times as long as one alone.
     torch.set_num_threads(1)
-    out = out or DEMO_OUTPUT
     log.info("no FOLDER given: running the demo, into %s", out)
     with progress_below_log():
         report = run_demo(out, seed, engine=engine, with_references=references)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from deploy.demo.digits import write_consortium
-from deploy.simulation.simulate import Engine, simulate
+from deploy.simulation.engine import Engine
+from deploy.simulation.simulate import simulate
 from server.output_folder import claim_output
 from server.report.report import Report
 

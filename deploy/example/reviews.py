@@ -73,7 +73,7 @@ weighting = "rows"
 [task]
 kind = "text-classification"  # or token-, image-classification, causal-lm, sequence-to-sequence
 max_tokens = 32               # longer texts are cut
-# labels = ["negative", "positive"]   # if left out, those in the base model's configuration
+# labels = ["negative", "positive"]   # if left out, those that the base names, or else all owners' models
 # label_set = "all"           # or "own", the default: judge an owner's rows among the labels that occur in its files
 
 [regmean]

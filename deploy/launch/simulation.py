@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from client.app import SIMULATED_OWNERS
-from common.agreement import Agreement
+from common.agreement import load_agreement
 from common.settings_file import load_settings
 from deploy.launch.flower import (
     FAILURE,
@@ -31,8 +29,10 @@ log = logging.getLogger("amalgram.launch")
 
 def run_with_ray(coordinator_file: Path, party_files: list[Path]) -> None:
     """Run the merge on Flower's simulation engine. Raises the error that the run met."""
+    import torch  # takes seconds: not before settings are checked
+
     settings = load_settings(coordinator_file, CoordinatorSettings)
-    check_bundle(load_settings(coordinator_file.parent / settings.agreement, Agreement))
+    check_bundle(load_agreement(coordinator_file.parent / settings.agreement))
     output = coordinator_file.parent / settings.output
     (output / FAILURE).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="amalgram-flower-") as home:

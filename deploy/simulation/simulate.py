@@ -1,8 +1,6 @@
 """All parties of a consortium on one machine: the real apps and messages, every owner with its own settings and state.
 
-from deploy.simulation.simulate import simulate
-report = simulate("my-consortium")
-report.evaluation.mean["regmean"].accuracy
+Scripts and notebooks call `amalgram.simulate` (amalgram.py), which looks at the folder before it imports this.
 """
 
 import logging
@@ -11,9 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import tomli_w
 
@@ -21,15 +17,17 @@ from client.app import app as client_app
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
-from common.errors import AmalgramError, OwnerRefused, SettingsError
+from common.errors import AmalgramError, OwnerRefused
 from common.identity import Identity, read_identity, write_identity
 from common.models.folders import fine_tuned_folder, model_folder
 from common.models.loading import weights_made_here
-from common.settings_file import Settings, load_settings
+from common.settings_file import load_settings, write_settings
 from deploy.commands.agree import give_consent
 from deploy.complete import complete_agreement
+from deploy.consortium import Consortium, read_consortium
 from deploy.launch.simulation import run_with_ray
 from deploy.simulation import references
+from deploy.simulation.engine import Engine, check_engine
 from deploy.simulation.in_process_grid import run_in_process
 from server.app import app as server_app
 from server.checkpoint import is_checkpoint_of
@@ -39,7 +37,6 @@ from server.report.outcome import add_references
 from server.report.page import render_report
 from server.report.report import Report, read_report, save_report
 
-Engine = Literal["in-process", "ray"]
 PARTIES = "parties"
 log = logging.getLogger("amalgram.simulate")
 
@@ -51,7 +48,7 @@ def simulate(
     engine: Engine = "in-process",
     with_references: bool = True,
 ) -> Report:
-    """Merge the consortium in `folder`; write `model/`, `report.html` and `report.json`. For scripts and notebooks.
+    """Merge the consortium in `folder`; write `model/`, `report.html` and `report.json`.
 
     folder           holds `agreement.toml` (a draft is enough) and one settings file per owner, `<name>.toml` or
                      `<name>/owner.toml`; `amalgram simulate --init` writes a pattern
@@ -66,26 +63,28 @@ def simulate(
     Progress goes to the logger "amalgram".
     """
     output = Path(folder) / "output" if output is None else output
-    folder, output = Path(folder).resolve(), Path(output).resolve()
-    if folder.is_file():
-        raise SettingsError(f"{folder}: is a file; name the folder that it is in: {folder.parent}")
-    if not (folder / "agreement.toml").is_file():
-        raise SettingsError(
-            f"{folder}: has no agreement.toml", hint=f"`amalgram simulate --init {folder.name}-new` writes an example"
-        )
     check_engine(engine)
+    consortium = read_consortium(Path(folder).resolve())
+    return run_consortium(consortium, Path(output).resolve(), engine=engine, with_references=with_references)
+
+
+def run_consortium(
+    consortium: Consortium, output: Path, *, engine: Engine = "in-process", with_references: bool = True
+) -> Report:
+    """Like `simulate`, for a consortium that has been read, so that whoever read it need not import torch before."""
+    draft, base_folder = consortium.draft, consortium.base_folder
     claim_output(output)
-    draft = load_settings(folder / "agreement.toml", AgreementDraft)
-    owner_files = find_owner_files(folder, draft)
     log.info("completing the agreement against %s", draft.base)
-    base_folder = model_folder(draft.base, folder, draft.base_revision)
     identities = make_identities(draft, output / PARTIES)
     keys = {name: identity.public_key for name, identity in identities.items()}
     agreement = complete_agreement(draft, base_folder, keys)
     made = ", ".join(weights_made_here(base_folder, agreement.task))
     if made:
         log.warning("the base model has no %s: made from the seed, the same for every owner to start from", made)
-    with set_up_parties(output, agreement, base_folder, owner_files, identities) as (coordinator_file, party_files):
+    with set_up_parties(output, agreement, base_folder, consortium.owner_files, identities) as (
+        coordinator_file,
+        party_files,
+    ):
         for path in party_files:
             Owner(path).check()
         _run(engine, coordinator_file, party_files)
@@ -98,12 +97,6 @@ def simulate(
         save_report(report, output)
     render_report(output)
     return report
-
-
-def check_engine(engine: Engine) -> None:
-    """Raise SettingsError if what carries the messages is not installed."""
-    if engine == "ray" and find_spec("ray") is None:
-        raise SettingsError("--engine ray: Ray is not installed", hint="pip install 'amalgram[ray]'")
 
 
 def make_identities(draft: AgreementDraft, parties: Path) -> dict[str, Identity]:
@@ -119,30 +112,12 @@ def _key_file(parties: Path, name: str) -> Path:
     return parties / f"{name}.key"
 
 
-def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
-    """The settings file of every owner on the roster, in its order. Raises SettingsError if they do not match it."""
-    files: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*.toml"), *folder.glob("*/owner.toml")]):
-        if path.name in ("agreement.toml", "coordinator.toml"):
-            continue
-        name = load_settings(path, OwnerSettings).name
-        if name not in draft.owner_names:
-            raise SettingsError(f"{path}: owner {name!r} is not on the roster of agreement.toml: {draft.owner_names}")
-        if name in files:
-            raise SettingsError(f"{path}: owner {name!r} has a settings file already, {files[name]}")
-        files[name] = path
-    for name in draft.owner_names:
-        if name not in files:
-            raise SettingsError(f"{folder}: owner {name!r} of agreement.toml has no settings file, {name}.toml")
-    return {name: files[name] for name in draft.owner_names}
-
-
 @contextmanager
 def set_up_parties(
     output: Path,
     agreement: Agreement,
     base_folder: Path,
-    owner_files: dict[str, Path],
+    owner_files: Mapping[str, Path],
     identities: Mapping[str, Identity],
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Give every party its settings, its identity and the one agreement, and consent to it for each owner: whoever
@@ -198,11 +173,6 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path) -> OwnerSett
             "data": placed_data,
         }
     )
-
-
-def write_settings(path: Path, settings: Settings) -> None:
-    """Write settings as TOML, which reads back to the same settings."""
-    path.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
 
 
 def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> None:

@@ -14,9 +14,8 @@ from common.errors import DataError, ModelError
 from common.models.folders import base_model_folder, load_tokenizer
 from common.models.loading import check_base, load_base
 from common.models.manifest import check_manifest, manifest_of
-from common.settings_file import load_settings
+from common.settings_file import load_settings, write_settings
 from deploy.commands.agree import consent_text
-from deploy.simulation.simulate import write_settings
 from tests.support.errors import in_two_lines
 from tests.support.owner_process import roll_call
 from tests.support.parties import Parties, parties_of

@@ -17,8 +17,8 @@ from client.repeats import LEAST_SHARE, Repeat, Terms, terms_of, what_the_differ
 from common.agreement import Agreement, OwnerEntry
 from common.errors import ConsentError, RemoteProtocolError, SettingsError
 from common.messages import KeyShares, Message
+from common.settings_file import write_settings
 from deploy.commands.agree import ask_for_consent, give_consent
-from deploy.simulation.simulate import write_settings
 from tests.support.owner_process import Process, roll_call
 from tests.support.parties import Parties, identities_of, parties_with_method
 

@@ -519,7 +519,7 @@ TABLE = [
         TEXT,
         "test_103_a_base",
         "base-labels-are-checked",
-        'return draft.model_copy(update={"task": draft.task.model_copy(update={"labels": base_labels(base_folder)})})',
+        'completed = draft.model_copy(update={"task": draft.task.model_copy(update={"labels": labels})})',
     ),
     Mutation(ROWS, "test_half_a_surrogate", "texts-are-unicode"),
     # between machines

@@ -39,10 +39,10 @@ from common.metrics import metrics_layout
 from common.models.delta import delta_layout
 from common.models.loading import digest_of
 from common.schedule import Delivery
+from common.settings_file import write_settings
 from common.summation.records import Signed
 from common.thresholds import burn_quorum
 from deploy.commands.agree import give_consent
-from deploy.simulation.simulate import write_settings
 from tests.support.owner_process import OTHER, RUN, Process, delivered_by, part_of
 from tests.support.parties import Parties
 from tests.support.results import publication_of, sign_result, signed_anew

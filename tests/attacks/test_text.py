@@ -31,7 +31,7 @@ from common.errors import AmalgramError, ConsentError, LocalProtocolError, Setti
 from common.identity import fingerprint
 from common.logs import JsonLines, TextLines
 from common.messages import _CHECKS, CandidatePart
-from common.settings_file import parse_settings
+from common.settings_file import parse_settings, write_settings
 from common.text import flaw, is_web_address, shown
 from deploy.cli import cli
 from deploy.commands.agree import QUOTE, _check_answer, ask_for_consent, consent_text, quoted
@@ -42,7 +42,6 @@ from deploy.commands.table import print_report
 from deploy.complete import complete_agreement
 from deploy.launch.internals import TOLD, tell
 from deploy.launch.processes import FollowedFile
-from deploy.simulation.simulate import write_settings
 from deploy.terminal import as_lines, set_up_output
 from server.report.card import CARD, _markdown, write_model_card
 from server.report.page import page_of

@@ -15,12 +15,12 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from common.settings_file import write_settings
 from deploy.commands.client import find_node, supernode
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
 from deploy.launch.internals import TOLD
 from deploy.launch.processes import free_port, started
 from deploy.network_keys import write_certificate, write_node_key
-from deploy.simulation.simulate import write_settings
 from server.report.report import read_report
 from tests.support.network import (
     OWNERS,

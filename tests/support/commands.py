@@ -20,9 +20,9 @@ from tempfile import TemporaryFile
 from typing import IO
 
 from deploy.cli import main
-from deploy.terminal import DEFAULTS
+from deploy.terminal import QUIET
 
-os.environ |= DEFAULTS  # what the command sets before it imports transformers
+os.environ |= QUIET  # what the command sets before it imports transformers
 IMPORTED = ("deploy.simulation.simulate", "deploy.commands.agree", "transformers.models.bert.modeling_bert")
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload([__name__, *IMPORTED])

@@ -14,12 +14,12 @@ import psutil
 from client.owner import Owner
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.identity import Identity, write_identity
-from common.settings_file import load_settings
+from common.settings_file import load_settings, write_settings
 from deploy.commands.agree import give_consent
 from deploy.complete import complete_agreement
 from deploy.launch.processes import free_port
 from deploy.network_keys import write_certificate, write_node_key
-from deploy.simulation.simulate import simulate, write_settings
+from deploy.simulation.simulate import simulate
 from server.report.report import Report
 from tests.support.commands import fork
 

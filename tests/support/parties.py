@@ -16,7 +16,8 @@ from common.models.loading import load_base
 from common.models.plan import MergePlan, merge_plan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
-from deploy.simulation.simulate import find_owner_files, set_up_parties
+from deploy.consortium import find_owner_files
+from deploy.simulation.simulate import set_up_parties
 
 
 def identities_of(names: Sequence[str]) -> dict[str, Identity]:

@@ -1,0 +1,79 @@
+"""What the files of an owner hold, by column, before a model or a tokenizer is loaded: nothing here imports torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data.files import read_arrays, read_columns
+from client.data.labels import label_numbers, tag_numbers
+from client.settings import Data
+from common.agreement import Task, TaskKind
+
+
+@dataclass(frozen=True)
+class FileLook:
+    """What a look at one file found."""
+
+    path: Path
+    rows: int
+    labels: NDArray[np.int64]  # the numbers of those that occur, once each; none for a language model
+
+
+def columns_of(data: Data, kind: TaskKind) -> list[str]:
+    """The columns that a task reads: the inputs first, what is to be predicted last."""
+    if kind == "image-classification":
+        return [data.image, data.label]
+    if kind == "token-classification":
+        return [data.tokens, data.tags]
+    if kind == "text-classification":
+        return [data.text, *filter(None, [data.text_pair]), data.label]
+    return [data.text] if kind == "causal-lm" else [data.text, data.target]
+
+
+def look_at(data: Data, task: Task, path: Path, max_rows: int | None) -> FileLook:
+    """Look at a file: it can be read, and has the task's columns and no other labels than the agreed ones.
+
+    Nothing is tokenised. Raises DataError.
+    """
+    columns = columns_of(data, task.kind)
+    if task.kind == "image-classification":
+        found = read_arrays(path, columns, max_rows)[-1].tolist()
+    else:
+        found = read_columns(path, columns, max_rows)[columns[-1]]
+    numbers = [np.empty(0, np.int64)]
+    if task.kind == "token-classification":
+        numbers += tag_numbers(path, data.tags, found, task)
+    elif task.has_labels:
+        numbers += [label_numbers(path, found, task)]
+    return FileLook(path=path, rows=len(found), labels=np.unique(np.concatenate(numbers)))
+
+
+def look_at_files(data: Data, task: Task, folder: Path) -> dict[str, FileLook]:
+    """A look at each of an owner's files, by split. Paths are relative to `folder`."""
+    splits = (
+        ("train", data.train, data.max_train_rows),
+        ("validation", data.validation, data.max_validation_rows),
+        ("test", data.test, data.max_test_rows),
+    )
+    return {split: look_at(data, task, folder / path, max_rows) for split, path, max_rows in splits if path is not None}
+
+
+def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Iterator[bytes]:
+    """What each example says, in bytes that depend neither on its label nor on anything that an agreement chooses.
+
+    White space counts as one blank. Nothing is tokenised.
+    """
+    if task.kind == "image-classification":
+        (images,) = read_arrays(path, [data.image], max_rows)
+        yield from (image.tobytes() for image in images)
+        return
+    words = task.kind == "token-classification"
+    # CoNLL files have both columns of a word.
+    asked = [data.tokens, data.tags] if words else [data.text, *filter(None, [data.text_pair])]
+    found = list(read_columns(path, asked, max_rows).values())
+    for values in zip(*(found[:1] if words else found), strict=True):
+        texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
+        yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")

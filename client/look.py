@@ -1,0 +1,49 @@
+"""A look at what an owner brings, before anything heavy is loaded: its model folder and its files.
+
+Importing torch takes seconds, and most mistakes are in a path, a column or a label.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.data.columns import FileLook, look_at_files
+from client.settings import OwnerSettings
+from common.agreement import Task
+from common.models.adapter import is_adapter
+from common.models.files import check_readable
+from common.models.folders import check_made_for, fine_tuned_folder, named_labels
+
+
+@dataclass(frozen=True)
+class OwnerLook:
+    """What a look at an owner found."""
+
+    fine_tuned: Path | None  # None if it trains a model from the base
+    files: dict[str, FileLook]  # by split
+
+
+def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
+    """Raise the error that a run would meet, as far as it shows without loading a model or a tokenizer.
+
+    `home`: the folder that paths in the settings are relative to. `task`: the agreed one.
+    """
+    own, folder = own_task(settings, home, task), own_folder(settings, home)
+    if folder is not None:
+        check_made_for(folder, own)
+        if not is_adapter(folder):
+            check_readable(folder)
+    return OwnerLook(fine_tuned=folder, files=look_at_files(settings.data, own, home))
+
+
+def own_folder(settings: OwnerSettings, home: Path) -> Path | None:
+    """The model that an owner brings; None if it has none. Raises ModelError."""
+    return None if settings.fine_tuned is None else fine_tuned_folder(settings.fine_tuned, home)
+
+
+def own_task(settings: OwnerSettings, home: Path, task: Task) -> Task:
+    """The agreed task; if heads are private, over this owner's own labels."""
+    if task.head == "shared":
+        return task
+    folder = own_folder(settings, home)
+    labels = settings.labels or (() if folder is None else named_labels(folder))
+    return task.model_copy(update={"labels": labels or task.labels})

@@ -1,0 +1,301 @@
+"""`amalgram check`: looks at what a merge needs, without computing anything, and says what it would do.
+
+Every rule is the one that a run applies. A line is shown as soon as it is known, the quick ones first: the rounds
+follow from the base's modules, which takes torch, whose import takes seconds.
+"""
+
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from client.look import OwnerLook
+from client.owner import Owner
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, load_agreement
+from common.errors import AmalgramError, SettingsError
+from common.identity import Identity, fingerprint
+from common.models.files import check_readable, weight_files
+from common.models.folders import base_model_folder, check_same_architecture, check_tokenizer, model_folder
+from common.schedule import Delivery, Schedule, schedule_of
+from common.settings_file import load_settings, read_toml
+from common.text import shown
+from deploy.commands.client import owner_network
+from deploy.commands.server import find_place
+from deploy.consortium import Consortium, read_settings
+from deploy.drafting import with_labels
+from deploy.launch.processes import listens
+from deploy.network_keys import check_server_files
+from deploy.terminal import answer, byte_count, show_error, shows_json
+from server.settings import read_coordinator_identity
+
+LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
+NOT_READY = 1
+
+
+@dataclass
+class Item:
+    """One thing that was looked at: what was found, or what is wrong with it."""
+
+    what: str
+    found: str = ""
+    error: AmalgramError | None = None
+
+
+@dataclass
+class Checklist:
+    """What was looked at so far. A block of `item` names what it found; an AmalgramError in it is what is wrong."""
+
+    items: list[Item] = field(default_factory=list)
+
+    @contextmanager
+    def item(self, what: str) -> Iterator[Item]:
+        item = Item(what)
+        try:
+            yield item
+        except AmalgramError as error:
+            item.error = error
+        self.items.append(item)
+        if shows_json():
+            return
+        if item.error is None:
+            print(f"{shown(what):<14} {shown(item.found)}", flush=True)
+        else:
+            show_error(item.error.message, item.error.hint)
+
+    @property
+    def is_ready(self) -> bool:
+        return all(item.error is None for item in self.items)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {"what": item.what, "found": item.found}
+            if item.error is None
+            else {"what": item.what, "error": item.error.message, "hint": item.error.hint}
+            for item in self.items
+        ]
+
+
+def check_and_show(path: Path) -> int:
+    """Check a consortium's folder, an agreement, a draft, or a party's settings; returns the exit code."""
+    checks = Checklist()
+    if path.is_dir():
+        following = _check_folder(checks, path)
+    else:
+        tables = read_toml(path)
+        if "owners" in tables:
+            following = _check_agreement(checks, path, is_draft="base_digest" not in tables)
+        elif "output" in tables:
+            following = _check_coordinator(checks, path)
+        else:
+            following = _check_owner(checks, path)
+    wrong = sum(item.error is not None for item in checks.items)
+    hint = f"ready; next: {following}" if checks.is_ready else f"not ready: {wrong} to correct"
+    answer({"ready": checks.is_ready, "looked_at": checks.as_json()}, hint=hint)
+    return 0 if checks.is_ready else NOT_READY
+
+
+# --- what each kind of path has ---
+
+
+def _check_folder(checks: Checklist, folder: Path) -> str:
+    following = f"amalgram simulate {folder}"
+    with checks.item("agreement") as item:
+        consortium = read_settings(folder.resolve())
+        item.found = _in_words(consortium.draft)
+    if not checks.is_ready:
+        return following
+    with checks.item("base") as item:
+        item.found = _task_in_words(consortium.draft, consortium.base_folder)
+    looks = []
+    for owner in consortium.owner_files:
+        with checks.item(owner) as item:
+            looks.append(consortium.look_at(owner))
+            item.found = _look_in_words(looks[-1])
+    if checks.is_ready:
+        with checks.item("rounds") as item:
+            schedule = _simulated_schedule(consortium)
+            item.found = _rounds_in_words(schedule) if schedule else "of a base this large: see `amalgram draft`"
+    if checks.is_ready:
+        models = [look.fine_tuned for look in looks if look.fine_tuned is not None]
+        _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
+        if schedule:
+            _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
+    return following
+
+
+def _check_agreement(checks: Checklist, path: Path, *, is_draft: bool) -> str:
+    home = path.resolve().parent
+    if is_draft:
+        with checks.item("draft") as item:
+            draft = load_settings(path, AgreementDraft)
+            item.found = _in_words(draft)
+        if checks.is_ready:
+            with checks.item("base") as item:
+                base_folder = model_folder(draft.base, home, draft.base_revision)
+                item.found = _task_in_words(with_labels(draft, base_folder, models={}), base_folder)
+        return f"amalgram draft {path} *.pub"
+    with checks.item("agreement") as item:
+        agreement = load_agreement(path)
+        item.found = f"{_in_words(agreement)}; fingerprint {fingerprint(bytes.fromhex(agreement.digest()))}"
+    if checks.is_ready:
+        with checks.item("base") as item:
+            base_folder = base_model_folder(None, home, agreement, path)
+            item.found = _task_in_words(agreement, base_folder)
+    if checks.is_ready:
+        with checks.item("rounds") as item:
+            item.found = _rounds_in_words(_schedule(agreement, base_folder))
+    return "amalgram agree OWNER.toml"
+
+
+def _check_owner(checks: Checklist, path: Path) -> str:
+    following = f"amalgram agree {path}"
+    with checks.item("settings") as item:
+        owner = Owner(path)
+        item.found = f"owner {owner.name}"
+    if not checks.is_ready:
+        return following
+    home, settings = owner.home, owner.settings
+    with checks.item("agreement") as item:
+        agreement = owner.agreement
+        item.found = f"{_in_words(agreement)}; fingerprint {fingerprint(bytes.fromhex(agreement.digest()))}"
+    if not checks.is_ready:
+        return following
+    with checks.item("base") as item:
+        base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
+        item.found = _task_in_words(agreement, base_folder)
+    with checks.item("model, files") as item:
+        look = owner.look()
+        if look.fine_tuned is not None:
+            check_same_architecture(look.fine_tuned, base_folder)
+        item.found = _look_in_words(look)
+    if settings.network is not None:
+        with checks.item("network") as item:
+            network, key, root = owner_network(owner, path)
+            item.found = f"{network.address}, with {key.name} and {root.name}"
+    if checks.is_ready:
+        with checks.item("rounds") as item:
+            schedule = _schedule(agreement, base_folder)
+            item.found = _rounds_in_words(schedule)
+    if checks.is_ready:
+        _check_tokenizers(checks, agreement, [look.fine_tuned] if look.fine_tuned else [], base_folder)
+        _check_room(checks, home / settings.state, schedule, parties=1)
+        if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
+            return f"amalgram client {path}"
+    return following
+
+
+def _check_coordinator(checks: Checklist, path: Path) -> str:
+    with checks.item("settings") as item:
+        place = find_place(path)
+        item.found = _in_words(place.agreement)
+    if not checks.is_ready:
+        return f"amalgram server {path}"
+    with checks.item("identity") as item:
+        read_coordinator_identity(place.home / place.settings.identity, place.agreement)
+        item.found = f"{place.settings.identity}, as agreed"
+    with checks.item("certificates") as item:
+        files = (place.network.certificate, place.network.key, place.network.root_certificate)
+        check_server_files(*(place.home / each for each in files))
+        item.found = ", ".join(map(str, files))
+    with checks.item("base") as item:
+        base_folder = base_model_folder(
+            place.settings.base, place.home, place.agreement, place.home / place.settings.agreement
+        )
+        item.found = _task_in_words(place.agreement, base_folder)
+    port = place.host_and_port[1]
+    with checks.item("port") as item:
+        is_running = listens(port)
+        item.found = f"{port} is taken, as it should be if `amalgram server` runs" if is_running else f"{port} is free"
+    if checks.is_ready:
+        with checks.item("rounds") as item:
+            schedule = _schedule(place.agreement, base_folder)
+            item.found = _rounds_in_words(schedule)
+    if checks.is_ready:
+        _check_room(checks, place.output, schedule, parties=len(place.agreement.owners))
+    return f"amalgram {'merge' if is_running else 'server'} {path}"
+
+
+# --- parts that several have ---
+
+
+def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence[Path], base_folder: Path) -> None:
+    if draft.task.is_text and models:
+        with checks.item("tokenizers") as item:
+            for folder in models:
+                check_tokenizer(folder, base_folder)
+            item.found = "the same vocabulary as the base's"
+
+
+def _check_room(checks: Checklist, folder: Path, schedule: Schedule, *, parties: int) -> None:
+    """Look whether the disk of a folder, which need not exist yet, has room for what a run keeps there."""
+    with checks.item("disk") as item:
+        existing = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
+        free, needed = shutil.disk_usage(existing).free, parties * _kept_bytes(schedule)
+        item.found = f"{byte_count(free)} free in {existing}, a run keeps at least {byte_count(needed)}"
+        if free < needed:
+            raise SettingsError(
+                f"{existing}: {byte_count(free)} free, a run keeps at least {byte_count(needed)}",
+                hint="make room on this disk, or name another folder",
+            )
+
+
+def _kept_bytes(schedule: Schedule) -> int:
+    """The least that an owner has on disk at once: its largest vector, its own model, the base and a merged one."""
+    models = [each.layout.size * 4 for each in schedule.of_kind("candidate")]
+    return max(each.layout.num_bytes for each in schedule.rounds) + 3 * max(models, default=0)
+
+
+def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
+    """The rounds of an agreement, from the base's modules and their shapes: no weights are loaded."""
+    from common.models.loading import load_outline
+    from common.models.plan import merge_plan
+
+    return schedule_of(agreement, merge_plan(load_outline(base_folder, agreement.task), agreement.tensors))
+
+
+def _simulated_schedule(consortium: Consortium) -> Schedule | None:
+    """The rounds that a simulation would make; None if its base is too large to complete the draft for a check."""
+    if sum(path.stat().st_size for path in weight_files(consortium.base_folder)) > LARGE_BASE_BYTES:
+        return None
+    from deploy.complete import complete_agreement
+
+    draft = consortium.draft
+    keys = {
+        name: Identity(name=name, seed=secrets.token_bytes(32)).public_key for name in (*draft.owner_names, COORDINATOR)
+    }
+    return _schedule(complete_agreement(draft, consortium.base_folder, keys), consortium.base_folder)
+
+
+# --- in words ---
+
+
+def _in_words(draft: AgreementDraft) -> str:
+    compared = f", compared with {', '.join(draft.compare_with)}" if draft.compare_with else ""
+    count, needed = len(draft.owners), draft.needed_owners
+    stay = "all needed" if needed == count else f"at least {needed} needed"
+    return f"{draft.title}: {draft.method}{compared}; {draft.summation.kind} sum of {count} owners, {stay}"
+
+
+def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
+    check_readable(base_folder)
+    size = byte_count(sum(path.stat().st_size for path in weight_files(base_folder)))
+    labels = f", labels {', '.join(draft.task.labels)}" if draft.task.labels else ""
+    return f"{base_folder.resolve()}, {size}; {draft.task.kind}{labels}"
+
+
+def _look_in_words(look: OwnerLook) -> str:
+    model = "trains its model from the base" if look.fine_tuned is None else f"brings {look.fine_tuned.resolve()}"
+    return f"{model}; rows: {', '.join(f'{each.rows} {split}' for split, each in look.files.items())}"
+
+
+def _rounds_in_words(schedule: Schedule) -> str:
+    sent = ", ".join(f"{each.title} {byte_count(each.layout.num_bytes)}" for each in schedule.rounds)
+    total = byte_count(sum(each.layout.num_bytes for each in schedule.rounds))
+    received = [each.layout.size * 4 for each in schedule.events if isinstance(each, Delivery)]
+    return (
+        f"{len(schedule.rounds)} secure sums. Each owner sends {total}: {sent}. It receives "
+        f"{byte_count(sum(received))} in {len(received)} deliveries"
+    )

@@ -1,0 +1,90 @@
+"""A consortium's folder, looked at before anything heavy is loaded: its agreement, its owners, their models and files.
+
+Importing torch takes seconds, and a misspelt key, path, column or label should not take that long to find.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.look import OwnerLook, look_at_owner, own_folder
+from client.settings import OwnerSettings
+from common.agreement import AgreementDraft
+from common.errors import SettingsError
+from common.models.folders import check_same_architecture, model_folder
+from common.settings_file import load_settings
+from deploy.drafting import with_labels
+
+AGREEMENT = "agreement.toml"
+NOT_OWNERS = (AGREEMENT, "coordinator.toml")
+
+
+@dataclass(frozen=True)
+class Consortium:
+    """What is in a consortium's folder. The draft has its labels."""
+
+    draft: AgreementDraft
+    base_folder: Path
+    owner_files: Mapping[str, Path]
+    settings: Mapping[str, OwnerSettings]
+
+    def look_at(self, owner: str) -> OwnerLook:
+        """Look at an owner's model and files. Raises the AmalgramError that a run would meet."""
+        home = self.owner_files[owner].parent
+        look = look_at_owner(self.settings[owner], home, self.draft.task)
+        if look.fine_tuned is not None:
+            check_same_architecture(look.fine_tuned, self.base_folder)
+        return look
+
+
+def read_consortium(folder: Path) -> Consortium:
+    """Read the settings in `folder` and look at everything that they name. Raises the AmalgramError that a run would
+    meet.
+    """
+    consortium = read_settings(folder)
+    for owner in consortium.owner_files:
+        consortium.look_at(owner)
+    return consortium
+
+
+def read_settings(folder: Path) -> Consortium:
+    """Read the settings in `folder`, whatever the owners' models and files hold. Raises an AmalgramError."""
+    if folder.is_file():
+        raise SettingsError(f"{folder}: is a file; name the folder that it is in: {folder.parent}")
+    if not (folder / AGREEMENT).is_file():
+        raise SettingsError(
+            f"{folder}: has no {AGREEMENT}", hint=f"`amalgram simulate --init {folder.name}-new` writes an example"
+        )
+    draft = load_settings(folder / AGREEMENT, AgreementDraft)
+    files = find_owner_files(folder, draft)
+    settings = {name: load_settings(path, OwnerSettings) for name, path in files.items()}
+    base_folder = model_folder(draft.base, folder, draft.base_revision)
+    found = {name: own_folder(each, files[name].parent) for name, each in settings.items()}
+    draft = with_labels(draft, base_folder, {name: each for name, each in found.items() if each is not None})
+    return Consortium(draft=draft, base_folder=base_folder, owner_files=files, settings=settings)
+
+
+def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
+    """The settings file of every owner on the roster, in its order. Raises SettingsError if they do not match it."""
+    files: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.toml"), *folder.glob("*/owner.toml")]):
+        if path.name in NOT_OWNERS:
+            continue
+        name = load_settings(path, OwnerSettings).name
+        if name not in draft.owner_names:
+            raise SettingsError(
+                f"{path}: owner {name!r} is not on the roster of {AGREEMENT}: {', '.join(draft.owner_names)}",
+                hint=f'give the owner a name of the roster, or add it there: [[owners]] name = "{name}"',
+            )
+        if name in files:
+            raise SettingsError(
+                f"{path}: owner {name!r} has a settings file already, {files[name]}", hint="keep one of them"
+            )
+        files[name] = path
+    for name in draft.owner_names:
+        if name not in files:
+            raise SettingsError(
+                f"{folder}: owner {name!r} of {AGREEMENT} has no settings file, {name}.toml",
+                hint=f"write {name}.toml, or remove {name} from the roster",
+            )
+    return {name: files[name] for name in draft.owner_names}

@@ -1,0 +1,78 @@
+"""What can be added to a draft before its base model is loaded: the labels, and everybody's keys."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.agreement import COORDINATOR, AgreementDraft, CoordinatorEntry
+from common.errors import SettingsError
+from common.models.folders import base_labels, check_base_labels, how_to_match, named_labels
+from common.settings_file import parse_settings
+
+WRITE_THEM = 'write them under [task], in the order of the models\' outputs: labels = ["...", "..."]'
+
+
+def with_labels(draft: AgreementDraft, base_folder: Path, models: Mapping[str, Path]) -> AgreementDraft:
+    """The draft with its labels: those that it names, or the base, or all the owners' models that name any.
+
+    `models`: the owners' fine-tuned folders by owner, as far as they are here. Raises SettingsError if nobody names
+    labels, if the owners name different ones, or if some cannot be agreed on.
+    """
+    if draft.task.labels or not draft.task.has_labels:
+        check_base_labels(base_folder, draft.task)
+        return draft
+    labels, where = named_labels(base_folder), f"model {base_folder}"
+    if not labels and draft.task.head == "private":
+        labels = base_labels(base_folder)  # only the shape of a head that nobody uses
+    if not labels:
+        named = {owner: found for owner, folder in models.items() if (found := named_labels(folder))}
+        labels = _common(named)
+        where = "the owners' models"
+    if not labels:
+        raise SettingsError(
+            f"task.labels is missing: the base model {base_folder} has no head, or only numbers its labels"
+            + (", and no owner's model names any" if models else ""),
+            hint=WRITE_THEM,
+        )
+    tables = draft.model_dump(mode="json")
+    tables["task"]["labels"] = labels
+    completed = parse_settings(tables, AgreementDraft, where)  # check: base-labels-are-checked
+    check_base_labels(base_folder, completed.task)
+    return completed
+
+
+def _common(named: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The labels that all models name; () if none does. Raises SettingsError for the first that differs from most."""
+    if not named:
+        return ()
+    (labels, _), *_ = Counter(named.values()).most_common()
+    usual = next(owner for owner, found in named.items() if found == labels)
+    for owner, found in named.items():
+        if found != labels:
+            raise SettingsError(
+                f"the owners' models name different labels: {usual} has {list(labels)}, {owner} has {list(found)}",
+                hint=how_to_match(found, labels)
+                or 'name models of one task; or, if every owner keeps its own labels, agree on task.head = "private"',
+            )
+    return labels
+
+
+def with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes], node_keys: Mapping[str, str]) -> AgreementDraft:
+    """The draft with everybody's keys. Raises SettingsError if one is missing, or nobody's."""
+    for name in (*draft.owner_names, COORDINATOR):
+        if name not in public_keys:
+            raise SettingsError(
+                f"no public key of {name}", hint=f"ask for its .pub file; `amalgram keys new {name}` makes it"
+            )
+    for name in public_keys:
+        if name not in (*draft.owner_names, COORDINATOR):
+            raise SettingsError(
+                f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}",
+                hint="remove the key, or add the owner to the draft",
+            )
+    owners = tuple(
+        owner.model_copy(update={"public_key": public_keys[owner.name].hex(), "node_key": node_keys.get(owner.name)})
+        for owner in draft.owners
+    )
+    coordinator = CoordinatorEntry(public_key=public_keys[COORDINATOR].hex())
+    return draft.model_copy(update={"owners": owners, "coordinator": coordinator})

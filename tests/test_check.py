@@ -1,0 +1,160 @@
+"""`amalgram check`: what is looked at, what would happen, and everything that is wrong at once."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.owner import Owner
+from deploy.cli import cli
+from deploy.commands.agree import give_consent
+from deploy.commands.check import check_and_show
+
+
+@pytest.fixture
+def home(reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = Path(shutil.copytree(reviews_folder, tmp_path / "home", ignore=shutil.ignore_patterns("output")))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def network(home: Path) -> Path:
+    """The example with keys, a drafted agreement and settings for a network, as its parties would make them."""
+    for name in ("hotel", "cinema", "phones", "coordinator"):
+        cli(["keys", "new", name], standalone_mode=False)
+    cli(["keys", "certificate", "localhost"], standalone_mode=False)
+    public = [f"{name}.pub" for name in ("hotel", "cinema", "phones", "coordinator")]
+    cli(["draft", "agreement.toml", *public, "--out", "agreed.toml"], standalone_mode=False)
+    for name in ("hotel", "cinema", "phones"):
+        own = home / f"{name}.toml"
+        text = f'agreement = "agreed.toml"\nstate = "state-{name}"\n{own.read_text()}'
+        own.write_text(f'{text}\n[network]\naddress = "localhost:9092"\n')
+    (home / "coordinator.toml").write_text(
+        'agreement = "agreed.toml"\noutput = "output"\n[network]\nlisten = "127.0.0.1:1"\n'
+    )
+    return home
+
+
+def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str, str], str]:
+    """The exit code, what was found by what was looked at, and standard error."""
+    capsys.readouterr()
+    code = check_and_show(Path(path))
+    shown = capsys.readouterr()
+    return code, {line[:14].rstrip(): line[15:] for line in shown.out.splitlines()}, shown.err
+
+
+@pytest.mark.usefixtures("home", "own_log")
+def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, errors = lines(capsys, ".")
+    assert code == 0
+    assert list(found) == ["agreement", "base", "hotel", "cinema", "phones", "rounds", "disk"]
+    assert found["agreement"].startswith(
+        "Reviews of three shops: regmean, compared with average, task_arithmetic, fish"
+    )
+    assert found["base"].endswith("text-classification, labels negative, positive")
+    assert found["cinema"] == "trains its model from the base; rows: 200 train, 60 validation, 120 test"
+    assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
+    assert "a run keeps at least" in found["disk"]
+    assert errors == "ready; next: amalgram simulate .\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "data" / "hotel" / "test.jsonl").unlink()
+    cinema = home / "cinema.toml"
+    cinema.write_text(cinema.read_text().replace('label = "label"', 'label = "stars"'))
+    code, found, errors = lines(capsys, ".")
+    assert code == 1
+    assert list(found) == ["agreement", "base", "phones"]
+    assert "hotel/test.jsonl: no such file\nerror: " in errors
+    assert "has no column 'stars'; its columns are text, label\nhint: " in errors
+    assert errors.endswith("not ready: 2 to correct\n")
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_model_with_another_tokenizer_is_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hotel = home / "hotel.toml"
+    text = hotel.read_text()
+    training = text[text.index("\n[training]") : text.index("\n[data]")]
+    hotel.write_text(text.replace(training, '\nfine_tuned = "model"\n'))
+    shutil.copytree(home / "base", home / "model")
+    code, found, _ = lines(capsys, ".")
+    assert (code, found["tokenizers"]) == (0, "the same vocabulary as the base's")
+    path = home / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["bad"], vocabulary["good"] = vocabulary["good"], vocabulary["bad"]
+    path.write_text(json.dumps(tokenizer))
+    code, found, errors = lines(capsys, ".")
+    assert (code, "tokenizers" in found) == (1, False)
+    assert "the first that differs is 'bad'" in errors
+
+
+@pytest.mark.usefixtures("home", "own_log")
+def test_a_draft_is_told_from_an_agreement(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, errors = lines(capsys, "agreement.toml")
+    assert (code, list(found)) == (0, ["draft", "base"])
+    assert errors == "ready; next: amalgram draft agreement.toml *.pub\n"
+    code, found, errors = lines(capsys, "hotel.toml")
+    assert (code, found) == (1, {"settings": "owner hotel"})
+    assert "agreement.toml: base_digest is missing: this is a draft\nhint: complete it: amalgram draft" in errors
+
+
+@pytest.mark.usefixtures("own_log")
+def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, errors = lines(capsys, "agreed.toml")
+    assert (code, list(found)) == (0, ["agreement", "base", "rounds"])
+    assert errors == "ready; next: amalgram agree OWNER.toml\n"
+    code, found, errors = lines(capsys, "hotel.toml")
+    assert code == 0, errors
+    assert list(found) == ["settings", "agreement", "base", "model, files", "network", "rounds", "disk"]
+    assert found["network"] == "localhost:9092, with hotel.node and ca.pem"
+    assert errors == "ready; next: amalgram agree hotel.toml\n"
+    assert not (network / "state-hotel").exists()  # a look leaves nothing behind
+    code, found, errors = lines(capsys, "coordinator.toml")
+    assert code == 0, errors
+    assert list(found) == ["settings", "identity", "certificates", "base", "port", "rounds", "disk"]
+    assert errors == "ready; next: amalgram server coordinator.toml\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_keys_that_others_may_read_and_keys_of_others_are_found(
+    network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (network / "hotel.node").chmod(0o644)
+    (network / "cinema.key").replace(network / "phones.key")
+    (network / "phones.key").replace(network / "coordinator.key")
+    code, found, errors = lines(capsys, "hotel.toml")
+    assert (code, "network" in found) == (1, False)
+    assert "hotel.node: other users may read this secret\nhint: chmod 600" in errors
+    code, found, errors = lines(capsys, "coordinator.toml")
+    assert (code, "identity" in found) == (1, False)
+    assert "coordinator.key: is not the identity that the agreement names for the coordinator" in errors
+
+
+@pytest.mark.usefixtures("own_log")
+def test_after_consent_the_next_step_is_the_client(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    give_consent(Owner(network / "hotel.toml"))
+    assert lines(capsys, "hotel.toml")[2] == "ready; next: amalgram client hotel.toml\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_with_json_a_check_is_one_object(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer() -> tuple[int, dict[str, Any]]:
+        code = cli(["check", "agreement.toml", "--json"], standalone_mode=False)
+        shown = capsys.readouterr()
+        assert shown.err == ""
+        return code, json.loads(shown.out)
+
+    code, found = answer()
+    assert (code, found["ready"]) == (0, True)
+    assert [each["what"] for each in found["looked_at"]] == ["draft", "base"]
+    (home / "base" / "model.safetensors").unlink()
+    code, found = answer()
+    assert (code, found["ready"]) == (1, False)
+    assert "holds no weights" in found["looked_at"][1]["error"]
