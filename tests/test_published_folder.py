@@ -128,7 +128,9 @@ def test_the_published_folder_reads_rows_as_the_base_does(kind: str, base: Path,
         if name.endswith(".json") and name in names:
             expected = json.loads((base / name).read_text())
             found = json.loads((folder / name).read_text())
-            assert found == {key: value for key, value in expected.items() if key not in ("auto_map", "custom_generate")}
+            assert found == {
+                key: value for key, value in expected.items() if key not in ("auto_map", "custom_generate")
+            }
         elif name in names:
             assert (folder / name).read_bytes() == (base / name).read_bytes()
 

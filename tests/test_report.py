@@ -1,5 +1,6 @@
 """report.json, and the page made from it alone."""
 
+import io
 import json
 import tomllib
 from html.parser import HTMLParser
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from common.errors import SettingsError
+from deploy.commands.table import print_report
 from server.report.page import page_of, render_report
 from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_report, schema_text
 from server.report.verdict import verdict
@@ -162,23 +165,103 @@ def test_a_simulation_is_called_one() -> None:
     assert "This was a simulation" in shown(report)
 
 
+def said(report: dict[str, Any]) -> list[str]:
+    return [sentence.replace("\u00a0", " ").replace("\u2212", "-") for sentence in verdict(as_report(report))]
+
+
 def test_the_verdict_names_what_is_better_and_what_is_worse() -> None:
     # 400 rows of ada, 400 of bea whose metrics are hidden: 1.96 sqrt(2 * 0.75 * 0.25 / 800) = 0.042
-    assert [sentence.replace("\u00a0", " ") for sentence in verdict(as_report(hand_written()))] == [
-        "The merged model (RegMean) is right on 75.0 % of the owners' test rows.",
+    assert said(hand_written()) == [
+        "For ada, the merged model is worse than its own model at home (-12.5 percentage points).",
+        "bea shows its metrics only in the mean, so nobody else knows what it gains or loses.",
+        "On average over all 2 owners, the merged model (RegMean) is right on 75.0 % of the test rows, and each "
+        "owner's own model at home on 87.5 %: worse (-12.5 percentage points).",
         "It is better than the plain average (62.5 %) and the base model (25.0 %).",
-        "It is worse than each owner's own model at home (87.5 %) and Fisher averaging (81.2 %).",
+        "It is worse than Fisher averaging (81.2 %).",
     ]
+
+
+def with_owners(report: dict[str, Any], accuracies: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """The report with these owners, by name their accuracy with the merged model and with their own, on 400 rows."""
+    report["owners"] = list(accuracies)
+    report["agreement"]["owners"] = [report["agreement"]["owners"][0] | {"name": name} for name in accuracies]
+    scores = report["evaluation"]["by_owner"].pop("ada")
+    for name, pair in accuracies.items():
+        shares = zip(("regmean", "own_at_home"), pair, strict=True)
+        changed = {model: scores[model] | {"accuracy": share} for model, share in shares}
+        report["evaluation"]["by_owner"][name] = scores | changed
+    return report
+
+
+def test_the_verdict_says_first_who_gains_and_who_loses_and_what_may_be_chance() -> None:
+    # on 400 rows and near 0.8, 1.96 sqrt(2 * 0.8 * 0.2 / 400) = 0.055
+    owners = {"ada": (0.86, 0.80), "bea": (0.78, 0.80), "cyd": (0.70, 0.80), "dan": (0.95, 0.80), "eve": (0.8, 0.8)}
+    assert said(with_owners(hand_written(), owners))[:4] == [
+        "Compared with each owner's own model at home, the merged model is better for 2 of 5 owners, worse for 1 and "
+        "not clearly different for 2.",
+        "Better, in percentage points: dan (+15.0) and ada (+6.0).",
+        "Worse, in percentage points: cyd (-10.0).",
+        "Not clearly different, in percentage points: bea (-2.0) and eve (0.0).",
+    ]
+
+
+def test_the_verdict_counts_many_owners_and_names_those_that_gain_or_lose_most() -> None:
+    many = {f"owner-{number}": (0.5 + number / 250, 0.5) for number in range(100)}
+    first, better, unclear = said(with_owners(hand_written(), many))[:3]
+    gaining = sum(0.5 + number / 250 - 0.5 > 0.07 for number in range(100))
+    assert first.endswith(f"is better for {gaining} of 100 owners and not clearly different for {100 - gaining}.")
+    assert better.startswith("Better, in percentage points: owner-99 (+39.6), owner-98 (+39.2), ")
+    assert better.endswith(f" and {gaining - 6} more.")
+    assert unclear.startswith("Not clearly different")
+
+
+def test_the_verdict_on_owners_that_all_gain_or_that_show_nothing() -> None:
+    alike = {"ada": (0.9, 0.8), "bea": (0.95, 0.8)}
+    assert said(with_owners(hand_written(), alike))[0].endswith("the merged model is better for all 2 owners.")
+    report = hand_written()
+    report["evaluation"]["by_owner"] = {}
+    first, second = said(report)[:2]
+    assert first.startswith("Over all 2 owners, the merged model (RegMean) is right on 75.0 %")
+    assert second == "No owner shows its own metrics, so each knows only by itself what it gains or loses."
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("token-classification", "tags 75.0 % of the test words correctly, and each owner's own model at home 87.5 %"),
+        ("causal-lm", "predicts 75.0 % of the test tokens correctly, and each owner's own model at home 87.5 %"),
+    ],
+)
+def test_the_verdict_has_the_words_of_the_task(kind: str, words: str) -> None:
+    report = hand_written()
+    report["agreement"]["task"]["kind"] = kind
+    assert words in " ".join(said(report))
+
+
+def test_the_report_of_a_language_model_speaks_of_no_labels() -> None:
+    report = hand_written()
+    report["agreement"]["task"] |= {"kind": "causal-lm", "labels": []}
+    printed = Console(file=io.StringIO(), width=200)
+    print_report(printed, as_report(report), Path("out"))
+    for text in (shown(report), printed.file.getvalue()):  # type: ignore[attr-defined]
+        assert "label" not in text.lower()
+
+
+def test_the_published_row_is_marked_without_colour() -> None:
+    printed = Console(file=io.StringIO(), width=200)
+    print_report(printed, as_report(hand_written()), Path("out"))
+    lines = printed.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[:2] for line in lines if "←" in line] == [["RegMean", "←"], ["←", "the"]]
 
 
 def test_the_verdict_does_not_call_better_what_chance_explains() -> None:
     report = hand_written()
     mean = report["evaluation"]["mean"]
     mean["average"]["accuracy"], mean["fisher"]["accuracy"] = 0.71, 0.79
-    said = " ".join(verdict(as_report(report)))
-    assert "not clearly different from Fisher averaging (79.0\u00a0%) and the plain average (71.0\u00a0%)" in said
+    sentences = " ".join(said(report))
+    assert "not clearly different from Fisher averaging (79.0 %) and the plain average (71.0 %)" in sentences
     mean["average"]["accuracy"] = 0.70
-    assert "better than the plain average (70.0\u00a0%)" in " ".join(verdict(as_report(report)))
+    assert "better than the plain average (70.0 %)" in " ".join(said(report))
 
 
 @pytest.mark.parametrize("owners", [2, 30])

@@ -38,6 +38,21 @@ TASKS = {
     "sequence-to-sequence": "text to text",
     "image-classification": "image classification",
 }
+SCORED = {  # what a model does with its test rows, and how another one is compared with it
+    "text-classification": ("is right on {} of the test rows", "on {}"),
+    "image-classification": ("is right on {} of the test rows", "on {}"),
+    "token-classification": ("tags {} of the test words correctly", "{}"),
+    "causal-lm": ("predicts {} of the test tokens correctly", "{}"),
+    "sequence-to-sequence": ("predicts {} of the test tokens correctly", "{}"),
+}
+ACCURACY = {  # the same as a heading
+    "text-classification": "accuracy on test rows",
+    "image-classification": "accuracy on test rows",
+    "token-classification": "accuracy per word of test rows",
+    "causal-lm": "accuracy per token of test rows",
+    "sequence-to-sequence": "accuracy per token of test rows",
+}
+LABELLED = ("text-classification", "token-classification", "image-classification")  # the others have a vocabulary
 METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
