@@ -174,7 +174,7 @@ def test_the_verdict_names_what_is_better_and_what_is_worse() -> None:
     assert said(hand_written()) == [
         "For ada, the merged model is worse than its own model at home (-12.5 percentage points).",
         "bea shows its metrics only in the mean, so nobody else knows what it gains or loses.",
-        "On average over all 2 owners, the merged model (RegMean) is right on 75.0 % of the test rows, and each "
+        "On average over 2 owners, the merged model (RegMean) is right on 75.0 % of the test rows, and each "
         "owner's own model at home on 87.5 %: worse (-12.5 percentage points).",
         "It is better than the plain average (62.5 %) and the base model (25.0 %).",
         "It is worse than Fisher averaging (81.2 %).",
@@ -184,6 +184,8 @@ def test_the_verdict_names_what_is_better_and_what_is_worse() -> None:
 def with_owners(report: dict[str, Any], accuracies: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """The report with these owners, by name their accuracy with the merged model and with their own, on 400 rows."""
     report["owners"] = list(accuracies)
+    for summed in report["rounds"]:
+        summed["owners"] = list(accuracies)
     report["agreement"]["owners"] = [report["agreement"]["owners"][0] | {"name": name} for name in accuracies]
     scores = report["evaluation"]["by_owner"].pop("ada")
     for name, pair in accuracies.items():
@@ -221,8 +223,18 @@ def test_the_verdict_on_owners_that_all_gain_or_that_show_nothing() -> None:
     report = hand_written()
     report["evaluation"]["by_owner"] = {}
     first, second = said(report)[:2]
-    assert first.startswith("Over all 2 owners, the merged model (RegMean) is right on 75.0 %")
-    assert second == "No owner shows its own metrics, so each knows only by itself what it gains or loses."
+    assert first.startswith("On average over 2 owners, the merged model (RegMean) is right on 75.0 %")
+    assert second == ("ada and bea show their metrics only in the mean, so nobody else knows what each gains or loses.")
+
+
+def test_an_owner_that_dropped_out_of_the_test_metrics_is_not_counted_in_their_mean() -> None:
+    report = with_owners(hand_written(), {"ada": (0.9, 0.8), "bea": (0.95, 0.8)})
+    report["owners"].append("cyd")
+    sentences = said(report)
+    assert sentences[0].endswith("the merged model is better for all 2 owners.")
+    assert any(sentence.startswith("On average over 2 owners") for sentence in sentences)
+    assert "cyd" not in " ".join(sentences)
+    assert "Mean of 2 owners" in shown(report)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from common.models.published_folder import IMAGE_PROCESSORS
 from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
 from server.report.report import Report
-from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, safe, title_of
+from server.report.words import METRICS, TASKS, capitalised, judges_of, listed, models_in, percent, safe, title_of
 
 PIPELINES = {
     "text-classification": "text-classification",
@@ -60,6 +60,7 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         has_pipeline=_has_pipeline(task.kind, folder),
         models=[model for model in models_in(report) if model not in REFERENCES],
         metadata=metadata(report, base_folder),
+        num_judges=len(judges_of(report)),
         title_of=title_of,
         task_names=TASKS,
         metric_names=METRICS,

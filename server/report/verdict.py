@@ -4,12 +4,12 @@ Whether a difference is more than chance is decided in chance.py, for each owner
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.report.chance import Share, are_apart
 from server.report.report import MeanMetrics, OwnerMetrics, Report
-from server.report.words import METRICS, SCORED, capitalised, listed, models_in, percent, phrase_of
+from server.report.words import METRICS, SCORED, capitalised, judges_of, listed, models_in, percent, phrase_of
 
 OWN = "own_at_home"
 RELATIONS = BETTER, WORSE, UNCLEAR = ("better", "worse", "not clearly different")
@@ -45,6 +45,22 @@ def owner_gains(report: Report) -> list[OwnerGain]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnerGroup:
+    """Owners that gain, or lose, or do neither: the first few by name and gain, largest first, and how many more."""
+
+    heading: str
+    named: tuple[str, ...]
+    num_more: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*self.named, f"{self.num_more} more") if self.num_more else self.named
+
+    def __str__(self) -> str:
+        return f"{self.heading}: {listed(self.parts)}."
+
+
 def verdict(report: Report) -> list[str]:
     """The whole verdict: the first sentence answers what an owner asks first."""
     return [*against_own_models(report), *against_other_models(report)]
@@ -52,19 +68,68 @@ def verdict(report: Report) -> list[str]:
 
 def against_own_models(report: Report) -> list[str]:
     """How many owners gain and lose, which and by how much, then the mean over all owners."""
+    return [headline(report), *map(str, owner_groups(report)), *more_about_owners(report)]
+
+
+def headline(report: Report) -> str:
+    """How many owners gain, lose, or do neither; of a single owner, by how much; if nobody is shown, the mean."""
     gains = owner_gains(report)
-    mean, kind = report.evaluation.mean, report.agreement.task.kind
+    if not gains:
+        return _on_average(report)
+    if len(gains) == 1:
+        (only,) = gains
+        than = "not clearly different from" if only.relation == UNCLEAR else f"{only.relation} than"
+        return f"For {only.owner}, the merged model is {than} its own model at home ({_points(only.gain)})."
+    counts = Counter(each.relation for each in gains)
+    owners = f"{len(gains)} owners{'' if len(gains) == len(judges_of(report)) else ' that show metrics'}"
+    if len(counts) == 1:
+        parts = [f"{relation} for all {owners}" for relation in counts]
+    else:
+        parts = [f"{relation} for {counts[relation]}" for relation in RELATIONS if relation in counts]
+        parts[0] += f" of {owners}"
+    return f"Compared with each owner's own model at home, the merged model is {listed(parts)}."
+
+
+def owner_groups(report: Report) -> list[OwnerGroup]:
+    """`Worse, in percentage points: bottom-left (-7.0) and top-right (-6.7).`; none if fewer than two are shown."""
+    gains = owner_gains(report)
+    groups = []
+    for relation in RELATIONS if len(gains) > 1 else ():
+        group = sorted((each for each in gains if each.relation == relation), key=lambda each: -abs(each.gain))
+        if group:
+            groups.append(
+                OwnerGroup(
+                    heading=f"{capitalised(relation)}, in percentage points",
+                    named=tuple(f"{each.owner} ({_signed(each.gain)})" for each in group[:MOST_NAMES]),
+                    num_more=max(0, len(group) - MOST_NAMES),
+                )
+            )
+    return groups
+
+
+def more_about_owners(report: Report) -> list[str]:
+    """Whose gain nobody else knows, and the mean unless it is the headline."""
+    hidden = [owner for owner in judges_of(report) if owner not in report.evaluation.by_owner]
+    names = listed(hidden) if len(hidden) <= MOST_NAMES else f"{len(hidden)} owners"
+    sentences = []
+    if len(hidden) == 1:
+        sentences = [f"{names} shows its metrics only in the mean, so nobody else knows what it gains or loses."]
+    elif hidden:
+        sentences = [f"{names} show their metrics only in the mean, so nobody else knows what each gains or loses."]
+    return [*sentences, _on_average(report)] if report.evaluation.by_owner else sentences
+
+
+def _on_average(report: Report) -> str:
+    """The means over all owners of the merged model and of their own models at home."""
+    mean = report.evaluation.mean
     merged, own = mean[report.method].accuracy, mean[OWN].accuracy
     relation = _relation(_shares(report, report.method), _shares(report, OWN))
-    scored, compared = SCORED[kind]
-    average = (
-        f"{'On average over' if gains else 'Over'} all {len(report.owners)} owners, the merged model "
-        f"({report.methods[report.method].title}) {scored.format(percent(merged))}, and each owner's own model at home "
-        f"{compared.format(percent(own))}: {relation} ({_points(merged - own)})."
+    scored, compared = SCORED[report.agreement.task.kind]
+    return (
+        f"On average over {len(judges_of(report))} owners, the merged model ({report.methods[report.method].title}) "
+        f"{scored.format(percent(merged))}, and each owner's own model at home {compared.format(percent(own))}: "
+        f"{relation} ({_points(merged - own)})."
     )
-    if not gains:
-        return [average, "No owner shows its own metrics, so each knows only by itself what it gains or loses."]
-    return [_headline(gains, report), *_by_relation(gains), *_hidden(report), average]
 
 
 def against_other_models(report: Report) -> list[str]:
@@ -100,44 +165,7 @@ def difference(merged: float, other: float, in_points: bool) -> str:
     return f"▲ {shown}" if gain > 0 else f"▼ {shown}"
 
 
-# --- sentences about owners ---
-
-
-def _headline(gains: Sequence[OwnerGain], report: Report) -> str:
-    """How many owners gain, lose, or do neither; of a single owner, by how much."""
-    if len(gains) == 1:
-        (only,) = gains
-        than = "not clearly different from" if only.relation == UNCLEAR else f"{only.relation} than"
-        return f"For {only.owner}, the merged model is {than} its own model at home ({_points(only.gain)})."
-    counts = Counter(each.relation for each in gains)
-    owners = f"{len(gains)} owners{'' if len(gains) == len(report.owners) else ' that show metrics'}"
-    if len(counts) == 1:
-        parts = [f"{relation} for all {owners}" for relation in counts]
-    else:
-        parts = [f"{relation} for {counts[relation]}" for relation in RELATIONS if relation in counts]
-        parts[0] += f" of {owners}"
-    return f"Compared with each owner's own model at home, the merged model is {listed(parts)}."
-
-
-def _by_relation(gains: Sequence[OwnerGain]) -> Iterator[str]:
-    """`Worse, in percentage points: bottom-left (-7.0) and top-right (-6.7).`"""
-    for relation in RELATIONS if len(gains) > 1 else ():
-        group = sorted((each for each in gains if each.relation == relation), key=lambda each: -abs(each.gain))
-        named = [f"{each.owner} ({_signed(each.gain)})" for each in group[:MOST_NAMES]]
-        if len(group) > MOST_NAMES:
-            named.append(f"{len(group) - MOST_NAMES} more")
-        if named:
-            yield f"{capitalised(relation)}, in percentage points: {listed(named)}."
-
-
-def _hidden(report: Report) -> list[str]:
-    hidden = [owner for owner in report.owners if owner not in report.evaluation.by_owner]
-    if not hidden:
-        return []
-    names = listed(hidden) if len(hidden) <= MOST_NAMES else f"{len(hidden)} owners"
-    if len(hidden) == 1:
-        return [f"{names} shows its metrics only in the mean, so nobody else knows what it gains or loses."]
-    return [f"{names} show their metrics only in the mean, so nobody else knows what each gains or loses."]
+# --- numbers ---
 
 
 def _points(gain: float) -> str:
@@ -167,7 +195,7 @@ def _mean(shares: Sequence[Share]) -> float:
 def _shares(report: Report, model: str) -> list[Share]:
     """One share per owner; where any owner's is hidden, all predictions together, as if of one owner."""
     shown = [scores[model] for scores in report.evaluation.by_owner.values() if model in scores]
-    if len(shown) == len(report.owners):
+    if len(shown) == len(judges_of(report)):
         return [_share(scores) for scores in shown]
     return [_share(report.evaluation.mean[model])]
 

@@ -53,6 +53,7 @@ ACCURACY = {  # the same as a heading
     "sequence-to-sequence": "accuracy per token of test rows",
 }
 LABELLED = ("text-classification", "token-classification", "image-classification")  # the others have a vocabulary
+TOKEN_TASKS = ("token-classification", "causal-lm", "sequence-to-sequence")  # many predictions on one text
 METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -79,6 +80,11 @@ def models_in(report: Report) -> list[str]:
     """The report's models in the order in which people compare them, the merged one first."""
     order = [report.method, "base", "own_at_home", "own", *report.methods, "ensemble", "multi_task"]
     return [model for model in dict.fromkeys(order) if model in report.evaluation.mean]
+
+
+def judges_of(report: Report) -> tuple[str, ...]:
+    """The owners whose test metrics are in the means: those in the merged model, unless they dropped out later."""
+    return next((each.owners for each in report.rounds if each.split == "test"), report.owners)
 
 
 def capitalised(text: str) -> str:
