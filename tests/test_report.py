@@ -2,20 +2,24 @@
 
 import io
 import json
+import re
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from common.errors import SettingsError
 from deploy.commands.table import print_report
+from server.report.heat_map import STEPS, tints
 from server.report.page import page_of, render_report
 from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_report, schema_text
 from server.report.verdict import verdict
-from tests.support.reports import HOSTILE, as_report, hand_written
+from tests.support.reports import HOSTILE, as_report, hand_written, of_many
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "docs" / "report.schema.json"
@@ -176,7 +180,7 @@ def test_the_verdict_names_what_is_better_and_what_is_worse() -> None:
         "bea shows its metrics only in the mean, so nobody else knows what it gains or loses.",
         "On average over 2 owners, the merged model (RegMean) is right on 75.0 % of the test rows, and each "
         "owner's own model at home on 87.5 %: worse (-12.5 percentage points).",
-        "It is better than the plain average (62.5 %) and the base model (25.0 %).",
+        "On average over the owners, it is better than the plain average (62.5 %) and the base model (25.0 %).",
         "It is worse than Fisher averaging (81.2 %).",
     ]
 
@@ -274,6 +278,75 @@ def test_the_verdict_does_not_call_better_what_chance_explains() -> None:
     assert "not clearly different from Fisher averaging (79.0 %) and the plain average (71.0 %)" in sentences
     mean["average"]["accuracy"] = 0.70
     assert "better than the plain average (70.0 %)" in " ".join(said(report))
+
+
+def test_legends_and_lists_are_in_the_order_of_the_roster_whoever_answered_first() -> None:
+    names = ["zoe", "mia", "ada", "lea", "eve"]
+    report = of_many(names)
+    report["steps"].append(report["steps"][0] | {"phase": "test metrics"})
+    page = page_of(as_report(report))
+    assert page.count('<span class="name">zoe</span>, <span class="name">mia</span>') > 2
+    plot = page[page.index(">From the owners<") : page.index("Payload, by owner.")]
+    legend = re.findall(r">(zoe|mia|ada|lea|eve)</text>", plot)
+    assert legend == ["zoe", "lea", "mia", "eve", "ada"]  # a legend is filled by column, and so is read by row
+
+
+def test_a_cost_that_one_phase_has_is_a_sentence_and_not_a_plot_of_one_bar() -> None:
+    report = hand_written()
+    text = shown(report)
+    assert "Nearly all of it, 20.0 of 20.0 MB, was “contributions”." in text
+    assert "Payload, by owner." not in text
+    report["steps"].append(report["steps"][0] | {"phase": "test metrics"})
+    assert "Nearly all of it" not in shown(report)
+
+
+def test_no_column_of_the_layers_is_explained_that_is_not_there() -> None:
+    report = hand_written()
+    text = shown(report)
+    assert "Condition Largest eigenvalue by smallest." in text
+    assert "Condition, change from base and distance from average are coloured by order of magnitude" in text
+    report["layers"] = []
+    for change in report["changes"]:
+        change["from_average"] = None
+    text = shown(report)
+    assert "Change from base |merged \u2212 base| / |base|" in text
+    for absent in ("Condition", "condition", "Effective rank", "from average", "Token rows", "Solve"):
+        assert absent not in text
+
+
+def test_a_language_model_s_sweep_shows_what_decided_and_not_two_scales_in_one_plot() -> None:
+    report = hand_written()
+    report["evaluation"] |= {"metric": "log_likelihood", "choose_by": "log_likelihood"}
+    page = page_of(as_report(report))
+    plots = page[page.index("choice-heading") : page.index("revealed-heading")]
+    assert re.findall(r">(accuracy|log likelihood)</text>", plots) == ["log likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_logarithmic", "expected"),
+    [
+        ([1.0, 4.0, 7.0], False, [0, 3, 6]),
+        ([1.0, 10.0, 100.0], True, [0, 3, 6]),
+        ([0.8, 1.5, 6.7], True, [0, 2, 6]),
+        ([None, 1.0, 7.0], False, [0, 0, 6]),
+        ([0.0, 0.01, 1.0], True, [0, 0, 6]),
+        ([3.0, 3.0], True, [0, 0]),
+        ([0.0, 0.0], True, [0, 0]),
+        ([], False, []),
+    ],
+)
+def test_tints_go_from_the_smallest_to_the_largest_of_a_column(
+    values: list[float | None], is_logarithmic: bool, expected: list[int]
+) -> None:
+    assert tints(values, is_logarithmic) == expected
+
+
+@given(st.lists(st.floats(0, 1e300) | st.none(), max_size=20), st.booleans())
+def test_a_larger_number_is_never_paler(values: list[float | None], is_logarithmic: bool) -> None:
+    steps = tints(values, is_logarithmic)
+    assert all(0 <= step <= STEPS for step in steps)
+    known = [(value, step) for value, step in zip(values, steps, strict=True) if value is not None]
+    assert [step for _, step in sorted(known)] == sorted(step for _, step in known)
 
 
 @pytest.mark.parametrize("owners", [2, 30])

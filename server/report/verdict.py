@@ -141,7 +141,8 @@ def against_other_models(report: Report) -> list[str]:
         relation = _relation(_shares(report, report.method), _shares(report, model))
         groups[relation].append(f"{phrase_of(report, model)} ({percent(mean[model].accuracy)})")
     linked = {BETTER: "better than", UNCLEAR: "not clearly different from", WORSE: "worse than"}
-    return [f"It is {linked[relation]} {listed(models)}." for relation, models in groups.items() if models]
+    sentences = [f"it is {linked[relation]} {listed(models)}." for relation, models in groups.items() if models]
+    return [f"On average over the owners, {sentences[0]}", *map(capitalised, sentences[1:])] if sentences else []
 
 
 def by_metric(report: Report) -> str:
