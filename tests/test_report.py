@@ -223,7 +223,7 @@ def test_the_verdict_counts_many_owners_and_names_those_that_gain_or_lose_most()
 
 def test_the_verdict_on_owners_that_all_gain_or_that_show_nothing() -> None:
     alike = {"ada": (0.9, 0.8), "bea": (0.95, 0.8)}
-    assert said(with_owners(hand_written(), alike))[0].endswith("the merged model is better for all 2 owners.")
+    assert said(with_owners(hand_written(), alike))[0].endswith("the merged model is better for both owners.")
     report = hand_written()
     report["evaluation"]["by_owner"] = {}
     first, second = said(report)[:2]
@@ -235,7 +235,7 @@ def test_an_owner_that_dropped_out_of_the_test_metrics_is_not_counted_in_their_m
     report = with_owners(hand_written(), {"ada": (0.9, 0.8), "bea": (0.95, 0.8)})
     report["owners"].append("cyd")
     sentences = said(report)
-    assert sentences[0].endswith("the merged model is better for all 2 owners.")
+    assert sentences[0].endswith("the merged model is better for both owners.")
     assert any(sentence.startswith("On average over 2 owners") for sentence in sentences)
     assert "cyd" not in " ".join(sentences)
     assert "Mean of 2 owners" in shown(report)

@@ -83,7 +83,8 @@ def headline(report: Report) -> str:
     counts = Counter(each.relation for each in gains)
     owners = f"{len(gains)} owners{'' if len(gains) == len(judges_of(report)) else ' that show metrics'}"
     if len(counts) == 1:
-        parts = [f"{relation} for all {owners}" for relation in counts]
+        every = owners.replace("2 owners", "both owners") if len(gains) == 2 else f"all {owners}"
+        parts = [f"{relation} for {every}" for relation in counts]
     else:
         parts = [f"{relation} for {counts[relation]}" for relation in RELATIONS if relation in counts]
         parts[0] += f" of {owners}"
