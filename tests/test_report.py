@@ -15,6 +15,7 @@ from rich.console import Console
 
 from common.errors import SettingsError
 from deploy.commands.table import print_report
+from server.output_folder import PROGRESS
 from server.report.heat_map import STEPS, tints
 from server.report.page import page_of, render_report
 from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_report, schema_text
@@ -382,6 +383,28 @@ def test_a_missing_or_foreign_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"report_version": 99}))
     with pytest.raises(SettingsError, match="report_version is 99, this release reads 4"):
         read_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        (
+            b'{"step": "roll call"}\n{"step": "sum of contributions", "done": []}\n{"message": "x"}\n',
+            "sum of contributions",
+        ),
+        (b'{"step": "roll call"}\n{"step": "sum of con', "roll call"),
+        (b'{"step": 5}\n[1]\n\xff\n', None),
+        (b"", None),
+    ],
+)
+def test_the_report_of_a_run_that_failed_half_way_says_how_far_it_came(
+    content: bytes, step: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / PROGRESS).write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        read_report(tmp_path)
+    assert (f"the last run here ended in the step '{step}'" in caught.value.message) == (step is not None)
+    assert caught.value.hint == ("run the merge again" if step else "name the output folder of a run that succeeded")
 
 
 def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:
