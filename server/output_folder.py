@@ -1,10 +1,12 @@
 """The coordinator's output folder, for the commands that watch a merge from outside too: nothing here imports torch."""
 
+import json
 from pathlib import Path
 
 from common.errors import SettingsError
 
 PROGRESS = "progress.jsonl"  # how far the current run is, or how far the last one came
+MAX_TAIL_BYTES = 1_000_000  # of the progress file; a line names each owner
 
 
 def claim_output(output: Path) -> None:
@@ -16,3 +18,21 @@ def claim_output(output: Path) -> None:
         )
     output.mkdir(parents=True, exist_ok=True)
     marker.touch()
+
+
+def last_step(output: Path) -> str | None:
+    """The last step that a run in `output` began, `round: contributions`; None if no run began one."""
+    path = output / PROGRESS
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - MAX_TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # cut off by a crash, or the beginning of the tail
+        if isinstance(entry, dict) and isinstance(entry.get("step"), str):
+            return str(entry["step"])
+    return None

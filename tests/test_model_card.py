@@ -69,3 +69,16 @@ def test_words_from_settings_are_neither_markup_nor_lines_of_their_own(tmp_path:
         r"# A --- \# B &lt;script&gt;x&lt;/script&gt; \[link\](http://example.org) \`code\`"
     )
     assert "&lt;i&gt;good&lt;/i&gt;, bad" in text
+
+
+@pytest.mark.parametrize("has_processor", [True, False])
+def test_the_card_of_an_image_model_names_a_pipeline_if_the_folder_has_an_image_processor(
+    has_processor: bool, tmp_path: Path
+) -> None:
+    report = merged_whole()
+    report["agreement"]["task"]["kind"] = "image-classification"
+    if has_processor:
+        (tmp_path / "preprocessor_config.json").write_text("{}")
+    text = card_of(report, tmp_path).text
+    assert ('pipeline("image-classification", model="this-folder")' in text) == has_processor
+    assert ("without an image processor" in text) != has_processor

@@ -1,18 +1,26 @@
 """report.json, and the page made from it alone."""
 
+import io
 import json
+import re
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from common.errors import SettingsError
+from deploy.commands.table import print_report
+from server.output_folder import PROGRESS
+from server.report.heat_map import STEPS, tints
 from server.report.page import page_of, render_report
 from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_report, schema_text
 from server.report.verdict import verdict
-from tests.support.reports import HOSTILE, as_report, hand_written
+from tests.support.reports import HOSTILE, as_report, hand_written, of_many
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "docs" / "report.schema.json"
@@ -162,23 +170,184 @@ def test_a_simulation_is_called_one() -> None:
     assert "This was a simulation" in shown(report)
 
 
+def said(report: dict[str, Any]) -> list[str]:
+    return [sentence.replace("\u00a0", " ").replace("\u2212", "-") for sentence in verdict(as_report(report))]
+
+
 def test_the_verdict_names_what_is_better_and_what_is_worse() -> None:
     # 400 rows of ada, 400 of bea whose metrics are hidden: 1.96 sqrt(2 * 0.75 * 0.25 / 800) = 0.042
-    assert [sentence.replace("\u00a0", " ") for sentence in verdict(as_report(hand_written()))] == [
-        "The merged model (RegMean) is right on 75.0 % of the owners' test rows.",
-        "It is better than the plain average (62.5 %) and the base model (25.0 %).",
-        "It is worse than each owner's own model at home (87.5 %) and Fisher averaging (81.2 %).",
+    assert said(hand_written()) == [
+        "For ada, the merged model is worse than its own model at home (-12.5 percentage points).",
+        "bea shows its metrics only in the mean, so nobody else knows what it gains or loses.",
+        "On average over 2 owners, the merged model (RegMean) is right on 75.0 % of the test rows, and each "
+        "owner's own model at home on 87.5 %: worse (-12.5 percentage points).",
+        "On average over the owners, it is better than the plain average (62.5 %) and the base model (25.0 %).",
+        "It is worse than Fisher averaging (81.2 %).",
     ]
+
+
+def with_owners(report: dict[str, Any], accuracies: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """The report with these owners, by name their accuracy with the merged model and with their own, on 400 rows."""
+    report["owners"] = list(accuracies)
+    for summed in report["rounds"]:
+        summed["owners"] = list(accuracies)
+    report["agreement"]["owners"] = [report["agreement"]["owners"][0] | {"name": name} for name in accuracies]
+    scores = report["evaluation"]["by_owner"].pop("ada")
+    for name, pair in accuracies.items():
+        shares = zip(("regmean", "own_at_home"), pair, strict=True)
+        changed = {model: scores[model] | {"accuracy": share} for model, share in shares}
+        report["evaluation"]["by_owner"][name] = scores | changed
+    return report
+
+
+def test_the_verdict_says_first_who_gains_and_who_loses_and_what_may_be_chance() -> None:
+    # on 400 rows and near 0.8, 1.96 sqrt(2 * 0.8 * 0.2 / 400) = 0.055
+    owners = {"ada": (0.86, 0.80), "bea": (0.78, 0.80), "cyd": (0.70, 0.80), "dan": (0.95, 0.80), "eve": (0.8, 0.8)}
+    assert said(with_owners(hand_written(), owners))[:4] == [
+        "Compared with each owner's own model at home, the merged model is better for 2 of 5 owners, worse for 1 and "
+        "not clearly different for 2.",
+        "Better, in percentage points: dan (+15.0) and ada (+6.0).",
+        "Worse, in percentage points: cyd (-10.0).",
+        "Not clearly different, in percentage points: bea (-2.0) and eve (0.0).",
+    ]
+
+
+def test_the_verdict_counts_many_owners_and_names_those_that_gain_or_lose_most() -> None:
+    many = {f"owner-{number}": (0.5 + number / 250, 0.5) for number in range(100)}
+    first, better, unclear = said(with_owners(hand_written(), many))[:3]
+    gaining = sum(0.5 + number / 250 - 0.5 > 0.07 for number in range(100))
+    assert first.endswith(f"is better for {gaining} of 100 owners and not clearly different for {100 - gaining}.")
+    assert better.startswith("Better, in percentage points: owner-99 (+39.6), owner-98 (+39.2), ")
+    assert better.endswith(f" and {gaining - 6} more.")
+    assert unclear.startswith("Not clearly different")
+
+
+def test_the_verdict_on_owners_that_all_gain_or_that_show_nothing() -> None:
+    alike = {"ada": (0.9, 0.8), "bea": (0.95, 0.8)}
+    assert said(with_owners(hand_written(), alike))[0].endswith("the merged model is better for both owners.")
+    report = hand_written()
+    report["evaluation"]["by_owner"] = {}
+    first, second = said(report)[:2]
+    assert first.startswith("On average over 2 owners, the merged model (RegMean) is right on 75.0 %")
+    assert second == ("ada and bea show their metrics only in the mean, so nobody else knows what each gains or loses.")
+
+
+def test_an_owner_that_dropped_out_of_the_test_metrics_is_not_counted_in_their_mean() -> None:
+    report = with_owners(hand_written(), {"ada": (0.9, 0.8), "bea": (0.95, 0.8)})
+    report["owners"].append("cyd")
+    sentences = said(report)
+    assert sentences[0].endswith("the merged model is better for both owners.")
+    assert any(sentence.startswith("On average over 2 owners") for sentence in sentences)
+    assert "cyd" not in " ".join(sentences)
+    assert "Mean of 2 owners" in shown(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("token-classification", "tags 75.0 % of the test words correctly, and each owner's own model at home 87.5 %"),
+        ("causal-lm", "predicts 75.0 % of the test tokens correctly, and each owner's own model at home 87.5 %"),
+    ],
+)
+def test_the_verdict_has_the_words_of_the_task(kind: str, words: str) -> None:
+    report = hand_written()
+    report["agreement"]["task"]["kind"] = kind
+    assert words in " ".join(said(report))
+
+
+def test_the_report_of_a_language_model_speaks_of_no_labels() -> None:
+    report = hand_written()
+    report["agreement"]["task"] |= {"kind": "causal-lm", "labels": []}
+    printed = Console(file=io.StringIO(), width=200)
+    print_report(printed, as_report(report), Path("out"))
+    for text in (shown(report), printed.file.getvalue()):  # type: ignore[attr-defined]
+        assert "label" not in text.lower()
+
+
+def test_the_published_row_is_marked_without_colour() -> None:
+    printed = Console(file=io.StringIO(), width=200)
+    print_report(printed, as_report(hand_written()), Path("out"))
+    lines = printed.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[:2] for line in lines if "←" in line] == [["RegMean", "←"], ["←", "the"]]
 
 
 def test_the_verdict_does_not_call_better_what_chance_explains() -> None:
     report = hand_written()
     mean = report["evaluation"]["mean"]
     mean["average"]["accuracy"], mean["fisher"]["accuracy"] = 0.71, 0.79
-    said = " ".join(verdict(as_report(report)))
-    assert "not clearly different from Fisher averaging (79.0\u00a0%) and the plain average (71.0\u00a0%)" in said
+    sentences = " ".join(said(report))
+    assert "not clearly different from Fisher averaging (79.0 %) and the plain average (71.0 %)" in sentences
     mean["average"]["accuracy"] = 0.70
-    assert "better than the plain average (70.0\u00a0%)" in " ".join(verdict(as_report(report)))
+    assert "better than the plain average (70.0 %)" in " ".join(said(report))
+
+
+def test_legends_and_lists_are_in_the_order_of_the_roster_whoever_answered_first() -> None:
+    names = ["zoe", "mia", "ada", "lea", "eve"]
+    report = of_many(names)
+    report["steps"].append(report["steps"][0] | {"phase": "test metrics"})
+    page = page_of(as_report(report))
+    assert page.count('<span class="name">zoe</span>, <span class="name">mia</span>') > 2
+    plot = page[page.index(">From the owners<") : page.index("Payload, by owner.")]
+    legend = re.findall(r">(zoe|mia|ada|lea|eve)</text>", plot)
+    assert legend == ["zoe", "lea", "mia", "eve", "ada"]  # a legend is filled by column, and so is read by row
+
+
+def test_a_cost_that_one_phase_has_is_a_sentence_and_not_a_plot_of_one_bar() -> None:
+    report = hand_written()
+    text = shown(report)
+    assert "Nearly all of it, 20.0 of 20.0 MB, was “contributions”." in text
+    assert "Payload, by owner." not in text
+    report["steps"].append(report["steps"][0] | {"phase": "test metrics"})
+    assert "Nearly all of it" not in shown(report)
+
+
+def test_no_column_of_the_layers_is_explained_that_is_not_there() -> None:
+    report = hand_written()
+    text = shown(report)
+    assert "Condition Largest eigenvalue by smallest." in text
+    assert "Condition, change from base and distance from average are coloured by order of magnitude" in text
+    report["layers"] = []
+    for change in report["changes"]:
+        change["from_average"] = None
+    text = shown(report)
+    assert "Change from base |merged \u2212 base| / |base|" in text
+    for absent in ("Condition", "condition", "Effective rank", "from average", "Token rows", "Solve"):
+        assert absent not in text
+
+
+def test_a_language_model_s_sweep_shows_what_decided_and_not_two_scales_in_one_plot() -> None:
+    report = hand_written()
+    report["evaluation"] |= {"metric": "log_likelihood", "choose_by": "log_likelihood"}
+    page = page_of(as_report(report))
+    plots = page[page.index("choice-heading") : page.index("revealed-heading")]
+    assert re.findall(r">(accuracy|log likelihood)</text>", plots) == ["log likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_logarithmic", "expected"),
+    [
+        ([1.0, 4.0, 7.0], False, [0, 3, 6]),
+        ([1.0, 10.0, 100.0], True, [0, 3, 6]),
+        ([0.8, 1.5, 6.7], True, [0, 2, 6]),
+        ([None, 1.0, 7.0], False, [0, 0, 6]),
+        ([0.0, 0.01, 1.0], True, [0, 0, 6]),
+        ([3.0, 3.0], True, [0, 0]),
+        ([0.0, 0.0], True, [0, 0]),
+        ([], False, []),
+    ],
+)
+def test_tints_go_from_the_smallest_to_the_largest_of_a_column(
+    values: list[float | None], is_logarithmic: bool, expected: list[int]
+) -> None:
+    assert tints(values, is_logarithmic) == expected
+
+
+@given(st.lists(st.floats(0, 1e300) | st.none(), max_size=20), st.booleans())
+def test_a_larger_number_is_never_paler(values: list[float | None], is_logarithmic: bool) -> None:
+    steps = tints(values, is_logarithmic)
+    assert all(0 <= step <= STEPS for step in steps)
+    known = [(value, step) for value, step in zip(values, steps, strict=True) if value is not None]
+    assert [step for _, step in sorted(known)] == sorted(step for _, step in known)
 
 
 @pytest.mark.parametrize("owners", [2, 30])
@@ -214,6 +383,28 @@ def test_a_missing_or_foreign_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"report_version": 99}))
     with pytest.raises(SettingsError, match="report_version is 99, this release reads 4"):
         read_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        (
+            b'{"step": "roll call"}\n{"step": "sum of contributions", "done": []}\n{"message": "x"}\n',
+            "sum of contributions",
+        ),
+        (b'{"step": "roll call"}\n{"step": "sum of con', "roll call"),
+        (b'{"step": 5}\n[1]\n\xff\n', None),
+        (b"", None),
+    ],
+)
+def test_the_report_of_a_run_that_failed_half_way_says_how_far_it_came(
+    content: bytes, step: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / PROGRESS).write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        read_report(tmp_path)
+    assert (f"the last run here ended in the step '{step}'" in caught.value.message) == (step is not None)
+    assert caught.value.hint == ("run the merge again" if step else "name the output folder of a run that succeeded")
 
 
 def test_a_report_reads_back_as_it_was_written(tmp_path: Path) -> None:

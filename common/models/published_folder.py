@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # older and newer releases of transformers
 # Of the base's agreed files, those that a tokenizer is made of are published, if they are data.
 DATA = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".tokenizer", ".codes")
 
@@ -36,10 +37,8 @@ def write_model(model: PreTrainedModel, base_folder: Path, agreement: Agreement,
     published.save_pretrained(folder)
     (folder / GENERATION_CONFIG).unlink(missing_ok=True)
     _write_json(folder / CONFIG, model_configuration(read_finite(base_folder / CONFIG), published, agreement.task))
-    if (base_folder / GENERATION_CONFIG).is_file():
-        _write_json(folder / GENERATION_CONFIG, without_code(read_finite(base_folder / GENERATION_CONFIG)))
-    if agreement.task.is_text:
-        write_tokenizer(base_folder, agreement, folder)
+    _copy_configurations((GENERATION_CONFIG,), base_folder, agreement, folder)
+    write_preparation(base_folder, agreement, folder)
 
 
 def model_configuration(base: Mapping[str, Any], published: PreTrainedModel, task: Task) -> dict[str, Any]:
@@ -76,11 +75,25 @@ def write_adapter_configuration(agreement: Agreement, plan: AdapterPlan, base_fo
     """Write a new folder of an adapter, without its weights and its card."""
     folder.mkdir(parents=True)
     _write_json(folder / ADAPTER_CONFIG, adapter_configuration(agreement, plan))
+    write_preparation(base_folder, agreement, folder)
+
+
+def write_preparation(base_folder: Path, agreement: Agreement, folder: Path) -> None:
+    """Copy what prepares rows for the model, as far as it was agreed: the tokenizer, or the image processor."""
     if agreement.task.is_text:
-        write_tokenizer(base_folder, agreement, folder)
+        _write_tokenizer(base_folder, agreement, folder)
+    else:
+        _copy_configurations(IMAGE_PROCESSORS, base_folder, agreement, folder)
 
 
-def write_tokenizer(base_folder: Path, agreement: Agreement, folder: Path) -> None:
+def _copy_configurations(names: Collection[str], base_folder: Path, agreement: Agreement, folder: Path) -> None:
+    """Copy those of the base's agreed configurations, without keys that name code."""
+    for file in agreement.base_files:
+        if file.name in names:
+            _write_json(folder / file.name, without_code(read_finite(base_folder / file.name)))
+
+
+def _write_tokenizer(base_folder: Path, agreement: Agreement, folder: Path) -> None:
     """Copy the base's tokenizer. One without a padding token is told to pad with its end-of-text token."""
     for name in _tokenizer_files(agreement):
         copy = folder / name

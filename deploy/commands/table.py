@@ -11,15 +11,20 @@ from rich.table import Table
 
 from common.text import shown, shown_lines
 from server.report.report import LowRank, Report
-from server.report.words import METRICS, title_of
+from server.report.verdict import against_own_models
+from server.report.words import ACCURACY, LABELLED, METRICS, title_of
 
 MAX_OWNER_COLUMNS = 6  # with more owners, only the page shows each one's metrics
 FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "multi_task")
 REFERENCE_MARK = " *"
+PUBLISHED_MARK = " ←"
 
 
 def print_report(console: Console, report: Report, out: Path) -> None:
-    """Accuracy by model and owner, the means, what was chosen, and where everything is."""
+    """Who gains and loses, accuracy by model and owner, the means, what was chosen, and where everything is."""
+    for sentence in against_own_models(report):
+        console.print(shown(sentence), highlight=False, markup=False)
+    console.print()
     console.print(_table(report))
     for line in _notes(report):
         console.print(shown(line), style="dim", highlight=False, markup=False)
@@ -44,7 +49,7 @@ def print_report(console: Console, report: Report, out: Path) -> None:
 def _table(report: Report) -> Table:
     evaluation = report.evaluation
     by_owner = evaluation.by_owner if len(evaluation.by_owner) <= MAX_OWNER_COLUMNS else {}
-    title = f"{escape(shown(report.title))}: accuracy on test rows"
+    title = f"{escape(shown(report.title))}: {ACCURACY[report.agreement.task.kind]}"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for heading in ("mean", METRICS[evaluation.metric], *by_owner):
@@ -53,7 +58,7 @@ def _table(report: Report) -> Table:
         mean, name = evaluation.mean[model], title_of(report, model)
         values = [mean.accuracy, mean.metric]
         values += [by_model[model].accuracy if model in by_model else nan for by_model in by_owner.values()]
-        name += REFERENCE_MARK if model in LAST else ""
+        name += REFERENCE_MARK if model in LAST else PUBLISHED_MARK if model == report.method else ""
         style = "bold" if model == report.method else ""
         table.add_row(escape(shown(name)), *("-" if isnan(value) else f"{value:.3f}" for value in values), style=style)
     return table
@@ -73,6 +78,7 @@ def _adapter_note(low_rank: LowRank) -> str:
 
 def _notes(report: Report) -> Iterator[str]:
     evaluation = report.evaluation
+    yield f"{PUBLISHED_MARK.strip()} the published model"
     if "own" in evaluation.mean:
         yield "own: each owner's model on everybody's rows; own at home: on its own rows"
         yield "* needs every model, or all data, in one place: a reference for simulations only"
@@ -80,5 +86,5 @@ def _notes(report: Report) -> Iterator[str]:
         yield "own at home: each owner's model on its own rows"
     if evaluation.sweep:
         yield f"chosen on validation rows: {', '.join(report.chosen[method].candidate for method in evaluation.sweep)}"
-    if evaluation.label_set == "own":
+    if evaluation.label_set == "own" and report.agreement.task.kind in LABELLED:
         yield "judged among the labels that occur at each owner (task.label_set)"

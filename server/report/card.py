@@ -8,11 +8,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.agreement.tables import TaskKind
 from common.models.loading import AUTO_CLASSES
+from common.models.published_folder import IMAGE_PROCESSORS
 from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
 from server.report.report import Report
-from server.report.words import METRICS, TASKS, capitalised, listed, models_in, percent, safe, title_of
+from server.report.words import METRICS, TASKS, capitalised, judges_of, listed, models_in, percent, safe, title_of
 
 PIPELINES = {
     "text-classification": "text-classification",
@@ -55,8 +57,10 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         dropped_out=[owner.name for owner in report.agreement.owners if owner.name not in report.owners],
         auto_class=AUTO_CLASSES[task.kind],
         pipeline=PIPELINES[task.kind],
+        has_pipeline=_has_pipeline(task.kind, folder),
         models=[model for model in models_in(report) if model not in REFERENCES],
         metadata=metadata(report, base_folder),
+        num_judges=len(judges_of(report)),
         title_of=title_of,
         task_names=TASKS,
         metric_names=METRICS,
@@ -76,6 +80,13 @@ def metadata(report: Report, base_folder: Path) -> ModelCardData:
         metrics=HUB_METRICS[report.evaluation.metric],
         **_licence(base_folder),
     )
+
+
+def _has_pipeline(kind: TaskKind, folder: Path) -> bool:
+    """Whether transformers has a pipeline for the task, and the folder what it prepares rows with."""
+    if kind == "image-classification":
+        return any((folder / name).is_file() for name in IMAGE_PROCESSORS)
+    return kind != "sequence-to-sequence"
 
 
 def _licence(base_folder: Path) -> dict[str, Any]:

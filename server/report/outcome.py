@@ -24,6 +24,7 @@ from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
 from common.models.plan import MergePlan
+from server.report.chance import Share, are_apart
 from server.report.report import (
     AdapterLayer,
     Agreed,
@@ -48,6 +49,7 @@ from server.report.report import (
     Trial,
 )
 
+MIN_SWEEP = 3  # candidates; of two, each is at an end
 LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
 
 
@@ -281,10 +283,42 @@ def _advice(outcome: Outcome) -> Iterator[str]:
         )
     for owner, reason in outcome.excluded.items():
         yield f"The coordinator left {owner} out because it broke the rules of a sum: {reason}."
-    for choice in outcome.choices.values():
-        tried = list(choice.sweep)
-        if len(tried) > 2 and choice.candidate in (tried[0], tried[-1]) and choice.hyperparameter not in (0.0, 1.0):
-            yield f"{choice.candidate} is at the end of its sweep. Values beyond it may do better."
+    for name, choice in outcome.choices.items():
+        if not _is_clearly_worse(outcome.test[name], outcome.test[agreement.method]):
+            yield from beyond_the_sweep(METHODS[name], choice)
+
+
+def beyond_the_sweep(method: Method, choice: MethodChoice) -> Iterator[str]:
+    """What to try next if the best candidate is the first or last of its sweep, and more than chance made it so."""
+    tried = sorted(choice.sweep.values(), key=lambda each: each.hyperparameter)
+    values = [each.hyperparameter for each in tried]
+    if len(tried) < MIN_SWEEP or choice.hyperparameter not in (values[0], values[-1]):
+        return
+    ends = tried[:2] if choice.hyperparameter == values[0] else tried[:-3:-1]  # the best, then the one beside it
+    further = further_values(ends[0].hyperparameter, ends[1].hyperparameter)
+    if further and _is_clearly_worse(ends[1].score, ends[0].score):
+        yield (
+            f"{choice.candidate} is at the end of its sweep, and better than the value beside it. Next time, also try "
+            f"{method.swept_name} {further[0]:.4g} and {further[1]:.4g}."
+        )
+
+
+def further_values(end: float, beside: float) -> tuple[float, float] | None:
+    """Two values beyond the end of a sweep, each half as far from 0, or from 1, as the one before; none beyond these.
+
+    Above 1 there is no bound, so the sweep goes on in its last step.
+    """
+    if end < beside:
+        return (end / 2, end / 4) if end > 0 else None
+    if end > 1:
+        return 2 * end - beside, 3 * end - 2 * beside
+    return ((1 + end) / 2, (3 + end) / 4) if end < 1 else None
+
+
+def _is_clearly_worse(one: MeanScore, other: MeanScore) -> bool:
+    """Whether its mean accuracy is lower by more than chance explains (chance.py), all predictions taken together."""
+    shares = [Share(accuracy=score.accuracy, predictions=score.rows) for score in (one, other)]
+    return one.accuracy < other.accuracy and are_apart(shares[:1], shares[1:])
 
 
 # --- what happened to the layers ---

@@ -5,7 +5,7 @@ what it shows, and one template of the same name in sections/.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,22 @@ from markupsafe import Markup
 from server.report import plots
 from server.report.heat_map import heat_map
 from server.report.report import OwnerCost, Report, Sent, read_report
-from server.report.verdict import by_metric, difference, verdict
+from server.report.verdict import (
+    against_other_models,
+    by_metric,
+    difference,
+    headline,
+    more_about_owners,
+    owner_gains,
+    owner_groups,
+)
 from server.report.words import (
+    ACCURACY,
     METRICS,
     TASKS,
+    TOKEN_TASKS,
     capitalised,
+    judges_of,
     listed,
     models_in,
     percent,
@@ -31,7 +42,9 @@ from server.report.words import (
 )
 
 FOLDER = Path(__file__).parent
+MANY = 12  # owners; of more, lists are folded and tables scroll
 MAX_PARTS = 7  # owners that a stacked bar shows one by one; beyond that, some are put together
+SHORTEST_BAR = 0.005  # of the longest; shorter ones cannot be seen, and only the table has them
 COORDINATOR = "coordinator"
 OTHERS = "the others"
 ALL_OWNERS = "owners"
@@ -65,6 +78,7 @@ def page_of(report: Report) -> str:
     }
     environment.globals |= {
         "report": report,
+        "many": MANY,
         "is_masked": report.summation == "masked",
         "hidden": [owner.name for owner in report.agreement.owners if owner.metrics == "summed"],
         "metric_names": METRICS,
@@ -83,12 +97,23 @@ def page_of(report: Report) -> str:
 
 
 def verdict_section(report: Report) -> dict[str, Any]:
-    return {"verdict": verdict(report), "by_metric": by_metric(report)}
+    return {
+        "headline": headline(report),
+        "groups": owner_groups(report),
+        "more_about_owners": more_about_owners(report),
+        "others": against_other_models(report),
+        "by_metric": by_metric(report),
+        "num_compared": len(report.evaluation.by_owner),
+        "judges_tokens": report.agreement.task.kind in TOKEN_TASKS,
+    }
 
 
 def metrics_section(report: Report) -> dict[str, Any]:
     return {
         "models": models_in(report),
+        "gains": owner_gains(report),
+        "num_judges": len(judges_of(report)),
+        "accuracy": ACCURACY[report.agreement.task.kind],
         "difference": difference,
         "summary_of": summary_of,
         "plot": _models_plot(report),
@@ -157,8 +182,8 @@ def _models_plot(report: Report) -> Markup:
     means = [evaluation.mean[model].accuracy for model in models]
     names = [capitalised(title_of(report, model)) for model in models]
     merged = models.index(report.method)
-    names[merged] += " (merged)"
-    return Markup(plots.models_plot(names, means, owners, merged, "accuracy on test rows"))
+    names[merged] += " (published)"
+    return Markup(plots.models_plot(names, means, owners, merged, ACCURACY[report.agreement.task.kind]))
 
 
 def _sweep_plots(report: Report) -> dict[str, Markup]:
@@ -166,10 +191,10 @@ def _sweep_plots(report: Report) -> dict[str, Markup]:
     for number, (method, sweep) in enumerate(report.evaluation.sweep.items()):
         tried = sorted(sweep, key=lambda trial: trial.hyperparameter)
         chosen = [trial.candidate for trial in tried].index(report.chosen[method].candidate)
-        curves = {
-            "accuracy": [trial.accuracy for trial in tried],
-            METRICS[report.evaluation.metric]: [trial.metric for trial in tried],
-        }
+        metrics = [trial.metric for trial in tried]
+        curves = {"accuracy": [trial.accuracy for trial in tried], METRICS[report.evaluation.metric]: metrics}
+        if report.evaluation.metric == "log_likelihood":  # not on one scale with accuracy, so only what decided
+            curves = {name: curves[name] for name in curves if name == METRICS[report.evaluation.choose_by]}
         values = [trial.hyperparameter for trial in tried]
         made[method] = Markup(plots.sweep_plot(str(number), values, curves, chosen))
     return made
@@ -196,11 +221,17 @@ def _deliveries(report: Report) -> list[DeliveryGroup]:
         DeliveryGroup(
             purpose=purpose,
             titles=tuple(sent.title for sent in group),
-            owners=tuple(dict.fromkeys(owner for sent in group for owner in sent.owners)),
+            owners=tuple(_in_order(report, (owner for sent in group for owner in sent.owners))),
             largest_bytes=max(sent.bytes for sent in group),
         )
         for purpose, group in groups.items()
     ]
+
+
+def _in_order(report: Report, owners: Iterable[str]) -> list[str]:
+    """Each of the owners once, in the order of the roster."""
+    roster = {owner.name: index for index, owner in enumerate(report.agreement.owners)}
+    return sorted(dict.fromkeys(owners), key=lambda owner: roster.get(owner, len(roster)))
 
 
 def _purpose(sent: Sent) -> str:
@@ -218,13 +249,26 @@ def _purpose(sent: Sent) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CostChart:
-    """One plot with its numbers: `parts` has, by owner, one value per phase."""
+    """Numbers by part (an owner, or owners together, or the coordinator) and phase, and their plot.
+
+    Where one phase has nearly all of a cost, a plot would be one bar: there is none, and `main_phase` is that phase.
+    """
 
     title: str
     unit: str
-    svg: Markup
+    svg: Markup | None
     phases: tuple[str, ...]
     parts: dict[str, list[float]]
+    main_phase: str | None
+
+    @property
+    def total(self) -> float:
+        return sum(map(sum, self.parts.values()))
+
+    @property
+    def of_main_phase(self) -> float:
+        index = self.phases.index(self.main_phase) if self.main_phase else 0
+        return sum(values[index] for values in self.parts.values())
 
 
 def _cost_charts(report: Report) -> list[CostChart]:
@@ -233,11 +277,12 @@ def _cost_charts(report: Report) -> list[CostChart]:
     received = _by_phase(report, lambda cost: cost.bytes_received / 1e6)
     sent = _by_phase(report, lambda cost: cost.bytes_sent / 1e6)
     charts = [("Time", "seconds", waited), ("From the owners", "MB", received), ("To the owners", "MB", sent)]
-    return [_cost_chart(title, unit, costs) for title, unit, costs in charts if any(costs.values())]
+    return [_cost_chart(report, title, unit, costs) for title, unit, costs in charts if any(costs.values())]
 
 
-def _cost_chart(title: str, unit: str, costs: dict[str, dict[str, float]]) -> CostChart:
-    owners = list(dict.fromkeys(party for by_party in costs.values() for party in by_party if party != COORDINATOR))
+def _cost_chart(report: Report, title: str, unit: str, costs: dict[str, dict[str, float]]) -> CostChart:
+    parties = (party for by_party in costs.values() for party in by_party if party != COORDINATOR)
+    owners = _in_order(report, parties)
     columns = owners if len(owners) <= MAX_PARTS else [*owners[: MAX_PARTS - 1], OTHERS]
     if any(COORDINATOR in by_party for by_party in costs.values()):
         columns.append(COORDINATOR)
@@ -245,8 +290,15 @@ def _cost_chart(title: str, unit: str, costs: dict[str, dict[str, float]]) -> Co
     for row, by_party in enumerate(costs.values()):
         for party, cost in by_party.items():
             parts[party if party in parts else OTHERS][row] += cost
-    svg = Markup(plots.stacked_plot(title.lower().replace(" ", "-"), list(costs), parts, unit, COORDINATOR))
-    return CostChart(title=title, unit=unit, svg=svg, phases=tuple(costs), parts=parts)
+    totals = {phase: sum(by_party.values()) for phase, by_party in costs.items()}
+    bars = [row for row, total in enumerate(totals.values()) if total > SHORTEST_BAR * max(totals.values())]
+    phases, svg = tuple(costs), None
+    if len(bars) > 1:
+        drawn = {part: [values[row] for row in bars] for part, values in parts.items()}
+        name, rows = title.lower().replace(" ", "-"), [phases[row] for row in bars]
+        svg = Markup(plots.stacked_plot(name, rows, drawn, unit, COORDINATOR))
+    main_phase = phases[bars[0]] if len(bars) == 1 else None
+    return CostChart(title=title, unit=unit, svg=svg, phases=phases, parts=parts, main_phase=main_phase)
 
 
 def _by_phase(report: Report, of: Callable[[OwnerCost], float]) -> dict[str, dict[str, float]]:

@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 HATCHES = ("", "///", "\\\\\\", "---", "|||", "xxx", "+++")  # only lines: dots would make a page ten times as large
 ACCENT, OTHERS = "#d55e00", "#999999"
+LEGEND_COLUMNS = 3
+MANY_CIRCLES = 12  # in one row; more are drawn faintly, because they overlap
+MAX_NAME = 28  # characters
 INK = "#010203"  # replaced by the page's own text colour
 WIDTH_INCHES = 4.9  # the most that a phone shows without shrinking the text
 STYLE: dict[Any, Any] = {
@@ -44,9 +47,12 @@ def models_plot(
             colour = ACCENT if row == merged else PALETTE[0]
             if owners[row]:
                 axes.plot([min(owners[row]), max(owners[row])], [place, place], color=INK, alpha=0.35, linewidth=1)
-                axes.plot(owners[row], [place] * len(owners[row]), "o", color=INK, fillstyle="none", markersize=4)
+                alpha = 1.0 if len(owners[row]) <= MANY_CIRCLES else 0.3
+                axes.plot(
+                    owners[row], [place] * len(owners[row]), "o", color=INK, fillstyle="none", markersize=4, alpha=alpha
+                )
             axes.plot(means[row], place, "D", color=colour, markersize=9 if row == merged else 7)
-        axes.set_yticks(list(places), names)
+        axes.set_yticks(list(places), [*map(_short, names)])
         axes.get_yticklabels()[merged].set_fontweight("bold")
         axes.set_xlabel(label)
         axes.grid(axis="x", color=INK, alpha=0.15)
@@ -85,10 +91,30 @@ def stacked_plot(
                 style = {"color": PALETTE[index % len(PALETTE)], "hatch": HATCHES[index % len(HATCHES)]}
             axes.barh(places, values, left=starts, label=part, edgecolor=INK, linewidth=0.5, height=0.65, **style)
             starts = [start + value for start, value in zip(starts, values, strict=True)]
-        axes.set_yticks(places, rows)
+        axes.set_yticks(places, [*map(_short, rows)])
         axes.set_xlabel(label)
-        figure.legend(loc="outside upper left", ncols=3, handlelength=1.4, columnspacing=1, fontsize=9)
+        handles, labels = axes.get_legend_handles_labels()
+        order = _read_by_row(len(labels), LEGEND_COLUMNS)
+        figure.legend(
+            [handles[index] for index in order],
+            [_short(labels[index]) for index in order],
+            loc="outside upper left",
+            ncols=LEGEND_COLUMNS,
+            handlelength=1.4,
+            columnspacing=1,
+            fontsize=9,
+        )
         return _svg(figure, name)
+
+
+def _read_by_row(entries: int, columns: int) -> list[int]:
+    """The order in which a legend, which fills column by column, must get its entries to be read row by row."""
+    return [index for column in range(columns) for index in range(column, entries, columns)]
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the plot; the tables beside plots have it in full."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _axes(height_inches: float) -> tuple[Figure, Axes]:

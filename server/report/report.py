@@ -21,6 +21,7 @@ from common.merge_methods.terms import Weighting
 from common.metrics import Split
 from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
+from server.output_folder import last_step
 
 REPORT_VERSION: Literal[4] = 4
 MAX_REPORT_BYTES = 64_000_000
@@ -365,7 +366,11 @@ def read_report(output: Path) -> Report:
     """OUT/report.json. Raises SettingsError if it is missing, too large, malformed or of another version."""
     path = output / "report.json"
     if not path.is_file():
-        raise SettingsError(f"{path}: no such file", hint="name the output folder of a run that succeeded")
+        step = last_step(output)
+        raise SettingsError(
+            f"{path}: no such file{f'; the last run here ended in the step {step!r}' if step else ''}",
+            hint="run the merge again" if step else "name the output folder of a run that succeeded",
+        )
     with path.open("rb") as file:
         content = file.read(MAX_REPORT_BYTES + 1)
     if len(content) > MAX_REPORT_BYTES:

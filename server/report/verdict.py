@@ -1,38 +1,149 @@
-"""The verdict: how the merged model compares with every other, in sentences, and how sure the difference is."""
+"""The verdict in sentences: who gains and who loses against its own model at home, then how other models compare.
 
-from math import sqrt
+Whether a difference is more than chance is decided in chance.py, for each owner by itself.
+"""
 
-from server.report.report import Report
-from server.report.words import METRICS, listed, models_in, percent, phrase_of
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-TWO_SIDED_95 = 1.96
-UNITS = {
-    "text-classification": "rows",
-    "image-classification": "rows",
-    "token-classification": "words",
-    "causal-lm": "tokens",
-    "sequence-to-sequence": "tokens",
-}
+from server.report.chance import Share, are_apart
+from server.report.report import MeanMetrics, OwnerMetrics, Report
+from server.report.words import METRICS, SCORED, capitalised, judges_of, listed, models_in, percent, phrase_of
+
+OWN = "own_at_home"
+RELATIONS = BETTER, WORSE, UNCLEAR = ("better", "worse", "not clearly different")
+MINUS = "\u2212"
+MOST_NAMES = 6  # of a sentence; the table has all of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerGain:
+    """What one owner gains or loses on its own test rows if it takes the merged model instead of its own."""
+
+    owner: str
+    own: OwnerMetrics
+    merged: OwnerMetrics
+    relation: str
+
+    @property
+    def gain(self) -> float:
+        return self.merged.accuracy - self.own.accuracy
+
+
+def owner_gains(report: Report) -> list[OwnerGain]:
+    """The owners whose metrics are shown, in the order of the roster."""
+    shown = report.evaluation.by_owner
+    return [
+        OwnerGain(
+            owner=owner,
+            own=scores[OWN],
+            merged=scores[report.method],
+            relation=_relation([_share(scores[report.method])], [_share(scores[OWN])]),
+        )
+        for owner, scores in shown.items()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerGroup:
+    """Owners that gain, or lose, or do neither: the first few by name and gain, largest first, and how many more."""
+
+    heading: str
+    named: tuple[str, ...]
+    num_more: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*self.named, f"{self.num_more} more") if self.num_more else self.named
+
+    def __str__(self) -> str:
+        return f"{self.heading}: {listed(self.parts)}."
 
 
 def verdict(report: Report) -> list[str]:
-    """Sentences: the merged model's accuracy, then how it compares with every other model's (`chance`)."""
+    """The whole verdict: the first sentence answers what an owner asks first."""
+    return [*against_own_models(report), *against_other_models(report)]
+
+
+def against_own_models(report: Report) -> list[str]:
+    """How many owners gain and lose, which and by how much, then the mean over all owners."""
+    return [headline(report), *map(str, owner_groups(report)), *more_about_owners(report)]
+
+
+def headline(report: Report) -> str:
+    """How many owners gain, lose, or do neither; of a single owner, by how much; if nobody is shown, the mean."""
+    gains = owner_gains(report)
+    if not gains:
+        return _on_average(report)
+    if len(gains) == 1:
+        (only,) = gains
+        than = "not clearly different from" if only.relation == UNCLEAR else f"{only.relation} than"
+        return f"For {only.owner}, the merged model is {than} its own model at home ({_points(only.gain)})."
+    counts = Counter(each.relation for each in gains)
+    owners = f"{len(gains)} owners{'' if len(gains) == len(judges_of(report)) else ' that show metrics'}"
+    if len(counts) == 1:
+        every = owners.replace("2 owners", "both owners") if len(gains) == 2 else f"all {owners}"
+        parts = [f"{relation} for {every}" for relation in counts]
+    else:
+        parts = [f"{relation} for {counts[relation]}" for relation in RELATIONS if relation in counts]
+        parts[0] += f" of {owners}"
+    return f"Compared with each owner's own model at home, the merged model is {listed(parts)}."
+
+
+def owner_groups(report: Report) -> list[OwnerGroup]:
+    """`Worse, in percentage points: bottom-left (-7.0) and top-right (-6.7).`; none if fewer than two are shown."""
+    gains = owner_gains(report)
+    groups = []
+    for relation in RELATIONS if len(gains) > 1 else ():
+        group = sorted((each for each in gains if each.relation == relation), key=lambda each: -abs(each.gain))
+        if group:
+            groups.append(
+                OwnerGroup(
+                    heading=f"{capitalised(relation)}, in percentage points",
+                    named=tuple(f"{each.owner} ({_signed(each.gain)})" for each in group[:MOST_NAMES]),
+                    num_more=max(0, len(group) - MOST_NAMES),
+                )
+            )
+    return groups
+
+
+def more_about_owners(report: Report) -> list[str]:
+    """Whose gain nobody else knows, and the mean unless it is the headline."""
+    hidden = [owner for owner in judges_of(report) if owner not in report.evaluation.by_owner]
+    names = listed(hidden) if len(hidden) <= MOST_NAMES else f"{len(hidden)} owners"
+    sentences = []
+    if len(hidden) == 1:
+        sentences = [f"{names} shows its metrics only in the mean, so nobody else knows what it gains or loses."]
+    elif hidden:
+        sentences = [f"{names} show their metrics only in the mean, so nobody else knows what each gains or loses."]
+    return [*sentences, _on_average(report)] if report.evaluation.by_owner else sentences
+
+
+def _on_average(report: Report) -> str:
+    """The means over all owners of the merged model and of their own models at home."""
     mean = report.evaluation.mean
-    merged = mean[report.method].accuracy
-    groups: dict[str, list[str]] = {"better than": [], "not clearly different from": [], "worse than": []}
-    others = sorted(models_in(report)[1:], key=lambda model: -mean[model].accuracy)
-    for model in others:
-        gain = merged - mean[model].accuracy
-        if abs(gain) <= chance(report, model):
-            relation = "not clearly different from"
-        else:
-            relation = "better than" if gain > 0 else "worse than"
+    merged, own = mean[report.method].accuracy, mean[OWN].accuracy
+    relation = _relation(_shares(report, report.method), _shares(report, OWN))
+    scored, compared = SCORED[report.agreement.task.kind]
+    return (
+        f"On average over {len(judges_of(report))} owners, the merged model ({report.methods[report.method].title}) "
+        f"{scored.format(percent(merged))}, and each owner's own model at home {compared.format(percent(own))}: "
+        f"{relation} ({_points(merged - own)})."
+    )
+
+
+def against_other_models(report: Report) -> list[str]:
+    """How the merged model compares with every other, on the mean over owners."""
+    mean = report.evaluation.mean
+    groups: dict[str, list[str]] = {BETTER: [], UNCLEAR: [], WORSE: []}
+    others = [model for model in models_in(report)[1:] if model != OWN]
+    for model in sorted(others, key=lambda model: -mean[model].accuracy):
+        relation = _relation(_shares(report, report.method), _shares(report, model))
         groups[relation].append(f"{phrase_of(report, model)} ({percent(mean[model].accuracy)})")
-    return [
-        f"The merged model ({report.methods[report.method].title}) is right on {percent(merged)} of the owners' test "
-        f"{UNITS[report.agreement.task.kind]}.",
-        *(f"It is {relation} {listed(models)}." for relation, models in groups.items() if models),
-    ]
+    linked = {BETTER: "better than", UNCLEAR: "not clearly different from", WORSE: "worse than"}
+    sentences = [f"it is {linked[relation]} {listed(models)}." for relation, models in groups.items() if models]
+    return [f"On average over the owners, {sentences[0]}", *map(capitalised, sentences[1:])] if sentences else []
 
 
 def by_metric(report: Report) -> str:
@@ -47,24 +158,6 @@ def by_metric(report: Report) -> str:
     return f"{scored}. Higher: {listed([f'{phrase_of(report, model)} ({mean[model].metric:.3f})' for model in ahead])}."
 
 
-def chance(report: Report, model: str) -> float:
-    """The difference in mean accuracy to `model` that chance alone makes in one of twenty repetitions.
-
-    As if rows were independent, and other rows were drawn for each model: 1.96 sqrt(var + var), where
-    var = sum of p (1 - p) / predictions / owners^2 over the owners. Where an owner's accuracy is hidden, p is the mean.
-    """
-    variance = 0.0
-    owners = len(report.owners)
-    for each in (report.method, model):
-        mean = report.evaluation.mean[each]
-        shown = [scores[each] for scores in report.evaluation.by_owner.values() if each in scores]
-        if len(shown) == owners:
-            variance += sum(one.accuracy * (1 - one.accuracy) / one.predictions for one in shown) / owners**2
-        else:
-            variance += mean.accuracy * (1 - mean.accuracy) / mean.predictions
-    return TWO_SIDED_95 * sqrt(variance)
-
-
 def difference(merged: float, other: float, in_points: bool) -> str:
     """How much better (▲) or worse (▼) the merged model is than another: a sign that needs no colour."""
     gain = (merged - other) * (100 if in_points else 1)
@@ -72,3 +165,42 @@ def difference(merged: float, other: float, in_points: bool) -> str:
     if not float(shown):
         return "= same"
     return f"▲ {shown}" if gain > 0 else f"▼ {shown}"
+
+
+# --- numbers ---
+
+
+def _points(gain: float) -> str:
+    points = _signed(gain)
+    return f"{points} percentage point{'' if points[1:] == '1.0' else 's'}"
+
+
+def _signed(gain: float) -> str:
+    """Percentage points: `+3.1`, `-3.1` or `0.0`."""
+    points = f"{abs(100 * gain):.1f}"
+    return points if not float(points) else f"{'+' if gain > 0 else MINUS}{points}"
+
+
+# --- chance ---
+
+
+def _relation(merged: Sequence[Share], other: Sequence[Share]) -> str:
+    if not are_apart(merged, other):
+        return UNCLEAR
+    return BETTER if _mean(merged) > _mean(other) else WORSE
+
+
+def _mean(shares: Sequence[Share]) -> float:
+    return sum(share.accuracy for share in shares) / len(shares)
+
+
+def _shares(report: Report, model: str) -> list[Share]:
+    """One share per owner; where any owner's is hidden, all predictions together, as if of one owner."""
+    shown = [scores[model] for scores in report.evaluation.by_owner.values() if model in scores]
+    if len(shown) == len(judges_of(report)):
+        return [_share(scores) for scores in shown]
+    return [_share(report.evaluation.mean[model])]
+
+
+def _share(scores: MeanMetrics | OwnerMetrics) -> Share:
+    return Share(accuracy=scores.accuracy, predictions=scores.predictions)

@@ -38,6 +38,22 @@ TASKS = {
     "sequence-to-sequence": "text to text",
     "image-classification": "image classification",
 }
+SCORED = {  # what a model does with its test rows, and how another one is compared with it
+    "text-classification": ("is right on {} of the test rows", "on {}"),
+    "image-classification": ("is right on {} of the test rows", "on {}"),
+    "token-classification": ("tags {} of the test words correctly", "{}"),
+    "causal-lm": ("predicts {} of the test tokens correctly", "{}"),
+    "sequence-to-sequence": ("predicts {} of the test tokens correctly", "{}"),
+}
+ACCURACY = {  # the same as a heading
+    "text-classification": "accuracy on test rows",
+    "image-classification": "accuracy on test rows",
+    "token-classification": "accuracy per word of test rows",
+    "causal-lm": "accuracy per token of test rows",
+    "sequence-to-sequence": "accuracy per token of test rows",
+}
+LABELLED = ("text-classification", "token-classification", "image-classification")  # the others have a vocabulary
+TOKEN_TASKS = ("token-classification", "causal-lm", "sequence-to-sequence")  # many predictions on one text
 METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -64,6 +80,11 @@ def models_in(report: Report) -> list[str]:
     """The report's models in the order in which people compare them, the merged one first."""
     order = [report.method, "base", "own_at_home", "own", *report.methods, "ensemble", "multi_task"]
     return [model for model in dict.fromkeys(order) if model in report.evaluation.mean]
+
+
+def judges_of(report: Report) -> tuple[str, ...]:
+    """The owners whose test metrics are in the means: those in the merged model, unless they dropped out later."""
+    return next((each.owners for each in report.rounds if each.split == "test"), report.owners)
 
 
 def capitalised(text: str) -> str:

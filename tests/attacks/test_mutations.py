@@ -60,6 +60,7 @@ LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST = "attacks/test_dishonest_owners.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
+PUBLISHED = "test_published_folder.py"
 SERVER, FOLDERS, LIKELIHOODS, FILES = (
     f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods", "files")
 )
@@ -571,6 +572,7 @@ TABLE = [
     Mutation(RECEIPTS, "test_80_a_configuration_file", "published-files-are-mine"),
     Mutation(RECEIPTS, "test_81_an_additional", "published-files-are-the-agreed-ones"),
     Mutation(RECEIPTS, "test_81_weights", "published-files-are-mine"),
+    Mutation(PUBLISHED, "test_81_no_file", "configurations-name-no-code", "if True"),
     Mutation(RECEIPTS, "test_82_metrics_that_show", "own-metrics-are-published-as-measured"),
     Mutation(RECEIPTS, "test_82_metrics_that_omit", "metrics-are-of-the-agreed-models"),
     Mutation(

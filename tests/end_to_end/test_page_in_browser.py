@@ -13,10 +13,10 @@ from server.report.page import render_report
 from server.report.report import Report, read_report, save_report
 from server.report.words import capitalised
 from tests.support.programs import required_program
-from tests.support.reports import HOSTILE, as_report, hand_written
+from tests.support.reports import HOSTILE, as_report, hand_written, of_many
 
 SECTIONS = ["verdict", "metrics", "choice", "revealed", "layers", "cost", "agreement", "digests"]
-DESKTOP, PHONE = 1280, 390  # CSS pixels
+DESKTOP, TABLET, PHONE = 1280, 768, 390  # CSS pixels
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,23 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge of 100 owners with long names."""
+    output = tmp_path_factory.mktemp("crowd")
+    save_report(as_report(of_many([f"hospital-in-some-town-{number}" for number in range(100)])), output)
+    render_report(output)
+    return output
+
+
 @pytest.fixture(params=["example_run", "hostile"])
 def output(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+@pytest.fixture(params=["example_run", "hostile", "crowd"])
+def layout(request: pytest.FixtureRequest) -> Path:
     folder: Path = request.getfixturevalue(request.param)
     return folder
 
@@ -122,12 +137,47 @@ def test_words_from_settings_are_shown_as_written(browser: webdriver.Chrome, hos
     assert browser.find_elements(By.TAG_NAME, "script") == []
 
 
-@pytest.mark.parametrize("width", [DESKTOP, PHONE])
-def test_the_page_is_no_wider_than_the_screen(browser: webdriver.Chrome, output: Path, width: int) -> None:
-    show(browser, output, width)
+@pytest.mark.parametrize("width", [DESKTOP, TABLET, PHONE])
+def test_the_page_is_no_wider_than_the_screen(browser: webdriver.Chrome, layout: Path, width: int) -> None:
+    show(browser, layout, width)
     browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true })")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script("return window.innerWidth") == width
+
+
+@pytest.mark.parametrize("width", [DESKTOP, TABLET, PHONE])
+def test_no_owner_s_name_is_broken_and_what_each_owner_gains_fits(
+    browser: webdriver.Chrome, layout: Path, width: int
+) -> None:
+    show(browser, layout, width)
+    names = browser.find_elements(By.CSS_SELECTOR, "#verdict .name, #revealed .name, #agreement .name, .gains .name")
+    assert names
+    broken = "return arguments[0].filter(each => each.getClientRects().length > 1).map(each => each.textContent)"
+    assert browser.execute_script(broken, names) == []
+    for table in browser.find_elements(By.CSS_SELECTOR, ".gains"):
+        assert browser.execute_script(
+            "return arguments[0].scrollWidth <= arguments[0].parentElement.clientWidth", table
+        )
+
+
+def test_the_plot_is_beside_the_table_on_a_desktop_and_below_it_on_a_phone(
+    browser: webdriver.Chrome, layout: Path
+) -> None:
+    for width, is_beside in ((1100, True), (DESKTOP, True), (TABLET, False), (PHONE, False)):
+        show(browser, layout, width)
+        table = browser.find_element(By.CSS_SELECTOR, ".scroll:has(.gains)").rect
+        plot = browser.find_element(By.CSS_SELECTOR, "#metrics svg").rect
+        assert (plot["x"] >= table["x"] + table["width"]) == is_beside
+        assert (plot["y"] >= table["y"] + table["height"]) != is_beside
+
+
+def test_a_table_that_is_wider_than_the_screen_says_so(browser: webdriver.Chrome, layout: Path) -> None:
+    for width in (DESKTOP, TABLET, PHONE):
+        show(browser, layout, width)
+        for hint in browser.find_elements(By.CSS_SELECTOR, "#metrics > .hint"):
+            table = browser.find_element(By.CSS_SELECTOR, "#metrics > .scroll")
+            overflows = browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", table)
+            assert hint.is_displayed() or not overflows
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
