@@ -106,6 +106,11 @@ def load_settings(path: Path, kind: type[S]) -> S:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises SettingsError if the file is missing, too large or malformed."""
+    return parse_toml(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a settings file holds. Raises SettingsError if it is missing or too large."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -113,13 +118,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > MAX_FILE_BYTES:
         raise SettingsError(f"{path}: a settings file has at most {MAX_FILE_BYTES} bytes")
+    return content
+
+
+def parse_toml(content: bytes, where: str) -> dict[str, Any]:
+    """The tables of TOML that came from a file, which messages call `where`. Raises SettingsError."""
     try:
         return tomllib.loads(content.decode())
     except RecursionError:
-        raise SettingsError(f"{path}: not valid TOML: nested too deeply") from None
+        raise SettingsError(f"{where}: not valid TOML: nested too deeply") from None
     except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
         raise SettingsError(
-            f"{path}: not valid TOML: {error}",
+            f"{where}: not valid TOML: {error}",
             hint='text stands in quotes, lists in [ ]; true and false are lower-case: base = "base", alphas = [0.5]',
         ) from None
 

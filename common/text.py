@@ -24,7 +24,7 @@ def flaw(text: str, longest: int) -> str:
     """What keeps `text` from being one line of text that shows, in words that begin with `must`; empty if nothing."""
     if not 0 < len(text) <= longest:
         return f"must have 1 to {longest} characters, not {len(text)}"
-    hidden = next((each for each in text if not _shows(each)), None)
+    hidden = None if _shows(text) else next(each for each in text if not _shows(each))
     if hidden is not None:  # check: text-shows
         return f"must not hold U+{ord(hidden):04X}, which breaks the line, does not show, or moves what is around it"
     if "  " in text or text != text.strip():  # check: text-is-not-padded
@@ -61,7 +61,7 @@ def is_web_address(text: str) -> bool:
 
 def shown(text: str) -> str:
     """`text` as one line that is safe to show: what does not show itself, and a line break, is written `\\u202e`."""
-    if text.isprintable() and not BLANK.search(text):
+    if _shows(text):
         return text
     # A space that does not break, as before a unit, is ours and harmless.
     return "".join(
@@ -74,10 +74,10 @@ def shown_lines(text: str) -> str:
     return "\n".join(map(shown, text.split("\n")))
 
 
-def _shows(character: str) -> bool:
+def _shows(text: str) -> bool:
     # Python's isprintable leaves out control, format, private-use and unassigned characters, surrogates, and all
     # separators except the space.
-    return character.isprintable() and not BLANK.match(character)
+    return text.isprintable() and not BLANK.search(text)
 
 
 def _highest_pile(text: str) -> int:

@@ -8,6 +8,7 @@ it is ever taken from a message.
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from common.errors import RuleError, SettingsError
 from common.merge_methods.terms import MergeBounds, MergeSettings
 from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
-from common.settings_file import Digest, parse_settings, read_toml
+from common.settings_file import Digest, parse_settings, parse_toml, read_bytes
 
 CANONICAL_LABEL = b"amalgram agreement v4\n"
 
@@ -103,10 +104,15 @@ class Agreement(AgreementDraft):
 
 def load_agreement(path: Path) -> Agreement:
     """Read an agreement from its file. Raises SettingsError, also for a draft."""
-    tables = read_toml(path)
+    return _parsed(read_bytes(path), str(path))
+
+
+@lru_cache(maxsize=16)  # an owner reads it for every message, and a simulation plays all owners in one process
+def _parsed(content: bytes, where: str) -> Agreement:
+    tables = parse_toml(content, where)
     if "base_digest" not in tables and "owners" in tables:
         raise SettingsError(
-            f"{path}: base_digest is missing: this is a draft",
+            f"{where}: base_digest is missing: this is a draft",
             hint="complete it: amalgram draft, then name the file that it wrote",
         )
-    return parse_settings(tables, Agreement, str(path))
+    return parse_settings(tables, Agreement, where)
