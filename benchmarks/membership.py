@@ -4,8 +4,8 @@ python -m benchmarks.membership
 
 Rows are Gaussian. The test is the best quadratic one: a member has less leverage x^T (sum G)^-1 x than a stranger, for
 its length. Prints the area under the curve, from 2,000 members and 2,000 strangers, and writes
-benchmarks/results/membership.md. Rows of real models are not Gaussian, and one text gives many token rows, so these
-figures compare agreements; they are no bound.
+benchmarks/results/membership.md. Rows of real models are not Gaussian, and one text gives many token rows, so this
+compares agreements, and bounds nothing.
 """
 
 from pathlib import Path

@@ -90,12 +90,14 @@ class SummedRecord(Record):
 class DrawnRecord(Record):
     """The nonce that was drawn here for the corrections due at `position`; `delivered`: the digest of what was sent
     before; `nonces`: those of all owners, and `signature`: the coordinator's under all that it delivered, once the
-    corrections have arrived. All in hexadecimal.
+    corrections have arrived; `blind` never leaves: it decides by what this owner multiplies its scales. All in
+    hexadecimal.
     """
 
     position: int
     delivered: str
     nonce: str
+    blind: str
     nonces: str = ""
     signature: str = ""
 

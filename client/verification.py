@@ -88,7 +88,10 @@ def draw(owner: OwnerContext, message: Draw) -> Message:
     drawn = run.drawn
     if drawn is None or drawn.position != message.position:  # check: nonce-is-drawn-once
         drawn = DrawnRecord(
-            position=message.position, delivered=deliveries_digest(run.delivered), nonce=secrets.token_hex(32)
+            position=message.position,
+            delivered=deliveries_digest(run.delivered),
+            nonce=secrets.token_hex(32),
+            blind=secrets.token_hex(32),
         )
         owner.state.update_run(drawn=drawn)
     body = nonce_body(message.position, drawn.delivered, bytes.fromhex(drawn.nonce))
@@ -199,6 +202,7 @@ def shares(owner: OwnerContext, round_: Round, book: Book) -> Iterator[tuple[str
         claims=round_.claims,
         rho_seed=projection_seed(drawn.delivered, bytes.fromhex(drawn.nonces)),
         combination_seed=combination_seed(book.digest),
+        blind=bytes.fromhex(drawn.blind),
         sent=np.array(owner.state.open_array(delivered_array(correction.position), correction.layout.size, "<f4")),
     )
     try:

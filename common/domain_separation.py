@@ -23,6 +23,7 @@ class Domain(Enum):
     MEASURED_ROWS = b"amalgram v1 60 rows to measure\n"
     PROJECTION = b"amalgram v1 16 projection of a merged model\n"
     COMBINATION = b"amalgram v1 17 combination of a merged model's rows\n"
+    SCALE = b"amalgram v1 18 factor of a scale\n"
     SHARE_COMMITMENT = b"amalgram v1 15 commitment to a share\n"
     # What is signed.
     SIGN_PRESENT = b"amalgram v1 21 sign presence\n"

@@ -4,8 +4,9 @@ Who runs it: owners and coordinator. A merge D solves (sum A_i) D = sum B_i (mer
 their shares A_i D - B_i in one more masked sum that everybody opens. It is zero if D is the merge, so it
 reveals nothing then; what does is S below, about as large as the terms are.
 
-What it shows: errors above a tolerance that is relative to a whole equation. In rows of A that are small beside the
-others, larger errors of D pass. Ridges and floors keep the rows from being too small (SECURITY.md, attack 129).
+What it shows: errors of D above a few roundings of float32, which the correction may hide in any row, and above a
+tolerance that is relative to a whole equation. In rows of A that are small beside the others, larger errors pass.
+Ridges and floors keep the rows from being too small (SECURITY.md, attack 129).
 
 The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
 s (n, 8), owner i sends for each equation, for every column k,
@@ -27,18 +28,20 @@ float32.
 
 The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation,
 
-    v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 8), the size of the terms
+    v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 8), the size of the terms; if B_i is a difference,
+                                                             of both its terms
     S_i = 2^15 max_k (a |v_ik|_2 + |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
-and adds S_i, rounded up to a power of two, to the sum. Honest parties are off by
+and adds S_i to the sum, times a secret factor from 1 to 2 (`blinding`). Honest parties are off by
 
     2^-48 v twice                       R and c are rounded to float32, 24 bits below D
     (d(n) + 2) u v                      the solve (normal_equations.solve_symmetric)
     (d(n) + 2 d(m) + 16) u v            the products at owners and coordinator, and what decoding and alpha round
 
-in every row, with v = sum v_i. All this is fixed before s, and s is uniform. So a column w of it adds up to at most
-10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to 2^15 sqrt(n) |w|_2 in any case. Summing over the
-rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column. So the sum of shares is at most
+in every row, with v = sum v_i; the constants leave room for terms of higher order. All this is fixed before s, and s is
+uniform. So a column w of it adds up to at most 10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to
+2^15 sqrt(n) |w|_2 in any case. Summing over the rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column.
+So the sum of shares is at most
 
     (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u) sum S_i
 
@@ -184,11 +187,14 @@ def corrections(
 
 @dataclass(frozen=True, kw_only=True)
 class Challenge:
-    """What an owner needs to add to a check: both seeds, and the corrections that the coordinator sent."""
+    """What an owner needs to add to a check: both seeds, the corrections that the coordinator sent, and its own secret,
+    from which follows by what it multiplies its scales. The same challenge gives the same shares.
+    """
 
     claims: tuple[Claim, ...]
     rho_seed: bytes
     combination_seed: bytes
+    blind: bytes
     sent: NDArray[np.float32]  # (correction_layout.size,)
 
     @cached_property
@@ -211,6 +217,8 @@ class Challenge:
             check_correction(name, part, rho, sent)
             test = projection(self.combination_seed, name, equation.shape[0], COLUMNS)
             numbers = _shares(equation, part, rho, sent, test, own, factor)
+            # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
+            numbers[-1] *= blinding(self.blind, self.combination_seed, name)  # check: scales-are-coarse
             yield f"check/{name}", np.array([to_limbs(float(number)) for number in numbers])
 
 
@@ -234,11 +242,16 @@ def _shares(
     residual = times(left, product(part, rho) + sent) - product(right, rho)  # (n, columns)
     shares = column_sums(test * residual)
     reach = part.abs() @ rho.abs() + SUBNORMAL * rho.abs().sum(dim=0)
-    sizes = times(left.abs(), reach) + right.abs() @ rho.abs()  # v_i, (n, columns)
+    sizes = times(left.abs(), reach) + equation.right_size(right, own, factor) @ rho.abs()  # v_i, (n, columns)
     spread = min(len(sizes) ** 0.5, SPREAD)
     scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + residual.norm(p=1, dim=0)).max()
-    coarse = torch.exp2(torch.ceil(torch.log2(scale))) if scale > 0 else scale  # check: scales-are-coarse
-    return torch.cat([shares, coarse[None]])
+    return torch.cat([shares, scale[None]])
+
+
+def blinding(secret: bytes, combination_seed: bytes, name: str) -> float:
+    """A factor from 1 to 2 that only this owner knows, another one for every equation and session."""
+    digest = hashlib.sha256(Domain.SCALE.value + secret + combination_seed + name.encode()).digest()
+    return float(2.0 ** (int.from_bytes(digest[:4]) / 2**32))
 
 
 def tolerance(equation: Equation, scale: float) -> float:

@@ -22,7 +22,7 @@ keys = typer.Typer(no_args_is_help=True)
 cli.add_typer(keys, name="keys")
 
 FIRST_STEPS = """\
-amalgram simulate                        see it work: five owners, one merged model, about a minute
+amalgram simulate                        see it work: five owners, one merged model, two minutes
 amalgram simulate --init my-consortium   write a small, commented example with three owners
 amalgram simulate my-consortium          merge it; then put your own models and files in
 amalgram check my-consortium             look at all of them in seconds, before anything is computed

@@ -18,10 +18,10 @@ from common.merge_methods import METHODS, contribution, contribution_layout
 from common.merge_methods.data_free import DataFreeTable
 from common.merge_methods.method import SingleRoundMethod
 from common.merge_methods.normal_equations import System, SystemEquation, solve_symmetric
-from common.merge_methods.refit import ClassifierEquation
+from common.merge_methods.refit import REFIT, ClassifierEquation, RefitTable
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.task_arithmetic import TaskArithmeticTable
-from common.merge_methods.terms import MergeSettings, OwnerTerms, rounded
+from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms, rounded
 from common.models.layers import Layer
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -29,6 +29,7 @@ from common.verification import (
     LIMBS,
     UNIT,
     NotTheMerge,
+    blinding,
     check_correction,
     check_layout,
     from_limbs,
@@ -360,15 +361,56 @@ def test_127_a_scale_beyond_its_bounds_is_refused(factor: float) -> None:
         check.wrong()
 
 
-def test_128_the_scale_that_travels_is_known_to_a_factor_of_two_only() -> None:
-    """Otherwise one claim after another about the same tensor would give sums of single numbers' sizes."""
+@pytest.mark.parametrize("targets", ["labels", "scores"])
+@pytest.mark.parametrize("change", [1.0, 1e-3, 1e-5, 1e-8, 0.0])
+def test_an_honest_refit_passes_however_little_the_classifier_changes(change: float, targets: str) -> None:
+    random, size, classes = torch.Generator().manual_seed(0), 8, 10
+    plan = plan_for(size, [classes])
+    settings_ = verified(merge_settings(plan, refit=RefitTable(targets=targets)), 3)
+    (step,) = REFIT.steps(settings_)
+    layout, (value, *_) = REFIT.step_layout(settings_, step), REFIT.swept(settings_.tables)
+    start = 0.05 * torch.randn(size, classes, generator=random, dtype=torch.float64)
+    vectors = {}
+    for name in identities_of(3):
+        features = torch.randn(200, size, generator=random, dtype=torch.float64)
+        own = start + 0.05 * change * torch.randn(size, classes, generator=random, dtype=torch.float64)
+        labels = torch.randint(0, classes, (200,), generator=random)
+        terms = ClassifierTerms(features=features, targets=labels, scores=features @ own, start=start)
+        vectors[name] = np.zeros(layout.size)
+        layout.flatten(
+            REFIT.step_contribution(settings_, step, OwnerTerms(examples=200, delta={}, classifier=terms)),
+            vectors[name],
+        )
+    contributions = Contributions.of(layout, vectors)
+    merged = REFIT.solve_step(settings_, step, contributions.total, value)
+    equations = REFIT.step_equations(settings_, step, value)
+    for seed in range(4):
+        check = Check(equations=equations, contributions=contributions, merged=merged, seed=seed)
+        assert check.wrong() == []
+    check.delta[plan.inputs[0].layers[0].weight][0, 0] += 1e-6
+    assert check.wrong() != []
+
+
+def test_128_the_scales_that_travel_are_known_to_a_factor_of_two_and_another_one_for_every_claim() -> None:
+    """Otherwise one claim after another about the same tensor would give sums of single numbers' sizes. Powers of two
+    would give single owners' sizes: their sum has a bit for each owner.
+    """
     check = classifier_check(1.0)
     for owner in check.contributions.own:
-        limbs = check.shares(owner).reshape(-1, LIMBS)[-1]
-        assert log2(from_limbs(limbs)).is_integer()
+        scales = []
+        for secret in range(30):
+            check.blind = bytes([secret]) * 32
+            scales.append(from_limbs(check.shares(owner).reshape(-1, LIMBS)[-1]))
+        assert scales[-1] == from_limbs(check.shares(owner).reshape(-1, LIMBS)[-1])  # asked again
+        assert len(set(scales)) == 30
+        assert 1.5 < max(scales) / min(scales) <= 2
+        assert not any(log2(scale).is_integer() for scale in scales)
+    factors = {blinding(secret, seed, name) for secret in (b"a", b"b") for seed in (b"a", b"b") for name in "ab"}
+    assert len(factors) == 8
+    assert all(1 <= factor < 2 for factor in factors)
 
 
-@pytest.mark.parametrize(("size", "found"), [(1e-4, []), (0.1, ["0/gram/l"])])
+@pytest.mark.parametrize(("size", "found"), [(1e-5, []), (0.1, ["0/gram/l"])])
 def test_129_where_no_row_reaches_only_a_small_part_of_the_mean_weight_change_passes(
     size: float, found: list[str]
 ) -> None:

@@ -62,6 +62,10 @@ class Equation(ABC):
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         """A and B, float64, of a total or of one owner's own part: (n, n), or (n, 1) if A is diagonal, and (n, m)."""
 
+    def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor:
+        """How large the terms of B, `right`, are, (n, m): |B|, unless it is a difference, which can be far smaller."""
+        return right.abs()
+
 
 def times(left: Tensor, right: Tensor) -> Tensor:
     """A X, (n, k), where a column stands for a diagonal matrix."""
@@ -87,7 +91,7 @@ def column_sums(numbers: Tensor) -> Tensor:
         padding = -len(numbers) % BLOCK
         padded = torch.nn.functional.pad(numbers, (0, 0, 0, padding))
         numbers = padded.view(-1, BLOCK, numbers.shape[1]).sum(dim=1)
-    return numbers[0]
+    return numbers.sum(dim=0)  # of one row, or of none
 
 
 def column_depth(rows: int) -> int:

@@ -203,13 +203,14 @@ class Refit(MultiRoundMethod[RefitTable]):
         layer, balance = classifier(settings.plan), 0.0 if hyperparameter is None else hyperparameter
         gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
         targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
-        before = torch.from_numpy(total[f"head_start@{balance!r}"])
         error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
-        solved, status, unseen = solve_symmetric(gram, torch.cat([targets, before], dim=1), error)
-        fitted, base = solved.split(layer.d_out, dim=1)  # (features, classes) each: the new classifier, the base's
-        factor = 1.0
-        if self.hyperparameters(settings).targets == "labels":
+        factor, is_scaled = 1.0, self.hyperparameters(settings).targets == "labels"
+        if is_scaled:
+            fitted, _, _ = solve_symmetric(gram, targets, error)  # (features, classes)
             factor = _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
+        # Solved for the change at once: the difference of two solutions could be smaller than their rounding.
+        _, right = ClassifierEquation.of(layer, balance, is_scaled=is_scaled).sides(total, factor)
+        change, status, unseen = solve_symmetric(gram, right, error)
         condition, effective_rank = spectrum(gram)
         note = LayerNote(
             name=step.inputs[0].name,
@@ -221,7 +222,7 @@ class Refit(MultiRoundMethod[RefitTable]):
             effective_rank=effective_rank,
             unseen_directions=unseen,
         )
-        merged = rounded(settings, layer.give(factor * fitted - base), layers=(note,))
+        merged = rounded(settings, layer.give(change), layers=(note,))
         return replace(merged, factor=factor)
 
     def start_equations(self, settings: MergeSettings) -> tuple[Equation, ...]:
@@ -272,10 +273,16 @@ class ClassifierEquation(Equation):
         return self.layer.take(delta)
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
-        gram, targets, start = (
-            torch.from_numpy(summed[f"{kind}@{self.balance!r}"]) for kind in ("head_gram", "head_targets", "head_start")
-        )
-        return gram, factor * targets - start
+        targets, start = self._terms(summed)
+        return torch.from_numpy(summed[f"head_gram@{self.balance!r}"]), factor * targets - start
+
+    def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor:
+        targets, start = self._terms(summed)
+        return factor * targets.abs() + start.abs()
+
+    def _terms(self, summed: SummedTensors) -> tuple[Tensor, Tensor]:
+        targets, start = (summed[f"{kind}@{self.balance!r}"] for kind in ("head_targets", "head_start"))
+        return torch.from_numpy(targets), torch.from_numpy(start)
 
 
 def classifier(plan: MergePlan) -> Layer:

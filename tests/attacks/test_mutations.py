@@ -88,7 +88,7 @@ TABLE = [
     Mutation(VERIFICATION, "test_124_a_correction", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_127_", "factors-are-bounded"),
     Mutation(AGREED, "test_in_a_sparse", "verified-sums-are-complete", "is_complete = True"),
-    Mutation(VERIFICATION, "test_128_", "scales-are-coarse", "coarse = scale"),
+    Mutation(VERIFICATION, "test_128_", "scales-are-coarse"),
     Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "return least"),
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
     Mutation(AGREEMENT, "test_a_wrong_draft", "the-coordinator-is-no-owner"),

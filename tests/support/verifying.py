@@ -79,6 +79,7 @@ class Check:
     contributions: Contributions
     merged: MergedDelta
     seed: int = 0
+    blind: bytes = bytes(32)
     delta: dict[str, Tensor] = field(init=False)
     sent: NDArray[np.float32] = field(init=False)
 
@@ -102,6 +103,7 @@ class Check:
             rho_seed=self.rho_seed,
             combination_seed=hashlib.sha256(f"s {self.seed}".encode()).digest(),
             sent=self.sent,
+            blind=self.blind,
         )
         layout = check_layout([self.claim])
         vector = np.zeros(layout.size)
