@@ -42,14 +42,13 @@ from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from server.exchange import Channel
-from server.output_folder import claim_output
+from server.output_folder import CHECKPOINT, claim_output
 from server.report.card import write_model_card
 from server.report.outcome import MethodChoice, Outcome, Tried, at_the_end, make_report
-from server.report.report import Report, agreement_of_report, save_report
+from server.report.report import Report, holds_result_of, save_report
 from server.run_record import opened_rounds, sent_deliveries, step_costs
 from server.settings import CoordinatorSettings, read_coordinator_identity
 
-CHECKPOINT = "checkpoint"
 WEIGHT_TOLERANCE = 1e-3  # on the scales of a 32-bit sum, a weight loses its last bits
 
 
@@ -396,7 +395,7 @@ def _check_weights(total: SummedTensors, owners: Sequence[str], agreement: Agree
 
 def _clear_results(output: Path, agreement: Agreement) -> None:
     """Remove another agreement's results. Raises SettingsError if this one's are there."""
-    if agreement_of_report(output) == agreement.digest() and not (output / CHECKPOINT).exists():
+    if holds_result_of(output, agreement.digest()):
         raise SettingsError(
             f"{output}: already holds the result of this agreement, and owners contribute to an agreement only once",
             hint="a new run needs a new agreement",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.errors import SettingsError
 
+CHECKPOINT = "checkpoint"  # what a run resumes from; gone once everything is published
 PROGRESS = "progress.jsonl"  # how far the current run is, or how far the last one came
 MAX_TAIL_BYTES = 1_000_000  # of the progress file; a line names each owner
 

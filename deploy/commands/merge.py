@@ -19,9 +19,9 @@ from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submi
 from deploy.launch.processes import FollowedFile, alone
 from deploy.terminal import progress_below_log
 from server.output_folder import PROGRESS, claim_output
-from server.report.report import read_report
+from server.report.report import holds_result_of, read_report
 
-POLL_SECONDS, PATIENCE_SECONDS = 2.0, 30.0
+POLL_SECONDS, PATIENCE_SECONDS = 2.0, 5.0
 log = logging.getLogger("amalgram.merge")
 
 
@@ -34,10 +34,13 @@ def merge_and_show(settings_file: Path) -> None:
 
 def merge(settings_file: Path) -> Path:
     """Run the merge that the coordinator's settings describe, and return its output folder. Raises the AmalgramError
-    that the merge met.
+    that the merge met. If it is over already, nobody is asked again.
     """
     place = find_place(settings_file)
     claim_output(place.output)
+    if holds_result_of(place.output, place.agreement.digest()):
+        log.info("this agreement is merged already; nobody was asked again")
+        return place.output
     with alone(place.output, "merge"):
         _end_earlier_runs(place)
         _wait_for_owners(place)

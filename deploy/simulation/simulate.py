@@ -31,8 +31,7 @@ from deploy.simulation.engine import Engine, check_engine
 from deploy.simulation.in_process_grid import run_in_process
 from server.app import app as server_app
 from server.checkpoint import is_checkpoint_of
-from server.merge import CHECKPOINT
-from server.output_folder import claim_output
+from server.output_folder import CHECKPOINT, claim_output
 from server.report.outcome import add_references
 from server.report.page import render_report
 from server.report.report import Report, read_report, save_report

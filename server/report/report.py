@@ -21,7 +21,7 @@ from common.merge_methods.terms import Weighting
 from common.metrics import Split
 from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
-from server.output_folder import last_step
+from server.output_folder import CHECKPOINT, last_step
 
 REPORT_VERSION: Literal[4] = 4
 MAX_REPORT_BYTES = 64_000_000
@@ -402,12 +402,13 @@ def _as_settings_error(error: ValidationError, path: Path) -> SettingsError:
     )
 
 
-def agreement_of_report(output: Path) -> str | None:
-    """The digest of the agreement that OUT/report.json belongs to; None if there is no report that can be read."""
+def holds_result_of(output: Path, agreement_digest: str) -> bool:
+    """Whether everything that an agreement publishes is in `output`."""
     try:
-        return read_report(output).digests.agreement
+        made_by = read_report(output).digests.agreement
     except SettingsError:
-        return None
+        return False
+    return made_by == agreement_digest and not (output / CHECKPOINT).exists()
 
 
 def schema() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from common.agreement import load_agreement
 from common.settings_file import write_settings
 from deploy.commands.client import find_node, supernode
 from deploy.launch.flower import APP_FOLDER, CONNECTION, flower_environment, flwr
@@ -272,6 +273,24 @@ def test_a_merge_without_a_server_says_so(network: Network) -> None:
     with running("merge", other) as merge:
         assert merge.exit_code(60) == 1
         assert "is `amalgram server` running?" in merge.said
+
+
+def test_a_merge_that_is_over_answers_at_once_and_asks_nobody(network: Network, example_run: Path) -> None:
+    other = network.coordinator.with_name("coordinator-over.toml")
+    other.write_text(network.coordinator.read_text().replace('"output"', '"output-over"'))
+    output = network.folder / "output-over"
+    output.mkdir()
+    (output / ".amalgram").touch()
+    report = json.loads((example_run / "report.json").read_text())
+    report["digests"]["agreement"] = load_agreement(network.folder / "agreement.toml").digest()
+    (output / "report.json").write_text(json.dumps(report))
+    with running("merge", other) as merge:
+        assert merge.exit_code(60) == 0
+        assert "this agreement is merged already" in merge.said
+    (output / "checkpoint").mkdir()  # with one, owners may still have to sign
+    with running("merge", other) as merge:
+        assert merge.exit_code(60) == 1
+        assert "amalgram server" in merge.said
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ from common.messages import (
 )
 from common.schedule import Round, schedule_of
 from server.checkpoint import Checkpoint
-from server.merge import CHECKPOINT, run_merge
+from server.merge import run_merge
+from server.output_folder import CHECKPOINT
 from server.report.report import read_report
 from tests.support.parties import OwnersChannel, Parties, consortium_in_32_bits, parties_of
 
