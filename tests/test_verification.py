@@ -430,9 +430,9 @@ def test_129_nobody_can_give_another_embedding_to_a_token_that_no_owner_has() ->
     settings_ = verified(merge_settings(plan), 3)
     for number, name in enumerate(identities_of(3)):
         owner = owner_for(plan, torch.ones(1, 200, dtype=torch.float64), number)
-        owner.fisher["l0.weight"][7] = 0.0
-        owners[name] = owner
+        owner.fisher["l0.weight"].mul_(60)[7] = 0.0
+        owners[name] = replace(owner, examples=10_000)
     check = check_of("fisher", settings_, contributions_of(["fisher"], settings_, owners))
     assert check.wrong() == []
-    check.delta["l0.weight"][7] *= 1.1
+    check.delta["l0.weight"][7] *= 1.02
     assert check.wrong() == ["0/fisher/l0.weight"]
