@@ -61,8 +61,7 @@ def simulate_demo(out: Path | None, seed: int, engine: Engine, references: bool)
     from deploy.commands.report import show_report
     from deploy.demo.run import run_demo
 
-    # The demo's models gain nothing from a second thread, and on a busy machine threads that wait for each other take
-    # ten times as long as one alone.
+    # The demo's models gain nothing from a second thread, and numbers repeat only with the same number of threads.
     torch.set_num_threads(1)
     log.info("no FOLDER given: running the demo, into %s", out)
     with progress_below_log():

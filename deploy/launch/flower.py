@@ -42,19 +42,17 @@ def flower_environment(home: Path, threads: int | None = None) -> dict[str, str]
         for name, value in os.environ.items()
         if not name.startswith("FLWR_") and name != "FORWARDED_ALLOW_IPS"  # check: peers-do-not-say-who-they-are
     }
-    return (
-        inherited
-        | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-        | {
-            "FLWR_HOME": str(home),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; of this machine's own processes, Flower's is 1
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-    )
+    if threads is not None:
+        inherited["OMP_NUM_THREADS"] = str(threads)
+    return inherited | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; of this machine's own processes, Flower's is 1
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
 
 
 def write_connection(home: Path, port: int, root_certificate: Path | None) -> None:
