@@ -1,7 +1,9 @@
 """`amalgram check`: what is looked at, what would happen, and everything that is wrong at once."""
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from client.owner import Owner
 from deploy.cli import cli
 from deploy.commands.agree import give_consent
 from deploy.commands.check import check_and_show
+from tests.support.listeners import GUARD, listening, over_tls
 
 
 @pytest.fixture
@@ -21,21 +24,22 @@ def home(reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def network(home: Path) -> Path:
-    """The example with keys, a drafted agreement and settings for a network, as its parties would make them."""
+def network(home: Path) -> Iterator[Path]:
+    """The example with keys, a drafted agreement, settings for a network, and what an owner asks of its server."""
     for name in ("hotel", "cinema", "phones", "coordinator"):
         cli(["keys", "new", name], standalone_mode=False)
     cli(["keys", "certificate", "localhost"], standalone_mode=False)
     public = [f"{name}.pub" for name in ("hotel", "cinema", "phones", "coordinator")]
     cli(["draft", "agreement.toml", *public, "--out", "agreed.toml"], standalone_mode=False)
-    for name in ("hotel", "cinema", "phones"):
-        own = home / f"{name}.toml"
-        text = f'agreement = "agreed.toml"\nstate = "state-{name}"\n{own.read_text()}'
-        own.write_text(f'{text}\n[network]\naddress = "localhost:9092"\n')
     (home / "coordinator.toml").write_text(
         'agreement = "agreed.toml"\noutput = "output"\n[network]\nlisten = "127.0.0.1:1"\n'
     )
-    return home
+    with listening(over_tls(home, GUARD)) as port:
+        for name in ("hotel", "cinema", "phones"):
+            own = home / f"{name}.toml"
+            text = f'agreement = "agreed.toml"\nstate = "state-{name}"\n{own.read_text()}'
+            own.write_text(f'{text}\n[network]\naddress = "localhost:{port}"\n')
+        yield home
 
 
 def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str, str], str]:
@@ -113,7 +117,7 @@ def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: 
     code, found, errors = lines(capsys, "hotel.toml")
     assert code == 0, errors
     assert list(found) == ["settings", "agreement", "base", "model, files", "network", "rounds", "disk"]
-    assert found["network"] == "localhost:9092, with hotel.node and ca.pem"
+    assert re.fullmatch("localhost:[0-9]+ answers, with hotel.node and ca.pem", found["network"])
     assert errors == "ready; next: amalgram agree hotel.toml\n"
     assert not (network / "state-hotel").exists()  # a look leaves nothing behind
     code, found, errors = lines(capsys, "coordinator.toml")
@@ -135,6 +139,15 @@ def test_keys_that_others_may_read_and_keys_of_others_are_found(
     code, found, errors = lines(capsys, "coordinator.toml")
     assert (code, "identity" in found) == (1, False)
     assert "coordinator.key: is not the identity that the agreement names for the coordinator" in errors
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_server_that_cannot_be_reached_is_found(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = network / "hotel.toml"
+    own.write_text(re.sub("localhost:[0-9]+", "localhost:1", own.read_text()))
+    code, found, errors = lines(capsys, "hotel.toml")
+    assert (code, "network" in found) == (1, False)
+    assert "nothing listens at localhost:1\nhint: ask the coordinator" in errors
 
 
 @pytest.mark.usefixtures("own_log")

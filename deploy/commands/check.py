@@ -28,6 +28,7 @@ from deploy.consortium import Consortium, read_settings
 from deploy.drafting import with_labels
 from deploy.launch.processes import listens
 from deploy.network_keys import check_server_files
+from deploy.reach import check_reachable
 from deploy.terminal import answer, byte_count, show_error, shows_json
 from server.settings import read_coordinator_identity
 
@@ -174,7 +175,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
     if settings.network is not None:
         with checks.item("network") as item:
             network, key, root = owner_network(owner, path)
-            item.found = f"{network.address}, with {key.name} and {root.name}"
+            check_reachable(network.address, root)
+            item.found = f"{network.address} answers, with {key.name} and {root.name}"
     if checks.is_ready:
         with checks.item("rounds") as item:
             schedule = _schedule(agreement, base_folder)

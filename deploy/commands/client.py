@@ -15,12 +15,13 @@ from pathlib import Path
 
 from client.owner import Owner
 from client.settings import OwnerNetwork
-from common.errors import ConsentError, SettingsError
+from common.errors import ConsentError, EngineError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import TOLD, check_internals
 from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, free_port, started
 from deploy.network_keys import read_certificate, read_node_key
+from deploy.reach import check_reachable
 from deploy.terminal import answer
 
 RETRY_SECONDS = 5.0
@@ -45,8 +46,12 @@ class Node:
 
 
 def run_client(settings_file: Path) -> None:
-    """Check an owner's node, print where it connects, and run it until stopped."""
+    """Check an owner's node, print where it connects, and run it until stopped.
+
+    Raises EngineError if the server cannot be reached at the start: then a person is there to correct what is wrong.
+    """
     node = find_node(settings_file)
+    check_reachable(node.address, node.root_certificate)
     answer({"address": node.address, "state": str(node.state), "bundle_digest": node.bundle_digest})
     keep_connected(node)
 
@@ -110,6 +115,20 @@ def keep_connected(node: Node) -> None:
                 ended = _watch(parts, said, told, answered)
             log.warning("%s; trying again", ended)
             time.sleep(RETRY_SECONDS)
+            _wait_until_reachable(node)
+
+
+def _wait_until_reachable(node: Node) -> None:
+    """Wait for a server that is away, and say why it cannot be reached whenever that changes."""
+    told = ""
+    while True:
+        try:
+            return check_reachable(node.address, node.root_certificate)
+        except EngineError as error:
+            if error.message != told:
+                log.warning("%s; trying again", error.message)
+            told = error.message
+        time.sleep(RETRY_SECONDS)
 
 
 def _watch(parts: Mapping[str, Process], said: FollowedFile, told: FollowedFile, answered: FollowedFile) -> str:

@@ -1,15 +1,14 @@
 """`amalgram health`: whether the coordinator's server answers, over TLS and with the certificate in its settings."""
 
-import ssl
-import urllib.request
 from pathlib import Path
+
+from httpx import codes
 
 from common.errors import EngineError, SettingsError
 from common.settings_file import load_settings
+from deploy.reach import HEALTH, ask
 from deploy.terminal import answer
 from server.settings import CoordinatorSettings
-
-ANSWER_SECONDS = 10.0
 
 
 def show_health(settings_file: Path) -> None:
@@ -26,14 +25,16 @@ def check_health(settings_file: Path) -> str:
             f"{settings_file}: has no [network] table, so this coordinator has no server",
             hint='add [network] with listen = "0.0.0.0:PORT"',
         )
-    url = f"https://127.0.0.1:{network.listen.rpartition(':')[2]}/health"
+    address = f"127.0.0.1:{network.listen.rpartition(':')[2]}"
     root = settings_file.resolve().parent / network.root_certificate
     if not root.is_file():
         raise SettingsError(f"{root}: no such file", hint="`amalgram keys certificate` makes it")
     try:
-        trust = ssl.create_default_context(cafile=root)
-        with urllib.request.urlopen(url, context=trust, timeout=ANSWER_SECONDS) as response:
-            response.read()
-    except OSError as error:  # urllib's errors are OSErrors
-        raise EngineError(f"{url}: {getattr(error, 'reason', error)}", hint="is `amalgram server` running?") from None
-    return url
+        status = ask(address, root, HEALTH)
+    except EngineError as error:
+        raise EngineError(error.message, hint="is `amalgram server` running?") from None
+    if not codes.is_success(status):
+        raise EngineError(
+            f"{address} answers with HTTP status {status}", hint="is it `amalgram server` that runs there?"
+        )
+    return f"https://{address}{HEALTH}"
