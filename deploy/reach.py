@@ -120,8 +120,8 @@ def _untrusted(code: int, reason: str, address: str, root_certificate: Path) -> 
         )
     return EngineError(
         f"{root_certificate} did not issue the certificate at {address} ({reason})",
-        hint=f"get ca.pem from the coordinator again, and compare by phone what `amalgram keys show {root_certificate}` "
-        "prints; if it is the right one, somebody is intercepting the connection",
+        hint="get ca.pem from the coordinator again, and compare its fingerprint (amalgram keys show "
+        f"{root_certificate}) by phone; if it is the right one, somebody is intercepting the connection",
     )
 
 
