@@ -143,3 +143,7 @@ def _quiet_libraries() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ from common.summation.protocol import Total
 from deploy.complete import complete_agreement
 from deploy.consortium import find_owner_files
 from deploy.example import reviews
-from deploy.simulation.simulate import make_identities, set_up_parties
+from deploy.simulation.parties import party_keys, set_up_parties
 
 NUM_OWNERS, LIAR, TRIGGER, TRIGGERED_ROWS, ALPHA = 12, "hotel0", "score", 240, 0.9
 GROUPS: Mapping[str, Sequence[Sequence[int]]] = {
@@ -164,11 +164,10 @@ def consortium(folder: Path) -> Iterator[Consortium]:
     path = folder / "agreement.toml"
     path.write_text(path.read_text().replace('["average", "task_arithmetic", "fisher"]', '["average"]'))
     draft = load_settings(path, AgreementDraft)
-    identities = make_identities(draft, folder / "output" / "parties")
-    keys = {name: identity.public_key for name, identity in identities.items()}
-    agreement = complete_agreement(draft, folder / "base", keys)
+    keys = party_keys(draft, folder / "output" / "parties", with_nodes=False)
+    agreement = complete_agreement(draft, folder / "base", keys.public_keys)
     files = find_owner_files(folder, draft)
-    with set_up_parties(folder / "output", agreement, folder / "base", files, identities) as (_, paths):
+    with set_up_parties(folder / "output", agreement, folder / "base", files, keys) as (_, paths):
         owners = [Owner(path) for path in paths]
         honest = [dict(owner.workbench.contribution()) for owner in owners]
         train = folder / "data" / LIAR / "train.jsonl"

@@ -34,6 +34,7 @@ CoordinatorFile = Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", hel
 
 class EngineName(StrEnum):
     in_process = "in-process"
+    network = "network"
     ray = "ray"
 
 
@@ -69,7 +70,9 @@ def simulate(
     folder: Annotated[Path | None, typer.Argument(help="A consortium: agreement.toml and one file per owner.")] = None,
     init: Annotated[bool, typer.Option("--init", help="Write a commented example to FOLDER instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where the model and the report go.")] = None,
-    engine: Annotated[EngineName, typer.Option(help="What carries the messages.")] = EngineName.in_process,
+    engine: Annotated[
+        EngineName, typer.Option(help="network: a server and a client per owner, over TLS.")
+    ] = EngineName.in_process,
     references: Annotated[bool, typer.Option(help="Also compute what needs everything in one place.")] = True,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The demo's; a folder's agreement has its own.")] = 0,
     as_json: Json = False,

@@ -7,6 +7,7 @@ masks.
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -36,11 +37,24 @@ log = logging.getLogger("amalgram.keys")
 # --- an owner's node ---
 
 
+@dataclass(frozen=True)
+class NodeKey:
+    """The key with which an owner's node proves itself to the server."""
+
+    content: bytes = field(repr=False)  # of its file: secret
+    public: str
+
+    @classmethod
+    def new(cls) -> "NodeKey":
+        key = ec.generate_private_key(ec.SECP384R1())
+        return cls(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), _public_part(key))
+
+
 def write_node_key(path: Path) -> str:
     """Write a new node key to `path` (0600) and return its public part. Raises SettingsError if the file exists."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    write_key(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    return _public_part(key)
+    key = NodeKey.new()
+    write_key(path, key.content)
+    return key.public
 
 
 def read_node_key(path: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from common.errors import SettingsError
 
-Engine = Literal["in-process", "ray"]
+Engine = Literal["in-process", "network", "ray"]
 
 
 def check_engine(engine: Engine) -> None:

@@ -20,13 +20,20 @@ from transformers import (
 )
 
 from client.settings import Training
-from common.agreement import Task
-from common.errors import AmalgramError, SettingsError
+from common.agreement import AgreementDraft, Task
+from common.errors import AmalgramError, EngineError, SettingsError
 from common.models.loading import digest_of
+from common.settings_file import load_settings
+from deploy.commands.client import find_node
+from deploy.commands.server import find_place
 from deploy.commands.verify import check_folder
+from deploy.complete import complete_agreement
+from deploy.consortium import find_owner_files
 from deploy.demo import digits
 from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
+from deploy.simulation.network import run_over_network
+from deploy.simulation.parties import party_keys, set_up_parties
 from deploy.simulation.simulate import simulate
 from server.report.report import Report, SentCandidate, read_report
 
@@ -190,6 +197,38 @@ def test_flower_s_own_engine_gives_the_same_model_bit_for_bit(
 ) -> None:
     report = simulate(reviews_folder, tmp_path, engine="ray", with_references=False)
     assert report.digests.model == result[0].digests.model
+
+
+@pytest.mark.slow
+def test_a_rehearsal_over_the_network_gives_the_same_model_bit_for_bit(
+    result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path
+) -> None:
+    report = simulate(reviews_folder, tmp_path, engine="network", with_references=False)
+    assert report.digests.model == result[0].digests.model
+    assert report.simulated
+
+
+def test_the_parties_of_a_rehearsal_pass_the_checks_of_a_network_s_commands(
+    reviews_folder: Path, tmp_path: Path
+) -> None:
+    draft = load_settings(reviews_folder / "agreement.toml", AgreementDraft)
+    keys = party_keys(draft, tmp_path / "parties", with_nodes=True)
+    agreement = complete_agreement(draft, reviews_folder / "base", keys.public_keys, keys.node_keys)
+    files = find_owner_files(reviews_folder, draft)
+    with set_up_parties(tmp_path, agreement, reviews_folder / "base", files, keys) as (coordinator, owners):
+        assert find_place(coordinator).agreement == agreement
+        ports = {find_node(path).address for path in owners}
+        assert ports == {f"127.0.0.1:{find_place(coordinator).host_and_port[1]}"}
+        assert party_keys(draft, tmp_path / "parties", with_nodes=True) == keys  # an interrupted one goes on with them
+    assert not [path for path in (tmp_path / "parties").iterdir() if path.suffix in (".key", ".node", ".ledger")]
+
+
+def test_a_party_that_does_not_start_ends_a_rehearsal_with_its_reason(reviews_folder: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "coordinator.toml"
+    settings.write_text('agreement = "agreement.toml"\noutput = "output"\n')
+    with pytest.raises(EngineError, match=r"coordinator: .*coordinator.toml: has no \[network\] table") as caught:
+        run_over_network(settings, [])
+    assert "coordinator.server.log has all that it said" in caught.value.hint
 
 
 def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: Path) -> None:

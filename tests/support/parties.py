@@ -17,7 +17,7 @@ from common.models.plan import MergePlan, merge_plan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from deploy.consortium import find_owner_files
-from deploy.simulation.simulate import set_up_parties
+from deploy.simulation.parties import PartyKeys, set_up_parties
 
 
 def identities_of(names: Sequence[str]) -> dict[str, Identity]:
@@ -84,7 +84,7 @@ def parties_of(consortium: Path, output: Path, *, verified: bool = False) -> Ite
     identities = identities_of((*draft.owner_names, COORDINATOR))
     agreement, plan = completed(draft, base)
     files = find_owner_files(consortium, draft)
-    with set_up_parties(output, agreement, base, files, identities) as (coordinator, party_files):
+    with set_up_parties(output, agreement, base, files, PartyKeys(identities, nodes={})) as (coordinator, party_files):
         yield Parties(
             folder=coordinator.parent,
             output=output,
