@@ -10,6 +10,7 @@ from common.settings_file import Name, Positive, Settings, matching
 
 Column = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Address = Annotated[str, matching(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", "HOST:PORT")]
 
 
 class Training(Settings):
@@ -58,7 +59,7 @@ class OwnerNetwork(Settings):
     `node_key`: the secret that `amalgram keys new` made. Left out, it is <name>.node.
     """
 
-    address: Annotated[str, matching(r"[^\s/]+:[0-9]{1,5}", "HOST:PORT")]
+    address: Address
     root_certificate: Path = Path("ca.pem")
     node_key: Path | None = None
 

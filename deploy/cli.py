@@ -168,16 +168,39 @@ def draft(
     short: Annotated[Path, typer.Argument(help="The file that people write: see `amalgram simulate --init`.")],
     public: Annotated[list[Path], typer.Argument(help="The .pub file of every owner and of the coordinator.")],
     out: Annotated[Path, typer.Option(help="The agreement that all parties then hold.")] = Path("agreement.toml"),
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where the server will be: write an invitation for the owners, too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Complete a short file into an agreement: adds keys, base model, merge plan, bounds and thresholds.
 
-    Example: amalgram draft short.toml hotel.pub cinema.pub phones.pub coordinator.pub
+    Example: amalgram draft short.toml *.pub --address merge.example.org:9443
     """
     set_up_output(as_json)
     from deploy.commands.draft import draft_agreement
 
-    draft_agreement(short, public, out)
+    draft_agreement(short, public, out, address)
+
+
+@cli.command()
+def join(
+    invitation: Annotated[Path, typer.Argument(help="What the drafter sent: see `amalgram draft --address`.")],
+    owner: Annotated[str | None, typer.Option(help="Whose keys to use, if this folder has several owners'.")] = None,
+    model: Annotated[str | None, typer.Option(help="The fine-tuned model; without, one is made here.")] = None,
+    train: Annotated[Path | None, typer.Option(help="The training rows.")] = None,
+    test: Annotated[Path | None, typer.Option(help="The test rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an owner's settings from an invitation, beside its keys. Nothing leaves before `amalgram agree`.
+
+    Example: amalgram join invitation.toml --model model --train train.jsonl --test test.jsonl
+    """
+    set_up_output(as_json)
+    from deploy.commands.join import join as join_owner
+
+    join_owner(invitation, owner, model, train, test)
 
 
 @cli.command()

@@ -8,15 +8,30 @@ from common.identity import PublicIdentity, fingerprint, read_public_identity
 from common.models.folders import model_folder
 from common.settings_file import load_settings, write_settings
 from deploy.drafting import with_keys, with_labels
+from deploy.invitation import read_door, write_invitation
 from deploy.terminal import answer, as_lines
 
+COORDINATOR_SETTINGS = """\
+# The coordinator's settings. Paths are relative to this file.
+agreement = "{agreement}"
+output = "output"             # where the merged model and the report go
+# base = "base"               # your copy of the base model, if it is not where the agreement says
 
-def draft_agreement(short: Path, public: list[Path], out: Path) -> None:
-    """Write the agreement to `out`. Raises SettingsError if that exists or a party's key is missing, ModelError if the
-    base model cannot be used.
+[network]
+listen = "0.0.0.0:{port}"     # let only this port in, from the owners' addresses
+"""
+
+
+def draft_agreement(short: Path, public: list[Path], out: Path, address: str | None) -> None:
+    """Write the agreement to `out`; if `address`, HOST:PORT, says where the server will be, an invitation to it, too.
+
+    Raises SettingsError if a file exists or a party's key is missing, ModelError if the base model cannot be used.
     """
-    if out.exists():
-        raise SettingsError(f"{out}: exists already", hint="name another file with --out")
+    invitation, coordinator = out.with_name("invitation.toml"), out.with_name("coordinator.toml")
+    for path in (out, invitation) if address else (out,):
+        if path.exists():
+            raise SettingsError(f"{path}: exists already", hint="move it away, or draft into another folder with --out")
+    door = read_door(address, out.with_name("ca.pem")) if address else None
     written = load_settings(short, AgreementDraft)
     identities = _by_name(public)
     base_folder = model_folder(written.base, short.resolve().parent, written.base_revision)
@@ -29,6 +44,13 @@ def draft_agreement(short: Path, public: list[Path], out: Path) -> None:
     write_settings(out, agreement)
     found = {"agreement": str(out), "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
     hint = "give this file to every party; each owner reads it and consents: amalgram agree OWNER.toml"
+    if door is not None:
+        write_invitation(invitation, door, agreement)
+        hint = f"send {invitation} to every owner, who joins with it: amalgram join {invitation.name}"
+        if not coordinator.exists():
+            settings = COORDINATOR_SETTINGS.format(agreement=out.name, port=door.address.rpartition(":")[2])
+            coordinator.write_text(settings)
+            hint += f"\nwrote {coordinator}; start the server: amalgram server {coordinator}"
     if agreement.summation.kind == "masked" and agreement.colluders == 0:
         hint += "\nno owner may collude with the coordinator, so it must be none of them, and work for none"
     answer(found | {"digest": agreement.digest()}, as_lines(found), hint)

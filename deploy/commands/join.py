@@ -1,0 +1,166 @@
+"""`amalgram join`: makes an owner's files from an invitation, beside the keys that the owner made before.
+
+It writes agreement.toml, ca.pem and NAME.toml, and overwrites nothing. That an owner joins means nothing yet: whether
+anything leaves is decided by `amalgram agree`.
+"""
+
+import sys
+from pathlib import Path
+
+import tomli_w
+
+from common.agreement import Agreement, load_agreement
+from common.errors import AmalgramError, SettingsError
+from common.identity import fingerprint, read_identity
+from common.settings_file import write_settings
+from deploy.invitation import Invitation, read_invitation
+from deploy.network_keys import read_node_key
+from deploy.terminal import answer, as_lines
+
+AGREEMENT, ROOT_CERTIFICATE = Path("agreement.toml"), Path("ca.pem")
+COLUMNS = {  # of each task: key of [data], what it holds
+    "text-classification": {"text": "a text", "label": "a label's name, or its number"},
+    "image-classification": {"image": "arrays of the model's input", "label": "a label's name, or its number"},
+    "token-classification": {"tokens": "lists of words", "tags": "a tag for each word"},
+    "causal-lm": {"text": "a text"},
+    "sequence-to-sequence": {"text": "the input", "target": "the text to write for it"},
+}
+MODEL = """\
+# Your fine-tuned model: a folder or a hub name; a LoRA adapter of the base will do.
+fine_tuned = {model}
+# If you have none, drop the line above and make a model here, from the base and your training rows:
+# [training]
+# epochs = 3
+# learning_rate = 1e-4
+"""
+TRAINING = """\
+# The model is made here, from the base and the training rows. If you have one, name it instead: fine_tuned = "model"
+[training]
+epochs = 3
+learning_rate = 1e-4
+"""
+BASE = """\
+# Your own copy of the base model, from its publisher. `amalgram agree` checks every file of it.
+base = "base"
+"""
+SETTINGS = """\
+# {name}'s settings for: {title}
+# Nothing in this file leaves this machine. Paths are relative to this file.
+name = "{name}"
+{base}{model}
+[data]
+train = {train}  # measured (and trained on): .jsonl, .csv, .parquet, .npz, .conll
+test = {test}  # gives the metrics
+# validation = "data/validation.jsonl"  # decides between values of a hyperparameter; or a tenth of the training rows
+{columns}
+[network]
+address = {address}
+"""
+
+
+def join(invitation_file: Path, owner: str | None, model: str | None, train: Path | None, test: Path | None) -> None:
+    """Write an owner's files into the current folder; if its rows are named, go on to ask for consent.
+
+    Raises SettingsError rather than overwrite a file, and if this folder has no keys of an owner of the agreement.
+    """
+    invitation = read_invitation(invitation_file)
+    agreement = invitation.agreement
+    name = owner or _who_am_i(agreement)
+    _check_keys(name, agreement)
+    settings = Path(f"{name}.toml")
+    _check_free(settings, invitation)
+    write_settings(AGREEMENT, agreement)
+    ROOT_CERTIFICATE.write_text(invitation.root_certificate)
+    settings.write_text(owner_settings(name, invitation, model, train, test))
+    found = {"owner": name, "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
+    written = [str(AGREEMENT), str(ROOT_CERTIFICATE), str(settings)]
+    is_filled_in = train is not None and test is not None
+    hint = f"wrote {', '.join(written)}\n"
+    hint += "" if is_filled_in else f"fill in {settings}; then look whether all is there: amalgram check {settings}\n"
+    hint += f"compare the fingerprint with every other owner by phone, then consent: amalgram agree {settings}"
+    answer(found | {"written": written}, as_lines(found), hint)
+    if is_filled_in and sys.stdin.isatty():
+        from deploy.commands.agree import ask_for_consent  # torch
+
+        ask_for_consent(settings, yes=None, again=False)
+
+
+def _who_am_i(agreement: Agreement) -> str:
+    """The owner whose secret identity is in this folder. Raises SettingsError unless there is exactly one."""
+    mine = [name for name in agreement.owner_names if Path(f"{name}.key").is_file()]
+    if len(mine) == 1:
+        return mine[0]
+    if mine:
+        raise SettingsError(
+            f"this folder has the keys of {len(mine)} owners: {', '.join(mine)}", hint=f"say which: --owner {mine[0]}"
+        )
+    raise SettingsError(
+        f"this folder has no key of an owner of this agreement: {', '.join(agreement.owner_names)}",
+        hint="run this where `amalgram keys new NAME` wrote NAME.key",
+    )
+
+
+def _check_keys(name: str, agreement: Agreement) -> None:
+    entry = next((owner for owner in agreement.owners if owner.name == name), None)
+    if entry is None:
+        raise SettingsError(
+            f"{name!r} is not an owner of this agreement", hint=f"its owners: {', '.join(agreement.owner_names)}"
+        )
+    key, node = Path(f"{name}.key"), Path(f"{name}.node")
+    if read_identity(key).public_key.hex() != entry.public_key:
+        raise SettingsError(
+            f"{key}: is not the identity that the agreement names for {name}",
+            hint="use the folder with the keys whose .pub file you sent to the drafter, or send this one's",
+        )
+    if read_node_key(node) != entry.node_key:
+        raise SettingsError(
+            f"{node}: is not the node key that the agreement names for {name}",
+            hint=f"use the {name}.node that was made together with the .pub file that you sent to the drafter",
+        )
+
+
+def _check_free(settings: Path, invitation: Invitation) -> None:
+    """Raise SettingsError if a file is there already with other content."""
+    if settings.exists():
+        raise SettingsError(
+            f"{settings}: exists already, and is not overwritten",
+            hint=f"to join anew, move it away; to go on with it: amalgram check {settings}",
+        )
+    if AGREEMENT.exists() and not _is_same(AGREEMENT, invitation.agreement):
+        raise SettingsError(
+            f"{AGREEMENT}: another agreement is here already",
+            hint="join in a folder of its own, with copies of your keys, or move the other agreement away",
+        )
+    if ROOT_CERTIFICATE.exists() and ROOT_CERTIFICATE.read_text() != invitation.root_certificate:
+        raise SettingsError(
+            f"{ROOT_CERTIFICATE}: another certificate is here already",
+            hint="compare `amalgram keys show ca.pem` with the coordinator by phone, and move the wrong one away",
+        )
+
+
+def _is_same(path: Path, agreement: Agreement) -> bool:
+    try:
+        return load_agreement(path) == agreement
+    except AmalgramError:
+        return False
+
+
+def owner_settings(name: str, invitation: Invitation, model: str | None, train: Path | None, test: Path | None) -> str:
+    """An owner's settings as text, with comments; what it does not say yet is filled in as an example."""
+    agreement = invitation.agreement
+    columns = COLUMNS[agreement.task.kind].items()
+    return SETTINGS.format(
+        name=name,
+        title=agreement.title,
+        base="" if agreement.base_revision else BASE,
+        model=TRAINING if train and not model else MODEL.format(model=_quoted(model or "model")),
+        train=_quoted(str(train or "data/train.jsonl")),
+        test=_quoted(str(test or "data/test.jsonl")),
+        columns="".join(f'{key} = "{key}"  # the column with {what}\n' for key, what in columns),
+        address=_quoted(invitation.address),
+    )
+
+
+def _quoted(text: str) -> str:
+    """A string as TOML writes it."""
+    return tomli_w.dumps({"text": text}).removeprefix("text = ").rstrip("\n")

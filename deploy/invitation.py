@@ -1,0 +1,76 @@
+"""What a drafter sends to every owner: the agreement, where the server will be, and which certificate to trust.
+
+Nothing in it is secret, and nothing is believed because it came in it: owners compare the agreement's fingerprint with
+each other by phone, and whoever holds the certificate's key can stop a merge, but cannot read or change anything.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import AfterValidator
+
+from client.settings import Address
+from common.agreement import Agreement
+from common.errors import RuleError, SettingsError
+from common.identity import fingerprint
+from common.settings_file import Settings, load_settings, parse_settings
+
+MAX_CERTIFICATE_CHARACTERS = 20_000
+HEADER = """\
+# An invitation to: {title}
+# The agreement's fingerprint, to compare with every other owner by phone: {fingerprint}
+# Nothing in this file is secret. Each owner runs, in the folder with its keys: amalgram join {name}
+
+"""
+
+
+def _only_certificates(text: str) -> str:
+    """The certificates in PEM text, and nothing else that may stand beside them."""
+    if len(text) > MAX_CERTIFICATE_CHARACTERS:
+        raise RuleError(f"has {len(text)} characters, the maximum is {MAX_CERTIFICATE_CHARACTERS}")
+    try:
+        certificates = x509.load_pem_x509_certificates(text.encode())
+    except ValueError:
+        raise RuleError("must be certificates in PEM form") from None
+    return "".join(each.public_bytes(Encoding.PEM).decode() for each in certificates)
+
+
+class Door(Settings):
+    """Where an owner's node connects, and whom it trusts to answer there."""
+
+    address: Address
+    root_certificate: Annotated[str, AfterValidator(_only_certificates)]  # PEM
+
+
+class Invitation(Door):
+    """`invitation.toml`."""
+
+    agreement: Agreement
+
+
+def read_door(address: str, root_certificate: Path) -> Door:
+    """Raises SettingsError if an invitation cannot hold this address, HOST:PORT, or the certificate in this file."""
+    try:
+        certificate = root_certificate.read_text()
+    except (OSError, ValueError):
+        raise SettingsError(
+            f"{root_certificate}: cannot be read, and an invitation holds the certificate that owners are to trust",
+            hint=f"make it first: amalgram keys certificate {address.rpartition(':')[0]}",
+        ) from None
+    return parse_settings({"address": address, "root_certificate": certificate}, Door, "invitation")
+
+
+def write_invitation(path: Path, door: Door, agreement: Agreement) -> None:
+    """Write an invitation to an agreement, with a heading for whoever opens it."""
+    invitation = Invitation(address=door.address, root_certificate=door.root_certificate, agreement=agreement)
+    shown_digits = fingerprint(bytes.fromhex(agreement.digest()))
+    header = HEADER.format(title=agreement.title, fingerprint=shown_digits, name=path.name)
+    path.write_text(header + tomli_w.dumps(invitation.model_dump(mode="json", exclude_none=True)))
+
+
+def read_invitation(path: Path) -> Invitation:
+    """Raises SettingsError unless the file is an invitation to a complete agreement."""
+    return load_settings(path, Invitation)
