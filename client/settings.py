@@ -23,9 +23,11 @@ class Training(Settings):
 
 
 class Data(Settings):
-    """The owner's files: JSON Lines, CSV or Parquet for text, .npz arrays for images, CoNLL (.txt, .conll) for tags.
+    """The owner's files: JSON Lines, JSON, CSV, TSV (also .gz), Parquet or Arrow for text, CoNLL (.txt, .conll) for tags,
+    .npz arrays for images.
 
-    Paths are relative to the settings file. Each task reads the columns it needs:
+    Paths are relative to the settings file. One may be a pattern for several files, "data/train-*.parquet", or a folder
+    that `datasets` saved. Each task reads the columns it needs; "answer.text" is a field of a nested column:
 
     text-classification   `text`, `text_pair` if it is named, `label`
     image-classification  `image`, `label`
@@ -47,7 +49,7 @@ class Data(Settings):
     tokens: Column = "tokens"
     tags: Column = "tags"
     target: Column = "target"
-    # Use only the first rows of a file.
+    # Use only so many rows, drawn from the whole file.
     max_train_rows: Count | None = None
     max_validation_rows: Count | None = None
     max_test_rows: Count | None = None

@@ -124,14 +124,19 @@ def read_bytes(path: Path) -> bytes:
 def parse_toml(content: bytes, where: str) -> dict[str, Any]:
     """The tables of TOML that came from a file, which messages call `where`. Raises SettingsError."""
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows begin a file with a mark
     except RecursionError:
         raise SettingsError(f"{where}: not valid TOML: nested too deeply") from None
     except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
-        raise SettingsError(
-            f"{where}: not valid TOML: {error}",
-            hint='text stands in quotes, lists in [ ]; true and false are lower-case: base = "base", alphas = [0.5]',
-        ) from None
+        raise SettingsError(f"{where}: not valid TOML: {error}", hint=_toml_hint(content, str(error))) from None
+
+
+def _toml_hint(content: bytes, error: str) -> str:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "save the file as UTF-8; it is UTF-16"
+    if "Unescaped" in error or "hex value" in error:
+        return r"a Windows path stands in single quotes, 'C:\data\train.csv', or has forward slashes"
+    return 'text stands in quotes, lists in [ ]; true and false are lower-case: base = "base", alphas = [0.5]'
 
 
 def parse_settings(tables: dict[str, Any], kind: type[S], where: str) -> S:

@@ -1,5 +1,6 @@
 """Private examples: what is read, and how unusable rows are refused without quoting them."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from client.data.files import Draw, read_arrays, read_columns
 from client.data.private_data import PrivateData
 from client.settings import Data
 from common.agreement import Reading, Task
@@ -37,18 +41,148 @@ def data_of(folder: Path, reviews_folder: Path, train: str, *, task: Task = TASK
     return PrivateData(data=data, task=task, model=base, tokenizer=tokenizer, folder=folder, seed=0, reading=ANYTHING)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_every_type_of_file_gives_the_same_examples(suffix: str, tmp_path: Path, reviews_folder: Path) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        write_jsonl(path, ROWS)
-    elif suffix == "csv":
-        pyarrow.csv.write_csv(pa.Table.from_pylist(ROWS), path)
-    else:
-        pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path)
-    rows = data_of(tmp_path, reviews_folder, path.name).train()
+def separated(by: str, end: str = "\n") -> str:
+    return end.join(["text" + by + "label", *(f'"{row["text"]}"{by}{row["label"]}' for row in ROWS), ""])
+
+
+def write_saved(folder: Path, *, whole: bool = True) -> None:
+    """As `datasets.Dataset.save_to_disk` writes a data set: Arrow streams, and a list of them."""
+    folder.mkdir(parents=True)
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, rows in zip(names, (ROWS[:7], ROWS[7:]), strict=True):
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+
+
+def write_parts(folder: Path) -> None:
+    for part, rows in enumerate((ROWS[:4], ROWS[4:])):
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / f"train-{part}-of-2.parquet")
+
+
+def write_arrow_file(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+
+
+JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+FORMS = {
+    "rows.jsonl": lambda path: path.write_text(JSON_LINES),
+    "rows.ndjson": lambda path: path.write_text(JSON_LINES),
+    "ROWS.JSONL": lambda path: path.write_text(JSON_LINES),
+    "bom.jsonl": lambda path: path.write_text("\ufeff" + JSON_LINES),
+    "windows.jsonl": lambda path: path.write_text(JSON_LINES.replace("\n", "\r\n"), newline=""),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(JSON_LINES.encode())),
+    "lines.json": lambda path: path.write_text(JSON_LINES),
+    "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "list.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "rows.csv": lambda path: pyarrow.csv.write_csv(pa.Table.from_pylist(ROWS), path),
+    "excel.csv": lambda path: path.write_text("\ufeff" + separated(";", "\r\n"), newline=""),
+    "Rows.Csv.GZ": lambda path: path.write_bytes(gzip.compress(separated(",").encode())),
+    "bars.csv": lambda path: path.write_text(separated("|")),
+    "rows.tsv": lambda path: path.write_text(separated("\t")),
+    "commas.tsv": lambda path: path.write_text(separated(",")),
+    "rows.parquet": lambda path: pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path),
+    "rows.arrow": write_arrow_file,
+    "saved": write_saved,
+    "train-*.parquet": lambda path: write_parts(path.parent),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_file_gives_the_same_examples(name: str, tmp_path: Path, reviews_folder: Path) -> None:
+    FORMS[name](tmp_path / name)
+    rows = data_of(tmp_path, reviews_folder, name).train()
     assert rows.targets.tolist() == [1, 0] * 10
     assert len(rows.features[0]["input_ids"]) == 6  # [CLS] the room was clean [SEP]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "list.json", "rows.parquet", "rows.arrow"])
+def test_a_dotted_name_is_a_field_of_a_nested_column(name: str, tmp_path: Path, reviews_folder: Path) -> None:
+    nested = [{"review": {"said": {"text": row["text"]}}, "a.b": row["label"]} for row in ROWS]
+    path = tmp_path / name
+    if path.suffix == ".jsonl":
+        write_jsonl(path, nested)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(nested))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(nested), path)
+    else:
+        table = pa.Table.from_pylist(nested)
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    columns = {"text": "review.said.text", "label": "a.b"}  # a name may have a dot of its own
+    assert data_of(tmp_path, reviews_folder, name, **columns).train().targets.tolist() == [1, 0] * 10
+    for missing in ("review.text", "review.said.text.more", "a.c", "b.text"):
+        with pytest.raises(DataError, match=r"has no (column|field)"):
+            data_of(tmp_path, reviews_folder, name, text=missing, label="a.b").train()
+
+
+def test_what_separates_a_csv_s_values_is_said_once(
+    tmp_path: Path, reviews_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "excel.csv").write_text(separated(";"))
+    data = data_of(tmp_path, reviews_folder, "excel.csv")
+    with caplog.at_level("INFO", logger="amalgram"):
+        data.train()
+        data.test()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'excel.csv'}: its values are separated by semicolons"
+    ]
+
+
+def test_a_file_that_excel_saved_as_unicode_text_is_told_from_utf_8(tmp_path: Path, reviews_folder: Path) -> None:
+    (tmp_path / "rows.tsv").write_bytes(separated("\t").encode("utf-16"))
+    with pytest.raises(DataError, match="is UTF-16, not UTF-8"):
+        data_of(tmp_path, reviews_folder, "rows.tsv").train()
+
+
+def test_a_folder_of_several_splits_asks_for_one(tmp_path: Path, reviews_folder: Path) -> None:
+    write_saved(tmp_path / "saved" / "test")
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(DataError, match="holds several splits: test") as caught:
+        data_of(tmp_path, reviews_folder, "saved").train()
+    assert str(tmp_path / "saved" / "test") in caught.value.hint
+    assert len(data_of(tmp_path, reviews_folder, "saved/test").train()) == 20
+
+
+@pytest.mark.parametrize("state", ['{"_data_files": [{"filename": "../x.arrow"}]}', "[]", "{", '{"_data_files": []}'])
+def test_a_saved_folder_names_files_of_its_own_alone(state: str, tmp_path: Path, reviews_folder: Path) -> None:
+    write_saved(tmp_path / "x")
+    (tmp_path / "x" / "data-00000-of-00002.arrow").replace(tmp_path / "x.arrow")
+    (tmp_path / "x" / "state.json").write_text(state)
+    with pytest.raises(DataError, match=r"is a folder, but not one|names no files of this folder"):
+        data_of(tmp_path, reviews_folder, "x").train()
+
+
+def test_rows_are_drawn_from_the_whole_file_and_the_same_ones_whatever_is_asked_for(tmp_path: Path) -> None:
+    rows = [{"a": number, "b": -number} for number in range(5000)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    drawn = read_columns(tmp_path / "rows.jsonl", ["a"], 500)["a"]
+    assert drawn == sorted(drawn)
+    assert len(set(drawn)) == 500
+    assert 2300 < np.mean(drawn) < 2700  # 2499.5, with a standard error of 61
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_columns(tmp_path / "rows.parquet", ["b", "a"], 500)["a"] == drawn
+    assert read_columns(tmp_path / "rows.jsonl", ["a"], 5000)["a"] == list(range(5000))
+    np.savez(tmp_path / "rows.npz", a=np.arange(5000), b=-np.arange(5000))
+    first, second = read_arrays(tmp_path / "rows.npz", ["a", "b"], 500)
+    assert (first == -second).all()
+    assert len(set(first.tolist())) == 500
+    assert 2300 < first.mean() < 2700
+
+
+@given(total=st.integers(1, 60), count=st.integers(1, 60), batch=st.integers(1, 20))
+def test_a_draw_keeps_as_many_rows_as_it_may_in_their_order(total: int, count: int, batch: int) -> None:
+    draw = Draw(count)
+    for start in range(0, total, batch):
+        numbers = list(range(start, min(start + batch, total)))
+        draw.add({"a": numbers}, len(numbers))
+    kept = draw.columns(["a"])["a"]
+    assert len(kept) == min(total, count)
+    assert kept == sorted(set(kept))
 
 
 def test_columns_may_have_other_names_labels_may_be_numbers_and_texts_may_be_pairs(
@@ -85,10 +219,11 @@ def test_numbers_are_not_labels_if_a_label_s_name_is_a_number(tmp_path: Path, re
 
 def test_true_false_and_null_are_read_as_json_writes_them(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": True}, {"text": "bed", "label": None}])
-    data = data_of(tmp_path, reviews_folder, "rows.jsonl", task=Task(labels=("true", "None")), max_train_rows=1)
-    assert data.train().targets.tolist() == [0]
+    write_jsonl(tmp_path / "first.jsonl", [{"text": "room", "label": True}])
+    labels = Task(labels=("true", "None"))
+    assert data_of(tmp_path, reviews_folder, "first.jsonl", task=labels).train().targets.tolist() == [0]
     with pytest.raises(DataError, match="row 2: its label is none of"):
-        data.test()
+        data_of(tmp_path, reviews_folder, "rows.jsonl", task=labels).test()
 
 
 def test_one_file_for_two_splits_keeps_both_limits(tmp_path: Path, reviews_folder: Path) -> None:
@@ -157,7 +292,7 @@ def test_shorter_examples_fill_the_padded_size_of_the_longest(tmp_path: Path, re
             "this is SECRET,positive\nb,negative\n",
             "its columns are positive\nhint: check that the header line is there",
         ),
-        ("rows.csv", "text;label\na;1\n", "has no column 'text'"),
+        ("rows.csv", "text/label\na/1\n", "has no column 'text'"),
         ("rows.csv", "text,label\n", "holds no rows"),
         ("rows.csv", "text,label,label\na,1,0\n", "has two columns 'label'"),
         ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as CSV"),
@@ -166,8 +301,16 @@ def test_shorter_examples_fill_the_padded_size_of_the_longest(tmp_path: Path, re
         (
             "rows.xlsx",
             "SECRET",
-            "unknown file type\nhint: use .jsonl, .csv, .parquet, .txt, .conll, or .npz for images",
+            "unknown file type\nhint: export the sheet as CSV in UTF-8",
         ),
+        ("rows.doc", "SECRET", "unknown file type\nhint: use .jsonl, "),
+        ("rows.json", '{"text": "SECRET"', "is not one list of JSON objects"),
+        ("rows.json", '["SECRET"]', "is not one list of JSON objects"),
+        ("rows.json", '[{"text": "SECRET"}]', "row 1 has no column 'label'"),
+        ("rows.jsonl.gz", "SECRET", "cannot be unpacked"),
+        ("rows.gz", "SECRET", "unknown file type"),
+        ("rows.arrow", "SECRET", "cannot be read as Arrow"),
+        ("rows.csv", "\ufefftext,label\nSECRET\n", "cannot be read as CSV"),
     ],
 )
 def test_unusable_rows_are_refused_without_quoting_them(

@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from common.errors import SettingsError
-from common.settings_file import Name, Positive, Settings, matching, parse_settings, read_toml
+from common.settings_file import Name, Positive, Settings, matching, parse_settings, parse_toml, read_toml
 
 
 class Table(Settings):
@@ -101,6 +101,21 @@ def test_a_missing_key_and_the_number_of_further_problems_are_said() -> None:
 
     with pytest.raises(SettingsError, match=r"^x: one is missing \(and 1 more\)$"):
         parse_settings({}, Needs, "x")
+
+
+@pytest.mark.parametrize("path", [r"C:\data\x.csv", r"C:\Users\x.csv"])
+def test_a_path_of_windows_gets_a_hint_of_its_own(path: str) -> None:
+    with pytest.raises(SettingsError, match="not valid TOML") as caught:
+        parse_toml(f'train = "{path}"'.encode(), "owner.toml")
+    assert caught.value.hint == r"a Windows path stands in single quotes, 'C:\data\train.csv', or has forward slashes"
+    assert parse_toml(f"train = '{path}'".encode(), "owner.toml") == {"train": path}
+
+
+def test_settings_may_begin_with_a_mark_of_windows_but_not_be_utf_16() -> None:
+    assert parse_toml('\ufefftitle = "x"\r\n'.encode(), "owner.toml") == {"title": "x"}
+    with pytest.raises(SettingsError) as caught:
+        parse_toml('title = "x"'.encode("utf-16"), "owner.toml")
+    assert caught.value.hint == "save the file as UTF-8; it is UTF-16"
 
 
 def test_a_file_that_is_missing_too_large_or_malformed_is_refused(tmp_path: Path) -> None:

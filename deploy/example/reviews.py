@@ -131,13 +131,13 @@ learning_rate = 1e-3
 batch_size = 32
 
 [data]
-train = "data/{name}/train.{suffix}"            # measured, and trained on; .jsonl, .csv or .parquet
+train = "data/{name}/train.{suffix}"            # measured, and trained on; .jsonl, .csv, .parquet, ...
 validation = "data/{name}/validation.{suffix}"  # decides a sweep; if left out, a tenth of the training rows does
 test = "data/{name}/test.{suffix}"              # gives the metrics
 text = "text"                                   # column names
 label = "label"                                 # a label's name, or its number
 # text_pair = "answer"                          # the second text, if the model takes pairs
-# max_train_rows = 5000                         # use only the first rows of a file
+# max_train_rows = 5000                         # use only so many rows, drawn from the whole file
 """
 
 

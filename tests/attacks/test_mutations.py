@@ -554,6 +554,7 @@ TABLE = [
     Mutation(LIKELIHOODS, "test_96_whatever", "likelihoods-are-rounded", ""),
     # 98: files
     Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),
+    Mutation(FILES, "test_98_compressed_text", "unpacked-text-is-bounded"),
     # 92-95: what a model's folder names
     Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
     Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),

@@ -70,7 +70,10 @@ READERS: tuple[Callable[[bytes], object], ...] = (
     read_changed_config,
     read_weights,
     read_index,
-    *(lambda data, end=end: read_columns(written(f"a{end}", data), ["a"], 5) for end in (".jsonl", ".csv", ".parquet")),
+    *(
+        lambda data, end=end: read_columns(written(f"a{end}", data), ["a"], 5)
+        for end in (".jsonl", ".json", ".csv", ".tsv.gz", ".parquet", ".arrow")
+    ),
     lambda data: read_columns(written("a.txt", data), ["words", "tags"], 5),
     lambda data: read_arrays(written("a.npz", data), ["a"], 5),
     lambda data: read_identity(written("a.key", data)),

@@ -1,0 +1,110 @@
+"""Which files a path in an owner's settings stands for, and how each is opened.
+
+A path is a file, a pattern for the parts of one (`data/train-*.parquet`), or a folder that `datasets` saved. Text may
+be compressed with gzip, begin with a byte-order mark, and end its lines as Windows does.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from common.errors import DataError
+
+MAX_LINE_BYTES = 100_000_000  # a longer line means that a line break is missing, or that a small file unpacks to much
+MAX_TEXT_BYTES = 16_000_000_000  # of one file, unpacked
+MAX_PARTS = 100_000
+SAVE_AS_UTF8 = "save the file as UTF-8"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, and what it holds by its name: ".csv", whether or not it is compressed."""
+
+    path: Path
+    ending: str
+    is_compressed: bool = False
+
+    def open(self) -> AbstractContextManager[BinaryIO]:
+        return cast("BinaryIO", gzip.open(self.path)) if self.is_compressed else self.path.open("rb")
+
+
+def find_sources(path: Path) -> list[Source]:
+    """The files that `path` stands for, in the order of their names. Raises DataError if there are none."""
+    if path.is_dir():
+        return _saved_dataset(path)
+    if path.is_file():
+        return [_source(path)]
+    if not any(mark in path.name for mark in "*?["):
+        raise DataError(f"{path}: no such file")
+    found = sorted(map(Path, glob(str(path))))[:MAX_PARTS]
+    if not found:
+        raise DataError(f"{path}: no file has such a name", hint="correct the pattern; * stands for any characters")
+    return [_source(each) for each in found]
+
+
+def _source(path: Path) -> Source:
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings[-1:] == [".gz"]:
+        return Source(path, endings[-2] if len(endings) > 1 else "", is_compressed=True)
+    return Source(path, endings[-1] if endings else "")
+
+
+def _saved_dataset(folder: Path) -> list[Source]:
+    """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
+        raise DataError(
+            f"{folder}: holds several splits: {', '.join(splits)}",
+            hint=f'name the one to use: "{folder / (splits[0] if splits else "train")}"',
+        )
+    try:
+        files = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise DataError(
+            f"{folder}: is a folder, but not one that `datasets` saved",
+            hint='name a file, or a pattern for several: "data/train-*.parquet"',
+        ) from None
+    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise DataError(f"{folder}: its state.json names no files of this folder", hint="save the data set again")
+    return [Source(folder / name, ".arrow") for name in files]
+
+
+# --- text ---
+
+
+def text_lines(source: Source) -> Iterator[str]:
+    """The lines of a text file with their ends. Raises DataError if it is not UTF-8 text, or takes too much room."""
+    with _readable(source) as file:
+        read = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            if read == 0:
+                if line.startswith(UTF16):
+                    raise DataError(f"{source.path}: is UTF-16, not UTF-8", hint=SAVE_AS_UTF8)
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            read += len(line)
+            if len(line) > MAX_LINE_BYTES or read > MAX_TEXT_BYTES:  # check: unpacked-text-is-bounded
+                raise DataError(
+                    f"{source.path}: has a line of over {MAX_LINE_BYTES} bytes, or over {MAX_TEXT_BYTES} bytes in all",
+                    hint="check for missing line breaks, or split the file",
+                )
+            try:
+                yield line.decode()
+            except UnicodeDecodeError:
+                raise DataError(f"{source.path}: is not UTF-8", hint=SAVE_AS_UTF8) from None
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[BinaryIO]:
+    try:
+        with source.open() as file:
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError):
+        raise DataError(f"{source.path}: cannot be unpacked", hint="check that the file is complete") from None
