@@ -54,13 +54,14 @@ def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str,
 def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, ".")
     assert code == 0
-    assert list(found) == ["agreement", "base", "hotel", "cinema", "phones", "rounds", "disk"]
+    assert list(found) == ["agreement", "base", "hotel", "cinema", "phones", "rounds", "lengths", "disk"]
     assert found["agreement"].startswith(
         "Reviews of three shops: regmean, compared with average, task_arithmetic, fish"
     )
     assert found["base"].endswith("text-classification, labels negative, positive")
     assert found["cinema"] == "trains its model from the base; rows: 200 train, 60 validation, 120 test"
     assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
+    assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
     assert "a run keeps at least" in found["disk"]
     assert errors == "ready; next: amalgram simulate .\n"
 
@@ -78,6 +79,18 @@ def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
     assert "hotel/test.jsonl: no such file\nerror: " in errors
     assert "has no column 'stars'; its columns are text, label\nhint: " in errors
     assert errors.endswith("not ready: 2 to correct\n")
+
+
+@pytest.mark.usefixtures("own_log")
+def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agreement = home / "agreement.toml"
+    agreement.write_text(agreement.read_text().replace("max_tokens = 32 ", "max_tokens = 6 "))
+    code, found, _ = lines(capsys, ".")
+    assert code == 0
+    # "the room was clean" has six tokens with [CLS] and [SEP]; "honestly the ..." and "i think the ..." have more.
+    for owner, file in {"hotel": "train.jsonl", "cinema": "test.csv", "phones": "validation.parquet"}.items():
+        assert re.search(rf"{owner}'s {file}: [0-9]+ of [0-9]+ texts are longer than max_tokens = 6 ", found["lengths"])
+    assert "the longest has 8 tokens; 99% have at most 8" in found["lengths"]
 
 
 @pytest.mark.usefixtures("own_log")
@@ -116,7 +129,7 @@ def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: 
     assert errors == "ready; next: amalgram agree OWNER.toml\n"
     code, found, errors = lines(capsys, "hotel.toml")
     assert code == 0, errors
-    assert list(found) == ["settings", "agreement", "base", "model, files", "network", "rounds", "disk"]
+    assert list(found) == ["settings", "agreement", "base", "model, files", "network", "rounds", "lengths", "disk"]
     assert re.fullmatch("localhost:[0-9]+ answers, with hotel.node and ca.pem", found["network"])
     assert errors == "ready; next: amalgram agree hotel.toml\n"
     assert not (network / "state-hotel").exists()  # a look leaves nothing behind

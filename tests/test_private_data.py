@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.data.files import Draw, read_arrays, read_columns
+from client.data.lengths import cut_in_words
 from client.data.private_data import PrivateData
 from client.settings import Data
 from common.agreement import Reading, Task
@@ -236,6 +237,33 @@ def test_long_texts_are_cut_and_rows_are_limited(tmp_path: Path, reviews_folder:
     rows = data_of(tmp_path, reviews_folder, "rows.jsonl", max_train_rows=2).train()
     assert len(rows) == 2
     assert len(rows.features[0]["input_ids"]) == 8
+
+
+def test_how_many_texts_are_cut_is_said_once(
+    tmp_path: Path, reviews_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["room"] * 8 + ["room " * 500, "bed " * 1000]
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text, "label": "positive"} for text in texts])
+    data = data_of(tmp_path, reviews_folder, "rows.jsonl")
+    with caplog.at_level("INFO", logger="amalgram"):
+        data.train()
+        data.test()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'rows.jsonl'}: 2 of 10 texts are longer than max_tokens = 8 and are cut; the longest has 1,002 "
+        "tokens; 99% have at most 1,002"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([1, 8], ""),
+        ([1, 9], "1 of 2 texts is longer than max_tokens = 8 and is cut; the longest has 9 tokens; 99% have at most 9"),
+        ([3] * 999 + [20], "1 of 1,000 texts is longer than max_tokens = 8 and is cut; the longest has 20 tokens"),
+    ],
+)
+def test_cut_texts_are_told_in_words(lengths: list[int], words: str) -> None:
+    assert cut_in_words(lengths, 8) == words
 
 
 def test_without_a_validation_file_a_tenth_is_set_aside(tmp_path: Path, reviews_folder: Path) -> None:

@@ -12,13 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from client.data.lengths import cut_in_words, look_at_lengths
 from client.look import OwnerLook
 from client.owner import Owner
-from common.agreement import COORDINATOR, Agreement, AgreementDraft, load_agreement
+from client.settings import OwnerSettings
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
 from common.errors import AmalgramError, SettingsError
 from common.identity import Identity, fingerprint
 from common.models.files import check_readable, weight_files
-from common.models.folders import base_model_folder, check_same_architecture, check_tokenizer, model_folder
+from common.models.folders import (
+    base_model_folder,
+    check_same_architecture,
+    check_tokenizer,
+    load_tokenizer,
+    model_folder,
+)
 from common.schedule import Delivery, Schedule, schedule_of
 from common.settings_file import load_settings, read_toml
 from common.text import shown
@@ -122,6 +130,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
     if checks.is_ready:
         models = [look.fine_tuned for look in looks if look.fine_tuned is not None]
         _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
+        seen = [(consortium.settings[name], look) for name, look in zip(consortium.owner_files, looks, strict=True)]
+        _check_lengths(checks, consortium.draft.task, consortium.base_folder, seen)
         if schedule:
             _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
     return following
@@ -183,6 +193,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             item.found = _rounds_in_words(schedule)
     if checks.is_ready:
         _check_tokenizers(checks, agreement, [look.fine_tuned] if look.fine_tuned else [], base_folder)
+        _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
         _check_room(checks, home / settings.state, schedule, parties=1)
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
@@ -229,6 +240,23 @@ def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence
             for folder in models:
                 check_tokenizer(folder, base_folder)
             item.found = "the same vocabulary as the base's"
+
+
+def _check_lengths(
+    checks: Checklist, task: Task, base_folder: Path, owners: Sequence[tuple[OwnerSettings, OwnerLook]]
+) -> None:
+    """Say how many texts would be cut."""
+    if not task.is_text:
+        return
+    with checks.item("lengths") as item:
+        tokenizer = load_tokenizer(base_folder)
+        cut = []
+        for settings, look in owners:
+            for file in dict.fromkeys(each.path for each in look.files.values()):
+                lengths = look_at_lengths(settings.data, task, file, tokenizer)
+                if words := cut_in_words(lengths, task.max_tokens):
+                    cut.append(f"{settings.name}'s {file.name}: {words}")
+        item.found = ". ".join(cut) or f"all texts looked at fit into max_tokens = {task.max_tokens}"
 
 
 def _check_room(checks: Checklist, folder: Path, schedule: Schedule, *, parties: int) -> None:

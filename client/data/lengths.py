@@ -1,0 +1,73 @@
+"""How long an owner's texts are in tokens, and how many are cut. Only its own log and `amalgram check` say so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data.columns import columns_of
+from client.data.files import read_columns
+from client.settings import Data
+from common.agreement import Task
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+LOOK_ROWS = 2000  # drawn from a file, for a look before a run
+MOST = 0.99  # of the texts, for which a longer limit is proposed
+log = logging.getLogger("amalgram.owner")
+
+
+def lengths_of(encoded: BatchEncoding) -> NDArray[np.int64] | None:
+    """(rows,): how many tokens each text has, cut or not; None if the tokenizer does not tell."""
+    if not encoded.is_fast:
+        return None
+    return np.array([len(each.ids) + sum(map(_own_tokens, each.overflowing)) for each in encoded.encodings or ()])
+
+
+def _own_tokens(encoding: Any) -> int:
+    """Tokens of the text itself, without the special ones that every part has again."""
+    special: int = sum(encoding.special_tokens_mask)
+    return len(encoding.ids) - special
+
+
+def look_at_lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """(rows,): how many tokens the inputs of some rows of a file have, drawn from all of them."""
+    words = task.kind == "token-classification"
+    columns = columns_of(data, task.kind)
+    found = read_columns(path, columns if words else columns[: 2 if data.text_pair else 1], LOOK_ROWS)
+    texts = list(found.values())[: 1 if words else None]
+    encoded = tokenizer(*texts, is_split_into_words=words, verbose=False)
+    return np.array([len(tokens) for tokens in encoded["input_ids"]])
+
+
+def cut_in_words(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) -> str:
+    """How many texts are cut, and to what limit most would fit; empty if none is cut."""
+    lengths = np.asarray(lengths)
+    cut = int((lengths > max_tokens).sum())
+    if not cut:
+        return ""
+    enough = int(np.quantile(lengths, MOST, method="higher"))
+    fit = f"; {MOST:.0%} have at most {enough:,}" if enough > max_tokens else ""
+    are, longest = "is" if cut == 1 else "are", int(lengths.max())
+    return (
+        f"{cut:,} of {len(lengths):,} texts {are} longer than max_tokens = {max_tokens:,} and {are} cut; "
+        f"the longest has {longest:,} tokens{fit}"
+    )
+
+
+def say_what_is_cut(path: Path, lengths: NDArray[np.int64] | None, max_tokens: int) -> None:
+    """Log once for each file how many of its texts are cut."""
+    if lengths is not None and (words := cut_in_words(lengths, max_tokens)):
+        _say(path, words)
+
+
+@cache
+def _say(path: Path, words: str) -> None:
+    log.info("%s: %s", path, words)
