@@ -23,8 +23,8 @@ class Training(Settings):
 
 
 class Data(Settings):
-    """The owner's files: JSON Lines, JSON, CSV, TSV (also .gz), Parquet or Arrow for text, CoNLL (.txt, .conll) for tags
-    and .npz arrays for images.
+    """The owner's files: JSON Lines, JSON, CSV, TSV (or .gz of these), Parquet or Arrow for text, CoNLL (.txt, .conll)
+    for tags and .npz arrays for images.
 
     Paths are relative to the settings file. One may be a pattern for several files, "data/train-*.parquet", or a folder
     that `datasets` saved. Each task reads the columns it needs; "answer.text" is a field of a nested column:
