@@ -38,7 +38,7 @@ from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement, Task
 from common.domain_separation import Domain
-from common.errors import DataError, first_line
+from common.errors import DataError, ModelError, first_line
 from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, Step
 from common.merge_methods.refit import classifier
@@ -90,7 +90,9 @@ class Workbench:
         base = self._on_disk(self.load_base())
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-            check_change(dict(self.own_model().named_parameters()), base, body_parameters(base.model), folder)
+            own = dict(self.own_model().named_parameters())
+            check_change(own, base, body_parameters(base.model), folder)
+            self._check_fixed(own, base)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
         for read in (self.data.train, self.data.validation, self.data.test):
@@ -187,6 +189,8 @@ class Workbench:
         assert training is not None  # the settings have one or the other
         log.info("  %s: fine-tuning", self.name)
         model = self.load_base()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in self._fixed)
         finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -233,6 +237,21 @@ class Workbench:
             if not torch.equal(tensor, base[name]):
                 yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
+    @cached_property
+    def _fixed(self) -> tuple[str, ...]:
+        """The parameters that the agreement leaves as in the base. A private head is the owner's own."""
+        head = private_head(self._outline, self.task)
+        return tuple(name for name in self.plan.left_alone if name not in head)
+
+    def _check_fixed(self, own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+        """Raise ModelError if this owner's model changed a parameter that is left alone: it would lose that change."""
+        for name in self._fixed:
+            if not torch.equal(own[name], base[name]):
+                raise ModelError(
+                    f"{self.name}: its model has another {name} than the base, which the agreement leaves as it is",
+                    hint="bring a model that changed nothing else than merge.layers, or agree on more of them",
+                )
+
     def contribution(self) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of the contribution round, in the order of `contribution_layout`."""
         with self.state.scratch_folder() as activations:
@@ -252,6 +271,7 @@ class Workbench:
         wanted = merge_methods.measurements(self.agreement.methods, self.agreement.tables)
         train = self.data.train()
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+        self._check_fixed(own, base)
         log.info("  %s: measuring", self.name)  # check: logs-hold-no-number-of-rows
         terms = OwnerTerms(examples=len(train), delta=Delta(own, base))
         if Measurement.GRAMS in wanted:

@@ -172,6 +172,9 @@ def draft(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where the server will be: write an invitation for the owners, too."),
     ] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="An owner's LoRA adapter: merge only what it changes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Complete a short file into an agreement: adds keys, base model, merge plan, bounds and thresholds.
@@ -181,7 +184,7 @@ def draft(
     set_up_output(as_json)
     from deploy.commands.draft import draft_agreement
 
-    draft_agreement(short, public, out, address)
+    draft_agreement(short, public, out, address, adapter or [])
 
 
 @cli.command()

@@ -58,7 +58,8 @@ def complete_agreement(
     probe = _probe(base, task, base_folder, draft.seed)
     if any(METHODS[name].needs_blocks for name in draft.methods):
         check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
-    tensors = _planned_tensors(base, probe, base_folder, private_head(base, task), draft)
+    left_alone = (*private_head(base, task), *_not_named(draft.merge.layers, base))
+    tensors = _planned_tensors(base, probe, base_folder, tuple(dict.fromkeys(left_alone)), draft)
     if any(METHODS[name].needs_classifier for name in draft.methods):
         _check_classifier(base, draft, probe, tensors)
     draft = with_keys(draft, public_keys, node_keys or {})
@@ -120,7 +121,7 @@ def _planned_tensors(
     try:
         ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
         groups = find_shared_inputs(base, batch)
-        held_back = _uncountable_inputs(base, batch) | set(left_alone)
+        held_back = _uncountable_inputs(base, batch)
         if not draft.privacy.merge_token_inputs:
             held_back |= _token_inputs(base, batch)  # check: token-inputs-are-averaged
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
@@ -129,13 +130,17 @@ def _planned_tensors(
             hint="check that task.kind fits the model, and that the folder is complete",
         ) from None
     layers, table = merge_layers(base), REGMEAN.of(draft.tables)
-    data_free = _data_free_layers(table.data_free_layers, layers)
+    fixed = set(left_alone)
+    data_free = tuple(
+        weight for weight in _data_free_layers(table.data_free_layers, layers) if parameter_of(weight) not in fixed
+    )
     if not draft.privacy.merge_routed_inputs:  # check: routed-inputs-are-averaged
         held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.expert is not None}
-    measured = (tuple(weight for weight in group if weight not in data_free) for group in groups)
+    unmeasured = {*data_free, *(weight for weight in layers if parameter_of(weight) in fixed)}
+    measured = (tuple(weight for weight in group if weight not in unmeasured) for group in groups)
     merged = tuple(group for group in measured if group and not held_back & set(map(parameter_of, group)))
     if table.bias_feature:
-        biases = layer_biases(base)
+        biases = {weight: bias for weight, bias in layer_biases(base).items() if bias not in fixed}
         merged = tuple(
             (*group, *(biases[weight] for weight in group))
             if set(group) <= set(biases) and layers[group[0]].d_in <= (table.largest_gram or inf)
@@ -143,7 +148,7 @@ def _planned_tensors(
             for group in merged
         )
     solved = {parameter_of(name) for name in (*data_free, *(name for group in merged for name in group))}
-    averaged = tuple(name for name in parameter_shapes(base) if name not in solved | set(left_alone))
+    averaged = tuple(name for name in parameter_shapes(base) if name not in solved | fixed)
     return PlannedTensors(
         merged=merged,
         largest_gram=table.largest_gram,
@@ -155,18 +160,32 @@ def _planned_tensors(
 
 def _data_free_layers(patterns: tuple[str, ...], layers: Collection[str]) -> tuple[str, ...]:
     """The weights that some pattern names, in the model's order. Raises SettingsError if a pattern names none."""
-
-    def names(pattern: str, weight: str) -> bool:
-        parameter = parameter_of(weight)
-        return fnmatchcase(parameter, pattern) or parameter.startswith(f"{pattern}.")
-
     for pattern in patterns:
-        if not any(names(pattern, weight) for weight in layers):
+        if not any(_names(pattern, parameter_of(weight)) for weight in layers):
             raise SettingsError(
                 f"regmean.data_free_layers: {pattern!r} names no linear layer's weight of the base model",
                 hint="use a layer's name, its beginning up to a dot, or a pattern such as *.attention.*",
             )
-    return tuple(weight for weight in layers if any(names(pattern, weight) for pattern in patterns))
+    return tuple(weight for weight in layers if any(_names(pattern, parameter_of(weight)) for pattern in patterns))
+
+
+def _not_named(patterns: tuple[str, ...], base: PreTrainedModel) -> tuple[str, ...]:
+    """The parameters that no pattern names, if there are patterns. Raises SettingsError if one names nothing."""
+    parameters = parameter_shapes(base)
+    for pattern in patterns:
+        if not any(_names(pattern, parameter) for parameter in parameters):
+            raise SettingsError(
+                f"merge.layers: {pattern!r} names no parameter of the base model",
+                hint="use a parameter's name, its beginning up to a dot, or a pattern such as *.q_proj.*",
+            )
+    if not patterns:
+        return ()
+    return tuple(name for name in parameters if not any(_names(pattern, name) for pattern in patterns))
+
+
+def _names(pattern: str, parameter: str) -> bool:
+    """Whether a pattern names a parameter, or the module that it belongs to."""
+    return any(fnmatchcase(parameter, each) for each in (pattern, f"{pattern}.*"))
 
 
 def _token_inputs(base: PreTrainedModel, batch: Batch) -> set[str]:

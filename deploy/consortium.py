@@ -11,9 +11,10 @@ from client.look import OwnerLook, look_at_owner, own_folder
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.errors import SettingsError
+from common.models.adapter import is_adapter
 from common.models.folders import check_same_architecture, model_folder
 from common.settings_file import load_settings
-from deploy.drafting import with_labels
+from deploy.drafting import ADAPTER, with_labels, with_layers
 
 AGREEMENT = "agreement.toml"
 NOT_OWNERS = (AGREEMENT, "coordinator.toml")
@@ -61,6 +62,8 @@ def read_settings(folder: Path) -> Consortium:
     base_folder = model_folder(draft.base, folder, draft.base_revision)
     found = {name: own_folder(each, files[name].parent) for name, each in settings.items()}
     draft = with_labels(draft, base_folder, {name: each for name, each in found.items() if each is not None})
+    if ADAPTER in draft.merge.layers:
+        draft = with_layers(draft, [each for each in found.values() if each is not None and is_adapter(each)])
     return Consortium(draft=draft, base_folder=base_folder, owner_files=files, settings=settings)
 
 

@@ -1,14 +1,17 @@
 """What can be added to a draft before its base model is loaded: the labels, and everybody's keys."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.agreement import COORDINATOR, AgreementDraft, CoordinatorEntry
+from common.agreement.tables import Merging
 from common.errors import SettingsError
+from common.models.adapter import changed_parameters
 from common.models.folders import base_labels, check_base_labels, how_to_match, named_labels
 from common.settings_file import parse_settings
 
+ADAPTER = "adapter"  # in merge.layers: what the owners' adapters change
 WRITE_THEM = 'write them under [task], in the order of the models\' outputs: labels = ["...", "..."]'
 
 
@@ -55,6 +58,23 @@ def _common(named: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
                 or 'name models of one task; or, if every owner keeps its own labels, agree on task.head = "private"',
             )
     return labels
+
+
+def with_layers(draft: AgreementDraft, adapters: Sequence[Path]) -> AgreementDraft:
+    """The draft with the names of what these LoRA adapters change, where it says "adapter" or nothing.
+
+    Raises SettingsError if it says "adapter" and there is none.
+    """
+    if ADAPTER in draft.merge.layers and not adapters:
+        raise SettingsError(
+            'merge.layers = ["adapter"]: no adapter was found to read the names from',
+            hint="name the folder of an owner's adapter: amalgram draft SHORT.toml *.pub --adapter FOLDER",
+        )
+    if not adapters or (draft.merge.layers and ADAPTER not in draft.merge.layers):
+        return draft
+    others = [name for name in draft.merge.layers if name != ADAPTER]
+    names = dict.fromkeys([*others, *(name for folder in adapters for name in changed_parameters(folder))])
+    return draft.model_copy(update={"merge": Merging(layers=tuple(names))})
 
 
 def with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes], node_keys: Mapping[str, str]) -> AgreementDraft:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from common.agreement import Task
 from common.errors import ModelError
 from common.models.adapter import PARAMETER_PREFIX as PREFIX
+from common.models.adapter import changed_parameters
 from common.models.folders import fine_tuned_folder, model_folder
 from common.models.layers import linear_layers
 from common.models.loading import load_fine_tuned
@@ -57,6 +58,26 @@ def assert_delta_is_by_hand(base: PreTrainedModel, folder: Path, scale: float, s
         changed += bool(expected.abs().max() > 0)
         torch.testing.assert_close(delta[name], expected, rtol=0, atol=1e-6)
     assert changed == len([name for name in file if "lora_B" in name or "lora" not in name])
+
+
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # of a bias, which is as it should be
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["query"], "lora_bias": True},
+        {"target_modules": ["query"], "use_dora": True},
+        {"target_modules": ["dense"], "bias": "lora_only"},
+        {"target_modules": ["dense", "word_embeddings"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    ],
+)
+def test_the_parameters_that_an_adapter_changes_are_known_from_its_names(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    folder, base = write_adapter(tiny_bert(), tmp_path, **settings), tiny_bert()
+    delta = delta_of(load_fine_tuned(folder, TASK, base), base)
+    assert set(changed_parameters(folder)) == {name for name, tensor in delta.items() if tensor.any()}
 
 
 def test_the_delta_is_the_product_of_the_file_s_factors(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Grams and merged layers of tiny models of many architectures, against explicit rows, one example at a time."""
 
+import re
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from client.measurement.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
+from common.agreement.tables import Merging
 from common.errors import ModelError, SettingsError
+from common.merge_methods import contribution_layout
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.terms import Gram, MergedDelta, OwnerTerms
 from common.models.layers import Layer, linear_layers, merge_layers, parameter_of
@@ -341,6 +344,39 @@ def test_a_pattern_that_names_no_layer_is_refused(tmp_path: Path) -> None:
         assert pattern in str(caught.value)
 
 
+# --- layers that are left alone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_feature", [False, True])
+def test_what_no_pattern_names_is_neither_measured_nor_averaged(bias_feature: bool, tmp_path: Path) -> None:
+    patterns = ("*.query", "*.value.weight", "classifier")
+    agreement = completed(
+        save(tiny_bert(), tmp_path), merge=Merging(layers=patterns), regmean=RegMeanTable(bias_feature=bias_feature)
+    )
+    tensors = agreement.tensors
+    attention = "bert.encoder.layer.1.attention.self"
+    # A value's bias is left alone, so that group's biases cannot be solved; the key, which shares their input, is not
+    # in it. The first block's input depends on the token alone, so it is averaged.
+    biases = ("classifier.bias",) if bias_feature else ()
+    assert tensors.merged == (
+        (f"{attention}.query.weight", f"{attention}.value.weight"),
+        ("classifier.weight", *biases),
+    )
+    averaged = {name for name in tensors.averaged if not name.startswith("bert.encoder.layer.1")}
+    assert averaged == {
+        f"bert.encoder.layer.0.attention.self.{name}" for name in ("query.weight", "query.bias", "value.weight")
+    } | ({"classifier.bias"} - set(biases))
+    assert f"{attention}.key.weight" in tensors.left_alone
+    assert sorted(agreement.tensors_by_name()) == sorted(parameter_shapes(tiny_bert()))
+    layout = contribution_layout(agreement.methods, agreement.merge_settings(merge_plan(tiny_bert(), tensors)))
+    assert not [entry.name for entry in layout.entries if re.search("key|LayerNorm|embeddings", entry.name)]
+
+
+def test_a_pattern_that_names_no_parameter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"merge\.layers: 'quer' names no parameter of the base model"):
+        completed(save(tiny_bert(), tmp_path), merge=Merging(layers=("*.query", "quer")))
+
+
 # --- tied heads -------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +454,7 @@ def completed(
     kind: str = "text-classification",
     regmean: RegMeanTable | None = None,
     method: str = "regmean",
+    merge: Merging | None = None,
     **privacy: bool,
 ) -> Agreement:
     draft = AgreementDraft(
@@ -427,6 +464,7 @@ def completed(
         task=Task(kind=kind, labels=("a", "b", "c"), max_tokens=16),  # type: ignore[arg-type]
         privacy=Privacy(**privacy),
         method=method,
+        merge=merge or Merging(),
         regmean=regmean or RegMeanTable(),  # type: ignore[call-arg]
     )
     return complete_agreement(draft, folder, {name: each.public_key for name, each in IDENTITIES.items()})

@@ -190,6 +190,17 @@ class Verification(Settings):
     required: bool | None = None
 
 
+class Merging(Settings):
+    """Which parameters are merged; the others stay as in the base, and are neither measured nor sent.
+
+    `layers`: names, their beginnings up to a dot, or patterns such as *.q_proj. Left out, all. "adapter" stands for
+    those that the owners' LoRA adapters change, until a draft is completed. An owner whose model changed any other
+    parameter cannot take part.
+    """
+
+    layers: Annotated[tuple[Line, ...], Field(max_length=10_000)] = ()
+
+
 class Publish(Settings):
     """The form of the published model: whole, or with `adapter_rank` a LoRA adapter of the base with that rank."""
 
@@ -232,6 +243,7 @@ class DraftTables(MethodTables):
     reading: Reading = Reading()
     evaluation: Evaluation = Evaluation()
     verification: Verification = Verification()
+    merge: Merging = Merging()
     publish: Publish = Publish()
 
     @property

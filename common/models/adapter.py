@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError, first_line
 from common.lazy import lazy_module
-from common.models.files import inside, read_json, read_tensors
+from common.models.files import inside, read_json, read_tensors, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,16 @@ ANOTHER_BASE = "check that the adapter was trained on the agreed base model"
 def is_adapter(folder: Path) -> bool:
     """Whether a model folder holds an adapter."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def changed_parameters(folder: Path) -> tuple[str, ...]:
+    """The names of the base's parameters that the adapter in `folder` changes. Raises ModelError."""
+    found = []
+    for name in tensor_names(inside(folder, ADAPTER_WEIGHTS)):
+        name = name.removeprefix(PARAMETER_PREFIX).replace(".base_layer.", ".")
+        module, factor, rest = name.partition(".lora_")
+        found.append(f"{module}.{'bias' if rest.endswith('.bias') else 'weight'}" if factor else module)
+    return tuple(dict.fromkeys(found))
 
 
 def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

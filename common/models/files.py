@@ -113,6 +113,12 @@ def check_readable(folder: Path) -> None:
             pass
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in one safetensors file; none of them is read. Raises ModelError."""
+    with _opened(path, "numpy") as file:
+        return list(file.keys())
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of one safetensors file, mapped from it. Raises ModelError."""
     with _opened(path, "pt") as file:

@@ -1,5 +1,6 @@
 """`amalgram draft`: completes what people wrote into the agreement that every party then holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.agreement import AgreementDraft
@@ -7,7 +8,7 @@ from common.errors import SettingsError
 from common.identity import PublicIdentity, fingerprint, read_public_identity
 from common.models.folders import model_folder
 from common.settings_file import load_settings, write_settings
-from deploy.drafting import with_keys, with_labels
+from deploy.drafting import with_keys, with_labels, with_layers
 from deploy.invitation import read_door, write_invitation
 from deploy.terminal import answer, as_lines
 
@@ -22,8 +23,9 @@ listen = "0.0.0.0:{port}"     # let only this port in, from the owners' addresse
 """
 
 
-def draft_agreement(short: Path, public: list[Path], out: Path, address: str | None) -> None:
+def draft_agreement(short: Path, public: list[Path], out: Path, address: str | None, adapters: Sequence[Path]) -> None:
     """Write the agreement to `out`; if `address`, HOST:PORT, says where the server will be, an invitation to it, too.
+    `adapters`: owners' LoRA adapters; then nothing else than what they change is merged.
 
     Raises SettingsError if a file exists or a party's key is missing, ModelError if the base model cannot be used.
     """
@@ -32,7 +34,7 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
         if path.exists():
             raise SettingsError(f"{path}: exists already", hint="move it away, or draft into another folder with --out")
     door = read_door(address, out.with_name("ca.pem")) if address else None
-    written = load_settings(short, AgreementDraft)
+    written = with_layers(load_settings(short, AgreementDraft), adapters)
     identities = _by_name(public)
     base_folder = model_folder(written.base, short.resolve().parent, written.base_revision)
     public_keys = {name: each.public_key for name, each in identities.items()}

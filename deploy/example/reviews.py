@@ -104,6 +104,9 @@ choose_by = "accuracy"        # or "macro_f1"
 # [verification]
 # required = false            # measure on models that nobody has verified; an adapter still needs this
 
+# [merge]
+# layers = ["*.query", "*.value"]   # only these change; or ["adapter"]: what the owners' LoRA adapters change
+
 # [publish]
 # adapter_rank = 8            # publish a LoRA adapter of the base, cut to this rank, instead of a whole model
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common.agreement import Task
+from common.errors import ModelError
 from common.models.loading import digest_of, load_base, load_fine_tuned
 from deploy.simulation.simulate import simulate
-from server.report.report import Report
+from server.report.report import Report, read_report
 from tests.support.adapters import write_adapter
 from tests.support.models import delta_of
 
@@ -54,6 +55,62 @@ def test_adapters_are_averaged_as_the_weights_that_they_make(consortium: Path, t
         mean = torch.stack([delta[name] for delta in deltas]).mean(0)  # every owner has 200 rows
         torch.testing.assert_close(tensor, mean, rtol=0, atol=1e-6)
     assert report.model_dump(mode="json") == json.loads((tmp_path / "output" / "report.json").read_text())
+
+
+@pytest.fixture
+def only_adapted(consortium: Path, tmp_path: Path) -> Path:
+    """The owners with adapters of the queries and values, who agreed to merge nothing else."""
+    folder = Path(shutil.copytree(consortium, tmp_path / "consortium"))
+    text = (
+        (folder / "agreement.toml")
+        .read_text()
+        .replace('# [merge]\n# layers = ["*.query", "*.value"] ', '[merge]\nlayers = ["adapter"] ')
+    )
+    (folder / "agreement.toml").write_text(
+        text.replace('["average", "task_arithmetic", "fisher"]', "[]").replace(
+            "alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]"
+        )
+    )
+    for name in OWNERS:
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+        shutil.rmtree(folder / "models" / name)
+        adapter = {"target_modules": ["query", "value"], "layers_to_transform": [1], "layers_pattern": "layer"}
+        write_adapter(model, folder / "models" / name, seed=OWNERS.index(name), **adapter)
+    return folder
+
+
+def test_owners_of_adapters_send_only_what_these_change(only_adapted: Path, example_run: Path, tmp_path: Path) -> None:
+    report = simulate(only_adapted, tmp_path / "output", with_references=False)
+    attention = "bert.encoder.layer.1.attention.self"
+    assert report.tensors.merged == ((f"{attention}.query.weight", f"{attention}.value.weight"),)
+    base = load_base(only_adapted / "base", TASK, seed=0)
+    assert report.tensors.averaged == ()
+    assert len(report.tensors.left_alone) == len(list(base.named_parameters())) - 2
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "output" / "model")
+    assert {name for name, tensor in delta_of(merged, base).items() if tensor.any()} == set(report.tensors.merged[0])
+    numbers = [
+        next(one.numbers for one in each.rounds if one.kind == "contribution")
+        for each in (report, read_report(example_run))
+    ]
+    assert 20 * numbers[0] < numbers[1]
+
+
+def test_an_owner_whose_model_changed_more_than_is_merged_is_refused_by_its_first_tensor(only_adapted: Path) -> None:
+    shutil.rmtree(only_adapted / "models" / "cinema")
+    model = AutoModelForSequenceClassification.from_pretrained(only_adapted / "base")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias += 0.1
+        model.classifier.weight += 0.1
+    model.save_pretrained(only_adapted / "models" / "cinema")
+    with pytest.raises(ModelError, match=r"cinema: its model has another bert\.encoder\.layer\.0\.output\.dense\.bias"):
+        simulate(only_adapted, only_adapted / "output", with_references=False)
+
+
+def test_an_owner_that_makes_its_model_here_trains_only_what_is_merged(only_adapted: Path) -> None:
+    path = only_adapted / "phones.toml"
+    path.write_text(path.read_text().replace('\nfine_tuned = "models/phones"\n', "\n[training]\nepochs = 1\n"))
+    report = simulate(only_adapted, only_adapted / "output", with_references=False)
+    assert report.owners == OWNERS
 
 
 @pytest.fixture(scope="module")
