@@ -98,6 +98,14 @@ class Workbench:
         for read in (self.data.train, self.data.validation, self.data.test):
             read()
 
+    def oddities(self) -> Iterator[str]:
+        """What is odd about this owner's model and files, but no error. Never for the log of a run."""
+        if self.settings.fine_tuned is not None:
+            own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+            if all(torch.equal(own[name], base[name]) for name in base):
+                yield f"{self.settings.fine_tuned}: is the base model, unchanged, and brings nothing to the merge"
+        yield from self.data.oddities()
+
     # --- what the agreement makes of this base model ---
 
     @cached_property

@@ -14,7 +14,7 @@ from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
 from common.models import loading
 from common.models.delta import add_delta
-from common.models.folders import base_labels, load_tokenizer, model_folder
+from common.models.folders import base_labels, fine_tuned_folder, load_tokenizer, model_folder
 from common.models.loading import check_base, digest_of, load_base, load_fine_tuned
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
@@ -242,3 +242,26 @@ def test_a_base_that_cuts_its_feed_forward_into_chunks_is_run_whole(folder: Path
     grams = measure_grams(load_base(folder, TASK, seed=0), plan, [{"input_ids": tokens, "attention_mask": mask}])
     rows = {name: gram.rows for name, gram in grams.items() if "intermediate" in name or "output" in name}
     assert set(rows.values()) == {11}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module."])
+def test_a_wrapper_s_prefix_of_all_names_is_taken_off(prefix: str, tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    loaded = load_fine_tuned(tmp_path / "model", TASK, tiny_bert())
+    assert digest_of(loaded, TASK) == digest_of(model, TASK)
+
+
+def test_a_folder_of_a_trainer_names_its_best_or_last_checkpoint(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        tiny_bert().save_pretrained(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ModelError, match=r"has no config\.json") as caught:
+        fine_tuned_folder(str(tmp_path), tmp_path)
+    last = tmp_path / "checkpoint-100"
+    assert caught.value.hint == f"a Trainer wrote this folder; name a checkpoint, for example the last: {last}"
+    (last / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": "elsewhere/checkpoint-20"}))
+    with pytest.raises(ModelError) as caught:
+        fine_tuned_folder(str(tmp_path), tmp_path)
+    assert caught.value.hint == f"a Trainer wrote this folder; name its best checkpoint: {tmp_path / 'checkpoint-20'}"

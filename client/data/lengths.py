@@ -1,12 +1,10 @@
-"""How long an owner's texts are in tokens, and how many are cut. Only its own log and `amalgram check` say so."""
+"""How long an owner's texts are in tokens, and how many are cut. `amalgram check` and `amalgram agree` say so."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +15,10 @@ from client.settings import Data
 from common.agreement import Task
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LOOK_ROWS = 2000  # drawn from a file, for a look before a run
 MOST = 0.99  # of the texts, for which a longer limit is proposed
-log = logging.getLogger("amalgram.owner")
-
-
-def lengths_of(encoded: BatchEncoding) -> NDArray[np.int64] | None:
-    """(rows,): how many tokens each text has, cut or not; None if the tokenizer does not tell."""
-    if not encoded.is_fast:
-        return None
-    return np.array([len(each.ids) + sum(map(_own_tokens, each.overflowing)) for each in encoded.encodings or ()])
-
-
-def _own_tokens(encoding: Any) -> int:
-    """Tokens of the text itself, without the special ones that every part has again."""
-    special: int = sum(encoding.special_tokens_mask)
-    return len(encoding.ids) - special
 
 
 def look_at_lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
@@ -60,14 +44,3 @@ def cut_in_words(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) ->
         f"{cut:,} of {len(lengths):,} texts {are} longer than max_tokens = {max_tokens:,} and {are} cut; "
         f"the longest has {longest:,} tokens{fit}"
     )
-
-
-def say_what_is_cut(path: Path, lengths: NDArray[np.int64] | None, max_tokens: int) -> None:
-    """Log once for each file how many of its texts are cut."""
-    if lengths is not None and (words := cut_in_words(lengths, max_tokens)):
-        _say(path, words)
-
-
-@cache
-def _say(path: Path, words: str) -> None:
-    log.info("%s: %s", path, words)

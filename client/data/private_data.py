@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.columns import contents_of, look_at_files
+from client.data.lengths import cut_in_words, look_at_lengths
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
@@ -42,6 +43,23 @@ class PrivateData:
     def training_contents(self) -> Iterator[bytes]:
         """What every example of the training file says, without its label, none set aside."""
         return contents_of(self.data, self.task, self.folder / self.data.train, self.data.max_train_rows)
+
+    def oddities(self) -> Iterator[str]:
+        """What is odd about the files but no error, in words with counts: for this owner's eyes alone."""
+        data, task = self.data, self.task
+        training = {hash(content) for content in self.training_contents()}
+        test = contents_of(data, task, self.folder / data.test, data.max_test_rows)
+        shared = [hash(content) in training for content in test]
+        if 2 * sum(shared) > len(shared):
+            yield (
+                f"{data.test}: {sum(shared):,} of {len(shared):,} test rows are training rows, too, so its metrics say "
+                "little about other rows"
+            )
+        if self.tokenizer is not None:
+            for path in dict.fromkeys(filter(None, (data.train, data.validation, data.test))):
+                lengths = look_at_lengths(data, task, self.folder / path, self.tokenizer)
+                if cut := cut_in_words(lengths, task.max_tokens):
+                    yield f"{path}: {cut}"
 
     def validation(self) -> Rows:
         """The examples that decide a sweep."""

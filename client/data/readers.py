@@ -15,7 +15,6 @@ from torch import nn
 from client.data.columns import columns_of
 from client.data.files import read_arrays, read_columns
 from client.data.labels import label_numbers, tag_numbers
-from client.data.lengths import lengths_of, say_what_is_cut
 from client.data.reading import check_texts
 from client.data.rows import IGNORED, Rows
 from client.settings import Data
@@ -67,8 +66,6 @@ class Reader:
                 )
         read = [each for each in (*texts, options.get("text_target")) if each is not None]
         rows = read[0] if len(read) == 1 else list(zip(*read, strict=True))
-        if len(read) == 1:  # the parts of a pair overflow in every combination, so how long it is cannot be told
-            say_what_is_cut(path, lengths_of(encoded), length)
         check_texts(path, rows, encoded["input_ids"], self.tokenizer, self.max_tokens, self.reading)
         return encoded
 

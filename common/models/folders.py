@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
@@ -37,6 +38,7 @@ KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of tra
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "sequence-to-sequence",
 }
+CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,12})$")
 WRAPPERS = ("timm_wrapper",)  # model types whose code is another library's, chosen by a name in the configuration
 
 BaseOrigin = Literal["hub", "own folder", "folder of the drafter"]
@@ -129,7 +131,7 @@ def _fetch_from_hub(name: str, missing_folder: Path, revision: str | None) -> Pa
 
 def _check_files(folder: Path, config: str, weights: str) -> None:
     if not (folder / config).is_file():
-        raise ModelError(f"model {folder}: has no {config}", hint="name a Hugging Face model folder")
+        raise ModelError(f"model {folder}: has no {config}", hint=_which_folder(folder))
     if any(folder.glob(weights)):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
@@ -138,6 +140,22 @@ def _check_files(folder: Path, config: str, weights: str) -> None:
             hint="save the model again as model.safetensors (safe_serialization=True)",
         )
     raise ModelError(f"model {folder}: holds no weights ({weights})", hint=DOWNLOAD_AGAIN)
+
+
+def _which_folder(folder: Path) -> str:
+    """What to name instead of a folder without a model: one of its checkpoints, if a Trainer wrote it."""
+    checkpoints = {
+        int(found[1]): path for path in folder.glob("checkpoint-*") if (found := CHECKPOINT.search(path.name))
+    }
+    if not checkpoints:
+        return "name a Hugging Face model folder"
+    last = checkpoints[max(checkpoints)]
+    with suppress(ModelError):
+        best = read_json(last, "trainer_state.json").get("best_model_checkpoint")
+        named = [path for path in checkpoints.values() if isinstance(best, str) and path.name == Path(best).name]
+        if named:
+            return f"a Trainer wrote this folder; name its best checkpoint: {named[0]}"
+    return f"a Trainer wrote this folder; name a checkpoint, for example the last: {last}"
 
 
 # --- configuration and labels ---

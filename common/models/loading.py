@@ -228,7 +228,7 @@ def _small_model(
 
 
 def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    tensors = {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)}
+    tensors = _unwrapped({name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)})
     model, missing, mismatched = _from_tensors(folder, tensors, task, seed)
     for name in sorted(mismatched - set(private_head(model, task))):
         raise ModelError(
@@ -242,6 +242,14 @@ def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[
             module.chunk_size_feed_forward = 0
     model.eval()
     return model, tuple(sorted(missing))
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors by their names in the model, without what torch.compile and DataParallel put before every name."""
+    for prefix in ("_orig_mod.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _from_tensors(

@@ -1,5 +1,6 @@
 """What an owner consents to, in plain words, for whoever says yes or no: what leaves, who sees it, what it reveals."""
 
+import logging
 import shutil
 import sys
 import textwrap
@@ -27,6 +28,7 @@ from deploy.terminal import answer, byte_count, shows_json
 MAX_COLUMNS, MIN_COLUMNS = 100, 40  # of a terminal, for words that are not ours
 QUOTE = "  | "
 DIGITS_TO_TYPE = 5
+log = logging.getLogger("amalgram.agree")
 
 
 def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
@@ -149,6 +151,8 @@ def ask_for_consent(owner_file: Path, yes: str | None, again: bool) -> None:
     """
     owner = Owner(owner_file)
     owner.check()
+    for oddity in owner.workbench.oddities():
+        log.warning("%s", oddity)
     repeats = owner.ledger.repeats(owner.contributed(may_train=False))
     text = consent_text(owner, repeats)
     print(text, file=sys.stderr if shows_json() else sys.stdout, flush=True)  # people read it before they answer

@@ -71,7 +71,10 @@ def run_consortium(
         party_files,
     ):
         for path in party_files:
-            Owner(path).check()
+            owner = Owner(path)
+            owner.check()
+            for oddity in owner.workbench.oddities():
+                log.warning("%s: %s", owner.name, oddity)
         _run(engine, coordinator_file, party_files)
         report = read_report(output).model_copy(update={"simulated": True})
         if with_references:
