@@ -34,7 +34,7 @@ from common.identity import verify
 from common.mapped import release
 from common.messages import CorrectionPart, Draw, Drawn, Message, OpeningChecked, UploadsOpened
 from common.metrics import read_total
-from common.models.delta import VectorDelta
+from common.models.delta import VectorDelta, check_candidate
 from common.publication import SignedMean
 from common.schedule import Delivery, Round
 from common.summation import fixed_point
@@ -143,6 +143,14 @@ def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRe
     if (received.model, received.digest) not in before:  # check: tested-is-the-validated-candidate
         _condemn(owner, [f"{received.model}, which is not the candidate that was validated"], {})
     owner.state.update_run(verified=(*run.verified, delivery.position))
+
+
+def check_is_cut(owner: OwnerContext, delivery: Delivery, array: NDArray[np.float32]) -> None:
+    """Raise WrongModel unless the adapter to which a candidate is cut is the closest of its rank."""
+    try:
+        check_candidate(owner.workbench.plan, delivery.layout, array)
+    except RemoteProtocolError as violation:
+        _condemn(owner, [violation.message], {})
 
 
 def check_was_shown(owner: OwnerContext) -> None:

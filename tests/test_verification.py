@@ -120,6 +120,14 @@ def wrong_entry(check: Check, size: float, seed: int) -> None:
     flat[random.integers(len(flat))] += size * float(tensor.norm())
 
 
+def is_found(check: Check) -> bool:
+    """Whether owners find the model wrong: by the sum of their shares, or by a correction that is too large for it."""
+    try:
+        return check.wrong() != []
+    except NotTheMerge:
+        return True
+
+
 @given(check=checks())
 @settings(max_examples=150)
 def test_an_honest_merge_of_every_method_passes(check: Check) -> None:
@@ -130,7 +138,7 @@ def test_an_honest_merge_of_every_method_passes(check: Check) -> None:
 @settings(max_examples=100)
 def test_one_wrong_entry_of_one_tensor_is_found(check: Check, seed: int) -> None:
     wrong_entry(check, 1e-2, seed)
-    assert check.wrong() != []
+    assert is_found(check)
 
 
 @pytest.mark.slow
@@ -145,7 +153,7 @@ def test_ten_thousand_honest_merges_raise_no_false_alarm(check: Check) -> None:
 @settings(max_examples=10_000)
 def test_none_of_ten_thousand_wrong_merges_passes(check: Check, seed: int) -> None:
     wrong_entry(check, 1e-2, seed)
-    assert check.wrong() != []
+    assert is_found(check)
 
 
 # --- what nobody's rows reach, and what a coordinator would like to hide ----------------------------------------------

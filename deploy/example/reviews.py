@@ -102,7 +102,7 @@ choose_by = "accuracy"        # or "macro_f1"
 # sign_above = 0.7            # no owner signs a model that is worse than this, or than the base, on its test rows
 
 # [verification]
-# required = false            # measure on models that nobody has verified; an adapter still needs this
+# required = false            # measure on models that nobody has verified
 
 # [publish]
 # adapter_rank = 8            # publish a LoRA adapter of the base, cut to this rank, instead of a whole model
