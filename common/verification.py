@@ -16,7 +16,10 @@ s (n, 8), owner i sends for each equation, for every column k,
 The order matters. First the owners have D. Then each draws a nonce, from which rho follows, and signs it with the
 digest of what it was sent, so that nobody else can invent one that suits a D chosen before. Then the coordinator names
 the correction c. Then the keys of the check's own session are drawn, from which s follows. Whoever knew s when choosing
-c could hide an error in directions where A is weak, and whoever knew rho when choosing D could hide it at once.
+c could hide an error in directions where A is weak, and whoever knew rho when choosing D could hide it at once. The
+coordinator knows s a step before the owners give their shares, and can open another session instead. An owner opens
+16 at most. In all 8 columns, an error r passes by chance if its sums are below the tolerance, which are about |r|_2
+large: the best of 16 draws lets one pass that is 16^(1/8) = 1.4 times as large.
 
 The correction. D travels in float32, and the coordinator knows it to 48 bits, D + R. It sends c = R rho. Rounding to
 nearest leaves |R| <= 2^-24 |D| + 2^-150, so an owner accepts only

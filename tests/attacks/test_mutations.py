@@ -78,7 +78,7 @@ AGREED, LOW_RANK, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
 )
 
 TABLE = [
-    # 42, 43, 120 to 130: verified merges
+    # 42, 43, 120 to 131: verified merges
     Mutation(CHOSEN, "test_42_layers_that_are_not", "sums-of-shares-are-zero"),
     Mutation(CHOSEN, "test_42_layers_that_are_not", "nothing-after-a-wrong-model"),
     Mutation(CHOSEN, "test_43_a_candidate_that_is_not", "sums-of-shares-are-zero"),
@@ -92,6 +92,7 @@ TABLE = [
     Mutation(VERIFICATION, "test_128_", "scales-are-coarse"),
     Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "return least"),
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
+    Mutation(VERIFYING, "test_131_", "checks-are-not-drawn-at-will"),
     Mutation(CHOSEN, "test_130_an_adapter_that", "candidates-are-cut"),
     Mutation(LOW_RANK, "test_130_every_layer", "cuts-are-the-closest"),
     Mutation(LOW_RANK, "test_130_factors", "padding-of-factors-is-zero"),

@@ -1,4 +1,4 @@
-"""Attacks 123, 124 and 126: a coordinator that tries each shortcut around the check of one honest run.
+"""Attacks 123, 124, 126 and 131: a coordinator that tries each shortcut around the check of one honest run.
 
 One owner is sent every message that must be refused, just before the honest one in its place. At the end the run has
 succeeded, so the owner refused those and nothing else.
@@ -250,6 +250,21 @@ def test_124_an_owner_that_signs_its_nonce_badly_is_named_before_the_others_are_
     with pytest.raises(RemoteProtocolError, match="the signature of hotel is not valid"):
         run_merge(trying.parties.coordinator, trying)
     assert CorrectionPart not in [kind for packet in trying.kinds for kind in packet]
+
+
+def test_131_a_check_is_not_drawn_again_until_it_suits_the_coordinator(trying: TryingChannel) -> None:
+    """It knows the random numbers of a session once it has all keys, and then opens another one."""
+    drawn: list[Message] = []
+
+    def open_again(owner: Owner, request: Message) -> None:
+        assert isinstance(request, OpenSum)
+        while trying.schedule.round_at(request.position).kind == "check":
+            drawn.append(trying.owner.answer(trying.opening(request.position)))
+
+    trying.checks = {OpenSum: open_again}
+    with pytest.raises(RemoteProtocolError, match="opened the sum of check shares more than 16 times"):
+        run_merge(trying.parties.coordinator, trying)
+    assert len(drawn) == verification.MOST_OPENINGS
 
 
 def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChannel) -> None:
