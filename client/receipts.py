@@ -13,7 +13,6 @@ from common.errors import ConsentError, RemoteProtocolError
 from common.merge_methods import METHODS
 from common.messages import Message, Receipts, ReceiptsKept, Result, ResultReceived
 from common.metrics import BASE, OWN_AT_HOME, thousandths
-from common.models.adapter import ADAPTER_WEIGHTS
 from common.publication import (
     CARD,
     Publication,
@@ -71,16 +70,16 @@ def _check_was_tested(owner: OwnerContext, message: Result, publication: Publica
     ):  # check: published-is-the-tested-model
         raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
     assert run.published is not None  # written when the tested model had arrived
-    _check_files(run.published, publication, is_adapter=owner.agreement.publish.adapter_rank is not None)
+    _check_files(run.published, publication)
     _check_metrics(owner, publication)
     _check_totals(owner, publication)
     _check_is_good_enough(owner)
 
 
-def _check_files(own: PublishedFolder, publication: Publication, *, is_adapter: bool) -> None:
+def _check_files(own: PublishedFolder, publication: Publication) -> None:
     """The published files are those that this owner would have written, to the byte, and its configuration is, too.
 
-    Except for what an owner cannot compute: the card, and the factors of an adapter.
+    Except for the card, which an owner cannot compute.
     """
     for key in sorted(own.configuration.keys() | publication.configuration.keys()):
         expected, found = own.configuration.get(key), publication.configuration.get(key)
@@ -90,13 +89,12 @@ def _check_files(own: PublishedFolder, publication: Publication, *, is_adapter: 
                 f"{_shortened(expected)}",
                 hint="nothing was signed; ask the coordinator what was changed, and why",
             )
-    not_derived = {CARD, ADAPTER_WEIGHTS} if is_adapter else {CARD}
-    expected_files = {**own.files, **dict.fromkeys(not_derived, "")}
+    expected_files = {**own.files, CARD: ""}
     for name in sorted(expected_files.keys() | publication.files.keys()):
         if name not in publication.files or name not in expected_files:  # check: published-files-are-the-agreed-ones
             lacks = "lacks" if name in expected_files else "has an additional file"
             raise ConsentError(f"the published folder {lacks} {name}", hint="nothing was signed; ask the coordinator")
-        if name not in not_derived and publication.files[name] != own.files[name]:  # check: published-files-are-mine
+        if name != CARD and publication.files[name] != own.files[name]:  # check: published-files-are-mine
             raise ConsentError(
                 f"the published {name} is not the file that this owner would have written",
                 hint="nothing was signed; compare the versions of transformers and safetensors with the coordinator's, "

@@ -38,12 +38,14 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
         )
     verification.check_was_shown(owner)
     verification.check_all_verified(owner, round_)
+    openings = run.openings + 1 if run.begun == message.position else 1
+    verification.check_is_not_drawn_again(round_, openings)
     terms = _terms(owner, message, round_.layout, round_.kind)
     contributed = None if round_.kind in ("check", "metrics") else owner.contributed()
     again = owner.state.may_repeat(message.agreement_digest)
     owner.ledger.begin(message.round, message.session, message.position, round_.title, contributed, again)
     owner.state.forget_round()
-    owner.state.update_run(begun=message.position, is_complete=False)
+    owner.state.update_run(begun=message.position, openings=openings, is_complete=False)
     if round_.kind != "check":  # its vector follows from the session's keys
         try:
             _make_vector(owner, terms, _tensors(owner, round_))

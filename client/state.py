@@ -121,7 +121,8 @@ class ResultRecord(Record):
 
 
 class RunState(Record):
-    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over.
+    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over;
+    `openings`: how many sessions it had, if it is a round.
 
     `tested`: what this owner contributed to the test round; `published`: the folder that it would publish itself. Where
     merges are verified: `summed`, `drawn` and `verified`, the positions of the deliveries that are; `totals`.
@@ -130,6 +131,7 @@ class RunState(Record):
     run: str
     agreement_digest: str
     begun: int | None = None
+    openings: int = 0
     is_complete: bool = True
     received: tuple[ReceivedRecord, ...] = ()
     scores: tuple[ScoreRecord, ...] = ()

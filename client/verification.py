@@ -34,7 +34,7 @@ from common.identity import verify
 from common.mapped import release
 from common.messages import CorrectionPart, Draw, Drawn, Message, OpeningChecked, UploadsOpened
 from common.metrics import read_total
-from common.models.delta import VectorDelta
+from common.models.delta import VectorDelta, check_candidate
 from common.publication import SignedMean
 from common.schedule import Delivery, Round
 from common.summation import fixed_point
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES: Final = ("scales", "contribution", "step")  # the rounds from whose totals models are merged
+MOST_OPENINGS = 16  # sessions of one check; with the best of 16 draws, an error may be 16^(1/8) = 1.4 times as large
 OPEN: Final = ("check", "metrics")  # the rounds that every owner opens, where merges are verified
 
 
@@ -145,6 +146,14 @@ def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRe
     owner.state.update_run(verified=(*run.verified, delivery.position))
 
 
+def check_is_cut(owner: OwnerContext, delivery: Delivery, array: NDArray[np.float32]) -> None:
+    """Raise WrongModel unless the adapter to which a candidate is cut is the closest of its rank."""
+    try:
+        check_candidate(owner.workbench.plan, delivery.layout, array)
+    except RemoteProtocolError as violation:
+        _condemn(owner, [violation.message], {})
+
+
 def check_was_shown(owner: OwnerContext) -> None:
     """Raise RemoteProtocolError if this owner helped to open a sum that is open to all, and was not shown it."""
     run, kept = owner.state.run, owner.state.open_round
@@ -168,6 +177,18 @@ def check_all_verified(owner: OwnerContext, round_: Round) -> None:
             position in received and delivery.layout.size and position not in run.verified
         ):  # check: nothing-is-measured-unverified
             raise LocalProtocolError(f"{delivery.name} was not verified")
+
+
+def check_is_not_drawn_again(round_: Round, openings: int) -> None:
+    """Raise RemoteProtocolError if the sessions of a check are opened one after the other.
+
+    Each draws another s, which the coordinator knows before anybody gives a share. It would wait for one that suits it.
+    """
+    if round_.kind == "check" and openings > MOST_OPENINGS:  # check: checks-are-not-drawn-at-will
+        raise RemoteProtocolError(
+            f"the coordinator opened the {round_.name} more than {MOST_OPENINGS} times",
+            hint="if it was only restarted that often, a new agreement is needed",
+        )
 
 
 # --- the check ---

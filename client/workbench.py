@@ -45,7 +45,7 @@ from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
 from common.metrics import Score, Split
 from common.models.adapter import is_adapter
-from common.models.delta import Delta, VectorDelta, add_delta
+from common.models.delta import Delta, VectorDelta, add_delta, published_delta
 from common.models.folders import (
     BaseOrigin,
     base_model_folder,
@@ -55,6 +55,7 @@ from common.models.folders import (
     load_tokenizer,
 )
 from common.models.loading import (
+    agreed_plan,
     check_base,
     check_change,
     digest_of,
@@ -62,12 +63,11 @@ from common.models.loading import (
     load_fine_tuned,
     load_outline,
     private_head,
-    weights_made_here,
 )
-from common.models.low_rank import adapter_plan
+from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters
-from common.models.plan import MergePlan, merge_plan
-from common.models.published_folder import published_folder, write_adapter_configuration, write_model
+from common.models.plan import MergePlan
+from common.models.published_folder import published_folder, write_adapter, write_model
 from common.publication import PublishedFolder
 from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
@@ -151,7 +151,7 @@ class Workbench:
 
     @cached_property
     def plan(self) -> MergePlan:
-        return merge_plan(self._outline, self.agreement.tensors)
+        return agreed_plan(self._outline, self._base_folder, self.agreement)
 
     @cached_property
     def data(self) -> PrivateData:
@@ -368,7 +368,7 @@ class Workbench:
     def score_candidate(self, split: Split, layout: TensorLayout, vector: NDArray[np.float32]) -> tuple[str, Score]:
         """The digest of the merged model that was sent as `vector`, and how it does on the examples of a split."""
         head, model = self._own_head(), self.load_base()
-        add_delta(model, VectorDelta(self.plan, (layout, vector)))
+        add_delta(model, published_delta(self.plan, layout, vector))
         digest = digest_of(model, self.task)
         copy_parameters(head, head, model)
         return digest, self.score(model, split)
@@ -376,18 +376,17 @@ class Workbench:
     def published_folder(self, layout: TensorLayout, vector: NDArray[np.float32]) -> PublishedFolder:
         """What this owner would publish, were the merged model that was sent as `vector` the result.
 
-        It is written to a private folder for a moment. Of an adapter, only what does not depend on its factors.
+        It is written to a private folder for a moment.
         """
-        agreement, rank = self.agreement, self.agreement.publish.adapter_rank
+        delta = published_delta(self.plan, layout, vector)
         with self.state.scratch_folder() as scratch:
-            folder, base = scratch / "published", self.load_base()  # a private head fits, and is not published
+            folder, model = scratch / "published", self.load_base()  # a private head fits, and is not published
+            add_delta(model, delta)
             with self._needing_room("what would be published"):
-                if rank is None:
-                    add_delta(base, VectorDelta(self.plan, (layout, vector)))
-                    write_model(base, self._base_folder, agreement, folder)
+                if isinstance(delta, AdapterDelta):
+                    write_adapter(model, delta, self._base_folder, self.agreement, folder)
                 else:
-                    plan = adapter_plan(base, weights_made_here(self._base_folder, agreement.task), rank)
-                    write_adapter_configuration(agreement, plan, self._base_folder, folder)
+                    write_model(model, self._base_folder, self.agreement, folder)
             return published_folder(folder)
 
     def score_base(self, split: Split) -> Score:

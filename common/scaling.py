@@ -209,6 +209,9 @@ class RescaledTotal:
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         return self.scales.up(name, self.scaled[name]) if name in self.scaled else self.measured[name]
 
+    def some_of(self, name: str, numbers: slice) -> NDArray[np.float64]:
+        return self[name].reshape(-1)[numbers]
+
     def rounding_error(self, name: str) -> float:
         rows, columns = self.scales[name]
         return self.scaled.rounding_error(name) * float(rows.max() * columns.max())

@@ -31,7 +31,7 @@ from common.merge_methods import METHODS, contribution_layout, kind_of, tensor_k
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.terms import Hyperparameters, MergeSettings
 from common.metrics import BASE, METRIC_KINDS, OWN_AT_HOME, Split, metric_kind, metrics_layout
-from common.models.delta import delta_layout
+from common.models.delta import candidate_layout, delta_layout
 from common.models.plan import MergePlan
 from common.scaling import SCALE_KINDS
 from common.tensor_layout import PART_BYTES, TensorLayout
@@ -120,7 +120,8 @@ class Delivery:
 
     scales       the scales on which contributions are summed
     merged_step  what step `step` of a multi-round method merged; number 0 is what it merged before its first round
-    candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent
+    candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent. If an
+                 adapter is published, the factors to which it is cut follow the whole model
     correction   what rounding took from the models that the check after it is about; `claims` are the check's
     """
 
@@ -322,7 +323,7 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
             known=tuple(name for name in plan.changed if name not in new),
         )
 
-    whole = delta_layout(plan)
+    whole = candidate_layout(plan)
     candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods}
     swept = {method: names for method, names in candidates.items() if len(names) > 1}
     claims = []
@@ -369,10 +370,11 @@ def _check_covers(claim: Claim, events: list[Event], plan: MergePlan) -> None:
     """Raise LocalProtocolError unless every number of a delivery is in an equation, or known: a method's mistake."""
     numbers = sum(rows * columns for rows, columns in (each.shape for each in claim.equations))
     numbers += sum(prod(plan.shapes[name]) for name in claim.known)
-    if numbers != events[claim.delivery].layout.size:
+    # An adapter's factors are in no equation: they follow from the rest (low_rank.check_cut).
+    sent = sum(entry.size for entry in events[claim.delivery].layout.entries if entry.name in plan.shapes)
+    if numbers != sent:
         raise LocalProtocolError(
-            f"schedule: the equations of {events[claim.delivery].name} are about {numbers} of its "
-            f"{events[claim.delivery].layout.size} numbers"
+            f"schedule: the equations of {events[claim.delivery].name} are about {numbers} of its {sent} numbers"
         )
 
 

@@ -26,7 +26,7 @@ from common.merge_methods.regmean import REGMEAN
 from common.metrics import metrics_layout
 from common.models.folders import hub_revision, image_shape, load_tokenizer
 from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
-from common.models.loading import digest_of, load_base, private_head
+from common.models.loading import agreed_plan, digest_of, load_base, private_head
 from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
@@ -77,7 +77,7 @@ def complete_agreement(
         bundle_digest=bundle_digest(),
         tensors=tensors,
     )
-    plan = merge_plan(base, tensors)
+    plan = agreed_plan(base, base_folder, agreement)
     schedule_of(agreement, plan)  # raises for one that cannot be run
     for layout in (
         contribution_layout(agreement.methods, agreement.merge_settings(plan)),

@@ -256,21 +256,37 @@ class Coordinator:
         self.exchange.exclude(owner, violation)
 
     def _relay_uploads(self, round: Round, total: Total) -> None:
-        """Let every owner of an open sum add it up by itself. Raises OwnerRefused if one finds a model wrong."""
+        """Let every owner of an open sum add it up by itself, ahead of the next message. If an owner then finds a model
+        wrong, whatever travels that message raises OwnerRefused.
+        """
         if not round.is_open:
             return
         uploads = self.checkpoint.uploads_to_relay()
         if uploads is None:
             return
-        if self.exchange.steps[-1].name != round.name:  # an earlier start of this run summed it
-            self.exchange.begin_step(round.name, round.phase)
-        present = [owner for owner in total.owners if owner in self.owners]
-        for owner, reply in self.exchange.ask(dict.fromkeys(present, uploads)):
-            if reply is not None and reply != OpeningChecked(session=uploads.session, owner=owner):
-                self.exchange.exclude(owner, RemoteProtocolError(f"owner {owner} did not open the {round.name}"))
-        self._check_all_present(round)
+
+        def check(owner: str, reply: Message) -> None:
+            if reply != OpeningChecked(session=uploads.session, owner=owner):
+                raise RemoteProtocolError(f"owner {owner} did not open the {round.name}")
+
+        def on_arrival() -> None:
+            self._check_all_present(round)
+            self.checkpoint.uploads_relayed()
+
+        present = [owner for owner in self.owners if owner in total.owners]
+        if len(present) == len(self.owners):
+            if not self.exchange.fits_ahead(uploads):
+                self.exchange.flush()
+            self.exchange.send_ahead(Ahead(message=uploads, check=check, on_arrival=on_arrival))
+            return
+        for owner, reply in self.exchange.ask(dict.fromkeys(present, uploads)):  # whoever came back has no part in it
+            try:
+                if reply is not None:
+                    check(owner, reply)
+            except RemoteProtocolError as violation:
+                self.exchange.exclude(owner, violation)
         self.exchange.check_enough()
-        self.checkpoint.uploads_relayed()
+        on_arrival()
 
     def _check_all_present(self, round: Round) -> None:
         """Raise TooFewOwners if a check lacks an owner: shares add up to zero only over all who contributed."""

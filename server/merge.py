@@ -24,12 +24,12 @@ from common.merge_methods import METHODS, contribution_layout
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
-from common.models.delta import VectorDelta, add_delta
+from common.models.delta import VectorDelta, add_delta, delta_layout, published_delta
 from common.models.folders import base_model_folder
-from common.models.loading import check_base, load_base, weights_made_here
-from common.models.low_rank import AdapterPlan, adapter_plan, cut
-from common.models.plan import MergePlan, merge_plan
-from common.models.published_folder import published_folder, write_model
+from common.models.loading import agreed_plan, check_base, load_base
+from common.models.low_rank import AdapterDelta, cut
+from common.models.plan import MergePlan
+from common.models.published_folder import published_folder, write_adapter, write_model
 from common.publication import CARD, RECEIPTS, Publication, SignedMean
 from common.scaling import RescaledTotal, Scales
 from common.schedule import Delivery, Round, Schedule, schedule_of
@@ -38,7 +38,6 @@ from common.summation.protocol import Total
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
 from common.verification import corrections, projection_seed
-from server.adapter_folder import write_adapter
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from server.exchange import Channel
@@ -65,7 +64,7 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
     agreement = load_agreement(home / settings.agreement)
     identity = read_coordinator_identity(home / settings.identity, agreement)
     base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
-    plan, adapter = _plans(base_folder, agreement)
+    plan = agreed_plan(_agreed_base(base_folder, agreement), base_folder, agreement)
     claim_output(output)
     _clear_results(output, agreement)
     schedule = schedule_of(agreement, plan)
@@ -79,7 +78,6 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
     return MergeRun(
         agreement=agreement,
         plan=plan,
-        adapter=adapter,
         schedule=schedule,
         coordinator=coordinator,
         base_folder=base_folder,
@@ -89,11 +87,10 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
 
 @dataclass(kw_only=True)
 class MergeRun:
-    """One run of an agreement at the coordinator. `adapter`: what an adapter can hold, None for a whole model."""
+    """One run of an agreement at the coordinator."""
 
     agreement: Agreement
     plan: MergePlan
-    adapter: AdapterPlan | None
     schedule: Schedule
     coordinator: Coordinator
     base_folder: Path
@@ -199,8 +196,10 @@ class MergeRun:
             )
         if not self.schedule.is_checked(delivery):
             return
-        vector = self._vector_of(delivery.layout, merged.rest)
-        self._rest[delivery.position] = VectorDelta(self.plan, (delivery.layout, vector)), merged.factor
+        names = [entry.name for entry in delivery.layout.entries if entry.name in self.plan.shapes]
+        layout = delta_layout(self.plan, names)
+        vector = self._vector_of(layout, merged.rest)
+        self._rest[delivery.position] = VectorDelta(self.plan, (layout, vector)), merged.factor
 
     def _send_corrections(self, delivery: Delivery) -> None:
         nonces = self.coordinator.draw(delivery)
@@ -281,12 +280,12 @@ class MergeRun:
         """Write a Hugging Face folder of the merged model, or of its adapter, with its card."""
         shutil.rmtree(folder, ignore_errors=True)
         model = _agreed_base(self.base_folder, self.agreement)
-        add_delta(model, self._merged[self.agreement.method].delta)
-        low_rank = self._merged[self.agreement.method].low_rank
-        if low_rank is None:
-            write_model(model, self.base_folder, self.agreement, folder)
+        delta = self._merged[self.agreement.method].delta
+        add_delta(model, delta)
+        if isinstance(delta, AdapterDelta):
+            write_adapter(model, delta, self.base_folder, self.agreement, folder)
         else:
-            write_adapter(model, low_rank, self.base_folder, self.agreement, folder)
+            write_model(model, self.base_folder, self.agreement, folder)
         report = make_report(self._outcome(), model)
         write_model_card(report, self.base_folder, folder)
         for weights in folder.glob("*.safetensors"):
@@ -331,24 +330,21 @@ class MergeRun:
         return self.agreement.agreed(METHODS[name])
 
     def _solve(self, name: str, hyperparameter: float | None, *, with_spectra: bool = False) -> MergedDelta:
-        """A method's merged delta as it would be published: cut to the adapter's rank, if an adapter is."""
+        """A method's merged delta, with the adapter to which it is cut if one is published."""
         method = METHODS[name]
         if isinstance(method, SingleRoundMethod):
             merged = method.solve(self._settings, self._contributions, hyperparameter, with_spectra=with_spectra)
         else:
             merged = self._final[name][hyperparameter]
-        if self.adapter is None:
-            return merged
-        low_rank = cut(merged.delta, self.adapter)
-        return replace(merged, delta=low_rank.delta, low_rank=low_rank)
+        return merged if self.plan.adapter is None else replace(merged, low_rank=cut(merged.delta, self.plan.adapter))
 
     def _send(self, delivery: Delivery, candidate: str, merged: MergedDelta) -> MergedDelta:
-        """Send a candidate; return it with the vector that was sent as its only copy."""
+        """Send a candidate; return it as it would be published, with the vector that was sent as its only copy."""
         self._keep_rest(delivery, merged)
-        vector = self._vector_of(delivery.layout, merged.delta)
-        sent = VectorDelta(self.plan, (delivery.layout, vector))
+        factors = {} if merged.low_rank is None else merged.low_rank.tensors()
+        vector = self._vector_of(delivery.layout, {**merged.delta, **factors})
         self.coordinator.deliver(delivery, vector, candidate)
-        return replace(merged, delta=sent, rest={}, low_rank=merged.low_rank and replace(merged.low_rank, delta=sent))
+        return replace(merged, delta=published_delta(self.plan, delivery.layout, vector), rest={})
 
     def _vector_of(self, layout: TensorLayout, delta: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """A merged delta as it travels, (layout.size,); a large one lies on the disk."""
@@ -403,15 +399,6 @@ def _clear_results(output: Path, agreement: Agreement) -> None:
     shutil.rmtree(output / "model", ignore_errors=True)
     for name in ("report.json", "report.html", "failure.json"):
         (output / name).unlink(missing_ok=True)
-
-
-def _plans(base_folder: Path, agreement: Agreement) -> tuple[MergePlan, AdapterPlan | None]:
-    """What is merged, and what a published adapter can hold. The base itself is not kept in memory."""
-    base = _agreed_base(base_folder, agreement)
-    plan, rank = merge_plan(base, agreement.tensors), agreement.publish.adapter_rank
-    if rank is None:
-        return plan, None
-    return plan, adapter_plan(base, weights_made_here(base_folder, agreement.task), rank)
 
 
 def _agreed_base(folder: Path, agreement: Agreement) -> PreTrainedModel:

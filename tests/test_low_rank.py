@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import T5Config, T5ForConditionalGeneration
 
-from common.models.low_rank import adapter_plan, cut, factorise, multiply
+from common.errors import RemoteProtocolError
+from common.models.low_rank import AdapterDelta, Factors, adapter_plan, check_cut, cut, factorise, is_closest, multiply
 from common.models.parameters import parameter_shapes
 from tests.support.models import tiny_bert, tiny_gpt2
 
@@ -25,6 +26,94 @@ def test_the_product_is_the_truncated_singular_value_decomposition(d_out: int, d
     assert torch.linalg.matrix_rank(product, rtol=1e-5) <= rank
 
 
+@given(
+    st.integers(1, 12), st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 3])
+)
+def test_130_the_cut_is_accepted_whatever_the_spectrum(
+    d_out: int, d_in: int, rank: int, seed: int, same_values: int
+) -> None:
+    """With a spectrum of any width, also where values are equal or zero, and so the cut is not the only one."""
+    random = torch.Generator().manual_seed(seed)
+    left, _, right = torch.linalg.svd(torch.randn(d_out, d_in, generator=random).double(), full_matrices=False)
+    values = torch.logspace(0, -8, left.shape[1], dtype=torch.float64)
+    values[:same_values] = values[min(same_values, len(values)) - 1]
+    values[len(values) - same_values // 2 :] = 0
+    delta = (left * values @ right).float()
+    assert is_closest(delta, factorise(delta, rank))
+    turned = torch.linalg.qr(torch.randn(rank, rank, generator=random).double()).Q
+    if rank <= min(d_out, d_in):  # the same matrix from other factors
+        factors = factorise(delta, rank)
+        short_is_up = d_out <= d_in
+        directions = ((factors.up if short_is_up else factors.down.T).double() @ turned).float()
+        other = (directions.double().T @ (delta if short_is_up else delta.T).double()).float()
+        up, down = (directions, other) if short_is_up else (other.T, directions.T)
+        assert is_closest(delta, Factors(up=up, down=down))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9, 9)])
+@pytest.mark.parametrize("seed", range(5))
+def test_130_factors_of_another_matrix_are_found_however_well_they_fit_each_other(
+    shape: tuple[int, int], seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    delta = torch.randn(shape, generator=random)
+    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    factors = factorise(delta, 3)
+
+    def of(columns: torch.Tensor) -> Factors:
+        """The factors that follow from the one on the shorter side, (d, rank)."""
+        columns = columns.float()
+        if shape[0] <= shape[1]:
+            return Factors(up=columns, down=(columns.double().T @ delta.double()).float())
+        return Factors(up=(delta.double() @ columns.double()).float(), down=columns.T)
+
+    short = left if shape[0] <= shape[1] else right.T
+    assert is_closest(delta, of(short[:, :3]))
+    assert is_closest(delta, of(short[:, [2, 0, 1]]))
+    assert not is_closest(delta, of(short[:, [0, 1, 3]]))
+    assert not is_closest(delta, of(2 * short[:, :3]))  # not orthonormal
+    assert not is_closest(delta, of(short[:, [0, 1, 1]]))
+    gap = float((values[2] ** 2 - values[3] ** 2) / (values**2).sum())
+    for angle, found in ((1e-8, False), (1e-4 / gap**0.5, True)):
+        turned = short[:, :3].clone()
+        turned[:, 2] = torch.cos(torch.tensor(angle)) * short[:, 2] + torch.sin(torch.tensor(angle)) * short[:, 3]
+        assert is_closest(delta, of(turned)) is not found
+    wrong = factors.down.clone()
+    wrong[0, 0] += 1e-4 * wrong.abs().max()
+    assert not is_closest(delta, Factors(up=factors.up, down=wrong))
+    padded = factorise(delta, 15)
+    padded.up[0, 14] = 1e-6
+    assert not is_closest(delta, padded)
+    padded.up[0, 14] = float("nan")
+    assert not is_closest(delta, padded)
+
+
+@given(st.integers(1, 9), st.integers(1, 130), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_a_product_of_factors_is_the_same_in_whatever_order_a_machine_would_add(
+    rank: int, d_out: int, d_in: int, seed: int
+) -> None:
+    """Against the slow way: one number after the other."""
+    random = torch.Generator().manual_seed(seed)
+    factors = Factors(up=torch.randn(d_out, rank, generator=random), down=torch.randn(rank, d_in, generator=random))
+    product = multiply(factors)
+    for row, column in ((0, 0), (d_out - 1, d_in - 1)):
+        number = 0.0
+        for k in range(rank):
+            number += float(factors.up[row, k]) * float(factors.down[k, column])
+        assert float(product[row, column]) == float(torch.tensor(number, dtype=torch.float64).float())
+
+
+def test_130_every_layer_of_a_model_must_be_cut() -> None:
+    plan, random = adapter_plan(tiny_gpt2(), made_here=(), rank=2), torch.Generator().manual_seed(0)
+    delta = {name: torch.randn(shape, generator=random) for name, shape in parameter_shapes(tiny_gpt2()).items()}
+    low_rank = cut(delta, plan)
+    check_cut(delta, plan, low_rank.factors)
+    name = list(plan.layers)[-1]
+    factors = {**low_rank.factors, name: factorise(torch.ones_like(multiply(low_rank.factors[name])), 2)}
+    with pytest.raises(RemoteProtocolError, match=f"factors of {name} that are not the closest of their rank"):
+        check_cut(delta, plan, factors)
+
+
 def test_a_delta_of_that_rank_loses_nothing() -> None:
     random = torch.Generator().manual_seed(0)
     delta = torch.randn(16, 3, generator=random) @ torch.randn(3, 24, generator=random)
@@ -39,12 +128,13 @@ def test_layers_are_cut_the_head_is_whole_the_rest_is_dropped(make) -> None:
     random = torch.Generator().manual_seed(0)
     delta = {name: torch.randn(shape, generator=random) for name, shape in parameter_shapes(model).items()}
     low_rank = cut(delta, plan)
-    assert set(low_rank.delta) == set(delta)
+    held = AdapterDelta(delta, plan, low_rank.factors)
+    assert set(held) == set(delta)
     head = {name for name in delta if name.startswith(("classifier.", "score."))}
     assert set(plan.whole) == head
     errors = {layer.name: layer.relative_error for layer in low_rank.layers}
     lost = total = 0.0
-    for name, tensor in low_rank.delta.items():
+    for name, tensor in held.items():
         if name in head:
             assert torch.equal(tensor, delta[name])
         elif name in plan.layers:

@@ -52,7 +52,6 @@ def test_in_a_sparse_graph_of_owners_nothing_is_verified(tmp_path: Path) -> None
     ("tables", "says"),
     [
         ('[verification]\nrequired = true\n[summation]\nkind = "plain"\n', "a plain sum cannot be verified"),
-        ("[publish]\nadapter_rank = 8\n", "what is cut to an adapter cannot be verified yet"),
         ("[regmean]\nridge = 0\n", "regmean.ridge = 0: must be at least 0.0001"),
         ("[data_free]\nridge = 1e-9\n", "data_free.ridge = 1e-09: must be at least 0.0001"),
     ],

@@ -152,11 +152,6 @@ def verified_merges_can_be_verified(draft: DraftTables) -> None:
                 hint="if all owners trust the coordinator to send what it solved, agree on [verification] required = "
                 "false",
             )
-    if draft.publish.adapter_rank is not None:
-        raise RuleError(
-            f"publish.adapter_rank = {draft.publish.adapter_rank}: what is cut to an adapter cannot be verified yet",
-            hint="publish the whole model, or agree on [verification] required = false",
-        )
     for name, table in draft.tables.items():
         ridge = getattr(table, "ridge", LEAST_RIDGE)
         if ridge < LEAST_RIDGE:  # check: ridges-are-large-enough

@@ -62,6 +62,11 @@ class Equation(ABC):
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         """A and B, float64, of a total or of one owner's own part: (n, n), or (n, 1) if A is diagonal, and (n, m)."""
 
+    def some_of_sides(self, summed: SummedTensors, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows of A and B, if the equation is `by_entry`: of an embedding, both together can be too large."""
+        left, right = self.sides(summed, 1.0)
+        return left[rows], right[rows]
+
     def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor:
         """How large the terms of B, `right`, are, (n, m): |B|, unless it is a difference, which can be far smaller."""
         return right.abs()
@@ -156,6 +161,10 @@ class FisherEquation(Equation):
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         fisher = torch.from_numpy(summed[f"fisher/{self.parameter}"]).reshape(self.shape)
         return fisher, torch.from_numpy(summed[f"fisher_delta/{self.parameter}"]).reshape(self.shape)
+
+    def some_of_sides(self, summed: SummedTensors, rows: slice) -> tuple[Tensor, Tensor]:
+        fisher, products = (summed.some_of(f"{kind}/{self.parameter}", rows) for kind in ("fisher", "fisher_delta"))
+        return torch.from_numpy(fisher)[:, None], torch.from_numpy(products)[:, None]
 
 
 def mean_equations(settings: MergeSettings, names: Iterable[str]) -> tuple[Equation, ...]:

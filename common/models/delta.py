@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from common.lazy import lazy_module
 from common.mapped import copy_of
+from common.models.low_rank import AdapterDelta, AdapterPlan, Factors, check_cut
 from common.models.plan import MergePlan
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -54,6 +55,34 @@ def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorL
     """How a merged delta, or only its tensors `names`, travels to the owners: as float32."""
     wanted = plan.changed if names is None else names
     return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in wanted))
+
+
+def candidate_layout(plan: MergePlan) -> TensorLayout:
+    """How a candidate travels: the whole merged delta, then the factors to which it is cut, if an adapter is published.
+
+    Owners verify the whole one, and then that the factors are its cut.
+    """
+    factors = () if plan.adapter is None else plan.adapter.factor_entries(plan.shapes)
+    return TensorLayout((*delta_layout(plan).entries, *factors))
+
+
+def published_delta(plan: MergePlan, layout: TensorLayout, vector: NDArray[np.float32]) -> Mapping[str, Tensor]:
+    """The delta of the model that a candidate stands for, cut if an adapter is published."""
+    delta = VectorDelta(plan, (layout, vector))
+    return delta if plan.adapter is None else AdapterDelta(delta, plan.adapter, _factors(plan.adapter, layout, vector))
+
+
+def check_candidate(plan: MergePlan, layout: TensorLayout, vector: NDArray[np.float32]) -> None:
+    """Raise RemoteProtocolError unless the factors of a candidate are the cut of its delta (low_rank.check_cut)."""
+    if plan.adapter is not None:
+        check_cut(VectorDelta(plan, (layout, vector)), plan.adapter, _factors(plan.adapter, layout, vector))
+
+
+def _factors(plan: AdapterPlan, layout: TensorLayout, vector: NDArray[np.float32]) -> dict[str, Factors]:
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(copy_of(layout.read(vector, name)))
+
+    return {name: Factors(up=read(f"adapter_up/{name}"), down=read(f"adapter_down/{name}")) for name in plan.layers}
 
 
 class VectorDelta(Mapping[str, "Tensor"]):

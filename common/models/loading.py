@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,9 @@ from common.models.files import (
     without_code,
 )
 from common.models.folders import ANOTHER_BASE, check_base_labels, check_made_for, load_tokenizer, read_config
+from common.models.low_rank import adapter_plan
 from common.models.parameters import parameter_shapes
+from common.models.plan import MergePlan, merge_plan
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +104,14 @@ def _choose_padding(model: PreTrainedModel, folder: Path, task: Task) -> None:
 def weights_made_here(folder: Path, task: Task) -> tuple[str, ...]:
     """The parameters that the base's folder lacks and `load_base` makes; none if heads are private."""
     return () if task.head == "private" else _load(folder, task, seed=0)[1]
+
+
+def agreed_plan(base: PreTrainedModel, folder: Path, agreement: Agreement) -> MergePlan:
+    """The agreement's merge plan of a base model, or of its outline, that `folder` holds. Raises ModelError."""
+    plan, rank = merge_plan(base, agreement.tensors), agreement.publish.adapter_rank
+    if rank is None:
+        return plan
+    return replace(plan, adapter=adapter_plan(base, weights_made_here(folder, agreement.task), rank))
 
 
 def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrainedModel:

@@ -18,6 +18,8 @@ from common.settings_file import Line, Settings
 if TYPE_CHECKING:
     from torch import nn
 
+    from common.models.low_rank import AdapterPlan
+
 ANOTHER_BASE = "the agreement was completed for another base model; complete the draft again: amalgram draft"
 
 
@@ -74,6 +76,7 @@ class MergePlan:
     """What happens to each parameter of the base model, with shapes.
 
     `data_free`: the layers that RegMean merges from their changes alone. `linear_layers`: all that a merge may change.
+    `adapter`: what the published adapter can hold, None if the whole model is published.
     """
 
     inputs: tuple[SharedInput, ...]
@@ -83,6 +86,7 @@ class MergePlan:
     left_alone: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     blocks: tuple[str, ...] = ()  # the names of the transformer blocks, in order
+    adapter: AdapterPlan | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:

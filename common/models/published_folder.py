@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from common.agreement import Agreement, Task
 from common.errors import ModelError
-from common.models.adapter import ADAPTER_CONFIG, is_adapter
+from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMETER_PREFIX, is_adapter
 from common.models.files import DOWNLOAD_AGAIN, digest_of_file, read_json, without_code
 from common.models.folders import load_tokenizer
 from common.models.loading import private_head
-from common.models.low_rank import AdapterPlan
+from common.models.low_rank import AdapterDelta, AdapterPlan
 from common.publication import RECEIPTS, PublishedFolder
 
 if TYPE_CHECKING:
@@ -71,11 +71,28 @@ def adapter_configuration(agreement: Agreement, plan: AdapterPlan) -> dict[str, 
     }
 
 
-def write_adapter_configuration(agreement: Agreement, plan: AdapterPlan, base_folder: Path, folder: Path) -> None:
-    """Write a new folder of an adapter, without its weights and its card."""
+def write_adapter(
+    model: PreTrainedModel, delta: AdapterDelta, base_folder: Path, agreement: Agreement, folder: Path
+) -> None:
+    """Write a new folder of an adapter, as `PeftModel.from_pretrained(base, folder)` reads it: the factors of the cut
+    layers, and those parameters of `model` (base + delta) that travel whole. There is no card yet.
+
+    The product of the factors, rounded once, is the signed delta. Whoever loads the adapter multiplies the factors in
+    float32, and so has the signed model up to that rounding.
+    """
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
-    _write_json(folder / ADAPTER_CONFIG, adapter_configuration(agreement, plan))
+    _write_json(folder / ADAPTER_CONFIG, adapter_configuration(agreement, delta.plan))
     write_preparation(base_folder, agreement, folder)
+    tensors = {}
+    for name, factors in delta.factors.items():
+        module = name.removesuffix(".weight")
+        tensors[f"{PARAMETER_PREFIX}{module}.lora_A.weight"] = factors.down
+        tensors[f"{PARAMETER_PREFIX}{module}.lora_B.weight"] = factors.up
+    parameters = dict(model.named_parameters())
+    tensors |= {f"{PARAMETER_PREFIX}{name}": parameters[name].detach().contiguous() for name in delta.plan.whole}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def write_preparation(base_folder: Path, agreement: Agreement, folder: Path) -> None:

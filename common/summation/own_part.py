@@ -29,7 +29,13 @@ class OwnPart:
         return name in self.layout
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
-        signed = self.layout.read(self.encoded, name).view(f"<i{self.layout.dtype.itemsize}").astype(np.float64)
+        return self._decoded(name, self.layout.read(self.encoded, name))
+
+    def some_of(self, name: str, numbers: slice) -> NDArray[np.float64]:
+        return self._decoded(name, self.layout.read(self.encoded, name).reshape(-1)[numbers])
+
+    def _decoded(self, name: str, encoded: NDArray) -> NDArray[np.float64]:
+        signed = encoded.view(f"<i{encoded.itemsize}").astype(np.float64)
         return np.ldexp(signed, -self._bits(name), out=signed)
 
     def rounding_error(self, name: str) -> float:

@@ -118,6 +118,9 @@ class Total:
         release(self.vector)  # frees the memory of tensors that were read before
         return self.layout.read(self.vector, name)
 
+    def some_of(self, name: str, numbers: slice) -> NDArray[np.float64]:
+        return self.layout.read(self.vector, name).reshape(-1)[numbers]
+
     def destroy(self) -> None:
         """Overwrite the sums. With the individual models known, sums of Grams can be taken apart (SECURITY.md)."""
         for piece in pieces(self.vector):

@@ -19,6 +19,9 @@ class SummedTensors(Protocol):
 
     def __getitem__(self, name: str) -> NDArray[np.float64]: ...
 
+    def some_of(self, name: str, numbers: slice) -> NDArray[np.float64]:
+        """Some numbers of a tensor that is not symmetric, row by row, (n,): for tensors that are large."""
+
     def rounding_error(self, name: str) -> float:
         """How far a number of tensor `name` can be from the sum of the owners' real numbers."""
 

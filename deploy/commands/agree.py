@@ -19,7 +19,7 @@ from common.errors import ConsentError, SettingsError
 from common.identity import fingerprint
 from common.merge_methods import METHODS
 from common.metrics import metrics_layout
-from common.models.delta import delta_layout
+from common.models.delta import candidate_layout
 from common.schedule import Content, Round
 from common.text import shown
 from deploy.launch.flower import bundle_digest
@@ -61,7 +61,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         contents=_contents(rounds),
         candidates=len(candidates),
         metrics_bytes=byte_count(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
-        model_bytes=byte_count(delta_layout(plan).size * 4),
+        model_bytes=byte_count(candidate_layout(plan).size * 4),
         disclosures=_disclosures(agreement),
         repeats=[
             {

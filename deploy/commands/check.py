@@ -280,10 +280,9 @@ def _kept_bytes(schedule: Schedule) -> int:
 
 def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
     """The rounds of an agreement, from the base's modules and their shapes: no weights are loaded."""
-    from common.models.loading import load_outline
-    from common.models.plan import merge_plan
+    from common.models.loading import agreed_plan, load_outline
 
-    return schedule_of(agreement, merge_plan(load_outline(base_folder, agreement.task), agreement.tensors))
+    return schedule_of(agreement, agreed_plan(load_outline(base_folder, agreement.task), base_folder, agreement))
 
 
 def _simulated_schedule(consortium: Consortium) -> Schedule | None:

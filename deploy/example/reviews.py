@@ -102,7 +102,7 @@ choose_by = "accuracy"        # or "macro_f1"
 # sign_above = 0.7            # no owner signs a model that is worse than this, or than the base, on its test rows
 
 # [verification]
-# required = false            # measure on models that nobody has verified; an adapter still needs this
+# required = false            # measure on models that nobody has verified
 
 # [merge]
 # layers = ["*.query", "*.value"]   # only these change; or ["adapter"]: what the owners' LoRA adapters change

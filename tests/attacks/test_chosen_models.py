@@ -230,8 +230,10 @@ class Cheat:
 
 @pytest.fixture
 def cheat(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Cheat]:
-    def make(method: str, change: Callable[[Parties, Delivery, np.ndarray], np.ndarray]) -> Cheat:
-        context = parties_with_method(reviews_folder, tmp_path, method, verified=True)
+    def make(
+        method: str, change: Callable[[Parties, Delivery, np.ndarray], np.ndarray], adapter_rank: int | None = None
+    ) -> Cheat:
+        context = parties_with_method(reviews_folder, tmp_path, method, verified=True, adapter_rank=adapter_rank)
         parties = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         (parties.output / ".amalgram").touch()
@@ -335,5 +337,40 @@ def test_124_corrections_beyond_the_rounding_of_float32(cheat: Callable[..., Che
         return vector + np.float32(1e-3) if delivery.kind == "correction" else vector
 
     run = cheat("average", bent)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]
+
+
+def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
+    """The whole model is the merge and the factors fit each other, but they are another matrix's."""
+    layer = "bert.encoder.layer.0.attention.self.query.weight"
+
+    def other_factors(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            delta = torch.from_numpy(delivery.layout.read(changed, layer)).double()
+            directions = torch.linalg.svd(delta).U[:, 1:3].float()  # the second and the third
+            delivery.layout.read(changed, f"adapter_up/{layer}")[:] = directions.numpy()
+            delivery.layout.read(changed, f"adapter_down/{layer}")[:] = (directions.double().T @ delta).float().numpy()
+        return changed
+
+    run = cheat("average", other_factors, adapter_rank=2)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]
+    first = next(iter(run.parties.files))
+    says = f"the coordinator sent factors of {layer} that are not the closest of their rank"
+    assert evidence_of(run.parties, first).wrong == (says,)
+
+
+def test_130_an_adapter_of_a_model_that_is_not_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
+    """The factors are the cut of what was sent, and that is wrong in one number."""
+
+    def wrong_whole(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            delivery.layout.read(changed, "classifier.bias")[0] += 1e-2  # it travels with the adapter as it is
+        return changed
+
+    run = cheat("average", wrong_whole, adapter_rank=2)
     assert run.run().code == "wrong-model"
     assert run.opened == ["contribution", "check"]

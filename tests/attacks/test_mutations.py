@@ -68,8 +68,9 @@ DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
 
-AGREED, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
+AGREED, LOW_RANK, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
     "test_verified_agreements.py",
+    "test_low_rank.py",
     "test_verification.py",
     "attacks/test_opening.py",
     "attacks/test_chosen_models.py",
@@ -77,7 +78,7 @@ AGREED, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
 )
 
 TABLE = [
-    # 42, 43, 120 to 129: verified merges
+    # 42, 43, 120 to 131: verified merges
     Mutation(CHOSEN, "test_42_layers_that_are_not", "sums-of-shares-are-zero"),
     Mutation(CHOSEN, "test_42_layers_that_are_not", "nothing-after-a-wrong-model"),
     Mutation(CHOSEN, "test_43_a_candidate_that_is_not", "sums-of-shares-are-zero"),
@@ -91,6 +92,13 @@ TABLE = [
     Mutation(VERIFICATION, "test_128_", "scales-are-coarse"),
     Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "return least"),
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
+    Mutation(VERIFYING, "test_131_", "checks-are-not-drawn-at-will"),
+    Mutation(CHOSEN, "test_130_an_adapter_that", "candidates-are-cut"),
+    Mutation(LOW_RANK, "test_130_every_layer", "cuts-are-the-closest"),
+    Mutation(LOW_RANK, "test_130_factors", "padding-of-factors-is-zero"),
+    Mutation(LOW_RANK, "test_130_factors", "factors-are-orthonormal"),
+    Mutation(LOW_RANK, "test_130_factors", "factors-fit-each-other"),
+    Mutation(LOW_RANK, "test_130_factors", "no-cut-is-closer", "return True"),
     Mutation(AGREEMENT, "test_a_wrong_draft", "the-coordinator-is-no-owner"),
     Mutation(VERIFYING, "test_126_totals_that", "opened-sums-are-shown-to-all"),
     Mutation(VERIFICATION, "test_the_tolerance", "sums-of-shares-are-zero"),

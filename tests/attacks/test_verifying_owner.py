@@ -1,4 +1,4 @@
-"""Attacks 123, 124 and 126: a coordinator that tries each shortcut around the check of one honest run.
+"""Attacks 123, 124, 126 and 131: a coordinator that tries each shortcut around the check of one honest run.
 
 One owner is sent every message that must be refused, just before the honest one in its place. At the end the run has
 succeeded, so the owner refused those and nothing else.
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from client import verification
@@ -19,6 +20,7 @@ from common.errors import AmalgramError, ConsentError, LocalProtocolError, Remot
 from common.identity import Identity, verify
 from common.mapped import sha256_of
 from common.messages import (
+    CandidatePart,
     CorrectionPart,
     Draw,
     Drawn,
@@ -29,7 +31,7 @@ from common.messages import (
     UploadsOpened,
 )
 from common.publication import read_publication
-from common.schedule import Round, Schedule, schedule_of
+from common.schedule import Delivery, Round, Schedule, schedule_of
 from common.summation.masked.book import Book
 from common.summation.protocol import SumTerms, Total
 from common.summation.records import KeyEntry, Nonce
@@ -51,7 +53,9 @@ class Attempt:
 
 
 class TryingChannel(OwnersChannel):
-    """Sends the first owner what `attempts` makes of a message, before the message itself; may `change` its reply."""
+    """Sends the first owner what `attempts` makes of a message, before the message itself; may `falsify` that, and
+    `change` the reply.
+    """
 
     def __init__(self, parties: Parties) -> None:
         super().__init__(parties.files)
@@ -61,6 +65,7 @@ class TryingChannel(OwnersChannel):
         self.checks: dict[type[Message], Callable[[Owner, Message], None]] = {}
         self.attempts: dict[type[Message], Callable[[Message], Iterator[Attempt]]] = {}
         self.change: Callable[[Message], Message] = lambda reply: reply
+        self.falsify: Callable[[Message], Message] = lambda request: request
 
     def answer(self, node: int, request: Message) -> Message | None:
         if node == FIRST:
@@ -70,7 +75,7 @@ class TryingChannel(OwnersChannel):
                 with pytest.raises(attempt.error, match=attempt.says):
                     super().answer(node, attempt.request)
                 self.tried.append(attempt.says)
-            reply = super().answer(node, request)
+            reply = super().answer(node, self.falsify(request))
             return None if reply is None else self.change(reply)
         return super().answer(node, request)
 
@@ -250,6 +255,43 @@ def test_124_an_owner_that_signs_its_nonce_badly_is_named_before_the_others_are_
     with pytest.raises(RemoteProtocolError, match="the signature of hotel is not valid"):
         run_merge(trying.parties.coordinator, trying)
     assert CorrectionPart not in [kind for packet in trying.kinds for kind in packet]
+
+
+def test_124_a_model_that_only_one_owner_is_sent(trying: TryingChannel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' nonces are for other models, so their signatures are not valid for this owner."""
+
+    def backdoor(request: Message) -> Message:
+        if isinstance(request, CandidatePart):
+            return replace(request, payload=request.payload * np.float32(1.0001))
+        if isinstance(request, CorrectionPart):
+            nonces = Nonce.unpack_all(request.nonces)
+            return trying.signed(request, Nonce.pack_all(nonces))
+        return request
+
+    def take_any_nonce(self: Coordinator, owner: str, correction: Delivery, reply: Message) -> Nonce:
+        assert isinstance(reply, Drawn)
+        return Nonce(self.agreement.owner_names.index(owner), bytes.fromhex(reply.nonce), reply.signature)
+
+    trying.falsify = backdoor
+    monkeypatch.setattr(Coordinator, "_nonce", take_any_nonce)
+    with pytest.raises(RemoteProtocolError, match="the signature of cinema is not valid"):
+        run_merge(trying.parties.coordinator, trying)
+    assert trying.owner.state.run.scores == ()
+
+
+def test_131_a_check_is_not_drawn_again_until_it_suits_the_coordinator(trying: TryingChannel) -> None:
+    """It knows the random numbers of a session once it has all keys, and then opens another one."""
+    drawn: list[Message] = []
+
+    def open_again(owner: Owner, request: Message) -> None:
+        assert isinstance(request, OpenSum)
+        while trying.schedule.round_at(request.position).kind == "check":
+            drawn.append(trying.owner.answer(trying.opening(request.position)))
+
+    trying.checks = {OpenSum: open_again}
+    with pytest.raises(RemoteProtocolError, match="opened the sum of check shares more than 16 times"):
+        run_merge(trying.parties.coordinator, trying)
+    assert len(drawn) == verification.MOST_OPENINGS
 
 
 def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChannel) -> None:

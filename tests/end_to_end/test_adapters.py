@@ -126,7 +126,6 @@ def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
     agreement = folder / "agreement.toml"
     text = agreement.read_text().replace("# [publish]\n# adapter_rank = 8 ", "[publish]\nadapter_rank = 4")
-    text = text.replace("# [verification]\n# required = false ", "[verification]\nrequired = false ")
     agreement.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
     return simulate(folder, folder / "output", with_references=False), folder / "output", folder / "base"
 

@@ -12,8 +12,8 @@ from common.agreement import COORDINATOR, Agreement, AgreementDraft
 from common.agreement.tables import Verification
 from common.identity import Identity
 from common.messages import Message, Packet
-from common.models.loading import load_base
-from common.models.plan import MergePlan, merge_plan
+from common.models.loading import agreed_plan, load_base
+from common.models.plan import MergePlan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from deploy.consortium import find_owner_files
@@ -59,7 +59,7 @@ def completed(draft: AgreementDraft, base: Path) -> tuple[Agreement, MergePlan]:
     if key not in _completed:
         keys = {name: each.public_key for name, each in identities_of((*draft.owner_names, COORDINATOR)).items()}
         agreement = complete_agreement(draft, base, keys)
-        plan = merge_plan(load_base(base, agreement.task, agreement.seed), agreement.tensors)
+        plan = agreed_plan(load_base(base, agreement.task, agreement.seed), base, agreement)
         _completed[key] = agreement, plan
     return _completed[key]
 
@@ -99,14 +99,16 @@ def parties_of(consortium: Path, output: Path, *, verified: bool = False) -> Ite
 
 @contextmanager
 def parties_with_method(
-    reviews_folder: Path, folder: Path, method: str, *, verified: bool = False
+    reviews_folder: Path, folder: Path, method: str, *, verified: bool = False, adapter_rank: int | None = None
 ) -> Iterator[Parties]:
-    """The example's parties, who agreed on this one method."""
+    """The example's parties, who agreed on this one method, and to publish an adapter of that rank if there is one."""
     consortium = folder / "consortium"
     shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
     path = consortium / "agreement.toml"
     text = path.read_text().replace('method = "regmean"', f'method = "{method}"')
     text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
+    if adapter_rank is not None:
+        text = text.replace("# [publish]\n# adapter_rank = 8 ", f"[publish]\nadapter_rank = {adapter_rank} ")
     path.write_text(text.replace("[task_arithmetic]", "[refit]\nbalances = [0.0]\n\n[task_arithmetic]"))
     with parties_of(consortium, folder / "output", verified=verified) as parties:
         yield parties

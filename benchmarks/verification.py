@@ -1,0 +1,201 @@
+"""What verifying a merge costs, compared with the same merge without verification.
+
+python -m benchmarks.verification [--json] [--merges reviews demo emotion bert-base] [--repeats 3]
+                                  [--data DATA --models MODELS]     for `emotion`, see benchmarks/emotion.py
+
+Whole masked merges in the in-process engine, on one thread, in turns: unverified, verified. Each has its own process.
+Messages are those to one owner; bytes are everything that grows with the model, to and from all owners. Seconds are of
+the processor, all parties together, since others may use the machine. Models are fine-tuned beforehand, except for the
+demo's, which are trained within the merge.
+
+    reviews     three owners, a tiny BERT, RegMean with a sweep of five alphas
+    sum         the same owners, the plain average: the least that a merge can be
+    demo        `amalgram simulate --demo`: three owners of digits, several methods
+    emotion     five MiniLM (22.7 million weights) fine-tuned on five domains, RegMean with one alpha
+    fisher      the same five, Fisher averaging: the method whose check is largest
+    bert-base   three owners, BERT-base's shape (109 million weights) with random weights, RegMean with one alpha
+
+Writes benchmarks/results/verification.{json,md}.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.emotion import write_consortium as write_emotion
+from benchmarks.machine import quiet_on_one_thread, this_machine
+from benchmarks.memory import peak_megabytes
+
+RESULTS = Path(__file__).parent / "results"
+OFF = "\n[verification]\nrequired = false\n"
+BERT_BASE = """
+title = "BERT-base"
+base = "base"
+method = "regmean"
+[task]
+max_tokens = 32
+[regmean]
+alphas = [0.9]
+[privacy]
+min_rows_per_dimension = 0.0
+"""
+MERGES = ("reviews", "sum", "demo", "emotion", "fisher", "bert-base")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merges", nargs="+", choices=MERGES, default=list(MERGES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    file = RESULTS / "verification.json"
+    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    results["machine"] = this_machine()
+    for merge in arguments.merges:
+        runs: list[dict[str, Any]] = []
+        for _ in range(arguments.repeats):
+            for verified in (False, True):
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                    run = process.submit(measure, merge, arguments.data, arguments.models, verified=verified).result()
+                runs.append(run)
+                print(merge, run, file=sys.stderr)
+        results["runs"][merge] = runs
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+        (RESULTS / "verification.md").write_text(as_markdown(results))
+    print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def measure(merge: str, data: Path | None, models: Path | None, *, verified: bool) -> dict[str, Any]:
+    """The costs of one merge."""
+    from deploy.simulation.simulate import simulate
+
+    quiet_on_one_thread()
+    with tempfile.TemporaryDirectory(prefix="amalgram-") as name:
+        folder = Path(name) / "consortium"
+        write(merge, folder, data, models)
+        agreement = folder / "agreement.toml"
+        if not verified:
+            agreement.write_text(_with_table(agreement.read_text(), OFF))
+        started, used = time.perf_counter(), time.process_time()
+        report = simulate(folder, Path(name) / "output", with_references=False)
+        seconds, processor = time.perf_counter() - started, time.process_time() - used
+    if report.verified != verified:
+        sys.exit(f"{merge}: asked for verified = {verified}, but the report says {report.verified}")
+    first = report.owners[0]
+    phases: dict[str, int] = {}
+    for step in report.steps:
+        messages = step.by_owner[first].messages if first in step.by_owner else 0
+        phases[step.title] = phases.get(step.title, 0) + messages
+    return {
+        "verified": verified,
+        "owners": len(report.owners),
+        "messages": sum(step.by_owner[first].messages for step in report.steps if first in step.by_owner),
+        "by_step": phases,
+        "bytes": sum(step.bytes_sent + step.bytes_received for step in report.steps),
+        "check_bytes": sum(
+            step.bytes_sent + step.bytes_received for step in report.steps if step.phase == "verification"
+        ),
+        "seconds": processor,
+        "wall_seconds": seconds,
+        "peak_megabytes": peak_megabytes(),
+    }
+
+
+def write(merge: str, folder: Path, data: Path | None, models: Path | None) -> None:
+    """A consortium for `simulate`."""
+    from deploy.demo import digits
+    from deploy.example import reviews
+
+    if merge == "demo":
+        digits.write_consortium(folder, seed=0)
+    elif merge in ("reviews", "sum"):
+        reviews.write_consortium(folder)
+        path = folder / "agreement.toml"
+        text = path.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]")
+        path.write_text(text.replace('method = "regmean"', 'method = "average"') if merge == "sum" else text)
+    elif merge == "bert-base":
+        _write_bert_base(folder)
+    else:
+        if data is None or models is None:
+            sys.exit(f"{merge}: needs --data and --models")
+        write_emotion(folder, data, models, methods=("fisher" if merge == "fisher" else "regmean",), alphas=(0.9,))
+        path = folder / "agreement.toml"
+        path.write_text(_with_table(path.read_text(), "\n[fisher]\nmeasured_examples = 48\n"))
+
+
+def _write_bert_base(folder: Path) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    from deploy.example import reviews
+
+    reviews.write_consortium(folder / "example")
+    config = BertConfig(num_labels=2, id2label={0: "negative", 1: "positive"})
+    model = BertForSequenceClassification(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "example" / "base")
+    for name in ("base", "model"):
+        if name == "model":
+            model.classifier.bias.data += 0.1
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    owners = ("hotel", "cinema", "phones")
+    roster = "".join(f'[[owners]]\nname = "{name}"\n' for name in owners)
+    (folder / "agreement.toml").write_text(BERT_BASE + roster)
+    for name in owners:
+        (folder / f"{name}.toml").write_text(
+            f'name = "{name}"\nfine_tuned = "model"\n[data]\ntrain = "example/data/{name}/train.jsonl"\n'
+            f'test = "example/data/{name}/test.jsonl"\nmax_train_rows = 100\nmax_test_rows = 100\n'
+        )
+
+
+def _with_table(text: str, table: str) -> str:
+    """The agreement with one more table, before the first of the owners."""
+    if "[[owners]]" not in text:
+        return text + table
+    return re.sub(r"(?m)^\[\[owners\]\]", table.lstrip("\n") + "\n[[owners]]", text, count=1)
+
+
+# --- the page ---
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    lines = [
+        "# What verification costs",
+        "",
+        "Whole masked merges in one process, on one thread, in turns without and with verification. Messages are those "
+        "to one owner, bytes to and from all; seconds are of the processor, of all parties together, medians. "
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
+        "",
+        "| merge | owners | messages | more | MB | more | seconds | more | peak, MB | runs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for merge, runs in results["runs"].items():
+        off, on = ([run for run in runs if run["verified"] == verified] for verified in (False, True))
+        before, after = ({key: median(run[key] for run in each) for key in COSTS} for each in (off, on))
+        lines.append(
+            f"| {merge} | {on[0]['owners']} | {before['messages']} -> {after['messages']} | "
+            f"{after['messages'] - before['messages']} | {before['bytes'] / 1e6:.1f} -> {after['bytes'] / 1e6:.1f} | "
+            f"{after['bytes'] / before['bytes'] - 1:.1%} | {before['seconds']:.1f} -> {after['seconds']:.1f} | "
+            f"{after['seconds'] / before['seconds'] - 1:.0%} | {before['peak_megabytes']:.0f} -> "
+            f"{after['peak_megabytes']:.0f} | {len(on)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+COSTS = ("messages", "bytes", "seconds", "peak_megabytes")
+
+
+if __name__ == "__main__":
+    main()
