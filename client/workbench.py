@@ -28,9 +28,10 @@ from client.measurement import fine_tuning as finetune
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_classifier
 from client.measurement.disk_model import DiskModel
-from client.measurement.evaluation import evaluate
+from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
+from client.measurement.label_order import label_order
 from client.repeats import Contributed
 from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
@@ -73,6 +74,7 @@ from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
+LABELS_TO_LOOK_AT = 200  # rows on which the order of a model's labels is judged
 log = logging.getLogger("amalgram.owner")
 
 
@@ -99,12 +101,35 @@ class Workbench:
             read()
 
     def oddities(self) -> Iterator[str]:
-        """What is odd about this owner's model and files, but no error. Never for the log of a run."""
+        """What is odd about this owner's model and files, but no error. Never for the log of a run.
+
+        Raises ModelError if the model's outputs are in another order than the agreed labels.
+        """
         if self.settings.fine_tuned is not None:
             own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
             if all(torch.equal(own[name], base[name]) for name in base):
                 yield f"{self.settings.fine_tuned}: is the base model, unchanged, and brings nothing to the merge"
+            elif self.task.has_labels and not self.task.judges_tokens and self.task.head == "shared":
+                yield from self._look_at_labels(own.model, base.model)
         yield from self.data.oddities()
+
+    def _look_at_labels(self, own: PreTrainedModel, base: PreTrainedModel) -> Iterator[str]:
+        rows = self.data.validation()
+        rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:LABELS_TO_LOOK_AT])
+        guessed, in_base = (
+            predict_logits(model, rows, self.settings.batch_size).argmax(axis=1) for model in (own, base)
+        )
+        found = label_order(guessed, in_base, np.asarray(rows.targets), self.task.labels)
+        if found.is_another:
+            raise ModelError(
+                f"{self.name}: on {len(rows)} of its own rows, its model is right on {found.own:.1%}, and on "
+                f"{found.best:.1%} if its labels are in the order {list(found.order)}; the agreed order is "
+                f"{list(self.task.labels)}",
+                hint="save the model with its outputs in the agreed order, or agree on this one (task.labels)",
+            )
+        if found.own < found.base:
+            where = f"{self.settings.fine_tuned}: on {len(rows)} of this owner's own rows"
+            yield f"{where}, it is right on {found.own:.1%}, and the base model on {found.base:.1%}"
 
     # --- what the agreement makes of this base model ---
 
@@ -360,7 +385,8 @@ class Workbench:
             raise DataError(
                 f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
                 f"{least:g} per dimension; nothing has left",
-                hint="measure more examples (measured_examples), or agree on a lower privacy.min_rows_per_dimension",
+                hint="bring more examples and measure them (measured_examples), or agree to merge this layer from its "
+                f'changes alone: [regmean] data_free_layers = ["{name}"]',
             )
 
     # --- scoring ---

@@ -16,7 +16,8 @@ from client.settings import Address
 from common.agreement import Agreement
 from common.errors import RuleError, SettingsError
 from common.identity import fingerprint
-from common.settings_file import Settings, load_settings, parse_settings
+from common.settings_file import Settings, parse_settings, read_toml
+from deploy.network_keys import names_in
 
 MAX_CERTIFICATE_CHARACTERS = 20_000
 HEADER = """\
@@ -60,7 +61,15 @@ def read_door(address: str, root_certificate: Path) -> Door:
             f"{root_certificate}: cannot be read, and an invitation holds the certificate that owners are to trust",
             hint=f"make it first: amalgram keys certificate {address.rpartition(':')[0]}",
         ) from None
-    return parse_settings({"address": address, "root_certificate": certificate}, Door, "invitation")
+    door = parse_settings({"address": address, "root_certificate": certificate}, Door, "invitation")
+    served = root_certificate.with_name("server.pem")
+    host = address.rpartition(":")[0].strip("[]")
+    if served.is_file() and host not in (names := names_in(served)):
+        raise SettingsError(
+            f"{served}: is for {', '.join(names)}, not for {host}, so owners could not connect to {address}",
+            hint=f"make another: amalgram keys certificate {host}",
+        )
+    return door
 
 
 def write_invitation(path: Path, door: Door, agreement: Agreement) -> None:
@@ -73,4 +82,10 @@ def write_invitation(path: Path, door: Door, agreement: Agreement) -> None:
 
 def read_invitation(path: Path) -> Invitation:
     """Raises SettingsError unless the file is an invitation to a complete agreement."""
-    return load_settings(path, Invitation)
+    tables = read_toml(path)
+    if "owners" in tables:
+        raise SettingsError(
+            f"{path}: is an agreement, not an invitation to one",
+            hint="ask the drafter for the invitation, which `amalgram draft --address HOST:PORT` writes",
+        )
+    return parse_settings(tables, Invitation, str(path))

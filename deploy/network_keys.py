@@ -190,6 +190,15 @@ def read_certificate(path: Path) -> x509.Certificate:
     return certificate
 
 
+def names_in(path: Path) -> list[str]:
+    """The hosts and addresses that the certificate in `path` is for."""
+    try:
+        names = read_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names]
+
+
 def check_server_files(certificate_file: Path, key_file: Path, root_file: Path) -> None:
     """Raise SettingsError unless the server can start with these files and this machine's programs would trust it."""
     certificate, root = read_certificate(certificate_file), read_certificate(root_file)

@@ -84,6 +84,8 @@ def test_an_invitation_needs_a_certificate_and_an_address(drafted: Path, tmp_pat
         run("draft", str(drafted / "short.toml"), *public, "--address", "x:1", "--out", str(tmp_path / "a.toml"))
     assert missing.value.hint == "make it first: amalgram keys certificate x"
     write_certificate(tmp_path, ["x"])
+    with pytest.raises(SettingsError, match=r"server\.pem: is for x, localhost, 127\.0\.0\.1, not for y, so owners"):
+        run("draft", str(drafted / "short.toml"), *public, "--address", "y:1", "--out", str(tmp_path / "a.toml"))
     with pytest.raises(SettingsError, match="address = 'https://x': must be HOST:PORT"):
         run("draft", str(drafted / "short.toml"), *public, "--address", "https://x", "--out", str(tmp_path / "a.toml"))
 
@@ -165,6 +167,10 @@ def test_an_owner_joins_with_its_own_keys_alone(home: Path, drafted: Path) -> No
         (lambda text: text[: text.index("[agreement]")], "agreement is missing"),
         (lambda text: re.sub(r'\nbase_digest = "\w+"', "", text), "base_digest is missing"),
         (lambda text: f"yes = true\n{text}", "unknown key yes"),
+        (
+            lambda text: text[text.index("[agreement]") :].replace("agreement.", ""),
+            "is an agreement, not an invitation",
+        ),
         (lambda text: text.replace("\n", "\x00", 1), "not valid TOML"),
     ],
 )

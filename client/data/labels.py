@@ -35,10 +35,20 @@ def label_numbers(path: Path, values: Sequence[Any], task: Task, at_row: int | N
             or_number = f", nor a number from 0 to {len(task.labels) - 1}" if by_number else ""
             raise DataError(
                 f"{path}: row {at_row or index + 1}: its label is none of {', '.join(task.labels)}{or_number}",
-                hint="correct the row, or agree on other task.labels",
+                hint=_how_to_name(value, name, task),
             )
         labels[index] = number
     return labels
+
+
+def _how_to_name(value: Any, name: str, task: Task) -> str:
+    """What to correct, without a word of the row: only an agreed label is quoted."""
+    if value is None or not name:
+        return "this row's label is empty: fill it in, or leave the row out"
+    for label in task.labels:
+        if name.casefold() == as_line(label).casefold():
+            return f"write it as the agreement does: {label}"
+    return "write the labels in the file as the agreement names them; those of a model that has a head are fixed"
 
 
 def tag_numbers(path: Path, column: str, rows: Sequence[Any], task: Task) -> list[NDArray[np.int64]]:

@@ -19,7 +19,7 @@ from common.errors import ConsentError, EngineError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import TOLD, check_internals
-from deploy.launch.processes import POLL_SECONDS, FollowedFile, Process, alone, free_port, started
+from deploy.launch.processes import POLL_SECONDS, FollowedFile, NewFiles, Process, alone, free_port, started
 from deploy.network_keys import read_certificate, read_node_key
 from deploy.reach import check_reachable
 from deploy.terminal import answer
@@ -109,10 +109,11 @@ def keep_connected(node: Node) -> None:
         for old in node.state.glob("*.log"):
             old.unlink()
         said, told, answered = (FollowedFile(node.state / name) for name in ("supernode.log", TOLD, "superexec.log"))
+        receipts = NewFiles(node.state.parent / "receipts")
         while True:
             log.info("connecting to %s", node.address)
             with supernode(node) as parts:
-                ended = _watch(parts, said, told, answered)
+                ended = _watch(parts, said, told, answered, receipts)
             log.warning("%s; trying again", ended)
             time.sleep(RETRY_SECONDS)
             _wait_until_reachable(node)
@@ -131,8 +132,14 @@ def _wait_until_reachable(node: Node) -> None:
         time.sleep(RETRY_SECONDS)
 
 
-def _watch(parts: Mapping[str, Process], said: FollowedFile, told: FollowedFile, answered: FollowedFile) -> str:
-    """Log what the node reports and each refusal of the owner's app. Returns which part ended, and why.
+def _watch(
+    parts: Mapping[str, Process],
+    said: FollowedFile,
+    told: FollowedFile,
+    answered: FollowedFile,
+    receipts: NewFiles,
+) -> str:
+    """Log what the node reports, each refusal of the owner's app, and each receipt. Returns which part ended, and why.
 
     `said` and `answered` are Flower's logs, where a line may be part of an error that the coordinator wrote.
     """
@@ -148,6 +155,8 @@ def _watch(parts: Mapping[str, Process], said: FollowedFile, told: FollowedFile,
         for line in answered.new_lines():
             if refusal := REFUSED.search(line):  # check: only-our-words-are-repeated
                 log.warning("%s", refusal[0])
+        for path in receipts.since_last_time():
+            log.info("a merge is over; the receipt is %s", path)
         if ended:
             return f"{ended[0]} ended: {reason}"
         time.sleep(POLL_SECONDS)

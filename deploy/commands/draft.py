@@ -29,10 +29,11 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
 
     Raises SettingsError if a file exists or a party's key is missing, ModelError if the base model cannot be used.
     """
-    invitation, coordinator = out.with_name("invitation.toml"), out.with_name("coordinator.toml")
+    invitation = out.with_name(f"{out.stem.replace('agreement', 'invitation')}.toml")  # agreement-2: invitation-2
+    coordinator = out.with_name("coordinator.toml")
     for path in (out, invitation) if address else (out,):
         if path.exists():
-            raise SettingsError(f"{path}: exists already", hint="move it away, or draft into another folder with --out")
+            raise SettingsError(f"{path}: exists already", hint="move it away, or name another file with --out")
     door = read_door(address, out.with_name("ca.pem")) if address else None
     written = with_layers(load_settings(short, AgreementDraft), adapters)
     identities = _by_name(public)

@@ -38,7 +38,7 @@ def make_certificate(hosts: list[str], folder: Path) -> None:
     """Write server.key and server.pem for `hosts`, and ca.key and ca.pem unless the folder has them."""
     written = [str(path) for path in write_certificate(folder, hosts)]
     hint = (
-        f"{folder / 'ca.pem'}: send it to every owner, in a way that they trust\n"
+        f"{folder / 'ca.pem'}: for every owner; `amalgram draft --address HOST:PORT` puts it into the invitation\n"
         f"{folder / 'server.key'}: secret, it stays with the server\n"
         f"{folder / 'ca.key'}: secret, whoever has it can impersonate the server; keep it elsewhere, for the next "
         "certificate"

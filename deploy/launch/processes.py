@@ -102,3 +102,20 @@ class FollowedFile:
             whole = file.read().rpartition(b"\n")[0]
         self._read += len(whole) + 1 if whole else 0
         return whole.decode(errors="replace").splitlines()
+
+
+class NewFiles:
+    """A folder into which another process writes files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen = set(self._files())
+
+    def since_last_time(self) -> list[Path]:
+        """The files that were not there at the last call."""
+        new = [path for path in self._files() if path not in self._seen]
+        self._seen.update(new)
+        return new
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("*.json") if path.is_file())

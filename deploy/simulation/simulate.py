@@ -104,6 +104,7 @@ def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> Non
         *_, message, hint = ["", *reason.read_text().strip().splitlines()]
         if not hint.startswith("hint: "):
             message, hint = hint, ""
+        message = message.removeprefix(f"{refusal.owner}: ")
         error = AmalgramError(f"owner {refusal.owner}: {message}", hint=hint.removeprefix("hint: "))
         error.code, error.exit_code = refusal.code, refusal.exit_code
         raise error from None

@@ -21,7 +21,7 @@ from transformers import (
 
 from client.settings import Training
 from common.agreement import AgreementDraft, Task
-from common.errors import AmalgramError, EngineError, SettingsError
+from common.errors import AmalgramError, EngineError, ModelError, SettingsError
 from common.models.loading import digest_of
 from common.settings_file import load_settings
 from deploy.commands.client import find_node
@@ -240,6 +240,25 @@ def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: P
     mean = report.evaluation.mean
     assert mean["regmean"] == mean["average"] == mean["base"] == mean["own_at_home"]  # nobody changed anything
     assert "multi_task" not in mean
+
+
+def test_a_model_with_its_labels_in_another_order_is_refused_before_anything_leaves(
+    consortium: Path, example_run: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(example_run / "model")
+    with torch.no_grad():
+        for parameter in (model.classifier.weight, model.classifier.bias):
+            parameter.copy_(parameter.flip(0))
+    model.config.id2label, model.config.label2id = {0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}
+    model.save_pretrained(consortium / "reversed")
+    recipe = "[training]\nepochs = 6\nlearning_rate = 1e-3\nbatch_size = 32\n"
+    change(consortium / "hotel.toml", recipe, 'fine_tuned = "reversed"\n')
+    with pytest.raises(
+        ModelError, match=r"hotel: on 60 of its own rows, its model is right on \d\.\d%, and on 9\d"
+    ) as caught:
+        simulate(consortium, tmp_path / "output")
+    assert "if its labels are in the order ['positive', 'negative']" in caught.value.message
+    assert not (tmp_path / "output" / "progress.jsonl").exists()
 
 
 def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Path) -> None:

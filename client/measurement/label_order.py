@@ -1,0 +1,44 @@
+"""Whether a model's outputs are in the agreed order of labels, judged by its owner's own rows.
+
+A model whose labels are numbered differently loads, runs and is merged like any other, and spoils the merge. On its own
+rows it is worse than the base, and good once its outputs are put into another order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+CLEAR_GAIN = 0.2  # of accuracy, by another order, on rows of which the model's owner has seen most
+
+
+@dataclass(frozen=True)
+class LabelOrder:
+    """How often a model is right on its owner's rows, as its outputs are and in the order that fits best."""
+
+    own: float
+    base: float
+    best: float
+    order: tuple[str, ...]  # the label of each output that fits best
+
+    @property
+    def is_another(self) -> bool:
+        """Whether the outputs are clearly in another order than the agreed one."""
+        return self.own < self.base and self.best > max(self.base, self.own + CLEAR_GAIN)
+
+
+def label_order(
+    own: NDArray[np.int64], base: NDArray[np.int64], targets: NDArray[np.int64], labels: Sequence[str]
+) -> LabelOrder:
+    """`own`, `base`: (rows,), the labels that the two models predict; `targets`: (rows,), the true ones."""
+    counts = np.zeros((len(labels), len(labels)), np.int64)  # (predicted, true)
+    np.add.at(counts, (own, targets), 1)
+    predicted, true = linear_sum_assignment(counts, maximize=True)
+    return LabelOrder(
+        own=float((own == targets).mean()),
+        base=float((base == targets).mean()),
+        best=float(counts[predicted, true].sum() / len(targets)),
+        order=tuple(labels[index] for index in true[np.argsort(predicted)]),
+    )

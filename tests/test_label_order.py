@@ -1,0 +1,38 @@
+"""A model whose outputs are in another order than the agreed labels is told from one that is merely poor."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client.measurement.label_order import label_order
+
+LABELS = ("negative", "neutral", "positive")
+TARGETS = np.array([0, 1, 2] * 30)
+
+
+def test_the_order_that_repairs_a_model_is_named() -> None:
+    shuffled = np.array([2, 0, 1])  # output 0 means "positive", 1 "negative", 2 "neutral"
+    own = np.argsort(shuffled)[TARGETS]
+    found = label_order(own, np.zeros_like(TARGETS), TARGETS, LABELS)
+    assert (found.own, found.base, found.best) == (0.0, pytest.approx(1 / 3), 1.0)
+    assert found.order == ("positive", "negative", "neutral")
+    assert found.is_another
+
+
+def test_a_poor_model_and_a_good_one_are_let_pass() -> None:
+    random = np.random.default_rng(0)
+    poor = random.integers(0, 3, len(TARGETS))
+    assert not label_order(poor, np.zeros_like(TARGETS), TARGETS, LABELS).is_another
+    good = np.where(random.random(len(TARGETS)) < 0.8, TARGETS, poor)
+    assert not label_order(good, np.zeros_like(TARGETS), TARGETS, LABELS).is_another
+    assert not label_order(good, TARGETS, TARGETS, LABELS).is_another  # the base is better still
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.permutations([0, 1, 2]))
+def test_no_order_fits_better_than_the_one_that_is_found(targets: list[int], order: list[int]) -> None:
+    true, own = np.array(targets), np.array(order)[np.array(targets)]
+    found = label_order(own, true, true, LABELS)
+    assert found.best == 1.0
+    for predicted, label in zip(own, true, strict=True):
+        assert found.order[predicted] == LABELS[label]
