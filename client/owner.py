@@ -39,6 +39,7 @@ from common.messages import (
     RollCall,
     ScalesPart,
     SessionBurned,
+    UploadsOpened,
 )
 from common.metrics import BASE, metrics_layout
 from common.summation.fixed_point import check_layout
@@ -89,6 +90,8 @@ class Owner(OwnerContext):
             run, digest = message.run, message.agreement_digest
         elif isinstance(message, (BurnSession, BurnCertificate, Result, Receipts, Finish)):
             run, digest = message.run, self.agreement.digest()
+        elif isinstance(message, UploadsOpened) and message.session in self.state.run.opened:
+            run, digest = self.state.run.run, self.state.run.agreement_digest
         else:
             opened = rounds.opened(self, message)
             run, digest = opened.run, opened.agreement_digest

@@ -14,7 +14,7 @@ from common import scaling
 from common.certificates import deliveries_digest
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
 from common.mapped import releasing
-from common.messages import KeyBook, Message, OpenSum, UploadsOpened
+from common.messages import KeyBook, Message, OpeningChecked, OpenSum, UploadsOpened
 from common.metrics import BASE, OWN_AT_HOME, Score
 from common.metrics import contribution as metric_contribution
 from common.scaling import Scales
@@ -80,6 +80,9 @@ def opened(owner: OwnerContext, message: Message) -> OpenSum:
 
 def continue_round(owner: OwnerContext, message: Message) -> Message:
     """One more step of the open round."""
+    if isinstance(message, UploadsOpened) and message.session in owner.state.run.opened:
+        # The coordinator was killed before it knew; the next round may be open by now.
+        return OpeningChecked(session=message.session, owner=owner.name)
     kept = owner.state.open_round
     assert kept is not None  # `opened` was asked before
     request = kept.open_sum

@@ -122,7 +122,7 @@ class ResultRecord(Record):
 
 class RunState(Record):
     """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over;
-    `openings`: how many sessions it had, if it is a round.
+    `openings`: how many sessions it had, if it is a round. `opened`: the sessions that this owner added up by itself.
 
     `tested`: what this owner contributed to the test round; `published`: the folder that it would publish itself. Where
     merges are verified: `summed`, `drawn` and `verified`, the positions of the deliveries that are; `totals`.
@@ -132,6 +132,7 @@ class RunState(Record):
     agreement_digest: str
     begun: int | None = None
     openings: int = 0
+    opened: tuple[str, ...] = ()
     is_complete: bool = True
     received: tuple[ReceivedRecord, ...] = ()
     scores: tuple[ScoreRecord, ...] = ()

@@ -248,7 +248,7 @@ def open_uploads(owner: OwnerContext, kind: RoundKind, side: OwnerSide, message:
     if kind == "check":
         _check_claims(owner, round_, total, side, message)
         verified = (*run.verified, *(claim.delivery for claim in round_.claims))
-        owner.state.update_run(verified=verified, is_complete=True)
+        owner.state.update_run(verified=verified, opened=(*run.opened, message.session), is_complete=True)
         _delete_proved(owner, round_)
     else:
         assert round_.split is not None
@@ -257,7 +257,8 @@ def open_uploads(owner: OwnerContext, kind: RoundKind, side: OwnerSide, message:
             TotalRecord(split=round_.split, model=model, metrics=SignedMean.of(score).model_dump_json())
             for model, score in scores.items()
         )
-        owner.state.update_run(totals=(*run.totals, *totals), is_complete=True)
+        opened = (*run.opened, message.session)
+        owner.state.update_run(totals=(*run.totals, *totals), opened=opened, is_complete=True)
     return reply
 
 
