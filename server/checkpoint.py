@@ -33,7 +33,7 @@ from common.errors import ProtocolError, SettingsError
 from common.messages import Envelope, OpenSum, UploadsOpened, decode, encode
 from common.private_file import make_private_folder, write_whole
 from common.schedule import Round
-from common.settings_file import Count, Digest
+from common.settings_file import Count, Digest, Hex
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 
@@ -108,7 +108,7 @@ class SavedDelivery(Saved):
 class SavedUploads(Saved):
     """An UploadsOpened without its vectors: `seeds` in hexadecimal, the vectors' size and ring."""
 
-    seeds: str
+    seeds: Hex
     size: Count
     ring_bits: Literal[32, 64]
 
@@ -147,7 +147,7 @@ class SavedRun(Saved):
     sums: tuple[SavedSum, ...]
     opening: OpenedSession | None
     excluded: dict[str, str]
-    nonces: dict[str, str]  # position of a correction -> records.Nonce of every owner, in hexadecimal
+    nonces: dict[str, Hex]  # position of a correction -> records.Nonce of every owner, in hexadecimal
 
 
 # --- reading and writing it ---

@@ -563,6 +563,9 @@ TABLE = [
     # 98: files
     Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),
     Mutation(FILES, "test_98_compressed_text", "unpacked-text-is-bounded"),
+    Mutation(FILES, "test_98_a_key_in", "unknown-keys-are-one-line", 'key = _dotted(first["loc"])'),
+    Mutation(FILES, "test_98_a_field_of", "field-names-are-one-line", "shown_names = differing"),
+    Mutation(FILES, "test_98_an_owner_s_own", "layouts-are-read-exactly"),
     # 92-95: what a model's folder names
     Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
     Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),
