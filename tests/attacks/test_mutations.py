@@ -603,6 +603,13 @@ TABLE = [
     Mutation(DISHONEST, "test_85_", "signed-model-is-good-enough"),
     Mutation(DISHONEST, "test_86_a_weight", "weights-add-up"),
     Mutation(DISHONEST, "test_86_more", "weights-add-up"),
+    Mutation(DISHONEST, "test_owners_that_clip", "changes-are-clipped"),
+    Mutation(DISHONEST, "test_an_owner_s_own", "owners-clip-their-changes", "return Delta(own, base)"),
+    Mutation(DISHONEST, "test_an_agreement_states", "changes-have-bounds"),
+    Mutation(DISHONEST, "test_87_", "changes-are-small-enough"),
+    Mutation(DISHONEST, "test_88_grams_beyond", "own-grams-fit-the-weights"),
+    Mutation(DISHONEST, "test_88_", "grams-fit-the-weights"),
+    Mutation(DISHONEST, "test_89_", "classifier-rows-add-up"),
 ]
 
 
