@@ -39,7 +39,7 @@ from common.private_file import make_private_folder, write_whole
 from common.publication import PublishedFolder, PublishedReceipts
 from common.settings_file import Hex
 from common.tensor_layout import TensorLayout
-from common.text import shown_lines
+from common.text import shown, shown_lines
 
 STATE_VERSION = 3
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
@@ -231,7 +231,7 @@ class OwnerState:
     def _check_version(self) -> None:
         path = self.folder / "version"
         if path.is_file():
-            found = path.read_text(errors="replace").strip()[:20]
+            found = shown(path.read_text(errors="replace").strip()[:20])
         else:
             found = "1" if any((self.folder / name).exists() for name in ("ledger.json", "consent.json", "run")) else ""
         if found not in ("", str(STATE_VERSION)):  # check: state-is-of-this-version
@@ -247,7 +247,7 @@ class OwnerState:
         path = self.folder / "identity"
         with suppress(FileExistsError), private_file.create(path) as file:
             file.write(f"{mine}\n".encode())
-        found = path.read_text(errors="replace").strip()
+        found = shown(path.read_text(errors="replace").strip())
         if found != mine:  # check: state-is-of-this-identity
             raise SettingsError(
                 f"{self.folder}: state of another identity ({found[:16]}..., this one is {mine[:16]}...)",

@@ -315,10 +315,10 @@ def _measured_bounds(
         highest = {name: float(squares[name].max()) for name in plan.changed}
         everywhere = max(highest.values())  # stands in for tensors that the probe did not reach
         fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)
-    return {"grams": tuple(grams), "fisher": fisher, "changes": _largest_changes(draft.bounds.change, base, plan)}
+    return {"grams": tuple(grams), "fisher": fisher, "changes": largest_changes(draft.bounds.change, base, plan)}
 
 
-def _largest_changes(relative: float | None, base: PreTrainedModel, plan: MergePlan) -> tuple[float, ...]:
+def largest_changes(relative: float | None, base: PreTrainedModel, plan: MergePlan) -> tuple[float, ...]:
     """By how much an owner may change each tensor. A vector of small numbers, such as a new bias, may change as if its
     numbers were as large as those of the model's matrices in the mean.
     """

@@ -37,7 +37,7 @@ from common.settings_file import Count, Digest, Hex
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 
-VERSION: Final = 4  # of run.json
+VERSION: Final = 5  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 PIECE_WORDS = 1 << 20
@@ -138,7 +138,7 @@ class OpenedSession(Saved):
 class SavedRun(Saved):
     """The content of run.json."""
 
-    version: Literal[4] = VERSION
+    version: Literal[5] = VERSION
     agreement_digest: Digest
     run: Digest
     seconds: Seconds

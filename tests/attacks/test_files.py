@@ -12,8 +12,9 @@ from pyarrow import parquet
 
 from client.data import files, sources
 from client.data.files import read_arrays, read_columns
+from client.ledger import Ledger
 from client.state import OwnerState
-from common.agreement import AgreementDraft
+from common.agreement import Agreement, AgreementDraft
 from common.errors import AmalgramError, DataError, RemoteProtocolError, SettingsError
 from common.identity import Identity, read_identity, write_identity
 from common.messages import Envelope, decode
@@ -170,3 +171,9 @@ def test_98_a_checkpoint_whose_nonces_are_not_hexadecimal(tmp_path: Path) -> Non
     path.write_text(path.read_text().replace('"nonces":{}', '"nonces":{"3":"xy"}'))
     with pytest.raises(SettingsError, match="is damaged"):
         Checkpoint.open(tmp_path / "checkpoint", "ab" * 32)
+
+
+def test_98_a_ledger_of_an_identity_that_breaks_the_line(tmp_path: Path, agreement: Agreement) -> None:
+    (tmp_path / "a.ledger").write_text('{"version":2,"identity":"a\\u0085b","pages":{}}')
+    with pytest.raises(SettingsError, match="damaged"):
+        Ledger(tmp_path / "a.ledger", bytes(32), agreement, must_exist=True)
