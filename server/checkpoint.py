@@ -36,6 +36,7 @@ from common.schedule import Round
 from common.settings_file import Count, Digest, Hex
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
+from common.text import shown
 
 VERSION: Final = 5  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
@@ -367,7 +368,8 @@ def _read(folder: Path) -> SavedRun | None:
         version = values.get("version", 1) if isinstance(values, dict) else VERSION
         if version != VERSION:
             raise SettingsError(
-                f"{path}: another version of Amalgram wrote it (format {version}, this one reads format {VERSION})",
+                f"{path}: another version of Amalgram wrote it (format {shown(str(version)[:20])}, this one reads "
+                f"format {VERSION})",
                 hint=f"resume with that version, or {_start_anew(folder)}",
             )
         saved = SavedRun.model_validate_json(content)

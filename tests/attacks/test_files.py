@@ -177,3 +177,10 @@ def test_98_a_ledger_of_an_identity_that_breaks_the_line(tmp_path: Path, agreeme
     (tmp_path / "a.ledger").write_text('{"version":2,"identity":"a\\u0085b","pages":{}}')
     with pytest.raises(SettingsError, match="damaged"):
         Ledger(tmp_path / "a.ledger", bytes(32), agreement, must_exist=True)
+
+
+def test_98_a_checkpoint_of_a_version_that_breaks_the_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"version":"a\\u0085b"}')
+    with pytest.raises(SettingsError) as refused:
+        Checkpoint.open(tmp_path, "ab" * 32)
+    assert len(refused.value.message.splitlines()) == 1
