@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from client.data import files, sources
 from client.data.files import read_arrays, read_columns
 from client.ledger import Ledger
+from client.sketch import Sketch
 from client.state import OwnerState
 from common.agreement import Agreement, AgreementDraft
 from common.errors import AmalgramError, DataError, RemoteProtocolError, SettingsError
@@ -177,6 +179,18 @@ def test_98_a_ledger_of_an_identity_that_breaks_the_line(tmp_path: Path, agreeme
     (tmp_path / "a.ledger").write_text('{"version":2,"identity":"a\\u0085b","pages":{}}')
     with pytest.raises(SettingsError, match="damaged"):
         Ledger(tmp_path / "a.ledger", bytes(32), agreement, must_exist=True)
+
+
+@pytest.mark.parametrize("digests", ["a", "%%%%", "AAAA"])
+def test_98_a_ledger_whose_sketches_hold_no_digests(digests: str) -> None:
+    with pytest.raises(ValidationError):
+        Sketch(size=1, digests=digests)
+
+
+def test_98_a_csv_whose_header_has_a_bare_carriage_return(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\x00\ra\n1")
+    with pytest.raises(DataError, match="cannot be read as CSV"):
+        read_columns(tmp_path / "rows.csv", ["a"], None)
 
 
 def test_98_a_checkpoint_of_a_version_that_breaks_the_line(tmp_path: Path) -> None:

@@ -566,6 +566,7 @@ TABLE = [
     Mutation(FILES, "test_98_a_key_in", "unknown-keys-are-one-line", 'key = _dotted(first["loc"])'),
     Mutation(FILES, "test_98_a_field_of", "field-names-are-one-line", "shown_names = differing"),
     Mutation(FILES, "test_98_an_owner_s_own", "layouts-are-read-exactly"),
+    Mutation(FILES, "test_98_a_ledger_whose", "sketches-hold-whole-digests"),
     # 92-95: what a model's folder names
     Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
     Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),
