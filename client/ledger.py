@@ -23,6 +23,7 @@ from common import private_file
 from common.agreement import Agreement
 from common.errors import ConsentError, SettingsError
 from common.private_file import write_whole
+from common.settings_file import Digest
 
 
 class Offer(Record):
@@ -52,7 +53,7 @@ class Book(Record):
     """The whole file: whose it is, and a page for each agreement, by its digest."""
 
     version: Literal[2]
-    identity: str  # the public key, in hexadecimal
+    identity: Digest  # the public key, in hexadecimal
     pages: dict[str, Page]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_validator
 
 from client.records import Record
 
@@ -24,6 +25,13 @@ class Sketch(Record):
 
     size: int = 0
     digests: str = ""
+
+    @field_validator("digests")
+    @classmethod
+    def _holds_whole_digests(cls, digests: str) -> str:
+        if len(base64.b64decode(digests, validate=True)) % DIGEST_BYTES:  # check: sketches-hold-whole-digests
+            raise ValueError("not a whole number of digests")
+        return digests
 
 
 def sketch_of(key: bytes, elements: Iterable[bytes | memoryview]) -> Sketch:

@@ -32,13 +32,14 @@ from pydantic import ValidationError
 from client.records import Record
 from common import private_file
 from common.certificates import Delivered
-from common.errors import DataError, RemoteProtocolError, SettingsError
-from common.messages import OpenSum, Result
+from common.errors import DataError, LocalProtocolError, RemoteProtocolError, SettingsError
+from common.messages import Envelope, OpenSum, Result, decode
 from common.metrics import Score
 from common.private_file import make_private_folder, write_whole
 from common.publication import PublishedFolder, PublishedReceipts
+from common.settings_file import Hex
 from common.tensor_layout import TensorLayout
-from common.text import shown_lines
+from common.text import shown, shown_lines
 
 STATE_VERSION = 3
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
@@ -95,11 +96,11 @@ class DrawnRecord(Record):
     """
 
     position: int
-    delivered: str
-    nonce: str
-    blind: str
-    nonces: str = ""
-    signature: str = ""
+    delivered: Hex
+    nonce: Hex
+    blind: Hex
+    nonces: Hex = ""
+    signature: Hex = ""
 
 
 class TotalRecord(Record):
@@ -117,7 +118,7 @@ class ResultRecord(Record):
     model_digest: str
     deliveries_digest: str
     publication: str
-    signature: str
+    signature: Hex
 
 
 class RunState(Record):
@@ -191,7 +192,10 @@ class OpenRound(Record):
 
     @property
     def open_sum(self) -> OpenSum:
-        return OpenSum(**self.request)  # type: ignore[arg-type]
+        """Raises RemoteProtocolError unless the kept fields make exactly one."""
+        message = decode(Envelope(kind=OpenSum.__name__, fields=dict(self.request), payload=None))
+        assert isinstance(message, OpenSum)
+        return message
 
 
 R = TypeVar("R", bound=Record)
@@ -228,7 +232,7 @@ class OwnerState:
     def _check_version(self) -> None:
         path = self.folder / "version"
         if path.is_file():
-            found = path.read_text(errors="replace").strip()[:20]
+            found = shown(path.read_text(errors="replace").strip()[:20])
         else:
             found = "1" if any((self.folder / name).exists() for name in ("ledger.json", "consent.json", "run")) else ""
         if found not in ("", str(STATE_VERSION)):  # check: state-is-of-this-version
@@ -244,7 +248,7 @@ class OwnerState:
         path = self.folder / "identity"
         with suppress(FileExistsError), private_file.create(path) as file:
             file.write(f"{mine}\n".encode())
-        found = path.read_text(errors="replace").strip()
+        found = shown(path.read_text(errors="replace").strip())
         if found != mine:  # check: state-is-of-this-identity
             raise SettingsError(
                 f"{self.folder}: state of another identity ({found[:16]}..., this one is {mine[:16]}...)",
@@ -314,11 +318,14 @@ class OwnerState:
         write_whole(self._run_folder / f"{name}.layout.json", json.dumps(layout.to_json()).encode())
 
     def read_layout(self, name: str) -> TensorLayout:
-        """Raises RemoteProtocolError if nothing of this name was made in this run."""
+        """Raises RemoteProtocolError if nothing of this name was made in this run, SettingsError if it is damaged."""
         path = self._run_folder / f"{name}.layout.json"
         if not path.is_file():
             raise RemoteProtocolError(f"the coordinator asked for the {name} before it was made")
-        return TensorLayout.from_json(json.loads(path.read_bytes()))
+        try:
+            return TensorLayout.from_json(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, RecursionError, LocalProtocolError):
+            raise _damaged(path) from None
 
     def _write(self, name: str, record: Record) -> None:
         """Write a record, whole or not at all; it is on the disk before this returns."""
@@ -331,9 +338,7 @@ class OwnerState:
         try:
             return kind.model_validate_json(path.read_bytes())
         except ValidationError:
-            raise SettingsError(
-                f"{path}: damaged", hint="the run cannot be resumed; a new run needs a new agreement"
-            ) from None
+            raise _damaged(path) from None
 
     # --- arrays ---
 
@@ -458,3 +463,7 @@ class OwnerState:
     @property
     def _run_folder(self) -> Path:
         return self.folder / "run"
+
+
+def _damaged(path: Path) -> SettingsError:
+    return SettingsError(f"{path}: damaged", hint="the run cannot be resumed; a new run needs a new agreement")

@@ -37,6 +37,7 @@ from common.metrics import read_total
 from common.models.delta import VectorDelta, check_candidate
 from common.publication import SignedMean
 from common.schedule import Delivery, Round
+from common.settings_file import Hex
 from common.summation import fixed_point
 from common.summation.masked.book import Book
 from common.summation.masked.opening import opened_total
@@ -69,11 +70,11 @@ class Evidence(Record):
     run: str
     wrong: tuple[str, ...]
     delivered: tuple[ReceivedRecord, ...]
-    signature: str
+    signature: Hex
     request: dict[str, str | int] | None = None
-    survivors: str = ""
-    seeds: str = ""
-    uploads: str = ""
+    survivors: Hex = ""
+    seeds: Hex = ""
+    uploads: Hex = ""
 
 
 # --- before the check ---

@@ -46,7 +46,7 @@ from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
 from common.metrics import Score, Split
 from common.models.adapter import is_adapter
-from common.models.delta import Delta, VectorDelta, add_delta, published_delta
+from common.models.delta import ClippedDelta, Delta, VectorDelta, add_delta, published_delta
 from common.models.folders import (
     BaseOrigin,
     base_model_folder,
@@ -306,7 +306,7 @@ class Workbench:
         own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
         self._check_fixed(own, base)
         log.info("  %s: measuring", self.name)  # check: logs-hold-no-number-of-rows
-        terms = OwnerTerms(examples=len(train), delta=Delta(own, base))
+        terms = OwnerTerms(examples=len(train), delta=self._delta(own, base))
         if Measurement.GRAMS in wanted:
             rows = self.drawn(train, wanted[Measurement.GRAMS])
             batches = Batches(rows, self.settings.batch_size)
@@ -332,6 +332,10 @@ class Workbench:
         order = np.random.default_rng(int.from_bytes(seed)).permutation(len(rows))  # check: each-agreement-draws-anew
         return rows.take(order[:limit])
 
+    def _delta(self, own: DiskModel, base: DiskModel) -> Mapping[str, Tensor]:
+        """What fine-tuning changed, scaled down where it is more than the agreement allows."""
+        return ClippedDelta(Delta(own, base), self.merge_settings.bounds.changes)  # check: owners-clip-their-changes
+
     def _measure_step(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> OwnerTerms:
         log.info("  %s: measuring %s step %d", self.name, method.title, step.number)
         train = self.data.train()
@@ -342,7 +346,7 @@ class Workbench:
             terms = measure_classifier(base, own, merged, classifier(self.plan), rows, self.settings.batch_size)
             self._check_rows("the classifier's input", len(terms.features), terms.features.shape[1])
             return OwnerTerms(examples=len(train), delta={}, classifier=terms)
-        delta = Delta(own, base)
+        delta = self._delta(own, base)
         names = [name for shared in step.inputs for layer in shared.layers for name in layer.parameters]
         of_step = {name: delta[name] for name in names}  # before the owner's model becomes the one to measure on
         merged_names = [

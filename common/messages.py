@@ -47,7 +47,7 @@ from common.domain_separation import Domain
 from common.errors import EXIT_CODES, LocalProtocolError, RemoteProtocolError
 from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
-from common.text import MAX_LINE, flaw
+from common.text import MAX_LINE, flaw, shown
 
 PROTOCOL_VERSION = 6
 HEX_64 = re.compile(r"[0-9a-f]{64}")
@@ -490,7 +490,8 @@ def decode(envelope: Envelope) -> Message:
     expected = {field.name for field in fields(kind)}
     if set(values) != expected:  # check: fields-are-exact
         differing = ", ".join(sorted(str(name)[:40] for name in set(values) ^ expected))
-        raise RemoteProtocolError(f"{envelope.kind}: missing or unexpected fields: {differing}")
+        shown_names = shown(differing)  # check: field-names-are-one-line
+        raise RemoteProtocolError(f"{envelope.kind}: missing or unexpected fields: {shown_names}")
     try:
         return kind(**values)
     except LocalProtocolError as malformed:

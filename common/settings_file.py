@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from common.errors import RuleError, SettingsError
 from common.names import NAME_PATTERN, NAME_RULE
-from common.text import MAX_LINE, MAX_PARAGRAPH, flaw
+from common.text import MAX_LINE, MAX_PARAGRAPH, flaw, shown
 
 MAX_FILE_BYTES = 16_000_000
 # What pydantic's types of problems mean to whoever wrote the file. The names in braces are pydantic's.
@@ -85,6 +85,7 @@ Name = Annotated[str, AfterValidator(_check_name)]
 FileName = Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
 HEX_64 = matching("[0-9a-f]{64}", "64 hexadecimal digits")
 Digest = Annotated[str, HEX_64]
+Hex = Annotated[str, matching("([0-9a-f]{2})*", "bytes in hexadecimal")]
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -159,7 +160,7 @@ def _in_words(error: ValidationError, kind: type[Settings], where: str) -> tuple
     problems = error.errors(include_url=False)
     # An unknown key first: a misspelt one is both unknown and missing, and the misspelling is what to correct.
     first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    key = _dotted(first["loc"])
+    key = shown(_dotted(first["loc"]))  # check: unknown-keys-are-one-line
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     hint = _hint(first, kind)
     if first["type"] == "extra_forbidden":

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Reversible
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,14 +111,18 @@ class TensorLayout:
 
     @classmethod
     def from_json(cls, description: list[Any]) -> "TensorLayout":
+        """Raises ValueError, TypeError or LocalProtocolError unless `to_json` would write exactly this."""
         ring_bits, *entries = description
-        return cls(
+        layout = cls(
             tuple(
                 TensorEntry(name=name, shape=tuple(shape), bound=bound, packing=packing, product_of=product_of)
                 for name, shape, bound, packing, product_of in entries
             ),
             ring_bits,
         )
+        if ring_bits not in get_args(RingBits) or layout.to_json() != description:  # check: layouts-are-read-exactly
+            raise ValueError("not a layout that was written")
+        return layout
 
     def digest(self) -> str:
         """SHA-256 of `to_json`, in hexadecimal."""

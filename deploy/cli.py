@@ -281,7 +281,8 @@ def verify(
     out: Annotated[
         Path,
         typer.Argument(
-            help="The output folder of a run, or of a published model; or OWNER.toml, for its record of a wrong model."
+            help="The output folder of a run, or of a published model; or OWNER.toml, for its record of a wrong model; "
+            "or a file of OUT/evidence."
         ),
     ],
     receipts: Annotated[Path | None, typer.Option(help="An owner's own file in state/receipts, to check with.")] = None,
@@ -291,11 +292,15 @@ def verify(
 
     With OWNER.toml: explain what this owner kept of a model that is not the merge. Exit code 6: it kept something.
 
+    With a file of OUT/evidence: say which owner lied in a sum. Exit code 0: the file proves it.
+
     Example: amalgram verify demo-output
     """
     set_up_output(as_json)
-    from deploy.commands.verify import explain_evidence, verify_folder
+    from deploy.commands.verify import explain_evidence, explain_lie, verify_folder
 
+    if out.suffix == ".json" and out.is_file():
+        return explain_lie(out)
     if out.suffix == ".toml" and out.is_file():
         return explain_evidence(out)
     return verify_folder(out, receipts)

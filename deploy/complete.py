@@ -5,7 +5,7 @@ Everything is measured on the public base model with made-up inputs. No owner's 
 
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from math import ceil, inf, log2
+from math import ceil, inf, log2, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -315,7 +315,24 @@ def _measured_bounds(
         highest = {name: float(squares[name].max()) for name in plan.changed}
         everywhere = max(highest.values())  # stands in for tensors that the probe did not reach
         fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)
-    return {"grams": tuple(grams), "fisher": fisher}
+    return {"grams": tuple(grams), "fisher": fisher, "changes": largest_changes(draft.bounds.change, base, plan)}
+
+
+def largest_changes(relative: float | None, base: PreTrainedModel, plan: MergePlan) -> tuple[float, ...]:
+    """By how much an owner may change each tensor. A vector of small numbers, such as a new bias, may change as if its
+    numbers were as large as those of the model's matrices in the mean.
+    """
+    if relative is None:
+        return ()
+    parameters = {name: parameter.detach() for name, parameter in base.named_parameters() if name in plan.shapes}
+    squares = {name: float(parameter.double().square().sum()) for name, parameter in parameters.items()}
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim > 1]
+    mean = sum(squares[name] for name in matrices) / sum(parameters[name].numel() for name in matrices)
+    norms = [
+        sqrt(max(squares[name], mean * parameters[name].numel()) if name not in matrices else squares[name] or mean)
+        for name in plan.changed
+    ]
+    return tuple(float(f"{relative * norm:.3g}") for norm in norms)
 
 
 def _largest_gram_entries(base: PreTrainedModel, probe: Rows, plan: MergePlan) -> list[float]:

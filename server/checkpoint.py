@@ -33,11 +33,12 @@ from common.errors import ProtocolError, SettingsError
 from common.messages import Envelope, OpenSum, UploadsOpened, decode, encode
 from common.private_file import make_private_folder, write_whole
 from common.schedule import Round
-from common.settings_file import Count, Digest
+from common.settings_file import Count, Digest, Hex
 from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
+from common.text import shown
 
-VERSION: Final = 4  # of run.json
+VERSION: Final = 5  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 PIECE_WORDS = 1 << 20
@@ -108,7 +109,7 @@ class SavedDelivery(Saved):
 class SavedUploads(Saved):
     """An UploadsOpened without its vectors: `seeds` in hexadecimal, the vectors' size and ring."""
 
-    seeds: str
+    seeds: Hex
     size: Count
     ring_bits: Literal[32, 64]
 
@@ -138,7 +139,7 @@ class OpenedSession(Saved):
 class SavedRun(Saved):
     """The content of run.json."""
 
-    version: Literal[4] = VERSION
+    version: Literal[5] = VERSION
     agreement_digest: Digest
     run: Digest
     seconds: Seconds
@@ -147,7 +148,7 @@ class SavedRun(Saved):
     sums: tuple[SavedSum, ...]
     opening: OpenedSession | None
     excluded: dict[str, str]
-    nonces: dict[str, str]  # position of a correction -> records.Nonce of every owner, in hexadecimal
+    nonces: dict[str, Hex]  # position of a correction -> records.Nonce of every owner, in hexadecimal
 
 
 # --- reading and writing it ---
@@ -367,7 +368,8 @@ def _read(folder: Path) -> SavedRun | None:
         version = values.get("version", 1) if isinstance(values, dict) else VERSION
         if version != VERSION:
             raise SettingsError(
-                f"{path}: another version of Amalgram wrote it (format {version}, this one reads format {VERSION})",
+                f"{path}: another version of Amalgram wrote it (format {shown(str(version)[:20])}, this one reads "
+                f"format {VERSION})",
                 hint=f"resume with that version, or {_start_anew(folder)}",
             )
         saved = SavedRun.model_validate_json(content)

@@ -5,7 +5,7 @@ the channel. What the checkpoint holds is neither summed nor sent again.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +51,12 @@ from common.messages import (
 from common.publication import PublishedReceipts
 from common.schedule import Delivery, Round, Schedule
 from common.summation import SUMMATIONS
+from common.summation.masked.evidence import ProvenLie
 from common.summation.protocol import CoordinatorSide, SumAbandoned, SumKind, SumTerms, Total, drive
 from common.summation.records import Nonce, Signed
 from common.summation.totals import SummedTensors
 from common.verification import wrong_claims
+from server import evidence
 from server.checkpoint import Checkpoint, SavedDelivery, Step
 from server.exchange import RESUME_HINT, Ahead, Channel, Exchange, log
 from server.recovery import certify_as_over, reopen_sum, sessions_to_certify
@@ -233,20 +235,37 @@ class Coordinator:
                 self.checkpoint.save_opening(request, opening)
             return self.exchange.ask(requests)
 
+        def exclude(owner: str, violation: RemoteProtocolError) -> None:
+            self._keep_evidence(round, request, violation)
+            self._exclude(owner, violation)
+
         try:
-            total = drive(side, exchange, self._exclude)
+            total = drive(side, exchange, exclude)
+        except ProvenLie as lie:
+            self._keep_evidence(round, request, lie)
+            raise
         except SumAbandoned:
-            self._exclude_all(side.violations)
+            self._exclude_all(side.violations, exclude)
             certify_as_over(self.exchange, self.agreement, self.run, request.session)
             raise
         _check_zero(round, total)
         self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
-        self._exclude_all(side.violations)  # check: who-lied-is-left-out
+        self._exclude_all(side.violations, exclude)  # check: who-lied-is-left-out
         return total
 
-    def _exclude_all(self, violations: Mapping[str, RemoteProtocolError]) -> None:
+    def _exclude_all(
+        self, violations: Mapping[str, RemoteProtocolError], exclude: Callable[[str, RemoteProtocolError], None]
+    ) -> None:
         for owner, violation in violations.items():
-            self._exclude(owner, violation)
+            exclude(owner, violation)
+
+    def _keep_evidence(self, round: Round, request: OpenSum, violation: RemoteProtocolError) -> None:
+        """Keep what shows anybody that an owner lied."""
+        if isinstance(violation, ProvenLie):  # check: evidence-is-kept
+            terms, output = self._terms(request, round), self.checkpoint.folder.parent
+            log.warning(
+                "who lied, and what proves it: %s", evidence.keep(output, self.agreement, terms, violation.evidence)
+            )
 
     def _exclude(self, owner: str, violation: RemoteProtocolError) -> None:
         """Continue without an owner that broke the rules of a sum, also after a restart. Raises `violation` if too few

@@ -5,9 +5,8 @@ round it takes in the total. When the last is over it writes what is published, 
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import isclose
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ from common.summation.protocol import Total
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
 from common.verification import corrections, projection_seed
+from server.bounds import check_classifier, check_contributions
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from server.exchange import Channel
@@ -47,8 +47,6 @@ from server.report.outcome import MethodChoice, Outcome, Tried, at_the_end, make
 from server.report.report import Report, holds_result_of, save_report
 from server.run_record import opened_rounds, sent_deliveries, step_costs
 from server.settings import CoordinatorSettings, read_coordinator_identity
-
-WEIGHT_TOLERANCE = 1e-3  # on the scales of a 32-bit sum, a weight loses its last bits
 
 
 def run_merge(settings_path: Path, channel: Channel) -> None:
@@ -169,7 +167,7 @@ class MergeRun:
             self._contributions = RescaledTotal(scaled=total, measured=self._measured, scales=self._scales)
         self._owners = total.owners
         self._examples = _examples_in(self._contributions)
-        _check_weights(self._contributions, total.owners, self.agreement)
+        check_contributions(self._contributions, round.layout, self._settings)
         if self.agreement.is_verified:
             self.coordinator.leave_out_absent(total.owners)
 
@@ -221,6 +219,9 @@ class MergeRun:
 
     def _sum_step(self, round: Round, name: str, step: Step) -> None:
         method, so_far, total = _multi_round(name), self._so_far[name], self.coordinator.sum(round)
+        check_contributions(total, round.layout, self._settings)
+        if "head_rows" in total:
+            check_classifier(total, round.layout, float(self._contributions["weight"][0]), self.plan)
         if round == self.schedule.steps(name)[-1]:
             self._final[name] = {
                 value: so_far.followed_by(method.solve_step(self._settings, step, total, value))
@@ -368,22 +369,6 @@ def _multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:
 def _examples_in(total: SummedTensors) -> int | None:
     """All owners' training examples, if a method has them summed."""
     return round(total["examples"][0]) if "examples" in total else None
-
-
-def _check_weights(total: SummedTensors, owners: Sequence[str], agreement: Agreement) -> None:
-    """Raise NumericalError if the owners' weights and examples do not add up, as far as totals show it."""
-    if "weight" not in total or "examples" not in total:
-        return
-    weight, examples = float(total["weight"][0]), float(total["examples"][0])
-    expected = examples if agreement.weighting == "rows" else float(len(owners))
-    most = len(owners) * agreement.bounds.examples
-    if not isclose(weight, expected, rel_tol=WEIGHT_TOLERANCE) or examples > most:  # check: weights-add-up
-        raise NumericalError(
-            f"merge: the owners' weights add up to {weight:.0f} and their examples to {examples:.0f}; the weights "
-            f"should be {expected:.0f}, the examples at most {most}",
-            hint="an owner's program contributed a weight that is not its own; the sum hides whose. A new run needs a "
-            "new agreement",
-        )
 
 
 # --- files ---

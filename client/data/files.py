@@ -201,8 +201,8 @@ def _read_csv(source: Source, columns: Sequence[str], max_rows: int | None) -> I
     header_line = next(lines, "")
     if not header_line.strip():
         raise DataError(f"{source.path}: holds no rows")
-    delimiter = _delimiter(source, header_line, columns)
     try:
+        delimiter = _delimiter(source, header_line, columns)
         header = next(csv.reader([header_line], delimiter=delimiter))
         _check_columns(source.path, columns, header)
         places = [header.index(column) for column in columns]

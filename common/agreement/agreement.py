@@ -78,7 +78,20 @@ class Agreement(AgreementDraft):
             )
         grams = {shared.name: bound for shared, bound in zip(plan.inputs, self.bounds.grams, strict=True)}
         fisher = dict(zip(plan.changed, self.bounds.fisher, strict=False))
-        bounds = MergeBounds(examples=self.bounds.examples, delta=self.bounds.delta, grams=grams, fisher=fisher)
+        changes = self.bounds.changes
+        if len(changes) != (len(plan.changed) if self.bounds.change is not None else 0):  # check: changes-have-bounds
+            raise SettingsError(
+                f"agreement: bounds.changes has {len(changes)} values, one is needed for each of the "
+                f"{len(plan.changed)} changed tensors if bounds.change is set",
+                hint="complete the draft again: amalgram draft",
+            )
+        bounds = MergeBounds(
+            examples=self.bounds.examples,
+            delta=self.bounds.delta,
+            grams=grams,
+            fisher=fisher,
+            changes=dict(zip(plan.changed, changes, strict=False)),
+        )
         return MergeSettings(
             plan=plan,
             weighting=self.weighting,

@@ -134,6 +134,10 @@ class Bounds(Settings):
 
     `grams`, one for each Gram, and `fisher`, one for each changed tensor, are for one example. They are measured on the
     base model with made-up inputs, times `headroom`, when a draft is completed.
+
+    `change`: the largest 2-norm of an owner's change of a tensor, relative to the base's tensor. With it, every owner's
+    program scales larger changes down, and nothing is published if the total shows that one did not (server/bounds.py).
+    `changes`, one for each changed tensor, are these norms; completing a draft computes them.
     """
 
     examples: Count = 1_000_000
@@ -141,6 +145,8 @@ class Bounds(Settings):
     headroom: Positive = 1024.0
     grams: tuple[Positive, ...] = ()
     fisher: tuple[Positive, ...] = ()
+    change: Positive | None = None
+    changes: tuple[Positive, ...] = ()
 
 
 class Privacy(Settings):

@@ -43,6 +43,7 @@ ALPHA_SUMMARY = (
     "Alpha is how much of a Gram matrix's off-diagonal is kept: 1 is plain least squares, 0 keeps the diagonal alone."
 )
 FLOOR = 2.0**10  # times the rounding of a sum: a layer that nobody's rows reach is then exact to a thousandth
+FLOOR_ROOM = 0.25  # what floors may add to a Gram, relative to it, before somebody calls it too large
 SURE_PIVOT = 1e-10  # squared pivot of a Cholesky factor, relative to the diagonal; rounding leaves far less of a zero
 
 
@@ -165,6 +166,11 @@ def add_ridge(gram: Tensor, ridge: float) -> Tensor:
     """G + ridge * mean(diag G) * I, in place."""
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     return gram
+
+
+def gram_room(settings: MergeSettings) -> float:
+    """By which factor ridge and floors may exceed what a Gram is of, before somebody calls it too large."""
+    return 1 + FLOOR_ROOM + max(float(getattr(table, "ridge", 0.0)) for table in settings.tables.values())
 
 
 def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 from numpy.typing import NDArray
 from pydantic import Field
 
+from common.errors import NumericalError
 from common.lazy import lazy_module
 from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
 from common.merge_methods.equations import Equation, mean_equations
@@ -29,6 +30,7 @@ from common.merge_methods.normal_equations import (
     SystemEquation,
     add_floor,
     add_ridge,
+    gram_room,
     notes_on,
 )
 from common.merge_methods.terms import (
@@ -39,6 +41,7 @@ from common.merge_methods.terms import (
     OwnerTerms,
     means,
     owner_scale,
+    owner_weight,
     rounded,
     to_array,
     weight_entries,
@@ -119,6 +122,7 @@ class GramPart:
             weighted = add_ridge(owner_scale(settings, owner, gram) * gram.matrix, self.ridge)
             bound = settings.weight_bound * settings.bounds.grams[shared.name]
             add_floor(weighted, settings, bound, bound)
+            _check_size(settings, owner, shared.name, weighted)
             yield from self._system_of(shared).tensors(weighted, owner.delta)
         for layer in self.data_free:
             yield from DATA_FREE.layer_tensors(settings, layer, owner)
@@ -149,6 +153,16 @@ class GramPart:
 
     def _system_of(self, shared: SharedInput) -> System:
         return System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=self.alphas)
+
+
+def _check_size(settings: MergeSettings, owner: OwnerTerms, name: str, weighted: Tensor) -> None:
+    """Raise NumericalError for a Gram that the others would take for a false one (server/bounds.py)."""
+    largest, bound = float(weighted.diagonal().max()) / owner_weight(settings, owner), settings.bounds.grams[name]
+    if largest > gram_room(settings) * bound:  # check: own-grams-fit-the-weights
+        raise NumericalError(
+            f"gram/{name}: {largest:g} for each example is outside the agreed bound {bound:g}; nothing has left",
+            hint="a larger bound needs a new agreement: see headroom in its [bounds]",
+        )
 
 
 class RegMean(SingleRoundMethod[RegMeanTable]):

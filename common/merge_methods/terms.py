@@ -45,13 +45,15 @@ class Hyperparameters(Settings):
 class MergeBounds:
     """The largest absolute values that one owner may add, on which the fixed-point encoding rests.
 
-    `grams` (by the name of the shared input) and `fisher` (by parameter) are for one example.
+    `grams` (by the name of the shared input) and `fisher` (by parameter) are for one example. `changes` (by parameter):
+    the largest 2-norms of a delta; empty if none were agreed on.
     """
 
     examples: int
     delta: float
     grams: Mapping[str, float]
     fisher: Mapping[str, float]
+    changes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

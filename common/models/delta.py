@@ -44,6 +44,26 @@ class Delta(Mapping[str, "Tensor"]):
         return len(self._fine_tuned)
 
 
+class ClippedDelta(Mapping[str, "Tensor"]):
+    """A delta whose tensors have at most the 2-norms `largest`, by parameter name: longer ones are scaled down."""
+
+    def __init__(self, delta: Mapping[str, Tensor], largest: Mapping[str, float]) -> None:
+        self._delta, self._largest = delta, largest
+
+    def __getitem__(self, name: str) -> Tensor:
+        change = self._delta[name]
+        norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+        if name in self._largest and norm > self._largest[name]:  # check: changes-are-clipped
+            return change * (self._largest[name] / norm)
+        return change
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._delta)
+
+    def __len__(self) -> int:
+        return len(self._delta)
+
+
 def add_delta(base: nn.Module, delta: Mapping[str, Tensor]) -> None:
     """Turn `base` into W_0 + delta, in place."""
     with torch.no_grad():

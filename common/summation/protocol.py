@@ -225,11 +225,13 @@ class OwnerSide(Protocol):
 class SavedOpening(SavedState):
     """What a coordinator needs to open a session after a restart, except the masked sum itself."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     remaining: tuple[str, ...]  # the owners that are asked to open it
     book: bytes  # KeyEntry.pack_all
     commitments: Mapping[int, bytes]  # owner index -> commitment to its self-mask seed
     dealt: Mapping[int, Mapping[int, bytes]]  # dealer -> recipient -> commitment to the share that it is to reveal
+    sealed: Mapping[int, bytes]  # dealer -> SealedShare.pack_all
+    sealed_signatures: Mapping[int, bytes]  # dealer -> its signature under them
     survivors: bytes  # Survivor.pack_all
     signatures: Mapping[int, bytes]  # owner index -> signature over `survivors`
     uploads: Mapping[int, bytes] = field(

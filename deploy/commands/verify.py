@@ -4,7 +4,8 @@ It shows that the files and metrics are those that the parties of one agreement 
 otherwise, they verified that the model is the merge, up to a tolerance (SECURITY.md). It does not show whose agreement
 it is: somebody who makes up all parties can sign anything. Hence the fingerprint.
 
-With an owner's settings file, it explains what that owner kept of a model that is not the merge.
+With an owner's settings file, it explains what that owner kept of a model that is not the merge. With a file of
+`OUT/evidence`, it says who lied in a sum.
 """
 
 import os
@@ -33,6 +34,7 @@ from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, Publis
 from common.settings_file import parse_settings
 from common.summation.records import Survivor, name_at
 from deploy.terminal import answer, shows_json
+from server import evidence
 from server.report.report import Report, read_report
 
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
@@ -255,12 +257,12 @@ def explain_evidence(owner_file: Path) -> int:
         answer({"evidence": None}, hint=f"every model that was sent to {owner.name} and verified was the merge")
         return 0
     try:
-        evidence = Evidence.model_validate_json(path.read_bytes())
+        kept = Evidence.model_validate_json(path.read_bytes())
     except ValidationError:
         raise SettingsError(f"{path}: damaged", hint="it was changed after it was written") from None
-    print("\n".join(in_words(owner.agreement, evidence)), file=sys.stderr if shows_json() else sys.stdout)
+    print("\n".join(in_words(owner.agreement, kept)), file=sys.stderr if shows_json() else sys.stdout)
     if shows_json():
-        answer({"evidence": evidence.model_dump(mode="json")})
+        answer({"evidence": kept.model_dump(mode="json")})
     return WrongModel.exit_code
 
 
@@ -289,6 +291,33 @@ def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
         yield f"Those who checked it: {names}. Their masked shares and the seeds of the masks are in the record."
         yield "This program added them up, and the sum is not zero. An owner's program that sent a false share has the"
         yield "same effect; the sum hides which. Compare the records of all owners."
+
+
+# --- an owner that lied in a sum ---
+
+LIES = {
+    "revealed": "it revealed a share that is not the one that it was dealt, and signed that",
+    "opened": "it opened a share that is not the one that it committed to, and signed both",
+    "disputed": "more owners than may lie signed that they cannot use the shares that it dealt them",
+    "dealt": "the shares that it dealt and committed to are not of the secret that it committed to",
+}
+
+
+def explain_lie(path: Path) -> int:
+    """Say who lied in a sum, from the file that a coordinator keeps of it. The exit code: 0 if the file proves it.
+
+    Raises SettingsError or RemoteProtocolError if it does not.
+    """
+    agreement, owner, lie = evidence.read(path)
+    if shows_json():
+        answer({"owner": owner, "lie": lie, "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))})
+        return 0
+    print(f"{owner} lied: {LIES[lie]}.")
+    print("All signatures are valid under the keys of this agreement; compare the fingerprint with an owner:")
+    print(f"  {_quoted(agreement.title)}\n  {fingerprint(bytes.fromhex(agreement.digest()))}")
+    if lie == "revealed":
+        print("A dealer that colludes with the coordinator could make this up, because it can sign shares twice.")
+    return 0
 
 
 # --- showing ---

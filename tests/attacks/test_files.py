@@ -9,13 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from client.data import files, sources
 from client.data.files import read_arrays, read_columns
-from common.errors import DataError, SettingsError
+from client.ledger import Ledger
+from client.sketch import Sketch
+from client.state import OwnerState
+from common.agreement import Agreement, AgreementDraft
+from common.errors import AmalgramError, DataError, RemoteProtocolError, SettingsError
 from common.identity import Identity, read_identity, write_identity
-from common.settings_file import read_toml
-from tests.support.commands import fuzz_for_half_a_minute
+from common.messages import Envelope, decode
+from common.settings_file import load_settings, read_toml
+from server.checkpoint import Checkpoint
 
 DEEP = 100_000
 
@@ -122,17 +128,73 @@ def test_98_a_csv_whose_header_is_not_text(tmp_path: Path) -> None:
         read_columns(tmp_path / "rows.csv", ["a"], None)
 
 
-@pytest.mark.slow
-def test_98_half_a_minute_of_coverage_guided_fuzzing_of_files_finds_nothing(tmp_path: Path) -> None:
-    """Needs atheris, as the fuzzing of messages does (`test_wire.py`)."""
-    pytest.importorskip("atheris")
-    done = fuzz_for_half_a_minute("fuzz_files", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Done" in done.stderr
-
-
 def test_98_a_public_file_given_as_a_secret_one_says_so(tmp_path: Path) -> None:
     write_identity(tmp_path / "ada.key", Identity(name="ada", seed=bytes(32)))
     with pytest.raises(SettingsError, match="is the public file of an identity") as refused:
         read_identity(tmp_path / "ada.pub")
     assert "ada.key" in refused.value.hint
+
+
+def test_98_a_key_in_an_agreement_that_breaks_the_line(tmp_path: Path) -> None:
+    """Found by fuzzing, as are the next three."""
+    (tmp_path / "a.toml").write_text('"a\\u0085b" = 1\n')
+    with pytest.raises(SettingsError) as refused:
+        load_settings(tmp_path / "a.toml", AgreementDraft)
+    assert "unknown key a\\x85b" in refused.value.message
+
+
+def test_98_a_field_of_a_message_that_breaks_the_line() -> None:
+    with pytest.raises(RemoteProtocolError) as refused:
+        decode(Envelope(kind="Finish", fields={"run\u2028": "x"}, payload=None))
+    assert "\\u2028" in refused.value.message
+    assert len(refused.value.message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.layout", '[64, ["a", 3, 1.0, "full", ""]]'),
+        ("own.layout", '{"a": 1}'),
+        ("own.layout", "[" * DEEP),
+        ("round", '{"kind": "step", "request": {"run": "x"}, "side": {}}'),
+    ],
+)
+def test_98_an_owner_s_own_files_that_are_damaged(name: str, content: str, tmp_path: Path) -> None:
+    state = OwnerState(tmp_path / "state", bytes(32))
+    state.start_run("ab" * 32, "cd" * 32)
+    (tmp_path / "state" / "run" / f"{name}.json").write_text(content)
+    with pytest.raises(AmalgramError, match=r"damaged|missing or unexpected fields"):
+        _ = state.read_layout("own") if name == "own.layout" else state.open_round.open_sum  # type: ignore[union-attr]
+
+
+def test_98_a_checkpoint_whose_nonces_are_not_hexadecimal(tmp_path: Path) -> None:
+    Checkpoint.open(tmp_path / "checkpoint", "ab" * 32)
+    path = tmp_path / "checkpoint" / "run.json"
+    path.write_text(path.read_text().replace('"nonces":{}', '"nonces":{"3":"xy"}'))
+    with pytest.raises(SettingsError, match="is damaged"):
+        Checkpoint.open(tmp_path / "checkpoint", "ab" * 32)
+
+
+def test_98_a_ledger_of_an_identity_that_breaks_the_line(tmp_path: Path, agreement: Agreement) -> None:
+    (tmp_path / "a.ledger").write_text('{"version":2,"identity":"a\\u0085b","pages":{}}')
+    with pytest.raises(SettingsError, match="damaged"):
+        Ledger(tmp_path / "a.ledger", bytes(32), agreement, must_exist=True)
+
+
+@pytest.mark.parametrize("digests", ["a", "%%%%", "AAAA"])
+def test_98_a_ledger_whose_sketches_hold_no_digests(digests: str) -> None:
+    with pytest.raises(ValidationError):
+        Sketch(size=1, digests=digests)
+
+
+def test_98_a_csv_whose_header_has_a_bare_carriage_return(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\x00\ra\n1")
+    with pytest.raises(DataError, match="cannot be read as CSV"):
+        read_columns(tmp_path / "rows.csv", ["a"], None)
+
+
+def test_98_a_checkpoint_of_a_version_that_breaks_the_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"version":"a\\u0085b"}')
+    with pytest.raises(SettingsError) as refused:
+        Checkpoint.open(tmp_path, "ab" * 32)
+    assert len(refused.value.message.splitlines()) == 1

@@ -58,7 +58,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
 BASE_FILES = "attacks/test_base_files.py"
 LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
-DISHONEST = "attacks/test_dishonest_owners.py"
+DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
 PUBLISHED = "test_published_folder.py"
 SERVER, FOLDERS, LIKELIHOODS, FILES = (
@@ -256,9 +256,9 @@ TABLE = [
     Mutation(SHARES, "test_20_a_share_that_is_not", "share-is-in-the-field"),
     Mutation(SHARES, "test_21_a_share", "share-is-of-its-kind", "is_right_kind = True"),
     # 70-72: who lied about a share
-    Mutation(SHARES, "test_70_all", "revealed-share-is-the-dealt-one", "True,"),
-    Mutation(SHARES, "test_70_after", "revealed-share-is-the-dealt-one", "True,"),
-    Mutation(SHARES, "test_71_liars", "revealed-share-is-the-dealt-one", "True,"),
+    Mutation(SHARES, "test_70_all", "revealed-share-is-the-dealt-one"),
+    Mutation(SHARES, "test_70_after", "revealed-share-is-the-dealt-one"),
+    Mutation(SHARES, "test_71_liars", "revealed-share-is-the-dealt-one"),
     Mutation(SHARES, "test_71_a_dealer_cannot", "share-fits-its-commitment", "return True"),
     Mutation(SHARES, "test_71_a_dealer_that", "opened-shares-are-the-dealt-ones"),
     Mutation(SHARES, "test_71_a_dealer_whose", "many-disputes-name-the-dealer"),
@@ -563,6 +563,10 @@ TABLE = [
     # 98: files
     Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),
     Mutation(FILES, "test_98_compressed_text", "unpacked-text-is-bounded"),
+    Mutation(FILES, "test_98_a_key_in", "unknown-keys-are-one-line", 'key = _dotted(first["loc"])'),
+    Mutation(FILES, "test_98_a_field_of", "field-names-are-one-line", "shown_names = differing"),
+    Mutation(FILES, "test_98_an_owner_s_own", "layouts-are-read-exactly"),
+    Mutation(FILES, "test_98_a_ledger_whose", "sketches-hold-whole-digests"),
     # 92-95: what a model's folder names
     Mutation(FOLDERS, "test_92_an_index", "an-index-names-safetensors"),
     Mutation(FOLDERS, "test_92_a_file", "model-files-are-inside"),
@@ -600,6 +604,21 @@ TABLE = [
     Mutation(DISHONEST, "test_85_", "signed-model-is-good-enough"),
     Mutation(DISHONEST, "test_86_a_weight", "weights-add-up"),
     Mutation(DISHONEST, "test_86_more", "weights-add-up"),
+    # 114, 115: evidence of a lie
+    Mutation(EVIDENCE, "test_114_evidence_against", "evidence-is-about-the-accused"),
+    Mutation(EVIDENCE, "test_114_shares_that_the_dealer_did", "evidence-is-the-dealer-s"),
+    Mutation(EVIDENCE, "test_114_words", "evidence-is-the-revealer-s"),
+    Mutation(EVIDENCE, "test_114_words", "evidence-is-the-opener-s"),
+    Mutation(EVIDENCE, "test_114_words", "evidence-is-the-disputants"),
+    Mutation(EVIDENCE, "test_115_evidence", "evidence-is-of-its-agreement"),
+    Mutation(EVIDENCE, "test_115_what_proves", "evidence-is-kept"),
+    Mutation(DISHONEST, "test_owners_that_clip", "changes-are-clipped"),
+    Mutation(DISHONEST, "test_an_owner_s_own", "owners-clip-their-changes", "return Delta(own, base)"),
+    Mutation(DISHONEST, "test_an_agreement_states", "changes-have-bounds"),
+    Mutation(DISHONEST, "test_87_", "changes-are-small-enough"),
+    Mutation(DISHONEST, "test_88_grams_beyond", "own-grams-fit-the-weights"),
+    Mutation(DISHONEST, "test_88_", "grams-fit-the-weights"),
+    Mutation(DISHONEST, "test_89_", "classifier-rows-add-up"),
 ]
 
 

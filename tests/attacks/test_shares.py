@@ -29,6 +29,7 @@ from common.messages import (
 from common.summation import key_agreement, secret_sharing
 from common.summation.masked.book import MASK, SELF
 from common.summation.masked.coordinator import MaskedCoordinator
+from common.summation.masked.evidence import Evidence, ProvenLie
 from common.summation.masked.phases import Phase
 from common.summation.protocol import SavedOpening, SumAbandoned, Total, drive
 from common.summation.records import OpenedShare, RevealedShare, SealedShare, ShareDelivery, Signed
@@ -193,10 +194,11 @@ def play(
     reveal: Mapping[str, Reveal] | None = None,
     deal: Mapping[str, Deal] | None = None,
     answer: Mapping[str, Answer] | None = None,
+    proofs: list[Evidence] | None = None,
 ) -> Total:
     """Drive a sum in which some owners reveal or deal other shares, signed. `named`: who is excluded for what.
 
-    `answer`: what some owners answer instead of the honest reply.
+    `answer`: what some owners answer instead of the honest reply. `proofs`: what shows who lied.
     """
 
     def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
@@ -212,12 +214,15 @@ def play(
 
     def exclude(owner: str, violation: RemoteProtocolError) -> None:
         named[owner] = violation.message
+        if isinstance(violation, ProvenLie) and proofs is not None:
+            proofs.append(violation.evidence)
 
     split = secret_sharing.split
-    total = drive(evil.side, exchange, exclude)
-    for owner, violation in evil.side.violations.items():
-        exclude(owner, violation)
-    return total
+    try:
+        return drive(evil.side, exchange, exclude)
+    finally:
+        for owner, violation in evil.side.violations.items():
+            exclude(owner, violation)
 
 
 def unchanged(reply: Message) -> Message:

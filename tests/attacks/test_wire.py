@@ -27,7 +27,7 @@ from common.summation.records import KeyEntry, RevealedShare, SealedShare, Share
 from common.wire import from_record, to_record
 from deploy.simulation.in_process_grid import InProcessGrid
 from server.app import FlowerChannel
-from tests.support.commands import fuzz_for_half_a_minute
+from tests.support.commands import FUZZERS, fuzz
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.owner_process import Process
 from tests.support.parties import Parties
@@ -214,10 +214,13 @@ def test_35_what_arrives_at_the_coordinator_holds_no_secret_of_an_owner() -> Non
 
 
 @pytest.mark.slow
-def test_32_half_a_minute_of_coverage_guided_fuzzing_finds_nothing(tmp_path: Path) -> None:
-    """Needs atheris, which exists for Linux on x86-64 only; elsewhere the tests above have to suffice."""
+@pytest.mark.parametrize("module", FUZZERS)
+def test_32_98_an_hour_of_coverage_guided_fuzzing_of_all_that_is_read_finds_nothing(
+    module: str, tmp_path: Path
+) -> None:
+    """Needs atheris, which exists for Linux on x86-64 only; elsewhere the other tests of 32 and 98 have to suffice."""
     pytest.importorskip("atheris")
-    done = fuzz_for_half_a_minute("fuzz", tmp_path)
+    done = fuzz(module, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Done" in done.stderr
 

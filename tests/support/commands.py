@@ -24,6 +24,8 @@ from deploy.terminal import QUIET
 
 os.environ |= QUIET  # what the command sets before it imports transformers
 IMPORTED = ("deploy.simulation.simulate", "deploy.commands.agree", "transformers.models.bert.modeling_bert")
+FUZZERS = ("fuzz", "fuzz_files", "fuzz_state")  # what is read from the wire, from files, from whole documents
+FUZZING_SECONDS = int(os.environ.get("FUZZING_SECONDS", "3600"))  # of all of them together, in `make test-all`
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload([__name__, *IMPORTED])
 
@@ -81,11 +83,15 @@ def fork(arguments: tuple[str | Path, ...], cwd: Path, environment: dict[str, st
     return process
 
 
-def fuzz_for_half_a_minute(module: str, artifacts: Path) -> CompletedProcess[str]:
-    """Run a coverage-guided fuzzer of this folder to its end. What it finds goes to `artifacts`."""
-    options = ["-max_total_time=30", "-max_len=2000", "-seed=1", f"-artifact_prefix={artifacts}/"]
+def fuzz(module: str, artifacts: Path) -> CompletedProcess[str]:
+    """Run a coverage-guided fuzzer of this folder for its share of the hour. What it finds goes to `artifacts`."""
+    seconds = FUZZING_SECONDS // len(FUZZERS)
+    options = [f"-max_total_time={seconds}", "-max_len=4000", "-seed=1", f"-artifact_prefix={artifacts}/"]
     command = [sys.executable, "-m", f"tests.support.{module}", *options]
-    return run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=300)
+    root = Path(__file__).parents[2]
+    return run(
+        command, cwd=root, capture_output=True, text=True, errors="replace", check=False, timeout=2 * seconds + 300
+    )
 
 
 def _run(arguments: list[str], cwd: str, environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:

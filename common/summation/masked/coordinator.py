@@ -42,6 +42,7 @@ from common.summation.masked.book import (
     upload_digest,
     verify_owner,
 )
+from common.summation.masked.evidence import Evidence, Lie, ProvenLie
 from common.summation.masked.phases import Phase
 from common.summation.protocol import (
     DONE,
@@ -222,9 +223,10 @@ class MaskedCoordinator(CoordinatorSide):
         for dealer, by_recipient in self._disputes.items():
             if len(by_recipient) > self._terms.most_liars:  # check: many-disputes-name-the-dealer
                 name = self._terms.names[dealer]
-                self.violations[name] = RemoteProtocolError(
+                self.violations[name] = ProvenLie(
                     f"owner {name} lied: {len(by_recipient)} owners dispute the shares that it dealt them, and at most "
-                    f"{self._terms.most_liars} of them can be lying"
+                    f"{self._terms.most_liars} of them can be lying",
+                    self._evidence("disputed", dealer, dealer, {}, by_recipient),
                 )
         self._check_dealers({self._terms.indices[name] for name in self._remaining - set(self.violations)})
         self._accumulator.start_again()
@@ -244,14 +246,16 @@ class MaskedCoordinator(CoordinatorSide):
         is_one_each = {each.owner for each in shares} == set(self._disputes[index])
         require(is_one_each, f"owner {name} lied: it did not open the shares that are disputed")
         for each in shares:
-            dealt = sealed[each.owner]
+            dealt, opened = sealed[each.owner], (each.self_share, each.mask_share)
             commitments = (dealt.self_commitment, dealt.mask_commitment)
-            require(
-                self._book.are_committed(
-                    index, each.owner, (each.self_share, each.mask_share), commitments
-                ),  # check: opened-shares-are-the-dealt-ones
-                f"owner {name} lied: it opened other shares for {self._terms.names[each.owner]} than it committed to",
-            )
+            if not self._book.are_committed(
+                index, each.owner, opened, commitments
+            ):  # check: opened-shares-are-the-dealt-ones
+                raise ProvenLie(
+                    f"owner {name} lied: it opened other shares for {self._terms.names[each.owner]} than it committed "
+                    "to",
+                    self._evidence("opened", index, index, {index: reply.shares}, {index: reply.signature}),
+                )
         for each in shares:
             self._opened.setdefault(each.owner, {})[index] = OpenedShare(index, each.self_share, each.mask_share)
 
@@ -295,23 +299,24 @@ class MaskedCoordinator(CoordinatorSide):
             is_right_kind = record.kind == (SELF if record.owner in survivors else MASK)  # check: share-is-of-its-kind
             require(is_right_kind, f"{Phase.UNMASKING}: a share of the wrong kind")
             secret_sharing.read_share(record.share)
-            self._check_is_the_dealt_share(index, record)
+            self._check_is_the_dealt_share(index, record, reply)
         for record in records:
             self._revealed.setdefault((record.owner, record.kind), {})[index + 1] = record.share
 
-    def _check_is_the_dealt_share(self, index: int, record: RevealedShare) -> None:
-        """Raise RemoteProtocolError for a share other than the one that its dealer committed to.
+    def _check_is_the_dealt_share(self, index: int, record: RevealedShare, reply: SharesRevealed) -> None:
+        """Raise ProvenLie for a share other than the one that its dealer committed to.
 
         The revealer had checked the commitment, so it lies now. The dealer's signature and its own prove it to anybody.
         """
         if record.owner == index:  # nobody else holds it: if it is wrong, the dealer is the liar
             return
         revealed = self._book.share_commitment(record.owner, index, record.kind, record.share)
-        require(
-            revealed == self._dealt[record.owner][index],  # check: revealed-share-is-the-dealt-one
-            f"{Phase.UNMASKING}: its share of {self._terms.names[record.owner]}'s secret is not the one that it was "
-            "dealt: it lied",
-        )
+        if revealed != self._dealt[record.owner][index]:  # check: revealed-share-is-the-dealt-one
+            raise ProvenLie(
+                f"{Phase.UNMASKING}: its share of {self._terms.names[record.owner]}'s secret is not the one that it "
+                "was dealt: it lied",
+                self._evidence("revealed", index, record.owner, {index: reply.shares}, {index: reply.signature}),
+            )
 
     def _unmask(self) -> None:
         """Remove the survivors' self masks, and the pair masks that owners who dropped out left behind."""
@@ -366,12 +371,40 @@ class MaskedCoordinator(CoordinatorSide):
         with suppress(RemoteProtocolError):
             seed = secret_sharing.reconstruct_corrected(shares, threshold)
             if fits(seed):  # check: corrected-secret-fits
-                self.violations[name] = RemoteProtocolError(lie)
+                self.violations[name] = ProvenLie(lie, self._dealt_evidence(owner, kind, shares))
                 return seed
-        raise RemoteProtocolError(
+        raise ProvenLie(
             f"{lie}. No total was computed",
+            self._dealt_evidence(owner, kind, shares),
             hint=f"the owners helped to open this sum, and will not open another: make a new agreement without {name}",
         )
+
+    # --- who lied ---
+
+    def _evidence(
+        self, lie: Lie, owner: int, dealer: int, words: Mapping[int, bytes], spoken: Mapping[int, bytes]
+    ) -> Evidence:
+        sealed = self._sealed[dealer]
+        return Evidence(
+            lie=lie,
+            owner=owner,
+            dealer=dealer,
+            book=self._book.data,
+            commitment=sealed.commitment,
+            sealed=SealedShare.pack_all(sealed.shares.values()),
+            signature=sealed.signature,
+            words=words,
+            spoken=spoken,
+        )
+
+    def _dealt_evidence(self, dealer: int, kind: bytes, shares: Mapping[int, bytes]) -> Evidence:
+        """What the owners revealed of one secret; the dealer's own share counts for nothing."""
+        words = {
+            point - 1: RevealedShare.pack_all([RevealedShare(dealer, kind, share)])
+            for point, share in shares.items()
+            if point - 1 != dealer
+        }
+        return self._evidence("dealt", dealer, dealer, words, {})
 
     # --- the end ---
 
@@ -391,6 +424,8 @@ class MaskedCoordinator(CoordinatorSide):
             book=self._book.data,
             commitments={index: sealed.commitment for index, sealed in self._sealed.items()},
             dealt=self._dealt,
+            sealed={index: SealedShare.pack_all(sealed.shares.values()) for index, sealed in self._sealed.items()},
+            sealed_signatures={index: sealed.signature for index, sealed in self._sealed.items()},
             survivors=self._survivors,
             signatures=self._signed,
             uploads=self._uploads,
@@ -403,7 +438,9 @@ class MaskedCoordinator(CoordinatorSide):
         side = cls(terms, state.remaining, lambda _: opening.words)
         side._phase = Phase.UNMASKING
         side._book = Book(terms, state.book)
-        side._sealed = {index: Sealed(commitment, {}, b"", b"") for index, commitment in state.commitments.items()}
+        for index, commitment in state.commitments.items():
+            shares = {each.owner: each for each in SealedShare.unpack_all(state.sealed[index])}
+            side._sealed[index] = Sealed(commitment, shares, b"", state.sealed_signatures[index])
         side._dealt = dict(state.dealt)
         side._survivors = state.survivors
         side._signed = dict(state.signatures)

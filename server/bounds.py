@@ -1,0 +1,113 @@
+"""What totals show of contributions that no honest owner's program makes: checks before anything is merged.
+
+A total hides whose numbers are in it, so none of these names anybody. What they leave to a dishonest owner is in
+SECURITY.md (c): at most, what honest owners would need all of their bounds for.
+"""
+
+from math import hypot, isclose
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import NumericalError
+from common.merge_methods.normal_equations import gram_room
+from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
+from common.merge_methods.terms import MergeSettings
+from common.models.plan import MergePlan
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorLayout
+
+TOLERANCE = 1e-3  # on the scales of a 32-bit sum, a weight loses its last bits
+HINT = "an owner's program contributed what is not its own; the sum hides whose. A new run needs a new agreement"
+
+
+def check_contributions(total: SummedTensors, layout: TensorLayout, settings: MergeSettings) -> None:
+    """Raise NumericalError for a total that honest owners cannot reach; `layout`: that of its round."""
+    if "weight" in total:
+        _check_weights(total, settings)
+        _check_grams(total, layout, settings)
+        _check_changes(total, layout, settings)
+
+
+def _check_weights(total: SummedTensors, settings: MergeSettings) -> None:
+    """The owners' weights and examples must add up, as far as totals show it."""
+    weight, examples, count = float(total["weight"][0]), float(total["examples"][0]), len(total.owners)
+    expected = examples if settings.weighting == "rows" else float(count)
+    most = count * settings.bounds.examples
+    if not isclose(weight, expected, rel_tol=TOLERANCE) or examples > most:  # check: weights-add-up
+        raise NumericalError(
+            f"merge: the owners' weights add up to {weight:.0f} and their examples to {examples:.0f}; the weights "
+            f"should be {expected:.0f}, the examples at most {most}",
+            hint=HINT,
+        )
+
+
+def _check_grams(total: SummedTensors, layout: TensorLayout, settings: MergeSettings) -> None:
+    """No Gram may be larger than the owners' weights allow.
+
+    On the diagonal, inputs have at most the agreed bound for each unit of weight. Weight changes are divided by their
+    norm, so the trace of their Gram is the weight.
+    """
+    weight = gram_room(settings) * float(total["weight"][0])
+    for entry in layout.entries:
+        kind, _, name = entry.name.partition("/")
+        if kind == "gram":
+            size, most = float(total[entry.name].diagonal().max()), weight * settings.bounds.grams[name]
+        elif kind == "data_free_gram":
+            size, most = float(np.trace(total[entry.name])), weight
+        else:
+            continue
+        if size > most:  # check: grams-fit-the-weights
+            raise NumericalError(
+                f"merge: {entry.name} adds up to {size:.3g}; honest owners of the same weight reach at most {most:.3g}",
+                hint=HINT,
+            )
+
+
+def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSettings) -> None:
+    """If changes are clipped: |sum n_i delta_i| <= n b, and |sum G_i delta_i| <= trace(sum G_i) b.
+
+    b: the largest norm of one delta; n: all weights. The second holds for positive semidefinite G_i, whose largest
+    eigenvalues their traces bound, and for diag(G_i) as well.
+    """
+    largest, plan = settings.bounds.changes, settings.plan
+    layers = {layer.weight: layer for layer in (*plan.linear_layers, *plan.data_free, *plan.layers())}
+    for entry in layout.entries if largest else ():
+        kind, _, name = entry.name.partition("/")
+        if kind == "weighted_delta":
+            most = float(total["weight"][0]) * largest[name]
+        elif entry.product_of:
+            trace = float(np.trace(total[entry.product_of]))
+            most = trace * hypot(*(largest[parameter] for parameter in layers[name].parameters))
+        else:
+            continue
+        norm = float(np.linalg.norm(total[entry.name]))
+        if norm > (1 + TOLERANCE) * most:  # check: changes-are-small-enough
+            raise NumericalError(
+                f"merge: {entry.name} adds up to a norm of {norm:.3g}; owners that keep to bounds.change reach at most "
+                f"{most:.3g}",
+                hint=HINT,
+            )
+
+
+def check_classifier(total: SummedTensors, layout: TensorLayout, weight: float, plan: MergePlan) -> None:
+    """Raise NumericalError if a refit's sums are not of the rows that the owners' weights say.
+
+    `weight`: all owners' in the contributions. The rows of a refit add up to it. With a bias, a constant 1 is among the
+    classifier's inputs, so the last number on the Gram's diagonal is the number of rows once more.
+    """
+    counts = {"head_rows": float(total["head_rows"][0])}
+    if classifier(plan).bias is not None:
+        grams = (entry.name for entry in layout.entries if entry.name.startswith("head_gram@"))
+        counts |= {name: _constant_part(total[name]) for name in grams}
+    for name, count in counts.items():
+        if not isclose(count, weight, rel_tol=TOLERANCE):  # check: classifier-rows-add-up
+            raise NumericalError(
+                f"merge: {name} is of {count:.0f} rows, but the owners' weights add up to {weight:.0f}", hint=HINT
+            )
+
+
+def _constant_part(gram: NDArray[np.float64]) -> float:
+    """The last number on the diagonal, before every owner added its ridge."""
+    ridge = CLASSIFIER_RIDGE / (1 + CLASSIFIER_RIDGE) * float(np.trace(gram)) / len(gram)
+    return float(gram[-1, -1]) - ridge
