@@ -156,8 +156,11 @@ def test_errors_are_one_line_with_an_honest_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder: Path, tmp_path: Path) -> None:
-    command = "simulate", reviews_folder, "--out", "output"
+def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(little_folder: Path, tmp_path: Path) -> None:
+    consortium = Path(shutil.copytree(little_folder, tmp_path / "consortium"))
+    agreement = consortium / "agreement.toml"
+    agreement.write_text(agreement.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    command = "simulate", consortium, "--out", "output"
     with started(*command, cwd=tmp_path) as run:
         for line in run.stderr:
             if "sum of validation" in line:
