@@ -102,7 +102,11 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     for arguments, code, says in (
         (["keys", "new", "hotel"], 2, "hotel.key: already exists, and a key is never overwritten"),
         (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is not a name"),
-        (["draft", "agreement.toml", *public], 2, "agreement.toml: exists already\nhint: name another file with --out"),
+        (
+            ["draft", "agreement.toml", *public],
+            2,
+            "agreement.toml: exists already\nhint: move it away, or draft into another folder with --out",
+        ),
         (
             ["draft", "agreement.toml", *public[1:], "--out", "x.toml"],
             2,
