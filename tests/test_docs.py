@@ -1,12 +1,9 @@
 """Documents are true: commands parse and print what is shown, code runs, links and named files exist."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from common.summation import masked
 from common.summation.masked.owner import OWNER_TRANSITIONS
 from common.summation.masked.phases import Phase
 from tests.support.command_line import parse, parsers
+from tests.support.commands import amalgram
 from tests.support.documents import ROOT, _matches, blocks, run_document
 
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
@@ -178,30 +176,19 @@ def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory:
         ("as_comparison", 'method = "average"\ncompare_with = ["model_stock"]'),
     ):
         write_consortium(folder / consortium, methods, reviews_folder, three_models)
-    environment = os.environ | {"PYTHONPATH": str(program)}
-    command = [sys.executable, "-c", SIMULATE, "as_method", "as_comparison"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    printed = ""
+    for consortium in ("as_method", "as_comparison"):
+        done = amalgram("simulate", consortium, "--no-references", cwd=folder, program=program)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
     names: dict[str, Any] = {}
     exec(oracle, names)
     return Added(
         model_stock_of=names["model_stock_of"],
-        printed=done.stdout,
+        printed=printed,
         as_method=folder / "as_method" / "output",
         as_comparison=folder / "as_comparison" / "output",
     )
-
-
-SIMULATE = """
-import sys
-from deploy.cli import main
-for consortium in sys.argv[1:]:
-    sys.argv = ["amalgram", "simulate", consortium, "--no-references"]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, end.code
-"""
 
 
 def write_consortium(folder: Path, methods: str, reviews_folder: Path, models: dict[str, Path]) -> None:

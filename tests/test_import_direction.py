@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -17,18 +17,21 @@ IMPORT_FLOWER = {"common/wire.py", "client/app.py", "server/app.py"}
 SOURCES = [path.relative_to(ROOT) for package in sorted(OURS) for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def imported_packages(path: Path) -> Iterator[str]:
+@cache
+def imported_packages(path: Path) -> set[str]:
+    found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            found.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield (node.module or "").split(".")[0]
+            found.add((node.module or "").split(".")[0])
+    return found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_flow_from_deploy_to_server_and_client_to_common(path: Path) -> None:
-    forbidden = (set(imported_packages(path)) & OURS) - ALLOWED[path.parts[0]]
+    forbidden = (imported_packages(path) & OURS) - ALLOWED[path.parts[0]]
     assert not forbidden, f"{path} imports {forbidden}"
 
 
@@ -67,12 +70,12 @@ def test_a_circle_would_be_found() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_only_the_apps_the_records_and_deploy_import_flower(path: Path) -> None:
     if path.parts[0] != "deploy" and str(path) not in IMPORT_FLOWER:
-        assert "flwr" not in set(imported_packages(path))
+        assert "flwr" not in imported_packages(path)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
-    readers = {"pyarrow"} & set(imported_packages(path))
+    readers = {"pyarrow"} & imported_packages(path)
     assert not readers or path.parts[0] == "client" or path.parts[:2] == ("deploy", "example")
 
 

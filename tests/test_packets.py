@@ -65,12 +65,12 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def merge(reviews_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
+def merge(little_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
     """Merges the example with changes to its agreement; what each message to an owner held."""
 
     def run(*changes: tuple[str, str], verified: bool = False) -> list[Kinds]:
         consortium = Path(
-            shutil.copytree(reviews_folder, tmp_path / "consortium", ignore=shutil.ignore_patterns("output"))
+            shutil.copytree(little_folder, tmp_path / "consortium", ignore=shutil.ignore_patterns("output"))
         )
         draft = consortium / "agreement.toml"
         for one, other in changes:

@@ -28,15 +28,16 @@ from deploy.cli import FIRST_STEPS, cli
 from tests.support.command_line import parse, parsers
 from tests.support.commands import amalgram, started
 from tests.support.documents import ROOT
+from tests.support.once import TRAINED
 
 PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]
 COMMANDS = [each for each in PARSERS if not isinstance(each.values[1], click.Group)]
 
 
 @pytest.fixture
-def small_consortium(reviews_folder: Path, tmp_path: Path) -> Path:
+def small_consortium(little_folder: Path, tmp_path: Path) -> Path:
     """The example with one method and one epoch."""
-    folder = Path(shutil.copytree(reviews_folder, tmp_path / "reviews"))
+    folder = Path(shutil.copytree(little_folder, tmp_path / "reviews"))
     draft = folder / "agreement.toml"
     text = draft.read_text().replace('method = "regmean"', 'method = "average"')
     draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
@@ -79,7 +80,8 @@ def test_threads_of_torch_sleep_while_they_wait() -> None:
 def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(small_consortium: Path) -> None:
     reading, writing = pty.openpty()
     command = "simulate", small_consortium, "--no-references"
-    with started(*command, cwd=small_consortium, terminal=writing, TERM="xterm", COLUMNS="120") as run:
+    anew = {TRAINED: "", "TERM": "xterm", "COLUMNS": "120"}  # fine-tuning shows a bar
+    with started(*command, cwd=small_consortium, terminal=writing, **anew) as run:
         os.close(writing)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
         table = run.stdout.read()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -226,16 +228,55 @@ def _load(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[s
     if sum(path.stat().st_size for path in files) > SMALL_BYTES:
         return _built(folder, task, seed)
     files += [path for path in (folder / "config.json", folder / "generation_config.json") if path.is_file()]
-    model, missing = _small_model(folder, tuple(digest_of_file(path) for path in files), task, seed)
-    return copy.deepcopy(model), missing
+    copies, missing = _small_model(folder, tuple(digest_of_file(path) for path in files), task, seed)
+    return copies.another(), missing
 
 
 @lru_cache(maxsize=8)
-def _small_model(
-    folder: Path, contents: tuple[str, ...], task: Task, seed: int
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _small_model(folder: Path, contents: tuple[str, ...], task: Task, seed: int) -> tuple[_Copies, tuple[str, ...]]:
     """`contents`: the digests of the files as they are now, so that other ones are not taken from the cache."""
-    return _built(folder, task, seed)
+    model, missing = _built(folder, task, seed)
+    return _Copies(model), missing
+
+
+class _Copies:
+    """Makes copies of a model that was built here, in a fifth of the time that copy.deepcopy takes.
+
+    Its modules are kept as a pickle, the only one that Amalgram ever loads: it was written here and is never stored.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        written = io.BytesIO()
+        pickler = _Pickler(written, pickle.HIGHEST_PROTOCOL)
+        pickler.dump(model)
+        self._modules, self._tensors = written.getvalue(), list(pickler.tensors.values())
+
+    def another(self) -> PreTrainedModel:
+        unpickler = _Unpickler(io.BytesIO(self._modules))
+        unpickler.tensors = [copy.deepcopy(tensor) for tensor in self._tensors]
+        model: PreTrainedModel = unpickler.load()
+        return model
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, so that they are not copied twice. A tensor that has two names is still one."""
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.tensors: dict[int, Tensor] = {}
+
+    def persistent_id(self, each: object) -> int | None:
+        if not isinstance(each, torch.Tensor):
+            return None
+        self.tensors.setdefault(id(each), each)
+        return list(self.tensors).index(id(each))
+
+
+class _Unpickler(pickle.Unpickler):
+    tensors: list[Tensor]
+
+    def persistent_load(self, index: int) -> Tensor:
+        return self.tensors[index]
 
 
 def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:

@@ -7,6 +7,7 @@ what it shows, and one template of the same name in sections/.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,23 @@ def render_report(output: Path) -> Path:
 
 def page_of(report: Report) -> str:
     """The whole page."""
+    environment = _environment()
+    shared = {
+        "report": report,
+        "is_masked": report.summation == "masked",
+        "hidden": [owner.name for owner in report.agreement.owners if owner.metrics == "summed"],
+    }
+    sections = [
+        Markup(environment.get_template(f"sections/{name}.html.jinja").render(shared | gather(report)))
+        for name, gather in SECTIONS.items()
+    ]
+    css = Markup((FOLDER / "page.css").read_text())
+    return environment.get_template("report.html.jinja").render(shared, sections=sections, css=css)
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, compiled once."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,  # check: page-is-escaped
@@ -76,21 +94,8 @@ def page_of(report: Report) -> str:
         "three": "{:.3f}".format,
         "grouped": "{:,}".format,
     }
-    environment.globals |= {
-        "report": report,
-        "many": MANY,
-        "is_masked": report.summation == "masked",
-        "hidden": [owner.name for owner in report.agreement.owners if owner.metrics == "summed"],
-        "metric_names": METRICS,
-        "task_names": TASKS,
-        "title_of": title_of,
-    }
-    sections = [
-        Markup(environment.get_template(f"sections/{name}.html.jinja").render(gather(report)))
-        for name, gather in SECTIONS.items()
-    ]
-    css = Markup((FOLDER / "page.css").read_text())
-    return environment.get_template("report.html.jinja").render(sections=sections, css=css)
+    environment.globals |= {"many": MANY, "metric_names": METRICS, "task_names": TASKS, "title_of": title_of}
+    return environment
 
 
 # --- the sections ---

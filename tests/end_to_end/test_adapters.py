@@ -26,9 +26,9 @@ SETTINGS = {"target_modules": ["query", "value", "dense"], "modules_to_save": ["
 
 
 @pytest.fixture(scope="module")
-def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def consortium(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example's owners, each with an adapter of its own: random, for what is merged, not how well, is looked at."""
-    folder = Path(shutil.copytree(reviews_folder, tmp_path_factory.mktemp("adapters") / "consortium"))
+    folder = Path(shutil.copytree(little_folder, tmp_path_factory.mktemp("adapters") / "consortium"))
     for name in OWNERS:
         model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
         write_adapter(model, folder / "models" / name, seed=OWNERS.index(name), **SETTINGS)
@@ -114,9 +114,9 @@ def test_an_owner_that_makes_its_model_here_trains_only_what_is_merged(only_adap
 
 
 @pytest.fixture(scope="module")
-def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, Path]:
+def published(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, Path]:
     """The example, published as an adapter of a base without head or pooler: the report, the output and the base."""
-    folder = Path(shutil.copytree(reviews_folder, tmp_path_factory.mktemp("published") / "consortium"))
+    folder = Path(shutil.copytree(little_folder, tmp_path_factory.mktemp("published") / "consortium"))
     weights = load_file(folder / "base" / "model.safetensors")
     made_here = [name for name in weights if name.startswith(("classifier", "bert.pooler"))]
     save_file(

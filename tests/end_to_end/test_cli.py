@@ -102,7 +102,11 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
     for arguments, code, says in (
         (["keys", "new", "hotel"], 2, "hotel.key: already exists, and a key is never overwritten"),
         (["keys", "new", "Hotel Ltd"], 2, "'Hotel Ltd' is not a name"),
-        (["draft", "agreement.toml", *public], 2, "agreement.toml: exists already\nhint: name another file with --out"),
+        (
+            ["draft", "agreement.toml", *public],
+            2,
+            "agreement.toml: exists already\nhint: move it away, or draft into another folder with --out",
+        ),
         (
             ["draft", "agreement.toml", *public[1:], "--out", "x.toml"],
             2,
@@ -156,8 +160,11 @@ def test_errors_are_one_line_with_an_honest_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(reviews_folder: Path, tmp_path: Path) -> None:
-    command = "simulate", reviews_folder, "--out", "output"
+def test_an_interrupted_run_says_so_publishes_nothing_and_goes_on(little_folder: Path, tmp_path: Path) -> None:
+    consortium = Path(shutil.copytree(little_folder, tmp_path / "consortium"))
+    agreement = consortium / "agreement.toml"
+    agreement.write_text(agreement.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    command = "simulate", consortium, "--out", "output"
     with started(*command, cwd=tmp_path) as run:
         for line in run.stderr:
             if "sum of validation" in line:

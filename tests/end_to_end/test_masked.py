@@ -1,4 +1,4 @@
-"""Masked against plain, and against a plain sum of real numbers, on the example's real models and rows."""
+"""Masked against plain, and against a plain sum of real numbers, on real models and the example's rows."""
 
 import shutil
 from pathlib import Path
@@ -23,12 +23,12 @@ from server.coordinator import Coordinator
 
 
 @pytest.fixture(scope="module")
-def runs(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of each kind. Of the masked one also the owners' own vectors, and the total, before it was destroyed."""
     folder = tmp_path_factory.mktemp("kinds")
     for kind in ("masked", "plain"):
         consortium = Path(
-            shutil.copytree(reviews_folder, folder / f"{kind}-consortium", ignore=shutil.ignore_patterns("output"))
+            shutil.copytree(little_folder, folder / f"{kind}-consortium", ignore=shutil.ignore_patterns("output"))
         )
         path = consortium / "agreement.toml"
         text = path.read_text().replace("[0.1, 0.5, 0.9, 0.95, 0.99]", "[0.5, 0.9]")

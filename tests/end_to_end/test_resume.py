@@ -90,10 +90,10 @@ def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def one_may_drop_out(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+def one_may_drop_out(little_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     """Four owners, three of whom are enough, and a single-round method."""
     consortium = tmp_path / "consortium"
-    shutil.copytree(reviews_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    shutil.copytree(little_folder, consortium, ignore=shutil.ignore_patterns("output"))
     shutil.copytree(consortium / "data" / "hotel", consortium / "data" / "inn")
     (consortium / "inn.toml").write_text((consortium / "hotel.toml").read_text().replace("hotel", "inn"))
     path = consortium / "agreement.toml"
@@ -178,8 +178,8 @@ def test_a_coordinator_that_is_killed_when_some_owners_have_their_message_resume
 
 
 @pytest.fixture
-def in_32_bits(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    consortium = consortium_in_32_bits(reviews_folder, tmp_path / "consortium", alphas="[0.9]")
+def in_32_bits(little_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+    consortium = consortium_in_32_bits(little_folder, tmp_path / "consortium", alphas="[0.9]")
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()

@@ -44,9 +44,9 @@ def result(example_run: Path) -> tuple[Report, Path]:
 
 
 @pytest.fixture
-def consortium(reviews_folder: Path, tmp_path: Path) -> Path:
+def consortium(little_folder: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
+    return Path(shutil.copytree(little_folder, tmp_path / "consortium"))
 
 
 def merge_little(consortium: Path, method: str = "average", compared: str = "") -> None:
@@ -265,7 +265,7 @@ def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Pat
     merge_little(consortium, "regmean")
     for name in ("hotel", "cinema", "phones"):
         change(consortium / "agreement.toml", f'name = "{name}"', f'name = "{name}"\nmetrics = "summed"')
-    report = simulate(consortium, tmp_path / "output")
+    report = simulate(consortium, tmp_path / "output", with_references=False)
     assert report.evaluation.by_owner == {}
     assert report.evaluation.mean["regmean"].predictions == 360
 
@@ -325,15 +325,26 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_published(
     assert not (tmp_path / "output" / "model").exists()
 
 
+LITTLE = """
+[fisher]
+measured_examples = 10
+
+[task_arithmetic]
+scales = [1.0]
+"""
+
+
 def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The demo itself, with three owners, less training and a shorter sweep; `make demo` runs it in full.
+    # The demo itself, with three owners, fewer rows, less training and shorter sweeps; `make demo` runs it in full.
+    monkeypatch.setattr(digits, "TRAIN", 120)
+    monkeypatch.setattr(digits, "VALIDATION", 50)
     scanners = {name: digits.SCANNERS[name] for name in ("top-left", "bottom-right", "centre")}
     images, labels = load_digits(return_X_y=True)
-    rows = digits.PUBLIC + len(scanners) * digits.TRAIN + digits.VALIDATION + 300
+    rows = digits.PUBLIC + len(scanners) * digits.TRAIN + digits.VALIDATION + 100
     monkeypatch.setattr(digits, "SCANNERS", scanners)
     monkeypatch.setattr(digits, "load_digits", lambda *, return_X_y: (images[:rows], labels[:rows]))
     agreement = digits.AGREEMENT.replace("[0.1, 0.5, 0.9, 0.95, 0.99]", "[0.5, 0.9]")
-    monkeypatch.setattr(digits, "AGREEMENT", agreement + "[fisher]\nmeasured_examples = 20\n")
+    monkeypatch.setattr(digits, "AGREEMENT", agreement + LITTLE)
     for training in ("BASE_TRAINING", "OWNER_TRAINING"):
         monkeypatch.setattr(digits, training, Training(epochs=2, learning_rate=1e-3))
     report = run_demo(tmp_path / "demo")
@@ -342,7 +353,7 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
         "base", "own", "own_at_home", "average", "task_arithmetic", "fisher", "data_free", "regmean", "refit",
         "ensemble", "multi_task",
     }  # fmt: skip
-    assert {scores["regmean"].predictions for scores in report.evaluation.by_owner.values()} == {300}
+    assert {scores["regmean"].predictions for scores in report.evaluation.by_owner.values()} == {100}
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "demo" / "model")
     assert digest_of(model, Task()) == report.digests.model
 

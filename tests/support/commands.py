@@ -2,14 +2,15 @@
 
 Importing torch and transformers takes a process longer than most of what tests ask of it. So these processes are forks
 of one that has imported both: Python's fork server. What a command does, prints and exits with stays the same;
-test_cli.py starts some as a person does, to show that.
+test_cli.py starts some as a person does, to show that. Nor do they fine-tune a model that another test has
+fine-tuned (once.py).
 """
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -23,7 +24,13 @@ from deploy.cli import main
 from deploy.terminal import QUIET
 
 os.environ |= QUIET  # what the command sets before it imports transformers
-IMPORTED = ("deploy.simulation.simulate", "deploy.commands.agree", "transformers.models.bert.modeling_bert")
+IMPORTED = (
+    "deploy.simulation.simulate",
+    "deploy.commands.agree",
+    "tests.support.once",
+    "transformers.models.bert.modeling_bert",
+)
+OURS = ("client", "common", "deploy", "server")
 FUZZERS = ("fuzz", "fuzz_files", "fuzz_state")  # what is read from the wire, from files, from whole documents
 FUZZING_SECONDS = int(os.environ.get("FUZZING_SECONDS", "3600"))  # of all of them together, in `make test-all`
 _forks = multiprocessing.get_context("forkserver")
@@ -49,10 +56,12 @@ class Command:
         return self.process.exitcode
 
 
-def amalgram(*arguments: str | Path, cwd: Path, **environment: str) -> CompletedProcess[str]:
-    """Run `amalgram ARGUMENTS` in the folder `cwd` to its end."""
+def amalgram(
+    *arguments: str | Path, cwd: Path, program: Path | None = None, **environment: str
+) -> CompletedProcess[str]:
+    """Run `amalgram ARGUMENTS` in the folder `cwd` to its end; of the copy of our packages in `program`, if given."""
     with TemporaryFile("w+") as stdout, TemporaryFile("w+") as stderr:
-        process = fork(arguments, cwd, environment, stdout.fileno(), stderr.fileno())
+        process = fork(arguments, cwd, environment, stdout.fileno(), stderr.fileno(), program=program)
         exit_code = Command(process, stdout, stderr).exit_code()
         stdout.seek(0)
         stderr.seek(0)
@@ -74,11 +83,17 @@ def started(*arguments: str | Path, cwd: Path, terminal: int | None = None, **en
             process.join()
 
 
-def fork(arguments: tuple[str | Path, ...], cwd: Path, environment: dict[str, str], *streams: int) -> BaseProcess:
+def fork(
+    arguments: tuple[str | Path, ...],
+    cwd: Path,
+    environment: dict[str, str],
+    *streams: int,
+    program: Path | None = None,
+) -> BaseProcess:
     """`amalgram ARGUMENTS` in the folder `cwd`, begun. `streams`: the descriptors of its standard output and error."""
     sent = [Connection(os.dup(stream), readable=False) for stream in streams]  # how multiprocessing sends a descriptor
     whole = dict(os.environ) | environment
-    process = _forks.Process(target=_run, args=([*map(str, arguments)], str(cwd), whole, *sent))
+    process = _forks.Process(target=_run, args=([*map(str, arguments)], str(cwd), program, whole, *sent))
     process.start()
     return process
 
@@ -94,7 +109,14 @@ def fuzz(module: str, artifacts: Path) -> CompletedProcess[str]:
     )
 
 
-def _run(arguments: list[str], cwd: str, environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:
+def _run(
+    arguments: list[str],
+    cwd: str,
+    program: Path | None,
+    environment: dict[str, str],
+    stdout: Connection,
+    stderr: Connection,
+) -> None:
     os.dup2(stdout.fileno(), sys.stdout.fileno())
     os.dup2(stderr.fileno(), sys.stderr.fileno())
     stdout.close()
@@ -102,6 +124,27 @@ def _run(arguments: list[str], cwd: str, environment: dict[str, str], stdout: Co
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    _train_once()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have them ignore it
     sys.argv = ["amalgram", *arguments]
-    main()
+    command = main if program is None else _main_of(program)
+    command()
+
+
+def _train_once() -> None:
+    from client.measurement import fine_tuning  # the fork server has imported both
+    from tests.support.once import TRAINED, trained_once
+
+    if os.environ.get(TRAINED):
+        fine_tuning.fine_tune = trained_once(fine_tuning.fine_tune, Path(os.environ[TRAINED]))
+
+
+def _main_of(program: Path) -> Callable[[], None]:
+    """The command of another copy of our packages, imported from there; the libraries stay imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
+    sys.path.insert(0, str(program))
+    from deploy.cli import main
+
+    assert program in Path(main.__code__.co_filename).parents
+    return main

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from deploy.complete import complete_agreement
 from deploy.example import reviews
 from deploy.simulation.simulate import simulate
 from tests.support.models import tiny_bert
-from tests.support.once import made_once, shared_folder, trained_once
+from tests.support.once import TRAINED, made_once, shared_folder, trained_once
 from tests.support.parties import IDENTITIES, Parties, parties_of
 
 TRAIN = fine_tuning.fine_tune
@@ -48,6 +49,7 @@ def _models_are_trained_once(shared: Path) -> Iterator[None]:
     (shared / "trained").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fine_tuning, "fine_tune", trained_once(TRAIN, shared / "trained"))
+        patch.setenv(TRAINED, str(shared / "trained"))  # for commands in processes of their own
         yield
 
 
@@ -78,6 +80,23 @@ def reviews_folder(shared: Path) -> Path:
         agreement.write_text(agreement.read_text() + "\n[fisher]\nmeasured_examples = 16\n")
 
     return made_once(shared / "reviews", write)
+
+
+@pytest.fixture(scope="session")
+def little_folder(reviews_folder: Path, shared: Path) -> Path:
+    """The same consortium on a base of one block, for tests that ask what a merge does and not how good its model is.
+
+    Nearly everything in a merge of so small models takes as long as there are tensors.
+    """
+
+    def write(folder: Path) -> None:
+        shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base")
+        del base.bert.encoder.layer[1:]
+        base.config.num_hidden_layers = 1
+        base.save_pretrained(folder / "base")
+
+    return made_once(shared / "little", write)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from client.data.rows import Rows
 from client.settings import Training
 
+TRAINED = "AMALGRAM_TESTS_TRAINED"  # the environment's name for the folder of `trained_once`
 FineTune = Callable[[PreTrainedModel, Rows, Training, int, str], None]
 
 
