@@ -34,7 +34,7 @@ from deploy.launch.flower import APP_FOLDER, bundle_digest, flower_environment
 from deploy.launch.guarded_superlink import Guard
 from deploy.launch.internals import TOLD, check_internals
 from deploy.launch.pinned_supernode import NAMES, Gate, pinned, why_not
-from deploy.launch.processes import FollowedFile
+from deploy.launch.processes import FollowedFile, NewFiles
 from server.app import _read
 from tests.support.network import wait_until
 
@@ -497,3 +497,15 @@ def test_when_the_fork_server_is_gone_apps_are_processes_again(tmp_path: Path) -
         (tmp_path / "program").symlink_to("/bin/echo")  # what the command is to a shell
         process.stdin.write("program cold\n")
         assert process.stdout.readline() == "cold\n"
+
+
+def test_new_files_are_told_once_and_old_ones_never(tmp_path: Path) -> None:
+    folder = tmp_path / "receipts"
+    assert NewFiles(folder).since_last_time() == []
+    folder.mkdir()
+    (folder / "1.json").touch()
+    files = NewFiles(folder)
+    (folder / "2.json").touch()
+    (folder / "3.json.partial").touch()
+    assert files.since_last_time() == [folder / "2.json"]
+    assert files.since_last_time() == []

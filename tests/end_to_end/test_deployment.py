@@ -326,6 +326,8 @@ def test_three_owners_merge_over_tls_to_the_very_model_of_a_simulation(
         merge.wait_for("waiting for hotel", 90)
         stack.enter_context(running("client", network.owner("hotel")))
         assert merge.exit_code(900) == 0, merge.said
+        for name in ("cinema", "phones"):
+            clients[name].wait_for(f"a merge is over; the receipt is {network.folder}/state-{name}/receipts/")
     for shown in (
         "all owners are connected",
         "sum of contributions",
