@@ -75,7 +75,10 @@ def read_secret(path: Path) -> bytes:
         with path.open("rb") as file:
             mode, content = os.fstat(file.fileno()).st_mode, file.read(MAX_SECRET_BYTES)
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror})",
+            hint="`amalgram keys` makes keys, and each stays on the machine where it was made",
+        ) from None
     if mode & 0o077:
         raise SettingsError(f"{path}: other users may read this secret", hint=f"chmod 600 {path}")
     return content

@@ -101,7 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(
                 f"model {folder}: its {INDEX} names the file {name!r}; weights are files of the folder that end with "
                 ".safetensors",
-                hint="save the model again with safe_serialization=True",
+                hint="save it again with a current transformers (save_pretrained), which writes safetensors",
             )
     return [inside(folder, name) for name in sorted(names)]
 

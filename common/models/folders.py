@@ -137,7 +137,7 @@ def _check_files(folder: Path, config: str, weights: str) -> None:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(
             f"model {folder}: holds pickled weights only, and loading a pickle runs its code",
-            hint="save the model again as model.safetensors (safe_serialization=True)",
+            hint="save it again with a current transformers (save_pretrained), which writes model.safetensors",
         )
     raise ModelError(f"model {folder}: holds no weights ({weights})", hint=DOWNLOAD_AGAIN)
 
