@@ -26,9 +26,9 @@ SETTINGS = {"target_modules": ["query", "value", "dense"], "modules_to_save": ["
 
 
 @pytest.fixture(scope="module")
-def consortium(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example's owners, each with an adapter of its own: random, for what is merged, not how well, is looked at."""
-    folder = Path(shutil.copytree(little_folder, tmp_path_factory.mktemp("adapters") / "consortium"))
+    folder = Path(shutil.copytree(reviews_folder, tmp_path_factory.mktemp("adapters") / "consortium"))
     for name in OWNERS:
         model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
         write_adapter(model, folder / "models" / name, seed=OWNERS.index(name), **SETTINGS)
