@@ -105,7 +105,7 @@ def test_a_consortium_is_set_up_without_anybody_holding_another_s_key(reviews_fo
         (
             ["draft", "agreement.toml", *public],
             2,
-            "agreement.toml: exists already\nhint: move it away, or draft into another folder with --out",
+            "agreement.toml: exists already\nhint: move it away, or name another file with --out",
         ),
         (
             ["draft", "agreement.toml", *public[1:], "--out", "x.toml"],
