@@ -33,33 +33,22 @@ from common.messages import (
     RollCall,
     SessionBurned,
     SharesOpened,
-    SharesSealed,
     SurvivorList,
 )
-from common.publication import Publication
-from common.summation.masked.book import shares_body
 from common.summation.masked.coordinator import COORDINATOR_STEPS, MaskedCoordinator
-from common.summation.masked.owner import MaskedOwner
 from common.summation.masked.phases import Phase
-from common.summation.records import SealedShare
 from common.tensor_layout import TensorLayout
-from server.coordinator import Coordinator
 from tests.support.parties import IDENTITIES
 from tests.support.scripted_owners import (
-    DELIVERY,
     LAYOUT,
+    MODEL,
     ROUND,
-    TEST_ROUND,
     Fault,
-    ScriptedChannel,
+    WrongDealer,
     coordinator_of,
     honest,
     present,
-)
-
-MODEL = "cd" * 32
-PUBLICATION = Publication(
-    files={"config.json": MODEL}, configuration={}, owners=("ada",), examples=None, test={}, validation={}
+    run_all,
 )
 
 
@@ -67,15 +56,6 @@ PUBLICATION = Publication(
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the coordinator saves its checkpoint."""
     monkeypatch.chdir(tmp_path)
-
-
-def run_all(coordinator: Coordinator) -> np.ndarray:
-    coordinator.roll_call()
-    total = coordinator.sum(ROUND)
-    coordinator.deliver(DELIVERY, np.zeros(7, dtype=np.float32), "average")
-    coordinator.sum(TEST_ROUND)
-    coordinator.confirm_result("average", MODEL, PUBLICATION.canonical_bytes())
-    return total.vector
 
 
 def drops_out_at(kind: type[Message], who: str = "bea") -> Fault:
@@ -341,43 +321,6 @@ def test_72_an_owner_whose_wrong_shares_were_corrected_is_left_out_of_the_next_s
     with pytest.raises(RemoteProtocolError, match="owner bea lied"):
         coordinator.sum(ROUND)
     assert len(coordinator.checkpoint.sums) == 1
-
-
-class WrongDealer:
-    """bea seals what ada cannot use, signs it, and opens it as `opens` says. The owners certify what is over."""
-
-    def __init__(self, opens: Callable[[SharesOpened], Message | None]) -> None:
-        self.opens = opens
-        self.coordinator: Coordinator
-        self.sessions: set[str] = set()
-
-    def __call__(self, owner: str, request: Message, reply: Message) -> Message | None:
-        if isinstance(request, BurnSession):
-            digest = self.coordinator.agreement.digest()
-            signature = sign_burned(IDENTITIES[owner], digest, request.session)
-            return SessionBurned(session=request.session, owner=owner, signature=signature)
-        if isinstance(request, OpenSum):
-            self.sessions.add(request.session)
-        if owner == "bea" and isinstance(reply, SharesSealed):
-            return self._sealed_wrong(reply)
-        if owner == "bea" and isinstance(reply, SharesOpened):
-            return self.opens(reply)
-        return reply
-
-    def _sealed_wrong(self, reply: SharesSealed) -> SharesSealed:
-        channel = self.coordinator.channel
-        assert isinstance(channel, ScriptedChannel)
-        side = channel.sides["bea"]
-        assert isinstance(side, MaskedOwner)
-        first, *others = SealedShare.unpack_all(reply.shares)
-        shares = [replace(first, sealed=bytes(84)), *others]
-        body = shares_body(side.book, reply.commitment, b"".join(share.digest for share in shares))
-        signature = IDENTITIES["bea"].sign(Domain.SIGN_SHARES, side.terms.session, body)
-        return replace(reply, shares=SealedShare.pack_all(shares), signature=signature)
-
-    def started(self, agreement: Agreement, needed: int) -> Coordinator:
-        self.coordinator = coordinator_of(agreement, self, needed)
-        return self.coordinator
 
 
 def opens_another(reply: SharesOpened) -> SharesOpened:

@@ -21,12 +21,11 @@ from common.summation.protocol import SumAbandoned, SumTerms
 from common.summation.records import OpenedShare, RevealedShare, SealedShare
 from deploy.commands.verify import explain_lie
 from server import evidence as kept
-from tests.attacks.test_shares import OTHER, at, colluder_seals, disputes, other, other_share, play
+from tests.support.lying_owners import OTHER, at, colluder_seals, disputes, other, other_share, play
 from tests.support.malicious import MaliciousCoordinator, flip
 from tests.support.parties import IDENTITIES
-from tests.support.scripted_owners import coordinator_of, honest
+from tests.support.scripted_owners import WrongDealer, coordinator_of, honest, run_all
 from tests.support.sums import repeating_bytes
-from tests.test_coordinator import WrongDealer, run_all
 
 Proof = tuple[SumTerms, Evidence]
 

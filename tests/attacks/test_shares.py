@@ -3,7 +3,7 @@ named for it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,6 @@ from common.errors import RemoteProtocolError, TooFewOwners
 from common.identity import verify
 from common.messages import (
     Acknowledgements,
-    KeyBook,
     KeyShares,
     MaskedPart,
     Message,
@@ -26,18 +25,25 @@ from common.messages import (
     SharesSealed,
     SurvivorList,
 )
-from common.summation import key_agreement, secret_sharing
-from common.summation.masked.book import MASK, SELF
+from common.summation import secret_sharing
 from common.summation.masked.coordinator import MaskedCoordinator
-from common.summation.masked.evidence import Evidence, ProvenLie
-from common.summation.masked.phases import Phase
-from common.summation.protocol import SavedOpening, SumAbandoned, Total, drive
-from common.summation.records import OpenedShare, RevealedShare, SealedShare, ShareDelivery, Signed
+from common.summation.protocol import SavedOpening, SumAbandoned, Total
+from common.summation.records import OpenedShare, RevealedShare, ShareDelivery, Signed
+from tests.support.lying_owners import (
+    OTHER,
+    at,
+    colluder_seals,
+    dispute,
+    disputes,
+    other,
+    other_share,
+    play,
+    signed_reveal,
+)
 from tests.support.malicious import MaliciousCoordinator, flip
 from tests.support.sums import repeating_bytes
 
 Change = Callable[[dict[int, ShareDelivery]], None]
-Shares = dict[int, bytes]  # point -> share
 
 
 def send_shares(change: Change, why: str, *, manifests: Callable[[bytes], bytes] = lambda data: data) -> None:
@@ -113,37 +119,6 @@ def test_20_more_manifests_than_senders() -> None:
     send_shares(lambda deliveries: None, "more manifests than senders", manifests=lambda data: data + bytes(32))
 
 
-def colluder_seals(
-    plain: Callable[[bytes], bytes], direction: tuple[int, int] = (1, 0), *, commits: bool = False
-) -> MaliciousCoordinator:
-    """The colluder o1 seals something else for o0, and signs it properly; what o0 then makes of it is the test's.
-
-    `commits`: it also commits to what it seals.
-    """
-    evil = MaliciousCoordinator()
-    evil.honest_until(KeyShares)
-    book, seed = evil.side._book, evil.owners["o1"].channel_seed
-    honest = next(m for m in evil.received["o1"] if isinstance(m, SharesSealed))
-    shares = {share.owner: share for share in SealedShare.unpack_all(honest.shares)}
-    key = book.seal_key(seed, 1, 0, 1)
-    opened = key_agreement.open_sealed(key, shares[0].sealed, book.associated_data(1, 0))
-    sealed = key_agreement.seal(key, plain(opened), book.associated_data(*direction))
-    shares[0] = replace(shares[0], sealed=sealed)
-    if commits:
-        self_share, mask_share = plain(opened)[2:35], plain(opened)[35:]
-        shares[0] = replace(
-            shares[0],
-            self_commitment=book.share_commitment(1, 0, SELF, self_share),
-            mask_commitment=book.share_commitment(1, 0, MASK, mask_share),
-        )
-    manifest = b"".join(shares[owner].digest for owner in sorted(shares))
-    body = book.digest + honest.commitment + manifest
-    packed = SealedShare.pack_all(shares.values())
-    signature = evil.identities["o1"].sign(Domain.SIGN_SHARES, evil.terms.session, body)
-    evil.side._take_shares(1, replace(honest, shares=packed, signature=signature))
-    return evil
-
-
 def disputed_by(evil: MaliciousCoordinator, owner: str) -> list[int]:
     """Whose shares this owner disputes, under its signature, before it gives anything of its vector."""
     reply = evil.send(owner, evil.side._key_shares(evil.terms.indices[owner]))
@@ -182,74 +157,8 @@ def test_13_too_few_senders_of_shares(missing: tuple[int, ...]) -> None:
         evil.send("o0", replace(request, deliveries=ShareDelivery.pack_all(kept), manifests=manifests))
 
 
-Answer = Callable[[Message], Message]
-Reveal = Callable[[RevealedShare], RevealedShare]
-Deal = Callable[[Shares], Shares]
-
-
-def play(
-    evil: MaliciousCoordinator,
-    named: dict[str, str],
-    *,
-    reveal: Mapping[str, Reveal] | None = None,
-    deal: Mapping[str, Deal] | None = None,
-    answer: Mapping[str, Answer] | None = None,
-    proofs: list[Evidence] | None = None,
-) -> Total:
-    """Drive a sum in which some owners reveal or deal other shares, signed. `named`: who is excluded for what.
-
-    `answer`: what some owners answer instead of the honest reply. `proofs`: what shows who lied.
-    """
-
-    def exchange(requests: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
-        for owner, request in requests.items():
-            with pytest.MonkeyPatch.context() as patch:
-                if owner in (deal or {}) and isinstance(request, KeyBook):
-                    patch.setattr(secret_sharing, "split", lambda *what: deal[owner](split(*what)))  # noqa: B023
-                reply = evil.send(owner, request)
-            if owner in (reveal or {}) and isinstance(reply, SharesRevealed):
-                records = map(reveal[owner], RevealedShare.unpack_all(reply.shares))
-                reply = signed_reveal(evil, owner, reply, RevealedShare.pack_all(records))
-            yield owner, (answer or {}).get(owner, unchanged)(reply)
-
-    def exclude(owner: str, violation: RemoteProtocolError) -> None:
-        named[owner] = violation.message
-        if isinstance(violation, ProvenLie) and proofs is not None:
-            proofs.append(violation.evidence)
-
-    split = secret_sharing.split
-    try:
-        return drive(evil.side, exchange, exclude)
-    finally:
-        for owner, violation in evil.side.violations.items():
-            exclude(owner, violation)
-
-
-def unchanged(reply: Message) -> Message:
-    return reply
-
-
 def is_everybody_s_sum(evil: MaliciousCoordinator, total: Total) -> bool:
     return bool(abs(total.vector - sum(evil.vectors.values())).max() < 1e-12)
-
-
-def signed_reveal(evil: MaliciousCoordinator, owner: str, reply: SharesRevealed, shares: bytes) -> SharesRevealed:
-    body = hashlib.sha256(shares).digest()
-    signature = evil.identities[owner].sign(Domain.SIGN_REVEAL, evil.terms.session, body)
-    return replace(reply, shares=shares, signature=signature)
-
-
-def other_share(share: bytes) -> bytes:
-    return ((2 * int.from_bytes(share) + 1) % secret_sharing.PRIME).to_bytes(33)
-
-
-def other(record: RevealedShare) -> RevealedShare:
-    return replace(record, share=other_share(record.share))
-
-
-def at(*points: int) -> Callable[[Shares], Shares]:
-    """Deals wrong shares at these points."""
-    return lambda shares: {point: other_share(share) if point in points else share for point, share in shares.items()}
 
 
 @pytest.mark.parametrize("count", [5, 15, 24])
@@ -322,29 +231,6 @@ def test_71_a_dealer_whose_shares_more_owners_dispute_than_may_lie_is_named_at_o
     assert evil.side.violations["o1"].message == (
         "owner o1 lied: 2 owners dispute the shares that it dealt them, and at most 1 of them can be lying"
     )
-
-
-def disputes(evil: MaliciousCoordinator, owner: str, dealer: int) -> Answer:
-    """This owner disputes good shares, once, instead of giving its first part."""
-    before = []
-
-    def answer(reply: Message) -> Message:
-        if isinstance(reply, SharesSealed):
-            before.append(evil.owners[owner])
-        if not isinstance(reply, MaskedPart) or not before:
-            return reply
-        evil.owners[owner] = replace(before.pop(), phase=Phase.DISPUTED_SHARES)
-        return SharesDisputed(
-            session=reply.session, owner=owner, disputes=Signed.pack_all([dispute(evil, owner, dealer, dealer)])
-        )
-
-    return answer
-
-
-def dispute(evil: MaliciousCoordinator, owner: str, dealer: int, record_owner: int) -> Signed:
-    """An owner's signature under a dispute with a dealer."""
-    body = evil.side._book.dispute_body(dealer, evil.terms.indices[owner])
-    return Signed(record_owner, evil.identities[owner].sign(Domain.SIGN_DISPUTE, evil.terms.session, body))
 
 
 def test_110_a_false_dispute_costs_an_honest_dealer_nothing() -> None:
@@ -484,7 +370,6 @@ def test_71_liars_above_the_decoding_radius_cannot_make_an_honest_owner_look_lik
     assert list(named) == liars
 
 
-OTHER: Callable[[bytes], bytes] = lambda plain: plain[:2] + other_share(plain[2:35]) + plain[35:]  # noqa: E731
 LIED = "Unmasking: owner o3 lied: the shares of its secret do not fit what it committed to"
 
 

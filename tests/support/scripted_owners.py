@@ -1,13 +1,14 @@
 """A coordinator of owners that follow a script, over a channel that may lose or replace their answers."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_bytes
 
 import numpy as np
 
 from common.agreement import Agreement
-from common.certificates import body_of, presence_body
+from common.certificates import body_of, presence_body, sign_burned
 from common.domain_separation import Domain
 from common.identity import Identity
 from common.messages import (
@@ -28,10 +29,17 @@ from common.messages import (
     Result,
     ResultReceived,
     RollCall,
+    SessionBurned,
+    SharesOpened,
+    SharesSealed,
 )
+from common.publication import Publication
 from common.schedule import Delivery, Round, Schedule
 from common.summation import SUMMATIONS, fixed_point
+from common.summation.masked.book import shares_body
+from common.summation.masked.owner import MaskedOwner
 from common.summation.protocol import OwnerSide, SumTerms
+from common.summation.records import SealedShare
 from common.tensor_layout import TensorEntry, TensorLayout
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
@@ -44,6 +52,10 @@ DELIVERY = Delivery(
 )
 TEST_ROUND = Round(position=2, kind="metrics", layout=LAYOUT, split="test", models=("base", "average"))
 SCHEDULE = Schedule((ROUND, DELIVERY, TEST_ROUND))
+MODEL = "cd" * 32
+PUBLICATION = Publication(
+    files={"config.json": MODEL}, configuration={}, owners=("ada",), examples=None, test={}, validation={}
+)
 Fault = Callable[[str, Message, Message], Message | None]
 
 
@@ -145,3 +157,49 @@ def coordinator_of(
 def honest(owner: str, request: Message, reply: Message) -> Message:
     """No fault."""
     return reply
+
+
+def run_all(coordinator: Coordinator) -> np.ndarray:
+    coordinator.roll_call()
+    total = coordinator.sum(ROUND)
+    coordinator.deliver(DELIVERY, np.zeros(7, dtype=np.float32), "average")
+    coordinator.sum(TEST_ROUND)
+    coordinator.confirm_result("average", MODEL, PUBLICATION.canonical_bytes())
+    return total.vector
+
+
+class WrongDealer:
+    """bea seals what ada cannot use, signs it, and opens it as `opens` says. The owners certify what is over."""
+
+    def __init__(self, opens: Callable[[SharesOpened], Message | None]) -> None:
+        self.opens = opens
+        self.coordinator: Coordinator
+        self.sessions: set[str] = set()
+
+    def __call__(self, owner: str, request: Message, reply: Message) -> Message | None:
+        if isinstance(request, BurnSession):
+            digest = self.coordinator.agreement.digest()
+            signature = sign_burned(IDENTITIES[owner], digest, request.session)
+            return SessionBurned(session=request.session, owner=owner, signature=signature)
+        if isinstance(request, OpenSum):
+            self.sessions.add(request.session)
+        if owner == "bea" and isinstance(reply, SharesSealed):
+            return self._sealed_wrong(reply)
+        if owner == "bea" and isinstance(reply, SharesOpened):
+            return self.opens(reply)
+        return reply
+
+    def _sealed_wrong(self, reply: SharesSealed) -> SharesSealed:
+        channel = self.coordinator.channel
+        assert isinstance(channel, ScriptedChannel)
+        side = channel.sides["bea"]
+        assert isinstance(side, MaskedOwner)
+        first, *others = SealedShare.unpack_all(reply.shares)
+        shares = [replace(first, sealed=bytes(84)), *others]
+        body = shares_body(side.book, reply.commitment, b"".join(share.digest for share in shares))
+        signature = IDENTITIES["bea"].sign(Domain.SIGN_SHARES, side.terms.session, body)
+        return replace(reply, shares=SealedShare.pack_all(shares), signature=signature)
+
+    def started(self, agreement: Agreement, needed: int) -> Coordinator:
+        self.coordinator = coordinator_of(agreement, self, needed)
+        return self.coordinator
