@@ -28,6 +28,7 @@ from deploy.cli import FIRST_STEPS, cli
 from tests.support.command_line import parse, parsers
 from tests.support.commands import amalgram, started
 from tests.support.documents import ROOT
+from tests.support.listeners import GUARD, listening, over_tls
 from tests.support.once import TRAINED
 
 PARSERS = [pytest.param(*each, id=each[0]) for each in sorted(parsers(), key=lambda each: each[0])]
@@ -317,8 +318,9 @@ def test_with_json_standard_output_is_one_object_and_nothing_else(
     assert agreed["digest"] == drafted["digest"]
     assert drafted["fingerprint"] in agreed["read"]
     assert answer("simulate", "--init", "another")["folder"] == "another"
-    node = first_object("client", "hotel.toml", cwd=home)
-    assert node["address"] == "127.0.0.1:1"
+    with listening(over_tls(home, GUARD)) as port:
+        own.write_text(own.read_text().replace("127.0.0.1:1", f"127.0.0.1:{port}"))
+        assert first_object("client", "hotel.toml", cwd=home)["address"] == f"127.0.0.1:{port}"
     (home / "coordinator.toml").write_text(
         'agreement = "a.toml"\noutput = "output"\n[network]\nlisten = "127.0.0.1:1"\n'
     )
