@@ -150,8 +150,6 @@ def ask_for_consent(owner_file: Path, yes: str | None, again: bool) -> None:
     other digits and, unless `again`, if the same was contributed before.
     """
     owner = Owner(owner_file)
-    if yes is not None:
-        _check_answer(owner, yes)
     log.info("looking at the model and the rows, and at what would leave; this takes a while")
     owner.check()
     for oddity in owner.workbench.oddities():
@@ -161,8 +159,7 @@ def ask_for_consent(owner_file: Path, yes: str | None, again: bool) -> None:
     print(text, file=sys.stderr if shows_json() else sys.stdout, flush=True)  # people read it before they answer
     allowed = {each.agreement_digest for each in repeats} if again else frozenset[str]()
     check_repeats(terms_of(owner.agreement), repeats, allowed)
-    if yes is None:
-        _check_answer(owner, None)
+    _check_answer(owner, yes)
     give_consent(owner, repeats)
     stored = owner.state.folder / "consent.json"
     found = {"owner": owner.name, "digest": owner.agreement.digest(), "read": text, "stored": str(stored)}

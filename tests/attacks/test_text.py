@@ -41,7 +41,7 @@ from deploy.commands.keys import make_keys
 from deploy.commands.table import print_report
 from deploy.complete import complete_agreement
 from deploy.launch.internals import TOLD, tell
-from deploy.launch.processes import FollowedFile
+from deploy.launch.processes import FollowedFile, NewFiles
 from deploy.terminal import as_lines, set_up_output
 from server.report.card import CARD, _markdown, write_model_card
 from server.report.page import page_of
@@ -177,7 +177,7 @@ def test_101_consent_needs_the_true_fingerprint_s_digits(
     consents.unlink()
     cli(["agree", str(file), "--yes", digits], standalone_mode=False)
     assert consents.exists()
-    assert capsys.readouterr().out.count(f"Fingerprint:  {digits}\n") == 2  # other digits are refused at once
+    assert capsys.readouterr().out.count(f"Fingerprint:  {digits}\n") == 3
 
 
 # --- 102: what is shown ---
@@ -231,7 +231,8 @@ def test_102_an_error_of_flower_s_forges_no_line_of_the_owner_s_client(
     tell(tmp_path, "connected to 127.0.0.1")
     with subprocess.Popen(["true"]) as process:
         process.wait()
-        assert _watch({"supernode": process}, said, told, answered) == "supernode ended: it logged nothing"
+        ended = _watch({"supernode": process}, said, told, answered, NewFiles(tmp_path / "receipts"))
+    assert ended == "supernode ended: it logged nothing"
     lines = [line.partition(" ")[2].strip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["connected to 127.0.0.1", "owner hotel refused; its error.txt says why"]
 

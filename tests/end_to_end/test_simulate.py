@@ -243,8 +243,9 @@ def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: P
 
 
 def test_a_model_with_its_labels_in_another_order_is_refused_before_anything_leaves(
-    consortium: Path, example_run: Path, tmp_path: Path
+    reviews_folder: Path, example_run: Path, tmp_path: Path
 ) -> None:
+    consortium = Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
     model = AutoModelForSequenceClassification.from_pretrained(example_run / "model")
     with torch.no_grad():
         for parameter in (model.classifier.weight, model.classifier.bias):
