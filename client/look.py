@@ -3,10 +3,11 @@
 Importing torch takes seconds, and most mistakes are in a path, a column or a label.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.data.columns import FileLook, look_at_files
+from client.data.columns import FileLook, look_at_files, test_rows_trained_on
 from client.settings import OwnerSettings
 from common.agreement import Task
 from common.models.adapter import is_adapter
@@ -33,6 +34,16 @@ def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
         if not is_adapter(folder):
             check_readable(folder)
     return OwnerLook(fine_tuned=folder, files=look_at_files(settings.data, own, home))
+
+
+def oddities(settings: OwnerSettings, home: Path, task: Task) -> Iterator[str]:
+    """What may well be a mistake in an owner's model and files, although it is allowed, in words."""
+    own, folder = own_task(settings, home, task), own_folder(settings, home)
+    if folder is not None and own.has_labels and not is_adapter(folder) and not named_labels(folder):
+        order = ", ".join(f"{index} as {label}" for index, label in enumerate(own.labels))
+        yield f"its model does not name its labels, so its outputs are read in the agreed order: {order}"
+    if trained_on := test_rows_trained_on(settings.data, own, home):
+        yield trained_on
 
 
 def own_folder(settings: OwnerSettings, home: Path) -> Path | None:

@@ -82,6 +82,24 @@ def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
 
 
 @pytest.mark.usefixtures("own_log")
+def test_what_may_well_be_a_mistake_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((home / "base" / "config.json").read_text())
+    shutil.copytree(home / "base", home / "model")
+    config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    (home / "model" / "config.json").write_text(json.dumps(config))
+    hotel = home / "hotel.toml"
+    text = hotel.read_text().replace("hotel/test.jsonl", "hotel/train.jsonl")
+    training = text[text.index("\n[training]") : text.index("\n[data]")]
+    hotel.write_text(text.replace(training, '\nfine_tuned = "model"\n'))
+    code, found, _ = lines(capsys, ".")
+    assert code == 0
+    assert found["hotel"].endswith(
+        "; its model does not name its labels, so its outputs are read in the agreed order: 0 as negative, 1 as "
+        "positive; 200 of 200 test rows are training rows, too, so metrics on them say little about others"
+    )
+
+
+@pytest.mark.usefixtures("own_log")
 def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     agreement = home / "agreement.toml"
     agreement.write_text(agreement.read_text().replace("max_tokens = 32 ", "max_tokens = 6 "))

@@ -246,7 +246,7 @@ def test_what_is_odd_about_the_files_is_told_to_their_owner_alone(
     write_jsonl(tmp_path / "rows.jsonl", [{"text": text, "label": "positive"} for text in texts])
     data = data_of(tmp_path, reviews_folder, "rows.jsonl")
     assert list(data.oddities()) == [
-        "rows.jsonl: 10 of 10 test rows are training rows, too, so its metrics say little about other rows",
+        "rows.jsonl: 10 of 10 test rows are training rows, too, so metrics on them say little about others",
         "rows.jsonl: 2 of 10 texts are longer than max_tokens = 8 and are cut; the longest has 1,002 tokens; 99% have "
         "at most 1,002",
     ]

@@ -12,6 +12,8 @@ from client.data.labels import label_numbers, tag_numbers
 from client.settings import Data
 from common.agreement import Task, TaskKind
 
+SAME_FILE = 0.9  # share of test rows that say what a training row says; short texts of few words often do
+
 
 @dataclass(frozen=True)
 class FileLook:
@@ -77,3 +79,13 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
     for values in zip(*(found[:1] if words else found), strict=True):
         texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
         yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
+
+
+def test_rows_trained_on(data: Data, task: Task, folder: Path) -> str:
+    """How many test rows say what a training row says, in words, if nearly all do; otherwise empty."""
+    training = {hash(content) for content in contents_of(data, task, folder / data.train, data.max_train_rows)}
+    shared = [hash(each) in training for each in contents_of(data, task, folder / data.test, data.max_test_rows)]
+    if sum(shared) <= SAME_FILE * len(shared):
+        return ""
+    rows = f"{sum(shared):,} of {len(shared):,} test rows"
+    return f"{rows} are training rows, too, so metrics on them say little about others"

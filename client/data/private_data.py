@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import contents_of, look_at_files
+from client.data.columns import contents_of, look_at_files, test_rows_trained_on
 from client.data.lengths import cut_in_words, look_at_lengths
 from client.data.readers import Reader
 from client.data.rows import Rows
@@ -21,8 +21,6 @@ from common.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SAME_FILE = 0.9  # share of test rows that say what a training row says; short texts of few words often do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +47,8 @@ class PrivateData:
     def oddities(self) -> Iterator[str]:
         """What is odd about the files but no error, in words with counts: for this owner's eyes alone."""
         data, task = self.data, self.task
-        training = {hash(content) for content in self.training_contents()}
-        test = contents_of(data, task, self.folder / data.test, data.max_test_rows)
-        shared = [hash(content) in training for content in test]
-        if sum(shared) > SAME_FILE * len(shared):
-            yield (
-                f"{data.test}: {sum(shared):,} of {len(shared):,} test rows are training rows, too, so its metrics say "
-                "little about other rows"
-            )
+        if trained_on := test_rows_trained_on(data, task, self.folder):
+            yield f"{data.test}: {trained_on}"
         if self.tokenizer is not None:
             for path in dict.fromkeys(filter(None, (data.train, data.validation, data.test))):
                 lengths = look_at_lengths(data, task, self.folder / path, self.tokenizer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from client.data.lengths import cut_in_words, look_at_lengths
-from client.look import OwnerLook
+from client.look import OwnerLook, oddities
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
@@ -122,7 +122,9 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
     for owner in consortium.owner_files:
         with checks.item(owner) as item:
             looks.append(consortium.look_at(owner))
-            item.found = _look_in_words(looks[-1])
+            home = consortium.owner_files[owner].parent
+            odd = oddities(consortium.settings[owner], home, consortium.draft.task)
+            item.found = "; ".join((_look_in_words(looks[-1]), *odd))
     if checks.is_ready:
         with checks.item("rounds") as item:
             schedule = _simulated_schedule(consortium)
@@ -181,7 +183,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         look = owner.look()
         if look.fine_tuned is not None:
             check_same_architecture(look.fine_tuned, base_folder)
-        item.found = _look_in_words(look)
+        item.found = "; ".join((_look_in_words(look), *oddities(settings, home, agreement.task)))
     if settings.network is not None:
         with checks.item("network") as item:
             network, key, root = owner_network(owner, path)
