@@ -298,8 +298,8 @@ def test_owners_come_back_after_the_server_was_killed_and_started_again(reviews_
     network = set_up_example(reviews_folder, tmp_path / "parties", short_agreement(300))
     with ExitStack() as stack:
         first = stack.enter_context(running("server", network.coordinator))
-        client = stack.enter_context(running("client", network.owner("phones")))
         first.wait_for("listening on")
+        client = stack.enter_context(running("client", network.owner("phones")))
         client.wait_for("connected to the coordinator")
         family = first.family()
         first.process.kill()

@@ -422,7 +422,7 @@ def test_an_earlier_result_survives_a_run_that_cannot_start(consortium: Path, tm
 @pytest.mark.slow
 def test_flower_s_own_engine_passes_on_why_a_run_failed(consortium: Path, tmp_path: Path) -> None:
     change(consortium / "hotel.toml", "learning_rate = 1e-3", "learning_rate = 1e30")
-    with pytest.raises(AmalgramError, match="owner hotel: fine-tuning: the loss became nan; lower") as caught:
+    with pytest.raises(AmalgramError, match="owner hotel: fine-tuning: the loss became nan\nhint: lower") as caught:
         simulate(consortium, tmp_path / "output", engine="ray")
     assert caught.value.exit_code == 5
     assert not (tmp_path / "output" / "report.json").exists()
