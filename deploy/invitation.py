@@ -17,7 +17,7 @@ from common.agreement import Agreement
 from common.errors import RuleError, SettingsError
 from common.identity import fingerprint
 from common.settings_file import Settings, parse_settings, read_toml
-from deploy.network_keys import names_in
+from deploy.network_keys import names_in, read_certificate
 
 MAX_CERTIFICATE_CHARACTERS = 20_000
 HEADER = """\
@@ -64,7 +64,8 @@ def read_door(address: str, root_certificate: Path) -> Door:
     door = parse_settings({"address": address, "root_certificate": certificate}, Door, "invitation")
     served = root_certificate.with_name("server.pem")
     host = address.rpartition(":")[0].strip("[]")
-    if served.is_file() and host not in (names := names_in(served)):
+    names = [str(name.value) for name in names_in(read_certificate(served))] if served.is_file() else [host]
+    if host not in names:
         raise SettingsError(
             f"{served}: is for {', '.join(names)}, not for {host}, so owners could not connect to {address}",
             hint=f"make another: amalgram keys certificate {host}",

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from common.agreement import Agreement
 from common.errors import SettingsError
 from common.private_file import read_secret, write_key
 
@@ -67,6 +68,16 @@ def read_node_key(path: Path) -> str:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SettingsError(f"{path}: is not a node key", hint="`amalgram keys new NAME` makes NAME.node")
     return _public_part(key)
+
+
+def check_node_key(path: Path, name: str, agreement: Agreement) -> None:
+    """Raise SettingsError unless `path` holds the node key that the agreement names for this owner."""
+    agreed = {entry.name: entry.node_key for entry in agreement.owners}
+    if read_node_key(path) != agreed.get(name):  # check: node-key-is-agreed
+        raise SettingsError(
+            f"{path}: is not the node key that the agreement names for {name}",
+            hint=f"use the {name}.node that was made together with the .pub file in the agreement",
+        )
 
 
 def _public_part(key: ec.EllipticCurvePrivateKey) -> str:
@@ -190,13 +201,12 @@ def read_certificate(path: Path) -> x509.Certificate:
     return certificate
 
 
-def names_in(path: Path) -> list[str]:
-    """The hosts and addresses that the certificate in `path` is for."""
+def names_in(certificate: x509.Certificate) -> x509.SubjectAlternativeName:
+    """The hosts and addresses that a certificate is for; none if it does not say."""
     try:
-        names = read_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return []
-    return [str(name.value) for name in names]
+        return x509.SubjectAlternativeName([])
 
 
 def check_server_files(certificate_file: Path, key_file: Path, root_file: Path) -> None:
@@ -207,11 +217,7 @@ def check_server_files(certificate_file: Path, key_file: Path, root_file: Path) 
         certificate.verify_directly_issued_by(root)
     except (ValueError, TypeError, InvalidSignature):
         log.warning("%s did not issue %s: fine only if the latter holds the whole chain", root_file, certificate_file)
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        names = x509.SubjectAlternativeName([])
-    if ip_address("127.0.0.1") not in names.get_values_for_type(x509.IPAddress):
+    if ip_address("127.0.0.1") not in names_in(certificate).get_values_for_type(x509.IPAddress):
         raise SettingsError(
             f"{certificate_file}: does not name 127.0.0.1, where the coordinator's own programs reach the server",
             hint="`amalgram keys certificate HOST` makes one that does",

@@ -15,6 +15,7 @@ from cryptography import x509
 
 from common.errors import EngineError
 from common.text import shown
+from deploy.network_keys import names_in
 
 ANSWER_SECONDS, LONGEST_SECONDS = 8.0, 15.0
 HEALTH = "/health"  # what the SuperLink itself answers
@@ -129,9 +130,7 @@ def _names_at(host: str, port: int) -> str:
     """What the certificate there is for, in words; empty if it does not say. Nobody vouches for it."""
     try:
         pem = ssl.get_server_certificate((host.strip("[]"), port), timeout=ANSWER_SECONDS)
-        names = x509.load_pem_x509_certificate(pem.encode()).extensions.get_extension_for_class(
-            x509.SubjectAlternativeName
-        )
-    except (OSError, ValueError, x509.ExtensionNotFound):
+        names = [str(name.value) for name in names_in(x509.load_pem_x509_certificate(pem.encode()))]
+    except (OSError, ValueError):
         return ""
-    return f": {shown(', '.join(str(name.value) for name in names.value)[:200])}"
+    return f": {shown(', '.join(names)[:200])}" if names else ""

@@ -81,7 +81,7 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
         yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
 
 
-def test_rows_trained_on(data: Data, task: Task, folder: Path) -> str:
+def rows_trained_on(data: Data, task: Task, folder: Path) -> str:
     """How many test rows say what a training row says, in words, if nearly all do; otherwise empty."""
     training = {hash(content) for content in contents_of(data, task, folder / data.train, data.max_train_rows)}
     shared = [hash(each) in training for each in contents_of(data, task, folder / data.test, data.max_test_rows)]

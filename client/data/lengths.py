@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,14 @@ LOOK_ROWS = 2000  # drawn from a file, for a look before a run
 MOST = 0.99  # of the texts, for which a longer limit is proposed
 
 
-def look_at_lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+def cut_texts(data: Data, task: Task, paths: Iterable[Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """For each of an owner's files of which texts are cut: its name, and how many, in words."""
+    for path in dict.fromkeys(paths):
+        if words := cut_in_words(_lengths(data, task, path, tokenizer), task.max_tokens):
+            yield f"{path.name}: {words}"
+
+
+def _lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """(rows,): how many tokens the inputs of some rows of a file have, drawn from all of them."""
     words = task.kind == "token-classification"
     columns = columns_of(data, task.kind)

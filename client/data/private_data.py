@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import contents_of, look_at_files, test_rows_trained_on
-from client.data.lengths import cut_in_words, look_at_lengths
+from client.data.columns import contents_of, look_at_files, rows_trained_on
+from client.data.lengths import cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
@@ -47,13 +47,11 @@ class PrivateData:
     def oddities(self) -> Iterator[str]:
         """What is odd about the files but no error, in words with counts: for this owner's eyes alone."""
         data, task = self.data, self.task
-        if trained_on := test_rows_trained_on(data, task, self.folder):
+        if trained_on := rows_trained_on(data, task, self.folder):
             yield f"{data.test}: {trained_on}"
         if self.tokenizer is not None:
-            for path in dict.fromkeys(filter(None, (data.train, data.validation, data.test))):
-                lengths = look_at_lengths(data, task, self.folder / path, self.tokenizer)
-                if cut := cut_in_words(lengths, task.max_tokens):
-                    yield f"{path}: {cut}"
+            paths = (self.folder / path for path in (data.train, data.validation, data.test) if path is not None)
+            yield from cut_texts(data, task, paths, self.tokenizer)
 
     def validation(self) -> Rows:
         """The examples that decide a sweep."""

@@ -18,7 +18,6 @@ from common.errors import DataError
 
 MAX_LINE_BYTES = 100_000_000  # a longer line means that a line break is missing, or that a small file unpacks to much
 MAX_TEXT_BYTES = 16_000_000_000  # of one file, unpacked
-MAX_PARTS = 100_000
 SAVE_AS_UTF8 = "save the file as UTF-8"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -44,7 +43,7 @@ def find_sources(path: Path) -> list[Source]:
         return [_source(path)]
     if not any(mark in path.name for mark in "*?["):
         raise DataError(f"{path}: no such file")
-    found = sorted(map(Path, glob(str(path))))[:MAX_PARTS]
+    found = sorted(map(Path, glob(str(path))))
     if not found:
         raise DataError(f"{path}: no file has such a name", hint="correct the pattern; * stands for any characters")
     return [_source(each) for each in found]

@@ -249,7 +249,7 @@ class _Copies:
         written = io.BytesIO()
         pickler = _Pickler(written, pickle.HIGHEST_PROTOCOL)
         pickler.dump(model)
-        self._modules, self._tensors = written.getvalue(), list(pickler.tensors.values())
+        self._modules, self._tensors = written.getvalue(), pickler.tensors
 
     def another(self) -> PreTrainedModel:
         unpickler = _Unpickler(io.BytesIO(self._modules))
@@ -263,13 +263,16 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO, protocol: int) -> None:
         super().__init__(file, protocol)
-        self.tensors: dict[int, Tensor] = {}
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}  # by a tensor's identity
 
     def persistent_id(self, each: object) -> int | None:
         if not isinstance(each, torch.Tensor):
             return None
-        self.tensors.setdefault(id(each), each)
-        return list(self.tensors).index(id(each))
+        place = self._places.setdefault(id(each), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(each)
+        return place
 
 
 class _Unpickler(pickle.Unpickler):

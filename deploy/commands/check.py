@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.data.lengths import cut_in_words, look_at_lengths
+from client.data.lengths import cut_texts
 from client.look import OwnerLook, oddities
 from client.owner import Owner
 from client.settings import OwnerSettings
@@ -252,12 +252,11 @@ def _check_lengths(
         return
     with checks.item("lengths") as item:
         tokenizer = load_tokenizer(base_folder)
-        cut = []
-        for settings, look in owners:
-            for file in dict.fromkeys(each.path for each in look.files.values()):
-                lengths = look_at_lengths(settings.data, task, file, tokenizer)
-                if words := cut_in_words(lengths, task.max_tokens):
-                    cut.append(f"{settings.name}'s {file.name}: {words}")
+        cut = [
+            f"{settings.name}'s {words}"
+            for settings, look in owners
+            for words in cut_texts(settings.data, task, (each.path for each in look.files.values()), tokenizer)
+        ]
         item.found = ". ".join(cut) or f"all texts looked at fit into max_tokens = {task.max_tokens}"
 
 

@@ -20,7 +20,7 @@ from common.private_file import make_private_folder, write_whole
 from deploy.launch.flower import flower_environment
 from deploy.launch.internals import TOLD, check_internals
 from deploy.launch.processes import POLL_SECONDS, FollowedFile, NewFiles, Process, alone, free_port, started
-from deploy.network_keys import read_certificate, read_node_key
+from deploy.network_keys import check_node_key, read_certificate
 from deploy.reach import check_reachable
 from deploy.terminal import answer
 
@@ -85,12 +85,7 @@ def owner_network(owner: Owner, settings_file: Path) -> tuple[OwnerNetwork, Path
     if network is None:
         raise SettingsError(f"{settings_file}: has no [network] table", hint='it needs at least address = "HOST:PORT"')
     key, root = _key_file(network, owner.name, owner.home), owner.home / network.root_certificate
-    agreed = {entry.name: entry.node_key for entry in owner.agreement.owners}
-    if read_node_key(key) != agreed.get(owner.name):  # check: node-key-is-agreed
-        raise SettingsError(
-            f"{key}: is not the node key that the agreement names for {owner.name}",
-            hint=f"use the {owner.name}.node that was made together with the .pub file in the agreement",
-        )
+    check_node_key(key, owner.name, owner.agreement)
     read_certificate(root)
     return network, key, root
 

@@ -14,7 +14,7 @@ from common.errors import AmalgramError, SettingsError
 from common.identity import fingerprint, read_identity
 from common.settings_file import write_settings
 from deploy.invitation import Invitation, read_invitation
-from deploy.network_keys import read_node_key
+from deploy.network_keys import check_node_key
 from deploy.terminal import answer, as_lines
 
 AGREEMENT, ROOT_CERTIFICATE = Path("agreement.toml"), Path("ca.pem")
@@ -106,17 +106,13 @@ def _check_keys(name: str, agreement: Agreement) -> None:
         raise SettingsError(
             f"{name!r} is not an owner of this agreement", hint=f"its owners: {', '.join(agreement.owner_names)}"
         )
-    key, node = Path(f"{name}.key"), Path(f"{name}.node")
+    key = Path(f"{name}.key")
     if read_identity(key).public_key.hex() != entry.public_key:
         raise SettingsError(
             f"{key}: is not the identity that the agreement names for {name}",
             hint="use the folder with the keys whose .pub file you sent to the drafter, or send this one's",
         )
-    if read_node_key(node) != entry.node_key:
-        raise SettingsError(
-            f"{node}: is not the node key that the agreement names for {name}",
-            hint=f"use the {name}.node that was made together with the .pub file that you sent to the drafter",
-        )
+    check_node_key(Path(f"{name}.node"), name, agreement)
 
 
 def _check_free(settings: Path, invitation: Invitation) -> None:

@@ -1,6 +1,5 @@
 """Attacks 114 and 115: evidence that is made up against an honest owner, and evidence that is lost."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,17 +10,23 @@ import pytest
 
 from common import saved_state
 from common.agreement import Agreement
-from common.domain_separation import Domain
 from common.errors import AmalgramError, RemoteProtocolError
-from common.messages import Message, SharesOpened
 from common.summation import secret_sharing
 from common.summation.masked.book import SELF
 from common.summation.masked.evidence import Evidence, ProvenLie, accused
 from common.summation.protocol import SumAbandoned, SumTerms
-from common.summation.records import OpenedShare, RevealedShare, SealedShare
+from common.summation.records import RevealedShare, SealedShare
 from deploy.commands.verify import explain_lie
 from server import evidence as kept
-from tests.support.lying_owners import OTHER, at, colluder_seals, disputes, other, other_share, play
+from tests.support.lying_owners import (
+    OTHER,
+    at,
+    colluder_seals,
+    disputes,
+    opens_another_share,
+    other,
+    play,
+)
 from tests.support.malicious import MaliciousCoordinator, flip
 from tests.support.parties import IDENTITIES
 from tests.support.scripted_owners import WrongDealer, coordinator_of, honest, run_all
@@ -44,18 +49,9 @@ def revealed() -> Proof:
 
 @cache
 def opened() -> Proof:
-    def lie(reply: Message) -> Message:
-        if not isinstance(reply, SharesOpened):
-            return reply
-        (shares,) = OpenedShare.unpack_all(reply.shares)
-        packed = OpenedShare.pack_all([replace(shares, mask_share=other_share(shares.mask_share))])
-        body = hashlib.sha256(packed).digest()
-        signature = evil.identities["o1"].sign(Domain.SIGN_OPENED, evil.terms.session, body)
-        return replace(reply, shares=packed, signature=signature)
-
     evil, proofs = colluder_seals(OTHER), list[Evidence]()
     with pytest.raises(SumAbandoned):
-        play(evil, {}, answer={"o1": lie}, proofs=proofs)
+        play(evil, {}, answer={"o1": opens_another_share(evil.identities["o1"], "mask_share")}, proofs=proofs)
     return evil.terms, proofs[0]
 
 
@@ -176,21 +172,11 @@ def test_114_shares_that_the_dealer_never_dealt() -> None:
 # --- 115: what a coordinator keeps ---
 
 
-def opens_another_share(reply: SharesOpened) -> SharesOpened:
-    """bea signs a share that is not the one that it committed to."""
-    (shares,) = OpenedShare.unpack_all(reply.shares)
-    packed = OpenedShare.pack_all([replace(shares, self_share=other_share(shares.self_share))])
-    signature = IDENTITIES["bea"].sign(
-        Domain.SIGN_OPENED, bytes.fromhex(reply.session), hashlib.sha256(packed).digest()
-    )
-    return replace(reply, shares=packed, signature=signature)
-
-
 @pytest.fixture
 def kept_file(agreement: Agreement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RemoteProtocolError, match="owner bea lied: it opened other shares for ada"):
-        run_all(WrongDealer(opens_another_share).started(agreement, needed=3))
+        run_all(WrongDealer(opens_another_share(IDENTITIES["bea"], "self_share")).started(agreement, needed=3))
     (path,) = (tmp_path / "evidence").iterdir()
     return path
 

@@ -2,7 +2,6 @@
 named for it.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -35,6 +34,7 @@ from tests.support.lying_owners import (
     colluder_seals,
     dispute,
     disputes,
+    opens_another_share,
     other,
     other_share,
     play,
@@ -206,19 +206,10 @@ def test_71_a_dealer_cannot_make_its_honest_neighbour_look_like_the_liar() -> No
 def test_71_a_dealer_that_does_not_open_what_it_committed_to_is_named_and_the_sum_is_given_up() -> None:
     """Before anybody opens it, so that another one can be opened without this dealer."""
 
-    def lie(reply: Message) -> Message:
-        if not isinstance(reply, SharesOpened):
-            return reply
-        (shares,) = OpenedShare.unpack_all(reply.shares)
-        packed = OpenedShare.pack_all([replace(shares, mask_share=other_share(shares.mask_share))])
-        body = hashlib.sha256(packed).digest()
-        signature = evil.identities["o1"].sign(Domain.SIGN_OPENED, evil.terms.session, body)
-        return replace(reply, shares=packed, signature=signature)
-
     named: dict[str, str] = {}
     evil = colluder_seals(OTHER)
     with pytest.raises(SumAbandoned, match="o1 did not open shares that others could not use"):
-        play(evil, named, answer={"o1": lie})
+        play(evil, named, answer={"o1": opens_another_share(evil.identities["o1"], "mask_share")})
     assert named == {"o1": "owner o1 lied: it opened other shares for o0 than it committed to"}
     assert not any(isinstance(reply, SharesRevealed) for received in evil.received.values() for reply in received)
 

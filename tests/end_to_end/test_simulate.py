@@ -32,6 +32,7 @@ from deploy.consortium import find_owner_files
 from deploy.demo import digits
 from deploy.demo.run import run_demo
 from deploy.example.reviews import make_tokenizer
+from deploy.simulation.engine import Engine
 from deploy.simulation.network import run_over_network
 from deploy.simulation.parties import party_keys, set_up_parties
 from deploy.simulation.simulate import simulate
@@ -192,18 +193,11 @@ def test_the_same_seed_gives_the_same_model(result: tuple[Report, Path], reviews
 
 
 @pytest.mark.slow
-def test_flower_s_own_engine_gives_the_same_model_bit_for_bit(
-    result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("engine", ["ray", "network"])
+def test_every_engine_gives_the_same_model_bit_for_bit(
+    engine: Engine, result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path
 ) -> None:
-    report = simulate(reviews_folder, tmp_path, engine="ray", with_references=False)
-    assert report.digests.model == result[0].digests.model
-
-
-@pytest.mark.slow
-def test_a_rehearsal_over_the_network_gives_the_same_model_bit_for_bit(
-    result: tuple[Report, Path], reviews_folder: Path, tmp_path: Path
-) -> None:
-    report = simulate(reviews_folder, tmp_path, engine="network", with_references=False)
+    report = simulate(reviews_folder, tmp_path, engine=engine, with_references=False)
     assert report.digests.model == result[0].digests.model
     assert report.simulated
 

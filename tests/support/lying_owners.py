@@ -3,18 +3,29 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
 from common.domain_separation import Domain
 from common.errors import RemoteProtocolError
-from common.messages import KeyBook, KeyShares, MaskedPart, Message, SharesDisputed, SharesRevealed, SharesSealed
+from common.identity import Identity
+from common.messages import (
+    KeyBook,
+    KeyShares,
+    MaskedPart,
+    Message,
+    SharesDisputed,
+    SharesOpened,
+    SharesRevealed,
+    SharesSealed,
+)
 from common.summation import key_agreement, secret_sharing
 from common.summation.masked.book import MASK, SELF
 from common.summation.masked.evidence import Evidence, ProvenLie
 from common.summation.masked.phases import Phase
 from common.summation.protocol import Total, drive
-from common.summation.records import RevealedShare, SealedShare, Signed
+from common.summation.records import OpenedShare, RevealedShare, SealedShare, Signed
 from tests.support.malicious import MaliciousCoordinator
 
 Shares = dict[int, bytes]  # point -> share
@@ -139,3 +150,18 @@ def dispute(evil: MaliciousCoordinator, owner: str, dealer: int, record_owner: i
 
 
 OTHER: Callable[[bytes], bytes] = lambda plain: plain[:2] + other_share(plain[2:35]) + plain[35:]  # noqa: E731
+
+
+def opens_another_share(dealer: Identity, changed: Literal["self_share", "mask_share"]) -> Answer:
+    """What a dealer answers when it is to open a disputed share: another one, properly signed."""
+
+    def answer(reply: Message) -> Message:
+        if not isinstance(reply, SharesOpened):
+            return reply
+        (shares,) = OpenedShare.unpack_all(reply.shares)
+        packed = OpenedShare.pack_all([replace(shares, **{changed: other_share(getattr(shares, changed))})])
+        body = hashlib.sha256(packed).digest()
+        signature = dealer.sign(Domain.SIGN_OPENED, bytes.fromhex(reply.session), body)
+        return replace(reply, shares=packed, signature=signature)
+
+    return answer
