@@ -136,7 +136,7 @@ def _train_once() -> None:
     from tests.support.once import TRAINED, trained_once
 
     if os.environ.get(TRAINED):
-        fine_tuning.fine_tune = trained_once(fine_tuning.fine_tune, Path(os.environ[TRAINED]))
+        vars(fine_tuning)["fine_tune"] = trained_once(fine_tuning.fine_tune, Path(os.environ[TRAINED]))
 
 
 def _main_of(program: Path) -> Callable[[], None]:
