@@ -10,8 +10,8 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +136,7 @@ class Workbench:
     @cached_property
     def schedule(self) -> Schedule:
         """The rounds of the agreement."""
-        return schedule_of(self.agreement, self.plan)
+        return _schedule(self._terms, self.plan)
 
     @cached_property
     def merge_settings(self) -> MergeSettings:
@@ -176,7 +176,13 @@ class Workbench:
 
     @cached_property
     def plan(self) -> MergePlan:
-        return agreed_plan(self._outline, self._base_folder, self.agreement)
+        if self.agreement.publish.adapter_rank is not None:  # depends on which weights the folder lacks, too
+            return agreed_plan(self._outline, self._base_folder, self.agreement)
+        return _plan(self._terms, self._outline, self._base_folder)
+
+    @property
+    def _terms(self) -> "_Terms":
+        return _Terms(self.agreement.digest(), self.agreement)
 
     @cached_property
     def data(self) -> PrivateData:
@@ -197,6 +203,14 @@ class Workbench:
         else:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
         return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
+
+    @cached_property
+    def _own(self) -> DiskModel:
+        return self._on_disk(self.own_model())
+
+    @cached_property
+    def _base(self) -> DiskModel:
+        return self._on_disk(self.load_base())
 
     def _on_disk(self, model: PreTrainedModel) -> DiskModel:
         return DiskModel(model, self.state.folder)
@@ -264,7 +278,7 @@ class Workbench:
 
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""
-        own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+        own, base = self._own, self._base
         for name in sorted(set(own) - set(private_head(self._outline, self.task))):
             tensor = own[name]
             if not torch.equal(tensor, base[name]):
@@ -303,7 +317,7 @@ class Workbench:
         """
         wanted = merge_methods.measurements(self.agreement.methods, self.agreement.tables)
         train = self.data.train()
-        own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+        own, base = self._own, self._base
         self._check_fixed(own, base)
         log.info("  %s: measuring", self.name)  # check: logs-hold-no-number-of-rows
         terms = OwnerTerms(examples=len(train), delta=self._delta(own, base))
@@ -435,6 +449,27 @@ class Workbench:
         """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
         return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
+
+
+# --- what an agreement makes of a base: kept, since in a simulation many owners ask, and each anew for every message ---
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """An agreement, known by its digest."""
+
+    digest: str
+    agreement: Agreement = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _plan(terms: _Terms, outline: PreTrainedModel, folder: Path) -> MergePlan:
+    return agreed_plan(outline, folder, terms.agreement)
+
+
+@lru_cache(maxsize=16)
+def _schedule(terms: _Terms, plan: MergePlan) -> Schedule:
+    return schedule_of(terms.agreement, plan)
 
 
 def _multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:

@@ -9,7 +9,9 @@ in `sys.modules`, so no other library ever meets a half-imported module.
         torch = lazy_module("torch")
 """
 
+from functools import cached_property
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -17,8 +19,12 @@ class _LazyModule:
     def __init__(self, name: str) -> None:
         self._name = name
 
+    @cached_property
+    def _module(self) -> ModuleType:
+        return import_module(self._name)
+
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(import_module(self._name), attribute)
+        return getattr(self._module, attribute)
 
 
 def lazy_module(name: str) -> Any:

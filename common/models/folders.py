@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -15,8 +15,8 @@ from common.agreement import Agreement, Task, TaskKind
 from common.agreement.tables import LANGUAGE_MODELLING
 from common.errors import ModelError, first_line
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
-from common.models.files import DOWNLOAD_AGAIN, read_json, without_code
-from common.models.manifest import READ, check_manifest, only_files_read
+from common.models.files import DOWNLOAD_AGAIN, digest_of_file, read_json, without_code
+from common.models.manifest import READ, check_manifest, files_read, only_files_read
 from common.text import alike, as_line
 
 if TYPE_CHECKING:
@@ -330,19 +330,25 @@ def image_shape(config: Any) -> tuple[int, int, int]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, made from the files that a manifest lists and from no others.
 
-    One without a padding token pads with its end-of-text token.
+    One without a padding token pads with its end-of-text token. Nobody may change it.
     """
-    from transformers import AutoTokenizer
-
     try:
-        with only_files_read(folder) as files:
-            tokenizer = AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+        return _tokenizer(folder, tuple((path, digest_of_file(path)) for path in files_read(folder)))
     except ModelError:
         raise
     except Exception as error:  # a broken tokenizer can make the library raise anything
         raise ModelError(
             f"model {folder}: its tokenizer cannot be loaded: {first_line(error)}", hint=DOWNLOAD_AGAIN
         ) from None
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, contents: tuple[tuple[Path, str], ...]) -> PreTrainedTokenizerBase:
+    """`contents`: the files and their digests as they are now, so that no others are taken from the cache."""
+    from transformers import AutoTokenizer
+
+    with only_files_read(folder) as files:
+        tokenizer = AutoTokenizer.from_pretrained(files, local_files_only=True, trust_remote_code=False)
     tokenizer.name_or_path = str(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

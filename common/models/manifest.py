@@ -49,7 +49,7 @@ def manifest_of(folder: Path) -> Manifest:
             hint="delete this key from config.json",
         )
     return tuple(
-        BaseFile(name=path.relative_to(folder).as_posix(), sha256=digest_of_file(path)) for path in _files_read(folder)
+        BaseFile(name=path.relative_to(folder).as_posix(), sha256=digest_of_file(path)) for path in files_read(folder)
     )
 
 
@@ -74,7 +74,7 @@ def only_files_read(folder: Path) -> Iterator[Path]:
     configurations. So the manifest is complete, whatever transformers looks for.
     """
     with TemporaryDirectory(prefix="amalgram-") as room:
-        for path in _files_read(folder):
+        for path in files_read(folder):
             copy = Path(room) / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             if path.name in CONFIGURATIONS:
@@ -84,7 +84,8 @@ def only_files_read(folder: Path) -> Iterator[Path]:
         yield Path(room)
 
 
-def _files_read(folder: Path) -> list[Path]:
+def files_read(folder: Path) -> list[Path]:
+    """The files in a model folder that decide how rows are read, in the order of their names."""
     found = {path for pattern in READ for path in folder.glob(pattern) if path.is_file()}
     return [inside(folder, path.relative_to(folder).as_posix()) for path in sorted(found)]
 

@@ -71,7 +71,7 @@ class SharedInput:
         return any(layer.expert is not None for layer in self.layers)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # so that what is derived from a plan can be kept
 class MergePlan:
     """What happens to each parameter of the base model, with shapes.
 
