@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,7 @@ import transformers
 from hypothesis import settings
 
 from client.measurement import fine_tuning
+from client.owner import Owner
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
@@ -23,6 +25,7 @@ from tests.support.once import TRAINED, made_once, shared_folder, trained_once
 from tests.support.parties import IDENTITIES, Parties, parties_of
 
 TRAIN = fine_tuning.fine_tune
+FEW_ROWS = "max_validation_rows = 20\nmax_test_rows = 40\n"
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and a busy machine makes it dear
@@ -100,15 +103,35 @@ def little_folder(reviews_folder: Path, shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_folder(little_folder: Path, shared: Path) -> Path:
+    """The little consortium once its owners have made their models, with fewer rows to judge models on.
+
+    Nearly everything that a message costs its owner is then what the message asks for.
+    """
+
+    def write(folder: Path) -> None:
+        shutil.copytree(little_folder, folder, ignore=shutil.ignore_patterns("output"))
+        with parties_of(folder, shared / "training") as made:
+            for name, path in made.files.items():
+                Owner(path).workbench.own_model().save_pretrained(folder / "models" / name)
+        for path in made.files.values():
+            settings = folder / path.name
+            told = settings.read_text().replace("# fine_tuned =", "fine_tuned =") + FEW_ROWS
+            settings.write_text(re.sub(r"\[training\]\n(.+\n)+", "", told))
+
+    return made_once(shared / "trained-consortium", write)
+
+
+@pytest.fixture(scope="session")
 def example_run(reviews_folder: Path, shared: Path) -> Path:
     """The output folder of a simulation of the example, references included; nobody changes it."""
     return made_once(shared / "example-run", partial(simulate, reviews_folder))
 
 
 @pytest.fixture
-def parties(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+def parties(trained_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     """The example's parties, each with its settings file and the one agreement; nothing has run yet."""
-    with parties_of(reviews_folder, tmp_path) as made:
+    with parties_of(trained_folder, tmp_path) as made:
         yield made
 
 
