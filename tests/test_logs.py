@@ -94,9 +94,9 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
 
 @pytest.mark.parametrize("methods", [("refit", "average"), ("regmean_plus_plus",), ("average",)])
 def test_the_steps_that_are_announced_are_the_steps_that_are_done(
-    methods: tuple[str, ...], reviews_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    methods: tuple[str, ...], two_blocks_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    consortium = Path(shutil.copytree(reviews_folder, tmp_path / "consortium"))
+    consortium = Path(shutil.copytree(two_blocks_folder, tmp_path / "consortium"))
     draft = consortium / "agreement.toml"
     text = draft.read_text().replace('method = "regmean"', f'method = "{methods[0]}"')
     draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', json.dumps(methods[1:])))

@@ -65,20 +65,17 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def merge(little_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
+def merge(trained_folder: Path, tmp_path: Path) -> Callable[..., list[Kinds]]:
     """Merges the example with changes to its agreement; what each message to an owner held."""
 
     def run(*changes: tuple[str, str], verified: bool = False) -> list[Kinds]:
         consortium = Path(
-            shutil.copytree(little_folder, tmp_path / "consortium", ignore=shutil.ignore_patterns("output"))
+            shutil.copytree(trained_folder, tmp_path / "consortium", ignore=shutil.ignore_patterns("output"))
         )
         draft = consortium / "agreement.toml"
         for one, other in changes:
             assert one in draft.read_text()
             draft.write_text(draft.read_text().replace(one, other))
-        for name in ("hotel", "cinema", "phones"):
-            own = consortium / f"{name}.toml"
-            own.write_text(own.read_text().replace("epochs = 6", "epochs = 1"))
         output = tmp_path / "output"
         output.mkdir()
         (output / ".amalgram").touch()

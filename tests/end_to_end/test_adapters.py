@@ -114,9 +114,9 @@ def test_an_owner_that_makes_its_model_here_trains_only_what_is_merged(only_adap
 
 
 @pytest.fixture(scope="module")
-def published(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, Path]:
+def published(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, Path]:
     """The example, published as an adapter of a base without head or pooler: the report, the output and the base."""
-    folder = Path(shutil.copytree(little_folder, tmp_path_factory.mktemp("published") / "consortium"))
+    folder = Path(shutil.copytree(trained_folder, tmp_path_factory.mktemp("published") / "consortium"))
     weights = load_file(folder / "base" / "model.safetensors")
     made_here = [name for name in weights if name.startswith(("classifier", "bert.pooler"))]
     save_file(

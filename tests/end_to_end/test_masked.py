@@ -23,12 +23,12 @@ from server.coordinator import Coordinator
 
 
 @pytest.fixture(scope="module")
-def runs(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of each kind. Of the masked one also the owners' own vectors, and the total, before it was destroyed."""
     folder = tmp_path_factory.mktemp("kinds")
     for kind in ("masked", "plain"):
         consortium = Path(
-            shutil.copytree(little_folder, folder / f"{kind}-consortium", ignore=shutil.ignore_patterns("output"))
+            shutil.copytree(trained_folder, folder / f"{kind}-consortium", ignore=shutil.ignore_patterns("output"))
         )
         path = consortium / "agreement.toml"
         text = path.read_text().replace("[0.1, 0.5, 0.9, 0.95, 0.99]", "[0.5, 0.9]")

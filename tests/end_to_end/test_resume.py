@@ -77,10 +77,10 @@ class KilledAt(OwnersChannel):
 
 
 @pytest.fixture(scope="module")
-def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def consortium(two_blocks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, merged by a single-round method with a sweep, and by a multi-round one."""
     folder = tmp_path_factory.mktemp("resume") / "consortium"
-    shutil.copytree(reviews_folder, folder, ignore=shutil.ignore_patterns("output"))
+    shutil.copytree(two_blocks_folder, folder, ignore=shutil.ignore_patterns("output"))
     path = folder / "agreement.toml"
     text = path.read_text().replace('method = "regmean"', 'method = "regmean_plus_plus"')
     text = text.replace('["average", "task_arithmetic", "fisher"]', '["regmean"]')
@@ -90,11 +90,12 @@ def consortium(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def one_may_drop_out(little_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+def one_may_drop_out(trained_folder: Path, tmp_path: Path) -> Iterator[Parties]:
     """Four owners, three of whom are enough, and a single-round method."""
     consortium = tmp_path / "consortium"
-    shutil.copytree(little_folder, consortium, ignore=shutil.ignore_patterns("output"))
-    shutil.copytree(consortium / "data" / "hotel", consortium / "data" / "inn")
+    shutil.copytree(trained_folder, consortium, ignore=shutil.ignore_patterns("output"))
+    for kind in ("data", "models"):
+        shutil.copytree(consortium / kind / "hotel", consortium / kind / "inn")
     (consortium / "inn.toml").write_text((consortium / "hotel.toml").read_text().replace("hotel", "inn"))
     path = consortium / "agreement.toml"
     text = path.read_text().replace("# min_owners = 3", "min_owners = 3").replace("alphas = [0.1, 0.5, ", "alphas = [")
@@ -178,8 +179,8 @@ def test_a_coordinator_that_is_killed_when_some_owners_have_their_message_resume
 
 
 @pytest.fixture
-def in_32_bits(little_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    consortium = consortium_in_32_bits(little_folder, tmp_path / "consortium", alphas="[0.9]")
+def in_32_bits(trained_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+    consortium = consortium_in_32_bits(trained_folder, tmp_path / "consortium", alphas="[0.9]")
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()

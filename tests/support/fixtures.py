@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +13,6 @@ import transformers
 from hypothesis import settings
 
 from client.measurement import fine_tuning
-from client.owner import Owner
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
@@ -22,10 +20,9 @@ from deploy.example import reviews
 from deploy.simulation.simulate import simulate
 from tests.support.models import tiny_bert
 from tests.support.once import TRAINED, made_once, shared_folder, trained_once
-from tests.support.parties import IDENTITIES, Parties, parties_of
+from tests.support.parties import IDENTITIES, Parties, bring_models, parties_of
 
 TRAIN = fine_tuning.fine_tune
-FEW_ROWS = "max_validation_rows = 20\nmax_test_rows = 40\n"
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and a busy machine makes it dear
@@ -109,17 +106,13 @@ def trained_folder(little_folder: Path, shared: Path) -> Path:
     Nearly everything that a message costs its owner is then what the message asks for.
     """
 
-    def write(folder: Path) -> None:
-        shutil.copytree(little_folder, folder, ignore=shutil.ignore_patterns("output"))
-        with parties_of(folder, shared / "training") as made:
-            for name, path in made.files.items():
-                Owner(path).workbench.own_model().save_pretrained(folder / "models" / name)
-        for path in made.files.values():
-            settings = folder / path.name
-            told = settings.read_text().replace("# fine_tuned =", "fine_tuned =") + FEW_ROWS
-            settings.write_text(re.sub(r"\[training\]\n(.+\n)+", "", told))
+    return made_once(shared / "trained-consortium", partial(bring_models, little_folder))
 
-    return made_once(shared / "trained-consortium", write)
+
+@pytest.fixture(scope="session")
+def two_blocks_folder(reviews_folder: Path, shared: Path) -> Path:
+    """The same on the example's base, whose two blocks make a step each."""
+    return made_once(shared / "two-blocks-consortium", partial(bring_models, reviews_folder))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """The example's three owners and the coordinator, set up as a simulation sets them up."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from client.owner import Owner
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
@@ -41,6 +43,18 @@ class Parties:
     agreement: Agreement
     identities: Mapping[str, Identity]
     plan: MergePlan
+
+
+def bring_models(consortium: Path, folder: Path) -> None:
+    """Write the consortium to `folder` as it is once its owners have made their models, with fewer rows to judge on."""
+    shutil.copytree(consortium, folder, ignore=shutil.ignore_patterns("output"))
+    with TemporaryDirectory() as room, parties_of(folder, Path(room)) as made:
+        for name, path in made.files.items():
+            Owner(path).workbench.own_model().save_pretrained(folder / "models" / name)
+    for path in made.files.values():
+        settings = folder / path.name
+        brought = re.sub(r"\[training\]\n(.+\n)+", "", settings.read_text().replace("# fine_tuned =", "fine_tuned ="))
+        settings.write_text(brought + "max_validation_rows = 20\nmax_test_rows = 40\n")
 
 
 def consortium_in_32_bits(reviews_folder: Path, folder: Path, alphas: str) -> Path:
