@@ -451,7 +451,7 @@ class Workbench:
         return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
 
 
-# --- what an agreement makes of a base: kept, since in a simulation many owners ask, and each anew for every message ---
+# --- what an agreement makes of a base: kept, since many owners of a simulation ask, for every message anew ---
 
 
 @dataclass(frozen=True)

@@ -155,10 +155,10 @@ def test_weights_that_do_not_fit_on_the_disk_are_refused(tmp_path: Path) -> None
 
 
 def test_activations_are_readable_by_the_owner_alone_and_removed_even_after_a_failure(
-    parties: Parties, monkeypatch: pytest.MonkeyPatch
+    parties_that_train: Parties, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    party = parties.files["hotel"]
-    Owner(party).answer(roll_call(parties))
+    party = parties_that_train.files["hotel"]
+    Owner(party).answer(roll_call(parties_that_train))
     owner = Owner(party)
     blocks, run_folder = owner.workbench.plan.blocks, owner.state.folder / "run"
     (run_folder / "scratch" / "left by a crash").mkdir(parents=True)

@@ -368,7 +368,8 @@ def test_an_owner_with_another_base_model_refuses(parties: Parties, tmp_path: Pa
         Owner(parties.files["hotel"]).answer(roll_call(parties))
 
 
-def test_a_model_made_here_is_kept_and_remade_only_when_its_recipe_changes(parties: Parties, party: Path) -> None:
+def test_a_model_made_here_is_kept_and_remade_only_when_its_recipe_changes(parties_that_train: Parties) -> None:
+    party = parties_that_train.files["hotel"]
     owner = Owner(party)
     one = owner.workbench.own_model()
     made = (owner.state.fine_tuned_folder / "model.safetensors").stat().st_mtime_ns

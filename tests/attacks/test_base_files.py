@@ -99,12 +99,12 @@ def test_57_a_tokenizer_that_erases_every_text_without_a_chosen_word_for_all_own
             assert "nothing has left\nhint: ask who chose the base" in found
 
 
-def test_57_a_tokenizer_that_leaves_two_tokens_of_every_row(parties: Parties, tmp_path: Path) -> None:
+def test_57_a_tokenizer_that_leaves_two_tokens_of_every_row(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says that it takes no more; the agreement's max_tokens and the texts' words say that this is too few."""
     owner = Owner(parties.files["hotel"])
     data = owner.workbench.data
     assert data.tokenizer is not None
-    data.tokenizer.model_max_length = 3
+    monkeypatch.setattr(data.tokenizer, "model_max_length", 3)
     with pytest.raises(DataError, match="200 empty or nearly so"):
         data.train()
 

@@ -128,6 +128,13 @@ def parties(trained_folder: Path, tmp_path: Path) -> Iterator[Parties]:
         yield made
 
 
+@pytest.fixture
+def parties_that_train(reviews_folder: Path, tmp_path: Path) -> Iterator[Parties]:
+    """The same, but owners make their models, on a base of two blocks."""
+    with parties_of(reviews_folder, tmp_path) as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-bert")
