@@ -180,7 +180,7 @@ def test_activations_are_readable_by_the_owner_alone_and_removed_even_after_a_fa
     round_ = owner.workbench.schedule.find("contribution")
     fast_forward(owner, round_.position)
     with pytest.raises(DataError, match="the disk broke"):
-        owner.answer(opening_of(parties, round_))
+        owner.answer(opening_of(parties_that_train, round_))
     assert seen == [0o700, 0o700]
     assert kept == {(True, 0o700), (False, 0o600)}
     assert [path.name for path in run_folder.iterdir()] == ["run.json"]  # nor is half of a vector there
