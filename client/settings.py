@@ -24,7 +24,7 @@ class Training(Settings):
 
 class Data(Settings):
     """The owner's files: JSON Lines, JSON, CSV, TSV (or .gz of these), Parquet or Arrow for text, CoNLL (.txt, .conll)
-    for tags and .npz arrays for images.
+    for tags. Images: a folder of one folder a label, a table of their paths, or .npz arrays.
 
     Paths are relative to the settings file. One may be a pattern for several files, "data/train-*.parquet", or a folder
     that `datasets` saved. Each task reads the columns it needs; "answer.text" is a field of a nested column:

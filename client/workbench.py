@@ -53,6 +53,7 @@ from common.models.folders import (
     base_origin,
     check_tokenizer,
     fine_tuned_folder,
+    load_image_processor,
     load_tokenizer,
 )
 from common.models.loading import (
@@ -191,6 +192,7 @@ class Workbench:
             task=self.task,
             model=self._outline,
             tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
+            processor=None if self.task.is_text else load_image_processor(self._base_folder),
             folder=self._home,
             seed=self.agreement.seed,
             reading=self.agreement.reading,
@@ -253,14 +255,12 @@ class Workbench:
 
     def _recipe(self) -> str:
         """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""
-        data = self.settings.data
-        files = [path for path in (data.train, data.validation) if path is not None]
         parts = {
             "agreement": self.agreement.digest(),
             "labels": self.task.labels,
             "training": self.settings.training and self.settings.training.model_dump(),
-            "data": data.model_dump(mode="json"),
-            "files": [hashlib.sha256((self._home / path).read_bytes()).hexdigest() for path in files],
+            "data": self.settings.data.model_dump(mode="json"),
+            "files": self.data.digest(),
         }
         return json.dumps(parts, sort_keys=True)
 

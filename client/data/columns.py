@@ -1,5 +1,6 @@
 """What the files of an owner hold, by column, before a model or a tokenizer is loaded: nothing here imports torch."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.files import read_arrays, read_columns
+from client.data.files import ARRAYS, read_arrays, read_columns
+from client.data.images import find_images
 from client.data.labels import label_numbers, tag_numbers
+from client.data.sources import find_sources
 from client.settings import Data
 from common.agreement import Task, TaskKind
 
@@ -41,8 +44,10 @@ def look_at(data: Data, task: Task, path: Path, max_rows: int | None) -> FileLoo
     Nothing is tokenised. Raises DataError.
     """
     columns = columns_of(data, task.kind)
-    if task.kind == "image-classification":
+    if task.kind == "image-classification" and path.suffix.lower() == ARRAYS:
         found = read_arrays(path, columns, max_rows)[-1].tolist()
+    elif task.kind == "image-classification":
+        found = list(find_images(path, columns, max_rows).labels)
     else:
         found = read_columns(path, columns, max_rows)[columns[-1]]
     numbers = [np.empty(0, np.int64)]
@@ -66,11 +71,14 @@ def look_at_files(data: Data, task: Task, folder: Path) -> dict[str, FileLook]:
 def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Iterator[bytes]:
     """What each example says, in bytes that depend neither on its label nor on anything that an agreement chooses.
 
-    White space counts as one blank. Nothing is tokenised.
+    White space counts as one blank, and an image is its file to the byte. Nothing is tokenised.
     """
-    if task.kind == "image-classification":
+    if task.kind == "image-classification" and path.suffix.lower() == ARRAYS:
         (images,) = read_arrays(path, [data.image], max_rows)
         yield from (image.tobytes() for image in images)
+        return
+    if task.kind == "image-classification":
+        yield from (image.read() for image in find_images(path, columns_of(data, task.kind), max_rows).images)
         return
     words = task.kind == "token-classification"
     # CoNLL files have both columns of a word.
@@ -79,6 +87,18 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
     for values in zip(*(found[:1] if words else found), strict=True):
         texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
         yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
+
+
+def digests_of(data: Data, task: Task, path: Path) -> Iterator[bytes]:
+    """SHA-256 of every file that `path` stands for and, if a table or a folder names images, of each of these."""
+    if task.kind == "image-classification" and path.suffix.lower() != ARRAYS:
+        table = find_images(path, columns_of(data, task.kind), max_rows=None)
+        for image, label in zip(table.images, table.labels, strict=True):
+            yield hashlib.sha256(image.read()).digest() + hashlib.sha256(str(label).encode()).digest()
+        return
+    for source in find_sources(path):
+        with source.path.open("rb") as file:
+            yield hashlib.file_digest(file, "sha256").digest()
 
 
 def rows_trained_on(data: Data, task: Task, folder: Path) -> str:

@@ -32,6 +32,7 @@ Columns = dict[str, list[Any]]  # values by column, all of the same length
 
 MAX_UNPACKED_BYTES = 16_000_000_000  # of a compressed file, as it says itself; a few kilobytes can hold any number
 MAX_JSON_BYTES = 1_000_000_000  # of a file that is one list: it has to be read as a whole
+ARRAYS = ".npz"
 BATCH_ROWS = 1024  # unpacked at once
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 INCOMPLETE = "check that the file is complete"
@@ -67,7 +68,7 @@ def read_columns(path: Path, columns: Sequence[str], max_rows: int | None) -> Co
 def _types_hint(ending: str) -> str:
     if ending in (".xlsx", ".xls", ".ods"):
         return "export the sheet as CSV in UTF-8"
-    return f"use {', '.join(READERS)}, or .npz for images"
+    return f"use {', '.join(READERS)}; for images also a folder of one folder a label, or {ARRAYS}"
 
 
 class Draw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import contents_of, look_at_files, rows_trained_on
+from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on
+from client.data.images import files_left_out
 from client.data.lengths import cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
@@ -20,7 +22,7 @@ from common.agreement import Reading, Task
 from common.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class PrivateData:
     task: Task
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    processor: BaseImageProcessor | None = None
     folder: Path
     seed: int
     reading: Reading
@@ -49,9 +52,20 @@ class PrivateData:
         data, task = self.data, self.task
         if trained_on := rows_trained_on(data, task, self.folder):
             yield f"{data.test}: {trained_on}"
+        paths = [self.folder / path for path in (data.train, data.validation, data.test) if path is not None]
+        if task.kind == "image-classification":
+            yield from files_left_out(paths)
         if self.tokenizer is not None:
-            paths = (self.folder / path for path in (data.train, data.validation, data.test) if path is not None)
             yield from cut_texts(data, task, paths, self.tokenizer)
+
+    def digest(self) -> str:
+        """SHA-256 of everything that a model depends on which is made from these files."""
+        found = hashlib.sha256()
+        for path in (self.data.train, self.data.validation):
+            if path is not None:
+                for content in digests_of(self.data, self.task, self.folder / path):
+                    found.update(content)
+        return found.hexdigest()
 
     def validation(self) -> Rows:
         """The examples that decide a sweep."""
@@ -87,4 +101,11 @@ class PrivateData:
 
     @cached_property
     def _reader(self) -> Reader:
-        return Reader(data=self.data, task=self.task, model=self.model, tokenizer=self.tokenizer, reading=self.reading)
+        return Reader(
+            data=self.data,
+            task=self.task,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            reading=self.reading,
+        )

@@ -13,19 +13,24 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.data.columns import columns_of
-from client.data.files import read_arrays, read_columns
+from client.data.files import ARRAYS, read_arrays, read_columns
+from client.data.images import as_array, find_images, room_for
 from client.data.labels import label_numbers, tag_numbers
-from client.data.reading import check_texts
+from client.data.reading import LostImages, check_texts
 from client.data.rows import IGNORED, Rows
 from client.settings import Data
 from common.agreement import Reading, Task, TaskKind
-from common.errors import DataError
+from common.errors import DataError, ModelError, first_line
 from common.models.folders import image_shape
 from common.text import SURROGATE
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from PIL.Image import Image
+    from transformers import BaseImageProcessor, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+PREPARES_OTHERWISE = (
+    "agree on a base whose preprocessor_config.json belongs to it; without one, images are only resized"
+)
 MAX_ROW_CHARACTERS = 10_000_000  # a longer text means that a line break is missing
 
 
@@ -37,6 +42,7 @@ class Reader:
     task: Task
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    processor: BaseImageProcessor | None
     reading: Reading
 
     def read(self, path: Path, max_rows: int | None) -> Rows:
@@ -88,6 +94,41 @@ def _read_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
 
 
 def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
+    """Arrays as they are; image files as the base's image processor prepares them, or else fitted to the model."""
+    if path.suffix.lower() == ARRAYS:
+        return _read_arrays(reader, path, max_rows)
+    table = find_images(path, columns_of(reader.data, reader.task.kind), max_rows)
+    targets = label_numbers(path, table.labels, reader.task)
+    shape = image_shape(reader.model.config)
+    features = room_for((len(table.images), *shape))
+    lost = LostImages()
+    for index, image in enumerate(table.images):
+        pixels = image.pixels()
+        prepared = as_array(pixels, *shape) if reader.processor is None else _processed(reader.processor, pixels, shape)
+        lost.count(pixels, prepared)
+        features[index] = prepared
+    lost.check(path, reader.reading)
+    return Rows(features=features, targets=targets)
+
+
+def _processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """What the base's image processor makes of an image. Raises ModelError if that is not what its model takes."""
+    try:
+        given = processor(images=[pixels.convert("L" if shape[0] == 1 else "RGB")], return_tensors="np")
+        prepared = np.asarray(given["pixel_values"], np.float32)[0]
+    except Exception as error:  # a configuration can ask the library for anything
+        raise ModelError(
+            f"the base's image processor cannot prepare an image: {first_line(error)}", hint=PREPARES_OTHERWISE
+        ) from None
+    if prepared.shape != shape:
+        raise ModelError(
+            f"the base's image processor makes images of {prepared.shape}, and its model takes {shape}",
+            hint=PREPARES_OTHERWISE,
+        )
+    return prepared
+
+
+def _read_arrays(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     images, labels = read_arrays(path, columns_of(reader.data, reader.task.kind), max_rows)
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 255

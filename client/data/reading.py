@@ -2,23 +2,29 @@
 
 All parties read with the base's files, so a base whose tokenizer erases almost every text passes any comparison of
 digests, while the total is about the few rows that it spared. Here every owner counts its own rows that were lost. A
-tokenizer that loses less than that is not found: see SECURITY.md, i4. Images need no such look, since no file of the
-base decides how pixels are read.
+tokenizer that loses less than that is not found: see SECURITY.md, i4. An image processor can lose images too: it may
+make one of all of them, or multiply what distinguishes them by nearly zero.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from common.agreement import Reading
 from common.errors import DataError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
 WORDS_PER_TOKEN = 2  # the tokenizers that we know read a word as one token or more
 FEW_TOKENS = 8  # in a shorter row, one token may well be most of it
+LEAST_CONTRAST = 0.01  # of the image's own, which is at most 0.5; usual processors leave half of it or more
 FEW_ROWS = 2  # a pair of equal rows shows nothing, even if there are few rows
 
 
@@ -48,14 +54,50 @@ def check_texts(
         "max_equal": ("equal to a row with another text", equal, bounds.max_equal),
         "max_unknown": ("mostly unknown or of one repeated token", uniform, bounds.max_unknown),
     }
+    _check_counts(path, len(tokens), counts, "tokenizer")
+
+
+class LostImages:
+    """Counts images of which preparation left next to nothing, or what it left of another one too."""
+
+    def __init__(self) -> None:
+        self._total = self._flat = 0
+        self._first: dict[bytes, bytes] = {}  # digest of what was prepared -> of the first image that gave it
+        self._prepared: list[bytes] = []
+        self._shared: set[bytes] = set()
+
+    def count(self, image: "Image", prepared: NDArray[np.float32]) -> None:
+        """Count one image. `prepared`: (channels, height, width)."""
+        pixels = np.asarray(image)
+        self._total += 1
+        least = LEAST_CONTRAST * pixels.std() / 255
+        if not np.isfinite(prepared).all() or prepared.std() < least:  # check: prepared-images-have-contrast
+            self._flat += 1
+        one, other = (hashlib.sha256(each.tobytes()).digest() for each in (pixels, prepared))
+        if self._first.setdefault(other, one) != one:
+            self._shared.add(other)
+        self._prepared.append(other)
+
+    def check(self, path: Path, bounds: Reading) -> None:
+        """Raise DataError if preparation lost too many of the images."""
+        equal = sum(each in self._shared for each in self._prepared)
+        counts = {
+            "max_empty": ("without contrast", self._flat, bounds.max_empty),
+            "max_equal": ("equal to another image", equal, bounds.max_equal),
+        }
+        _check_counts(path, self._total, counts, "image processor")
+
+
+def _check_counts(path: Path, total: int, counts: Mapping[str, tuple[str, int, float]], reader: str) -> None:
+    """Raise DataError for too large a count. `counts`: by bound, what was lost, how often, and which share may be."""
     for bound, (_, count, share) in counts.items():
-        if count > max(share * len(tokens), FEW_ROWS):  # check: reading-kept-the-rows
+        if count > max(share * total, FEW_ROWS):  # check: reading-kept-the-rows
             found = ", ".join(
-                f"{each} {what} ({each / len(tokens):.1%}, at most {most:.1%})" for what, each, most in counts.values()
+                f"{each} {what} ({each / total:.1%}, at most {most:.1%})" for what, each, most in counts.values()
             )
             raise DataError(
-                f"{path}: of {len(tokens)} rows, reading left {found}; nothing has left",
-                hint="ask who chose the base, because its tokenizer loses what these rows say; if the rows themselves "
+                f"{path}: of {total} rows, reading left {found}; nothing has left",
+                hint=f"ask who chose the base, because its {reader} loses what these rows say; if the rows themselves "
                 f"are like this, agree on a higher reading.{bound}",
             )
 

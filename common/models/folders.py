@@ -1,4 +1,7 @@
-"""Hugging Face model folders: where a model is, its configuration, labels and tokenizer. Weights are not loaded."""
+"""Hugging Face model folders: where a model is, its configuration, its labels, and what prepares rows for it.
+
+Weights are not loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from common.models.manifest import READ, check_manifest, files_read, only_files_
 from common.text import alike, as_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 HUB_PATTERNS = [*READ, "*.json", "*.safetensors", "README.md"]  # the model card names the licence
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
@@ -324,7 +327,7 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     return vision.num_channels, height, width
 
 
-# --- tokenizer ---
+# --- what prepares rows ---
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -353,6 +356,29 @@ def _tokenizer(folder: Path, contents: tuple[tuple[Path, str], ...]) -> PreTrain
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_image_processor(folder: Path) -> BaseImageProcessor | None:
+    """What prepares images for the model in a folder, made from the files that a manifest lists and from no others.
+
+    None if the folder has no preprocessor_config.json.
+    """
+    from transformers import AutoImageProcessor
+
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    try:
+        with only_files_read(folder) as files:
+            processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
+                files, backend="pil", local_files_only=True, trust_remote_code=False
+            )
+    except ModelError:
+        raise
+    except Exception as error:  # a broken configuration can make the library raise anything
+        raise ModelError(
+            f"model {folder}: its image processor cannot be loaded: {first_line(error)}", hint=DOWNLOAD_AGAIN
+        ) from None
+    return processor
 
 
 def check_tokenizer(folder: Path, base_folder: Path) -> None:

@@ -25,7 +25,7 @@ READ = (
     "*.spm", "*.tokenizer", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "normalizer.json", "emoji.json",
     "byte_maps.json", "word_*.json",
 )  # fmt: skip
-CONFIGURATIONS = ("config.json", "tokenizer_config.json")
+CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 class BaseFile(Settings):
@@ -68,7 +68,7 @@ def check_manifest(folder: Path, agreed: Manifest) -> None:
 
 @contextmanager
 def only_files_read(folder: Path) -> Iterator[Path]:
-    """A temporary folder with copies of the files that a manifest lists, for loading a tokenizer.
+    """A temporary folder with copies of the files that a manifest lists, for loading a tokenizer or image processor.
 
     It cannot read any other file: there is none beside these, and names of further files are left out of the
     configurations. So the manifest is complete, whatever transformers looks for.

@@ -55,7 +55,7 @@ OWNERS, SCHEDULE, PACKETS, COORDINATOR, SUM, SCALING = (
 LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
     f"test_{name}.py" for name in ("launch", "logs", "agreement", "architectures", "gram_stream")
 )
-BASE_FILES = "attacks/test_base_files.py"
+BASE_FILES, IMAGES = "attacks/test_base_files.py", "test_images.py"
 LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
@@ -197,6 +197,13 @@ TABLE = [
     Mutation(BASE_FILES, "test_56_a_tokenizer_that_does", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_57_a_tokenizer_that_erases", "reading-kept-the-rows"),
     Mutation(BASE_FILES, "test_57_a_tokenizer_that_leaves", "reading-kept-the-rows"),
+    Mutation(IMAGES, "test_132_", "reading-kept-the-rows"),
+    Mutation(IMAGES, "test_132_", "prepared-images-have-contrast", "if False:"),
+    # 133: what an owner's images are
+    Mutation(IMAGES, "test_133_a_table", "images-lie-beside"),
+    Mutation(IMAGES, "test_133_what", "only-these-decoders-run", "image = Image.open(io.BytesIO(self.read()))"),
+    Mutation(IMAGES, "test_133_an_image_of_too_many", "images-are-bounded", "too_large = False"),
+    Mutation(IMAGES, "test_133_a_file", "image-files-are-bounded"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_computes", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_sends", "configuration-is-the-listed-file"),
     Mutation(BASE_FILES, "test_59_a_file or test_59_an_agreed", "base-files-are-the-agreed-ones"),

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -29,6 +31,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from common.agreement import Task
@@ -259,6 +263,52 @@ def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> Non
     check_report(report, tmp_path / "output", "macro_f1", {"own", "ensemble", "multi_task"})
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "output" / "model")
     assert digest_of(model, Task(kind="image-classification", labels=("dark", "light"))) == report.digests.model
+
+
+def vit(_: int) -> PreTrainedModel:
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=3, num_labels=2, **SIZES))
+
+
+PREPARES = {
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 8, "width": 8},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.25, 0.25, 0.25],
+}
+
+
+def test_folders_of_images_are_prepared_as_the_base_says_and_whoever_uses_the_model_prepares_them_so(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, 'kind = "image-classification"\nlabels = ["dark", "light"]', vit, epochs=10)
+    (folder / "base" / "preprocessor_config.json").write_text(json.dumps(PREPARES))
+    draft = folder / "agreement.toml"
+    draft.write_text(draft.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    random_source = np.random.default_rng(0)
+    for name in OWNERS:
+        path = folder / f"{name}.toml"
+        path.write_text(path.read_text().replace(".jsonl", ""))
+        for split, count in ROWS.items():
+            for number in range(count):
+                label = "light" if number % 2 else "dark"
+                brightness = random_source.normal(150 if label == "light" else 100, 40, (12, 12, 3))
+                image = folder / f"{name}-{split}" / label / f"{number}.png"
+                image.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(brightness.clip(0, 255).astype(np.uint8)).save(image)
+    report = simulate(folder, tmp_path / "output", with_references=False)
+    assert report.evaluation.mean["regmean"].accuracy > report.evaluation.mean["base"].accuracy
+
+    published = tmp_path / "output" / "model"
+    model = AutoModelForImageClassification.from_pretrained(published)
+    processor = AutoImageProcessor.from_pretrained(published, backend="pil")
+    right = 0
+    images = sorted((folder / "ada-test").rglob("*.png"))
+    for image in images:
+        with torch.no_grad():
+            logits = model(**processor(images=Image.open(image).convert("RGB"), return_tensors="pt")).logits
+        right += model.config.id2label[int(logits.argmax())] == image.parent.name
+    assert right / len(images) == pytest.approx(report.evaluation.by_owner["ada"]["regmean"].accuracy, abs=1e-6)
 
 
 @pytest.mark.parametrize(
