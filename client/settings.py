@@ -32,7 +32,7 @@ class Data(Settings):
     text-classification   `text`, `text_pair` if it is named, `label`
     image-classification  `image`, `label`
     token-classification  `tokens`, `tags`
-    causal-lm             `text`
+    causal-lm             `text`; or `messages`, conversations; or `prompt` and `completion`
     sequence-to-sequence  `text`, `target`
 
     `train` is measured (and trained on), `validation` decides a sweep, `test` gives the reported metrics. Without a
@@ -49,10 +49,19 @@ class Data(Settings):
     tokens: Column = "tokens"
     tags: Column = "tags"
     target: Column = "target"
+    messages: Column | None = None
+    prompt: Column | None = None
+    completion: Column = "completion"
     # Use only so many rows, drawn from the whole file.
     max_train_rows: Count | None = None
     max_validation_rows: Count | None = None
     max_test_rows: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_instructions(self) -> "Data":
+        if self.messages is not None and self.prompt is not None:
+            raise RuleError("has both messages and prompt", hint="keep one of them")
+        return self
 
 
 class OwnerNetwork(Settings):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.chat import chat_columns, content_of
 from client.data.files import ARRAYS, read_arrays, read_columns
 from client.data.images import find_images
 from client.data.labels import label_numbers, tag_numbers
@@ -35,7 +36,9 @@ def columns_of(data: Data, kind: TaskKind) -> list[str]:
         return [data.tokens, data.tags]
     if kind == "text-classification":
         return [data.text, *filter(None, [data.text_pair]), data.label]
-    return [data.text] if kind == "causal-lm" else [data.text, data.target]
+    if kind == "causal-lm":
+        return chat_columns(data) or [data.text]
+    return [data.text, data.target]
 
 
 def look_at(data: Data, task: Task, path: Path, max_rows: int | None) -> FileLook:
@@ -83,9 +86,11 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
     words = task.kind == "token-classification"
     # CoNLL files have both columns of a word.
     asked = [data.tokens, data.tags] if words else [data.text, *filter(None, [data.text_pair])]
+    chat = chat_columns(data) if task.kind == "causal-lm" else []
+    asked = chat or asked
     found = list(read_columns(path, asked, max_rows).values())
     for values in zip(*(found[:1] if words else found), strict=True):
-        texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
+        texts = (content_of(value) if chat else " ".join(value) if words else str(value) for value in values)
         yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
 
 

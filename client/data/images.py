@@ -192,5 +192,5 @@ def _in_eight_bits(image: "Image.Image") -> "Image.Image":
 def as_array(image: "Image.Image", channels: int, height: int, width: int) -> NDArray[np.float32]:
     """The image for a model whose base says nothing of it: (channels, height, width), numbers from 0 to 1."""
     fitted = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(fitted, np.float32).reshape(height, width, -1) / 255
-    return pixels.transpose(2, 0, 1)
+    pixels = np.asarray(fitted, np.float32).reshape(height, width, -1).transpose(2, 0, 1)
+    return pixels / np.float32(255)

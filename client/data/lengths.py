@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.chat import chat_columns, write_out
 from client.data.columns import columns_of
 from client.data.files import read_columns
 from client.settings import Data
@@ -30,6 +31,10 @@ def cut_texts(data: Data, task: Task, paths: Iterable[Path], tokenizer: PreTrain
 
 def _lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """(rows,): how many tokens the inputs of some rows of a file have, drawn from all of them."""
+    if task.kind == "causal-lm" and (chat := chat_columns(data)):
+        found = read_columns(path, chat, LOOK_ROWS)
+        written = [row.text for row in write_out(path, [found[column] for column in chat], tokenizer)]
+        return np.array([len(tokens) for tokens in tokenizer(written, add_special_tokens=False)["input_ids"]])
     words = task.kind == "token-classification"
     columns = columns_of(data, task.kind)
     found = read_columns(path, columns if words else columns[: 2 if data.text_pair else 1], LOOK_ROWS)

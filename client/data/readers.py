@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from client.data.chat import Written, chat_columns, write_out
 from client.data.columns import columns_of
 from client.data.files import ARRAYS, read_arrays, read_columns
 from client.data.images import as_array, find_images, room_for
@@ -55,10 +56,11 @@ class Reader:
         positions = _positions(self.model)
         return self.task.max_tokens if positions is None else min(self.task.max_tokens, positions)
 
-    def encode(self, path: Path, *texts: Any, **options: Any) -> BatchEncoding:
+    def encode(self, path: Path, *texts: Any, content: Sequence[str] | None = None, **options: Any) -> BatchEncoding:
         """The tokens of every row, cut to `max_tokens`, or to fewer if the tokenizer says so.
 
-        Raises DataError if the tokenizer is another model's, or loses too much of the rows.
+        `content`: what the rows say, if the texts say more. Raises DataError if the tokenizer is another model's, or
+        loses too much of the rows.
         """
         assert self.tokenizer is not None
         length = min(self.max_tokens, int(self.tokenizer.model_max_length))
@@ -70,7 +72,7 @@ class Reader:
                     f"{path}: row {index + 1} gives no token, or one beyond the model's {vocabulary}",
                     hint="check that the base model's folder holds its own tokenizer",
                 )
-        read = [each for each in (*texts, options.get("text_target")) if each is not None]
+        read = [content] if content else [each for each in (*texts, options.get("text_target")) if each is not None]
         rows = read[0] if len(read) == 1 else list(zip(*read, strict=True))
         check_texts(path, rows, encoded["input_ids"], self.tokenizer, self.max_tokens, self.reading)
         return encoded
@@ -115,7 +117,7 @@ def _processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, i
     """What the base's image processor makes of an image. Raises ModelError if that is not what its model takes."""
     try:
         given = processor(images=[pixels.convert("L" if shape[0] == 1 else "RGB")], return_tensors="np")
-        prepared = np.asarray(given["pixel_values"], np.float32)[0]
+        prepared: NDArray[np.float32] = np.asarray(given["pixel_values"], np.float32)[0]
     except Exception as error:  # a configuration can ask the library for anything
         raise ModelError(
             f"the base's image processor cannot prepare an image: {first_line(error)}", hint=PREPARES_OTHERWISE
@@ -179,10 +181,59 @@ def _targets_at_words(word_of_token: list[int | None], tags: NDArray[np.int64]) 
 
 def _read_plain_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     """The target at each token is the next token."""
+    if columns := chat_columns(reader.data):
+        return _read_chat(reader, path, columns, max_rows)
     texts = _check_texts(path, reader.data.text, read_columns(path, [reader.data.text], max_rows)[reader.data.text])
     encoded = reader.encode(path, texts)
     targets = tuple(np.array([*tokens[1:], IGNORED], np.int64) for tokens in encoded["input_ids"])
     return Rows(features=features(encoded), targets=targets, tokenizer=reader.tokenizer)
+
+
+def _read_chat(reader: Reader, path: Path, columns: list[str], max_rows: int | None) -> Rows:
+    """The target at each token is the next token, if it is one that the model should say (chat.py).
+
+    A row that is cut before the model says anything is left out.
+    """
+    tokenizer = reader.tokenizer
+    if tokenizer is None or not tokenizer.is_fast:
+        raise DataError(
+            f"{path}: the base model has no fast tokenizer (tokenizer.json), which alone tells where tokens come from",
+            hint="agree on a base model with a fast tokenizer, or on plain texts",
+        )
+    found = read_columns(path, columns, max_rows)
+    rows = write_out(path, [found[column] for column in columns], tokenizer)
+    encoded, targets = [], []
+    for special in (True, False):  # what a template writes has its special tokens already
+        some = [row for row in rows if row.has_special_tokens == special]
+        if some:
+            tokens = reader.encode(
+                path,
+                [row.text for row in some],
+                content=[row.content for row in some],
+                add_special_tokens=not special,
+                return_offsets_mapping=True,
+            )
+            offsets = tokens.pop("offset_mapping")
+            encoded += features(tokens)
+            targets += [_said(*row) for row in zip(tokens["input_ids"], offsets, some, strict=True)]
+    kept = [index for index, target in enumerate(targets) if (target != IGNORED).any()]
+    if not kept:
+        raise DataError(
+            f"{path}: every row is cut before the model says anything, at {reader.max_tokens} tokens",
+            hint="agree on a larger task.max_tokens",
+        )
+    return Rows(
+        features=tuple(encoded[index] for index in kept),
+        targets=tuple(targets[index] for index in kept),
+        tokenizer=tokenizer,
+    )
+
+
+def _said(tokens: Sequence[int], offsets: Sequence[tuple[int, int]], row: Written) -> NDArray[np.int64]:
+    """(tokens,): the next token where it lies in what the model should say, IGNORED elsewhere."""
+    judged = [any(first <= start < end <= last for first, last in row.said) for start, end in offsets]
+    wanted = [token if is_said else IGNORED for token, is_said in zip(tokens, judged, strict=True)]
+    return np.array([*wanted[1:], IGNORED], np.int64)
 
 
 def _read_text_targets(reader: Reader, path: Path, max_rows: int | None) -> Rows:

@@ -20,9 +20,9 @@ from deploy.terminal import answer, as_lines
 AGREEMENT, ROOT_CERTIFICATE = Path("agreement.toml"), Path("ca.pem")
 COLUMNS = {  # of each task: key of [data], what it holds
     "text-classification": {"text": "a text", "label": "a label's name, or its number"},
-    "image-classification": {"image": "arrays of the model's input", "label": "a label's name, or its number"},
+    "image-classification": {"image": "paths of images, or arrays", "label": "a label's name, or its number"},
     "token-classification": {"tokens": "lists of words", "tags": "a tag for each word"},
-    "causal-lm": {"text": "a text"},
+    "causal-lm": {"text": "a text; for conversations: messages, or prompt and completion"},
     "sequence-to-sequence": {"text": "the input", "target": "the text to write for it"},
 }
 MODEL = """\

@@ -197,6 +197,8 @@ TABLE = [
     Mutation(BASE_FILES, "test_56_a_tokenizer_that_does", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_57_a_tokenizer_that_erases", "reading-kept-the-rows"),
     Mutation(BASE_FILES, "test_57_a_tokenizer_that_leaves", "reading-kept-the-rows"),
+    Mutation("test_chat.py", "test_134_", "reading-kept-the-rows"),
+    Mutation("test_chat.py", "test_a_conversation_that", "chats-are-unicode"),
     Mutation(IMAGES, "test_132_", "reading-kept-the-rows"),
     Mutation(IMAGES, "test_132_", "prepared-images-have-contrast", "if False:"),
     # 133: what an owner's images are

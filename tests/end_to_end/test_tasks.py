@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     BertConfig,
     BertForTokenClassification,
     BertModel,
@@ -263,6 +264,35 @@ def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> Non
     check_report(report, tmp_path / "output", "macro_f1", {"own", "ensemble", "multi_task"})
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "output" / "model")
     assert digest_of(model, Task(kind="image-classification", labels=("dark", "light"))) == report.digests.model
+
+
+TEMPLATE = """\
+{% for turn in messages %}{{ "[CLS] " if turn.role == "assistant" else "" }}{{ turn.content }} [SEP] {% endfor %}\
+{{ "[CLS] " if add_generation_prompt else "" }}"""
+
+
+def asked_and_said(random_source: random.Random, owner: str) -> Row:
+    *asked, said = text_of(random_source, owner)[0].split()
+    turns = [{"role": "user", "content": " ".join(asked)}, {"role": "assistant", "content": said}]
+    return {"messages": turns}
+
+
+def test_a_chat_model_is_merged_by_what_its_owners_assistants_say(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, 'kind = "causal-lm"', llama, epochs=6)
+    (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    write_rows(folder, asked_and_said)
+    for name in OWNERS:
+        with (folder / f"{name}.toml").open("a") as file:
+            file.write('messages = "messages"\n')
+    draft = folder / "agreement.toml"
+    draft.write_text(draft.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    mean = simulate(folder, tmp_path / "output", with_references=False).evaluation.mean
+    assert mean["regmean"].accuracy > mean["base"].accuracy + 0.2
+    assert (mean["regmean"].metric or 0) > (mean["base"].metric or 0) + 0.5
+    published = AutoTokenizer.from_pretrained(tmp_path / "output" / "model")
+    asked = published.apply_chat_template([{"role": "user", "content": "the room was"}], tokenize=False)
+    assert asked == "the room was [SEP] "
 
 
 def vit(_: int) -> PreTrainedModel:
