@@ -58,7 +58,7 @@ def write_out(path: Path, found: Sequence[Sequence[Any]], tokenizer: PreTrainedT
             prompt, completion = (_turns(where, value) for value in values)
             rows.append(_conversation(where, [*prompt, *completion], len(prompt), tokenizer))
         else:
-            rows.append(_completion(where, *values, tokenizer))
+            rows.append(_completion(where, values[0], values[1], tokenizer))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,14 +106,14 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     lost = LostImages()
     for index, image in enumerate(table.images):
         pixels = image.pixels()
-        prepared = as_array(pixels, *shape) if reader.processor is None else _processed(reader.processor, pixels, shape)
+        prepared = as_array(pixels, *shape) if reader.processor is None else processed(reader.processor, pixels, shape)
         lost.count(pixels, prepared)
         features[index] = prepared
     lost.check(path, reader.reading)
     return Rows(features=features, targets=targets)
 
 
-def _processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+def processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, int, int]) -> NDArray[np.float32]:
     """What the base's image processor makes of an image. Raises ModelError if that is not what its model takes."""
     try:
         given = processor(images=[pixels.convert("L" if shape[0] == 1 else "RGB")], return_tensors="np")
@@ -202,7 +202,8 @@ def _read_chat(reader: Reader, path: Path, columns: list[str], max_rows: int | N
         )
     found = read_columns(path, columns, max_rows)
     rows = write_out(path, [found[column] for column in columns], tokenizer)
-    encoded, targets = [], []
+    encoded: list[Mapping[str, Any]] = []
+    targets: list[NDArray[np.int64]] = []
     for special in (True, False):  # what a template writes has its special tokens already
         some = [row for row in rows if row.has_special_tokens == special]
         if some:
