@@ -1,7 +1,7 @@
 """One owner's settings file: its name, its model, its data. Nothing in it ever leaves the owner's machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,8 +18,29 @@ class Training(Settings):
 
     epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     learning_rate: Positive = 1e-4
+    # "linear": the rate falls to zero in the end.
+    schedule: Literal["constant", "linear"] = "constant"
+    # In which share of all steps the rate rises from zero first.
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
     batch_size: Count = 32
+    # How many forward passes make one step of `batch_size` rows, where memory is short.
+    accumulation: Count = 1
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    max_gradient_norm: Positive | None = None
+    # Train LoRA factors of this rank, and a classifier whole; they become weights in the end.
+    lora_rank: Count | None = None
+    # Only linear layers with these names, such as "q_proj". Left out, all that the agreement merges.
+    lora_layers: tuple[str, ...] = ()
+    # End when so many epochs have not improved the loss on validation rows, and take the best epoch.
+    patience: Count | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Training":
+        if self.accumulation > self.batch_size:
+            raise RuleError(f"accumulation = {self.accumulation} is more than batch_size = {self.batch_size}")
+        if self.lora_layers and self.lora_rank is None:
+            raise RuleError("has lora_layers and no lora_rank", hint="give lora_rank = 8, or leave lora_layers out")
+        return self
 
 
 class Data(Settings):

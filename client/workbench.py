@@ -240,7 +240,9 @@ class Workbench:
         model = self.load_base()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self._fixed)
-        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, f"{self.name}: fine-tuning")
+        judged_by = None if training.patience is None else self.data.validation()
+        told = f"{self.name}: fine-tuning"
+        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, told, judged_by)
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with self._needing_room("the fine-tuned model"):

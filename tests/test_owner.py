@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
@@ -32,6 +33,7 @@ from common.messages import (
     PartRequest,
     Refusal,
 )
+from common.models.adapter import is_adapter
 from common.models.delta import delta_layout
 from common.schedule import Delivery, Round, schedule_of
 from common.settings_file import write_settings
@@ -378,6 +380,16 @@ def test_a_model_made_here_is_kept_and_remade_only_when_its_recipe_changes(parti
     party.write_text(party.read_text().replace("epochs = 6", "epochs = 1"))
     other = Owner(party).workbench.own_model()
     assert any((a != b).any() for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_model_made_here_by_lora_is_kept_as_a_whole_model(parties_that_train: Parties) -> None:
+    party = parties_that_train.files["hotel"]
+    party.write_text(party.read_text().replace("epochs = 6", "epochs = 1\nlora_rank = 2\npatience = 1"))
+    owner = Owner(party)
+    own, base = owner.workbench.own_model().state_dict(), owner.workbench.load_base().state_dict()
+    assert not is_adapter(owner.state.fine_tuned_folder)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert 1 <= torch.linalg.matrix_rank(own[name] - base[name], rtol=1e-3) <= 2
 
 
 # --- through the Flower app -------------------------------------------------------------------------------------------

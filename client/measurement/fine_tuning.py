@@ -1,45 +1,156 @@
-"""Fine-tune the base model on an owner's own rows, for an owner that brings no model."""
+"""Fine-tune the base model on an owner's own rows, for an owner that brings no model.
+
+A loop of our own rather than `transformers.Trainer`, whose import takes longer than most of what is trained here, and
+which writes folders and reads the environment. Optimiser, schedule and LoRA come from the libraries.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich import get_console
 from rich.progress import track
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
 
 from client.data.rows import IGNORED, Rows
 from client.settings import Training
-from common.errors import NumericalError
+from common.errors import NumericalError, SettingsError
+from common.models.layers import linear_layers
+
+LORA_SCALE = 2.0  # alpha / rank, as most people set it
 
 
-def fine_tune(model: PreTrainedModel, rows: Rows, training: Training, seed: int, description: str) -> None:
-    """Train `model` in place with AdamW at a constant rate. A seed gives the same weights each time on one machine."""
+def fine_tune(
+    model: PreTrainedModel,
+    rows: Rows,
+    training: Training,
+    seed: int,
+    description: str,
+    validation: Rows | None = None,
+) -> None:
+    """Train `model` in place with AdamW. A seed gives the same weights each time on one machine.
+
+    `validation`: what `training.patience` judges epochs by; without it, all epochs are trained.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout, and LoRA's first factors
+        if training.lora_rank is None:
+            _train(model, rows, training, seed, description, validation)
+        else:
+            with _low_rank(model, training.lora_rank, training.lora_layers):
+                _train(model, rows, training, seed, description, validation)
+    model.eval()
+
+
+def _train(
+    model: PreTrainedModel, rows: Rows, training: Training, seed: int, description: str, validation: Rows | None
+) -> None:
     random = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
-    batches_per_epoch = -(-len(rows) // training.batch_size)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+    steps_per_epoch = -(-len(rows) // training.batch_size)
+    steps = training.epochs * steps_per_epoch
+    kind = "linear" if training.schedule == "linear" else "constant_with_warmup"
+    rates = get_scheduler(kind, optimizer, num_warmup_steps=round(training.warmup * steps), num_training_steps=steps)
     console = get_console()  # commands have it write to standard error; a script that asks for no bar has not
     progress = track(
-        range(training.epochs * batches_per_epoch),
+        range(steps),
         description=description,
         console=console,
         disable=not (console.stderr and console.is_terminal),
         transient=True,
     )
+    best: tuple[float, list[Tensor]] | None = None
+    epochs_without_gain = 0
     model.train()
     order = np.empty(0, dtype=np.int64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
-        for _ in progress:
-            if len(order) == 0:
-                order = random.permutation(len(rows))
-            indices, order = order[: training.batch_size], order[training.batch_size :]
-            batch, targets = rows.batch(indices)
-            judged = targets != IGNORED
-            loss = torch.nn.functional.cross_entropy(model(**batch).logits[judged], targets[judged])
-            if not torch.isfinite(loss):
-                raise NumericalError(f"fine-tuning: the loss became {loss.item()}", hint="lower training.learning_rate")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for step in progress:
+        if len(order) == 0:
+            order = random.permutation(len(rows))
+        indices, order = order[: training.batch_size], order[training.batch_size :]
+        optimizer.zero_grad()
+        _add_gradients(model, rows, indices, training.accumulation)
+        if training.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, training.max_gradient_norm)
+        optimizer.step()
+        rates.step()
+        if training.patience is None or validation is None or (step + 1) % steps_per_epoch:
+            continue
+        loss = _mean_loss(model, validation, training.batch_size)
+        if best is None or loss < best[0]:
+            best, epochs_without_gain = (loss, [each.detach().clone() for each in trained]), 0
+        else:
+            epochs_without_gain += 1
+        if epochs_without_gain == training.patience:
+            break
+    if best is not None:
+        with torch.no_grad():
+            for parameter, kept in zip(trained, best[1], strict=True):
+                parameter.copy_(kept)
+
+
+def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], passes: int) -> None:
+    """The gradient of the mean loss over the predictions of these rows, a part of them at a time."""
+    batches = [rows.batch(part) for part in np.array_split(indices, min(passes, len(indices)))]
+    predictions = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+    for batch, targets in batches:
+        judged = targets != IGNORED
+        if not judged.any():
+            continue
+        loss = torch.nn.functional.cross_entropy(model(**batch).logits[judged], targets[judged])
+        loss = loss * (int(judged.sum()) / predictions)
+        if not torch.isfinite(loss):
+            raise NumericalError(f"fine-tuning: the loss became {loss.item()}", hint="lower training.learning_rate")
+        loss.backward()
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int) -> float:
+    """The mean cross entropy of a prediction."""
     model.eval()
+    loss, predictions = 0.0, 0
+    for _, batch, targets in rows.batches(batch_size):
+        judged = targets != IGNORED
+        logits, wanted = model(**batch).logits[judged], targets[judged]
+        loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        predictions += len(wanted)
+    model.train()
+    return loss / max(predictions, 1)
+
+
+@contextmanager
+def _low_rank(model: PreTrainedModel, rank: int, names: tuple[str, ...]) -> Iterator[None]:
+    """Within, what is trained is LoRA factors of the body's linear layers, and the head; afterwards, they are weights.
+
+    Only parameters that required a gradient before can change.
+    """
+    from peft import LoraConfig, LoraModel
+
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    body = f"{model.base_model_prefix}."
+    layers = [
+        name
+        for name in linear_layers(model)
+        if name.startswith(body) and required[f"{name}.weight"] and (not names or name.rpartition(".")[2] in names)
+    ]
+    if not layers:
+        raise SettingsError(
+            f"training: no linear layer that the agreement merges is named {' or '.join(names) or 'anything'}",
+            hint="correct training.lora_layers",
+        )
+    with warnings.catch_warnings(action="ignore"):  # about fan_in_fan_out, which peft sets right for each layer
+        settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=layers)
+        factors = LoraModel(model, settings, "own")
+    for name, needed in required.items():
+        if needed and not name.startswith(body):
+            model.get_parameter(name).requires_grad_(True)
+    yield
+    factors.merge_and_unload()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required[name])

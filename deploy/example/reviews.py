@@ -92,6 +92,9 @@ kind = "masked"               # the coordinator learns totals only; with "plain"
 [privacy]
 min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram does not take part
 
+# [bounds]
+# change = 0.5                # no tensor may change by more than this share of the base's; more is scaled down
+
 [reading]                     # an owner does not take part if reading leaves more than these shares of a file's rows
 max_empty = 0.05              # empty, or with far too few tokens for their words
 max_equal = 0.1               # with the same tokens as a row with another text

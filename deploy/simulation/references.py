@@ -81,5 +81,6 @@ def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:
     assert training is not None  # the caller looked
     model = first.workbench.load_base()
     pooled = pool([owner.workbench.data.train() for owner in owners])
-    finetune.fine_tune(model, pooled, training, first.agreement.seed, "reference: multi-task training")
+    judged_by = None if training.patience is None else pool([owner.workbench.data.validation() for owner in owners])
+    finetune.fine_tune(model, pooled, training, first.agreement.seed, "reference: multi-task training", judged_by)
     return {owner.name: owner.workbench.score(model, "test") for owner in owners}

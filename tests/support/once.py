@@ -14,7 +14,7 @@ from client.data.rows import Rows
 from client.settings import Training
 
 TRAINED = "AMALGRAM_TESTS_TRAINED"  # the environment's name for the folder of `trained_once`
-FineTune = Callable[[PreTrainedModel, Rows, Training, int, str], None]
+FineTune = Callable[..., None]  # fine_tuning.fine_tune
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +40,18 @@ def trained_once(fine_tune: FineTune, folder: Path) -> FineTune:
     the same weights. test_simulate.py shows that, without this.
     """
 
-    def fine_tune_once(model: PreTrainedModel, rows: Rows, training: Training, seed: int, description: str) -> None:
+    def fine_tune_once(
+        model: PreTrainedModel,
+        rows: Rows,
+        training: Training,
+        seed: int,
+        description: str,
+        validation: Rows | None = None,
+    ) -> None:
+        if validation is not None:  # which the digest does not cover
+            fine_tune(model, rows, training, seed, description, validation)
+            return
+
         def make(path: Path) -> None:
             fine_tune(model, rows, training, seed, description)
             torch.save(model.state_dict(), path)
