@@ -9,6 +9,7 @@ name other models, modules or code to fetch, import or run are never followed. U
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with warnings.catch_warnings(action="ignore"):  # about fan_in_fan_out, which peft sets right for each layer
             adapted = PeftModel(copy.deepcopy(base), LoraConfig(**settings), adapter_name=ADAPTER_NAME)
             needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+            tensors, needed = _each_once(tensors), _each_once(needed)
             _check_fit(tensors, needed, folder)
             found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
             model: PreTrainedModel = adapted.merge_and_unload()
@@ -128,6 +130,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 f"model {folder}: {name} holds a number that is not finite", hint="its training diverged; train it anew"
             )
     return tensors
+
+
+def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second and third copies of a saved module's bias, which peft writes if all biases are trained."""
+    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
+    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
 
 
 def _check_fit(tensors: dict[str, Tensor], needed: dict[str, Tensor], folder: Path) -> None:

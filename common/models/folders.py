@@ -32,6 +32,7 @@ LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary
 NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
 ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
+OTHER_HEADS = {"regression": "regression", "multi_label_classification": "several labels a row"}  # by problem_type
 SIZES = ("hidden_size", "num_hidden_layers", "d_model", "num_layers", "n_embd", "n_layer", "vocab_size")  # of a body
 KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of transformers
     "ForSequenceClassification": "text-classification",
@@ -237,11 +238,23 @@ def check_base_labels(folder: Path, task: Task) -> None:
         _check_labels(folder, task, if_others=NEW_HEAD)
 
 
+def _check_one_label_a_row(folder: Path) -> None:
+    """Raise ModelError for a head that predicts something else than one label, which is all that is merged here."""
+    predicts = OTHER_HEADS.get(str(read_json(folder, "config.json").get("problem_type")))
+    if predicts is not None:
+        raise ModelError(
+            f"model {folder}: has a head for {predicts}; what is judged here is one label for each row",
+            hint="agree on a base with a head for labels, or on one without a head (AutoModel)",
+        )
+
+
 def _check_labels(folder: Path, task: Task, if_others: str) -> None:
     """Raise ModelError unless the labels that a model names, if any, are the agreed ones in the agreed order.
 
     `if_others`: the hint for labels that are not the agreed ones in any order.
     """
+    if task.has_labels and not is_adapter(folder):
+        _check_one_label_a_row(folder)
     labels = named_labels(folder)
     if not task.has_labels or labels == task.labels:
         return

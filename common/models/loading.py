@@ -48,6 +48,10 @@ else:
 MOST_MEDIAN_CHANGE = 0.8
 FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
 SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
+MORE_TOKENS = (
+    "name a model that was fine-tuned from the agreed base; if all owners added the same tokens, agree on a base that "
+    "has them (tokenizer.add_tokens, model.resize_token_embeddings, save both)"
+)
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -135,15 +139,41 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
         )
     if task.is_text:
         model.config.pad_token_id = base.config.pad_token_id
+        _cut_unread_rows(model, base)
     expected, found = parameter_shapes(base), parameter_shapes(model)
+    output = model.get_output_embeddings() if not task.has_labels else None
+    if output is not None and f"{_name_of(model, output)}.weight" in found.keys() - expected.keys():
+        raise ModelError(
+            f"model {folder}: its output layer has weights of its own, in the base they are the embedding's",
+            hint="save the base with tie_word_embeddings = false and a copy of the embedding as its output layer",
+        )
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):
             raise ModelError(
                 f"model {folder}: parameter {name} has shape {found.get(name, 'none')}, "
                 f"in the base it has {expected.get(name, 'none')}; it was not fine-tuned from this base",
-                hint=ANOTHER_BASE,
+                hint=MORE_TOKENS if _has_fewer_rows(found.get(name), expected.get(name)) else ANOTHER_BASE,
             )
     return model
+
+
+def _cut_unread_rows(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Drop embeddings of tokens that the base has not. The base's tokenizer reads all rows, and gives none of them.
+
+    People pad a vocabulary so that its size is a multiple of 64.
+    """
+    rows = base.get_input_embeddings().num_embeddings
+    if model.get_input_embeddings().num_embeddings > rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _has_fewer_rows(found: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> bool:
+    return found is not None and expected is not None and found[1:] == expected[1:] and found < expected
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    found: str = next(name for name, module in model.named_modules() if module is wanted)
+    return found
 
 
 def private_head(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
