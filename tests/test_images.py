@@ -37,6 +37,18 @@ PROCESSOR: dict[str, object] = {
 }
 
 
+FRAMED: dict[str, object] = {  # what is left of every image is next to nothing, in a frame of large contrast
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 4},
+    "crop_size": {"height": 8, "width": 8},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1e-9,
+    "image_mean": [1.0, 1.0, 1.0],
+    "image_std": [1.0, 0.1, 1.0],
+}
+
+
 def picture(seed: int, side: int = 8) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
 
@@ -260,9 +272,11 @@ def test_a_processor_that_does_not_fit_the_model_is_refused(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rescale_factor": 0.0}, r"12 without contrast \(100.0%, at most 5.0%\), 12 equal to another image"),
-        ({"rescale_factor": 1e-9}, "12 without contrast"),
-        ({"image_std": [1e9, 1e9, 1e9]}, "12 without contrast"),
+        ({"rescale_factor": 0.0}, r"11 nearly equal to the image before \(91.7%, at most 5.0%\), 12 equal to another"),
+        ({"rescale_factor": 1e-9}, "11 nearly equal to the image before"),
+        ({"rescale_factor": 1e-9, "image_mean": [0, 1, -1]}, "11 nearly equal to the image before"),
+        ({"image_std": [1e9, 1e9, 1e9]}, "11 nearly equal to the image before"),
+        (FRAMED, "11 nearly equal to the image before"),
     ],
 )
 def test_132_an_image_processor_that_erases_every_image(changes: dict[str, object], says: str, tmp_path: Path) -> None:

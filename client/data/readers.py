@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 PREPARES_OTHERWISE = (
     "agree on a base whose preprocessor_config.json belongs to it; without one, images are only resized"
 )
+log = logging.getLogger("amalgram.owner")
 MAX_ROW_CHARACTERS = 10_000_000  # a longer text means that a line break is missing
 
 
@@ -103,6 +105,8 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     targets = label_numbers(path, table.labels, reader.task)
     shape = image_shape(reader.model.config)
     features = room_for((len(table.images), *shape))
+    if reader.processor is None:
+        _say_fitted(path, shape)
     lost = LostImages()
     for index, image in enumerate(table.images):
         pixels = image.pixels()
@@ -111,6 +115,11 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
         features[index] = prepared
     lost.check(path, reader.reading)
     return Rows(features=features, targets=targets)
+
+
+@cache
+def _say_fitted(path: Path, shape: tuple[int, int, int]) -> None:
+    log.info("%s: the base has no preprocessor_config.json; images are fitted to %d by %d pixels", path, *shape[:0:-1])
 
 
 def processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, int, int]) -> NDArray[np.float32]:

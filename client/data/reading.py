@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.images import as_array
 from common.agreement import Reading
 from common.errors import DataError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 WORDS_PER_TOKEN = 2  # the tokenizers that we know read a word as one token or more
 FEW_TOKENS = 8  # in a shorter row, one token may well be most of it
-LEAST_CONTRAST = 0.01  # of the image's own, which is at most 0.5; usual processors leave half of it or more
+LEAST_DIFFERENCE = 0.1  # of two images' own, in numbers from 0 to 1; usual processors leave 0.5 to 5 times as much
 FEW_ROWS = 2  # a pair of equal rows shows nothing, even if there are few rows
 
 
@@ -58,22 +59,28 @@ def check_texts(
 
 
 class LostImages:
-    """Counts images of which preparation left next to nothing, or what it left of another one too."""
+    """Counts images that preparation made nearly the same as the one before, although they are not, or exactly the same
+    as any other.
+
+    Two images are compared, because a processor can paint the same contrast on all of them: a frame, or colours.
+    """
 
     def __init__(self) -> None:
-        self._total = self._flat = 0
+        self._total = self._alike = 0
+        self._before: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         self._first: dict[bytes, bytes] = {}  # digest of what was prepared -> of the first image that gave it
         self._prepared: list[bytes] = []
         self._shared: set[bytes] = set()
 
     def count(self, image: "Image", prepared: NDArray[np.float32]) -> None:
         """Count one image. `prepared`: (channels, height, width)."""
-        pixels = np.asarray(image)
+        seen = as_array(image, *prepared.shape)
+        before, self._before = self._before or (seen, prepared), (seen, prepared)
+        kept = float(np.linalg.norm(prepared - before[1]))
         self._total += 1
-        least = LEAST_CONTRAST * pixels.std() / 255
-        if not np.isfinite(prepared).all() or prepared.std() < least:  # check: prepared-images-have-contrast
-            self._flat += 1
-        one, other = (hashlib.sha256(each.tobytes()).digest() for each in (pixels, prepared))
+        if not kept >= LEAST_DIFFERENCE * np.linalg.norm(seen - before[0]):  # check: prepared-images-differ
+            self._alike += 1
+        one, other = (hashlib.sha256(each.tobytes()).digest() for each in (seen, prepared))
         if self._first.setdefault(other, one) != one:
             self._shared.add(other)
         self._prepared.append(other)
@@ -82,7 +89,7 @@ class LostImages:
         """Raise DataError if preparation lost too many of the images."""
         equal = sum(each in self._shared for each in self._prepared)
         counts = {
-            "max_empty": ("without contrast", self._flat, bounds.max_empty),
+            "max_empty": ("nearly equal to the image before", self._alike, bounds.max_empty),
             "max_equal": ("equal to another image", equal, bounds.max_equal),
         }
         _check_counts(path, self._total, counts, "image processor")

@@ -200,7 +200,7 @@ TABLE = [
     Mutation("test_chat.py", "test_134_", "reading-kept-the-rows"),
     Mutation("test_chat.py", "test_a_conversation_that", "chats-are-unicode"),
     Mutation(IMAGES, "test_132_", "reading-kept-the-rows"),
-    Mutation(IMAGES, "test_132_", "prepared-images-have-contrast", "if False:"),
+    Mutation(IMAGES, "test_132_", "prepared-images-differ"),
     # 133: what an owner's images are
     Mutation(IMAGES, "test_133_a_table", "images-lie-beside"),
     Mutation(IMAGES, "test_133_what", "only-these-decoders-run", "image = Image.open(io.BytesIO(self.read()))"),
