@@ -14,7 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from client.settings import OwnerSettings
+from common.agreement import AgreementDraft
 from common.merge_methods import METHODS
+from common.settings_file import load_settings
 from common.summation import masked
 from common.summation.masked.owner import OWNER_TRANSITIONS
 from common.summation.masked.phases import Phase
@@ -80,6 +83,16 @@ def test_the_layout_s_files_exist() -> None:
         beside, inside = ROOT.joinpath(*folders[:depth]), ROOT.joinpath(*folders)
         assert inside.exists(), line
         assert [name for name in others if not (inside / name).exists() and not (beside / name).exists()] == [], line
+
+
+def test_the_settings_that_are_shown_are_settings(tmp_path: Path) -> None:
+    document = (ROOT / "docs" / "merge-in-ten-minutes.md").read_text()
+    shown = re.findall(r"^```toml\n# \S+/(\S+)\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    assert len(shown) >= 8
+    for name, text in shown:
+        path = tmp_path / "settings.toml"
+        path.write_text(text)
+        load_settings(path, AgreementDraft if name == "agreement.toml" else OwnerSettings)
 
 
 def headings(page: Path) -> set[str]:
