@@ -355,7 +355,7 @@ class Workbench:
     def _measure_step(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> OwnerTerms:
         log.info("  %s: measuring %s step %d", self.name, method.title, step.number)
         train = self.data.train()
-        own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+        own, base = self._own, self._base
         merged = self._merged_so_far(method, step)
         rows = self.drawn(train, step.max_examples)
         if step.measurement is Measurement.CLASSIFIER:
@@ -369,6 +369,7 @@ class Workbench:
             name for number in range(step.number) for name in method.merged_names(self.merge_settings, number)
         ]
         ahead = modules_from(self.plan, method.steps(self.merge_settings), step)
+        del self._own  # it is about to hold merged layers
         load_merged_so_far(own.model, merged, merged_names, ahead)
         batches, folder = Batches(rows, self.settings.batch_size), self.state.activations_folder
         grams = measure_inputs(own.model, self.plan, step.inputs, step.block, batches, folder, keep=step.block)
