@@ -76,6 +76,7 @@ def test_another_tokenizer_is_refused_with_the_first_token_that_differs(parties:
     says = refusal(parties)
     assert f"its tokenizer has {count + 1} tokens, the base's {count}; the first that differs is 'frobnicate'" in says
     assert f"number {count} here and none in the base" in says
+    assert "if all owners added the same tokens, agree on a base that has them" in says
 
 
 def test_tokens_in_another_order_are_refused(parties: Parties, model: Path) -> None:

@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ModelError, first_line
+from common.errors import ModelError
 from common.lazy import lazy_module
-from common.models.files import inside, read_json, read_tensors, tensor_names
+from common.models.files import inside, read_json, read_tensors, refused_as, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -70,20 +70,15 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     settings, tensors = _settings(folder), _tensors(folder)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about fan_in_fan_out, which peft sets right for each layer
-            adapted = PeftModel(copy.deepcopy(base), LoraConfig(**settings), adapter_name=ADAPTER_NAME)
-            needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-            tensors, needed = _each_once(tensors), _each_once(needed)
-            _check_fit(tensors, needed, folder)
-            found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
-            model: PreTrainedModel = adapted.merge_and_unload()
-    except ModelError:
-        raise
-    except Exception as error:  # a broken adapter can make the library raise anything
-        raise ModelError(
-            f"model {folder}: its adapter does not fit the base: {first_line(error)}", hint=ANOTHER_BASE
-        ) from None
+    refused = refused_as(f"model {folder}: its adapter does not fit the base", ANOTHER_BASE)
+    silent = warnings.catch_warnings(action="ignore")  # about fan_in_fan_out, which peft sets right for each layer
+    with refused, silent:
+        adapted = PeftModel(copy.deepcopy(base), LoraConfig(**settings), adapter_name=ADAPTER_NAME)
+        needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+        tensors, needed = _each_once(tensors), _each_once(needed)
+        _check_fit(tensors, needed, folder)
+        found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
+        model: PreTrainedModel = adapted.merge_and_unload()
     if found.unexpected_keys:
         raise ModelError(
             f"model {folder}: its adapter holds {found.unexpected_keys[0]} ({len(found.unexpected_keys)} such in all), "

@@ -70,6 +70,17 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def refused_as(what: str, hint: str) -> Iterator[None]:
+    """Within, whatever a library raises at somebody else's file becomes a ModelError: "`what`: first line"."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # what is wrong with the file decides what is raised
+        raise ModelError(f"{what}: {first_line(error)}", hint=hint) from None
+
+
 def digest_of_file(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.agreement import Agreement, Task, TaskKind
 from common.agreement.tables import LANGUAGE_MODELLING
-from common.errors import ModelError, first_line
+from common.errors import ModelError
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
-from common.models.files import DOWNLOAD_AGAIN, digest_of_file, read_json, without_code
+from common.models.files import DOWNLOAD_AGAIN, digest_of_file, read_json, refused_as, without_code
 from common.models.manifest import READ, check_manifest, files_read, only_files_read
 from common.text import alike, as_line
 
@@ -32,6 +32,10 @@ LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary
 NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
 ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
+MORE_TOKENS = (
+    f"{ANOTHER_BASE}; if all owners added the same tokens, agree on a base that has them (tokenizer.add_tokens, "
+    "model.resize_token_embeddings, save both)"
+)
 OTHER_HEADS = {"regression": "regression", "multi_label_classification": "several labels a row"}  # by problem_type
 SIZES = ("hidden_size", "num_hidden_layers", "d_model", "num_layers", "n_embd", "n_layer", "vocab_size")  # of a body
 KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of transformers
@@ -176,13 +180,9 @@ def read_config(folder: Path, **changes: Any) -> Any:
             f"model {folder}: its model_type {kind!r} is none of transformers' own",
             hint="only models whose code is part of transformers can be merged",
         )
-    try:
+    with refused_as(f"model {folder}: its config.json cannot be used", DOWNLOAD_AGAIN):
         config_class = CONFIG_MAPPING[kind]
         return config_class(**_describing(without_code(values), config_class) | changes)
-    except Exception as error:  # odd values can make the library raise anything
-        raise ModelError(
-            f"model {folder}: its config.json cannot be used: {first_line(error)}", hint=DOWNLOAD_AGAIN
-        ) from None
 
 
 def _describing(values: dict[str, Any], config_class: type) -> dict[str, Any]:
@@ -348,14 +348,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     One without a padding token pads with its end-of-text token. Nobody may change it.
     """
-    try:
+    with refused_as(f"model {folder}: its tokenizer cannot be loaded", DOWNLOAD_AGAIN):
         return _tokenizer(folder, tuple((path, digest_of_file(path)) for path in files_read(folder)))
-    except ModelError:
-        raise
-    except Exception as error:  # a broken tokenizer can make the library raise anything
-        raise ModelError(
-            f"model {folder}: its tokenizer cannot be loaded: {first_line(error)}", hint=DOWNLOAD_AGAIN
-        ) from None
 
 
 @lru_cache(maxsize=4)
@@ -380,17 +374,11 @@ def load_image_processor(folder: Path) -> BaseImageProcessor | None:
 
     if not (folder / "preprocessor_config.json").is_file():
         return None
-    try:
-        with only_files_read(folder) as files:
-            processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
-                files, backend="pil", local_files_only=True, trust_remote_code=False
-            )
-    except ModelError:
-        raise
-    except Exception as error:  # a broken configuration can make the library raise anything
-        raise ModelError(
-            f"model {folder}: its image processor cannot be loaded: {first_line(error)}", hint=DOWNLOAD_AGAIN
-        ) from None
+    refused = refused_as(f"model {folder}: its image processor cannot be loaded", DOWNLOAD_AGAIN)
+    with refused, only_files_read(folder) as files:
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
+            files, backend="pil", local_files_only=True, trust_remote_code=False
+        )
     return processor
 
 
@@ -405,5 +393,7 @@ def check_tokenizer(folder: Path, base_folder: Path) -> None:
         raise ModelError(
             f"model {folder}: its tokenizer has {len(own)} tokens, the base's {len(agreed)}; the first that differs is "
             f"{token!r}, number {own.get(token, 'none')} here and {agreed.get(token, 'none')} in the base",
-            hint="fine-tune with the base's tokenizer, which is the one that reads the rows",
+            hint=MORE_TOKENS
+            if own.items() > agreed.items()
+            else "fine-tune with the base's tokenizer, which is the one that reads the rows",
         )

@@ -29,7 +29,14 @@ from common.models.files import (
     weight_files,
     without_code,
 )
-from common.models.folders import ANOTHER_BASE, check_base_labels, check_made_for, load_tokenizer, read_config
+from common.models.folders import (
+    ANOTHER_BASE,
+    MORE_TOKENS,
+    check_base_labels,
+    check_made_for,
+    load_tokenizer,
+    read_config,
+)
 from common.models.low_rank import adapter_plan
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, merge_plan
@@ -48,10 +55,6 @@ else:
 MOST_MEDIAN_CHANGE = 0.8
 FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
 SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
-MORE_TOKENS = (
-    "name a model that was fine-tuned from the agreed base; if all owners added the same tokens, agree on a base that "
-    "has them (tokenizer.add_tokens, model.resize_token_embeddings, save both)"
-)
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
     "text-classification": "AutoModelForSequenceClassification",
