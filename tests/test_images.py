@@ -164,6 +164,14 @@ def test_an_image_without_a_label_s_folder_and_a_folder_without_images_are_refus
         data_of(tmp_path / "photos").test()
 
 
+def test_a_folder_that_datasets_saved_with_several_splits_is_no_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    (tmp_path / "saved" / "train" / "state.json").write_text("{}")
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(DataError, match="holds several splits: train"):
+        data_of(tmp_path / "saved").test()
+
+
 def test_a_folder_that_is_no_label_is_refused(tmp_path: Path) -> None:
     shutil.move(write_folder(tmp_path / "photos") / "dog", tmp_path / "photos" / "dogs")
     with pytest.raises(DataError, match="its label is none of cat, dog"):

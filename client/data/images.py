@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.files import read_columns
-from client.data.sources import find_sources
+from client.data.sources import find_sources, is_saved_dataset
 from common.errors import DataError
 from common.lazy import lazy_module
 
@@ -118,7 +118,7 @@ def find_images(path: Path, columns: Sequence[str], max_rows: int | None) -> Ima
 
 def is_folder_of_images(path: Path) -> bool:
     """Whether a path is a folder, other than one that `datasets` saved."""
-    return path.is_dir() and not (path / "state.json").is_file()
+    return path.is_dir() and not is_saved_dataset(path)
 
 
 def files_left_out(paths: Iterable[Path]) -> Iterator[str]:

@@ -82,8 +82,7 @@ class PrivateData:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""
         if self.task.label_set == "all" or not self.task.has_labels:
             return np.arange(len(self.task.labels))
-        looks = look_at_files(self.data, self.task, self.folder).values()
-        return np.unique(np.concatenate([each.labels for each in looks]))
+        return self._labels_found
 
     def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """A tenth of the training examples for validation, and the rest, as indices."""
@@ -98,6 +97,11 @@ class PrivateData:
 
     def _read(self, path: Path, max_rows: int | None) -> Rows:
         return self._reader.read(self.folder / path, max_rows)
+
+    @cached_property
+    def _labels_found(self) -> NDArray[np.int64]:
+        looks = look_at_files(self.data, self.task, self.folder).values()  # reads every file, and each score asks
+        return np.unique(np.concatenate([each.labels for each in looks]))
 
     @cached_property
     def _reader(self) -> Reader:

@@ -8,7 +8,7 @@ make one of all of them, or multiply what distinguishes them by nearly zero.
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,22 +40,36 @@ def check_texts(
     """Raise DataError if reading lost too many rows. `texts`: each row's text, pair of texts or list of words."""
     special, unknown = _special_tokens(tokenizer)
     empty = uniform = 0
-    keys = [hash(tuple(row)) for row in tokens]
-    first_text: dict[int, Any] = {}
-    shared_keys = set()
-    for key, text, row in zip(keys, texts, tokens, strict=True):
+    equal = _EqualRows()
+    for text, row in zip(texts, tokens, strict=True):
+        equal.add(tuple(row), text)
         kept = [token for token in row if token not in special]
         empty += _is_empty(text, kept, max_tokens)
         uniform += _is_uniform(kept, unknown)
-        if first_text.setdefault(key, text) != text:
-            shared_keys.add(key)
-    equal = sum(key in shared_keys for key in keys)
     counts = {
         "max_empty": ("empty or nearly so", empty, bounds.max_empty),
-        "max_equal": ("equal to a row with another text", equal, bounds.max_equal),
+        "max_equal": ("equal to a row with another text", equal.count(), bounds.max_equal),
         "max_unknown": ("mostly unknown or of one repeated token", uniform, bounds.max_unknown),
     }
     _check_counts(path, len(tokens), counts, "tokenizer")
+
+
+class _EqualRows:
+    """Counts the rows of which reading makes the same as of a row that says something else."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, Any] = {}  # what reading makes -> what the first such row says
+        self._read: list[int] = []
+        self._shared: set[int] = set()
+
+    def add(self, read: Hashable, says: Any) -> None:
+        key = hash(read)
+        if self._first.setdefault(key, says) != says:
+            self._shared.add(key)
+        self._read.append(key)
+
+    def count(self) -> int:
+        return sum(key in self._shared for key in self._read)
 
 
 class LostImages:
@@ -68,9 +82,7 @@ class LostImages:
     def __init__(self) -> None:
         self._total = self._alike = 0
         self._before: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-        self._first: dict[bytes, bytes] = {}  # digest of what was prepared -> of the first image that gave it
-        self._prepared: list[bytes] = []
-        self._shared: set[bytes] = set()
+        self._equal = _EqualRows()
 
     def count(self, image: "Image", prepared: NDArray[np.float32]) -> None:
         """Count one image. `prepared`: (channels, height, width)."""
@@ -80,17 +92,13 @@ class LostImages:
         self._total += 1
         if not kept >= LEAST_DIFFERENCE * np.linalg.norm(seen - before[0]):  # check: prepared-images-differ
             self._alike += 1
-        one, other = (hashlib.sha256(each.tobytes()).digest() for each in (seen, prepared))
-        if self._first.setdefault(other, one) != one:
-            self._shared.add(other)
-        self._prepared.append(other)
+        self._equal.add(prepared.tobytes(), hashlib.sha256(seen.tobytes()).digest())
 
     def check(self, path: Path, bounds: Reading) -> None:
         """Raise DataError if preparation lost too many of the images."""
-        equal = sum(each in self._shared for each in self._prepared)
         counts = {
             "max_empty": ("nearly equal to the image before", self._alike, bounds.max_empty),
-            "max_equal": ("equal to another image", equal, bounds.max_equal),
+            "max_equal": ("equal to another image", self._equal.count(), bounds.max_equal),
         }
         _check_counts(path, self._total, counts, "image processor")
 

@@ -20,6 +20,7 @@ MAX_LINE_BYTES = 100_000_000  # a longer line means that a line break is missing
 MAX_TEXT_BYTES = 16_000_000_000  # of one file, unpacked
 SAVE_AS_UTF8 = "save the file as UTF-8"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+STATE, SPLITS = "state.json", "dataset_dict.json"  # what `datasets` writes beside a data set, and beside its splits
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -56,23 +57,28 @@ def _source(path: Path) -> Source:
     return Source(path, endings[-1] if endings else "")
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` saved a data set, or several splits of one, in a folder."""
+    return any((folder / name).is_file() for name in (STATE, SPLITS))
+
+
 def _saved_dataset(folder: Path) -> list[Source]:
     """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
+    if (folder / SPLITS).is_file():
+        splits = sorted(each.parent.name for each in folder.glob(f"*/{STATE}"))
         raise DataError(
             f"{folder}: holds several splits: {', '.join(splits)}",
             hint=f'name the one to use: "{folder / (splits[0] if splits else "train")}"',
         )
     try:
-        files = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        files = [entry["filename"] for entry in json.loads((folder / STATE).read_bytes())["_data_files"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise DataError(
             f"{folder}: is a folder, but not one that `datasets` saved",
             hint='name a file, or a pattern for several: "data/train-*.parquet"',
         ) from None
     if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
-        raise DataError(f"{folder}: its state.json names no files of this folder", hint="save the data set again")
+        raise DataError(f"{folder}: its {STATE} names no files of this folder", hint="save the data set again")
     return [Source(folder / name, ".arrow") for name in files]
 
 
