@@ -137,6 +137,7 @@ class TensorLayout:
         has another length.
         """
         self._check_length(vector)
+        vector = np.asarray(vector)  # a memmap takes long to slice
         produced = iter(tensors)
         for entry, position in self._slices.values():
             name, tensor = next(produced, ("nothing", np.empty(0)))
@@ -204,6 +205,7 @@ def _pack(matrix: NDArray, packed: NDArray) -> None:
 
 
 def _unpack(packed: NDArray, dimension: int) -> NDArray:
+    packed = np.asarray(packed)  # a memmap takes long to slice
     matrix = np.empty((dimension, dimension), dtype=packed.dtype)
     start = 0
     for row in range(dimension):

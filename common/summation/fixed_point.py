@@ -10,6 +10,7 @@ decoded in place, in 64-bit words; 32-bit integers take the first half of them.
 """
 
 from fractions import Fraction
+from functools import lru_cache
 from math import inf
 
 import numpy as np
@@ -23,6 +24,7 @@ MAX_FRACTION_BITS = 128
 CHUNK_NUMBERS = 1 << 20
 
 
+@lru_cache(maxsize=1 << 12)  # exact fractions take long, and every tensor of every vector asks
 def fraction_bits(bound: float, num_owners: int, ring_bits: RingBits = 64) -> int:
     """f for one tensor. Raises SettingsError if not even whole numbers fit."""
     if bound == inf:
