@@ -33,7 +33,7 @@ class Terms(Record):
     """What of an agreement decides what a difference of totals shows.
 
     `owners`: public key -> name. `measured`: how many examples, by what is measured. `weightings`: by method, the kinds
-    of weights of its sums. `hyperparameters`: every method's table, in JSON.
+    of weights of its sums. `hyperparameters`: every method's table, in JSON. `epsilon`, `delta`: what bounds the model.
     """
 
     title: str
@@ -45,6 +45,8 @@ class Terms(Record):
     measured: dict[str, int]
     weightings: dict[str, tuple[str, ...]]
     hyperparameters: str
+    epsilon: float | None = None
+    delta: float = 0.0
 
 
 class Repeat(Record):
@@ -91,6 +93,8 @@ def terms_of(agreement: Agreement) -> Terms:
         measured=measured,
         weightings=weightings,
         hyperparameters=_in_json(tables),
+        epsilon=agreement.privacy.epsilon,
+        delta=agreement.privacy.delta if agreement.privacy.epsilon is not None else 0.0,
     )
 
 

@@ -70,6 +70,8 @@ class Data(Settings):
     tokens: Column = "tokens"
     tags: Column = "tags"
     target: Column = "target"
+    # Rows with the same value here are of one person, or whatever else is protected as a whole (privacy.unit).
+    unit: Column | None = None
     messages: Column | None = None
     prompt: Column | None = None
     completion: Column = "completion"

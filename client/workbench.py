@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,15 @@ from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order
+from client.measurement.private_training import fine_tune_privately
 from client.repeats import Contributed
-from client.settings import OwnerSettings
+from client.settings import OwnerSettings, Training
 from client.sketch import Sketch, sketch_of
 from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement, Task
 from common.domain_separation import Domain
-from common.errors import DataError, ModelError, first_line
+from common.errors import DataError, ModelError, SettingsError, first_line
 from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, Step
 from common.merge_methods.refit import classifier
@@ -90,6 +92,8 @@ class Workbench:
     def check(self) -> None:
         """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
         check_layout(self.contribution_layout(), len(self.agreement.owners))
+        if self.agreement.privacy.epsilon is not None:
+            self._check_private_training()
         base = self._on_disk(self.load_base())
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
@@ -240,9 +244,7 @@ class Workbench:
         model = self.load_base()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self._fixed)
-        judged_by = None if training.patience is None else self.data.validation()
-        told = f"{self.name}: fine-tuning"
-        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, told, judged_by)
+        self._fine_tune(model, training)
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with self._needing_room("the fine-tuned model"):
@@ -254,6 +256,48 @@ class Workbench:
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
         return folder
+
+    def _fine_tune(self, model: PreTrainedModel, training: Training) -> None:
+        told = f"{self.name}: fine-tuning"
+        epsilon, delta = self.agreement.privacy.epsilon, self.agreement.privacy.delta
+        if epsilon is not None:  # check: bounded-models-are-trained-with-noise
+            self._check_private_training()
+            rows, units = self.data.train(), self._units()
+            fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told)
+            return
+        judged_by = None if training.patience is None else self.data.validation()
+        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, told, judged_by)
+
+    def _units(self) -> NDArray[np.int64]:
+        """For each training row, the number of what is protected as a whole."""
+        return np.arange(len(self.data.train())) if self.agreement.privacy.unit == "row" else self.data.units()
+
+    def _check_private_training(self) -> None:
+        """Raise SettingsError or DataError unless this owner's model can be trained as `privacy.epsilon` asks."""
+        if self.settings.training is None:  # check: bounded-models-are-made-here
+            raise SettingsError(
+                f"{self.name}: brings the model {self.settings.fine_tuned}, and the agreement asks for one that is "
+                "trained with noise (privacy.epsilon)",
+                hint="give [training] instead of fine_tuned",
+            )
+        if self.settings.training.patience is not None:
+            raise SettingsError(
+                f"{self.name}: training.patience = {self.settings.training.patience}: with privacy.epsilon, the number "
+                "of epochs is fixed before training",
+                hint="leave patience out",
+            )
+        if find_spec("opacus") is None:
+            raise SettingsError(
+                f"{self.name}: the agreement asks for training with noise, and Opacus is not installed",
+                hint="pip install 'amalgram[dp]'",
+            )
+        units, delta = int(self._units().max(initial=0)) + 1, self.agreement.privacy.delta
+        if delta * units >= 1:
+            raise DataError(
+                f"{self.name}: privacy.delta = {delta:g} is no less than 1 in {units}, the number of its units, so one "
+                "of them could be shown whole",
+                hint="agree on a smaller privacy.delta",
+            )
 
     def _recipe(self) -> str:
         """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT, CONSTRAINTS = ROOT / "pyproject.toml", ROOT / "constraints.txt"
 VENV = ROOT / ".venv"
 PRODUCT, DEVELOPMENT = VENV / "product", VENV / "development"  # each is touched once all of its packages are there
-EXTRAS = ("ray", "dev")  # what the tests need beyond the product
+EXTRAS = ("dp", "ray", "dev")  # what the tests need beyond the product
 
 
 def main() -> None:

@@ -14,18 +14,10 @@ from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import fine_tune
 from client.settings import Training
 from common.errors import SettingsError
-from deploy.example.reviews import make_tokenizer
 from tests.support.models import tiny_bert
+from tests.support.rows import rows_of
 
 pytestmark = pytest.mark.usefixtures("trained_anew")
-
-
-def rows_of(labels: list[int], seed: int = 0) -> Rows:
-    """Texts of several lengths."""
-    random = np.random.default_rng(seed)
-    texts = [random.integers(4, 40, 3 + index % 5).tolist() for index in range(len(labels))]
-    features = tuple({"input_ids": text, "attention_mask": [1] * len(text)} for text in texts)
-    return Rows(features=features, targets=np.array(labels), tokenizer=make_tokenizer())
 
 
 ROWS = rows_of([0, 1, 2] * 4)

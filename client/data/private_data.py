@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on
+from client.data.files import read_columns
 from client.data.images import files_left_out
 from client.data.lengths import cut_texts
 from client.data.readers import Reader
@@ -20,6 +21,7 @@ from client.data.rows import Rows
 from client.settings import Data
 from common.agreement import Reading, Task
 from common.errors import DataError
+from common.text import as_line
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +44,31 @@ class PrivateData:
         """The examples that are measured, and trained on."""
         rows = self._read(self.data.train, self.data.max_train_rows)
         return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
+
+    def units(self) -> NDArray[np.int64]:
+        """For each row of `train`, the number of its unit: rows with the same value in the column `data.unit`."""
+        path, column = self.folder / self.data.train, self.data.unit
+        if column is None:
+            raise DataError(
+                "owner's settings: no data.unit, and the agreement protects all rows of a unit together",
+                hint="name the column that tells whose a row is, such as the patient's number",
+            )
+        values = read_columns(path, [column], self.data.max_train_rows)[column]
+        for number, value in enumerate(values, 1):
+            if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
+                raise DataError(
+                    f"{path}: row {number}: column {column!r} does not say whose the row is",  # check: units-are-named
+                    hint="fill it in, or leave the row out",
+                )
+        rows = self._read(self.data.train, self.data.max_train_rows)
+        if len(rows) != len(values):
+            raise DataError(
+                f"{path}: {len(values) - len(rows)} of {len(values)} rows are cut before the model says anything, so "
+                "what is left cannot be matched with data.unit",
+                hint="agree on a larger task.max_tokens, or leave these rows out",
+            )
+        units = np.unique([as_line(str(value)) for value in values], return_inverse=True)[1]
+        return units if self.data.validation is not None else units[self._set_aside(rows)[1]]
 
     def training_contents(self) -> Iterator[bytes]:
         """What every example of the training file says, without its label, none set aside."""

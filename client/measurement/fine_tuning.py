@@ -7,7 +7,7 @@ which writes folders and reads the environment. Optimiser, schedule and LoRA com
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -43,7 +43,7 @@ def fine_tune(
         if training.lora_rank is None:
             _train(model, rows, training, seed, description, validation)
         else:
-            with _low_rank(model, training.lora_rank, training.lora_layers):
+            with low_rank(model, training.lora_rank, training.lora_layers):
                 _train(model, rows, training, seed, description, validation)
     model.eval()
 
@@ -56,21 +56,12 @@ def _train(
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     steps_per_epoch = -(-len(rows) // training.batch_size)
     steps = training.epochs * steps_per_epoch
-    kind = "linear" if training.schedule == "linear" else "constant_with_warmup"
-    rates = get_scheduler(kind, optimizer, num_warmup_steps=round(training.warmup * steps), num_training_steps=steps)
-    console = get_console()  # commands have it write to standard error; a script that asks for no bar has not
-    progress = track(
-        range(steps),
-        description=description,
-        console=console,
-        disable=not (console.stderr and console.is_terminal),
-        transient=True,
-    )
+    rates = rates_of(optimizer, training, steps)
     best: tuple[float, list[Tensor]] | None = None
     epochs_without_gain = 0
     model.train()
     order = np.empty(0, dtype=np.int64)
-    for step in progress:
+    for step in progress_of(steps, description):
         if len(order) == 0:
             order = random.permutation(len(rows))
         indices, order = order[: training.batch_size], order[training.batch_size :]
@@ -93,6 +84,28 @@ def _train(
         with torch.no_grad():
             for parameter, kept in zip(trained, best[1], strict=True):
                 parameter.copy_(kept)
+
+
+def rates_of(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each step."""
+    kind = "linear" if training.schedule == "linear" else "constant_with_warmup"
+    warm_up = round(training.warmup * steps)
+    rates: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        kind, optimizer, num_warmup_steps=warm_up, num_training_steps=steps
+    )
+    return rates
+
+
+def progress_of(steps: int, description: str) -> Iterable[int]:
+    """The steps' numbers, with a bar on a terminal."""
+    console = get_console()  # commands have it write to standard error; a script that asks for no bar has not
+    return track(
+        range(steps),
+        description=description,
+        console=console,
+        disable=not (console.stderr and console.is_terminal),
+        transient=True,
+    )
 
 
 def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], passes: int) -> None:
@@ -125,7 +138,7 @@ def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int) -> float:
 
 
 @contextmanager
-def _low_rank(model: PreTrainedModel, rank: int, names: tuple[str, ...]) -> Iterator[None]:
+def low_rank(model: PreTrainedModel, rank: int, names: tuple[str, ...]) -> Iterator[None]:
     """Within, what is trained is LoRA factors of the body's linear layers, and the head; afterwards, they are weights.
 
     Only parameters that required a gradient before can change.

@@ -162,6 +162,19 @@ def verified_merges_can_be_verified(draft: DraftTables) -> None:
             )
 
 
+def what_is_bounded_rests_on_weight_changes(draft: DraftTables) -> None:
+    """Training bounds what a model reveals of a row. A sum of statistics of rows has no noise in it."""
+    epsilon = draft.privacy.epsilon
+    if epsilon is None:
+        return
+    for name in draft.methods:
+        if METHODS[name].reads_rows(draft.tables):  # check: bounded-merges-read-no-rows
+            raise RuleError(
+                f"privacy.epsilon = {epsilon:g}: {name} sums statistics of rows, to which no noise is added",
+                hint="merge by " + ", ".join(each.name for each in ORDERED if not each.reads_rows(draft.tables)),
+            )
+
+
 def methods_fit_together(draft: DraftTables) -> None:
     if len(set(draft.methods)) != len(draft.methods):
         raise RuleError(f"compare_with = {list(draft.compare_with)}: names a method twice, or {draft.method!r} again")
@@ -222,6 +235,7 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     multi_round_methods_need_all_owners,
     thirty_two_bits_are_enough,
     verified_merges_can_be_verified,
+    what_is_bounded_rests_on_weight_changes,
     methods_fit_together,
     the_task_is_consistent,
     a_sweep_tries_each_value_once,

@@ -157,11 +157,18 @@ class Privacy(Settings):
     merge layers in closed form even if their input depends only on the token and its position; their Gram is a table of
     token counts. `merge_routed_inputs`: merge the experts of a mixture in closed form; an expert's Gram covers only the
     few tokens that were routed to it, and the minimum of rows does not apply to it.
+
+    `epsilon`, `delta`: with them, every owner's model is trained with noise, so that it and all that is merged from it
+    reveal little of any one unit (client/measurement/private_training.py). `unit`: a row, or with "column" all rows
+    with the same value in a column, which each owner's settings name.
     """
 
     min_rows_per_dimension: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     merge_token_inputs: bool = False
     merge_routed_inputs: bool = False
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
+    unit: Literal["row", "column"] = "row"
 
 
 class Reading(Settings):

@@ -82,6 +82,10 @@ class Method(ABC, Generic[H]):
         """The kinds of weights with which the totals hold sums of the same rows; () for a method with only one."""
         return ()
 
+    def reads_rows(self, tables: Mapping[str, Hyperparameters]) -> bool:
+        """Whether what an owner adds depends on its rows in another way than through its model."""
+        return bool(self.measurements(tables))
+
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         """What must be understood before consent: what its totals show. {their}: `your`, or `the owners'`."""
         return ()
@@ -133,6 +137,9 @@ class MultiRoundMethod(Method[H]):
     owners verify it (common/verification.py). Where an agreement turns that off, these methods rest on a trusted
     coordinator (SECURITY.md, b4), and the consent text says so.
     """
+
+    def reads_rows(self, tables: Mapping[str, Hyperparameters]) -> bool:
+        return True
 
     @abstractmethod
     def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:

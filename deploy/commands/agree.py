@@ -6,13 +6,14 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import Path
 
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from client.owner import Owner
-from client.repeats import Repeat, check_repeats, terms_of, what_the_difference_shows
+from client.repeats import LEAST_SHARE, Repeat, check_repeats, terms_of, what_the_difference_shows
 from client.state import Consent
 from common.agreement import Agreement
 from common.errors import ConsentError, SettingsError
@@ -20,6 +21,7 @@ from common.identity import fingerprint
 from common.merge_methods import METHODS
 from common.metrics import metrics_layout
 from common.models.delta import candidate_layout
+from common.privacy.budget import most_right_guesses, together
 from common.schedule import Content, Round
 from common.text import shown
 from deploy.launch.flower import bundle_digest
@@ -63,6 +65,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         metrics_bytes=byte_count(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
         model_bytes=byte_count(candidate_layout(plan).size * 4),
         disclosures=_disclosures(agreement),
+        bounded=_bounded(agreement, repeats),
         repeats=[
             {
                 "what": each.what,
@@ -73,6 +76,28 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
             for each in repeats
         ],
     )
+
+
+def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, object] | None:
+    """What the consent text says of differential privacy; None if it was not agreed on."""
+    privacy = agreement.privacy
+    if privacy.epsilon is None:
+        return None
+    before = [(each.terms.epsilon, each.terms.delta) for each in repeats if each.rows >= LEAST_SHARE]
+    bounded = [(epsilon, delta) for epsilon, delta in before if epsilon is not None]
+    epsilon, delta = together([(privacy.epsilon, privacy.delta), *bounded])
+    is_row = privacy.unit == "row"
+    return {
+        "unit": "row" if is_row else "person",
+        "unit_of_rows": "a row" if is_row else "all rows with the same value in your column data.unit",
+        "guesses": f"{ceil(1e4 * most_right_guesses(privacy.epsilon, privacy.delta)) / 100:g} %",
+        "epsilon": f"{privacy.epsilon:>10g}",
+        "delta": f"{privacy.delta:>10g}",
+        "before": bool(bounded),
+        "spent_epsilon": f"{epsilon:>10g}",
+        "spent_delta": f"{delta:>10g}",
+        "has_unbounded_before": len(bounded) < len(before),
+    }
 
 
 def quoted(text: str) -> str:

@@ -211,6 +211,9 @@ def _agreed(agreement: Agreement) -> Agreed:
             min_rows_per_dimension=agreement.privacy.min_rows_per_dimension,
             merge_token_inputs=agreement.privacy.merge_token_inputs,
             merge_routed_inputs=agreement.privacy.merge_routed_inputs,
+            epsilon=agreement.privacy.epsilon,
+            delta=agreement.privacy.delta if agreement.privacy.epsilon is not None else 0.0,
+            unit=agreement.privacy.unit,
         ),
         hyperparameters={method: fields[method] for method in METHODS if method in fields},
     )

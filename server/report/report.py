@@ -83,6 +83,14 @@ class AgreedPrivacy(Table):
     min_rows_per_dimension: Size = Field(description="Fewest token rows per dimension of a Gram matrix.")
     merge_token_inputs: bool = Field(description="Whether Gram matrices that count tokens were summed.")
     merge_routed_inputs: bool = Field(description="Whether Gram matrices of a mixture's experts were summed.")
+    epsilon: Size | None = Field(
+        default=None,
+        description="What bounds, with delta, how much the model reveals of one unit; null without a bound.",
+    )
+    delta: Size = Field(default=0.0, description="The probability with which epsilon may not hold.")
+    unit: Literal["row", "column"] = Field(
+        default="row", description="Whether a row is protected, or all rows with one value of a column."
+    )
 
 
 class Agreed(Table):

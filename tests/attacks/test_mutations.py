@@ -55,6 +55,7 @@ OWNERS, SCHEDULE, PACKETS, COORDINATOR, SUM, SCALING = (
 LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
     f"test_{name}.py" for name in ("launch", "logs", "agreement", "architectures", "gram_stream")
 )
+NOISE = "test_private_training.py"
 BASE_FILES, IMAGES = "attacks/test_base_files.py", "test_images.py"
 LEDGER = "attacks/test_ledger.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
@@ -206,6 +207,24 @@ TABLE = [
     Mutation(IMAGES, "test_133_what", "only-these-decoders-run", "image = Image.open(io.BytesIO(self.read()))"),
     Mutation(IMAGES, "test_133_an_image_of_too_many", "images-are-bounded", "too_large = False"),
     Mutation(IMAGES, "test_133_a_file", "image-files-are-bounded"),
+    # 140-146: training with noise
+    Mutation(NOISE, "test_140_no_unit", "gradients-are-bounded", "factors = torch.ones_like(norms)"),
+    Mutation(NOISE, "test_140_a_unit", "gradients-are-bounded", "factors = (bound / norms).clamp(max=1.0)"),
+    Mutation(NOISE, "test_141_the_noise", "noise-has-its-size"),
+    Mutation(NOISE, "test_141_the_noise", "noise-has-its-size", "whole += drawn.reshape(whole.shape) / 2"),
+    Mutation(NOISE, "test_141_every", "units-are-drawn-at-their-rate", "drawn = np.arange(len(members)) % 7 < 2"),
+    Mutation(
+        NOISE,
+        "test_141_every",
+        "units-are-drawn-at-their-rate",
+        "drawn = noise.uniform(len(members)) < 2 * sample_rate",
+    ),
+    Mutation(NOISE, "test_142_", "noise-is-never-foreseen", "key = bytes(mask_stream.KEY_BYTES)"),
+    Mutation(NOISE, "test_143_", "rows-are-told-apart"),
+    Mutation(NOISE, "test_144_", "bounded-merges-read-no-rows"),
+    Mutation(NOISE, "test_145_an_owner", "bounded-models-are-made-here"),
+    Mutation(NOISE, "test_145_its_own", "bounded-models-are-trained-with-noise"),
+    Mutation(NOISE, "test_146_a_row", "units-are-named"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_computes", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_sends", "configuration-is-the-listed-file"),
     Mutation(BASE_FILES, "test_59_a_file or test_59_an_agreed", "base-files-are-the-agreed-ones"),

@@ -1,0 +1,291 @@
+"""Fine-tune the base model so that what it reveals of any one unit, a row or all rows of one person, is bounded: DP-SGD
+(Abadi et al., CCS 2016, arXiv 1607.00133, algorithm 1).
+
+    every step:  draw each unit with probability q, with secret randomness
+                 g_u = the gradient of the unit's loss, cut to a 2-norm of at most C
+                 g   = (sum of g_u + Gaussian noise with standard deviation sigma C) / (q * units)
+
+sigma follows from epsilon, delta, q and the number of steps, by Opacus' accountant (Renyi differential privacy of the
+sampled Gaussian mechanism: Mironov, Talwar and Zhang 2019, arXiv 1908.10530). Opacus also gives each row's gradient.
+Drawing, cutting and noise are here, since the claim rests on them: noise and draws come from the operating system's
+randomness, never from a seed (common/privacy/noise.py), and noise is added in float64 before the sum is rounded.
+
+A unit's gradient is hidden, and how many units there are is not: the claim compares a unit with one that has no
+gradient. Embeddings are not trained: their noise would fall on every word of the vocabulary, each of which few rows
+hold.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from client.data.rows import IGNORED, Rows
+from client.measurement.fine_tuning import low_rank, progress_of, rates_of
+from client.settings import Training
+from common.errors import ModelError, NumericalError, SettingsError, first_line
+from common.privacy import noise
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleHooks
+
+MAX_NORM = 1.0  # C, if the owner's settings name none
+CLOSE = 1e-3  # how near Opacus' gradient of a row must be to the row's own, relative to its norm
+
+
+@lru_cache(maxsize=16)  # the accountant takes seconds for some of its searches
+def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """sigma: the noise's standard deviation in units of C. Raises SettingsError if no noise is enough."""
+    from opacus.accountants.utils import get_noise_multiplier
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that other orders could give less noise
+            return float(
+                get_noise_multiplier(
+                    target_epsilon=epsilon,
+                    target_delta=delta,
+                    sample_rate=sample_rate,
+                    steps=steps,
+                    accountant="rdp",
+                )
+            )
+    except ValueError as error:
+        raise SettingsError(
+            f"training: epsilon = {epsilon:g} cannot be kept over {steps} steps: {first_line(error)}",
+            hint="train fewer epochs, or agree on a larger privacy.epsilon",
+        ) from None
+
+
+def fine_tune_privately(
+    model: PreTrainedModel,
+    rows: Rows,
+    units: NDArray[np.int64],
+    training: Training,
+    epsilon: float,
+    delta: float,
+    seed: int,
+    description: str,
+) -> float:
+    """Train `model` in place; return sigma. `units`: (rows,) the number of each row's unit, from 0, none left out.
+
+    `seed` decides dropout and LoRA's first factors, and neither draws nor noise: no two runs give the same weights.
+    Raises ModelError for a model whose gradients Opacus cannot tell apart by rows.
+    """
+    members = _members(units)
+    steps = training.epochs * -(-len(members) // training.batch_size)
+    sample_rate = min(1.0, training.batch_size / len(members))
+    sigma = noise_multiplier(epsilon, delta, sample_rate, steps)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in _trainable(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if training.lora_rank is None:
+            _train(model, rows, members, training, steps, sample_rate, sigma, description)
+        else:
+            with low_rank(model, training.lora_rank, training.lora_layers):
+                _train(model, rows, members, training, steps, sample_rate, sigma, description)
+    model.eval()
+    return sigma
+
+
+def _members(units: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The rows of each unit."""
+    order = np.argsort(units, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(units[order])) + 1)
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    """The parameters of linear layers and normalisations, unless an embedding shares them."""
+    embedded = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or type(module).__name__.endswith("Norm")
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) not in embedded
+    }
+
+
+def _train(
+    model: PreTrainedModel,
+    rows: Rows,
+    members: Sequence[NDArray[np.int64]],
+    training: Training,
+    steps: int,
+    sample_rate: float,
+    sigma: float,
+    description: str,
+) -> None:
+    bound = training.max_gradient_norm or MAX_NORM
+    at_once = max(1, training.batch_size // training.accumulation)  # rows
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+    rates = rates_of(optimizer, training, steps)
+    with gradients_by_row(model, rows):
+        for _ in progress_of(steps, description):
+            total = noised_sum(model, rows, drawn_units(members, sample_rate), trained, bound, sigma, at_once)
+            for parameter, whole in zip(trained, total, strict=True):
+                parameter.grad = (whole / (sample_rate * len(members))).to(parameter.dtype)
+            optimizer.step()
+            rates.step()
+    if not all(torch.isfinite(parameter).all() for parameter in trained):
+        raise NumericalError("fine-tuning: the weights are not finite", hint="lower training.learning_rate")
+
+
+def drawn_units(members: Sequence[NDArray[np.int64]], sample_rate: float) -> list[NDArray[np.int64]]:
+    """The rows of each unit that is drawn: every unit by itself, with this probability, which nobody can foresee."""
+    drawn = noise.uniform(len(members)) < sample_rate  # check: units-are-drawn-at-their-rate
+    return [unit for unit, is_drawn in zip(members, drawn, strict=True) if is_drawn]
+
+
+def noised_sum(
+    model: PreTrainedModel,
+    rows: Rows,
+    units: Sequence[NDArray[np.int64]],
+    trained: Sequence[nn.Parameter],
+    bound: float,
+    sigma: float,
+    at_once: int,
+) -> list[Tensor]:
+    """The sum of the units' gradients and of the noise, by parameter, float64. `at_once`: rows in a pass."""
+    total = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in trained]
+    for part in _parts(units, at_once):
+        for whole, gradient in zip(total, clipped_sum(model, rows, part, trained, bound), strict=True):
+            whole += gradient
+    for whole in total:
+        drawn = torch.from_numpy(noise.gaussian(whole.numel(), sigma * bound))
+        whole += drawn.reshape(whole.shape)  # check: noise-has-its-size
+    return total
+
+
+def _parts(units: Sequence[NDArray[np.int64]], at_once: int) -> Iterator[list[NDArray[np.int64]]]:
+    """Some units after the other, each whole: as many as have at most `at_once` rows, but at least one."""
+    part: list[NDArray[np.int64]] = []
+    for unit in units:
+        if part and sum(map(len, part)) + len(unit) > at_once:
+            yield part
+            part = []
+        part.append(unit)
+    if part:
+        yield part
+
+
+def clipped_sum(
+    model: PreTrainedModel,
+    rows: Rows,
+    units: Sequence[NDArray[np.int64]],
+    trained: Sequence[nn.Parameter],
+    bound: float,
+) -> list[Tensor]:
+    """The sum of the units' gradients, each cut to a 2-norm of at most `bound`, by parameter, float64.
+
+    A unit whose gradient is not finite counts as none.
+    """
+    by_row = row_gradients(model, rows, np.concatenate(list(units)), trained)
+    unit_of_row = torch.from_numpy(np.repeat(np.arange(len(units)), [len(unit) for unit in units]))
+    by_unit = [  # (units, *shape)
+        torch.zeros(len(units), *each.shape[1:]).index_add_(0, unit_of_row, each) for each in by_row
+    ]
+    norms = torch.stack([each.double().flatten(1).norm(dim=1) for each in by_unit]).norm(dim=0)  # (units,)
+    factors = torch.where(norms.isfinite(), (bound / norms).clamp(max=1.0), 0.0)  # check: gradients-are-bounded
+    return [torch.einsum("u,u...->...", factors, each.double().nan_to_num(0, 0, 0)) for each in by_unit]
+
+
+# --- the gradient of each row ---
+
+
+@contextmanager
+def gradients_by_row(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
+    """Within, `row_gradients` works on a model.
+
+    Raises ModelError if Opacus cannot tell rows apart, or finds another gradient than that of a row alone, as where
+    layers mix the rows of a batch or share parameters.
+    """
+    from opacus.grad_sample import GradSampleHooks
+
+    model.train()
+    try:
+        hooks = GradSampleHooks(model, loss_reduction="sum")
+    except NotImplementedError as error:
+        raise _not_apart(first_line(error)) from None
+    try:
+        _check_rows_apart(model, rows, hooks)
+        yield
+    finally:
+        hooks.cleanup()
+
+
+def _check_rows_apart(model: PreTrainedModel, rows: Rows, hooks: GradSampleHooks) -> None:
+    """Compare two rows' gradients with those of each row alone, without dropout.
+
+    Whatever is trained stays in training mode, in which alone Opacus looks at it. So does batch normalisation, which
+    mixes rows in this mode alone.
+    """
+    two = np.arange(min(2, len(rows)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for module in model.modules():
+        is_trained = any(each.requires_grad for each in module.parameters(recurse=False))
+        module.training = is_trained or isinstance(module, _BatchNorm)
+    try:
+        found = row_gradients(model, rows, two, trained)
+        hooks.disable_hooks()
+        for row in two:
+            _add_gradients(model, rows, np.array([row]))
+            alone = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+            size = torch.stack([each.norm() for each in alone]).norm()
+            error = torch.stack([(a[row] - b).norm() for a, b in zip(found, alone, strict=True)]).norm()
+            if not error <= CLOSE * size:  # check: rows-are-told-apart
+                raise _not_apart("its layers mix the rows of a batch, or share their weights")
+            model.zero_grad()
+    except (RuntimeError, ValueError, AttributeError, IndexError) as error:  # of Opacus, at layers it does not know
+        raise _not_apart(first_line(error)) from None
+    finally:
+        hooks.enable_hooks()
+        model.train()
+
+
+def _not_apart(reason: str) -> ModelError:
+    return ModelError(
+        f"training: the gradients of single rows cannot be computed for this model: {reason}",
+        hint="train with lora_rank, or agree on a base of linear layers and layer normalisations",
+    )
+
+
+def row_gradients(
+    model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], trained: Sequence[nn.Parameter]
+) -> list[Tensor]:
+    """The gradient of each of these rows' loss, by parameter: (rows, *shape) float32."""
+    _add_gradients(model, rows, indices)
+    found = []
+    for parameter in trained:
+        gradient = getattr(parameter, "grad_sample", None)
+        found.append(torch.zeros(len(indices), *parameter.shape) if gradient is None else gradient.detach())
+        parameter.grad_sample, parameter.grad = None, None  # type: ignore[attr-defined]
+    return found
+
+
+def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64]) -> None:
+    """The gradients of the sum over rows of a row's mean loss of a prediction."""
+    batch, targets = rows.batch(indices)
+    logits = model(**batch).logits
+    if targets.ndim == 1:
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    else:  # (rows, positions)
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+        )
+        loss = (losses.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)).sum()
+    with warnings.catch_warnings(action="ignore"):  # torch's, that a layer's input needs no gradient
+        loss.backward()

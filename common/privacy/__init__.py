@@ -1,0 +1,1 @@
+"""Differential privacy: where its noise comes from, and what it bounds."""
