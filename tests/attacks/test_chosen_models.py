@@ -6,7 +6,7 @@ accept every message, and every total is over all of them, but all the other own
 SECURITY.md, b4 and g, says so.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from common.metrics import read_total
 from common.models.folders import load_tokenizer
 from common.schedule import Delivery, Schedule, schedule_of
 from common.tensor_layout import TensorLayout
+from common.verification import Claim, corrections
 from deploy.commands.verify import explain_evidence
+from server import merge
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from server.merge import prepare
@@ -330,13 +332,29 @@ def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callabl
     assert run.opened == ["contribution", "check", "step", "check"]
 
 
-def test_124_corrections_beyond_the_rounding_of_float32(cheat: Callable[..., Cheat]) -> None:
-    """A wrong model whose correction says by how much."""
+def test_124_corrections_beyond_the_rounding_of_float32(
+    cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong model whose correction says by how much. It fails twice: a float32 is also too coarse to hide the error
+    from the sum of shares, up to twice what the bound allows.
+    """
+    errors: dict[str, torch.Tensor] = {}
 
-    def bent(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
-        return vector + np.float32(1e-3) if delivery.kind == "correction" else vector
+    def wrong(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            changed += np.float32(1e-3)
+            for name, tensor in delivery.layout.unflatten(changed):
+                errors[name] = torch.from_numpy(tensor).double() - torch.from_numpy(delivery.layout.read(vector, name))
+        return changed
 
-    run = cheat("average", bent)
+    def bent(
+        claim: Claim, seed: bytes, rest: Mapping[str, torch.Tensor], factor: float
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        return corrections(claim, seed, {name: rest[name] - errors[name] for name in rest}, factor)
+
+    monkeypatch.setattr(merge, "corrections", bent)
+    run = cheat("average", wrong)
     assert run.run().code == "wrong-model"
     assert run.opened == ["contribution", "check"]
 

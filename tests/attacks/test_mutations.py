@@ -86,7 +86,6 @@ TABLE = [
     Mutation(CHOSEN, "test_122_", "sums-of-shares-are-zero"),
     Mutation(CHOSEN, "test_123_a_candidate_that_was", "tested-is-the-validated-candidate"),
     Mutation(CHOSEN, "test_123_a_candidate_whose", "known-parts-are-the-same"),
-    Mutation(CHOSEN, "test_124_", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_124_a_correction", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_127_", "factors-are-bounded"),
     Mutation(AGREED, "test_in_a_sparse", "verified-sums-are-complete", "is_complete = True"),
