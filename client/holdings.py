@@ -11,14 +11,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from client.data.canaries import canaries_of
 from client.data.private_data import PrivateData
+from client.data.rows import Rows, pool
 from client.look import own_task
 from client.measurement import fine_tuning as finetune
 from client.settings import OwnerSettings
 from client.state import FINE_TUNED
 from common.agreement import Agreement, Task
+from common.errors import ModelError
 from common.models.adapter import is_adapter
 from common.models.folders import (
+    ANOTHER_BASE,
     BaseOrigin,
     base_model_folder,
     base_origin,
@@ -27,6 +31,7 @@ from common.models.folders import (
     load_tokenizer,
 )
 from common.models.loading import agreed_plan, check_base, load_base, load_fine_tuned, load_outline, private_head
+from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan
 
 MADE_FROM = "made_from.json"  # beside the weights of a model that was made here: its recipe
@@ -100,6 +105,16 @@ class Holdings:
     def _load_fine_tuned(self, folder: Path) -> PreTrainedModel:
         return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
 
+    def model_to_audit(self, folder: Path) -> PreTrainedModel:
+        """Any model of this base, whole or an adapter. If heads are private, it needs none. Raises ModelError."""
+        found = fine_tuned_folder(str(folder.absolute()), self._home)
+        if self.task.head == "shared" or is_adapter(found):
+            return self._load_fine_tuned(found)
+        model = load_base(found, self.task, self.agreement.seed)
+        if parameter_shapes(model) != parameter_shapes(self._outline):
+            raise ModelError(f"model {folder}: is not made like the agreed base", hint=ANOTHER_BASE)
+        return model
+
     @property
     def _kept_folder(self) -> Path:
         """Where a run keeps the model that it made."""
@@ -118,8 +133,19 @@ class Holdings:
             parameter.requires_grad_(name not in self._fixed)
         judged_by = None if training.patience is None else self.data.validation()
         told = f"{self.name}: fine-tuning"
-        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, told, judged_by)
+        finetune.fine_tune(model, self._trained_on(), training, self.agreement.seed, told, judged_by)
         return model
+
+    def _trained_on(self) -> Rows:
+        rows, planted = self.data.train(), self.canaries()
+        return rows if planted is None else pool([rows, planted])
+
+    def canaries(self) -> Rows | None:
+        """The random rows that are planted in this owner's training; None without a line that says so."""
+        training = self.settings.training
+        if training is None or training.canaries == 0:
+            return None
+        return canaries_of(self.name, self.agreement.seed, training.canaries, self.data.train(), self.task)
 
     def _recipe(self) -> str:
         """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""

@@ -506,7 +506,7 @@ def test_every_field_of_the_schema_is_described() -> None:
 
 def test_an_installed_package_has_every_file_that_the_page_is_made_of() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for package in ("server.report", "common.page"):
+    for package in ("server.report", "common.page", "client.audit"):
         patterns = settings["tool"]["setuptools"]["package-data"][package]
         room = ROOT.joinpath(*package.split("."))
         packed = {path for pattern in patterns for path in room.glob(pattern)}

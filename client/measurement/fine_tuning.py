@@ -13,12 +13,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import get_console
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from client.data.rows import IGNORED, Rows
+from client.progress import with_bar
 from client.settings import Training
 from common.errors import NumericalError, SettingsError
 from common.models.layers import linear_layers
@@ -58,19 +57,11 @@ def _train(
     steps = training.epochs * steps_per_epoch
     kind = "linear" if training.schedule == "linear" else "constant_with_warmup"
     rates = get_scheduler(kind, optimizer, num_warmup_steps=round(training.warmup * steps), num_training_steps=steps)
-    console = get_console()  # commands have it write to standard error; a script that asks for no bar has not
-    progress = track(
-        range(steps),
-        description=description,
-        console=console,
-        disable=not (console.stderr and console.is_terminal),
-        transient=True,
-    )
     best: tuple[float, list[Tensor]] | None = None
     epochs_without_gain = 0
     model.train()
     order = np.empty(0, dtype=np.int64)
-    for step in progress:
+    for step in with_bar(range(steps), description, steps):
         if len(order) == 0:
             order = random.permutation(len(rows))
         indices, order = order[: training.batch_size], order[training.batch_size :]
