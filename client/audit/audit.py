@@ -7,7 +7,6 @@ else has (the upper bound); and the one that the owner asks about, such as the p
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +41,7 @@ from client.audit.scores import (
 )
 from client.audit.selection import how_many, judge, select_greedily
 from client.audit.statistics import Scores, attack, exposures, mean_exposure_by_chance
+from client.audit.verdict import TITLES
 from client.audit.weights import lineage, moved_tokens
 from client.data.canaries import random_rows
 from client.data.rows import Rows
@@ -53,7 +53,6 @@ from common.models.parameters import copy_parameters
 
 REFERENCES = 1023  # random rows that each canary is ranked among: an exposure of 10 bits at most
 LIBRARIES = ("amalgram", "torch", "transformers", "numpy", "scipy", "scikit-learn")
-NAMES: dict[ModelName, str] = {"base": "the base", "own": "your own model", "model": "the model"}
 
 
 def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | None, most_rows: int) -> Audit:
@@ -61,7 +60,6 @@ def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | 
 
     `candidates`: texts among which an attacker looks for the owner's rows. Raises DataError if there are too few rows.
     """
-    started = time.monotonic()
     rows = compared_rows(holdings, most_rows)
     auditor = _Auditor(holdings, rows, holdings.own_model(), candidates)
     models = [auditor.audit_base(), auditor.audit_model("own", auditor.own)]
@@ -82,7 +80,6 @@ def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | 
         ),
         models=tuple(models),
         warnings=tuple(differences(rows)),
-        seconds=time.monotonic() - started,
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
 
@@ -111,7 +108,7 @@ class _Auditor:
 
     def audit_model(self, name: ModelName, model: PreTrainedModel) -> AuditedModel:
         give_head(self.own, model, self.holdings)
-        told, task = NAMES[name], self.holdings.task
+        told, task = TITLES[name], self.holdings.task
         weights, start = (dict(each.named_parameters()) for each in (model, self._base))
         delta = {each: (weights[each] - start[each]).detach() for each in start}  # whole, because the base is moved
         found = predict(model, self._both, self._batch_size, f"{told}: losses")

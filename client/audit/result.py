@@ -39,11 +39,11 @@ class Attack(Table):
     )
     true_positives: Interval | None = Field(
         description="The share of members that are found while at most 1 % of the strangers are taken for members; "
-        "null with fewer than 100 strangers, of whom one is more than 1 %."
+        "null with fewer than 100 strangers, 1 % of whom is nobody."
     )
     beats_guessing: bool = Field(description="Whether the area's 99 % bootstrap interval is above 1/2.")
     curve: tuple[Share, ...] = Field(
-        description="The share of members found at false-positive rates of 0, 0.01, 0.02, ... 1."
+        description="The share of members found at false-positive rates of at most 0, 0.01, 0.02, ... 1."
     )
 
 
@@ -155,7 +155,6 @@ class Audit(Table):
     rows: AuditedRows = Field(description="The rows that were compared.")
     models: tuple[AuditedModel, ...] = Field(min_length=2, description="base, own, and the model that was named.")
     warnings: tuple[Paragraph, ...] = Field(description="What may make a number say something else than membership.")
-    seconds: Size = Field(description="How long the audit took.")
     versions: dict[Line, Line] = Field(description="By library, the version that computed this.")
 
     def model(self, name: ModelName) -> AuditedModel | None:

@@ -59,7 +59,7 @@ def compared_rows(holdings: Holdings, most: int) -> ComparedRows:
     not_judged = len(train) + sum(map(len, others)) - len(judged) - len(pooled)
     one, other = keys_of(judged), keys_of(pooled)
     shared = set(one) & set(other)
-    members = [index for index, key in enumerate(one) if key not in shared]
+    members = [index for index, key in enumerate(one) if key not in shared]  # check: members-are-no-strangers
     strangers = [index for index, key in enumerate(other) if key not in shared]
     for rows, name in ((members, "training"), (strangers, "test and validation")):
         if len(rows) < FEWEST:

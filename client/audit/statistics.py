@@ -15,8 +15,8 @@ from client.audit.result import Attack, AttackName, Interval
 
 Scores = NDArray[np.float64]
 
-FALSE_POSITIVES = 0.01  # at which true positives are counted
-FEWEST_STRANGERS = 100  # of fewer, one is more than 1 % of them
+FEWEST_STRANGERS = 100  # 1 % of fewer is none of them
+CURVE = np.linspace(0, 1, 101)  # false-positive rates
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 STRICT_CONFIDENCE = 0.99  # for what is called better than guessing: several attacks are tried, and the best is named
@@ -36,16 +36,16 @@ def true_positive_rate(members: Scores, strangers: Scores, axis: int = -1) -> Sc
 
     The threshold is a stranger's score, so that tied members do not count.
     """
-    allowed = int(FALSE_POSITIVES * strangers.shape[axis])
+    allowed = strangers.shape[axis] // 100
     threshold = np.take(np.sort(strangers, axis=axis), [-allowed - 1], axis=axis)
     rate: Scores = (members > threshold).mean(axis=axis)
     return rate
 
 
 def curve(members: Scores, strangers: Scores) -> Scores:
-    """(101,): the share of members found at false-positive rates of 0, 0.01, ... 1, by straight lines between steps."""
+    """(101,): the share of members found at false-positive rates of at most 0, 0.01, ... 1."""
     false, found, _ = roc_curve(np.repeat([1, 0], [len(members), len(strangers)]), np.concatenate([members, strangers]))
-    at: Scores = np.interp(np.linspace(0, 1, 101), false, found)
+    at: Scores = found[np.searchsorted(false, CURVE + 1e-12, side="right") - 1]
     return at
 
 

@@ -131,8 +131,8 @@ def cautions(audit: Audit) -> list[str]:
         )
     if rows.strangers < FEWEST_STRANGERS:
         found.append(
-            f"There are {rows.strangers} strangers. One of them is more than 1 %, so how many members are found at 1 % "
-            "false positives has no meaning, and is left out."
+            f"There are {rows.strangers} strangers, and 1 % of fewer than {FEWEST_STRANGERS} is nobody: how many of "
+            "your rows are found at 1 % false alarms has no meaning, and is left out."
         )
     if rows.unknown:
         found.append(

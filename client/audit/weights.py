@@ -26,7 +26,7 @@ def moved_tokens(
 
     None without an embedding of tokens alone: an output layer that shares it moves every row.
     """
-    if train.tokenizer is None or (base.get_output_embeddings() is not None and _is_tied(base)):
+    if train.tokenizer is None or _is_tied(base):
         return None
     start, after = (each.get_input_embeddings().weight.detach() for each in (base, model))
     changes = _without_decay(after - start, start)
