@@ -42,6 +42,7 @@ from common.tensor_layout import TensorLayout
 from common.text import shown, shown_lines
 
 STATE_VERSION = 3
+FINE_TUNED = "fine_tuned"  # the folder of a model that was made here
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
 
 
@@ -447,7 +448,7 @@ class OwnerState:
 
     @property
     def fine_tuned_folder(self) -> Path:
-        return self.folder / "fine_tuned"
+        return self.folder / FINE_TUNED
 
     @staticmethod
     def seal(folder: Path) -> None:

@@ -10,9 +10,8 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.data.private_data import PrivateData
 from client.data.rows import Rows
-from client.look import own_task
-from client.measurement import fine_tuning as finetune
+from client.holdings import MADE_FROM, Holdings, Terms
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_classifier
 from client.measurement.disk_model import DiskModel
@@ -33,41 +30,22 @@ from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order
-from client.measurement.private_training import fine_tune_privately
 from client.repeats import Contributed
-from client.settings import OwnerSettings, Training
+from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
 from client.state import OwnerState, merged_step_array
 from common import merge_methods
-from common.agreement import Agreement, Task
+from common.agreement import Agreement
 from common.domain_separation import Domain
-from common.errors import DataError, ModelError, SettingsError, first_line
+from common.errors import DataError, ModelError, first_line
 from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, Step
 from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
 from common.metrics import Score, Split
-from common.models.adapter import is_adapter
 from common.models.delta import ClippedDelta, Delta, VectorDelta, add_delta, published_delta
-from common.models.folders import (
-    BaseOrigin,
-    base_model_folder,
-    base_origin,
-    check_tokenizer,
-    fine_tuned_folder,
-    load_image_processor,
-    load_tokenizer,
-)
-from common.models.loading import (
-    agreed_plan,
-    check_base,
-    check_change,
-    digest_of,
-    load_base,
-    load_fine_tuned,
-    load_outline,
-    private_head,
-)
+from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
+from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters
 from common.models.plan import MergePlan
@@ -81,19 +59,18 @@ LABELS_TO_LOOK_AT = 200  # rows on which the order of a model's labels is judged
 log = logging.getLogger("amalgram.owner")
 
 
-class Workbench:
-    """What one owner has, and how it is measured. `home`: the folder that paths in the settings are relative to."""
+class Workbench(Holdings):
+    """What one owner has, and how it is measured."""
 
     def __init__(self, settings: OwnerSettings, home: Path, agreement: Agreement, state: OwnerState) -> None:
-        self.settings, self.agreement, self.state = settings, agreement, state
-        self.name = settings.name
-        self._home = home
+        super().__init__(settings, home, agreement)
+        self.state = state
 
     def check(self) -> None:
         """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
         check_layout(self.contribution_layout(), len(self.agreement.owners))
         if self.agreement.privacy.epsilon is not None:
-            self._check_private_training()
+            self.check_private_training()
         base = self._on_disk(self.load_base())
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
@@ -152,63 +129,13 @@ class Workbench:
         """The tensors that all methods need first, on their true scale."""
         return merge_methods.contribution_layout(self.agreement.methods, self.merge_settings)
 
-    # --- what the owner has ---
-
-    @cached_property
-    def task(self) -> Task:
-        """The agreed task; if heads are private, over this owner's own labels."""
-        return own_task(self.settings, self._home, self.agreement.task)
-
-    @cached_property
-    def _base_folder(self) -> Path:
-        agreement_path = self._home / self.settings.agreement
-        return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
-
-    @property
-    def base_origin(self) -> BaseOrigin:
-        """Where this owner's copy of the base came from."""
-        return base_origin(self.settings.base, self._home, self.agreement, self._home / self.settings.agreement)
-
-    def load_base(self) -> PreTrainedModel:
-        """A fresh copy of the agreed base model."""
-        base = load_base(self._base_folder, self.task, self.agreement.seed)
-        check_base(base, self.agreement, self._base_folder)
-        return base
-
-    @cached_property
-    def _outline(self) -> PreTrainedModel:
-        return load_outline(self._base_folder, self.task)
-
-    @cached_property
-    def plan(self) -> MergePlan:
-        if self.agreement.publish.adapter_rank is not None:  # depends on which weights the folder lacks, too
-            return agreed_plan(self._outline, self._base_folder, self.agreement)
-        return _plan(self._terms, self._outline, self._base_folder)
-
-    @property
-    def _terms(self) -> "_Terms":
-        return _Terms(self.agreement.digest(), self.agreement)
-
-    @cached_property
-    def data(self) -> PrivateData:
-        return PrivateData(
-            data=self.settings.data,
-            task=self.task,
-            model=self._outline,
-            tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
-            processor=None if self.task.is_text else load_image_processor(self._base_folder),
-            folder=self._home,
-            seed=self.agreement.seed,
-            reading=self.agreement.reading,
-        )
+    # --- models ---
 
     def own_model(self) -> PreTrainedModel:
-        """The owner's fine-tuned model: the one it brings, or one made here from its training rows."""
-        if self.settings.fine_tuned is None:
-            folder = self._make_own_model()
-        else:
-            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
-        return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
+        """The owner's fine-tuned model: the one it brings, or one that is made from its training rows, and kept."""
+        if self.settings.fine_tuned is None and not self._is_kept():
+            self._make_own_model()
+        return super().own_model()
 
     @cached_property
     def _own(self) -> DiskModel:
@@ -232,83 +159,18 @@ class Workbench:
                 hint="make room on this disk, or move the state folder",
             ) from None
 
-    def _make_own_model(self) -> Path:
-        folder = self.state.fine_tuned_folder
-        made_from = folder / "made_from.json"
-        recipe = self._recipe()
-        if made_from.is_file() and made_from.read_text() == recipe:
-            return folder
-        training = self.settings.training
-        assert training is not None  # the settings have one or the other
-        log.info("  %s: fine-tuning", self.name)
-        model = self.load_base()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in self._fixed)
-        self._fine_tune(model, training)
+    def _make_own_model(self) -> None:
+        model, folder = self._train(), self._kept_folder
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with self._needing_room("the fine-tuned model"):
             model.save_pretrained(partial)
             if self.task.is_text:
                 load_tokenizer(self._base_folder).save_pretrained(partial)
-        (partial / "made_from.json").write_text(recipe)
+        (partial / MADE_FROM).write_text(self._recipe())
         self.state.seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
-        return folder
-
-    def _fine_tune(self, model: PreTrainedModel, training: Training) -> None:
-        told = f"{self.name}: fine-tuning"
-        epsilon, delta = self.agreement.privacy.epsilon, self.agreement.privacy.delta
-        if epsilon is not None:  # check: bounded-models-are-trained-with-noise
-            self._check_private_training()
-            rows, units = self.data.train(), self._units()
-            fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told)
-            return
-        judged_by = None if training.patience is None else self.data.validation()
-        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, told, judged_by)
-
-    def _units(self) -> NDArray[np.int64]:
-        """For each training row, the number of what is protected as a whole."""
-        return np.arange(len(self.data.train())) if self.agreement.privacy.unit == "row" else self.data.units()
-
-    def _check_private_training(self) -> None:
-        """Raise SettingsError or DataError unless this owner's model can be trained as `privacy.epsilon` asks."""
-        if self.settings.training is None:  # check: bounded-models-are-made-here
-            raise SettingsError(
-                f"{self.name}: brings the model {self.settings.fine_tuned}, and the agreement asks for one that is "
-                "trained with noise (privacy.epsilon)",
-                hint="give [training] instead of fine_tuned",
-            )
-        if self.settings.training.patience is not None:
-            raise SettingsError(
-                f"{self.name}: training.patience = {self.settings.training.patience}: with privacy.epsilon, the number "
-                "of epochs is fixed before training",
-                hint="leave patience out",
-            )
-        if find_spec("opacus") is None:
-            raise SettingsError(
-                f"{self.name}: the agreement asks for training with noise, and Opacus is not installed",
-                hint="pip install 'amalgram[dp]'",
-            )
-        units, delta = int(self._units().max(initial=0)) + 1, self.agreement.privacy.delta
-        if delta * units >= 1:
-            raise DataError(
-                f"{self.name}: privacy.delta = {delta:g} is no less than 1 in {units}, the number of its units, so one "
-                "of them could be shown whole",
-                hint="agree on a smaller privacy.delta",
-            )
-
-    def _recipe(self) -> str:
-        """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""
-        parts = {
-            "agreement": self.agreement.digest(),
-            "labels": self.task.labels,
-            "training": self.settings.training and self.settings.training.model_dump(),
-            "data": self.settings.data.model_dump(mode="json"),
-            "files": self.data.digest(),
-        }
-        return json.dumps(parts, sort_keys=True)
 
     # --- measuring ---
 
@@ -329,12 +191,6 @@ class Workbench:
             tensor = own[name]
             if not torch.equal(tensor, base[name]):
                 yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    @cached_property
-    def _fixed(self) -> tuple[str, ...]:
-        """The parameters that the agreement leaves as in the base. A private head is the owner's own."""
-        head = private_head(self._outline, self.task)
-        return tuple(name for name in self.plan.left_alone if name not in head)
 
     def _check_fixed(self, own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
         """Raise ModelError if this owner's model changed a parameter that is left alone: it would lose that change."""
@@ -498,24 +354,8 @@ class Workbench:
         return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
 
 
-# --- what an agreement makes of a base: kept, since many owners of a simulation ask, for every message anew ---
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """An agreement, known by its digest."""
-
-    digest: str
-    agreement: Agreement = field(compare=False)
-
-
 @lru_cache(maxsize=16)
-def _plan(terms: _Terms, outline: PreTrainedModel, folder: Path) -> MergePlan:
-    return agreed_plan(outline, folder, terms.agreement)
-
-
-@lru_cache(maxsize=16)
-def _schedule(terms: _Terms, plan: MergePlan) -> Schedule:
+def _schedule(terms: Terms, plan: MergePlan) -> Schedule:
     return schedule_of(terms.agreement, plan)
 
 

@@ -229,6 +229,30 @@ def agree(
 
 
 @cli.command()
+def audit(
+    owner_file: OwnerFile,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A model or adapter of the base, or the output of a run. Left out: only yours."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where audit.html and audit.json go.")] = Path("audit"),
+    candidates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts, some of them yours: how many would an attacker pick?")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=10, help="How many training rows are compared with as many others.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Attack a model as somebody who has it could, and say what it gives away about your rows. Nothing is sent.
+
+    Example: amalgram audit hotel.toml output
+    """
+    set_up_output(as_json)
+    from deploy.commands.audit import audit_and_show
+
+    audit_and_show(owner_file, model, candidates, out, rows)
+
+
+@cli.command()
 def client(owner_file: OwnerFile, as_json: Json = False) -> None:
     """Run an owner's node until stopped: connect to the coordinator and run only the bundle that the owner agreed to.
 

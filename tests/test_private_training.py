@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
-from client import workbench
+from client import holdings
 from client.measurement import private_training
 from client.measurement.private_training import (
     clipped_sum,
@@ -316,7 +316,7 @@ def test_145_its_own_program_adds_the_noise_whatever_its_settings_say(
     def train(*given: Any, **_: Any) -> None:
         asked.append(given[4])
 
-    monkeypatch.setattr(workbench, "fine_tune_privately", train)
+    monkeypatch.setattr(holdings, "fine_tune_privately", train)
     (tmp_path / "out").mkdir()
     with parties_of(bounded, tmp_path / "out") as parties:
         Owner(parties.files["hotel"]).workbench.own_model()
@@ -332,7 +332,7 @@ def test_what_does_not_go_with_noise_is_refused(bounded: Path, tmp_path: Path, m
     rows = hotel.parent / "data" / "hotel" / "train.jsonl"
     rows.write_text(rows.read_text() * 6)
     assert "is no less than 1 in 1200, the number of its units" in refused(bounded, tmp_path)
-    monkeypatch.setattr(workbench, "find_spec", lambda name: None)
+    monkeypatch.setattr(holdings, "find_spec", lambda name: None)
     assert "hint: pip install 'amalgram[dp]'" in refused(bounded, tmp_path)
 
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from common.errors import SettingsError
+from common.page.table import as_json
 from deploy.commands.table import print_report
 from server.output_folder import PROGRESS
 from server.report.heat_map import STEPS, tints
 from server.report.page import page_of, render_report
-from server.report.report import MAX_REPORT_BYTES, as_json, read_report, save_report, schema_text
+from server.report.report import MAX_REPORT_BYTES, read_report, save_report, schema_text
 from server.report.verdict import verdict
 from tests.support.reports import HOSTILE, as_report, hand_written, of_many
 
@@ -505,8 +506,9 @@ def test_every_field_of_the_schema_is_described() -> None:
 
 def test_an_installed_package_has_every_file_that_the_page_is_made_of() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = settings["tool"]["setuptools"]["package-data"]["server.report"]
-    room = ROOT / "server" / "report"
-    packed = {path for pattern in patterns for path in room.glob(pattern)}
-    needed = {path for path in room.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert needed == packed
+    for package in ("server.report", "common.page", "client.audit"):
+        patterns = settings["tool"]["setuptools"]["package-data"][package]
+        room = ROOT.joinpath(*package.split("."))
+        packed = {path for pattern in patterns for path in room.glob(pattern)}
+        needed = {path for path in room.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert needed == packed

@@ -35,10 +35,15 @@ def columns_of(data: Data, kind: TaskKind) -> list[str]:
     if kind == "token-classification":
         return [data.tokens, data.tags]
     if kind == "text-classification":
-        return [data.text, *filter(None, [data.text_pair]), data.label]
+        return [*text_columns(data), data.label]
     if kind == "causal-lm":
         return chat_columns(data) or [data.text]
     return [data.text, data.target]
+
+
+def text_columns(data: Data) -> list[str]:
+    """The columns of a classified text, or pair of texts."""
+    return [data.text, *filter(None, [data.text_pair])]
 
 
 def look_at(data: Data, task: Task, path: Path, max_rows: int | None) -> FileLook:
@@ -85,7 +90,7 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
         return
     words = task.kind == "token-classification"
     # CoNLL files have both columns of a word.
-    asked = [data.tokens, data.tags] if words else [data.text, *filter(None, [data.text_pair])]
+    asked = [data.tokens, data.tags] if words else text_columns(data)
     chat = chat_columns(data) if task.kind == "causal-lm" else []
     asked = chat or asked
     found = list(read_columns(path, asked, max_rows).values())

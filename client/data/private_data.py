@@ -105,6 +105,10 @@ class PrivateData:
         """The examples behind the reported metrics."""
         return self._read(self.data.test, self.data.max_test_rows)
 
+    def candidates(self, path: Path) -> Rows:
+        """Texts that may or may not be this owner's, without labels, in the columns that its own rows have."""
+        return self._reader.read_unlabelled(path)
+
     def label_set(self) -> NDArray[np.int64]:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""
         if self.task.label_set == "all" or not self.task.has_labels:

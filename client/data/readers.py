@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.data.chat import Written, chat_columns, write_out
-from client.data.columns import columns_of
-from client.data.files import ARRAYS, read_arrays, read_columns
+from client.data.columns import columns_of, text_columns
+from client.data.files import ARRAYS, Columns, read_arrays, read_columns
 from client.data.images import as_array, find_images, room_for
 from client.data.labels import label_numbers, tag_numbers
 from client.data.reading import LostImages, check_texts
@@ -51,6 +51,15 @@ class Reader:
     def read(self, path: Path, max_rows: int | None) -> Rows:
         """The examples of a file, all or the first `max_rows`, with their targets."""
         return READERS[self.task.kind](self, path, max_rows)
+
+    def read_unlabelled(self, path: Path) -> Rows:
+        """The texts of a file, whose labels, if it has any, are not read. Each target is 0."""
+        if self.task.kind == "causal-lm":
+            return self.read(path, max_rows=None)
+        if self.task.kind != "text-classification":
+            raise DataError(f"{path}: candidates are texts, and the task is {self.task.kind}", hint="leave it out")
+        rows = _tokenised(self, path, read_columns(path, text_columns(self.data), max_rows=None))
+        return Rows(features=rows, targets=np.zeros(len(rows), np.int64), tokenizer=self.tokenizer)
 
     @cached_property
     def max_tokens(self) -> int:
@@ -89,12 +98,17 @@ def features(encoded: BatchEncoding) -> tuple[dict[str, Any], ...]:
 
 
 def _read_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
+    found = read_columns(path, columns_of(reader.data, reader.task.kind), max_rows)
+    rows = _tokenised(reader, path, found)
+    targets = label_numbers(path, found[reader.data.label], reader.task)
+    return Rows(features=rows, targets=targets, tokenizer=reader.tokenizer)
+
+
+def _tokenised(reader: Reader, path: Path, found: Columns) -> tuple[dict[str, Any], ...]:
     data = reader.data
-    found = read_columns(path, columns_of(data, reader.task.kind), max_rows)
     texts = _check_texts(path, data.text, found[data.text])
     pairs = _check_texts(path, data.text_pair, found[data.text_pair]) if data.text_pair else None
-    targets = label_numbers(path, found[data.label], reader.task)
-    return Rows(features=features(reader.encode(path, texts, pairs)), targets=targets, tokenizer=reader.tokenizer)
+    return features(reader.encode(path, texts, pairs))
 
 
 def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:

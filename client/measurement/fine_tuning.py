@@ -7,18 +7,17 @@ which writes folders and reads the environment. Optimiser, schedule and LoRA com
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import get_console
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from client.data.rows import IGNORED, Rows
+from client.progress import with_bar
 from client.settings import Training
 from common.errors import NumericalError, SettingsError
 from common.models.layers import linear_layers
@@ -61,7 +60,7 @@ def _train(
     epochs_without_gain = 0
     model.train()
     order = np.empty(0, dtype=np.int64)
-    for step in progress_of(steps, description):
+    for step in with_bar(range(steps), description, steps):
         if len(order) == 0:
             order = random.permutation(len(rows))
         indices, order = order[: training.batch_size], order[training.batch_size :]
@@ -94,18 +93,6 @@ def rates_of(optimizer: torch.optim.Optimizer, training: Training, steps: int) -
         kind, optimizer, num_warmup_steps=warm_up, num_training_steps=steps
     )
     return rates
-
-
-def progress_of(steps: int, description: str) -> Iterable[int]:
-    """The steps' numbers, with a bar on a terminal."""
-    console = get_console()  # commands have it write to standard error; a script that asks for no bar has not
-    return track(
-        range(steps),
-        description=description,
-        console=console,
-        disable=not (console.stderr and console.is_terminal),
-        transient=True,
-    )
 
 
 def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], passes: int) -> None:

@@ -32,7 +32,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from client.data.rows import IGNORED, Rows
-from client.measurement.fine_tuning import low_rank, progress_of, rates_of
+from client.measurement.fine_tuning import low_rank, rates_of
+from client.progress import with_bar
 from client.settings import Training
 from common.errors import ModelError, NumericalError, SettingsError, first_line
 from common.privacy import noise
@@ -133,7 +134,7 @@ def _train(
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     rates = rates_of(optimizer, training, steps)
     with gradients_by_row(model, rows):
-        for _ in progress_of(steps, description):
+        for _ in with_bar(range(steps), description, steps):
             total = noised_sum(model, rows, drawn_units(members, sample_rate), trained, bound, sigma, at_once)
             for parameter, whole in zip(trained, total, strict=True):
                 parameter.grad = (whole / (sample_rate * len(members))).to(parameter.dtype)

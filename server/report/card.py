@@ -11,10 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common.agreement.tables import TaskKind
 from common.models.loading import AUTO_CLASSES
 from common.models.published_folder import IMAGE_PROCESSORS
+from common.page.words import capitalised, listed, percent, safe
 from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
 from server.report.report import Report
-from server.report.words import METRICS, TASKS, capitalised, judges_of, listed, models_in, percent, safe, title_of
+from server.report.words import METRICS, TASKS, judges_of, models_in, title_of
 
 PIPELINES = {
     "text-classification": "text-classification",

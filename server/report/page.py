@@ -1,7 +1,7 @@
 """`report.html`, made from report.json alone: one file that runs no script and fetches nothing.
 
-The page is a frame (report.html.jinja, page.css) and eight sections. Each section is one function here, which gathers
-what it shows, and one template of the same name in sections/.
+The page is a frame (report.html.jinja, common/page/) and eight sections. Each section is one function here, which
+gathers what it shows, and one template of the same name in sections/.
 """
 
 from collections import defaultdict
@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
+from common.page.templates import page_environment
+from common.page.words import capitalised
 from server.report import plots
 from server.report.heat_map import heat_map
 from server.report.report import OwnerCost, Report, Sent, read_report
@@ -31,13 +33,8 @@ from server.report.words import (
     METRICS,
     TASKS,
     TOKEN_TASKS,
-    capitalised,
     judges_of,
-    listed,
     models_in,
-    percent,
-    safe,
-    size,
     summary_of,
     title_of,
 )
@@ -71,29 +68,13 @@ def page_of(report: Report) -> str:
         Markup(environment.get_template(f"sections/{name}.html.jinja").render(shared | gather(report)))
         for name, gather in SECTIONS.items()
     ]
-    css = Markup((FOLDER / "page.css").read_text())
-    return environment.get_template("report.html.jinja").render(shared, sections=sections, css=css)
+    return environment.get_template("report.html.jinja").render(shared, sections=sections)
 
 
 @cache
 def _environment() -> Environment:
     """The templates, compiled once."""
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,  # check: page-is-escaped
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=safe,  # check: page-hides-nothing
-    )
-    environment.filters |= {
-        "percent": percent,
-        "size": size,
-        "listed": listed,
-        "capitalised": capitalised,
-        "three": "{:.3f}".format,
-        "grouped": "{:,}".format,
-    }
+    environment = page_environment(FOLDER)
     environment.globals |= {"many": MANY, "metric_names": METRICS, "task_names": TASKS, "title_of": title_of}
     return environment
 

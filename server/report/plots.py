@@ -1,47 +1,20 @@
-"""The page's plots as inline SVG. The heat map is a table (heat_map.py).
+"""The report's plots. The heat map is a table (heat_map.py); what all plots share is in common/page/plots.py."""
 
-Text stays text, ink takes the page's colour, and the same report gives the same bytes. Colours are Okabe and Ito's
-(2008), which colour-blind readers can tell apart; a marker, a hatch or a label always says the same as a colour.
-"""
-
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from common.page.plots import ACCENT, HATCHES, INK, OTHERS, PALETTE, as_svg, new_axes, plain_style, short
 
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-HATCHES = ("", "///", "\\\\\\", "---", "|||", "xxx", "+++")  # only lines: dots would make a page ten times as large
-ACCENT, OTHERS = "#d55e00", "#999999"
 LEGEND_COLUMNS = 3
 MANY_CIRCLES = 12  # in one row; more are drawn faintly, because they overlap
-MAX_NAME = 28  # characters
-INK = "#010203"  # replaced by the page's own text colour
-WIDTH_INCHES = 4.9  # the most that a phone shows without shrinking the text
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "amalgram",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "hatch.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-}
 
 
 def models_plot(
     names: Sequence[str], means: Sequence[float], owners: Sequence[Sequence[float]], merged: int, label: str
 ) -> str:
     """One row per model: a diamond for the mean, a small circle per owner; row `merged` stands out."""
-    with mpl.rc_context(STYLE):
-        figure, axes = _axes(height_inches=0.6 + 0.3 * len(names))
+    with plain_style():
+        figure, axes = new_axes(height_inches=0.6 + 0.3 * len(names))
         places = range(len(names))[::-1]
         for row, place in enumerate(places):
             colour = ACCENT if row == merged else PALETTE[0]
@@ -52,17 +25,17 @@ def models_plot(
                     owners[row], [place] * len(owners[row]), "o", color=INK, fillstyle="none", markersize=4, alpha=alpha
                 )
             axes.plot(means[row], place, "D", color=colour, markersize=9 if row == merged else 7)
-        axes.set_yticks(list(places), [*map(_short, names)])
+        axes.set_yticks(list(places), [*map(short, names)])
         axes.get_yticklabels()[merged].set_fontweight("bold")
         axes.set_xlabel(label)
         axes.grid(axis="x", color=INK, alpha=0.15)
-        return _svg(figure, "models")
+        return as_svg(figure, "models")
 
 
 def sweep_plot(name: str, values: Sequence[float], curves: Mapping[str, Sequence[float]], chosen: int) -> str:
     """One curve per metric over the hyperparameter's values, evenly spaced; the chosen value is ringed."""
-    with mpl.rc_context(STYLE):
-        figure, axes = _axes(height_inches=2.4)
+    with plain_style():
+        figure, axes = new_axes(height_inches=2.4)
         places = list(range(len(values)))
         axes.axvline(chosen, color=INK, alpha=0.35, linewidth=1)
         for (label, heights), colour, marker, line in zip(
@@ -74,15 +47,15 @@ def sweep_plot(name: str, values: Sequence[float], curves: Mapping[str, Sequence
         axes.margins(x=0.1, y=0.2)
         axes.grid(axis="y", color=INK, alpha=0.15)
         axes.legend(loc="best")
-        return _svg(figure, f"sweep-{name}")
+        return as_svg(figure, f"sweep-{name}")
 
 
 def stacked_plot(
     name: str, rows: Sequence[str], parts: Mapping[str, Sequence[float]], label: str, other: str | None = None
 ) -> str:
     """One bar per row, cut into parts that differ by colour and hatch; part `other` is grey."""
-    with mpl.rc_context(STYLE):
-        figure, axes = _axes(height_inches=1.0 + 0.3 * len(rows) + 0.2 * (len(parts) // 3))
+    with plain_style():
+        figure, axes = new_axes(height_inches=1.0 + 0.3 * len(rows) + 0.2 * (len(parts) // 3))
         places = list(range(len(rows)))[::-1]
         starts = [0.0] * len(rows)
         for index, (part, values) in enumerate(parts.items()):
@@ -91,42 +64,22 @@ def stacked_plot(
                 style = {"color": PALETTE[index % len(PALETTE)], "hatch": HATCHES[index % len(HATCHES)]}
             axes.barh(places, values, left=starts, label=part, edgecolor=INK, linewidth=0.5, height=0.65, **style)
             starts = [start + value for start, value in zip(starts, values, strict=True)]
-        axes.set_yticks(places, [*map(_short, rows)])
+        axes.set_yticks(places, [*map(short, rows)])
         axes.set_xlabel(label)
         handles, labels = axes.get_legend_handles_labels()
         order = _read_by_row(len(labels), LEGEND_COLUMNS)
         figure.legend(
             [handles[index] for index in order],
-            [_short(labels[index]) for index in order],
+            [short(labels[index]) for index in order],
             loc="outside upper left",
             ncols=LEGEND_COLUMNS,
             handlelength=1.4,
             columnspacing=1,
             fontsize=9,
         )
-        return _svg(figure, name)
+        return as_svg(figure, name)
 
 
 def _read_by_row(entries: int, columns: int) -> list[int]:
     """The order in which a legend, which fills column by column, must get its entries to be read row by row."""
     return [index for column in range(columns) for index in range(column, entries, columns)]
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for the plot; the tables beside plots have it in full."""
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-
-
-def _axes(height_inches: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The <svg> element, with ids that no other plot of the page has; the page's tables are its text alternative."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg).replace(INK, "currentColor")
-    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

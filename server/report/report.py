@@ -9,16 +9,16 @@ adds references that no real run can have: `own` (each owner's own model on ever
 the own models' probabilities) and `multi_task` (the base fine-tuned on the pooled rows).
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
 from common.agreement.tables import Metric, TaskKind
 from common.errors import SettingsError
 from common.merge_methods.terms import Weighting
 from common.metrics import Split
+from common.page.table import Share, Size, Table, as_json, schema_of
 from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
 from server.output_folder import CHECKPOINT, last_step
@@ -27,9 +27,6 @@ REPORT_VERSION: Literal[4] = 4
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
 FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
-
-Size = Annotated[float, Field(ge=0)]  # a norm, a duration, a ratio of norms
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _check_strings(value: JsonValue) -> JsonValue:
@@ -42,12 +39,6 @@ def _check_strings(value: JsonValue) -> JsonValue:
 
 
 Values = Annotated[JsonValue, AfterValidator(_check_strings)]
-
-
-class Table(BaseModel):
-    """Base of every part of a report: frozen, strict, finite numbers, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class MethodDescription(Table):
@@ -366,10 +357,6 @@ def save_report(report: Report, output: Path) -> None:
     partial.replace(output / "report.json")
 
 
-def as_json(report: Report) -> str:
-    return json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
-
-
 def read_report(output: Path) -> Report:
     """OUT/report.json. Raises SettingsError if it is missing, too large, malformed or of another version."""
     path = output / "report.json"
@@ -419,19 +406,9 @@ def holds_result_of(output: Path, agreement_digest: str) -> bool:
     return made_by == agreement_digest and not (output / CHECKPOINT).exists()
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of report.json."""
-    made = Report.model_json_schema(mode="serialization")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **made,
-        "title": f"Amalgram's report.json, version {REPORT_VERSION}",
-    }
-
-
 def schema_text() -> str:
     """The content of docs/report.schema.json."""
-    return json.dumps(schema(), indent=2) + "\n"
+    return schema_of(Report, f"Amalgram's report.json, version {REPORT_VERSION}")
 
 
 if __name__ == "__main__":

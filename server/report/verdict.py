@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.page.words import capitalised, listed, percent
 from server.report.chance import Share, are_apart
 from server.report.report import MeanMetrics, OwnerMetrics, Report
-from server.report.words import METRICS, SCORED, capitalised, judges_of, listed, models_in, percent, phrase_of
+from server.report.words import METRICS, SCORED, judges_of, models_in, phrase_of
 
 OWN = "own_at_home"
 RELATIONS = BETTER, WORSE, UNCLEAR = ("better", "worse", "not clearly different")

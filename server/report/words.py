@@ -3,9 +3,6 @@
 A method's words come from its descriptor, by way of the report (`title_of`, `phrase_of`, `summary_of`).
 """
 
-from collections.abc import Sequence
-
-from common.text import shown
 from server.report.report import Report
 
 MODELS = {  # everything else that a report compares: title, phrase, summary
@@ -85,30 +82,3 @@ def models_in(report: Report) -> list[str]:
 def judges_of(report: Report) -> tuple[str, ...]:
     """The owners whose test metrics are in the means: those in the merged model, unless they dropped out later."""
     return next((each.owners for each in report.rounds if each.split == "test"), report.owners)
-
-
-def capitalised(text: str) -> str:
-    """The first letter as a heading has it; the others stay."""
-    return text[:1].upper() + text[1:]
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}\u00a0%"
-
-
-def size(count: float) -> str:
-    """Bytes, as people read them."""
-    for unit, bytes_per_unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= bytes_per_unit:
-            return f"{count / bytes_per_unit:.1f}\u00a0{unit}"
-    return f"{count:.0f}\u00a0bytes"
-
-
-def safe(value: object) -> object:
-    """What a template fills in, so that no text of another party hides or moves what is around it."""
-    return shown(value) if type(value) is str else value
-
-
-def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

@@ -58,6 +58,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
 NOISE = "test_private_training.py"
 BASE_FILES, IMAGES = "attacks/test_base_files.py", "test_images.py"
 LEDGER = "attacks/test_ledger.py"
+AUDIT, AUDIT_COMMAND = "test_audit.py", "end_to_end/test_audit_command.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
@@ -543,6 +544,9 @@ TABLE = [
         "kept-errors-are-escaped",
         'write_whole(self.folder / "error.txt", text.encode("utf-8", "replace") + b"\\n")',
     ),
+    Mutation(AUDIT_COMMAND, "test_an_audit_keeps_the_hub", "audits-fetch-nothing", ""),
+    Mutation(AUDIT, "test_canaries_are_planted_only_where", "canaries-need-a-line"),
+    Mutation(AUDIT, "test_rows_of_both_groups", "members-are-no-strangers", "members = list(range(len(one)))"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-is-escaped", "autoescape=False,"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-hides-nothing", ""),
     Mutation(TEXT, "test_102_another_party", "markdown-is-escaped", "return one_line"),

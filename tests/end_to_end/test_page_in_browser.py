@@ -9,9 +9,9 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
+from common.page.words import capitalised
 from server.report.page import render_report
 from server.report.report import Report, read_report, save_report
-from server.report.words import capitalised
 from tests.support.programs import required_program
 from tests.support.reports import HOSTILE, as_report, hand_written, of_many
 

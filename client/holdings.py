@@ -1,0 +1,227 @@
+"""What one owner has: its task, its base, its model and its rows. Nothing here writes a file.
+
+The workbench (workbench.py) measures on it for a merge, and the audit (audit/) for the owner alone.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from client.data.canaries import canaries_of
+from client.data.private_data import PrivateData
+from client.data.rows import Rows, pool
+from client.look import own_task
+from client.measurement import fine_tuning as finetune
+from client.measurement.private_training import fine_tune_privately
+from client.settings import OwnerSettings, Training
+from client.state import FINE_TUNED
+from common.agreement import Agreement, Task
+from common.errors import DataError, ModelError, SettingsError
+from common.models.adapter import is_adapter
+from common.models.folders import (
+    ANOTHER_BASE,
+    BaseOrigin,
+    base_model_folder,
+    base_origin,
+    fine_tuned_folder,
+    load_image_processor,
+    load_tokenizer,
+)
+from common.models.loading import agreed_plan, check_base, load_base, load_fine_tuned, load_outline, private_head
+from common.models.parameters import parameter_shapes
+from common.models.plan import MergePlan
+
+MADE_FROM = "made_from.json"  # beside the weights of a model that was made here: its recipe
+log = logging.getLogger("amalgram.owner")
+
+
+class Holdings:
+    """What one owner has. `home`: the folder that paths in the settings are relative to."""
+
+    def __init__(self, settings: OwnerSettings, home: Path, agreement: Agreement) -> None:
+        self.settings, self.agreement = settings, agreement
+        self.name = settings.name
+        self._home = home
+
+    @cached_property
+    def task(self) -> Task:
+        """The agreed task; if heads are private, over this owner's own labels."""
+        return own_task(self.settings, self._home, self.agreement.task)
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        agreement_path = self._home / self.settings.agreement
+        return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
+
+    @property
+    def base_origin(self) -> BaseOrigin:
+        """Where this owner's copy of the base came from."""
+        return base_origin(self.settings.base, self._home, self.agreement, self._home / self.settings.agreement)
+
+    def load_base(self) -> PreTrainedModel:
+        """A fresh copy of the agreed base model."""
+        base = load_base(self._base_folder, self.task, self.agreement.seed)
+        check_base(base, self.agreement, self._base_folder)
+        return base
+
+    @cached_property
+    def _outline(self) -> PreTrainedModel:
+        return load_outline(self._base_folder, self.task)
+
+    @cached_property
+    def plan(self) -> MergePlan:
+        if self.agreement.publish.adapter_rank is not None:  # depends on which weights the folder lacks, too
+            return agreed_plan(self._outline, self._base_folder, self.agreement)
+        return _plan(self._terms, self._outline, self._base_folder)
+
+    @property
+    def _terms(self) -> "Terms":
+        return Terms(self.agreement.digest(), self.agreement)
+
+    @cached_property
+    def data(self) -> PrivateData:
+        return PrivateData(
+            data=self.settings.data,
+            task=self.task,
+            model=self._outline,
+            tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
+            processor=None if self.task.is_text else load_image_processor(self._base_folder),
+            folder=self._home,
+            seed=self.agreement.seed,
+            reading=self.agreement.reading,
+        )
+
+    def own_model(self) -> PreTrainedModel:
+        """The owner's fine-tuned model: the one it brings, or one made from its training rows: that of an earlier run
+        while its recipe is the same, or else one that is made now, and kept by nobody.
+        """
+        if self.settings.fine_tuned is not None:
+            return self._load_fine_tuned(fine_tuned_folder(self.settings.fine_tuned, self._home))
+        return self._load_fine_tuned(self._kept_folder) if self._is_kept() else self._train()
+
+    def _load_fine_tuned(self, folder: Path) -> PreTrainedModel:
+        return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
+
+    def model_to_audit(self, folder: Path) -> PreTrainedModel:
+        """Any model of this base, whole or an adapter. If heads are private, it needs none. Raises ModelError."""
+        found = fine_tuned_folder(str(folder.absolute()), self._home)
+        if self.task.head == "shared" or is_adapter(found):
+            return self._load_fine_tuned(found)
+        model = load_base(found, self.task, self.agreement.seed)
+        if parameter_shapes(model) != parameter_shapes(self._outline):
+            raise ModelError(f"model {folder}: is not made like the agreed base", hint=ANOTHER_BASE)
+        return model
+
+    @property
+    def _kept_folder(self) -> Path:
+        """Where a run keeps the model that it made."""
+        return self._home / self.settings.state / FINE_TUNED
+
+    def _is_kept(self) -> bool:
+        made_from = self._kept_folder / MADE_FROM
+        return made_from.is_file() and made_from.read_text() == self._recipe()
+
+    def _train(self) -> PreTrainedModel:
+        training = self.settings.training
+        assert training is not None  # the settings have one or the other
+        log.info("  %s: fine-tuning", self.name)
+        model = self.load_base()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in self._fixed)
+        self._fine_tune(model, training)
+        return model
+
+    def _fine_tune(self, model: PreTrainedModel, training: Training) -> None:
+        told = f"{self.name}: fine-tuning"
+        epsilon, delta = self.agreement.privacy.epsilon, self.agreement.privacy.delta
+        if epsilon is not None:  # check: bounded-models-are-trained-with-noise
+            self.check_private_training()
+            units, rows = self._units(), self._trained_on()
+            planted = int(units.max(initial=-1)) + 1 + np.arange(len(rows) - len(units))  # each canary is its own
+            units = np.concatenate([units, planted])
+            fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told)
+            return
+        judged_by = None if training.patience is None else self.data.validation()
+        finetune.fine_tune(model, self._trained_on(), training, self.agreement.seed, told, judged_by)
+
+    def _units(self) -> NDArray[np.int64]:
+        """For each training row, the number of what is protected as a whole."""
+        return np.arange(len(self.data.train())) if self.agreement.privacy.unit == "row" else self.data.units()
+
+    def check_private_training(self) -> None:
+        """Raise SettingsError or DataError unless this owner's model can be trained as `privacy.epsilon` asks."""
+        if self.settings.training is None:  # check: bounded-models-are-made-here
+            raise SettingsError(
+                f"{self.name}: brings the model {self.settings.fine_tuned}, and the agreement asks for one that is "
+                "trained with noise (privacy.epsilon)",
+                hint="give [training] instead of fine_tuned",
+            )
+        if self.settings.training.patience is not None:
+            raise SettingsError(
+                f"{self.name}: training.patience = {self.settings.training.patience}: with privacy.epsilon, the number "
+                "of epochs is fixed before training",
+                hint="leave patience out",
+            )
+        if find_spec("opacus") is None:
+            raise SettingsError(
+                f"{self.name}: the agreement asks for training with noise, and Opacus is not installed",
+                hint="pip install 'amalgram[dp]'",
+            )
+        units, delta = int(self._units().max(initial=0)) + 1, self.agreement.privacy.delta
+        if delta * units >= 1:
+            raise DataError(
+                f"{self.name}: privacy.delta = {delta:g} is no less than 1 in {units}, the number of its units, so one "
+                "of them could be shown whole",
+                hint="agree on a smaller privacy.delta",
+            )
+
+    def _trained_on(self) -> Rows:
+        rows, planted = self.data.train(), self.canaries()
+        return rows if planted is None else pool([rows, planted])
+
+    def canaries(self) -> Rows | None:
+        """The random rows that are planted in this owner's training; None without a line that says so."""
+        training = self.settings.training
+        if training is None or training.canaries == 0:  # check: canaries-need-a-line
+            return None
+        return canaries_of(self.name, self.agreement.seed, training.canaries, self.data.train(), self.task)
+
+    def _recipe(self) -> str:
+        """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""
+        parts = {
+            "agreement": self.agreement.digest(),
+            "labels": self.task.labels,
+            "training": self.settings.training and self.settings.training.model_dump(),
+            "data": self.settings.data.model_dump(mode="json"),
+            "files": self.data.digest(),
+        }
+        return json.dumps(parts, sort_keys=True)
+
+    @cached_property
+    def _fixed(self) -> tuple[str, ...]:
+        """The parameters that the agreement leaves as in the base. A private head is the owner's own."""
+        head = private_head(self._outline, self.task)
+        return tuple(name for name in self.plan.left_alone if name not in head)
+
+
+# --- what an agreement makes of a base: kept, since many owners of a simulation ask, for every message anew ---
+
+
+@dataclass(frozen=True)
+class Terms:
+    """An agreement, known by its digest."""
+
+    digest: str
+    agreement: Agreement = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _plan(terms: Terms, outline: PreTrainedModel, folder: Path) -> MergePlan:
+    return agreed_plan(outline, folder, terms.agreement)

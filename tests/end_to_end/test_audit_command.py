@@ -1,0 +1,110 @@
+"""`amalgram audit` as an owner runs it: nothing is sent, and nothing but the named output is written."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib.font_manager  # noqa: F401 - writes a cache of its own when it is first imported
+import pytest
+
+from client.audit.result import Audit
+from deploy.cli import cli
+from tests.support.parties import Parties
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+_watched: list[tuple[str, Any]] | None = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watched is None:
+        return
+    if (
+        event.startswith("socket.")
+        or event in CHANGES
+        or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING)
+    ):
+        _watched.append((event, arguments))
+
+
+sys.addaudithook(_watch)  # cannot be removed, so `_watched` turns it on
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[str, Any]]]:
+    """Whatever this process opens for writing, changes on the disk, or does with sockets."""
+    global _watched
+    _watched = []
+    try:
+        yield _watched
+    finally:
+        _watched = None
+
+
+def test_the_watch_sees_files_and_sockets(tmp_path: Path) -> None:
+    import socket
+
+    with watched() as seen:
+        (tmp_path / "file").write_text("")
+        socket.socket().close()
+    assert [event for event, _ in seen] == ["open", "socket.__new__"]
+
+
+@pytest.mark.usefixtures("own_log")
+def test_an_audit_sends_nothing_and_writes_only_its_output(
+    parties: Parties, trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "audit"
+    before = {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")}
+    arguments = ["audit", str(parties.files["hotel"]), str(trained_folder / "models" / "cinema"), "--out", str(out)]
+    with watched() as seen:
+        cli(arguments, standalone_mode=False)
+    said = capsys.readouterr().out
+    assert [event for event, _ in seen if event.startswith("socket.")] == []
+    changed = {Path(str(each)) for _, arguments in seen for each in arguments[:2] if isinstance(each, str | Path)}
+    assert {path for path in changed if path.is_absolute() and not path.is_relative_to(out)} <= {Path("/dev/null")}
+    assert {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")} == before
+    assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json"]
+    audit = Audit.model_validate_json((out / "audit.json").read_text())
+    assert audit.owner == "hotel"
+    assert "Shown one of your training rows and a stranger" in said
+    assert len(said.splitlines()) < 40
+    page = (out / "audit.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org/", "")  # names of SVG, which nothing fetches
+
+
+@pytest.mark.usefixtures("own_log")
+def test_an_owner_without_a_model_has_it_made_for_the_audit_and_kept_by_nobody(
+    parties_that_train: Parties, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parties, out = parties_that_train, tmp_path / "audit"
+    owner = parties.files["phones"]
+    owner.write_text(owner.read_text().replace("canaries = 0", "canaries = 10"))
+    cli(["audit", str(owner), "--out", str(out), "--rows", "50", "--json"], standalone_mode=False)
+    audit = Audit.model_validate(json.loads(capsys.readouterr().out), strict=False)
+    assert [model.name for model in audit.models] == ["base", "own"]
+    assert all(model.canaries is not None and model.canaries.planted == 10 for model in audit.models)
+    assert audit.rows.made_here
+    assert not list(parties.folder.rglob("made_from.json"))
+
+
+def test_an_audit_keeps_the_hub_s_client_off_the_network(tmp_path: Path) -> None:
+    """It reads the environment when it is imported, so a process of its own is needed."""
+    program = (
+        "from pathlib import Path; from contextlib import suppress\n"
+        "from common.errors import AmalgramError; from deploy.commands.audit import audit_and_show\n"
+        "with suppress(AmalgramError): audit_and_show(Path('none.toml'), None, None, Path('out'), 10)\n"
+        "from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
