@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
-from transformers import BertForTokenClassification, PreTrainedModel
+from transformers import BertForSequenceClassification, BertForTokenClassification, PreTrainedModel
 
 from client.audit.audit import audit
 from client.audit.page import page_of
@@ -42,7 +42,7 @@ from tests.support.models import delta_of, tiny_bert
 from tests.support.parties import Parties
 
 ROOT = Path(__file__).resolve().parent.parent
-TASK = Task(labels=("a", "b", "c"), max_tokens=24)
+TASK = Task(labels=tuple("abcdefghijklmnopqrst"), max_tokens=24)  # of 20 labels, few are right by chance
 SCORES = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=12).map(np.array)
 
 
@@ -51,15 +51,22 @@ def some_rows(count: int, seed: int, task: Task = TASK) -> Rows:
     return random_rows(np.random.default_rng(seed), count, like, task)
 
 
+def fresh_bert() -> PreTrainedModel:
+    """The model before it is trained, wide awake from the start, so that it learns in seconds."""
+    config = tiny_bert().config
+    config.update({"id2label": dict(enumerate(TASK.labels)), "initializer_range": 0.2, "hidden_dropout_prob": 0.0})
+    config.attention_probs_dropout_prob = 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config).eval()
+
+
 @pytest.fixture(scope="module")
 def memorised() -> tuple[Rows, Rows, PreTrainedModel]:
     """Members, strangers, and a model that was trained on the members, whose labels are random, until it knew them."""
     members, strangers = some_rows(60, seed=1), some_rows(120, seed=2)
-    model = tiny_bert()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    fine_tune(model, members, Training(epochs=120, learning_rate=5e-3, batch_size=20), seed=0, description="")
+    model = fresh_bert()
+    fine_tune(model, members, Training(epochs=120, learning_rate=1e-2, batch_size=20), seed=0, description="")
     return members, strangers, model
 
 
@@ -138,9 +145,9 @@ def test_gradient_scores_are_what_a_backward_pass_for_each_row_gives(
     memorised: tuple[Rows, Rows, PreTrainedModel],
 ) -> None:
     members, _, model = memorised
-    base, start = tiny_bert(), tiny_bert().state_dict()
+    base, start = fresh_bert(), fresh_bert().state_dict()
     rows = members.take(np.arange(12))
-    delta = {name: change / 50 for name, change in delta_of(model, base).items()}  # a step that is short of the end
+    delta = {name: change / 200 for name, change in delta_of(model, base).items()}  # a step that is short of the end
     gradients = [gradient_of(base, rows, index) for index in range(len(rows))]
     found = gradient_scores(base, delta, rows, 5, "")
     np.testing.assert_allclose(found, [product(each, delta) for each in gradients], rtol=0.02, atol=1e-3)
@@ -171,7 +178,7 @@ def test_a_loss_is_the_mean_over_a_row_s_predictions() -> None:
 
 def test_greedy_selection_is_the_slow_obvious_one(memorised: tuple[Rows, Rows, PreTrainedModel]) -> None:
     members, _, model = memorised
-    base, delta = tiny_bert(), delta_of(model, tiny_bert())
+    base, delta = fresh_bert(), delta_of(model, fresh_bert())
     rows = members.take(np.arange(15))
     assert isinstance(rows.targets, np.ndarray)
     gradients = classifier_gradients(base, rows, rows.targets, TASK, 32, "")
@@ -204,7 +211,7 @@ def test_a_model_that_memorised_its_rows_shows_them_and_the_base_does_not(
 ) -> None:
     members, strangers, model = memorised
     both = pool([members, strangers])
-    for attacked, is_shown in ((model, True), (tiny_bert(), False)):
+    for attacked, is_shown in ((model, True), (fresh_bert(), False)):
         scores = -predict(attacked, both, 32, "").losses
         found = attack("loss", scores[:60], scores[60:], seed=0)
         assert (found.area.value > 0.95) == is_shown
@@ -220,12 +227,12 @@ def test_planted_canaries_are_exposed_in_a_model_that_memorised_them_and_not_in_
     references = some_rows(255, seed=3)
     assert isinstance(planted.targets, np.ndarray)
     found = {}
-    for name, attacked in (("trained", model), ("base", tiny_bert())):
+    for name, attacked in (("trained", model), ("base", fresh_bert())):
         by_label = losses_by_label(attacked, references, 64, "")
         losses = predict(attacked, planted, 64, "").losses
         np.testing.assert_allclose(losses_by_label(attacked, planted, 64, "")[np.arange(60), planted.targets], losses)
         found[name] = exposures(losses, by_label[:, planted.targets].T).mean()
-    assert found["trained"] > 3.5
+    assert found["trained"] > 6  # of 8
     assert found["base"] == pytest.approx(mean_exposure_by_chance(255), abs=0.6)
 
 
@@ -447,7 +454,9 @@ def test_the_verdict_says_what_an_attacker_gets_right(found: Audit) -> None:
     )
     changed = found.model_copy(update={"models": models})
     said = headline(changed).replace("\u00a0", " ")
-    assert "has the audited model picks yours right 51 % (49 to 54) of the time: no better than guessing" in said
+    assert (
+        "has the audited model picks yours right 51 % (49 to 54) of the time: not clearly better than guessing" in said
+    )
     assert "has your own model picks yours right 71 % (69 to 74) of the time." in said
     assert any(line.startswith("Even the base, which never saw your rows") for line in cautions(changed))
     alone = changed.model_copy(update={"models": models[:2]})

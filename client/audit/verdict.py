@@ -37,7 +37,7 @@ def headline(audit: Audit) -> str:
 
 def _picks(model: AuditedModel) -> str:
     best = model.strongest
-    beyond = "" if best.beats_guessing else ": no better than guessing, as far as these rows show"
+    beyond = "" if best.beats_guessing else ": not clearly better than guessing"
     return f"picks yours right {interval(best.area)} of the time{beyond}"
 
 
