@@ -8,11 +8,12 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +33,14 @@ from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order
+from client.measurement.passes import Halving, Passes
 from client.repeats import Contributed
-from client.settings import OwnerSettings
+from client.settings import OwnerSettings, Training
 from client.sketch import Sketch, sketch_of
 from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement, Task
+from common.device import find_device
 from common.domain_separation import Domain
 from common.errors import DataError, ModelError, first_line
 from common.merge_methods import METHODS
@@ -76,6 +79,7 @@ from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
 LABELS_TO_LOOK_AT = 200  # rows on which the order of a model's labels is judged
+T = TypeVar("T")
 log = logging.getLogger("amalgram.owner")
 
 
@@ -89,6 +93,7 @@ class Workbench:
 
     def check(self) -> None:
         """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
+        _ = self.passes  # raises for a device that is not there
         check_layout(self.contribution_layout(), len(self.agreement.owners))
         base = self._on_disk(self.load_base())
         if self.settings.fine_tuned is not None:
@@ -118,7 +123,8 @@ class Workbench:
         rows = self.data.validation()
         rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:LABELS_TO_LOOK_AT])
         guessed, in_base = (
-            predict_logits(model, rows, self.settings.batch_size).argmax(axis=1) for model in (own, base)
+            self.in_batches(partial(predict_logits, model, rows, passes=self.passes)).argmax(axis=1)
+            for model in (own, base)
         )
         found = label_order(guessed, in_base, np.asarray(rows.targets), self.task.labels)
         if found.is_another:
@@ -198,6 +204,17 @@ class Workbench:
             reading=self.agreement.reading,
         )
 
+    @cached_property
+    def passes(self) -> Passes:
+        """How passes run: on this owner's device, in the agreed type."""
+        device = find_device(self.settings.device, self.name)
+        return Passes(device, getattr(torch, self.agreement.dtype), Halving(self.settings.batch_size))
+
+    def in_batches(self, run: Callable[[int], T]) -> T:
+        """What `run` returns for a batch size that the device has memory for."""
+        halving = self.passes.halving
+        return halving.run(lambda: run(halving.size))
+
     def own_model(self) -> PreTrainedModel:
         """The owner's fine-tuned model: the one it brings, or one made here from its training rows."""
         if self.settings.fine_tuned is None:
@@ -241,8 +258,7 @@ class Workbench:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self._fixed)
         judged_by = None if training.patience is None else self.data.validation()
-        told = f"{self.name}: fine-tuning"
-        finetune.fine_tune(model, self.data.train(), training, self.agreement.seed, told, judged_by)
+        self.fine_tune(model, self.data.train(), training, f"{self.name}: fine-tuning", judged_by)
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with self._needing_room("the fine-tuned model"):
@@ -254,6 +270,13 @@ class Workbench:
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
         return folder
+
+    def fine_tune(
+        self, model: PreTrainedModel, rows: Rows, training: Training, description: str, validation: Rows | None
+    ) -> None:
+        """Train `model` in place, on this owner's device."""
+        seed, passes = self.agreement.seed, self.passes
+        Halving(1).run(lambda: finetune.fine_tune(model, rows, training, seed, description, validation, passes))
 
     def _recipe(self) -> str:
         """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""
@@ -325,12 +348,12 @@ class Workbench:
         terms = OwnerTerms(examples=len(train), delta=self._delta(own, base))
         if Measurement.GRAMS in wanted:
             rows = self.drawn(train, wanted[Measurement.GRAMS])
-            batches = Batches(rows, self.settings.batch_size)
-            grams = GramStream(own, self.plan, batches, activations, self._checked)
+            batches = Batches(rows, self.passes.halving)
+            grams = GramStream(own, self.plan, batches, activations, self._checked, self.passes)
             terms = replace(terms, grams=grams, gram_examples=len(rows))
         if Measurement.FISHER in wanted:
             rows = self.drawn(train, wanted[Measurement.FISHER])
-            fisher = measure_fisher(own.model, rows, self.agreement.seed)
+            fisher = Halving(1).run(lambda: measure_fisher(own.model, rows, self.agreement.seed, self.passes))
             terms = replace(terms, fisher=fisher, fisher_examples=len(rows))
         return terms
 
@@ -359,7 +382,8 @@ class Workbench:
         merged = self._merged_so_far(method, step)
         rows = self.drawn(train, step.max_examples)
         if step.measurement is Measurement.CLASSIFIER:
-            terms = measure_classifier(base, own, merged, classifier(self.plan), rows, self.settings.batch_size)
+            layer = classifier(self.plan)
+            terms = self.in_batches(lambda size: measure_classifier(base, own, merged, layer, rows, size, self.passes))
             self._check_rows("the classifier's input", len(terms.features), terms.features.shape[1])
             return OwnerTerms(examples=len(train), delta={}, classifier=terms)
         delta = self._delta(own, base)
@@ -371,9 +395,13 @@ class Workbench:
         ahead = modules_from(self.plan, method.steps(self.merge_settings), step)
         del self._own  # it is about to hold merged layers
         load_merged_so_far(own.model, merged, merged_names, ahead)
-        batches, folder = Batches(rows, self.settings.batch_size), self.state.activations_folder
-        grams = measure_inputs(own.model, self.plan, step.inputs, step.block, batches, folder, keep=step.block)
+        grams = self.passes.halving.run(lambda: self._measure_inputs(own.model, step, rows))
         return OwnerTerms(examples=len(train), delta=of_step, grams=self._checked(grams), gram_examples=len(rows))
+
+    def _measure_inputs(self, model: PreTrainedModel, step: Step, rows: Rows) -> dict[str, Gram]:
+        passes, inputs, block = self.passes, step.inputs, step.block
+        batches, folder = Batches(rows, passes.halving), passes.halving.folder_in(self.state.activations_folder)
+        return measure_inputs(model, self.plan, inputs, block, batches, folder, keep=block, passes=passes)
 
     def _merged_so_far(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""
@@ -451,7 +479,8 @@ class Workbench:
     def score(self, model: PreTrainedModel, split: Split) -> Score:
         """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
-        return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
+        labels = self.data.label_set()
+        return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
 
 
 # --- what an agreement makes of a base: kept, since many owners of a simulation ask, for every message anew ---
