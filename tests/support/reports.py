@@ -55,6 +55,7 @@ _REPORT: dict[str, Any] = {
         "ring_bits": 64,
         "compare_with": ["average", "fisher"],
         "weighting": "rows",
+        "dtype": "float32",
         "seed": 7,
         "task": {"kind": "text-classification", "labels": ["<i>good</i>", "bad"], "head": "shared"},
         "privacy": {"min_rows_per_dimension": 1.0, "merge_token_inputs": False, "merge_routed_inputs": False},
