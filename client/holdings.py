@@ -5,12 +5,15 @@ The workbench (workbench.py) measures on it for a merge, and the audit (audit/) 
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -19,10 +22,12 @@ from client.data.private_data import PrivateData
 from client.data.rows import Rows, pool
 from client.look import own_task
 from client.measurement import fine_tuning as finetune
+from client.measurement.passes import Halving, Passes
 from client.measurement.private_training import fine_tune_privately
 from client.settings import OwnerSettings, Training
 from client.state import FINE_TUNED
 from common.agreement import Agreement, Task
+from common.device import find_device
 from common.errors import DataError, ModelError, SettingsError
 from common.models.adapter import is_adapter
 from common.models.folders import (
@@ -39,6 +44,7 @@ from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan
 
 MADE_FROM = "made_from.json"  # beside the weights of a model that was made here: its recipe
+T = TypeVar("T")
 log = logging.getLogger("amalgram.owner")
 
 
@@ -98,6 +104,17 @@ class Holdings:
             reading=self.agreement.reading,
         )
 
+    @cached_property
+    def passes(self) -> Passes:
+        """How passes run: on this owner's device, in the agreed type."""
+        device = find_device(self.settings.device, self.name)
+        return Passes(device, getattr(torch, self.agreement.dtype), Halving(self.settings.batch_size))
+
+    def in_batches(self, run: Callable[[int], T]) -> T:
+        """What `run` returns for a batch size that the device has memory for."""
+        halving = self.passes.halving
+        return halving.run(lambda: run(halving.size))
+
     def own_model(self) -> PreTrainedModel:
         """The owner's fine-tuned model: the one it brings, or one made from its training rows: that of an earlier run
         while its recipe is the same, or else one that is made now, and kept by nobody.
@@ -149,7 +166,14 @@ class Holdings:
             fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told)
             return
         judged_by = None if training.patience is None else self.data.validation()
-        finetune.fine_tune(model, self._trained_on(), training, self.agreement.seed, told, judged_by)
+        self.fine_tune(model, self._trained_on(), training, told, judged_by)
+
+    def fine_tune(
+        self, model: PreTrainedModel, rows: Rows, training: Training, description: str, validation: Rows | None
+    ) -> None:
+        """Train `model` in place, on this owner's device."""
+        seed, passes = self.agreement.seed, self.passes
+        Halving(1).run(lambda: finetune.fine_tune(model, rows, training, seed, description, validation, passes))
 
     def _units(self) -> NDArray[np.int64]:
         """For each training row, the number of what is protected as a whole."""

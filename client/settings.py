@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from common.device import DeviceName
 from common.errors import RuleError
 from common.settings_file import Name, Positive, Settings, matching
 
@@ -119,6 +120,8 @@ class OwnerSettings(Settings):
     training: Training | None = None
     # How many of the longest examples a forward pass takes. Shorter ones fill the same padded size.
     batch_size: Count = 32
+    # Where models run: "cpu", "cuda", "cuda:1" or "mps"; "auto" is an accelerator if there is one.
+    device: DeviceName = "cpu"
     # How many threads compute at `amalgram client`. Left out, as many as this machine has cores.
     threads: Count | None = None
     # The labels of this owner's own head, if heads are private. Left out, they are those that its model names.

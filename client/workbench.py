@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order
+from client.measurement.passes import Halving
 from client.repeats import Contributed
 from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
@@ -68,6 +69,7 @@ class Workbench(Holdings):
 
     def check(self) -> None:
         """Look at the model and the rows. Raises the error that a run would meet; nothing is computed."""
+        _ = self.passes  # raises for a device that is not there
         check_layout(self.contribution_layout(), len(self.agreement.owners))
         if self.agreement.privacy.epsilon is not None:
             self.check_private_training()
@@ -99,7 +101,8 @@ class Workbench(Holdings):
         rows = self.data.validation()
         rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:LABELS_TO_LOOK_AT])
         guessed, in_base = (
-            predict_logits(model, rows, self.settings.batch_size).argmax(axis=1) for model in (own, base)
+            self.in_batches(partial(predict_logits, model, rows, passes=self.passes)).argmax(axis=1)
+            for model in (own, base)
         )
         found = label_order(guessed, in_base, np.asarray(rows.targets), self.task.labels)
         if found.is_another:
@@ -225,12 +228,12 @@ class Workbench(Holdings):
         terms = OwnerTerms(examples=len(train), delta=self._delta(own, base))
         if Measurement.GRAMS in wanted:
             rows = self.drawn(train, wanted[Measurement.GRAMS])
-            batches = Batches(rows, self.settings.batch_size)
-            grams = GramStream(own, self.plan, batches, activations, self._checked)
+            batches = Batches(rows, self.passes.halving)
+            grams = GramStream(own, self.plan, batches, activations, self._checked, self.passes)
             terms = replace(terms, grams=grams, gram_examples=len(rows))
         if Measurement.FISHER in wanted:
             rows = self.drawn(train, wanted[Measurement.FISHER])
-            fisher = measure_fisher(own.model, rows, self.agreement.seed)
+            fisher = Halving(1).run(lambda: measure_fisher(own.model, rows, self.agreement.seed, self.passes))
             terms = replace(terms, fisher=fisher, fisher_examples=len(rows))
         return terms
 
@@ -259,7 +262,8 @@ class Workbench(Holdings):
         merged = self._merged_so_far(method, step)
         rows = self.drawn(train, step.max_examples)
         if step.measurement is Measurement.CLASSIFIER:
-            terms = measure_classifier(base, own, merged, classifier(self.plan), rows, self.settings.batch_size)
+            layer = classifier(self.plan)
+            terms = self.in_batches(lambda size: measure_classifier(base, own, merged, layer, rows, size, self.passes))
             self._check_rows("the classifier's input", len(terms.features), terms.features.shape[1])
             return OwnerTerms(examples=len(train), delta={}, classifier=terms)
         delta = self._delta(own, base)
@@ -271,9 +275,13 @@ class Workbench(Holdings):
         ahead = modules_from(self.plan, method.steps(self.merge_settings), step)
         del self._own  # it is about to hold merged layers
         load_merged_so_far(own.model, merged, merged_names, ahead)
-        batches, folder = Batches(rows, self.settings.batch_size), self.state.activations_folder
-        grams = measure_inputs(own.model, self.plan, step.inputs, step.block, batches, folder, keep=step.block)
+        grams = self.passes.halving.run(lambda: self._measure_inputs(own.model, step, rows))
         return OwnerTerms(examples=len(train), delta=of_step, grams=self._checked(grams), gram_examples=len(rows))
+
+    def _measure_inputs(self, model: PreTrainedModel, step: Step, rows: Rows) -> dict[str, Gram]:
+        passes, inputs, block = self.passes, step.inputs, step.block
+        batches, folder = Batches(rows, passes.halving), passes.halving.folder_in(self.state.activations_folder)
+        return measure_inputs(model, self.plan, inputs, block, batches, folder, keep=block, passes=passes)
 
     def _merged_so_far(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""
@@ -351,7 +359,8 @@ class Workbench(Holdings):
     def score(self, model: PreTrainedModel, split: Split) -> Score:
         """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
-        return evaluate(model, rows, self.settings.batch_size, self.task, self.data.label_set())
+        labels = self.data.label_set()
+        return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
 
 
 @lru_cache(maxsize=16)

@@ -463,7 +463,7 @@ class Coordinator:
             raise SettingsError(
                 f"merge: {delivered.model or delivery.name} is not bit-identical to what was sent before the "
                 "interruption",
-                hint="resume on the same machine, with the same number of threads and the same versions",
+                hint="resume on the same machine and device, with the same number of threads and the same versions",
             )
         return True
 

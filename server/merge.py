@@ -4,12 +4,14 @@
 round it takes in the total. When the last is over it writes what is published, and the owners sign exactly that.
 """
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from common import metrics, scaling
 from common.agreement import Agreement, load_agreement
 from common.certificates import deliveries_digest
+from common.device import find_solver
 from common.errors import FalseTotal, LocalProtocolError, NumericalError, SettingsError
 from common.mapped import releasing
 from common.merge_methods import METHODS, contribution_layout
@@ -48,6 +51,8 @@ from server.report.report import Report, holds_result_of, save_report
 from server.run_record import opened_rounds, sent_deliveries, step_costs
 from server.settings import CoordinatorSettings, read_coordinator_identity
 
+log = logging.getLogger("amalgram.coordinator")
+
 
 def run_merge(settings_path: Path, channel: Channel) -> None:
     """Run one agreement from the roll call to the published model. If it raises, no result was written."""
@@ -61,6 +66,7 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
     output = home / settings.output
     agreement = load_agreement(home / settings.agreement)
     identity = read_coordinator_identity(home / settings.identity, agreement)
+    device = find_solver(settings.device, str(settings_path))
     base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
     plan = agreed_plan(_agreed_base(base_folder, agreement), base_folder, agreement)
     claim_output(output)
@@ -80,6 +86,7 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
         coordinator=coordinator,
         base_folder=base_folder,
         output=output,
+        device=str(device),
     )
 
 
@@ -93,6 +100,7 @@ class MergeRun:
     coordinator: Coordinator
     base_folder: Path
     output: Path
+    device: str = "cpu"  # on which it solves
     _settings: MergeSettings = field(init=False)
     _measured: Total = field(init=False)  # what the scales of a 32-bit sum are chosen from
     _scales: Scales = field(init=False)
@@ -108,7 +116,7 @@ class MergeRun:
     _scores: Mapping[str, MeanScore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._settings = self.agreement.merge_settings(self.plan)
+        self._settings = replace(self.agreement.merge_settings(self.plan), device=self.device)
 
     def run(self) -> None:
         """Roll call, the whole schedule, result. Raises an AmalgramError, and then publishes nothing."""
@@ -213,22 +221,24 @@ class MergeRun:
 
     def _send_merged_step(self, delivery: Delivery, name: str) -> None:
         if delivery.step == 0:
-            self._so_far[name] = _multi_round(name).start(self._settings, self._contributions)
+            start = _multi_round(name).start
+            self._so_far[name] = self._solved(lambda settings: start(settings, self._contributions))
         self._keep_rest(delivery, self._so_far[name])
         self.coordinator.deliver(delivery, self._vector_of(delivery.layout, self._so_far[name].delta))
 
     def _sum_step(self, round: Round, name: str, step: Step) -> None:
         method, so_far, total = _multi_round(name), self._so_far[name], self.coordinator.sum(round)
         check_contributions(total, round.layout, self._settings)
+
+        def solve(value: float | None) -> MergedDelta:
+            return so_far.followed_by(self._solved(lambda settings: method.solve_step(settings, step, total, value)))
+
         if "head_rows" in total:
             check_classifier(total, round.layout, float(self._contributions["weight"][0]), self.plan)
         if round == self.schedule.steps(name)[-1]:
-            self._final[name] = {
-                value: so_far.followed_by(method.solve_step(self._settings, step, total, value))
-                for value in self.agreement.agreed(method).values()
-            }
+            self._final[name] = {value: solve(value) for value in self.agreement.agreed(method).values()}
         else:
-            self._so_far[name] = so_far.followed_by(method.solve_step(self._settings, step, total, None))
+            self._so_far[name] = solve(None)
         self.coordinator.destroy(round, total)
 
     # --- choosing on validation examples ---
@@ -332,12 +342,27 @@ class MergeRun:
 
     def _solve(self, name: str, hyperparameter: float | None, *, with_spectra: bool = False) -> MergedDelta:
         """A method's merged delta, with the adapter to which it is cut if one is published."""
-        method = METHODS[name]
-        if isinstance(method, SingleRoundMethod):
-            merged = method.solve(self._settings, self._contributions, hyperparameter, with_spectra=with_spectra)
-        else:
-            merged = self._final[name][hyperparameter]
-        return merged if self.plan.adapter is None else replace(merged, low_rank=cut(merged.delta, self.plan.adapter))
+        method, adapter = METHODS[name], self.plan.adapter
+
+        def solve(settings: MergeSettings) -> MergedDelta:
+            if isinstance(method, SingleRoundMethod):
+                merged = method.solve(settings, self._contributions, hyperparameter, with_spectra=with_spectra)
+            else:
+                merged = self._final[name][hyperparameter]
+            if adapter is None:
+                return merged
+            return replace(merged, low_rank=cut(merged.delta, adapter, settings.device))
+
+        return self._solved(solve)
+
+    def _solved(self, solve: Callable[[MergeSettings], MergedDelta]) -> MergedDelta:
+        """What `solve` returns on the coordinator's device; on the CPU, from now on, if that has no memory for it."""
+        try:
+            return solve(self._settings)
+        except torch.OutOfMemoryError:
+            log.warning("%s is out of memory: what remains is solved on the CPU", self._settings.device)
+        self._settings = replace(self._settings, device="cpu")
+        return solve(self._settings)
 
     def _send(self, delivery: Delivery, candidate: str, merged: MergedDelta) -> MergedDelta:
         """Send a candidate; return it as it would be published, with the vector that was sent as its only copy."""

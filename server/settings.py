@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from common.agreement import COORDINATOR, Agreement
+from common.device import DeviceName
 from common.errors import SettingsError
 from common.identity import Identity, read_identity
 from common.settings_file import Settings, matching
@@ -36,6 +37,8 @@ class CoordinatorSettings(Settings):
     identity: Path = Path("coordinator.key")
     # The coordinator's copy of the base model, if it is not where the agreement says.
     base: str | None = None
+    # Where it solves, in float64: "cpu", "cuda" or "cuda:1"; "auto" is an accelerator if there is one.
+    device: DeviceName = "cpu"
     # How many threads compute at `amalgram server`. Left out, as many as this machine has cores.
     threads: Annotated[int, Field(ge=1)] | None = None
     # `amalgram server` and `amalgram merge` need it; a simulation does not.

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from client.owner import Owner
+from common import device as devices
 from deploy.cli import cli
+from deploy.commands import check
 from deploy.commands.agree import give_consent
 from deploy.commands.check import check_and_show
 from tests.support.listeners import GUARD, listening, over_tls
@@ -54,7 +57,7 @@ def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str,
 def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, ".")
     assert code == 0
-    assert list(found) == ["agreement", "base", "hotel", "cinema", "phones", "rounds", "lengths", "disk"]
+    assert list(found) == ["agreement", "base", "hotel", "cinema", "phones", "rounds", "device", "lengths", "disk"]
     assert found["agreement"].startswith(
         "Reviews of three shops: regmean, compared with average, task_arithmetic, fish"
     )
@@ -63,7 +66,31 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
     assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
     assert "a run keeps at least" in found["disk"]
+    assert found["device"].startswith("cpu")
     assert errors == "ready; next: amalgram simulate .\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_device_that_is_not_there_is_said(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "accelerators", tuple)
+    hotel = home / "hotel.toml"
+    hotel.write_text(f'device = "cuda:1"\n{hotel.read_text()}')
+    code, found, errors = lines(capsys, ".")
+    assert code == 1
+    assert "device" not in found
+    assert 'error: hotel: device = "cuda:1" is not there; there is: cpu\nhint: ' in errors
+
+
+def test_a_device_is_named_with_its_memory_and_the_cpu_with_what_is_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(check, "accelerators", lambda: (gpu,))
+    monkeypatch.setattr(check, "memory_of", lambda device: (60_000_000_000, 80_000_000_000) if device == gpu else None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert check._device_in_words(gpu) == "cuda:0 (NVIDIA H100), 60.0 GB of 80.0 GB free"
+    cpu = check._device_in_words(torch.device("cpu"))
+    assert cpu == 'cpu; cuda:0 (NVIDIA H100) is there too: device = "auto"'
 
 
 @pytest.mark.usefixtures("own_log")
@@ -147,13 +174,23 @@ def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: 
     assert errors == "ready; next: amalgram agree OWNER.toml\n"
     code, found, errors = lines(capsys, "hotel.toml")
     assert code == 0, errors
-    assert list(found) == ["settings", "agreement", "base", "model, files", "network", "rounds", "lengths", "disk"]
+    assert list(found) == [
+        "settings",
+        "agreement",
+        "base",
+        "model, files",
+        "network",
+        "rounds",
+        "device",
+        "lengths",
+        "disk",
+    ]
     assert re.fullmatch("localhost:[0-9]+ answers, with hotel.node and ca.pem", found["network"])
     assert errors == "ready; next: amalgram agree hotel.toml\n"
     assert not (network / "state-hotel").exists()  # a look leaves nothing behind
     code, found, errors = lines(capsys, "coordinator.toml")
     assert code == 0, errors
-    assert list(found) == ["settings", "identity", "certificates", "base", "port", "rounds", "disk"]
+    assert list(found) == ["settings", "identity", "certificates", "base", "port", "rounds", "device", "disk"]
     assert errors == "ready; next: amalgram server coordinator.toml\n"
 
 

@@ -18,29 +18,17 @@ from client.owner import Owner
 from common.errors import DataError
 from common.merge_methods.terms import Gram
 from common.models.delta import Delta
-from common.models.plan import MergePlan, merge_plan
-from tests.support.architectures import ARCHITECTURES, batch_of, planned_tensors_of, shake
+from common.models.plan import MergePlan
+from tests.support.architectures import ARCHITECTURES, made, shake
 from tests.support.models import delta_of, tiny_bert
 from tests.support.owner_process import fast_forward, opening_of, roll_call
 from tests.support.parties import Parties
 
 NO_SINGLE_CHAIN = {"albert", "t5 tied", "t5 untied", "t5 classifier"}
-Batches = list[dict[str, Tensor]]
 
 
 def accept(grams: Mapping[str, Gram]) -> None:
     """The check of an agreement that asks for no number of rows."""
-
-
-def made(name: str) -> tuple[PreTrainedModel, MergePlan, Batches]:
-    """A model with a Gram for each of its inputs, and two batches."""
-    architecture = ARCHITECTURES[name]
-    model = architecture.make().eval()
-    shake(model, 0.1, seed=0)
-    random = torch.Generator().manual_seed(2)
-    batches = [batch_of([architecture.example(random) for _ in range(count)]) for count in (4, 3)]
-    batches = [{name: t.float() if t.is_floating_point() else t for name, t in batch.items()} for batch in batches]
-    return model, merge_plan(model, planned_tensors_of(model, batches[0])), batches  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -71,9 +59,9 @@ def test_there_are_never_grams_of_more_than_one_block(tmp_path: Path, monkeypatc
     alive: WeakSet[Tensor] = WeakSet()
     most = 0
 
-    def collect(collector: GramCollector, plan: MergePlan) -> None:
+    def collect(collector: GramCollector, plan: MergePlan, device: torch.device) -> None:
         nonlocal most
-        begin(collector, plan)
+        begin(collector, plan, device)
         alive.update(collector.matrices.values())
         most = max(most, len(alive))
 

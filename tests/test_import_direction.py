@@ -79,9 +79,9 @@ def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
     assert not readers or path.parts[0] == "client" or path.parts[:2] == ("deploy", "example")
 
 
-def test_forward_hooks_are_in_two_places_layers_and_blocks() -> None:
+def test_forward_hooks_are_in_three_places_layers_blocks_and_where_these_compute() -> None:
     users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
-    assert users == ["client/measurement/blocks.py", "client/measurement/gram.py"]
+    assert users == ["client/measurement/blocks.py", "client/measurement/gram.py", "client/measurement/placement.py"]
 
 
 def test_no_test_module_imports_another() -> None:

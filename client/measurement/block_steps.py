@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from client.data.rows import Batch
 from client.measurement.blocks import BlockStream
 from client.measurement.gram import collecting
+from client.measurement.passes import ON_CPU, Passes
 from common.merge_methods.method import Step
 from common.merge_methods.terms import Gram
 from common.models.parameters import copy_parameters
@@ -46,6 +47,7 @@ def measure_inputs(
     folder: Path,
     *,
     keep: int | None,
+    passes: Passes = ON_CPU,
 ) -> dict[str, Gram]:
     """The Grams of `inputs`, which are fed in `block` (None: after the last block).
 
@@ -53,10 +55,11 @@ def measure_inputs(
     """
     plan = replace(plan, inputs=inputs, data_free=(), averaged=(), left_alone=())
     with (
-        BlockStream(folder, plan.blocks).advancing(model, batches, block, keep=keep) as run,
-        collecting(model, plan) as collector,
+        passes.running(model),
+        BlockStream(folder, plan.blocks).advancing(model, batches, block, keep=keep, passes=passes) as run,
+        collecting(model, plan, passes.device) as collector,
     ):
         for number, batch in enumerate(batches):
-            collector.start_batch(batch)
+            collector.start_batch(passes.inputs(batch))
             run(number)
     return collector.grams()

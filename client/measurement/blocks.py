@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from client.data.rows import Batch
 from client.measurement.gram import FarEnough
+from client.measurement.passes import ON_CPU, Passes
 from common import private_file
 from common.errors import DataError, ModelError
 
@@ -40,7 +41,13 @@ class BlockStream:
 
     @contextmanager
     def advancing(
-        self, model: PreTrainedModel, batches: Sequence[Batch], block: int | None, *, keep: int | None
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        block: int | None,
+        *,
+        keep: int | None,
+        passes: Passes = ON_CPU,
     ) -> Iterator[Callable[[int], None]]:
         """Yield a function that runs the batch of a given number through `block`, or to the end if that is None.
 
@@ -55,16 +62,18 @@ class BlockStream:
         shutil.rmtree(partial, ignore_errors=True)
         private_file.make_private_folder(self.folder)
         private_file.make_private_folder(partial)
-        shape = BlockShape.of(model, self.blocks, batches[0])
+        shape = BlockShape.of(model, self.blocks, passes.inputs(batches[0]))
 
         def run(number: int) -> None:
-            kept = None if start is None else np.load(self.folder / str(start) / f"{number}.npy")
-            entered = run_blocks(model, shape, batches[number], start, kept, through=block, keep=keep)
+            kept = None if start is None else _loaded(self.folder / str(start) / f"{number}.npy")
+            kept = None if kept is None else passes.moved(kept)
+            batch = passes.inputs(batches[number])
+            entered = run_blocks(model, shape, batch, start, kept, through=block, keep=keep)
             if entered is None:
                 return
             if number == 0:
                 self._check_room(self._bytes_kept(start) or int(entered.nbytes * _times_the_first(batches)))
-            _save(partial / f"{number}.npy", entered.numpy())
+            _save(partial / f"{number}.npy", entered.cpu())
 
         yield run
         if keep is None:
@@ -135,7 +144,7 @@ def run_blocks(
     shape: BlockShape,
     batch: Batch,
     start: int | None,
-    kept: Any,
+    kept: Tensor | None,
     *,
     through: int | None,
     keep: int | None,
@@ -154,7 +163,8 @@ def run_blocks(
         if start is not None:
             for module in modules[:start]:
                 hooks.enter_context(_skipped(module, shape))
-            at(start, lambda _, args, kwargs: _with_hidden(args, kwargs, torch.from_numpy(kept)))
+            assert kept is not None  # what enters block `start`
+            at(start, lambda _, args, kwargs: _with_hidden(args, kwargs, kept))
         if keep is not None:
             at(keep, lambda _, args, kwargs: entered.append(hidden_states(args, kwargs).detach().clone()))
         if through is not None and through + 1 < len(modules):
@@ -212,7 +222,14 @@ def _tokens(batch: Batch) -> int:
     return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def _loaded(path: Path) -> Tensor:
+    array = np.load(path)
+    return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.int16 else torch.from_numpy(array)
+
+
+def _save(path: Path, tensor: Tensor) -> None:
+    # numpy has no bfloat16
+    array = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
     try:
         with private_file.create(path) as file:  # check: activations-are-private
             np.save(file, array)

@@ -8,13 +8,20 @@ from torch import Tensor
 from client.data.rows import IGNORED, Rows
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import layer_inputs, with_constant
+from client.measurement.passes import ON_CPU, Passes
 from common.merge_methods.terms import ClassifierTerms
 from common.models.layers import Layer
 
 
 @torch.inference_mode()
 def measure_classifier(
-    base: Mapping[str, Tensor], own: DiskModel, merged: DiskModel, layer: Layer, rows: Rows, batch_size: int
+    base: Mapping[str, Tensor],
+    own: DiskModel,
+    merged: DiskModel,
+    layer: Layer,
+    rows: Rows,
+    batch_size: int,
+    passes: Passes = ON_CPU,
 ) -> ClassifierTerms:
     """The inputs of the classifier `layer` on the merged model, the labels, and the own model's scores.
 
@@ -23,15 +30,19 @@ def measure_classifier(
     features: list[Tensor] = []
     labels: list[Tensor] = []
     scores: list[Tensor] = []
-    with layer_inputs(merged.model, lambda _, fed: features.append(fed.rows), {layer.weight}):
+    with (
+        passes.running(merged.model),
+        layer_inputs(merged.model, lambda _, fed: features.append(fed.rows.cpu()), {layer.weight}),
+    ):
         for _, batch, targets in rows.batches(batch_size):
             judged = targets != IGNORED
-            merged.model(**batch)
+            merged.model(**passes.inputs(batch))
             features[-1] = features[-1][judged]
             labels.append(targets[judged])
     merged.release()
-    for _, batch, targets in rows.batches(batch_size):
-        scores.append(own.model(**batch).logits[targets != IGNORED])
+    with passes.running(own.model):
+        for _, batch, targets in rows.batches(batch_size):
+            scores.append(own.model(**passes.inputs(batch)).logits.cpu()[targets != IGNORED])
     fed = torch.cat(features).double()
     return ClassifierTerms(
         features=fed if layer.bias is None else with_constant(fed),

@@ -9,27 +9,38 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from client.data.rows import IGNORED, Rows
+from client.measurement.passes import ON_CPU, Passes
 from common.agreement import Task
 from common.metrics import MAX_NATS, Score
 
 Entity = tuple[int, int, int, str]  # row, first word, word after the last, type
 
 
-def evaluate(model: PreTrainedModel, rows: Rows, batch_size: int, task: Task, allowed: NDArray[np.int64]) -> Score:
+def evaluate(
+    model: PreTrainedModel,
+    rows: Rows,
+    batch_size: int,
+    task: Task,
+    allowed: NDArray[np.int64],
+    passes: Passes = ON_CPU,
+) -> Score:
     """The score of one model on one split, by the task's metric."""
     if not task.has_labels:
-        return _score_next_tokens(model, rows, batch_size)
-    return score_logits(predict_logits(model, rows, batch_size), rows, task, allowed)
+        with passes.running(model):
+            return _score_next_tokens(model, rows, batch_size, passes)
+    return score_logits(predict_logits(model, rows, batch_size, passes), rows, task, allowed)
 
 
 @torch.inference_mode()
-def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int) -> NDArray[np.float32]:
+def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Passes = ON_CPU) -> NDArray[np.float32]:
     """(predictions, labels) float32, in the order of the examples and of the judged positions within each."""
     model.eval()
     found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
-    for indices, batch, targets in rows.batches(batch_size):
-        for index, logits, wanted in zip(indices, model(**batch).logits.float(), targets, strict=True):
-            found[index] = logits[wanted != IGNORED].numpy() if wanted.ndim else logits[None].numpy()
+    with passes.running(model):
+        for indices, batch, targets in rows.batches(batch_size):
+            predicted = model(**passes.inputs(batch)).logits.float().cpu()
+            for index, logits, wanted in zip(indices, predicted, targets, strict=True):
+                found[index] = logits[wanted != IGNORED].numpy() if wanted.ndim else logits[None].numpy()
     return np.concatenate(found)
 
 
@@ -47,7 +58,7 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
 
 
 @torch.inference_mode()
-def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> Score:
+def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Passes) -> Score:
     """Judge one batch at a time, because the logits of all examples over a whole vocabulary would fill any memory.
 
     Each token's nats are clipped, and their sum is rounded to a whole multiple of the clip. So whatever a crafted
@@ -59,13 +70,14 @@ def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int) -> S
     chance = torch.Generator().manual_seed(int.from_bytes(known_here[:7]))
     correct, count, nats = 0, 0, 0.0
     for _, batch, targets in rows.batches(batch_size):
+        targets = passes.moved(targets)
         judged = targets != IGNORED
-        logits, wanted = model(**batch).logits[judged].float(), targets[judged]  # (predictions, vocabulary)
-        correct += int((logits.argmax(-1) == wanted).sum())
+        logits, wanted = model(**passes.inputs(batch)).logits[judged].float(), targets[judged]
+        correct += int((logits.argmax(-1) == wanted).sum())  # of (predictions, vocabulary)
         count += len(wanted)
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").nan_to_num(nan=MAX_NATS)
         each = each.clamp(max=MAX_NATS)  # check: likelihoods-are-clipped
-        nats += float(each.double().sum())
+        nats += float(each.cpu().double().sum())
     up_or_down = float(torch.rand(1, generator=chance))
     nats = MAX_NATS * math.floor(nats / MAX_NATS + up_or_down)  # check: likelihoods-are-rounded
     return Score(correct=correct, rows=max(count, 1), metric=-nats / max(count, 1))

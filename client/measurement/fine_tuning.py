@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from client.data.rows import IGNORED, Rows
+from client.measurement.passes import ON_CPU, Halving, Passes
+from client.measurement.placement import placed
 from client.progress import with_bar
 from client.settings import Training
 from common.errors import NumericalError, SettingsError
@@ -32,23 +34,33 @@ def fine_tune(
     seed: int,
     description: str,
     validation: Rows | None = None,
+    passes: Passes = ON_CPU,
 ) -> None:
     """Train `model` in place with AdamW. A seed gives the same weights each time on one machine.
 
+    In bfloat16, passes round; weights and the optimiser's state stay float32. All of the model must fit on the device.
+
     `validation`: what `training.patience` judges epochs by; without it, all epochs are trained.
     """
-    with torch.random.fork_rng(devices=[]):
+    # An accelerator's generator need not be put back, since nothing else draws from it.
+    with torch.random.fork_rng(devices=[]), placed(model, passes.device, trains=True):
         torch.manual_seed(seed)  # dropout, and LoRA's first factors
         if training.lora_rank is None:
-            _train(model, rows, training, seed, description, validation)
+            _train(model, rows, training, seed, description, validation, passes)
         else:
             with low_rank(model, training.lora_rank, training.lora_layers):
-                _train(model, rows, training, seed, description, validation)
+                _train(model, rows, training, seed, description, validation, passes)
     model.eval()
 
 
 def _train(
-    model: PreTrainedModel, rows: Rows, training: Training, seed: int, description: str, validation: Rows | None
+    model: PreTrainedModel,
+    rows: Rows,
+    training: Training,
+    seed: int,
+    description: str,
+    validation: Rows | None,
+    passes: Passes,
 ) -> None:
     random = np.random.default_rng(seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -56,6 +68,7 @@ def _train(
     steps_per_epoch = -(-len(rows) // training.batch_size)
     steps = training.epochs * steps_per_epoch
     rates = rates_of(optimizer, training, steps)
+    halving, judging = Halving(training.batch_size, parts=training.accumulation), Halving(training.batch_size)
     best: tuple[float, list[Tensor]] | None = None
     epochs_without_gain = 0
     model.train()
@@ -64,15 +77,19 @@ def _train(
         if len(order) == 0:
             order = random.permutation(len(rows))
         indices, order = order[: training.batch_size], order[training.batch_size :]
-        optimizer.zero_grad()
-        _add_gradients(model, rows, indices, training.accumulation)
+
+        def add_gradients(indices: NDArray[np.int64] = indices) -> None:
+            optimizer.zero_grad()
+            _add_gradients(model, rows, indices, halving.parts, passes)
+
+        halving.run(add_gradients)
         if training.max_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(trained, training.max_gradient_norm)
         optimizer.step()
         rates.step()
         if training.patience is None or validation is None or (step + 1) % steps_per_epoch:
             continue
-        loss = _mean_loss(model, validation, training.batch_size)
+        loss = judging.run(lambda: _mean_loss(model, validation, judging.size, passes))
         if best is None or loss < best[0]:
             best, epochs_without_gain = (loss, [each.detach().clone() for each in trained]), 0
         else:
@@ -95,15 +112,17 @@ def rates_of(optimizer: torch.optim.Optimizer, training: Training, steps: int) -
     return rates
 
 
-def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], passes: int) -> None:
+def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], parts: int, passes: Passes) -> None:
     """The gradient of the mean loss over the predictions of these rows, a part of them at a time."""
-    batches = [rows.batch(part) for part in np.array_split(indices, min(passes, len(indices)))]
+    batches = [rows.batch(part) for part in np.array_split(indices, min(parts, len(indices)))]
     predictions = sum(int((targets != IGNORED).sum()) for _, targets in batches)
     for batch, targets in batches:
         judged = targets != IGNORED
         if not judged.any():
             continue
-        loss = torch.nn.functional.cross_entropy(model(**batch).logits[judged], targets[judged])
+        with passes.computing():
+            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(judged)]
+        loss = torch.nn.functional.cross_entropy(logits, passes.moved(targets[judged]))
         loss = loss * (int(judged.sum()) / predictions)
         if not torch.isfinite(loss):
             raise NumericalError(f"fine-tuning: the loss became {loss.item()}", hint="lower training.learning_rate")
@@ -111,13 +130,15 @@ def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64
 
 
 @torch.no_grad()
-def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int) -> float:
+def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Passes) -> float:
     """The mean cross entropy of a prediction."""
     model.eval()
     loss, predictions = 0.0, 0
     for _, batch, targets in rows.batches(batch_size):
         judged = targets != IGNORED
-        logits, wanted = model(**batch).logits[judged], targets[judged]
+        with passes.computing():
+            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(judged)]
+        wanted = passes.moved(targets[judged])
         loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
         predictions += len(wanted)
     model.train()

@@ -13,20 +13,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.data.rows import IGNORED, Rows
+from client.measurement.passes import ON_CPU, Passes
+from client.measurement.placement import placed
 
 
-def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int) -> dict[str, Tensor]:
-    """F by parameter name, float32, summed over the examples of `rows`."""
+def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int, passes: Passes = ON_CPU) -> dict[str, Tensor]:
+    """F by parameter name, float32, summed over the examples of `rows`. All of the model must fit on the device."""
+    with placed(model, passes.device, whole=True):
+        return {name: summed.cpu() for name, summed in _measure(model, rows, seed, passes).items()}
+
+
+def _measure(model: PreTrainedModel, rows: Rows, seed: int, passes: Passes) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that every device draws the same labels
     for index in range(len(rows)):
         batch, targets = rows.batch(np.array([index]))
-        logits = model(**batch).logits[targets != IGNORED]  # (predictions, labels)
-        if not len(logits):
+        with passes.computing():
+            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(targets != IGNORED)]
+        if not len(logits):  # (predictions, labels)
             continue
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        loss = torch.nn.functional.cross_entropy(logits, passes.moved(drawn), reduction="sum")
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -1,4 +1,4 @@
-"""Gram matrices of the inputs of linear layers, measured in forward passes. Nothing else in the project hooks layers.
+"""Gram matrices of the inputs of linear layers, measured in forward passes. Nothing else looks at layers' inputs.
 
 G = sum over token rows of x x^T. A token row x is a layer's input at one token of one example; padding does not count.
 If biases are solved too, x ends with a constant 1, so the last row and column of G hold the sum of the token rows and
@@ -8,7 +8,7 @@ token rows of all its calls.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, ref
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from client.data.rows import Batch
+from client.measurement.passes import CPU, ON_CPU, Passes
 from client.measurement.symmetric_product import add_upper, mirror_upper
+from common.device import has_float64
 from common.errors import ModelError
 from common.merge_methods.terms import Gram
 from common.models.layers import expert_parameters, fused_experts, linear_layers, merge_layers, parameter_of
@@ -105,15 +107,17 @@ def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str,
 
 
 @torch.inference_mode()
-def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Batch]) -> dict[str, Gram]:
+def measure_grams(
+    model: PreTrainedModel, plan: MergePlan, batches: Iterable[Batch], passes: Passes = ON_CPU
+) -> dict[str, Gram]:
     """The Gram and the number of token rows of every distinct input of the plan, summed over `batches`.
 
-    Each batch's product is float32, the sums are float64. A head over a whole vocabulary is not computed unless it is
-    measured. Raises ModelError if layers that share an input in the plan are fed different tensors, or if the shapes of
-    a batch do not reveal its padding (`BatchTokens`).
+    Each batch's product is float32, whatever type the pass computes in; the sums are float64. A head over a whole
+    vocabulary is not computed unless it is measured. Raises ModelError if layers that share an input in the plan are
+    fed different tensors, or if the shapes of a batch do not reveal its padding (`BatchTokens`).
     """
-    with collecting(model, plan) as collector:
-        for batch in batches:
+    with passes.running(model), collecting(model, plan, passes.device) as collector:
+        for batch in map(passes.inputs, batches):
             collector.start_batch(batch)
             with suppress(FarEnough):
                 model(**batch)
@@ -121,12 +125,12 @@ def measure_grams(model: PreTrainedModel, plan: MergePlan, batches: Iterable[Bat
 
 
 @contextmanager
-def collecting(model: nn.Module, plan: MergePlan) -> Iterator["GramCollector"]:
-    """While open, forward passes add to the Grams of the plan's inputs.
+def collecting(model: nn.Module, plan: MergePlan, device: torch.device) -> Iterator["GramCollector"]:
+    """While open, forward passes on `device` add to the Grams of the plan's inputs.
 
     A pass ends with FarEnough before a language model's head, unless the head is measured.
     """
-    collector = GramCollector(plan)
+    collector = GramCollector(plan, device)
     weights = {layer.whole for layer in plan.layers()}
     with layer_inputs(model, collector.observe, weights), _ending_before_head(model, collector, weights):
         yield collector
@@ -167,6 +171,7 @@ class BatchTokens:
         self.examples = len(next(iter(batch.values())))
         names = [name for name in ("attention_mask", "decoder_attention_mask") if name in batch]
         self._masks = [batch[name].bool() for name in names]
+        self._kept: dict[torch.Size, Tensor] = {}  # by a mask's shape: which of its positions are tokens
         if len({mask.shape for mask in self._masks}) < len(self._masks):
             raise ModelError(
                 f"a batch has inputs and targets of one padded length, {self._masks[0].shape[1]}, so that their "
@@ -180,8 +185,11 @@ class BatchTokens:
         shape = fed.rows.shape[:-1] if fed.routed is None else fed.routed.shape
         for mask in self._masks:
             if shape in (mask.shape, (mask.numel(),)):
-                kept = mask.reshape(-1)
-                return rows[kept if fed.routed is None else kept[fed.routed]]
+                if fed.routed is not None:
+                    return rows[mask.reshape(-1)[fed.routed]]
+                if mask.shape not in self._kept:  # once a batch, since an accelerator has to wait for their number
+                    self._kept[mask.shape] = mask.reshape(-1).nonzero()[:, 0]
+                return rows[self._kept[mask.shape]]
         return rows
 
     def times(self, fed: LayerInput) -> int:
@@ -198,9 +206,11 @@ def with_constant(rows: Tensor) -> Tensor:
 class GramCollector:
     """Adds up Grams as the layers are called."""
 
-    def __init__(self, plan: MergePlan) -> None:
+    def __init__(self, plan: MergePlan, device: torch.device = CPU) -> None:
+        sums = device if has_float64(device) else torch.device("cpu")
         self.matrices = {
-            shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64) for shared in plan.inputs
+            shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64, device=sums)
+            for shared in plan.inputs
         }
         self.rows = dict.fromkeys(self.matrices, 0)
         self._fed_by: dict[str, list[SharedInput]] = {}  # the blocks of a whole layer
@@ -215,7 +225,7 @@ class GramCollector:
         """The finished sums, by the name of their shared input."""
         for matrix in self.matrices.values():
             mirror_upper(matrix)
-        return {name: Gram(matrix=matrix, rows=self.rows[name]) for name, matrix in self.matrices.items()}
+        return {name: Gram(matrix=matrix.cpu(), rows=self.rows[name]) for name, matrix in self.matrices.items()}
 
     def start_batch(self, batch: Batch) -> None:
         self._tokens = BatchTokens(batch)
@@ -249,5 +259,12 @@ class GramCollector:
         if shared.has_constant:
             rows = with_constant(rows)  # (rows, gram_size)
         times = self._tokens.times(fed)
-        add_upper(self.matrices[shared.name], rows, times)
+        with _full_precision(rows.device.type):
+            add_upper(self.matrices[shared.name], rows, times)
         self.rows[shared.name] += times * len(rows)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """While open, a pass in bfloat16 multiplies what is float32 in float32."""
+    is_coarse = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_coarse else nullcontext()

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +25,7 @@ from client.measurement.block_steps import measure_inputs
 from client.measurement.blocks import BlockShape, check_blocks, first_example, run_blocks
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import LayerInput, layer_inputs, measure_grams
+from client.measurement.passes import ON_CPU, Halving, Passes
 from common.errors import ModelError, first_line
 from common.merge_methods.terms import Gram
 from common.models.plan import MergePlan, SharedInput
@@ -43,11 +46,18 @@ class BlockInputs:
 
 
 class Batches(Sequence[Batch]):
-    """The batches of `rows`, each made when it is asked for."""
+    """The batches of `rows`, each made when it is asked for; smaller ones once they have been halved."""
 
-    def __init__(self, rows: Rows, batch_size: int) -> None:
-        self._rows = rows
-        self._indices = list(rows.batch_indices(batch_size))
+    def __init__(self, rows: Rows, halving: Halving) -> None:
+        self._rows, self._halving = rows, halving
+        self._by_size: dict[int, list[NDArray[np.int64]]] = {}
+
+    @property
+    def _indices(self) -> list[NDArray[np.int64]]:
+        size = self._halving.size
+        if size not in self._by_size:
+            self._by_size[size] = list(self._rows.batch_indices(size))
+        return self._by_size[size]
 
     def __getitem__(self, number: int) -> Batch:  # type: ignore[override]
         return self._rows.batch(self._indices[number])[0]
@@ -71,9 +81,12 @@ class GramStream(Mapping[str, Gram]):
         batches: Sequence[Batch],
         folder: Path,
         check: Callable[[Mapping[str, Gram]], object],
+        passes: Passes = ON_CPU,
     ) -> None:
         self._own, self._plan, self._batches, self._folder, self._check = own, plan, batches, folder, check
-        self._steps = _steps(own.model, plan, batches)
+        self._passes = passes
+        with passes.running(own.model):
+            self._steps = _steps(own.model, plan, batches, passes)
         self._step_of = {shared.name: step for step in self._steps for shared in step.inputs}
         self._grams: dict[str, Gram] = {}
 
@@ -90,25 +103,38 @@ class GramStream(Mapping[str, Gram]):
         return len(self._step_of)
 
     def _measure(self, step: BlockInputs) -> dict[str, Gram]:
-        if len(self._steps) == 1:
-            grams = measure_grams(self._own.model, self._plan, self._batches)
-        else:
-            keep = None if step.block is None else step.block + 1
-            grams = measure_inputs(
-                self._own.model, self._plan, step.inputs, step.block, self._batches, self._folder, keep=keep
-            )
+        grams = self._passes.halving.run(partial(self._run, step))
         self._own.release()
         self._check(grams)
         return grams
 
+    def _run(self, step: BlockInputs) -> dict[str, Gram]:
+        if len(self._steps) == 1:
+            return measure_grams(self._own.model, self._plan, self._batches, self._passes)
+        keep = None if step.block is None else step.block + 1
+        folder = self._passes.halving.folder_in(self._folder)
+        return measure_inputs(
+            self._own.model,
+            self._plan,
+            step.inputs,
+            step.block,
+            self._batches,
+            folder,
+            keep=keep,
+            passes=self._passes,
+        )
 
-def _steps(model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch]) -> tuple[BlockInputs, ...]:
+
+def _steps(
+    model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch], passes: Passes
+) -> tuple[BlockInputs, ...]:
     """The plan's inputs by the block that feeds them, or a single step with all of them if that is impossible."""
     whole = (BlockInputs(block=None, inputs=plan.inputs),)
     if not len(batches):
         return whole
     try:
-        return _steps_by_block(model, plan, first_example(batches[-1]))  # the longest examples come last
+        example = passes.inputs(first_example(batches[-1]))  # the longest examples come last
+        return _steps_by_block(model, plan, example)
     except TRIAL_ERRORS as error:
         megabytes = sum(shared.gram_size**2 for shared in plan.inputs) * 8 / 1e6
         log.warning(
@@ -157,9 +183,8 @@ def _fed_by_blocks(model: PreTrainedModel, plan: MergePlan, example: Batch) -> I
     kept: list[Tensor | None] = [None]
 
     def run(start: int | None, through: int | None) -> None:
-        before = None if kept[-1] is None else kept[-1].numpy()
         keep = None if through is None else through + 1
-        kept.append(run_blocks(model, shape, example, start, before, through=through, keep=keep))
+        kept.append(run_blocks(model, shape, example, start, kept[-1], through=through, keep=keep))
 
     last = len(plan.blocks) - 1
     for block in range(last + 1):
@@ -171,8 +196,12 @@ def _fed(model: PreTrainedModel, plan: MergePlan, run: Callable[[], object]) -> 
     fed: Fed = {}
 
     def observe(weight: str, given: LayerInput) -> None:
-        fed.setdefault(weight, []).append(hashlib.sha256(given.rows.numpy().tobytes()).hexdigest())
+        fed.setdefault(weight, []).append(hashlib.sha256(_bytes_of(given.rows)).hexdigest())
 
     with layer_inputs(model, observe, {layer.whole for layer in plan.layers()}):
         run()
     return fed
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -17,6 +17,7 @@ from common.thresholds import MAX_COMPLETE, quorum
 
 COORDINATOR = "coordinator"  # the name of the party that no owner may have
 
+Dtype = Literal["float32", "bfloat16"]
 TaskKind = Literal[
     "text-classification", "token-classification", "causal-lm", "sequence-to-sequence", "image-classification"
 ]
@@ -248,6 +249,8 @@ class DraftTables(MethodTables):
     compare_with: tuple[MethodName, ...] = ()
     # "rows": an owner counts by its examples; "owners": every owner counts alike.
     weighting: Weighting = "rows"
+    # The numbers in which owners run models on their rows, and train: "bfloat16" is faster on a GPU, and coarser.
+    dtype: Dtype = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task: Task = Task()
     summation: Summation = Summation()

@@ -116,7 +116,8 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
         assert hyperparameter is not None
         plan, merged, layers = settings.plan, dict[str, "Tensor"](), []
         for layer in plan.linear_layers:
-            solved, note = self.system_of(settings, layer).solve(total, hyperparameter, None, with_spectra)
+            system = self.system_of(settings, layer)
+            solved, note = system.solve(total, hyperparameter, None, with_spectra, settings.device)
             merged |= solved
             layers.append(note)
         exact = means(total, _averaged(plan)) | join_slices(merged, plan.linear_layers, plan.shapes)

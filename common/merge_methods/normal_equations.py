@@ -82,7 +82,7 @@ class System:
                 yield f"{self.kind}gram_delta/{layer.weight}", to_array(product)
 
     def solve(
-        self, total: SummedTensors, alpha: float, rows: int | None, with_spectrum: bool = True
+        self, total: SummedTensors, alpha: float, rows: int | None, with_spectrum: bool = True, device: str = "cpu"
     ) -> tuple[dict[str, Tensor], LayerNote]:
         """The merged deltas by layer (see `layers.join_slices`), float64, and how the solve went. `rows`: those behind
         the Gram.
@@ -91,8 +91,8 @@ class System:
         """
         gram, products = self.sides(total, alpha)
         error = torch.from_numpy(total.diagonal_error(f"{self.kind}gram/{self.name}"))  # (gram_size,)
-        solved, status, unseen = solve_symmetric(gram, products, error)  # (gram_size, sum of d_out)
-        condition, effective_rank = spectrum(gram) if with_spectrum else (None, None)
+        solved, status, unseen = solve_symmetric(gram, products, error, device)  # (gram_size, sum of d_out)
+        condition, effective_rank = spectrum(gram, device) if with_spectrum else (None, None)
         note = LayerNote(
             name=self.name,
             status=status,
@@ -182,16 +182,23 @@ def notes_on(layers: Iterable[LayerNote]) -> tuple[str, ...]:
     )
 
 
-def solve_symmetric(matrix: Tensor, right: Tensor, error: Tensor | None = None) -> tuple[Tensor, str, int]:
-    """Solve matrix @ x = right, float64. Returns (x, status, number of directions left out).
+def solve_symmetric(
+    matrix: Tensor, right: Tensor, error: Tensor | None = None, device: str = "cpu"
+) -> tuple[Tensor, str, int]:
+    """Solve matrix @ x = right, float64, on `device`. Returns (x, status, number of directions left out).
 
     A matrix that is numerically positive definite takes one Cholesky factorisation. Any other gets the minimum norm
     solution over the directions whose eigenvalue is clearly positive. That is exact for a singular sum of Grams, whose
     products lie in those directions, and harmless otherwise. `error` (d,): how far each number on the diagonal may be
     off; number [j, k] is off by at most the geometric mean of errors j and k.
     """
+    error = torch.zeros(len(matrix)) if error is None else error
+    solved, status, unseen = _solve(matrix.to(device), right.to(device), error.to(device))
+    return solved.cpu(), status, unseen
+
+
+def _solve(matrix: Tensor, right: Tensor, error: Tensor) -> tuple[Tensor, str, int]:
     dimension = len(matrix)
-    error = torch.zeros(dimension) if error is None else error
     tolerance = dimension * torch.finfo(matrix.dtype).eps
     diagonal = matrix.diagonal()
     if not matrix.any():
@@ -225,9 +232,9 @@ def _refined(matrix: Tensor, right: Tensor, solve: Callable[[Tensor], Tensor]) -
     return solved
 
 
-def spectrum(matrix: Tensor) -> tuple[float | None, float | None]:
+def spectrum(matrix: Tensor, device: str = "cpu") -> tuple[float | None, float | None]:
     """Condition number, and effective rank (Roy and Vetterli, 2007: the exponential of the spectrum's entropy)."""
-    values = torch.linalg.eigvalsh(matrix)
+    values = torch.linalg.eigvalsh(matrix.to(device)).cpu()
     condition = float(values[-1] / values[0]) if values[0] > 0 else None
     shares = values.clamp(min=0) / values.clamp(min=0).sum()
     shares = shares[shares > 0]

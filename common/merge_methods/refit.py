@@ -206,12 +206,12 @@ class Refit(MultiRoundMethod[RefitTable]):
         error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
         factor, is_scaled = 1.0, self.hyperparameters(settings).targets == "labels"
         if is_scaled:
-            fitted, _, _ = solve_symmetric(gram, targets, error)  # (features, classes)
+            fitted, _, _ = solve_symmetric(gram, targets, error, settings.device)  # (features, classes)
             factor = _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
         # Solved for the change at once: the difference of two solutions could be smaller than their rounding.
         _, right = ClassifierEquation.of(layer, balance, is_scaled=is_scaled).sides(total, factor)
-        change, status, unseen = solve_symmetric(gram, right, error)
-        condition, effective_rank = spectrum(gram)
+        change, status, unseen = solve_symmetric(gram, right, error, settings.device)
+        condition, effective_rank = spectrum(gram, settings.device)
         note = LayerNote(
             name=step.inputs[0].name,
             status=status,

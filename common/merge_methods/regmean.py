@@ -132,12 +132,13 @@ class GramPart:
         merged, layers = dict[str, "Tensor"](), []
         for shared in self.inputs:
             rows = round(total[f"rows/{shared.name}"][0])
-            solved, note = self._system_of(shared).solve(total, alpha, rows, with_spectra)
+            solved, note = self._system_of(shared).solve(total, alpha, rows, with_spectra, settings.device)
             merged |= solved
             layers.append(note)
         for layer in self.data_free:
             (data_free_alpha,) = DATA_FREE.hyperparameters(settings).alphas
-            solved, note = DATA_FREE.system_of(settings, layer).solve(total, data_free_alpha, None, with_spectra)
+            system = DATA_FREE.system_of(settings, layer)
+            solved, note = system.solve(total, data_free_alpha, None, with_spectra, settings.device)
             merged |= solved
             layers.append(note)
         solved_layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)

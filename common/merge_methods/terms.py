@@ -62,6 +62,7 @@ class MergeSettings:
 
     `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
     normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
+    `device`: where a coordinator solves, which is its own choice.
     """
 
     plan: MergePlan
@@ -71,6 +72,7 @@ class MergeSettings:
     has_floors: bool = False
     num_owners: int = 2
     ring_bits: RingBits = 64
+    device: str = "cpu"
 
     @property
     def weight_bound(self) -> float:

@@ -149,7 +149,7 @@ def adapter_plan(base: PreTrainedModel, made_here: Collection[str], rank: int) -
     return AdapterPlan(rank=rank, layers=layers, whole=whole)
 
 
-def cut(delta: Mapping[str, Tensor], plan: AdapterPlan) -> LowRank:
+def cut(delta: Mapping[str, Tensor], plan: AdapterPlan, device: str = "cpu") -> LowRank:
     """The closest delta that an adapter of this plan can hold, and what it lost. See AdapterDelta."""
     factors: dict[str, Factors] = {}
     layers: list[LayerCut] = []
@@ -159,7 +159,7 @@ def cut(delta: Mapping[str, Tensor], plan: AdapterPlan) -> LowRank:
         everything += square
         if name in plan.layers:
             matrix = _output_first(tensor, plan, name)
-            factors[name] = factorise(matrix, plan.rank)
+            factors[name] = factorise(matrix, plan.rank, device)
             error = float((matrix.double() - multiply(factors[name]).double()).square().sum())
             layers.append(LayerCut(name=name, relative_error=_root_of_ratio(error, square)))
             lost, of_layers = lost + error, of_layers + square
@@ -181,15 +181,15 @@ def check_cut(delta: Mapping[str, Tensor], plan: AdapterPlan, factors: Mapping[s
             raise RemoteProtocolError(f"the coordinator sent factors of {name} that are not the closest of their rank")
 
 
-def factorise(delta: Tensor, rank: int) -> Factors:
+def factorise(delta: Tensor, rank: int, device: str = "cpu") -> Factors:
     """(d_out, d_in) -> the factors of the truncated singular value decomposition, padded with zeros up to `rank`."""
     matrix = delta.double()
     wide = matrix.shape[0] <= matrix.shape[1]
-    short = matrix if wide else matrix.T  # (d, D), d <= D
+    short = (matrix if wide else matrix.T).to(device)  # (d, D), d <= D
     count = min(rank, len(short))
     leading = torch.linalg.eigh(short @ short.T).eigenvectors[:, -count:].flip(1)  # (d, count), largest first
-    directions = leading.float()
-    other = (directions.double().T @ short).float()  # (count, D)
+    other = (leading.float().double().T @ short).float().cpu()  # (count, D)
+    directions = leading.float().cpu()
     up, down = (directions, other) if wide else (other.T, directions.T)
     padding = rank - count
     return Factors(

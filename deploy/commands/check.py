@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from client.data.lengths import cut_texts
 from client.look import OwnerLook, oddities
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
+from common.device import accelerators, find_device, find_solver, memory_of, title_of
 from common.errors import AmalgramError, SettingsError
 from common.identity import Identity, fingerprint
 from common.models.files import check_readable, weight_files
@@ -39,6 +40,9 @@ from deploy.network_keys import check_server_files
 from deploy.reach import check_reachable
 from deploy.terminal import answer, byte_count, show_error, shows_json
 from server.settings import read_coordinator_identity
+
+if TYPE_CHECKING:
+    import torch
 
 LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
 NOT_READY = 1
@@ -129,6 +133,11 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         with checks.item("rounds") as item:
             schedule = _simulated_schedule(consortium)
             item.found = _rounds_in_words(schedule) if schedule else "of a base this large: see `amalgram draft`"
+        with checks.item("device") as item:
+            named = {name: each.device for name, each in consortium.settings.items()}
+            found = {name: _device_in_words(find_device(wanted, name)) for name, wanted in named.items()}
+            same = len(set(found.values())) == 1
+            item.found = next(iter(found.values())) if same else "; ".join(f"{name}: {found[name]}" for name in found)
     if checks.is_ready:
         models = [look.fine_tuned for look in looks if look.fine_tuned is not None]
         _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
@@ -193,6 +202,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         with checks.item("rounds") as item:
             schedule = _schedule(agreement, base_folder)
             item.found = _rounds_in_words(schedule)
+        with checks.item("device") as item:
+            item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
         _check_tokenizers(checks, agreement, [look.fine_tuned] if look.fine_tuned else [], base_folder)
         _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
@@ -228,6 +239,8 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
         with checks.item("rounds") as item:
             schedule = _schedule(place.agreement, base_folder)
             item.found = _rounds_in_words(schedule)
+        with checks.item("device") as item:
+            item.found = _device_in_words(find_solver(place.settings.device, str(path)))
     if checks.is_ready:
         _check_room(checks, place.output, schedule, parties=len(place.agreement.owners))
     return f"amalgram {'merge' if is_running else 'server'} {path}"
@@ -306,7 +319,8 @@ def _in_words(draft: AgreementDraft) -> str:
     compared = f", compared with {', '.join(draft.compare_with)}" if draft.compare_with else ""
     count, needed = len(draft.owners), draft.needed_owners
     stay = "all needed" if needed == count else f"at least {needed} needed"
-    return f"{draft.title}: {draft.method}{compared}; {draft.summation.kind} sum of {count} owners, {stay}"
+    dtype = "" if draft.dtype == "float32" else f"; models run in {draft.dtype}"
+    return f"{draft.title}: {draft.method}{compared}; {draft.summation.kind} sum of {count} owners, {stay}{dtype}"
 
 
 def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
@@ -319,6 +333,14 @@ def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
 def _look_in_words(look: OwnerLook) -> str:
     model = "trains its model from the base" if look.fine_tuned is None else f"brings {look.fine_tuned.resolve()}"
     return f"{model}; rows: {', '.join(f'{each.rows} {split}' for split, each in look.files.items())}"
+
+
+def _device_in_words(device: "torch.device") -> str:
+    memory, others = memory_of(device), accelerators()
+    if memory is not None:
+        free, total = memory
+        return f"{title_of(device)}, {byte_count(free)} of {byte_count(total)} free"
+    return f'{device}; {title_of(others[0])} is there too: device = "auto"' if others else str(device)
 
 
 def _rounds_in_words(schedule: Schedule) -> str:

@@ -67,6 +67,8 @@ compare_with = ["average", "task_arithmetic", "fisher"]
 # "rows": an owner counts by its training examples. "owners": every owner counts alike.
 weighting = "rows"
 
+# dtype = "bfloat16"          # models run on the owners' rows in bfloat16: faster on a GPU, and coarser
+
 # The run stops if fewer owners than this remain. If left out, all must stay. A masked sum needs at least 3.
 # min_owners = 3
 
@@ -128,6 +130,7 @@ name = "phones"
 OWNER = """\
 # One owner's settings. Nothing in this file leaves its machine. Paths are relative to this file.
 name = "{name}"
+# device = "auto"                               # run models on a GPU if there is one; if left out, on the CPU
 
 # An owner that has a fine-tuned model names its folder or hub name (a LoRA adapter will do) and drops [training]:
 # fine_tuned = "models/{name}"

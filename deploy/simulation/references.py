@@ -6,13 +6,13 @@ multi_task   the base fine-tuned on all owners' pooled rows: what pooling the da
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from client.data.rows import pool
-from client.measurement import fine_tuning as finetune
 from client.measurement.evaluation import evaluate, predict_logits, score_logits
 from client.owner import Owner
 from common.metrics import MeanScore, Score
@@ -38,14 +38,16 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     own: dict[str, list[Score]] = {name: [] for name in tests}
     probabilities: dict[str, NDArray[np.float32]] = {}
     for owner in owners:
-        model, batch_size = owner.workbench.own_model(), owner.settings.batch_size
+        bench = owner.workbench
+        model = bench.own_model()
         for name, rows in tests.items():
             if task.has_labels:
-                logits = predict_logits(model, rows, batch_size)
+                logits = bench.in_batches(partial(predict_logits, model, rows, passes=bench.passes))
                 own[name].append(score_logits(logits, rows, task, labels[name]))
                 probabilities[name] = probabilities.get(name, 0) + torch.from_numpy(logits).softmax(-1).numpy()
             else:
-                own[name].append(evaluate(model, rows, batch_size, task, labels[name]))
+                judge = partial(evaluate, model, rows, task=task, allowed=labels[name], passes=bench.passes)
+                own[name].append(bench.in_batches(judge))
     scores = {"own": {name: _mean(own[name]) for name in tests}}
     if probabilities:
         scores["ensemble"] = {
@@ -82,5 +84,5 @@ def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:
     model = first.workbench.load_base()
     pooled = pool([owner.workbench.data.train() for owner in owners])
     judged_by = None if training.patience is None else pool([owner.workbench.data.validation() for owner in owners])
-    finetune.fine_tune(model, pooled, training, first.agreement.seed, "reference: multi-task training", judged_by)
+    first.workbench.fine_tune(model, pooled, training, "reference: multi-task training", judged_by)
     return {owner.name: owner.workbench.score(model, "test") for owner in owners}

@@ -205,6 +205,7 @@ def _agreed(agreement: Agreement) -> Agreed:
         ring_bits=agreement.summation.ring_bits,
         compare_with=agreement.compare_with,
         weighting=agreement.weighting,
+        dtype=agreement.dtype,
         seed=agreement.seed,
         task=AgreedTask(kind=agreement.task.kind, labels=agreement.task.labels, head=agreement.task.head),
         privacy=AgreedPrivacy(

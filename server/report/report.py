@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
-from common.agreement.tables import Metric, TaskKind
+from common.agreement.tables import Dtype, Metric, TaskKind
 from common.errors import SettingsError
 from common.merge_methods.terms import Weighting
 from common.metrics import Split
@@ -96,6 +96,7 @@ class Agreed(Table):
     ring_bits: Literal[32, 64] = Field(description="How many bits each masked number has.")
     compare_with: tuple[Line, ...] = Field(description="Methods that were merged only to be compared.")
     weighting: Weighting = Field(description="Whether an owner counts by its rows or like every other.")
+    dtype: Dtype = Field(default="float32", description="The numbers in which owners ran models on their rows.")
     seed: Count = Field(description="The seed of everything that is drawn at random, except keys and masks.")
     task: AgreedTask = Field(description="What the model does.")
     privacy: AgreedPrivacy = Field(description="What was held back.")

@@ -7,11 +7,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from client.measurement.gram import find_shared_inputs
 from common.models.layers import parameter_of
 from common.models.parameters import parameter_shapes
-from common.models.plan import PlannedTensors
+from common.models.plan import MergePlan, PlannedTensors, merge_plan
 
 Example = dict[str, Tensor]  # a model's inputs for one example, without padding and without a batch dimension
 TEXT = {"vocab_size": 80, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
@@ -186,3 +187,14 @@ def planned_tensors_of(model: nn.Module, batch: Example) -> PlannedTensors:
     kept = {parameter_of(weight) for group in merged for weight in group}
     averaged = tuple(name for name in parameter_shapes(model) if name not in kept)
     return PlannedTensors(merged=merged, averaged=averaged, left_alone=())
+
+
+def made(name: str) -> tuple[PreTrainedModel, MergePlan, list[Example]]:
+    """A model with a Gram for each of its inputs, and two batches."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.make().eval()
+    shake(model, 0.1, seed=0)
+    random = torch.Generator().manual_seed(2)
+    batches = [batch_of([architecture.example(random) for _ in range(count)]) for count in (4, 3)]
+    batches = [{name: t.float() if t.is_floating_point() else t for name, t in batch.items()} for batch in batches]
+    return model, merge_plan(model, planned_tensors_of(model, batches[0])), batches  # type: ignore[return-value]

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from client.data.rows import Rows
+from client.measurement.passes import ON_CPU, Passes
 from client.settings import Training
 
 TRAINED = "AMALGRAM_TESTS_TRAINED"  # the environment's name for the folder of `trained_once`
@@ -47,9 +48,10 @@ def trained_once(fine_tune: FineTune, folder: Path) -> FineTune:
         seed: int,
         description: str,
         validation: Rows | None = None,
+        passes: Passes = ON_CPU,
     ) -> None:
-        if validation is not None:  # which the digest does not cover
-            fine_tune(model, rows, training, seed, description, validation)
+        if validation is not None or passes != ON_CPU:  # which the digest does not cover
+            fine_tune(model, rows, training, seed, description, validation, passes)
             return
 
         def make(path: Path) -> None:

@@ -55,6 +55,7 @@ _REPORT: dict[str, Any] = {
         "ring_bits": 64,
         "compare_with": ["average", "fisher"],
         "weighting": "rows",
+        "dtype": "float32",
         "seed": 7,
         "task": {"kind": "text-classification", "labels": ["<i>good</i>", "bad"], "head": "shared"},
         "privacy": {
