@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.data.columns import FileLook, look_at_files, rows_trained_on
+from client.data.columns import FileLook, look_at_files, rows_trained_on, rows_without_labels
 from client.settings import OwnerSettings
 from common.agreement import Task
 from common.models.adapter import is_adapter
@@ -42,6 +42,8 @@ def oddities(settings: OwnerSettings, home: Path, task: Task) -> Iterator[str]:
     if folder is not None and own.has_labels and not is_adapter(folder) and not named_labels(folder):
         order = ", ".join(f"{index} as {label}" for index, label in enumerate(own.labels))
         yield f"its model does not name its labels, so its outputs are read in the agreed order: {order}"
+    if own.has_several_labels:
+        yield from rows_without_labels(look_at_files(settings.data, own, home).values())
     if trained_on := rows_trained_on(settings.data, own, home):
         yield trained_on
 

@@ -191,7 +191,9 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
             kept = owner.state.run.score_at(delivery.position)
             if kept is None:  # the schedule lets no metrics round begin before its candidates are complete
                 raise LocalProtocolError(f"no score was kept for {model} on {split} examples")
-            scores[model] = Score(correct=kept.correct, rows=kept.rows, metric=kept.metric)
+            scores[model] = Score(
+                correct=kept.correct, rows=kept.rows, metric=kept.metric, pearson_r=kept.pearson_r, sums=kept.sums
+            )
     if split == "test":
         tested = tuple(TestedRecord(model=model, **asdict(score)) for model, score in scores.items())
         owner.state.update_run(tested=tested)

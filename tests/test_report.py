@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 
 from common.errors import SettingsError
@@ -253,6 +254,56 @@ def test_the_verdict_has_the_words_of_the_task(kind: str, words: str) -> None:
     report = hand_written()
     report["agreement"]["task"]["kind"] = kind
     assert words in " ".join(said(report))
+
+
+def as_regression(report: dict[str, Any]) -> dict[str, Any]:
+    """The same with correlations instead of accuracies; the published model has the sums of one target."""
+    evaluation = report["evaluation"]
+    evaluation |= {"metric": "mean_squared_error", "choose_by": "mean_squared_error"}
+    task = {"problem_type": "regression", "labels": ["stars"], "target_range": [1.0, 5.0]}
+    report["agreement"]["task"] |= task
+    judged = [*evaluation["mean"].values(), *evaluation["by_owner"]["ada"].values(), *evaluation["sweep"]["regmean"]]
+    for each in judged:
+        each |= {"pearson_r": each["accuracy"], "accuracy": None}
+        each |= {"pooled_accuracy": None} if "pooled_accuracy" in each else {}
+    evaluation["mean"]["regmean"]["sums"] = [[400.0, 400.0, 280.0, 280.0, 40.0]]
+    return report
+
+
+def test_the_report_of_a_regression_speaks_of_correlations_and_errors() -> None:
+    report = as_regression(hand_written())
+    sentences = " ".join(said(report))
+    assert (
+        "correlates with the targets at 0.750 (Pearson's r), and each owner's own model at home at 0.875" in sentences
+    )
+    assert "%" not in sentences
+    assert "On the test rows of all owners, it is" in sentences
+    page = shown(report)
+    for words in ("Targets lie between 1 and 5", "mean squared error is 0.500. Lower: ", "Numbers from texts"[1:]):
+        assert words in page
+    assert "0.750" in page
+    assert "percentage points" not in page
+    assert "stars" in page
+    assert "0.8" in page  # 40 / 800 rows, times the squared range
+
+
+@pytest.mark.parametrize("changes", [{"accuracy": 0.5}, {"pearson_r": None}, {"accuracy": 0.5, "pearson_r": None}])
+def test_a_regression_has_no_accuracy_and_every_other_task_no_correlation(changes: dict[str, float | None]) -> None:
+    report = as_regression(hand_written())
+    report["evaluation"]["mean"]["base"] |= changes
+    with pytest.raises(ValidationError, match="a regression has pearson_r, and every other task has accuracy"):
+        as_report(report)
+
+
+def test_the_report_of_several_labels_has_counts_by_label_and_micro_f1() -> None:
+    report = hand_written()
+    report["agreement"]["task"]["problem_type"] = "multi_label_classification"
+    for scores in report["evaluation"]["mean"].values():
+        scores["sums"] = [[30.0, 40.0, 50.0], [0.0, 0.0, 0.0]]
+    page = shown(report)
+    assert "names exactly the right labels of 75.0" in " ".join(said(report))
+    assert f"RegMean {60 / 90:.3f}" in page
+    assert "Rows that have it" in page
 
 
 def test_the_report_of_a_language_model_speaks_of_no_labels() -> None:

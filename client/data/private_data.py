@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on
+from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on, rows_without_labels
 from client.data.images import files_left_out
 from client.data.lengths import cut_texts
 from client.data.readers import Reader
@@ -52,6 +52,8 @@ class PrivateData:
         data, task = self.data, self.task
         if trained_on := rows_trained_on(data, task, self.folder):
             yield f"{data.test}: {trained_on}"
+        if task.has_several_labels:
+            yield from rows_without_labels(look_at_files(data, task, self.folder).values())
         paths = [self.folder / path for path in (data.train, data.validation, data.test) if path is not None]
         if task.kind == "image-classification":
             yield from files_left_out(paths)
@@ -80,7 +82,7 @@ class PrivateData:
 
     def label_set(self) -> NDArray[np.int64]:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""
-        if self.task.label_set == "all" or not self.task.has_labels:
+        if self.task.label_set == "all" or not self.task.has_labels or self.task.is_regression:
             return np.arange(len(self.task.labels))
         looks = look_at_files(self.data, self.task, self.folder).values()
         return np.unique(np.concatenate([each.labels for each in looks]))

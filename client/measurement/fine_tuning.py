@@ -18,7 +18,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from client.data.rows import IGNORED, Rows
+from client.data.rows import Rows, judged
+from client.measurement.losses import loss_of
 from client.settings import Training
 from common.errors import NumericalError, SettingsError
 from common.models.layers import linear_layers
@@ -98,13 +99,13 @@ def _train(
 def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], passes: int) -> None:
     """The gradient of the mean loss over the predictions of these rows, a part of them at a time."""
     batches = [rows.batch(part) for part in np.array_split(indices, min(passes, len(indices)))]
-    predictions = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+    predictions = sum(int(judged(targets).sum()) for _, targets in batches)
     for batch, targets in batches:
-        judged = targets != IGNORED
-        if not judged.any():
+        wanted = judged(targets)
+        if not wanted.any():
             continue
-        loss = torch.nn.functional.cross_entropy(model(**batch).logits[judged], targets[judged])
-        loss = loss * (int(judged.sum()) / predictions)
+        loss = loss_of(model, model(**batch).logits[wanted], targets[wanted])
+        loss = loss * (int(wanted.sum()) / predictions)
         if not torch.isfinite(loss):
             raise NumericalError(f"fine-tuning: the loss became {loss.item()}", hint="lower training.learning_rate")
         loss.backward()
@@ -112,14 +113,13 @@ def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64
 
 @torch.no_grad()
 def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int) -> float:
-    """The mean cross entropy of a prediction."""
+    """The mean loss of a prediction."""
     model.eval()
     loss, predictions = 0.0, 0
     for _, batch, targets in rows.batches(batch_size):
-        judged = targets != IGNORED
-        logits, wanted = model(**batch).logits[judged], targets[judged]
-        loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-        predictions += len(wanted)
+        kept = judged(targets)
+        loss += float(loss_of(model, model(**batch).logits[kept], targets[kept], reduction="sum"))
+        predictions += int(kept.sum())
     model.train()
     return loss / max(predictions, 1)
 

@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from common.agreement import Agreement, Task, TaskKind
+from common.agreement.tables import CLASSIFYING
 from common.errors import ModelError, first_line
 from common.lazy import lazy_module
 from common.models.adapter import is_adapter, with_adapter
@@ -375,9 +376,11 @@ def _cannot_be_loaded(folder: Path, task: Task, reason: str, hint: str) -> Model
 
 
 def _head(task: Task) -> dict[str, Any]:
-    """What a configuration says of the task's labels."""
+    """What a configuration says of the task's labels, and of what the head is for, which decides the loss."""
+    problem_type = task.problem_type if task.kind in CLASSIFYING else None
     labels = dict(enumerate(task.labels))
-    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if task.has_labels else {}
+    names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if task.has_labels else {}
+    return {"problem_type": problem_type, **names}
 
 
 def _model_class(config: Any, task: Task) -> Any:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from server.report import plots
 from server.report.heat_map import heat_map
+from server.report.outputs import by_output
 from server.report.report import OwnerCost, Report, Sent, read_report
 from server.report.verdict import (
     against_other_models,
@@ -27,18 +28,20 @@ from server.report.verdict import (
     owner_groups,
 )
 from server.report.words import (
-    ACCURACY,
     METRICS,
-    TASKS,
     TOKEN_TASKS,
     capitalised,
+    is_regression,
     judges_of,
     listed,
+    main_heading,
+    main_metric,
     models_in,
     percent,
     safe,
     size,
     summary_of,
+    task_in_words,
     title_of,
 )
 
@@ -65,6 +68,9 @@ def page_of(report: Report) -> str:
     shared = {
         "report": report,
         "is_masked": report.summation == "masked",
+        "is_regression": is_regression(report),
+        "main_metric": main_metric(report),
+        "task_in_words": task_in_words(report),
         "hidden": [owner.name for owner in report.agreement.owners if owner.metrics == "summed"],
     }
     sections = [
@@ -94,7 +100,7 @@ def _environment() -> Environment:
         "three": "{:.3f}".format,
         "grouped": "{:,}".format,
     }
-    environment.globals |= {"many": MANY, "metric_names": METRICS, "task_names": TASKS, "title_of": title_of}
+    environment.globals |= {"many": MANY, "metric_names": METRICS, "title_of": title_of}
     return environment
 
 
@@ -118,7 +124,8 @@ def metrics_section(report: Report) -> dict[str, Any]:
         "models": models_in(report),
         "gains": owner_gains(report),
         "num_judges": len(judges_of(report)),
-        "accuracy": ACCURACY[report.agreement.task.kind],
+        "main_heading": main_heading(report),
+        "by_output": by_output(report),
         "difference": difference,
         "summary_of": summary_of,
         "plot": _models_plot(report),
@@ -180,15 +187,13 @@ SECTIONS: dict[str, Callable[[Report], dict[str, Any]]] = {  # by the section's 
 
 def _models_plot(report: Report) -> Markup:
     evaluation = report.evaluation
-    models = sorted(models_in(report), key=lambda model: -evaluation.mean[model].accuracy)
-    owners = [
-        [scores[model].accuracy for scores in evaluation.by_owner.values() if model in scores] for model in models
-    ]
-    means = [evaluation.mean[model].accuracy for model in models]
+    models = sorted(models_in(report), key=lambda model: -evaluation.mean[model].main)
+    owners = [[scores[model].main for scores in evaluation.by_owner.values() if model in scores] for model in models]
+    means = [evaluation.mean[model].main for model in models]
     names = [capitalised(title_of(report, model)) for model in models]
     merged = models.index(report.method)
     names[merged] += " (published)"
-    return Markup(plots.models_plot(names, means, owners, merged, ACCURACY[report.agreement.task.kind]))
+    return Markup(plots.models_plot(names, means, owners, merged, main_heading(report)))
 
 
 def _sweep_plots(report: Report) -> dict[str, Markup]:
@@ -197,8 +202,8 @@ def _sweep_plots(report: Report) -> dict[str, Markup]:
         tried = sorted(sweep, key=lambda trial: trial.hyperparameter)
         chosen = [trial.candidate for trial in tried].index(report.chosen[method].candidate)
         metrics = [trial.metric for trial in tried]
-        curves = {"accuracy": [trial.accuracy for trial in tried], METRICS[report.evaluation.metric]: metrics}
-        if report.evaluation.metric == "log_likelihood":  # not on one scale with accuracy, so only what decided
+        curves = {main_metric(report): [trial.main for trial in tried], METRICS[report.evaluation.metric]: metrics}
+        if report.evaluation.metric in ("log_likelihood", "mean_squared_error"):  # of another scale: what decided
             curves = {name: curves[name] for name in curves if name == METRICS[report.evaluation.choose_by]}
         values = [trial.hyperparameter for trial in tried]
         made[method] = Markup(plots.sweep_plot(str(number), values, curves, chosen))

@@ -10,6 +10,7 @@ the own models' probabilities) and `multi_task` (the base fine-tuned on the pool
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from common.agreement.tables import Metric, TaskKind
 from common.errors import SettingsError
-from common.merge_methods.terms import Weighting
-from common.metrics import Split
+from common.merge_methods.terms import ProblemType, Weighting
+from common.metrics import Split, compared_by
 from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
 from server.output_folder import CHECKPOINT, last_step
@@ -30,6 +31,8 @@ FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
 
 Size = Annotated[float, Field(ge=0)]  # a norm, a duration, a ratio of norms
 Share = Annotated[float, Field(ge=0, le=1)]
+Correlation = Annotated[float, Field(ge=-1, le=1)]
+Sums = tuple[tuple[float, ...], ...]
 
 
 def _check_strings(value: JsonValue) -> JsonValue:
@@ -73,7 +76,13 @@ class AgreedTask(Table):
     """What the model does."""
 
     kind: TaskKind = Field(description="The kind of task.")
-    labels: tuple[Line, ...] = Field(description="The labels in order; empty for a language model.")
+    problem_type: ProblemType = Field(description="Whether a row has one label, several, or numbers.")
+    labels: tuple[Line, ...] = Field(
+        description="The labels in order, or the names of a regression's targets; empty for a language model."
+    )
+    target_range: Annotated[tuple[float, ...], Field(min_length=2, max_length=2)] | None = Field(
+        description="The lowest and the highest value of a regression's targets, else null."
+    )
     head: Literal["shared", "private"] = Field(description="Whether the head is merged or each owner keeps its own.")
 
 
@@ -113,18 +122,43 @@ class Choice(Table):
 class MeanMetrics(Table):
     """How one model did over all owners' test rows."""
 
-    accuracy: Share = Field(description="Mean accuracy over owners; every owner counts alike.")
-    metric: float = Field(description="Mean of `evaluation.metric` over owners; every owner counts alike.")
-    pooled_accuracy: Share = Field(description="Accuracy over all predictions; every prediction counts alike.")
+    accuracy: Share | None = Field(
+        description="Mean accuracy over owners; every owner counts alike. Null for a regression, which has pearson_r."
+    )
+    metric: float = Field(
+        description="Mean of `evaluation.metric` over owners; every owner counts alike. Of a regression, over all rows."
+    )
+    pooled_accuracy: Share | None = Field(
+        description="Accuracy over all predictions; every prediction counts alike. Null for a regression."
+    )
     predictions: int = Field(ge=1, description="How many predictions were judged.")
+    pearson_r: Correlation | None = Field(
+        description="Pearson's r over all rows, of several targets its mean; null unless a regression."
+    )
+    sums: Sums = Field(
+        description="With several labels a row, by label: rows that have it and are given it, that have it, and that "
+        "are given it. Of a regression, by target, on a scale from 0 to 1 over target_range: sums of predictions, "
+        "targets, predictions^2, targets^2 and squared differences.",
+    )
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by."""
+        return compared_by(self.accuracy, self.pearson_r)
 
 
 class OwnerMetrics(Table):
     """How one model did on one owner's test rows."""
 
-    accuracy: Share = Field(description="The share of correct predictions.")
+    accuracy: Share | None = Field(description="The share of correct predictions; null for a regression.")
     metric: float = Field(description="The value of `evaluation.metric`.")
     predictions: int = Field(ge=1, description="How many predictions were judged.")
+    pearson_r: Correlation | None = Field(description="Pearson's r; null unless a regression.")
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by."""
+        return compared_by(self.accuracy, self.pearson_r)
 
 
 class Trial(Table):
@@ -132,15 +166,21 @@ class Trial(Table):
 
     candidate: Line = Field(description="The candidate's name.")
     hyperparameter: float = Field(description="The value that was tried.")
-    accuracy: Share = Field(description="Mean accuracy over owners.")
-    metric: float = Field(description="Mean of `evaluation.metric` over owners.")
+    accuracy: Share | None = Field(description="Mean accuracy over owners; null for a regression.")
+    metric: float = Field(description="Mean of `evaluation.metric` over owners; of a regression, over all rows.")
+    pearson_r: Correlation | None = Field(description="Pearson's r; null unless a regression.")
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by."""
+        return compared_by(self.accuracy, self.pearson_r)
 
 
 class Evaluation(Table):
     """What the owners measured."""
 
-    choose_by: Literal["accuracy"] | Metric = Field(description="The metric that decides a sweep.")
-    metric: Metric = Field(description="The metric beside accuracy.")
+    choose_by: Metric = Field(description="The metric that decides a sweep.")
+    metric: Metric = Field(description="The metric beside accuracy, or beside Pearson's r.")
     label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
     mean: dict[Line, MeanMetrics] = Field(description="By model, on test rows.")
     by_owner: dict[Line, dict[Line, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")
@@ -344,9 +384,19 @@ class Report(Table):
         for method, trials in self.evaluation.sweep.items():
             if self.chosen[method].candidate not in {trial.candidate for trial in trials}:
                 raise ValueError("chosen names a candidate that its sweep lacks")
+        is_regression = self.agreement.task.problem_type == "regression"
+        if is_regression and self.agreement.task.target_range is None:
+            raise ValueError("agreement.task: a regression without target_range")
+        judged: list[Mapping[str, MeanMetrics | OwnerMetrics]]
+        judged = [self.evaluation.mean, *self.evaluation.by_owner.values()]
+        metrics = [each for models in judged for each in models.values()]
+        tried = [trial for trials in self.evaluation.sweep.values() for trial in trials]
+        if any((each.accuracy is None) != is_regression for each in (*metrics, *tried)) or any(
+            (each.pearson_r is None) == is_regression for each in (*metrics, *tried)
+        ):
+            raise ValueError("evaluation: a regression has pearson_r, and every other task has accuracy")
         needed = {self.method, "own_at_home"}
-        judged = [set(self.evaluation.mean), *map(set, self.evaluation.by_owner.values())]
-        if not all(needed <= models for models in judged):
+        if not all(needed <= set(models) for models in judged):
             raise ValueError("evaluation lacks the published method or own_at_home")
         return self
 
