@@ -39,7 +39,8 @@ def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
 def oddities(settings: OwnerSettings, home: Path, task: Task) -> Iterator[str]:
     """What may well be a mistake in an owner's model and files, although it is allowed, in words."""
     own, folder = own_task(settings, home, task), own_folder(settings, home)
-    if folder is not None and own.has_labels and not is_adapter(folder) and not named_labels(folder):
+    has_order = own.has_labels and len(own.labels) > 1
+    if folder is not None and has_order and not is_adapter(folder) and not named_labels(folder):
         order = ", ".join(f"{index} as {label}" for index, label in enumerate(own.labels))
         yield f"its model does not name its labels, so its outputs are read in the agreed order: {order}"
     if own.has_several_labels:

@@ -140,8 +140,8 @@ SEVERAL = 'problem_type = "multi_label_classification"\n'
     ("task", "more", "says"),
     [
         (REGRESSION, "", "task.target_range is missing: sums of targets and predictions need a bound\nhint: write"),
-        (REGRESSION + "target_range = [5, 1]", "", "task.target_range = [5, 1]: the second must be larger"),
-        (REGRESSION + "target_range = [0, 1e9]", "", "by less than 1e+06\nhint: predict targets in other units"),
+        (REGRESSION + "target_range = [5, 1]", "", "task.target_range = [5, 1]: must ascend, within 1e+06 of 0"),
+        (REGRESSION + "target_range = [0, 1e9]", "", "within 1e+06 of 0\nhint: predict targets in other units"),
         (REGRESSION + "target_range = [0, inf]", "", "must be finite"),
         (REGRESSION + "target_range = [0]", "", "target_range = [0]: has too few entries, the minimum is 2"),
         (REGRESSION + 'target_range = [0, 1]\nhead = "private"', "", 'task.head = "private": the targets'),

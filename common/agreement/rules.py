@@ -10,7 +10,7 @@ from common.names import TAKEN_NAMES
 from common.text import alike
 from common.thresholds import MAX_COMPLETE, quorum
 
-LARGEST_SPAN = 1e6  # of a regression's targets, whose products must fit into fixed point
+LARGEST_TARGET = 1e6  # of a regression, so that products of targets and inputs fit into fixed point
 LEAST_RIDGE = 1e-4  # with less, an error where no row reaches would be lost beside the others (attack 129)
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
@@ -230,9 +230,9 @@ def the_problem_is_consistent(draft: DraftTables) -> None:
             hint="write the lowest and the highest value that a target can have: target_range = [0, 5]",
         )
     low, high = task.target_range
-    if not 0 < high - low < LARGEST_SPAN:
+    if low >= high or max(abs(low), abs(high)) > LARGEST_TARGET:
         raise RuleError(
-            f"task.target_range = [{low:g}, {high:g}]: the second must be larger, by less than {LARGEST_SPAN:g}",
+            f"task.target_range = [{low:g}, {high:g}]: must ascend, within {LARGEST_TARGET:g} of 0",
             hint="predict targets in other units",
         )
     if task.head == "private":
