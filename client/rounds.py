@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from common.certificates import deliveries_digest
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
 from common.mapped import releasing
 from common.messages import KeyBook, Message, OpeningChecked, OpenSum, UploadsOpened
-from common.metrics import BASE, OWN_AT_HOME, Score
+from common.metrics import BASE, OWN_AT_HOME, Score, counts_cut
 from common.metrics import contribution as metric_contribution
 from common.scaling import Scales
 from common.schedule import Round
@@ -183,7 +183,9 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
         if model == BASE:
             scores[model] = owner.workbench.score_base(split)
         elif model == OWN_AT_HOME:
-            scores[model] = owner.workbench.score(owner.workbench.own_model(), split)
+            score = owner.workbench.score(owner.workbench.own_model(), split)
+            counts = counts_cut(owner.agreement.task, split, model)
+            scores[model] = replace(score, cut=owner.workbench.cut_texts()) if counts else score
         else:
             delivery = owner.schedule.delivery_of(model, split)
             if owner.agreement.is_verified:

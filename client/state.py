@@ -64,6 +64,7 @@ class ScoreRecord(Record):
     metric: float
     pearson_r: float | None = None
     sums: Sums = ()
+    cut: tuple[int, int] | None = None
 
 
 class TestedRecord(Record):
@@ -75,6 +76,7 @@ class TestedRecord(Record):
     metric: float
     pearson_r: float | None = None
     sums: Sums = ()
+    cut: tuple[int, int] | None = None
 
 
 class ArrivingRecord(Record):

@@ -454,6 +454,10 @@ class Workbench:
         own = dict(self.own_model().named_parameters()) if names else {}
         return {name: own[name].detach().clone() for name in names}
 
+    def cut_texts(self) -> tuple[int, int]:
+        """How many of this owner's test texts are cut to max_tokens, of how many that were looked at."""
+        return self.data.cut_test_texts()
+
     def score(self, model: PreTrainedModel, split: Split) -> Score:
         """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()

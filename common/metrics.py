@@ -15,6 +15,9 @@ With several labels a row, a prediction is correct if it names exactly the row's
     labels    (L, 3)    by label: rows that have it and are given it, that have it, and that are given it. The total
                         gives F1 by label, and micro F1. Owners with private heads have no labels in common
 
+Of texts, an owner adds once, on test examples, with its own model at home:
+    cut       (2,)      how many of its test texts are cut to max_tokens, of how many it looked at
+
 A regression has no correct predictions. Targets and predictions are put on a scale from 0 to 1, the agreed range, and
 predictions beyond it count as its nearest end. An owner adds:
     targets   (T, 5)    by target: sums over rows of prediction, target, prediction^2, target^2 and their squared
@@ -37,6 +40,7 @@ from common.tensor_layout import TensorEntry, TensorLayout
 
 MAX_NATS = 16.0  # a less likely token counts as this unlikely: one in nine million
 STEP = 2.0**-6  # of a regression's sums; the finer it is, the more a crafted model can tell about one row
+LOOK_TEXTS = 2000  # of which an owner says at most how many are cut
 LOWER_IS_BETTER = ("mean_squared_error",)
 BASE, OWN_AT_HOME = "base", "own_at_home"  # models that every evaluation on test examples has, beside the merged ones
 Split = Literal["validation", "test"]
@@ -46,6 +50,7 @@ METRIC_KINDS = {
     "labels": "how many of {their} rows have each label, how many a model gives it, and both",
     "targets": "sums of a model's predictions, of {their} targets, and of their squares, on a scale from 0 to 1",
     "rows": "the number of {their} rows that a model predicts",
+    "cut": "how many of {their} test texts are cut to max_tokens, of how many that were looked at",
     "shown": "the same by name, for owners that agreed to it; zeros for the others",
 }
 
@@ -57,7 +62,8 @@ class Score:
     """How one model did on one owner's examples.
 
     `correct`: predictions, None for a regression, which has `pearson_r` instead. `sums`: by label or target, as they
-    travel; empty if the task has none.
+    travel; empty if the task has none. `cut`: of how many texts how many were cut, (cut, texts); None where that is not
+    counted.
     """
 
     correct: int | None
@@ -65,6 +71,7 @@ class Score:
     metric: float
     pearson_r: float | None = None
     sums: Sums = ()
+    cut: tuple[int, int] | None = None
 
     @property
     def main(self) -> float:
@@ -94,6 +101,8 @@ def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) ->
             entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
         if _counts_labels(task, split):
             entries.append(TensorEntry(name=f"{model}/labels", shape=(len(task.labels), 3), bound=rows))
+        if counts_cut(task, split, model):
+            entries.append(TensorEntry(name=f"{model}/cut", shape=(2,), bound=LOOK_TEXTS))
         if shows:
             entries.append(TensorEntry(name=f"{model}/shown", shape=shown, bound=rows))
     return TensorLayout(tuple(entries))
@@ -101,6 +110,11 @@ def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) ->
 
 def _counts_labels(task: Task, split: Split) -> bool:
     return task.has_several_labels and task.sums_per_output > 0 and split == "test"
+
+
+def counts_cut(task: Task, split: Split, model: str) -> bool:
+    """Whether an owner says with this model how many of its texts are cut."""
+    return task.is_text and split == "test" and model == OWN_AT_HOME
 
 
 def metric_kind(name: str) -> str:
@@ -128,6 +142,8 @@ def contribution(
             yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
         if _counts_labels(agreement.task, split):
             yield f"{model}/labels", np.array(score.sums)
+        if counts_cut(agreement.task, split, model):
+            yield f"{model}/cut", np.array(score.cut, dtype=np.float64)
         if shows_single(agreement, split):
             shown = np.zeros((len(agreement.shown_owners), len(by_name)))
             if owner in agreement.shown_owners:
@@ -140,7 +156,7 @@ class MeanScore:
     """A model's metrics over all owners, and by owner where an owner agreed.
 
     Those of a regression are over the rows of all owners together, and it has `pearson_r` instead of accuracy. `sums`:
-    by label or target, over all owners; empty if the task has none.
+    by label or target, over all owners; empty if the task has none. `cut`: as of a Score.
     """
 
     accuracy: float | None
@@ -150,6 +166,7 @@ class MeanScore:
     by_owner: Mapping[str, Score]
     pearson_r: float | None = None
     sums: Sums = ()
+    cut: tuple[int, int] | None = None
 
     @property
     def main(self) -> float:
@@ -176,6 +193,7 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
     scores = {}
     for model in models:
         shown = layout.read(total, f"{model}/shown") if shows_single(agreement, split) else np.empty((0, 3))
+        cut = _read_cut(layout, total, model) if counts_cut(task, split, model) else None
         # An owner that dropped out left its row empty.
         by_owner = {
             owner: row
@@ -197,6 +215,7 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
                 },
                 pearson_r=whole.pearson_r,
                 sums=whole.sums,
+                cut=cut,
             )
             continue
         accuracy, metric, owners = layout.read(total, f"{model}/mean")
@@ -216,8 +235,16 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
                 for owner, row in by_owner.items()
             },
             sums=counts,
+            cut=cut,
         )
     return scores
+
+
+def _read_cut(layout: TensorLayout, total: NDArray, model: str) -> tuple[int, int]:
+    cut, texts = (round(float(each)) for each in layout.read(total, f"{model}/cut"))
+    if not 0 <= cut <= texts:  # check: cut-texts-are-texts
+        raise _false_total(model, "cut")
+    return cut, texts
 
 
 # --- several labels ---

@@ -50,6 +50,7 @@ class SignedMean(Settings):
     predictions: Count
     pearson_r: Correlation | None = None
     sums: tuple[tuple[Finite, ...], ...] = ()
+    cut: tuple[Count, Count] | None = None
     by_owner: dict[Name, SignedScore]
 
     @classmethod
@@ -62,6 +63,7 @@ class SignedMean(Settings):
             predictions=score.rows,
             pearson_r=score.pearson_r,
             sums=score.sums,
+            cut=score.cut,
             by_owner={
                 owner: SignedScore(
                     correct=each.correct, predictions=each.rows, metric=each.metric, pearson_r=each.pearson_r

@@ -219,3 +219,35 @@ def test_136_sums_that_no_numbers_have_are_no_total(agreement: Agreement, index:
     total[index] = value
     with pytest.raises(FalseTotal, match="m/targets is of no rows that owners can have"):
         read_total(one, "test", ["m"], total)
+
+
+# --- cut texts ---
+
+
+def cut_total(agreement: Agreement, counts: dict[str, tuple[int, int]]) -> np.ndarray:
+    layout = metrics_layout(agreement, "test", ["own_at_home"])
+    total = np.zeros(layout.size)
+    for owner, cut in counts.items():
+        vector = np.empty(layout.size)
+        score = Score(correct=1, rows=9, metric=0.5, cut=cut)
+        layout.flatten(contribution(agreement, owner, "test", {"own_at_home": score}), vector)
+        total += vector
+    return total
+
+
+def test_cut_texts_are_counted_over_all_owners_and_never_by_name(agreement: Agreement) -> None:
+    total = cut_total(agreement, {"ada": (0, 100), "bea": (40, 2000), "cyd": (10, 20)})
+    mean = read_total(agreement, "test", ["own_at_home"], total)["own_at_home"]
+    assert mean.cut == (50, 2120)
+    assert all(score.cut is None for score in mean.by_owner.values())
+    names = [entry.name for entry in metrics_layout(agreement, "test", ["base", "own_at_home", "m"]).entries]
+    assert [name for name in names if name.endswith("/cut")] == ["own_at_home/cut"]
+    assert "own_at_home/cut" not in metrics_layout(agreement, "validation", ["own_at_home"])
+    images = with_task(agreement, Task(kind="image-classification", labels=("a", "b", "c")))
+    assert "own_at_home/cut" not in metrics_layout(images, "test", ["own_at_home"])
+
+
+def test_136_more_cut_texts_than_texts_are_no_total(agreement: Agreement) -> None:
+    for counts in ((3, 2), (-1, 2)):
+        with pytest.raises(FalseTotal, match="own_at_home/cut is of no rows"):
+            read_total(agreement, "test", ["own_at_home"], cut_total(agreement, {"ada": counts}))

@@ -279,7 +279,11 @@ def test_the_report_of_a_regression_speaks_of_correlations_and_errors() -> None:
     assert "%" not in sentences
     assert "On the test rows of all owners, it is" in sentences
     page = shown(report)
-    for words in ("Targets lie between 1 and 5", "mean squared error is 0.500. Lower: ", "Numbers from texts"[1:]):
+    for words in (
+        "Targets lie between 1 and 5",
+        "mean squared error is 0.500. Lower: ",
+        "predicting numbers from texts",
+    ):
         assert words in page
     assert "0.750" in page
     assert "percentage points" not in page
@@ -304,6 +308,13 @@ def test_the_report_of_several_labels_has_counts_by_label_and_micro_f1() -> None
     assert "names exactly the right labels of 75.0" in " ".join(said(report))
     assert f"RegMean {60 / 90:.3f}" in page
     assert "Rows that have it" in page
+
+
+def test_the_report_says_what_share_of_all_owners_texts_was_cut() -> None:
+    report = hand_written()
+    assert "longer than task.max_tokens" not in shown(report)
+    report["evaluation"]["mean"]["own_at_home"]["cut"] = [50, 2000]
+    assert "2.5 % of the owners' test texts are longer than task.max_tokens, and were cut." in shown(report)
 
 
 def test_the_report_of_a_language_model_speaks_of_no_labels() -> None:

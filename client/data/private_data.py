@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on, rows_without_labels
 from client.data.images import files_left_out
-from client.data.lengths import cut_texts
+from client.data.lengths import count_cut, cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
@@ -59,6 +59,11 @@ class PrivateData:
             yield from files_left_out(paths)
         if self.tokenizer is not None:
             yield from cut_texts(data, task, paths, self.tokenizer)
+
+    def cut_test_texts(self) -> tuple[int, int]:
+        """How many of the test texts are cut, of how many that were looked at."""
+        assert self.tokenizer is not None  # only texts are cut
+        return count_cut(self.data, self.task, self.folder / self.data.test, self.tokenizer)
 
     def digest(self) -> str:
         """SHA-256 of everything that a model depends on which is made from these files."""

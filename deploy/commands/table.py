@@ -12,7 +12,7 @@ from rich.table import Table
 from common.text import shown, shown_lines
 from server.report.report import LowRank, Report
 from server.report.verdict import against_own_models
-from server.report.words import LABELLED, METRICS, is_regression, main_heading, title_of
+from server.report.words import LABELLED, METRICS, cut_in_words, is_regression, main_heading, title_of
 
 MAX_OWNER_COLUMNS = 6  # with more owners, only the page shows each one's metrics
 FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "multi_task")
@@ -86,6 +86,8 @@ def _notes(report: Report) -> Iterator[str]:
         yield "own at home: each owner's model on its own rows"
     if evaluation.sweep:
         yield f"chosen on validation rows: {', '.join(report.chosen[method].candidate for method in evaluation.sweep)}"
+    if cut := cut_in_words(report):
+        yield cut
     if is_regression(report):
         low, high = report.agreement.task.target_range or (0.0, 1.0)
         yield f"a prediction beyond the agreed range, {low:g} to {high:g}, counts as its nearest end"

@@ -273,6 +273,7 @@ def _mean_metrics(score: MeanScore) -> MeanMetrics:
         predictions=score.rows,
         pearson_r=score.pearson_r,
         sums=score.sums,
+        cut=score.cut,
     )
 
 

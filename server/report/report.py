@@ -140,6 +140,10 @@ class MeanMetrics(Table):
         "are given it. Of a regression, by target, on a scale from 0 to 1 over target_range: sums of predictions, "
         "targets, predictions^2, targets^2 and squared differences.",
     )
+    cut: tuple[Count, Count] | None = Field(
+        description="Of `own_at_home`, on texts: how many test texts were cut to max_tokens, and of how many that were "
+        "looked at; otherwise null."
+    )
 
     @property
     def main(self) -> float:

@@ -138,7 +138,7 @@ def _on_average(report: Report) -> str:
     merged, own = mean[report.method].main, mean[OWN].main
     relation = _relation(_scores(report, report.method), _scores(report, OWN))
     scored, compared = scored_in_words(report)
-    over = "On the test rows of all" if is_regression(report) else "On average over"
+    over = "On the test rows of" if is_regression(report) else "On average over"
     return (
         f"{over} {len(judges_of(report))} owners, the merged model ({report.methods[report.method].title}) "
         f"{scored.format(as_main(report, merged))}, and each owner's own model at home "

@@ -80,8 +80,8 @@ def task_in_words(report: Report) -> str:
     task = report.agreement.task
     what = "texts" if task.kind == "text-classification" else "images"
     if is_regression(report):
-        return f"numbers from {what}"
-    return f"several labels for {what}" if has_several_labels(report) else TASKS[task.kind]
+        return f"predicting numbers from {what}"
+    return f"{what} with several labels each" if has_several_labels(report) else TASKS[task.kind]
 
 
 def scored_in_words(report: Report) -> tuple[str, str]:
@@ -103,6 +103,14 @@ def main_heading(report: Report) -> str:
     if has_several_labels(report):
         return "share of test rows with exactly the right labels"
     return ACCURACY[report.agreement.task.kind]
+
+
+def cut_in_words(report: Report) -> str:
+    """How many test texts were cut, over all owners; empty if none was, or if they are images."""
+    cut, texts = report.evaluation.mean["own_at_home"].cut or (0, 0)
+    if not cut:
+        return ""
+    return f"{percent(cut / texts)} of the owners' test texts are longer than task.max_tokens, and were cut."
 
 
 def as_main(report: Report, value: float) -> str:

@@ -573,6 +573,7 @@ TABLE = [
     Mutation(METRICS, "test_predictions_that_are_no_numbers", "predictions-are-clipped", ""),
     Mutation(METRICS, "test_136_label_counts", "label-counts-fit-the-rows"),
     Mutation(METRICS, "test_136_sums", "moments-fit-the-rows"),
+    Mutation(METRICS, "test_136_more_cut_texts", "cut-texts-are-texts"),
     Mutation("test_labels.py", "test_targets_that_cannot_be_used", "targets-are-in-range"),
     # 98: files
     Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),

@@ -77,7 +77,7 @@ _REPORT: dict[str, Any] = {
         "metric": "macro_f1",
         "label_set": "own",
         "mean": {
-            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[])
+            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[], cut=None)
             for model, accuracy in ACCURACIES.items()
         },
         "by_owner": {"ada": {model: _scores(accuracy + 0.0625, 400) for model, accuracy in ACCURACIES.items()}},
