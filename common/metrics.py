@@ -257,8 +257,8 @@ def f1_of(counts: Sequence[float]) -> float | None:
 
 
 def micro_f1(counts: Sums) -> float | None:
-    """F1 over all labels together."""
-    return f1_of([sum(column) for column in zip(*counts, strict=True)])
+    """F1 over all labels together; None if there are no counts."""
+    return f1_of([sum(column) for column in zip(*counts, strict=True)]) if counts else None
 
 
 def _check_counts(model: str, counts: NDArray[np.float64], rows: float) -> None:

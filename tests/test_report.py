@@ -299,6 +299,24 @@ def test_a_regression_has_no_accuracy_and_every_other_task_no_correlation(change
         as_report(report)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sums": [[1.0, 1.0, 1.0]]}, "sums that are not those of the agreed labels"),  # two labels are agreed
+        ({"sums": [[1.0, 1.0], [1.0, 1.0]]}, "sums that are not those of the agreed labels"),
+    ],
+)
+def test_sums_that_a_reader_would_stumble_over_are_refused(changes: dict[str, Any], says: str) -> None:
+    report = hand_written()
+    report["agreement"]["task"]["problem_type"] = "multi_label_classification"
+    report["evaluation"]["mean"]["base"] |= changes
+    with pytest.raises(ValidationError, match=says):
+        as_report(report)
+    report["agreement"]["task"]["problem_type"] = "single_label_classification"
+    with pytest.raises(ValidationError, match=says):
+        as_report(report)
+
+
 def test_the_report_of_several_labels_has_counts_by_label_and_micro_f1() -> None:
     report = hand_written()
     report["agreement"]["task"]["problem_type"] = "multi_label_classification"
@@ -313,8 +331,11 @@ def test_the_report_of_several_labels_has_counts_by_label_and_micro_f1() -> None
 def test_the_report_says_what_share_of_all_owners_texts_was_cut() -> None:
     report = hand_written()
     assert "longer than task.max_tokens" not in shown(report)
-    report["evaluation"]["mean"]["own_at_home"]["cut"] = [50, 2000]
+    report["evaluation"]["cut"] = [50, 2000]
     assert "2.5 % of the owners' test texts are longer than task.max_tokens, and were cut." in shown(report)
+    report["evaluation"]["cut"] = [1, 0]
+    with pytest.raises(ValidationError, match="more texts are cut than there are"):
+        as_report(report)
 
 
 def test_the_report_of_a_language_model_speaks_of_no_labels() -> None:

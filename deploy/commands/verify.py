@@ -27,6 +27,7 @@ from common.certificates import Delivered, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
 from common.identity import fingerprint, verify
+from common.metrics import OWN_AT_HOME
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
@@ -40,7 +41,7 @@ from server.report.report import Report, read_report
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
 CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".h5", ".keras", ".ipynb", ".sh"}
 REFERENCES = {"own", "ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
-SIGNED = ("accuracy", "metric", "pooled_accuracy", "predictions", "pearson_r", "sums", "cut")  # of a model's metrics
+SIGNED = ("accuracy", "metric", "pooled_accuracy", "predictions", "pearson_r", "sums")  # of a model's metrics
 MAX_ENTRIES = 10_000
 MAX_QUOTED_CHARACTERS = 100
 
@@ -215,6 +216,9 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
             yield what
     if not publication.test.keys() <= evaluation.mean.keys() <= publication.test.keys() | REFERENCES:
         yield "evaluation.mean"
+    own = publication.test.get(OWN_AT_HOME)
+    if evaluation.cut != (own and own.cut):
+        yield "evaluation.cut"
     for model, signed in publication.test.items():
         mean = evaluation.mean.get(model)
         if mean is None or any(

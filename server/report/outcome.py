@@ -19,7 +19,7 @@ from common.identity import fingerprint
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import Method
 from common.merge_methods.terms import LayerNote, MergedDelta
-from common.metrics import LOWER_IS_BETTER, MeanScore, Score
+from common.metrics import LOWER_IS_BETTER, OWN_AT_HOME, MeanScore, Score
 from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
@@ -242,6 +242,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
         choose_by=agreement.choose_by,
         metric=agreement.task.metrics[1],
         label_set=agreement.task.label_set,
+        cut=outcome.test[OWN_AT_HOME].cut,
         mean={model: _mean_metrics(score) for model, score in outcome.test.items()},
         by_owner={
             owner: {model: _owner_metrics(score.by_owner[owner]) for model, score in outcome.test.items()}
@@ -273,7 +274,6 @@ def _mean_metrics(score: MeanScore) -> MeanMetrics:
         predictions=score.rows,
         pearson_r=score.pearson_r,
         sums=score.sums,
-        cut=score.cut,
     )
 
 

@@ -140,10 +140,6 @@ class MeanMetrics(Table):
         "are given it. Of a regression, by target, on a scale from 0 to 1 over target_range: sums of predictions, "
         "targets, predictions^2, targets^2 and squared differences.",
     )
-    cut: tuple[Count, Count] | None = Field(
-        description="Of `own_at_home`, on texts: how many test texts were cut to max_tokens, and of how many that were "
-        "looked at; otherwise null."
-    )
 
     @property
     def main(self) -> float:
@@ -188,6 +184,10 @@ class Evaluation(Table):
     label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
     mean: dict[Line, MeanMetrics] = Field(description="By model, on test rows.")
     by_owner: dict[Line, dict[Line, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")
+    cut: tuple[Count, Count] | None = Field(
+        description="How many of all owners' test texts were cut to max_tokens, and of how many that were looked at; "
+        "null for images."
+    )
     sweep: dict[Line, Annotated[tuple[Trial, ...], Field(min_length=1)]] = Field(description="By method with a sweep.")
 
 
@@ -391,6 +391,7 @@ class Report(Table):
         is_regression = self.agreement.task.problem_type == "regression"
         if is_regression and self.agreement.task.target_range is None:
             raise ValueError("agreement.task: a regression without target_range")
+        self._check_sums()
         judged: list[Mapping[str, MeanMetrics | OwnerMetrics]]
         judged = [self.evaluation.mean, *self.evaluation.by_owner.values()]
         metrics = [each for models in judged for each in models.values()]
@@ -403,6 +404,18 @@ class Report(Table):
         if not all(needed <= set(models) for models in judged):
             raise ValueError("evaluation lacks the published method or own_at_home")
         return self
+
+    def _check_sums(self) -> None:
+        """Readers take them apart by label or target."""
+        task = self.agreement.task
+        width = {"regression": 5, "multi_label_classification": 3}.get(task.problem_type, 0)
+        for each in self.evaluation.mean.values():
+            fits = width and len(each.sums) == len(task.labels) and all(len(row) == width for row in each.sums)
+            if each.sums and not fits:
+                raise ValueError("evaluation.mean: sums that are not those of the agreed labels or targets")
+        cut, texts = self.evaluation.cut or (0, 0)
+        if cut > texts:
+            raise ValueError("evaluation.cut: more texts are cut than there are")
 
 
 def save_report(report: Report, output: Path) -> None:

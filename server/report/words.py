@@ -107,7 +107,7 @@ def main_heading(report: Report) -> str:
 
 def cut_in_words(report: Report) -> str:
     """How many test texts were cut, over all owners; empty if none was, or if they are images."""
-    cut, texts = report.evaluation.mean["own_at_home"].cut or (0, 0)
+    cut, texts = report.evaluation.cut or (0, 0)
     if not cut:
         return ""
     return f"{percent(cut / texts)} of the owners' test texts are longer than task.max_tokens, and were cut."

@@ -263,11 +263,11 @@ def labelled_several_times(random_source: random.Random, owner: str) -> Row:
     return {"text": " ".join(words), "label": labels}
 
 
-def with_refit(folder: Path, compared: str) -> None:
+def with_refit(folder: Path) -> None:
     """Publish a refit of RegMean, of owners that train in small batches."""
     draft = folder / "agreement.toml"
     text = draft.read_text().replace('"regmean"', '"refit"').replace("[0.5, 0.9]", "[0.9]")
-    text = text.replace('["average", "task_arithmetic", "fisher"]', compared)
+    text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
     draft.write_text(text + '\n[refit]\nbody = "regmean"\nbalances = [0.0]\n')
     for name in OWNERS:
         path = folder / f"{name}.toml"
@@ -276,21 +276,18 @@ def with_refit(folder: Path, compared: str) -> None:
 
 def test_texts_have_several_labels_or_none(tmp_path: Path) -> None:
     folder = tmp_path / "consortium"
-    write_consortium(folder, SEVERAL, headless_bert, epochs=20)
+    write_consortium(folder, SEVERAL, headless_bert, epochs=12)
     write_rows(folder, labelled_several_times)
-    with_refit(folder, compared='["fisher"]')
+    with_refit(folder)
     # one owner writes the labels of a row in one cell
     (folder / "ada.toml").write_text((folder / "ada.toml").read_text().replace(".jsonl", ".csv"))
     for split in ROWS:
         rows = [json.loads(line) for line in (folder / f"ada-{split}.jsonl").read_text().splitlines()]
         cells = "".join(f"{row['text']},{'|'.join(row['label'])}\n" for row in rows)
         (folder / f"ada-{split}.csv").write_text("text,label\n" + cells)
-    report = run(folder, tmp_path)
+    report = simulate(folder, tmp_path / "output", with_references=False)
     mean, published = report.evaluation.mean, tmp_path / "output" / "model"
-    assert set(mean) == {"base", "own_at_home", "fisher", "refit", "own", "ensemble", "multi_task"}
-    assert mean["own_at_home"].main > 0.6
-    assert mean["refit"].main > mean["base"].main + 0.5
-    assert mean["ensemble"].metric > mean["base"].metric
+    assert min(mean["own_at_home"].main, mean["refit"].main) > mean["base"].main + 0.4
     tests = [json.loads(line) for name in OWNERS for line in (folder / f"{name}-test.jsonl").read_text().splitlines()]
     classify = pipeline("text-classification", model=str(published), top_k=None)
     found = [{each["label"] for each in row if each["score"] > 0.5} for row in classify([row["text"] for row in tests])]
@@ -321,9 +318,9 @@ def measured(random_source: random.Random, owner: str) -> Row:
 
 def test_numbers_are_predicted(tmp_path: Path) -> None:
     folder = tmp_path / "consortium"
-    write_consortium(folder, NUMBERS, headless_bert, epochs=20)
+    write_consortium(folder, NUMBERS, headless_bert, epochs=15)
     write_rows(folder, measured)
-    with_refit(folder, compared="[]")
+    with_refit(folder)
     # one owner has a column for each target
     with (folder / "ada.toml").open("a") as file:
         file.write('label = ["score", "words"]\n')

@@ -76,8 +76,9 @@ _REPORT: dict[str, Any] = {
         "choose_by": "macro_f1",
         "metric": "macro_f1",
         "label_set": "own",
+        "cut": None,
         "mean": {
-            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[], cut=None)
+            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[])
             for model, accuracy in ACCURACIES.items()
         },
         "by_owner": {"ada": {model: _scores(accuracy + 0.0625, 400) for model, accuracy in ACCURACIES.items()}},
