@@ -43,7 +43,7 @@ def run_seed(seed: int) -> Report:
 def summarise(reports: list[Report]) -> dict[str, Any]:
     """Each model's mean accuracy over the five domains, by seed, and how often RegMean beat the average."""
     models = reports[0].evaluation.mean
-    accuracies = {model: [report.evaluation.mean[model].accuracy for report in reports] for model in models}
+    accuracies = {model: [report.evaluation.mean[model].main for report in reports] for model in models}
     return {
         "seeds": len(reports),
         "regmean_beats_average": sum(

@@ -106,7 +106,7 @@ class Bench:
 
     @staticmethod
     def _metrics(score: Score) -> dict[str, float]:
-        return {"accuracy": score.correct / score.rows, "macro_f1": score.metric}
+        return {"accuracy": score.main, "macro_f1": score.metric}
 
 
 @contextmanager

@@ -204,7 +204,7 @@ class Consortium:
         model, labels = self.liar.bench.load_base(), np.arange(len(self.task.labels))
         add_delta(model, {name: tensor.float() for name, tensor in delta.items()})
         score, fooled = (evaluate(model, rows, 32, self.task, labels) for rows in (self.test, self.with_trigger))
-        return f"{score.correct / score.rows:.3f}, {fooled.correct / fooled.rows:.0%}"
+        return f"{score.main:.3f}, {fooled.main:.0%}"
 
     def row(self, attack: Attack) -> list[str]:
         """The outcome of each way to merge."""

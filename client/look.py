@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.data.columns import FileLook, look_at_files, rows_trained_on
+from client.data.columns import FileLook, look_at_files, rows_trained_on, rows_without_labels
 from client.settings import OwnerSettings
 from common.agreement import Task
 from common.models.adapter import is_adapter
@@ -39,9 +39,12 @@ def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
 def oddities(settings: OwnerSettings, home: Path, task: Task) -> Iterator[str]:
     """What may well be a mistake in an owner's model and files, although it is allowed, in words."""
     own, folder = own_task(settings, home, task), own_folder(settings, home)
-    if folder is not None and own.has_labels and not is_adapter(folder) and not named_labels(folder):
+    has_order = own.has_labels and len(own.labels) > 1
+    if folder is not None and has_order and not is_adapter(folder) and not named_labels(folder):
         order = ", ".join(f"{index} as {label}" for index, label in enumerate(own.labels))
         yield f"its model does not name its labels, so its outputs are read in the agreed order: {order}"
+    if own.has_several_labels:
+        yield from rows_without_labels(look_at_files(settings.data, own, home).values())
     if trained_on := rows_trained_on(settings.data, own, home):
         yield trained_on
 

@@ -12,7 +12,7 @@ from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
 from common.merge_methods import METHODS
 from common.messages import Message, Receipts, ReceiptsKept, Result, ResultReceived
-from common.metrics import BASE, OWN_AT_HOME, thousandths
+from common.metrics import BASE, OWN_AT_HOME, Score, thousandths
 from common.publication import (
     CARD,
     Publication,
@@ -147,7 +147,7 @@ def _is_in_last_total(owner: OwnerContext) -> bool:
 def _check_is_good_enough(owner: OwnerContext) -> None:
     """If the agreement says so, the model is as good as it demands on this owner's rows, and as good as the base."""
     agreement, measured = owner.agreement, {each.model: each for each in owner.state.run.tested}
-    least, metric = agreement.evaluation.sign_above, agreement.evaluation.choose_by
+    least, metric = agreement.evaluation.sign_above, agreement.choose_by
     if least is None:
         return
     if not measured:
@@ -155,7 +155,8 @@ def _check_is_good_enough(owner: OwnerContext) -> None:
             f"{owner.name} took no part in the last round, so it has not compared the model with its base"
         )
     values = {
-        model: each.correct / each.rows if metric == "accuracy" else each.metric for model, each in measured.items()
+        model: Score(**each.model_dump(exclude={"model"})).main if metric == agreement.task.metrics[0] else each.metric
+        for model, each in measured.items()
     }
     merged, base = values[agreement.method], values[BASE]
     if merged < max(least, base):  # check: signed-model-is-good-enough
@@ -167,11 +168,18 @@ def _check_is_good_enough(owner: OwnerContext) -> None:
 
 
 def _are_equal(tested: TestedRecord, shown: SignedScore | None) -> bool:
-    """Whether a total shows what was contributed; the last bits of a metric are lost in fixed point."""
+    """Whether a total shows what was contributed; the last bits of a metric are lost in fixed point.
+
+    A regression's metrics are made of the sums that travel, in any unit; others travel in thousandths.
+    """
+    is_regression = tested.correct is None
+    metric = tested.metric if is_regression else thousandths(tested.metric)
+    room = METRIC_TOLERANCE * (max(1.0, metric) if is_regression else 1.0)
     return (
         shown is not None
         and (shown.correct, shown.predictions) == (tested.correct, tested.rows)
-        and abs(shown.metric - thousandths(tested.metric)) < METRIC_TOLERANCE
+        and abs(shown.metric - metric) < room
+        and abs((shown.pearson_r or 0.0) - (tested.pearson_r or 0.0)) < METRIC_TOLERANCE
     )
 
 

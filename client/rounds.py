@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from common.certificates import deliveries_digest
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
 from common.mapped import releasing
 from common.messages import KeyBook, Message, OpeningChecked, OpenSum, UploadsOpened
-from common.metrics import BASE, OWN_AT_HOME, Score
+from common.metrics import BASE, OWN_AT_HOME, Score, counts_cut
 from common.metrics import contribution as metric_contribution
 from common.scaling import Scales
 from common.schedule import Round
@@ -183,7 +183,9 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
         if model == BASE:
             scores[model] = owner.workbench.score_base(split)
         elif model == OWN_AT_HOME:
-            scores[model] = owner.workbench.score(owner.workbench.own_model(), split)
+            score = owner.workbench.score(owner.workbench.own_model(), split)
+            counts = counts_cut(owner.agreement.task, split, model)
+            scores[model] = replace(score, cut=owner.workbench.cut_texts()) if counts else score
         else:
             delivery = owner.schedule.delivery_of(model, split)
             if owner.agreement.is_verified:
@@ -191,7 +193,9 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
             kept = owner.state.run.score_at(delivery.position)
             if kept is None:  # the schedule lets no metrics round begin before its candidates are complete
                 raise LocalProtocolError(f"no score was kept for {model} on {split} examples")
-            scores[model] = Score(correct=kept.correct, rows=kept.rows, metric=kept.metric)
+            scores[model] = Score(
+                correct=kept.correct, rows=kept.rows, metric=kept.metric, pearson_r=kept.pearson_r, sums=kept.sums
+            )
     if split == "test":
         tested = tuple(TestedRecord(model=model, **asdict(score)) for model, score in scores.items())
         owner.state.update_run(tested=tested)

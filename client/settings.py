@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from common.device import DeviceName
 from common.errors import RuleError
 from common.settings_file import Name, Positive, Settings, matching
 
 Column = Annotated[str, Field(min_length=1)]
+Columns = Annotated[
+    tuple[Column, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list | tuple) else (value,)),
+    Field(min_length=1),
+]
 Count = Annotated[int, Field(ge=1)]
 Address = Annotated[str, matching(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", "HOST:PORT")]
 
@@ -54,7 +59,7 @@ class Data(Settings):
     that `datasets` saved. Each task reads the columns it needs; "answer.text" is a field of a nested column:
 
     text-classification   `text`, `text_pair` if it is named, `label`
-    image-classification  `image`, `label`
+    image-classification  `image`, `label`; of several labels or numbers, `label` may also be one column for each
     token-classification  `tokens`, `tags`
     causal-lm             `text`; or `messages`, conversations; or `prompt` and `completion`
     sequence-to-sequence  `text`, `target`
@@ -68,7 +73,7 @@ class Data(Settings):
     validation: Path | None = None
     text: Column = "text"
     text_pair: Column | None = None
-    label: Column = "label"
+    label: Columns = ("label",)
     image: Column = "image"
     tokens: Column = "tokens"
     tags: Column = "tags"

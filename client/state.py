@@ -34,7 +34,7 @@ from common import private_file
 from common.certificates import Delivered
 from common.errors import DataError, LocalProtocolError, RemoteProtocolError, SettingsError
 from common.messages import Envelope, OpenSum, Result, decode
-from common.metrics import Score
+from common.metrics import Score, Sums
 from common.private_file import make_private_folder, write_whole
 from common.publication import PublishedFolder, PublishedReceipts
 from common.settings_file import Hex
@@ -60,18 +60,24 @@ class ScoreRecord(Record):
     position: int
     model: str
     model_digest: str
-    correct: int
+    correct: int | None
     rows: int
     metric: float
+    pearson_r: float | None = None
+    sums: Sums = ()
+    cut: tuple[int, int] | None = None
 
 
 class TestedRecord(Record):
     """How a model of the test round did here, as this owner contributed it."""
 
     model: str
-    correct: int
+    correct: int | None
     rows: int
     metric: float
+    pearson_r: float | None = None
+    sums: Sums = ()
+    cut: tuple[int, int] | None = None
 
 
 class ArrivingRecord(Record):

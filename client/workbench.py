@@ -29,7 +29,7 @@ from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
-from client.measurement.label_order import label_order
+from client.measurement.label_order import label_order, output_order
 from client.measurement.passes import Halving
 from client.repeats import Contributed
 from client.settings import OwnerSettings
@@ -100,21 +100,28 @@ class Workbench(Holdings):
     def _look_at_labels(self, own: PreTrainedModel, base: PreTrainedModel) -> Iterator[str]:
         rows = self.data.validation()
         rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:LABELS_TO_LOOK_AT])
-        guessed, in_base = (
-            self.in_batches(partial(predict_logits, model, rows, passes=self.passes)).argmax(axis=1)
-            for model in (own, base)
+        outputs, of_base = (
+            self.in_batches(partial(predict_logits, model, rows, passes=self.passes)) for model in (own, base)
         )
-        found = label_order(guessed, in_base, np.asarray(rows.targets), self.task.labels)
+        labels = self.task.labels
+        if self.task.problem_type != "single_label_classification":
+            targets = np.asarray(rows.targets, np.float32)
+            found, does = output_order(outputs, of_base, targets, labels), "correlates with them at {:.2f}"
+            again = "{:.2f}"
+        else:
+            numbers = np.asarray(rows.targets, np.int64)
+            found, does = label_order(outputs.argmax(1), of_base.argmax(1), numbers, labels), "is right on {:.1%}"
+            again = "on {:.1%}"
         if found.is_another:
             raise ModelError(
-                f"{self.name}: on {len(rows)} of its own rows, its model is right on {found.own:.1%}, and on "
-                f"{found.best:.1%} if its labels are in the order {list(found.order)}; the agreed order is "
-                f"{list(self.task.labels)}",
+                f"{self.name}: on {len(rows)} of its own rows, its model {does.format(found.own)}, and "
+                f"{again.format(found.best)} if its labels are in the order {list(found.order)}; the agreed order is "
+                f"{list(labels)}",
                 hint="save the model with its outputs in the agreed order, or agree on this one (task.labels)",
             )
         if found.own < found.base:
             where = f"{self.settings.fine_tuned}: on {len(rows)} of this owner's own rows"
-            yield f"{where}, it is right on {found.own:.1%}, and the base model on {found.base:.1%}"
+            yield f"{where}, it {does.format(found.own)}, and the base model {again.format(found.base)}"
 
     # --- what the agreement makes of this base model ---
 
@@ -355,6 +362,10 @@ class Workbench(Holdings):
         names = private_head(self._outline, self.task)
         own = dict(self.own_model().named_parameters()) if names else {}
         return {name: own[name].detach().clone() for name in names}
+
+    def cut_texts(self) -> tuple[int, int]:
+        """How many of this owner's test texts are cut to max_tokens, of how many that were looked at."""
+        return self.data.cut_test_texts()
 
     def score(self, model: PreTrainedModel, split: Split) -> Score:
         """How `model` does on this owner's examples of a split."""

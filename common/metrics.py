@@ -10,6 +10,21 @@ For each model, an owner adds:
                         words or tokens): the total gives the accuracy in which every prediction counts alike
     shown     (S, 3)    on test examples only: correct, rows and metric, in the row of each of the S owners whose
                         metrics may be shown by name
+
+With several labels a row, a prediction is correct if it names exactly the row's labels. On test examples there is also
+    labels    (L, 3)    by label: rows that have it and are given it, that have it, and that are given it. The total
+                        gives F1 by label, and micro F1. Owners with private heads have no labels in common
+
+Of texts, an owner adds once, on test examples, with its own model at home:
+    cut       (2,)      how many of its test texts are cut to max_tokens, of how many it looked at
+
+A regression has no correct predictions. Targets and predictions are put on a scale from 0 to 1, the agreed range, and
+predictions beyond it count as its nearest end. An owner adds:
+    targets   (T, 5)    by target: sums over rows of prediction, target, prediction^2, target^2 and their squared
+                        difference, each rounded to a multiple of STEP (client/measurement/evaluation.py)
+    rows      (2,)      its rows, and 1
+    shown     (S, 5 T + 1)  on test examples only, by name: the sums and the rows
+The total gives the mean squared error, where less is better, and Pearson's r; of several targets, their means.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,38 +34,87 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.agreement import Agreement
+from common.agreement import Agreement, Task
+from common.errors import FalseTotal
 from common.tensor_layout import TensorEntry, TensorLayout
 
 MAX_NATS = 16.0  # a less likely token counts as this unlikely: one in nine million
+STEP = 2.0**-6  # of a regression's sums; the finer it is, the more a crafted model can tell about one row
+LOOK_TEXTS = 2000  # of which an owner says at most how many are cut
+LOWER_IS_BETTER = ("mean_squared_error",)
 BASE, OWN_AT_HOME = "base", "own_at_home"  # models that every evaluation on test examples has, beside the merged ones
 Split = Literal["validation", "test"]
 METRIC_KINDS = {
     "mean": "a model's accuracy and metric on {their} examples, in thousandths",
     "pooled": "the number of {their} predictions by a model, and how many are right",
+    "labels": "how many of {their} rows have each label, how many a model gives it, and both",
+    "targets": "sums of a model's predictions, of {their} targets, and of their squares, on a scale from 0 to 1",
+    "rows": "the number of {their} rows that a model predicts",
+    "cut": "how many of {their} test texts are cut to max_tokens, of how many that were looked at",
     "shown": "the same by name, for owners that agreed to it; zeros for the others",
 }
+
+Sums = tuple[tuple[float, ...], ...]  # one row for each label or target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How one model did on one owner's examples."""
+    """How one model did on one owner's examples.
 
-    correct: int
+    `correct`: predictions, None for a regression, which has `pearson_r` instead. `sums`: by label or target, as they
+    travel; empty if the task has none. `cut`: of how many texts how many were cut, (cut, texts); None where that is not
+    counted.
+    """
+
+    correct: int | None
     rows: int
     metric: float
+    pearson_r: float | None = None
+    sums: Sums = ()
+    cut: tuple[int, int] | None = None
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by: accuracy, or Pearson's r."""
+        return compared_by(None if self.correct is None else self.correct / self.rows, self.pearson_r)
+
+
+def compared_by(accuracy: float | None, pearson_r: float | None) -> float:
+    """The one of the two that a task has."""
+    value = pearson_r if accuracy is None else accuracy
+    assert value is not None
+    return value
 
 
 def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) -> TensorLayout:
     """The layout of a metrics round over `models` on the examples of a split."""
     entries = []
+    task, shows = agreement.task, shows_single(agreement, split)
     for model in models:
-        rows = float(agreement.bounds.examples * agreement.task.predictions_per_example)
-        entries.append(TensorEntry(name=f"{model}/mean", shape=(3,), bound=MAX_NATS))
-        entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
-        if shows_single(agreement, split):
-            entries.append(TensorEntry(name=f"{model}/shown", shape=(len(agreement.shown_owners), 3), bound=rows))
+        rows = float(agreement.bounds.examples * task.predictions_per_example)
+        shown = (len(agreement.shown_owners), 5 * len(task.labels) + 1 if task.is_regression else 3)
+        if task.is_regression:
+            entries.append(TensorEntry(name=f"{model}/targets", shape=(len(task.labels), 5), bound=rows))
+            entries.append(TensorEntry(name=f"{model}/rows", shape=(2,), bound=rows))
+        else:
+            entries.append(TensorEntry(name=f"{model}/mean", shape=(3,), bound=MAX_NATS))
+            entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
+        if _counts_labels(task, split):
+            entries.append(TensorEntry(name=f"{model}/labels", shape=(len(task.labels), 3), bound=rows))
+        if counts_cut(task, split, model):
+            entries.append(TensorEntry(name=f"{model}/cut", shape=(2,), bound=LOOK_TEXTS))
+        if shows:
+            entries.append(TensorEntry(name=f"{model}/shown", shape=shown, bound=rows))
     return TensorLayout(tuple(entries))
+
+
+def _counts_labels(task: Task, split: Split) -> bool:
+    return task.has_several_labels and task.sums_per_output > 0 and split == "test"
+
+
+def counts_cut(task: Task, split: Split, model: str) -> bool:
+    """Whether an owner says with this model how many of its texts are cut."""
+    return task.is_text and split == "test" and model == OWN_AT_HOME
 
 
 def metric_kind(name: str) -> str:
@@ -68,28 +132,52 @@ def contribution(
 ) -> Iterator[tuple[str, NDArray]]:
     """One owner's named tensors, in the order of `metrics_layout(agreement, split, list(scores))`."""
     for model, score in scores.items():
-        yield f"{model}/mean", np.array([thousandths(score.correct / score.rows), thousandths(score.metric), 1.0])
-        yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
+        if score.correct is None:
+            yield f"{model}/targets", np.array(score.sums)
+            yield f"{model}/rows", np.array([score.rows, 1.0])
+            by_name = [*np.ravel(score.sums), score.rows]
+        else:
+            by_name = [score.correct, score.rows, thousandths(score.metric)]
+            yield f"{model}/mean", np.array([thousandths(score.main), by_name[-1], 1.0])
+            yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
+        if _counts_labels(agreement.task, split):
+            yield f"{model}/labels", np.array(score.sums)
+        if counts_cut(agreement.task, split, model):
+            yield f"{model}/cut", np.array(score.cut, dtype=np.float64)
         if shows_single(agreement, split):
-            shown = np.zeros((len(agreement.shown_owners), 3))
+            shown = np.zeros((len(agreement.shown_owners), len(by_name)))
             if owner in agreement.shown_owners:
-                shown[agreement.shown_owners.index(owner)] = score.correct, score.rows, thousandths(score.metric)
+                shown[agreement.shown_owners.index(owner)] = by_name
             yield f"{model}/shown", shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanScore:
-    """A model's metrics over all owners, and by owner where an owner agreed."""
+    """A model's metrics over all owners, and by owner where an owner agreed.
 
-    accuracy: float
+    Those of a regression are over the rows of all owners together, and it has `pearson_r` instead of accuracy. `sums`:
+    by label or target, over all owners; empty if the task has none. `cut`: as of a Score.
+    """
+
+    accuracy: float | None
     metric: float
-    pooled_accuracy: float
+    pooled_accuracy: float | None
     rows: int
     by_owner: Mapping[str, Score]
+    pearson_r: float | None = None
+    sums: Sums = ()
+    cut: tuple[int, int] | None = None
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by: accuracy, or Pearson's r."""
+        return compared_by(self.accuracy, self.pearson_r)
 
     def chosen_by(self, measure: str) -> float:
-        """The number that decides a sweep: `accuracy`, or the task's metric."""
-        return self.accuracy if measure == "accuracy" else self.metric
+        """The number that decides a sweep; more is better."""
+        if measure in LOWER_IS_BETTER:
+            return -self.metric
+        return self.main if measure in ("accuracy", "pearson_r") else self.metric
 
 
 def thousandths(share: float) -> float:
@@ -97,13 +185,46 @@ def thousandths(share: float) -> float:
 
 
 def read_total(agreement: Agreement, split: Split, models: Sequence[str], total: NDArray) -> dict[str, MeanScore]:
-    """Turn the summed vector into metrics: the only division of a metric."""
-    layout = metrics_layout(agreement, split, models)
+    """Turn the summed vector into metrics: the only division of a metric.
+
+    Raises FalseTotal for sums over labels or targets that no rows can have.
+    """
+    layout, task = metrics_layout(agreement, split, models), agreement.task
     scores = {}
     for model in models:
+        shown = layout.read(total, f"{model}/shown") if shows_single(agreement, split) else np.empty((0, 3))
+        cut = _read_cut(layout, total, model) if counts_cut(task, split, model) else None
+        # An owner that dropped out left its row empty.
+        by_owner = {
+            owner: row
+            for owner, row in zip(agreement.shown_owners, shown, strict=False)
+            if row[-1 if task.is_regression else 1] > 0
+        }
+        if task.is_regression:
+            sums, (rows, owners) = layout.read(total, f"{model}/targets"), layout.read(total, f"{model}/rows")
+            _check_moments(model, sums, rows, owners)
+            whole = regression_score(sums, round(rows), task, round(owners))
+            scores[model] = MeanScore(
+                accuracy=None,
+                metric=whole.metric,
+                pooled_accuracy=None,
+                rows=whole.rows,
+                by_owner={
+                    owner: regression_score(row[:-1].reshape(-1, 5), round(row[-1]), task)
+                    for owner, row in by_owner.items()
+                },
+                pearson_r=whole.pearson_r,
+                sums=whole.sums,
+                cut=cut,
+            )
+            continue
         accuracy, metric, owners = layout.read(total, f"{model}/mean")
         correct, rows = layout.read(total, f"{model}/pooled")
-        shown = layout.read(total, f"{model}/shown") if shows_single(agreement, split) else np.empty((0, 3))
+        counts: Sums = ()
+        if _counts_labels(task, split):
+            labels = layout.read(total, f"{model}/labels")
+            _check_counts(model, labels, rows)
+            counts = _as_sums(labels.round())
         scores[model] = MeanScore(
             accuracy=float(accuracy / owners),
             metric=float(metric / owners),
@@ -111,8 +232,87 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
             rows=round(rows),
             by_owner={
                 owner: Score(correct=round(row[0]), rows=round(row[1]), metric=float(row[2]))
-                for owner, row in zip(agreement.shown_owners, shown, strict=False)
-                if row[1] > 0  # an owner that dropped out left its row empty
+                for owner, row in by_owner.items()
             },
+            sums=counts,
+            cut=cut,
         )
     return scores
+
+
+def _read_cut(layout: TensorLayout, total: NDArray, model: str) -> tuple[int, int]:
+    cut, texts = (round(float(each)) for each in layout.read(total, f"{model}/cut"))
+    if not 0 <= cut <= texts:  # check: cut-texts-are-texts
+        raise _false_total(model, "cut")
+    return cut, texts
+
+
+# --- several labels ---
+
+
+def f1_of(counts: Sequence[float]) -> float | None:
+    """F1 of a label: right, wanted and found rows. None if no row has the label or is given it."""
+    right, wanted, found = counts
+    return 2 * right / (wanted + found) if wanted + found else None
+
+
+def micro_f1(counts: Sums) -> float | None:
+    """F1 over all labels together; None if there are no counts."""
+    return f1_of([sum(column) for column in zip(*counts, strict=True)]) if counts else None
+
+
+def _check_counts(model: str, counts: NDArray[np.float64], rows: float) -> None:
+    """Raise FalseTotal unless the counts of each label can be of so many rows."""
+    right, wanted, found = counts.T
+    half = 0.5  # honest counts are whole
+    fits = (right > -half) & (right < np.minimum(wanted, found) + half) & (np.maximum(wanted, found) < rows + half)
+    if not fits.all():  # check: label-counts-fit-the-rows
+        raise _false_total(model, "labels")
+
+
+# --- regressions ---
+
+
+def regression_score(sums: NDArray[np.float64], rows: int, task: Task, owners: int = 1) -> Score:
+    """Mean squared error, in squared units of the targets, and Pearson's r; of several targets, their means.
+
+    `sums`: (targets, 5), each rounded by `owners`.
+    """
+    _, span = task.lowest_and_span
+    error = float(sums[:, 4].mean()) * span**2 / max(rows, 1)
+    r = float(np.mean([pearson_r(each, rows, owners) for each in sums]))
+    return Score(correct=None, rows=rows, metric=max(error, 0.0), pearson_r=r, sums=_as_sums(sums))
+
+
+def pearson_r(sums: Sequence[float] | NDArray[np.float64], rows: int, owners: int = 1) -> float:
+    """The correlation of predictions and targets. 0 if either varies by no more than rounding explains."""
+    predicted, target, predicted_squares, target_squares, squared_errors = map(float, sums)
+    rows = max(rows, 1)
+    variances = [predicted_squares - predicted**2 / rows, target_squares - target**2 / rows]
+    if min(variances) <= 4 * STEP * owners:
+        return 0.0
+    covariance = (predicted_squares + target_squares - squared_errors) / 2 - predicted * target / rows
+    return float(np.clip(covariance / np.sqrt(variances[0] * variances[1]), -1.0, 1.0))
+
+
+def _check_moments(model: str, sums: NDArray[np.float64], rows: float, owners: float) -> None:
+    """Raise FalseTotal unless the sums can be of so many numbers between 0 and 1, up to each owner's rounding."""
+    room = 4 * STEP * owners
+    values, squares, errors = sums[:, :2], sums[:, 2:4], sums[:, 4]
+    fits = rows >= 1 and owners >= 1 and (squares >= values**2 / max(rows, 1) - room).all()
+    fits = fits and (squares <= values + room).all() and (values <= rows + room).all()
+    fits = fits and (errors >= -room).all() and (errors <= squares.sum(axis=1) + room).all()
+    if not fits:  # check: moments-fit-the-rows
+        raise _false_total(model, "targets")
+
+
+def _as_sums(array: NDArray[np.float64]) -> Sums:
+    return tuple(tuple(map(float, row)) for row in array)
+
+
+def _false_total(model: str, kind: str) -> FalseTotal:
+    return FalseTotal(
+        f"sum: {model}/{kind} is of no rows that owners can have: an owner sent a false vector, and the sum hides who "
+        "it was",
+        hint="owners contribute once: find out together, then make a new agreement",
+    )

@@ -22,6 +22,7 @@ MAX_RECEIPTS_BYTES = 64_000_000
 
 Signature = Annotated[str, matching("[0-9a-f]{128}", "a signature, 128 hexadecimal digits")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Correlation = Annotated[float, Field(ge=-1, le=1)]
 
 
 class PublishedFolder(Settings):
@@ -34,30 +35,39 @@ class PublishedFolder(Settings):
 class SignedScore(Settings):
     """How a model did on one owner's rows."""
 
-    correct: Count
+    correct: Count | None
     predictions: Count
     metric: Finite
+    pearson_r: Correlation | None = None
 
 
 class SignedMean(Settings):
     """How a model did over all owners, and by owner where an owner agreed to it (metrics.MeanScore)."""
 
-    accuracy: Probability
+    accuracy: Probability | None
     metric: Finite
-    pooled_accuracy: Probability
+    pooled_accuracy: Probability | None
     predictions: Count
+    pearson_r: Correlation | None = None
+    sums: tuple[tuple[Finite, ...], ...] = ()
+    cut: tuple[Count, Count] | None = None
     by_owner: dict[Name, SignedScore]
 
     @classmethod
     def of(cls, score: MeanScore) -> "SignedMean":
         """The metrics of a total, as they are signed. A sum of rounded shares may exceed 1 by rounding."""
         return cls(
-            accuracy=min(score.accuracy, 1.0),
+            accuracy=None if score.accuracy is None else min(score.accuracy, 1.0),
             metric=score.metric,
-            pooled_accuracy=min(score.pooled_accuracy, 1.0),
+            pooled_accuracy=None if score.pooled_accuracy is None else min(score.pooled_accuracy, 1.0),
             predictions=score.rows,
+            pearson_r=score.pearson_r,
+            sums=score.sums,
+            cut=score.cut,
             by_owner={
-                owner: SignedScore(correct=each.correct, predictions=each.rows, metric=each.metric)
+                owner: SignedScore(
+                    correct=each.correct, predictions=each.rows, metric=each.metric, pearson_r=each.pearson_r
+                )
                 for owner, each in score.by_owner.items()
             },
         )

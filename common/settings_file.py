@@ -196,7 +196,7 @@ def _hint(problem: Mapping[str, Any], kind: type[Settings]) -> str:
             return f"write [{_dotted(problem['loc'])}], with its keys below it"
         case "int_type" | "float_type" | "bool_type" if isinstance(value, str) and _is_bare(value):
             return f"write {last} = {value}, without quotes"
-        case "string_type" if isinstance(value, bool | int | float):
+        case "string_type" if isinstance(value, bool | int | float) and isinstance(last, str):
             return f'write {last} = "{json.dumps(value)}"'
     return ""
 

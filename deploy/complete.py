@@ -70,6 +70,7 @@ def complete_agreement(
             "base_revision": draft.base_revision or hub_revision(base_folder),
             "min_owners": draft.needed_owners,
             "summation": draft.summation.model_copy(update={"colluders": draft.colluders, "quorum": draft.quorum}),
+            "evaluation": draft.evaluation.model_copy(update={"choose_by": draft.choose_by}),
             "bounds": draft.bounds.model_copy(update=_measured_bounds(draft, task, base, probe, tensors)),
         },
         base_digest=digest_of(base, task),

@@ -12,6 +12,7 @@ from common.models.folders import base_labels, check_base_labels, how_to_match, 
 from common.settings_file import parse_settings
 
 ADAPTER = "adapter"  # in merge.layers: what the owners' adapters change
+NAME_THE_TARGETS = 'name the targets under [task], in the order of the models\' outputs: labels = ["score"]'
 WRITE_THEM = 'write them under [task], in the order of the models\' outputs: labels = ["...", "..."]'
 
 
@@ -35,7 +36,7 @@ def with_labels(draft: AgreementDraft, base_folder: Path, models: Mapping[str, P
         raise SettingsError(
             f"task.labels is missing: the base model {base_folder} has no head, or only numbers its labels"
             + (", and no owner's model names any" if models else ""),
-            hint=WRITE_THEM,
+            hint=NAME_THE_TARGETS if draft.task.is_regression else WRITE_THEM,
         )
     tables = draft.model_dump(mode="json")
     tables["task"]["labels"] = labels

@@ -249,7 +249,7 @@ class MergeRun:
 
     def _choose(self, round: Round) -> None:
         """Per method, choose the candidate with the best metric; the first of equals."""
-        scores, choose_by = self._sum_metrics(round, "validation"), self.agreement.evaluation.choose_by
+        scores, choose_by = self._sum_metrics(round, "validation"), self.agreement.choose_by
         for name in self.agreement.methods:
             sweep = {
                 candidate: Tried(hyperparameter=value, score=scores[candidate])

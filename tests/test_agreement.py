@@ -9,7 +9,7 @@ from common.errors import SettingsError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import MultiRoundMethod
 from common.settings_file import load_settings, write_settings
-from tests.support.errors import refused
+from tests.support.errors import in_two_lines, refused
 
 GOOD = """
 title = "Test"
@@ -130,6 +130,52 @@ def test_a_wrong_draft_is_refused_in_one_line_with_file_key_and_value(
     assert says in str(caught.value)
     assert "\n" not in message
     assert "\n" not in caught.value.hint
+
+
+REGRESSION = 'problem_type = "regression"\nlabels = ["stars"]\n'
+SEVERAL = 'problem_type = "multi_label_classification"\n'
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "says"),
+    [
+        (REGRESSION, "", "task.target_range is missing: sums of targets and predictions need a bound\nhint: write"),
+        (REGRESSION + "target_range = [5, 1]", "", "task.target_range = [5, 1]: must ascend, within 1e+06 of 0"),
+        (REGRESSION + "target_range = [0, 1e9]", "", "within 1e+06 of 0\nhint: predict targets in other units"),
+        (REGRESSION + "target_range = [0, inf]", "", "must be finite"),
+        (REGRESSION + "target_range = [0]", "", "target_range = [0]: has too few entries, the minimum is 2"),
+        (REGRESSION + 'target_range = [0, 1]\nhead = "private"', "", 'task.head = "private": the targets'),
+        (SEVERAL + "target_range = [0, 1]", "", 'only task.problem_type = "regression" has targets'),
+        (SEVERAL + 'kind = "causal-lm"', "", "a model of kind causal-lm has no such head"),
+        (SEVERAL + 'kind = "token-classification"', "", "a model of kind token-classification has no such head"),
+        (SEVERAL + 'labels = ["a"]', "", "at least two labels are needed"),
+        (SEVERAL, 'method = "refit"', "refit.balances: they weigh rows by the share of their one label"),
+        (SEVERAL, '[evaluation]\nchoose_by = "pearson_r"', "must be accuracy or macro_f1 for text-classification"),
+        (
+            REGRESSION + "target_range = [0, 1]",
+            '[evaluation]\nchoose_by = "accuracy"',
+            "evaluation.choose_by = 'accuracy': must be pearson_r or mean_squared_error for regression",
+        ),
+        (
+            REGRESSION + "target_range = [0, 1]",
+            "[evaluation]\nsign_above = 0.5",
+            "a mean squared error is better if it",
+        ),
+        ('kind = "question-answering"', "", "must be 'text-classification', 'token-classification', 'causal-lm'"),
+    ],
+)
+def test_what_several_labels_and_numbers_cannot_be_is_refused(task: str, more: str, says: str, tmp_path: Path) -> None:
+    text = GOOD.replace('method = "regmean"', more) if more.startswith("method") else f"{GOOD}\n{more}"
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, f"{text}\n[task]\n{task}\n")
+    assert says in in_two_lines(caught.value)
+
+
+def test_several_labels_and_numbers_have_defaults(tmp_path: Path) -> None:
+    several = load(tmp_path, f"{GOOD}\n[task]\n{SEVERAL}")
+    assert (several.choose_by, several.task.metrics) == ("accuracy", ("accuracy", "macro_f1"))
+    numbers = load(tmp_path, f"{GOOD}\n[task]\n{REGRESSION}target_range = [0, 5]")
+    assert (numbers.choose_by, numbers.task.lowest_and_span) == ("mean_squared_error", (0.0, 5.0))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

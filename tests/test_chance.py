@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.report.chance import Share, are_apart
+from server.report.chance import Correlation, Share, are_apart
 
 shares = st.tuples(st.integers(1, 500), st.floats(0, 1)).map(
     lambda each: Share(accuracy=round(each[0] * each[1]) / each[0], predictions=each[0])
@@ -54,3 +54,19 @@ def test_chance_alone_sets_two_equal_models_apart_in_one_of_twenty_repetitions_a
     weights = np.array([comb(predictions, k) * accuracy**k * (1 - accuracy) ** (predictions - k) for k in counts])
     apart = np.array([[are_apart([share(a, predictions)], [share(b, predictions)]) for b in counts] for a in counts])
     assert weights @ apart @ weights < 0.055
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rows", "apart"),
+    [
+        (0.5, 0.6, 103, False),  # z: 0.549 and 0.693, apart by 0.144 < 1.96 sqrt(2 / 100) = 0.277
+        (0.5, 0.6, 403, True),  # 0.144 > 1.96 sqrt(2 / 400) = 0.139
+        (0.9, 1.0, 53, True),
+        (1.0, -1.0, 2, True),
+        (0.0, 0.9, 3, False),
+    ],
+)
+def test_correlations_are_compared_on_fisher_s_scale(first: float, second: float, rows: int, apart: bool) -> None:
+    one, other = (Correlation(r=r, rows=rows) for r in (first, second))
+    assert are_apart([one], [other]) == apart
+    assert not are_apart([one], [one])

@@ -53,6 +53,30 @@ def test_squares_are_taken_per_example_before_they_are_added() -> None:
         torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_several_outputs_have_the_sum_of_each_one_s_own_fisher(problem_type: str) -> None:
+    """Over many draws, the mean is what two passes a label or target give: p (1 - p), or 1, times the squared gradient
+    of the output. Outputs are drawn independently, so products of two of them have the mean 0.
+    """
+    model, rows = tiny_bert(), rows_of(2)
+    model.config.problem_type = problem_type  # type: ignore[assignment]
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([-1.0, 0.0, 2.0]))
+    draws = 60
+    found = [measure_fisher(model, rows, seed)["classifier.weight"] for seed in range(draws)]
+    expected = torch.zeros_like(found[0])
+    for index in range(2):
+        batch, _ = rows.batch(np.array([index]))
+        for output in range(3):
+            value = model(**batch).logits[0, output]
+            (gradient,) = torch.autograd.grad(value, [model.classifier.weight])
+            p = value.detach().sigmoid()
+            expected += gradient**2 * (p * (1 - p) if problem_type != "regression" else 1)
+    mean, spread = torch.stack(found).mean(0), torch.stack(found).std(0) / draws**0.5
+    assert ((mean - expected).abs() <= 5 * spread + 1e-7).all()
+    assert (expected > 0).any()
+
+
 def test_the_same_seed_gives_the_same_fisher() -> None:
     one, other = (measure_fisher(tiny_bert(), rows_of(4), seed=1) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)

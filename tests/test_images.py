@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,23 @@ def test_a_processor_s_configuration_names_no_code(tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", auto_map={"AutoImageProcessor": "evil.Processor"})
     (base / "evil.py").write_text("raise SystemExit('code ran')")
     assert len(data_of(write_folder(tmp_path / "photos"), base).test()) == 12
+
+
+def test_images_have_several_labels_or_numbers_from_arrays_or_from_a_table(tmp_path: Path) -> None:
+    arrays, names = tmp_path / "rows.npz", ("cat", "dog", "bird")
+    images = np.random.default_rng(0).random((3, 3, 8, 8), np.float32)
+    np.savez(arrays, image=images, label=np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]]), x=[1, 2, 3], y=[0.5, 1, 0])
+    several = CATS_AND_DOGS.model_copy(update={"problem_type": "multi_label_classification", "labels": names})
+    assert replace(data_of(arrays), task=several).test().targets.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    numbers = {"problem_type": "regression", "labels": ("x", "y"), "target_range": (0.0, 3.0)}
+    of_numbers = CATS_AND_DOGS.model_copy(update=numbers)
+    rows = replace(data_of(arrays, label=("x", "y")), task=of_numbers).test()
+    assert rows.targets.tolist() == [[1, 0.5], [2, 1], [3, 0]]
+    assert rows.batch(np.array([2, 0]))[1].tolist() == [[3, 0], [1, 0.5]]
+    with pytest.raises(DataError, match=r"labels \(3, 3\); the model needs"):
+        data_of(arrays).test()
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    table = tmp_path / "rows.csv"
+    table.write_text("image,label\n0.png,dog;cat\n1.png,\n")
+    assert replace(data_of(table), task=several).test().targets.tolist() == [[1, 1, 0], [0, 0, 0]]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.measurement.label_order import label_order
+from client.measurement.label_order import label_order, output_order
 
 LABELS = ("negative", "neutral", "positive")
 TARGETS = np.array([0, 1, 2] * 30)
@@ -36,3 +36,16 @@ def test_no_order_fits_better_than_the_one_that_is_found(targets: list[int], ord
     assert found.best == 1.0
     for predicted, label in zip(own, true, strict=True):
         assert found.order[predicted] == LABELS[label]
+
+
+def test_outputs_of_several_labels_or_targets_are_put_in_order_by_correlation() -> None:
+    random = np.random.default_rng(0)
+    targets = (random.random((80, 3)) < 0.3).astype(np.float32)
+    good = 3 * targets - 2 + random.normal(0, 0.5, targets.shape).astype(np.float32)
+    shuffled = good[:, [2, 0, 1]]
+    base = random.normal(0, 1, targets.shape).astype(np.float32)
+    found = output_order(shuffled, np.zeros_like(base), targets, LABELS)
+    assert found.is_another
+    assert found.order == ("positive", "negative", "neutral")
+    assert not output_order(good, base, targets, LABELS).is_another
+    assert not output_order(base, np.ones_like(base), targets, LABELS).is_another

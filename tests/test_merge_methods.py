@@ -20,19 +20,22 @@ from torch import Tensor
 from common import merge_methods
 from common.agreement import Agreement
 from common.errors import NumericalError
+from common.identity import Identity
 from common.merge_methods import METHODS, ORDERED, contribution_layout, kind_of, measurements, tensor_kinds
 from common.merge_methods.data_free import DataFreeTable
 from common.merge_methods.method import Measurement, Method, MultiRoundMethod, SingleRoundMethod
 from common.merge_methods.normal_equations import solve_symmetric, spectrum
-from common.merge_methods.refit import REFIT, RefitTable
+from common.merge_methods.refit import CLASSIFIER_RIDGE, REFIT, RefitTable
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.task_arithmetic import TASK_ARITHMETIC, TaskArithmeticTable
 from common.merge_methods.terms import (
+    ClassifierTerms,
     Gram,
     Hyperparameters,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
+    ProblemType,
     Weighting,
     owner_weight,
 )
@@ -47,6 +50,7 @@ from tests.support.merging import (
     total_of,
     without_rounding,
 )
+from tests.support.sums import run, terms_of
 
 TOGETHER = ("regmean", "average", "task_arithmetic", "fisher")  # in one sum
 SINGLE_ROUND = sorted(name for name, method in METHODS.items() if isinstance(method, SingleRoundMethod))
@@ -429,6 +433,40 @@ def test_refit_begins_with_the_body_that_was_agreed_at_the_largest_alpha(body: s
     expected = merged_in_float64(body, settings, total_of([body], settings, owners), alpha)
     assert started.delta.keys() == expected.delta.keys()
     assert all(torch.equal(started.delta[name], expected.delta[name]) for name in expected.delta)
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_refit_to_several_labels_or_to_numbers_is_least_squares_over_all_rows(problem_type: ProblemType) -> None:
+    """Pooled and solved at once: to 1/2 and -1/2 up to a positive factor, or to the numbers themselves."""
+    random, is_regression = torch.Generator().manual_seed(0), problem_type == "regression"
+    plan = plan_for(6, [3], has_constant=True)
+    settings = replace(
+        merge_settings(plan, refit=RefitTable(balances=(0.0,))), problem_type=problem_type, largest_target=50.0
+    )
+    step = REFIT.steps(settings)[0]
+    layout = REFIT.step_layout(settings, step)
+    start = torch.randn(7, 3, generator=random).double()
+    grams, right, vectors = torch.zeros(7, 7).double(), torch.zeros(7, 3).double(), {}
+    for name, rows in (("ada", 40), ("bea", 90), ("cyd", 70)):
+        features = torch.cat([torch.randn(rows, 6, generator=random), torch.ones(rows, 1)], dim=1).double()
+        targets = features.float() @ torch.randn(7, 3, generator=random)
+        targets = 10 * targets.clamp(-5, 5) if is_regression else (targets > 0.5).float()
+        scores = torch.randn(rows, 3, generator=random).double()
+        terms = ClassifierTerms(features=features, targets=targets, scores=scores, start=start)
+        vectors[name] = np.zeros(layout.size)
+        owner = OwnerTerms(examples=rows, delta={}, classifier=terms)
+        layout.flatten(REFIT.step_contribution(settings, step, owner), vectors[name])
+        gram = features.T @ features
+        ridge = CLASSIFIER_RIDGE * gram.diagonal().mean() * torch.eye(7).double()
+        grams += gram + ridge
+        right += features.T @ (targets.double() if is_regression else targets.double() - 0.5)
+        right += ridge @ start if is_regression else 0
+    identities = {name: Identity(name=name, seed=name.encode().ljust(32)) for name in vectors}
+    merged = REFIT.solve_step(settings, step, run("plain", identities, terms_of(identities, layout), vectors), 0.0)
+    found = start + plan.inputs[-1].layers[0].take(merged.delta).double()
+    expected = torch.linalg.solve(grams, right)
+    assert (merged.factor == 1.0) == is_regression
+    torch.testing.assert_close(found, merged.factor * expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("alphas", [(0.5,), (0.5, 1.0)])

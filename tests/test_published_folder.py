@@ -81,9 +81,9 @@ def add_to(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def agreed(kind: Any, base: Path) -> Agreement:
+def agreed(kind: Any, base: Path, **task: Any) -> Agreement:
     owners = tuple(OwnerEntry(name=name) for name in ("ada", "bea", "cyd"))
-    draft = AgreementDraft(title="Test", base=str(base), owners=owners, method="average", task=Task(kind=kind))
+    draft = AgreementDraft(title="Test", base=str(base), owners=owners, method="average", task=Task(kind=kind, **task))
     return complete_agreement(draft, base, {name: each.public_key for name, each in IDENTITIES.items()})
 
 
@@ -148,3 +148,35 @@ def test_every_owner_writes_the_same_bytes_from_a_copy_of_its_own(kind: str, bas
     agreement = agreed(kind, base)
     write_model(load_base(copy, agreement.task, agreement.seed), copy, agreement, tmp_path / "own")
     assert published_folder(tmp_path / "own") == first
+
+
+@pytest.mark.parametrize("kind", ["text-classification", "image-classification"])
+def test_the_configuration_says_what_a_pipeline_makes_of_the_outputs(kind: str, tmp_path: Path) -> None:
+    """Several labels are probabilities of their own, and numbers are themselves."""
+    base = base_of(kind, tmp_path / "base")
+    row: Any = "the room was clean"
+    if kind == "image-classification":
+        row = Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8))
+    scores = {}
+    for problem_type in ("multi_label_classification", "regression"):
+        more = {"target_range": (0.0, 5.0)} if problem_type == "regression" else {}
+        agreement, folder = agreed(kind, base, problem_type=problem_type, **more), tmp_path / problem_type
+        write_model(load_base(base, agreement.task, agreement.seed), base, agreement, folder)
+        assert json.loads((folder / "config.json").read_text())["problem_type"] == problem_type
+        (found,) = pipeline(kind, str(folder), top_k=3)([row])  # type: ignore[call-overload]
+        scores[problem_type] = {each["label"]: each["score"] for each in found}
+    for label, number in scores["regression"].items():
+        assert scores["multi_label_classification"][label] == pytest.approx(1 / (1 + np.exp(-number)), abs=1e-5)
+    assert sum(scores["multi_label_classification"].values()) != pytest.approx(1.0, abs=0.01)
+
+
+def test_a_base_saved_without_its_head_is_free_of_what_the_head_was_for(tmp_path: Path) -> None:
+    base = base_of("text-classification", tmp_path / "base")
+    model = tiny_bert()
+    model.config.problem_type = "regression"
+    model.base_model.save_pretrained(base)
+    assert json.loads((base / "config.json").read_text())["problem_type"] == "regression"
+    folder = tmp_path / "model"
+    agreement = agreed("text-classification", base, labels=("a", "b"))
+    write_model(load_base(base, agreement.task, agreement.seed), base, agreement, folder)
+    assert json.loads((folder / "config.json").read_text())["problem_type"] == "single_label_classification"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 
 from common.errors import SettingsError
@@ -254,6 +255,88 @@ def test_the_verdict_has_the_words_of_the_task(kind: str, words: str) -> None:
     report = hand_written()
     report["agreement"]["task"]["kind"] = kind
     assert words in " ".join(said(report))
+
+
+def as_regression(report: dict[str, Any]) -> dict[str, Any]:
+    """The same with correlations instead of accuracies; the published model has the sums of one target."""
+    evaluation = report["evaluation"]
+    evaluation |= {"metric": "mean_squared_error", "choose_by": "mean_squared_error"}
+    task = {"problem_type": "regression", "labels": ["stars"], "target_range": [1.0, 5.0]}
+    report["agreement"]["task"] |= task
+    judged = [*evaluation["mean"].values(), *evaluation["by_owner"]["ada"].values(), *evaluation["sweep"]["regmean"]]
+    for each in judged:
+        each |= {"pearson_r": each["accuracy"], "accuracy": None}
+        each |= {"pooled_accuracy": None} if "pooled_accuracy" in each else {}
+    evaluation["mean"]["regmean"]["sums"] = [[400.0, 400.0, 280.0, 280.0, 40.0]]
+    return report
+
+
+def test_the_report_of_a_regression_speaks_of_correlations_and_errors() -> None:
+    report = as_regression(hand_written())
+    sentences = " ".join(said(report))
+    assert (
+        "correlates with the targets at 0.750 (Pearson's r), and each owner's own model at home at 0.875" in sentences
+    )
+    assert "%" not in sentences
+    assert "On the test rows of all owners, it is" in sentences
+    page = shown(report)
+    for words in (
+        "Targets lie between 1 and 5",
+        "mean squared error is 0.500. Lower: ",
+        "predicting numbers from texts",
+    ):
+        assert words in page
+    assert "0.750" in page
+    assert "percentage points" not in page
+    assert "stars" in page
+    assert "0.8" in page  # 40 / 800 rows, times the squared range
+
+
+@pytest.mark.parametrize("changes", [{"accuracy": 0.5}, {"pearson_r": None}, {"accuracy": 0.5, "pearson_r": None}])
+def test_a_regression_has_no_accuracy_and_every_other_task_no_correlation(changes: dict[str, float | None]) -> None:
+    report = as_regression(hand_written())
+    report["evaluation"]["mean"]["base"] |= changes
+    with pytest.raises(ValidationError, match="a regression has pearson_r, and every other task has accuracy"):
+        as_report(report)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sums": [[1.0, 1.0, 1.0]]}, "sums that are not those of the agreed labels"),  # two labels are agreed
+        ({"sums": [[1.0, 1.0], [1.0, 1.0]]}, "sums that are not those of the agreed labels"),
+    ],
+)
+def test_sums_that_a_reader_would_stumble_over_are_refused(changes: dict[str, Any], says: str) -> None:
+    report = hand_written()
+    report["agreement"]["task"]["problem_type"] = "multi_label_classification"
+    report["evaluation"]["mean"]["base"] |= changes
+    with pytest.raises(ValidationError, match=says):
+        as_report(report)
+    report["agreement"]["task"]["problem_type"] = "single_label_classification"
+    with pytest.raises(ValidationError, match=says):
+        as_report(report)
+
+
+def test_the_report_of_several_labels_has_counts_by_label_and_micro_f1() -> None:
+    report = hand_written()
+    report["agreement"]["task"]["problem_type"] = "multi_label_classification"
+    for scores in report["evaluation"]["mean"].values():
+        scores["sums"] = [[30.0, 40.0, 50.0], [0.0, 0.0, 0.0]]
+    page = shown(report)
+    assert "names exactly the right labels of 75.0" in " ".join(said(report))
+    assert f"RegMean {60 / 90:.3f}" in page
+    assert "Rows that have it" in page
+
+
+def test_the_report_says_what_share_of_all_owners_texts_was_cut() -> None:
+    report = hand_written()
+    assert "longer than task.max_tokens" not in shown(report)
+    report["evaluation"]["cut"] = [50, 2000]
+    assert "2.5 % of the owners' test texts are longer than task.max_tokens, and were cut." in shown(report)
+    report["evaluation"]["cut"] = [1, 0]
+    with pytest.raises(ValidationError, match="more texts are cut than there are"):
+        as_report(report)
 
 
 def test_the_report_of_a_language_model_speaks_of_no_labels() -> None:

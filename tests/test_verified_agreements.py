@@ -89,3 +89,17 @@ def test_who_consents_reads_what_is_verified_and_against_whom(reviews_folder: Pa
     assert "all owners verify together that it is the merge of what they contributed" in text
     assert "Together with one other owner, it could make a wrong model pass" in text
     assert "MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL" not in text
+
+
+def test_who_consents_reads_what_the_metrics_of_labels_and_of_numbers_are(reviews_folder: Path, tmp_path: Path) -> None:
+    with parties_with_method(reviews_folder, tmp_path, "average") as parties:
+        owner, agreement = Owner(parties.files["hotel"]), parties.agreement
+        texts = []
+        for changes in ({"problem_type": "multi_label_classification"}, {"problem_type": "regression"}):
+            task = agreement.task.model_copy(update=changes | {"target_range": (0.0, 1.0)})
+            owner.__dict__["agreement"] = agreement.model_copy(update={"task": task})
+            texts.append(" ".join(consent_text(owner).split()))
+    assert "accuracy and macro f1 of the base" in texts[0]
+    assert "Of your test examples, counts for each label leave too" in texts[0]
+    assert "pearson r and mean squared error of the base" in texts[1]
+    assert "sums over your rows: of predictions, of your targets" in texts[1]

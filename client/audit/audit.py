@@ -47,6 +47,7 @@ from client.data.canaries import random_rows
 from client.data.rows import Rows
 from client.holdings import Holdings
 from client.measurement.evaluation import predict_logits
+from common.errors import SettingsError
 from common.identity import fingerprint
 from common.models.loading import digest_of, private_head
 from common.models.parameters import copy_parameters
@@ -60,6 +61,11 @@ def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | 
 
     `candidates`: texts among which an attacker looks for the owner's rows. Raises DataError if there are too few rows.
     """
+    if holdings.task.problem_type != "single_label_classification":
+        raise SettingsError(
+            "amalgram audit: models of several labels a row, and regressions, cannot be audited yet",
+            hint="it takes models of one label a row, of words with tags, and language models",
+        )
     rows = compared_rows(holdings, most_rows)
     auditor = _Auditor(holdings, rows, holdings.own_model(), candidates)
     models = [auditor.audit_base(), auditor.audit_model("own", auditor.own)]
@@ -152,7 +158,9 @@ class _Auditor:
         targets = self._both.targets
         if not isinstance(targets, np.ndarray):
             return None
-        return self._classifier_gradients(self._both, targets, "the base: the classifier's gradients")
+        return self._classifier_gradients(
+            self._both, np.asarray(targets, np.int64), "the base: the classifier's gradients"
+        )
 
     @cached_property
     def _planted(self) -> Rows | None:

@@ -29,6 +29,8 @@ def canaries_of(owner: str, seed: int, count: int, like: Rows, task: Task) -> Ro
 
 def random_rows(random: np.random.Generator, count: int, like: Rows, task: Task) -> Rows:
     """Rows as canaries are drawn: random tokens or noise, each with a target drawn from all. Raises SettingsError."""
+    if task.problem_type != "single_label_classification":
+        raise SettingsError(f"training.canaries: not for {task.problem_type} yet", hint="leave the line out")
     if isinstance(like.features, np.ndarray):
         noise = random.standard_normal((count, *like.features.shape[1:])).astype(np.float32)
         return Rows(features=noise, targets=_labels(random, count, task))

@@ -1,20 +1,22 @@
 """What the files of an owner hold, by column, before a model or a tokenizer is loaded: nothing here imports torch."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.data.chat import chat_columns, content_of
-from client.data.files import ARRAYS, read_arrays, read_columns
+from client.data.files import ARRAYS, read_arrays, read_columns, side_by_side
 from client.data.images import find_images
-from client.data.labels import label_numbers, tag_numbers
+from client.data.labels import labels_that_occur, tag_numbers, targets_of
 from client.data.sources import find_sources
 from client.settings import Data
 from common.agreement import Task, TaskKind
+from common.agreement.tables import CLASSIFYING
 
 SAME_FILE = 0.9  # share of test rows that say what a training row says; short texts of few words often do
 
@@ -25,17 +27,18 @@ class FileLook:
 
     path: Path
     rows: int
-    labels: NDArray[np.int64]  # the numbers of those that occur, once each; none for a language model
+    unlabelled: int  # rows without a label, where a row may have several
+    labels: NDArray[np.int64]  # the numbers of those that occur, once each; none for a language model or numbers
 
 
 def columns_of(data: Data, kind: TaskKind) -> list[str]:
     """The columns that a task reads: the inputs first, what is to be predicted last."""
     if kind == "image-classification":
-        return [data.image, data.label]
+        return [data.image, *data.label]
     if kind == "token-classification":
         return [data.tokens, data.tags]
     if kind == "text-classification":
-        return [*text_columns(data), data.label]
+        return [*text_columns(data), *data.label]
     if kind == "causal-lm":
         return chat_columns(data) or [data.text]
     return [data.text, data.target]
@@ -52,18 +55,26 @@ def look_at(data: Data, task: Task, path: Path, max_rows: int | None) -> FileLoo
     Nothing is tokenised. Raises DataError.
     """
     columns = columns_of(data, task.kind)
+    last = data.label if task.kind in CLASSIFYING else columns[-1:]
     if task.kind == "image-classification" and path.suffix.lower() == ARRAYS:
-        found = read_arrays(path, columns, max_rows)[-1].tolist()
+        found = labels_of_arrays(read_arrays(path, columns, max_rows)[1:])
     elif task.kind == "image-classification":
         found = list(find_images(path, columns, max_rows).labels)
     else:
-        found = read_columns(path, columns, max_rows)[columns[-1]]
-    numbers = [np.empty(0, np.int64)]
+        found = side_by_side(read_columns(path, columns, max_rows), last)
+    numbers, unlabelled = [np.empty(0, np.int64)], 0
     if task.kind == "token-classification":
         numbers += tag_numbers(path, data.tags, found, task)
     elif task.has_labels:
-        numbers += [label_numbers(path, found, task)]
-    return FileLook(path=path, rows=len(found), labels=np.unique(np.concatenate(numbers)))
+        targets = targets_of(path, found, task, last)
+        numbers += [] if task.is_regression else [labels_that_occur(targets)]
+        unlabelled = int((~targets.any(axis=1)).sum()) if task.has_several_labels else 0
+    return FileLook(path=path, rows=len(found), unlabelled=unlabelled, labels=np.unique(np.concatenate(numbers)))
+
+
+def labels_of_arrays(arrays: Sequence[NDArray[Any]]) -> list[Any]:
+    """The labels or targets of every row of an .npz file, from one array, or from one for each."""
+    return list((arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)).tolist())
 
 
 def look_at_files(data: Data, task: Task, folder: Path) -> dict[str, FileLook]:
@@ -74,6 +85,13 @@ def look_at_files(data: Data, task: Task, folder: Path) -> dict[str, FileLook]:
         ("test", data.test, data.max_test_rows),
     )
     return {split: look_at(data, task, folder / path, max_rows) for split, path, max_rows in splits if path is not None}
+
+
+def rows_without_labels(looks: Iterable[FileLook]) -> Iterator[str]:
+    """How many rows of each file have no label, in words, if any: none may apply, or nobody filled it in."""
+    for look in looks:
+        if look.unlabelled:
+            yield f"{look.path.name}: {look.unlabelled:,} of {look.rows:,} rows have no label, and count as such"
 
 
 def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Iterator[bytes]:

@@ -97,6 +97,12 @@ class Draw:
         return {column: [row[index] for row in rows] for index, column in enumerate(columns)}
 
 
+def side_by_side(found: Columns, columns: Sequence[str]) -> list[Any]:
+    """The values of one column; of several, a list for each row."""
+    values = [found[column] for column in columns]
+    return values[0] if len(values) == 1 else [list(row) for row in zip(*values, strict=True)]
+
+
 def read_arrays(path: Path, columns: Sequence[str], max_rows: int | None) -> list[NDArray[Any]]:
     """The named arrays of an .npz file: every row, or `max_rows` drawn from all of them. All have the same number of
     rows.

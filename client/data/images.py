@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.files import read_columns
+from client.data.files import read_columns, side_by_side
 from client.data.sources import find_sources, is_saved_dataset
 from common.errors import DataError
 from common.lazy import lazy_module
@@ -103,17 +103,17 @@ class ImageTable:
 
 
 def find_images(path: Path, columns: Sequence[str], max_rows: int | None) -> ImageTable:
-    """The images of a folder or a table: all, or `max_rows` drawn from them. `columns`: the image's and the label's.
+    """The images of a folder or a table: all, or `max_rows` drawn from them. `columns`: the image's and the labels'.
 
     Raises DataError; no image is opened.
     """
     if is_folder_of_images(path):
         return _in_folder(path, max_rows)
-    image, label = columns
+    image, *labels = columns
     found = read_columns(path, columns, max_rows)
     folder = find_sources(path)[0].path.parent
     images = [_named(path, folder, number, value) for number, value in enumerate(found[image], 1)]
-    return ImageTable(images, found[label], Counter())
+    return ImageTable(images, side_by_side(found, labels), Counter())
 
 
 def is_folder_of_images(path: Path) -> bool:

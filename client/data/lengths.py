@@ -14,11 +14,12 @@ from client.data.columns import columns_of
 from client.data.files import read_columns
 from client.settings import Data
 from common.agreement import Task
+from common.metrics import LOOK_TEXTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LOOK_ROWS = 2000  # drawn from a file, for a look before a run
+LOOK_ROWS = LOOK_TEXTS  # drawn from a file
 MOST = 0.99  # of the texts, for which a longer limit is proposed
 
 
@@ -27,6 +28,12 @@ def cut_texts(data: Data, task: Task, paths: Iterable[Path], tokenizer: PreTrain
     for path in dict.fromkeys(paths):
         if words := cut_in_words(_lengths(data, task, path, tokenizer), task.max_tokens):
             yield f"{path.name}: {words}"
+
+
+def count_cut(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many texts of a file are cut, of how many that were looked at."""
+    lengths = _lengths(data, task, path, tokenizer)
+    return int((lengths > task.max_tokens).sum()), len(lengths)
 
 
 def _lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:

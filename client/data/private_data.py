@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on
+from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on, rows_without_labels
 from client.data.files import read_columns
 from client.data.images import files_left_out
-from client.data.lengths import cut_texts
+from client.data.lengths import count_cut, cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
@@ -79,11 +79,18 @@ class PrivateData:
         data, task = self.data, self.task
         if trained_on := rows_trained_on(data, task, self.folder):
             yield f"{data.test}: {trained_on}"
+        if task.has_several_labels:
+            yield from rows_without_labels(look_at_files(data, task, self.folder).values())
         paths = [self.folder / path for path in (data.train, data.validation, data.test) if path is not None]
         if task.kind == "image-classification":
             yield from files_left_out(paths)
         if self.tokenizer is not None:
             yield from cut_texts(data, task, paths, self.tokenizer)
+
+    def cut_test_texts(self) -> tuple[int, int]:
+        """How many of the test texts are cut, of how many that were looked at."""
+        assert self.tokenizer is not None  # only texts are cut
+        return count_cut(self.data, self.task, self.folder / self.data.test, self.tokenizer)
 
     def digest(self) -> str:
         """SHA-256 of everything that a model depends on which is made from these files."""
@@ -111,7 +118,7 @@ class PrivateData:
 
     def label_set(self) -> NDArray[np.int64]:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""
-        if self.task.label_set == "all" or not self.task.has_labels:
+        if self.task.label_set == "all" or not self.task.has_labels or self.task.is_regression:
             return np.arange(len(self.task.labels))
         return self._labels_found
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.data.chat import Written, chat_columns, write_out
-from client.data.columns import columns_of, text_columns
-from client.data.files import ARRAYS, Columns, read_arrays, read_columns
+from client.data.columns import columns_of, labels_of_arrays, text_columns
+from client.data.files import ARRAYS, Columns, read_arrays, read_columns, side_by_side
 from client.data.images import as_array, find_images, room_for
-from client.data.labels import label_numbers, tag_numbers
+from client.data.labels import tag_numbers, targets_of
 from client.data.reading import LostImages, check_texts
 from client.data.rows import IGNORED, Rows
 from client.settings import Data
@@ -100,7 +100,7 @@ def features(encoded: BatchEncoding) -> tuple[dict[str, Any], ...]:
 def _read_texts(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     found = read_columns(path, columns_of(reader.data, reader.task.kind), max_rows)
     rows = _tokenised(reader, path, found)
-    targets = label_numbers(path, found[reader.data.label], reader.task)
+    targets = targets_of(path, side_by_side(found, reader.data.label), reader.task, reader.data.label)
     return Rows(features=rows, targets=targets, tokenizer=reader.tokenizer)
 
 
@@ -116,7 +116,7 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     if path.suffix.lower() == ARRAYS:
         return _read_arrays(reader, path, max_rows)
     table = find_images(path, columns_of(reader.data, reader.task.kind), max_rows)
-    targets = label_numbers(path, table.labels, reader.task)
+    targets = targets_of(path, table.labels, reader.task, reader.data.label)
     shape = image_shape(reader.model.config)
     features = room_for((len(table.images), *shape))
     if reader.processor is None:
@@ -154,20 +154,21 @@ def processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, in
 
 
 def _read_arrays(reader: Reader, path: Path, max_rows: int | None) -> Rows:
-    images, labels = read_arrays(path, columns_of(reader.data, reader.task.kind), max_rows)
+    images, *labels = read_arrays(path, columns_of(reader.data, reader.task.kind), max_rows)
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 255
     if images.ndim == 3:  # (n, height, width): one channel
         images = images[:, None]
     expected = image_shape(reader.model.config)
-    if images.shape[1:] != expected or labels.ndim != 1:
+    most = 2 if len(labels) == 1 and reader.task.problem_type != "single_label_classification" else 1
+    if images.shape[1:] != expected or any(each.ndim > most for each in labels):
         raise DataError(
-            f"{path}: images have shape {images.shape} and labels {labels.shape}; the model needs "
+            f"{path}: images have shape {images.shape} and labels {labels[0].shape}; the model needs "
             f"(n, {', '.join(map(str, expected))}) and (n,)"
         )
     if not np.isfinite(images).all():
         raise DataError(f"{path}: an image holds a number that is not finite")
-    targets = label_numbers(path, labels.tolist(), reader.task)
+    targets = targets_of(path, labels_of_arrays(labels), reader.task, reader.data.label)
     return Rows(features=images.astype(np.float32), targets=targets)
 
 

@@ -1,7 +1,8 @@
 """Examples ready for a model: tokenised texts or images with their targets, in batches. An example is a row of a file.
 
 A *target* belongs to each prediction that a model makes on an example. A classified text or image has one, token
-classification one per word, language modelling one per token. Positions that are not judged hold IGNORED.
+classification one per word, language modelling one per token. Positions that are not judged hold IGNORED. An example
+with several labels has a vector of 0 and 1 as its one target, a regression a vector of numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ Batch = dict[str, Tensor]
 IGNORED = -100  # what torch's cross entropy ignores
 
 Features = tuple[Mapping[str, Any], ...] | NDArray[np.float32]
-Targets = NDArray[np.int64] | tuple[NDArray[np.int64], ...]
+Targets = NDArray[np.int64] | NDArray[np.float32] | tuple[NDArray[np.int64], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """The examples of one split. Texts are tokenised but not padded; images are (n, channels, height, width) float32.
 
-    `targets` is (n,), or for each example one array with a target for every position of the model's output.
+    `targets` is (n,) int64, or (n, labels or targets) float32, or for each example one array with a target for every
+    position of the model's output.
     """
 
     features: Features
@@ -48,7 +50,8 @@ class Rows:
     def batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor]:
         """The model's inputs for these examples, padded to the longest, and the targets for its logits.
 
-        Targets are (examples,) or (examples, positions), with IGNORED where nothing is judged.
+        Targets are (examples,) or (examples, positions), with IGNORED where nothing is judged (`judged`), or
+        (examples, labels or targets) float32.
         """
         rows = self.take(indices)
         if isinstance(rows.features, np.ndarray):
@@ -90,6 +93,11 @@ class Rows:
             end = start + int(np.searchsorted(padded, room, side="right"))
             yield order[start:end]
             start = end
+
+
+def judged(targets: Tensor) -> Tensor:
+    """Which predictions of a batch are judged: (examples,) or (examples, positions) bool, from the batch's targets."""
+    return torch.ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else targets != IGNORED
 
 
 def pool(parts: list[Rows]) -> Rows:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from client.data.rows import IGNORED, Rows
+from client.data.rows import Rows, judged
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import layer_inputs, with_constant
 from client.measurement.passes import ON_CPU, Passes
@@ -35,14 +35,14 @@ def measure_classifier(
         layer_inputs(merged.model, lambda _, fed: features.append(fed.rows.cpu()), {layer.weight}),
     ):
         for _, batch, targets in rows.batches(batch_size):
-            judged = targets != IGNORED
+            kept = judged(targets)
             merged.model(**passes.inputs(batch))
-            features[-1] = features[-1][judged]
-            labels.append(targets[judged])
+            features[-1] = features[-1][kept]
+            labels.append(targets[kept])
     merged.release()
     with passes.running(own.model):
         for _, batch, targets in rows.batches(batch_size):
-            scores.append(own.model(**passes.inputs(batch)).logits.cpu()[targets != IGNORED])
+            scores.append(own.model(**passes.inputs(batch)).logits.cpu()[judged(targets)])
     fed = torch.cat(features).double()
     return ClassifierTerms(
         features=fed if layer.bias is None else with_constant(fed),

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from client.data.rows import IGNORED, Rows
+from client.data.rows import IGNORED, Rows, judged
 from client.measurement.passes import ON_CPU, Passes
 from common.agreement import Task
-from common.metrics import MAX_NATS, Score
+from common.metrics import MAX_NATS, STEP, Score, regression_score
 
 Entity = tuple[int, int, int, str]  # row, first word, word after the last, type
 
@@ -38,14 +38,18 @@ def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int, passes: 
     found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
     with passes.running(model):
         for indices, batch, targets in rows.batches(batch_size):
-            predicted = model(**passes.inputs(batch)).logits.float().cpu()
-            for index, logits, wanted in zip(indices, predicted, targets, strict=True):
-                found[index] = logits[wanted != IGNORED].numpy() if wanted.ndim else logits[None].numpy()
+            predicted, wanted = model(**passes.inputs(batch)).logits.float().cpu(), judged(targets)
+            for index, logits, kept in zip(indices, predicted, wanted, strict=True):
+                found[index] = logits[kept].numpy() if kept.ndim else logits[None].numpy()
     return np.concatenate(found)
 
 
 def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: NDArray[np.int64]) -> Score:
     """Judge predictions among the `allowed` labels. Macro F1 is the mean over the labels that occur in the examples."""
+    if task.is_regression:
+        return _score_numbers(logits, np.asarray(rows.targets), task)
+    if task.has_several_labels:
+        return _score_label_sets(logits, np.asarray(rows.targets), task, allowed)
     predicted = allowed[logits[:, allowed].argmax(axis=1)]
     targets = np.concatenate([np.atleast_1d(target) for target in rows.targets])
     targets = targets[targets != IGNORED]
@@ -55,6 +59,40 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
     else:
         metric = _macro_f1(targets, predicted)
     return Score(correct=int((predicted == targets).sum()), rows=len(targets), metric=metric)
+
+
+def _score_label_sets(
+    logits: NDArray[np.float32], targets: NDArray[np.float32], task: Task, allowed: NDArray[np.int64]
+) -> Score:
+    """Several labels a row: those whose output is above 0, where a sigmoid is a half. Both arrays: (rows, labels)."""
+    is_allowed = np.isin(np.arange(targets.shape[1]), allowed)
+    found, wanted = (logits > 0) & is_allowed, targets > 0
+    counts = np.stack([(found & wanted).sum(axis=0), wanted.sum(axis=0), found.sum(axis=0)], axis=1)  # (labels, 3)
+    occurs = counts[counts[:, 1] > 0]
+    return Score(
+        correct=int((found == wanted).all(axis=1).sum()),
+        rows=len(targets),
+        metric=float(np.mean(2 * occurs[:, 0] / (occurs[:, 1] + occurs[:, 2]))) if len(occurs) else 1.0,
+        sums=tuple(tuple(map(float, each)) for each in counts) if task.sums_per_output else (),
+    )
+
+
+def _score_numbers(logits: NDArray[np.float32], targets: NDArray[np.float32], task: Task) -> Score:
+    """Numbers, on a scale from 0 to 1 over the agreed range. Both arrays: (rows, targets).
+
+    Each sum over rows is rounded to a multiple of STEP, up or down at random, so that its expectation stays. Whatever
+    numbers a crafted candidate gives one row, each sum is one of 1 / STEP + 1: at most about six bits about that row.
+    """
+    lowest, span = task.lowest_and_span
+    middle = lowest + span / 2  # for whatever is not a number
+    wanted = (targets.astype(np.float64) - lowest) / span
+    found = (np.nan_to_num(logits.astype(np.float64), nan=middle) - lowest) / span
+    found, wanted = (np.clip(each, 0.0, 1.0) for each in (found, wanted))  # check: predictions-are-clipped
+    terms = np.stack([found, wanted, found**2, wanted**2, (found - wanted) ** 2], axis=2)  # (rows, targets, 5)
+    known_here = hashlib.sha256(targets.tobytes()).digest()
+    up_or_down = np.random.default_rng(int.from_bytes(known_here)).random(terms.shape[1:])
+    sums = STEP * np.floor(terms.sum(axis=0) / STEP + up_or_down)  # check: moments-are-rounded
+    return regression_score(sums, len(targets), task)
 
 
 @torch.inference_mode()

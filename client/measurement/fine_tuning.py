@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from client.data.rows import IGNORED, Rows
+from client.data.rows import Rows, judged
+from client.measurement.losses import loss_of
 from client.measurement.passes import ON_CPU, Halving, Passes
 from client.measurement.placement import placed
 from client.progress import with_bar
@@ -115,15 +116,15 @@ def rates_of(optimizer: torch.optim.Optimizer, training: Training, steps: int) -
 def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], parts: int, passes: Passes) -> None:
     """The gradient of the mean loss over the predictions of these rows, a part of them at a time."""
     batches = [rows.batch(part) for part in np.array_split(indices, min(parts, len(indices)))]
-    predictions = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+    predictions = sum(int(judged(targets).sum()) for _, targets in batches)
     for batch, targets in batches:
-        judged = targets != IGNORED
-        if not judged.any():
+        wanted = judged(targets)
+        if not wanted.any():
             continue
         with passes.computing():
-            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(judged)]
-        loss = torch.nn.functional.cross_entropy(logits, passes.moved(targets[judged]))
-        loss = loss * (int(judged.sum()) / predictions)
+            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(wanted)]
+        loss = loss_of(model, logits, passes.moved(targets[wanted]))
+        loss = loss * (int(wanted.sum()) / predictions)
         if not torch.isfinite(loss):
             raise NumericalError(f"fine-tuning: the loss became {loss.item()}", hint="lower training.learning_rate")
         loss.backward()
@@ -131,16 +132,15 @@ def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64
 
 @torch.no_grad()
 def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Passes) -> float:
-    """The mean cross entropy of a prediction."""
+    """The mean loss of a prediction."""
     model.eval()
     loss, predictions = 0.0, 0
     for _, batch, targets in rows.batches(batch_size):
-        judged = targets != IGNORED
+        kept = judged(targets)
         with passes.computing():
-            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(judged)]
-        wanted = passes.moved(targets[judged])
-        loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-        predictions += len(wanted)
+            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(kept)]
+        loss += float(loss_of(model, logits, passes.moved(targets[kept]), reduction="sum"))
+        predictions += int(kept.sum())
     model.train()
     return loss / max(predictions, 1)
 

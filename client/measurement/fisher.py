@@ -3,8 +3,8 @@
     F = sum over examples of (d log p(y | x) / d W)^2,    y drawn from the model's own p(y | x)
 
 If a model makes several predictions on an example (a tag for each word, the next token at each token), log p(y | x) is
-the sum over them. The square is inside the sum over examples: squared gradients of a whole batch would be another
-quantity. Labels are not used.
+the sum over them, and so it is over several labels or targets (losses.py). The square is inside the sum over examples:
+squared gradients of a whole batch would be another quantity. Labels are not used.
 """
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.data.rows import IGNORED, Rows
+from client.data.rows import Rows, judged
+from client.measurement.losses import surprise_at_a_draw
 from client.measurement.passes import ON_CPU, Passes
 from client.measurement.placement import placed
 
@@ -30,11 +31,10 @@ def _measure(model: PreTrainedModel, rows: Rows, seed: int, passes: Passes) -> d
     for index in range(len(rows)):
         batch, targets = rows.batch(np.array([index]))
         with passes.computing():
-            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(targets != IGNORED)]
+            logits = model(**passes.inputs(batch)).logits.float()[passes.moved(judged(targets))]
         if not len(logits):  # (predictions, labels)
             continue
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        loss = torch.nn.functional.cross_entropy(logits, passes.moved(drawn), reduction="sum")
+        loss = surprise_at_a_draw(model, logits, generator)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

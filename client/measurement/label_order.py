@@ -1,7 +1,8 @@
 """Whether a model's outputs are in the agreed order of labels, judged by its owner's own rows.
 
 A model whose labels are numbered differently loads, runs and is merged like any other, and spoils the merge. On its own
-rows it is worse than the base, and good once its outputs are put into another order.
+rows it is worse than the base, and good once its outputs are put into another order. How good it is, is how often it is
+right; with several labels or targets a row, the mean correlation of each output with its label or target.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-CLEAR_GAIN = 0.2  # of accuracy, by another order, on rows of which the model's owner has seen most
+CLEAR_GAIN = 0.2  # of accuracy or correlation, by another order, on rows of which the model's owner has seen most
 
 
 @dataclass(frozen=True)
 class LabelOrder:
-    """How often a model is right on its owner's rows, as its outputs are and in the order that fits best."""
+    """How good a model is on its owner's rows, as its outputs are and in the order that fits best."""
 
     own: float
     base: float
@@ -42,3 +43,26 @@ def label_order(
         best=float(counts[predicted, true].sum() / len(targets)),
         order=tuple(labels[index] for index in true[np.argsort(predicted)]),
     )
+
+
+def output_order(
+    own: NDArray[np.float32], base: NDArray[np.float32], targets: NDArray[np.float32], labels: Sequence[str]
+) -> LabelOrder:
+    """The same for several labels or targets a row. All (rows, outputs): what the two models put out, and the truth."""
+    fits = _correlations(own, targets)
+    outputs, true = linear_sum_assignment(fits, maximize=True)
+    return LabelOrder(
+        own=float(np.diag(fits).mean()),
+        base=float(np.diag(_correlations(base, targets)).mean()),
+        best=float(fits[outputs, true].mean()),
+        order=tuple(labels[index] for index in true),
+    )
+
+
+def _correlations(outputs: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(outputs, targets): Pearson's r of each with each, 0 where one of them is constant."""
+    centred = [each.astype(np.float64) - each.mean(axis=0, dtype=np.float64) for each in (outputs, targets)]
+    products = centred[0].T @ centred[1]
+    sizes = np.outer(*(np.linalg.norm(each, axis=0) for each in centred))
+    found: NDArray[np.float64] = np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 1e-9)
+    return found

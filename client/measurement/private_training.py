@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import low_rank, rates_of
+from client.measurement.losses import loss_of
 from client.progress import with_bar
 from client.settings import Training
 from common.errors import ModelError, NumericalError, SettingsError, first_line
@@ -281,8 +282,8 @@ def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64
     """The gradients of the sum over rows of a row's mean loss of a prediction."""
     batch, targets = rows.batch(indices)
     logits = model(**batch).logits
-    if targets.ndim == 1:
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    if targets.ndim == 1 or targets.is_floating_point():
+        loss = loss_of(model, logits, targets, reduction="sum")
     else:  # (rows, positions)
         losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED

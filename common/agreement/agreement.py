@@ -54,8 +54,10 @@ class Agreement(AgreementDraft):
                 )
         if None in (self.min_owners, self.summation.colluders, self.summation.quorum):
             raise RuleError("an agreement must state min_owners, summation.colluders and summation.quorum")
-        if self.task.has_labels and len(self.task.labels) < 2:
+        if self.task.has_labels and len(self.task.labels) < 2 and not self.task.is_regression:
             raise RuleError(f"task.labels = {list(self.task.labels)}: at least two labels are needed")
+        if self.task.is_regression and not self.task.labels:
+            raise RuleError("task.labels = []: the targets need names")
         names = list(self.tensors_by_name())
         if len(set(names)) != len(names):
             raise RuleError("tensors: duplicate parameter name")
@@ -100,6 +102,8 @@ class Agreement(AgreementDraft):
             has_floors=self.verification.required is not False,
             num_owners=len(self.owners),
             ring_bits=self.summation.ring_bits,
+            problem_type=self.task.problem_type,
+            largest_target=max(map(abs, self.task.target_range or (1.0, 1.0))),
         )
 
     def canonical_bytes(self) -> bytes:

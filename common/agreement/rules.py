@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable
 
-from common.agreement.tables import DraftTables
+from common.agreement.tables import CLASSIFYING, DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED
 from common.names import TAKEN_NAMES
 from common.text import alike
 from common.thresholds import MAX_COMPLETE, quorum
 
+LARGEST_TARGET = 1e6  # of a regression, so that products of targets and inputs fit into fixed point
 LEAST_RIDGE = 1e-4  # with less, an error where no row reaches would be lost beside the others (attack 129)
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
@@ -207,7 +208,7 @@ def the_task_is_consistent(draft: DraftTables) -> None:
         raise RuleError('publish.adapter_rank: an adapter holds a shared head, but task.head is "private"')
     if not task.has_labels and task.labels:
         raise RuleError(f"task.labels = {list(task.labels)}: a model of kind {task.kind} has no labels")
-    if len(task.labels) == 1:
+    if len(task.labels) == 1 and not task.is_regression:
         raise RuleError(f"task.labels = {list(task.labels)}: at least two labels are needed")
     if len(set(task.labels)) != len(task.labels):
         raise RuleError(f"task.labels = {list(task.labels)}: duplicate label")
@@ -219,9 +220,54 @@ def the_task_is_consistent(draft: DraftTables) -> None:
                 "the same",
                 hint="rename one of them, in the files too",
             )
-    if draft.evaluation.choose_by not in ("accuracy", task.metric):
+    if draft.choose_by not in task.metrics:
+        kind = "regression" if task.is_regression else task.kind
+        raise RuleError(f"evaluation.choose_by = {draft.choose_by!r}: must be {' or '.join(task.metrics)} for {kind}")
+
+
+def the_problem_is_consistent(draft: DraftTables) -> None:
+    """What is several labels a row, or a number, is said for heads that have them."""
+    task = draft.task
+    if task.kind not in CLASSIFYING and task.problem_type != "single_label_classification":
         raise RuleError(
-            f"evaluation.choose_by = {draft.evaluation.choose_by!r}: must be accuracy or {task.metric} for {task.kind}"
+            f'task.problem_type = "{task.problem_type}": a model of kind {task.kind} has no such head',
+            hint=f"it is for {' and '.join(CLASSIFYING)}",
+        )
+    if not task.is_regression:
+        if task.target_range is not None:
+            raise RuleError('task.target_range: only task.problem_type = "regression" has targets', hint="leave it out")
+        return
+    if task.target_range is None:
+        raise RuleError(
+            "task.target_range is missing: sums of targets and predictions need a bound",
+            hint="write the lowest and the highest value that a target can have: target_range = [0, 5]",
+        )
+    low, high = task.target_range
+    if low >= high or max(abs(low), abs(high)) > LARGEST_TARGET:
+        raise RuleError(
+            f"task.target_range = [{low:g}, {high:g}]: must ascend, within {LARGEST_TARGET:g} of 0",
+            hint="predict targets in other units",
+        )
+    if task.head == "private":
+        raise RuleError(
+            'task.head = "private": the targets of a regression are the same for all owners', hint="leave it out"
+        )
+    if draft.evaluation.sign_above is not None and draft.choose_by == "mean_squared_error":
+        raise RuleError(
+            "evaluation.sign_above: a mean squared error is better if it is lower",
+            hint='agree on evaluation.choose_by = "pearson_r", or leave sign_above out',
+        )
+
+
+def a_refit_weighs_rows_by_a_single_label(draft: DraftTables) -> None:
+    """Only a row of one label belongs to a class, whose share could decide how much the row counts."""
+    table = draft.tables["refit"]
+    if "refit" not in draft.methods or draft.task.problem_type == "single_label_classification":
+        return
+    if getattr(table, "targets", None) == "labels" and getattr(table, "balances", None) != (0.0,):
+        raise RuleError(
+            "refit.balances: they weigh rows by the share of their one label, which these rows do not have",
+            hint="let all rows count alike: [refit] balances = [0.0]",
         )
 
 
@@ -238,6 +284,8 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     what_is_bounded_rests_on_weight_changes,
     methods_fit_together,
     the_task_is_consistent,
+    the_problem_is_consistent,
+    a_refit_weighs_rows_by_a_single_label,
     a_sweep_tries_each_value_once,
     data_free_layers_have_one_alpha,
 )

@@ -9,7 +9,7 @@ from common.errors import RuleError
 from common.identity import check_public_key
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
-from common.merge_methods.terms import Weighting
+from common.merge_methods.terms import ProblemType, Weighting
 from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probability, Settings, did_you_mean, matching
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
@@ -21,7 +21,7 @@ Dtype = Literal["float32", "bfloat16"]
 TaskKind = Literal[
     "text-classification", "token-classification", "causal-lm", "sequence-to-sequence", "image-classification"
 ]
-Metric = Literal["macro_f1", "entity_f1", "log_likelihood"]
+Metric = Literal["accuracy", "macro_f1", "entity_f1", "log_likelihood", "pearson_r", "mean_squared_error"]
 METRICS: dict[TaskKind, Metric] = {
     "text-classification": "macro_f1",
     "image-classification": "macro_f1",
@@ -29,6 +29,7 @@ METRICS: dict[TaskKind, Metric] = {
     "causal-lm": "log_likelihood",
     "sequence-to-sequence": "log_likelihood",
 }
+CLASSIFYING = ("text-classification", "image-classification")
 LANGUAGE_MODELLING = ("causal-lm", "sequence-to-sequence")
 
 
@@ -43,6 +44,7 @@ NodeKey = Annotated[
     str, matching("ecdsa-sha2-nistp384 [A-Za-z0-9+/]{182}==", "an OpenSSH key of type ecdsa-sha2-nistp384")
 ]
 Count = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _known_method(name: str) -> str:
@@ -75,10 +77,16 @@ class CoordinatorEntry(Settings):
 
 
 class Task(Settings):
-    """What the model does. Labels left empty are the base's or else the owners' models'; a language model has none."""
+    """What the model does. Labels left empty are the base's or else the owners' models'; a language model has none.
+
+    `problem_type`, of classified texts and images: one label a row, several, or numbers. For numbers, `labels` names
+    the targets, and `target_range` is the lowest and the highest value that a target may have.
+    """
 
     kind: TaskKind = "text-classification"
+    problem_type: ProblemType = "single_label_classification"
     labels: tuple[Line, ...] = ()
+    target_range: Annotated[tuple[Finite, ...], Field(min_length=2, max_length=2)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 128
     # "own": an owner's rows are judged among the labels that occur in its files; "all": among all labels.
     label_set: Literal["own", "all"] = "own"
@@ -87,13 +95,40 @@ class Task(Settings):
 
     @property
     def has_labels(self) -> bool:
-        """Whether the model has a head over labels; a language model's is over its vocabulary."""
+        """Whether the model has a head over labels, or targets; a language model's is over its vocabulary."""
         return self.kind not in LANGUAGE_MODELLING
 
     @property
-    def metric(self) -> Metric:
-        """What is measured beside accuracy (metrics.py)."""
-        return METRICS[self.kind]
+    def has_several_labels(self) -> bool:
+        """Whether a row may have several labels, or none."""
+        return self.problem_type == "multi_label_classification"
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether numbers are predicted."""
+        return self.problem_type == "regression"
+
+    @property
+    def metrics(self) -> tuple[Metric, Metric]:
+        """What is measured (metrics.py): the metric that models are compared by, and one more."""
+        return ("pearson_r", "mean_squared_error") if self.is_regression else ("accuracy", METRICS[self.kind])
+
+    @property
+    def sums_per_output(self) -> int:
+        """How many sums over test rows there are for each label or target (metrics.py).
+
+        Owners whose heads are private have none in common.
+        """
+        if self.is_regression:
+            return 5
+        return 3 if self.has_several_labels and self.head == "shared" else 0
+
+    @property
+    def lowest_and_span(self) -> tuple[float, float]:
+        """Of a regression's targets: the lowest value, and how far above it the highest is."""
+        assert self.target_range is not None  # a rule of the agreement
+        low, high = self.target_range
+        return low, high - low
 
     @property
     def is_text(self) -> bool:
@@ -187,12 +222,14 @@ class Reading(Settings):
 class Evaluation(Settings):
     """The metric by which a sweep is decided, on validation examples.
 
+    Left out, it is accuracy; of a regression, the mean squared error, since a correlation misses a constant offset.
+
     `sign_above`: with it, an owner signs no model whose metric on its own test examples is lower, or lower than that of
     the base. One refusal stops the publication, unless owners may drop out.
     """
 
-    choose_by: Literal["accuracy"] | Metric = "accuracy"
-    sign_above: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    choose_by: Metric | None = None
+    sign_above: Finite | None = None
 
 
 class Verification(Settings):
@@ -290,6 +327,11 @@ class DraftTables(MethodTables):
     def agreed(self, method: Method) -> dict[str, float | None]:
         """The method's candidates by name, with the hyperparameter of each."""
         return method.candidates(self.tables)
+
+    @property
+    def choose_by(self) -> Metric:
+        """The metric by which a sweep is decided."""
+        return self.evaluation.choose_by or ("mean_squared_error" if self.task.is_regression else "accuracy")
 
     @property
     def needed_owners(self) -> int:

@@ -14,9 +14,13 @@ and the coordinator solves (sum G_i) W^T = sum C_i. The targets t are
               mean something
     scores    what the owner's own model puts out on the row; w = 1. No label is used
 
+Of several labels a row, t is 1/2 for those that it has and -1/2 for the others, so that a fitted score of 0, where a
+sigmoid decides, is as near to one as to the other. Of numbers, t is the row's targets, and nothing is scaled. All rows
+of both weigh the same: a class whose share could decide has rows with one label.
+
 Ridge: every owner adds CLASSIFIER_RIDGE * mean(diag G_i) to its diagonal. For labels it pulls toward zero, for scores
-toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged models are
-sent as deltas.
+and numbers toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged
+models are sent as deltas.
 
 The body (`body`) is any single-round method that can be refitted, at one value of its alpha.
 """
@@ -122,7 +126,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         return (
             "The classifier is fitted to {their} labels. The total shows how many rows of each label there are, and "
             "the sum of the classifier's inputs on them, summed over the owners. If only one owner has a label, both "
-            "are that owner's alone.",
+            "are that owner's alone. If the model predicts numbers, it shows the sum of the inputs times them.",
         )
 
     def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
@@ -154,7 +158,7 @@ class Refit(MultiRoundMethod[RefitTable]):
     def step_layout(self, settings: MergeSettings, step: Step) -> TensorLayout:
         layer = classifier(settings.plan)
         features = layer.d_in + (layer.bias is not None)
-        weight = settings.weight_bound
+        weight, largest = settings.weight_bound, max(1.0, settings.largest_target)
         bound = weight * max(1.0, settings.bounds.grams[settings.plan.inputs[-1].name])
         entries = [TensorEntry(name="head_rows", shape=(1,), bound=weight * MAX_ROWS_PER_EXAMPLE)]
         for balance in self._balances(settings):
@@ -162,8 +166,10 @@ class Refit(MultiRoundMethod[RefitTable]):
             entries += [
                 TensorEntry(name=f"head_gram@{balance!r}", shape=square, bound=bound, packing="symmetric"),
                 TensorEntry(name=f"head_start@{balance!r}", shape=rectangle, bound=bound),
-                TensorEntry(name=f"head_targets@{balance!r}", shape=rectangle, bound=bound),
-                TensorEntry(name=f"head_scores@{balance!r}", shape=(1,), bound=weight * LARGEST_SCORE**2),
+                TensorEntry(name=f"head_targets@{balance!r}", shape=rectangle, bound=bound * largest),
+                TensorEntry(
+                    name=f"head_scores@{balance!r}", shape=(1,), bound=weight * max(LARGEST_SCORE, largest) ** 2
+                ),
             ]
         return TensorLayout(tuple(entries))
 
@@ -175,24 +181,40 @@ class Refit(MultiRoundMethod[RefitTable]):
         rows = len(terms.scores)
         scale = owner.examples / rows if settings.weighting == "rows" else 1 / rows
         yield "head_rows", to_array(torch.tensor([scale * rows]))
-        centred = terms.scores - terms.scores.mean(dim=1, keepdim=True)  # (rows, classes); decisions ignore the mean
+        sizes = terms.scores  # (rows, classes)
+        has_classes = settings.problem_type == "single_label_classification"
+        if has_classes:
+            sizes = sizes - sizes.mean(dim=1, keepdim=True)  # decisions ignore the mean
         for balance in self._balances(settings):
-            weights = scale * class_weights(terms.targets, balance)  # (rows,)
+            weights = torch.full((rows,), scale, dtype=torch.float64)
+            if has_classes:
+                weights = scale * class_weights(terms.targets, balance)
             weighted = weights[:, None] * terms.features
             gram = add_ridge(weighted.T @ terms.features, CLASSIFIER_RIDGE)  # (features, features) float64
             yield f"head_gram@{balance!r}", to_array(gram)
             yield f"head_start@{balance!r}", to_array(gram @ terms.start)
             yield f"head_targets@{balance!r}", to_array(self._towards(settings, terms, weighted, gram))
-            yield f"head_scores@{balance!r}", to_array((weights * (centred**2).sum(dim=1)).sum()[None])
+            yield f"head_scores@{balance!r}", to_array((weights * (sizes**2).sum(dim=1)).sum()[None])
 
     def _towards(self, settings: MergeSettings, terms: ClassifierTerms, weighted: Tensor, gram: Tensor) -> Tensor:
         """The right-hand side, (features, classes) float64, including the ridge's part."""
+        towards = terms.scores
         if self.hyperparameters(settings).targets == "labels":
-            classes = terms.scores.shape[1]
-            onehot = torch.nn.functional.one_hot(terms.targets, classes).double() - 1 / classes
-            return weighted.T @ onehot
+            match settings.problem_type:
+                case "single_label_classification":
+                    classes = terms.scores.shape[1]
+                    onehot = torch.nn.functional.one_hot(terms.targets, classes).double() - 1 / classes
+                    return weighted.T @ onehot
+                case "multi_label_classification":
+                    return weighted.T @ (terms.targets.double() - 1 / 2)
+                case "regression":
+                    towards = terms.targets.double()
         without_ridge = weighted.T @ terms.features
-        return weighted.T @ terms.scores + (gram - without_ridge) @ terms.start
+        return weighted.T @ towards + (gram - without_ridge) @ terms.start
+
+    def _is_scaled(self, settings: MergeSettings) -> bool:
+        """Whether what is fitted has no scale of its own, as 0 and 1 have none."""
+        return self.hyperparameters(settings).targets == "labels" and settings.problem_type != "regression"
 
     def _balances(self, settings: MergeSettings) -> tuple[float, ...]:
         return tuple(0.0 if balance is None else balance for balance in self.swept(settings.tables))
@@ -204,7 +226,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
         targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
         error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
-        factor, is_scaled = 1.0, self.hyperparameters(settings).targets == "labels"
+        factor, is_scaled = 1.0, self._is_scaled(settings)
         if is_scaled:
             fitted, _, _ = solve_symmetric(gram, targets, error, settings.device)  # (features, classes)
             factor = _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
@@ -233,7 +255,7 @@ class Refit(MultiRoundMethod[RefitTable]):
             ClassifierEquation.of(
                 classifier(settings.plan),
                 0.0 if hyperparameter is None else hyperparameter,
-                is_scaled=self.hyperparameters(settings).targets == "labels",
+                is_scaled=self._is_scaled(settings),
             ),
         )
 

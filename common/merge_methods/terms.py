@@ -29,6 +29,8 @@ else:
     torch = lazy_module("torch")
 
 Weighting = Literal["rows", "owners"]
+# What a head puts out, in the words of transformers' configurations.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 WEIGHT_KINDS = {
     "weight": "{their} weight in the mean",
@@ -60,6 +62,8 @@ class MergeBounds:
 class MergeSettings:
     """All that an agreement says to a method. `tables`: every method's hyperparameters by the method's name.
 
+    `problem_type`: what a classifier is fitted to (refit.py); `largest_target`: of a regression, by absolute value.
+
     `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
     normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
     `device`: where a coordinator solves, which is its own choice.
@@ -73,6 +77,8 @@ class MergeSettings:
     num_owners: int = 2
     ring_bits: RingBits = 64
     device: str = "cpu"
+    problem_type: ProblemType = "single_label_classification"
+    largest_target: float = 1.0
 
     @property
     def weight_bound(self) -> float:
@@ -93,7 +99,7 @@ class ClassifierTerms:
     """What a classifier is fitted to, row by row; only sums over the rows leave the owner (refit.py)."""
 
     features: Tensor  # (rows, d_in, and one more that is 1 where the classifier has a bias) float64
-    targets: Tensor  # (rows,) int64
+    targets: Tensor  # (rows,) int64; of several labels or of numbers, (rows, outputs) float32
     scores: Tensor  # (rows, classes) float64, by the owner's own model
     start: Tensor  # (features, classes) float64, the base's classifier
 

@@ -36,7 +36,11 @@ MORE_TOKENS = (
     f"{ANOTHER_BASE}; if all owners added the same tokens, agree on a base that has them (tokenizer.add_tokens, "
     "model.resize_token_embeddings, save both)"
 )
-OTHER_HEADS = {"regression": "regression", "multi_label_classification": "several labels a row"}  # by problem_type
+PREDICTS: dict[str, str] = {  # what a head is for, by problem_type
+    "single_label_classification": "one label for each row",
+    "multi_label_classification": "several labels a row",
+    "regression": "regression",
+}
 SIZES = ("hidden_size", "num_hidden_layers", "d_model", "num_layers", "n_embd", "n_layer", "vocab_size")  # of a body
 KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of transformers
     "ForSequenceClassification": "text-classification",
@@ -225,11 +229,16 @@ def named_labels(folder: Path) -> tuple[str, ...]:
     """
     if is_adapter(folder):
         return ()
-    named = _architectures(folder)
-    if named and not any("For" in architecture for architecture in named):
+    if _is_headless(folder):
         return ()
     labels = base_labels(folder)
     return () if all(label.startswith("LABEL_") for label in labels) else labels
+
+
+def _is_headless(folder: Path) -> bool:
+    """Whether a model was saved without its head (AutoModel)."""
+    named = _architectures(folder)
+    return bool(named) and not any("For" in architecture for architecture in named)
 
 
 def check_base_labels(folder: Path, task: Task) -> None:
@@ -238,13 +247,14 @@ def check_base_labels(folder: Path, task: Task) -> None:
         _check_labels(folder, task, if_others=NEW_HEAD)
 
 
-def _check_one_label_a_row(folder: Path) -> None:
-    """Raise ModelError for a head that predicts something else than one label, which is all that is merged here."""
-    predicts = OTHER_HEADS.get(str(read_json(folder, "config.json").get("problem_type")))
-    if predicts is not None:
+def _check_problem_type(folder: Path, task: Task) -> None:
+    """Raise ModelError for a head that predicts something else than is agreed. Many configurations do not say what."""
+    named = read_json(folder, "config.json").get("problem_type")
+    if named in PREDICTS and named != task.problem_type and not _is_headless(folder):
         raise ModelError(
-            f"model {folder}: has a head for {predicts}; what is judged here is one label for each row",
-            hint="agree on a base with a head for labels, or on one without a head (AutoModel)",
+            f"model {folder}: has a head for {PREDICTS[named]}; what is judged here is {PREDICTS[task.problem_type]}",
+            hint=f"agree on a base with a head for {'numbers' if task.is_regression else 'labels'}, or on one without "
+            f'a head (AutoModel); or agree on task.problem_type = "{named}"',
         )
 
 
@@ -254,7 +264,7 @@ def _check_labels(folder: Path, task: Task, if_others: str) -> None:
     `if_others`: the hint for labels that are not the agreed ones in any order.
     """
     if task.has_labels and not is_adapter(folder):
-        _check_one_label_a_row(folder)
+        _check_problem_type(folder, task)
     labels = named_labels(folder)
     if not task.has_labels or labels == task.labels:
         return

@@ -95,7 +95,7 @@ def load_outline(folder: Path, task: Task) -> PreTrainedModel:
 @lru_cache(maxsize=16)  # it holds no weights, so a simulation of many owners keeps one
 def _outline(folder: Path, config_json: str, task: Task) -> PreTrainedModel:
     """`config_json`: what is in the folder now, so that another content is not taken from the cache."""
-    config = read_config(folder, **_head(task))
+    config = read_config(folder, **_head(folder, task))
     try:
         with torch.device("meta"):
             model: PreTrainedModel = _model_class(config, task)(config)
@@ -346,7 +346,7 @@ def _from_tensors(
     """The model that transformers makes of its configuration and tensors, then the parameters that are missing and
     those of another shape.
     """
-    config = read_config(folder, **_head(task))
+    config = read_config(folder, **_head(folder, task))
     generation = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -377,10 +377,17 @@ def _cannot_be_loaded(folder: Path, task: Task, reason: str, hint: str) -> Model
     return ModelError(f"model {folder}: cannot be loaded for {task.kind}{with_labels}: {reason}", hint=hint)
 
 
-def _head(task: Task) -> dict[str, Any]:
-    """What a configuration says of the task's labels."""
+def _head(folder: Path, task: Task) -> dict[str, Any]:
+    """What a configuration says of the task's labels, and of what the head is for, which decides the loss.
+
+    A configuration may say nothing of a head for one label, and one without a head may say what a former one was for.
+    """
+    named = read_json(folder, "config.json").get("problem_type")
+    has_one = task.problem_type == "single_label_classification"
+    problem_type = task.problem_type if named == task.problem_type or not has_one else None
     labels = dict(enumerate(task.labels))
-    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if task.has_labels else {}
+    names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if task.has_labels else {}
+    return {"problem_type": problem_type, **names}
 
 
 def _model_class(config: Any, task: Task) -> Any:

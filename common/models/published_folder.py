@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.agreement import Agreement, Task
+from common.agreement.tables import CLASSIFYING
 from common.errors import ModelError
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMETER_PREFIX, is_adapter
 from common.models.files import DOWNLOAD_AGAIN, digest_of_file, read_json, without_code
@@ -48,9 +49,10 @@ def model_configuration(base: Mapping[str, Any], published: PreTrainedModel, tas
     if config.get("pad_token_id") is None and getattr(published.config, "pad_token_id", None) is not None:
         config["pad_token_id"] = published.config.pad_token_id  # the tokenizer's (loading.load_base)
     if task.has_labels:
-        for key in ("id2label", "label2id", "num_labels", "_num_labels"):
-            config.pop(key, None)
+        named = [config.pop(key, None) for key in ("problem_type", "id2label", "label2id", "num_labels", "_num_labels")]
         if task.head == "shared":
+            if task.kind in CLASSIFYING and (named[0] or task.problem_type != "single_label_classification"):
+                config["problem_type"] = task.problem_type  # what a pipeline makes of the outputs
             config["id2label"] = {str(index): label for index, label in enumerate(task.labels)}
             config["label2id"] = {label: index for index, label in enumerate(task.labels)}
     return config

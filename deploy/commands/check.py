@@ -326,8 +326,10 @@ def _in_words(draft: AgreementDraft) -> str:
 def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
     check_readable(base_folder)
     size = byte_count(sum(path.stat().st_size for path in weight_files(base_folder)))
-    labels = f", labels {', '.join(draft.task.labels)}" if draft.task.labels else ""
-    return f"{base_folder.resolve()}, {size}; {draft.task.kind}{labels}"
+    task = draft.task
+    problem = ", several labels a row" if task.has_several_labels else ", numbers" if task.is_regression else ""
+    labels = f", {'targets' if task.is_regression else 'labels'} {', '.join(task.labels)}" if task.labels else ""
+    return f"{base_folder.resolve()}, {size}; {task.kind}{problem}{labels}"
 
 
 def _look_in_words(look: OwnerLook) -> str:

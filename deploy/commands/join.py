@@ -10,6 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from common.agreement import Agreement, load_agreement
+from common.agreement.tables import CLASSIFYING
 from common.errors import AmalgramError, SettingsError
 from common.identity import fingerprint, read_identity
 from common.settings_file import write_settings
@@ -19,11 +20,16 @@ from deploy.terminal import answer, as_lines
 
 AGREEMENT, ROOT_CERTIFICATE = Path("agreement.toml"), Path("ca.pem")
 COLUMNS = {  # of each task: key of [data], what it holds
-    "text-classification": {"text": "a text", "label": "a label's name, or its number"},
-    "image-classification": {"image": "paths of images, or arrays", "label": "a label's name, or its number"},
+    "text-classification": {"text": "a text"},
+    "image-classification": {"image": "paths of images, or arrays"},
     "token-classification": {"tokens": "lists of words", "tags": "a tag for each word"},
     "causal-lm": {"text": "a text; for conversations: messages, or prompt and completion"},
     "sequence-to-sequence": {"text": "the input", "target": "the text to write for it"},
+}
+LABELS = {  # what the label's column of texts and images holds
+    "single_label_classification": "a label's name, or its number",
+    "multi_label_classification": "lists of labels, or texts such as a|b; or name a column of 0 and 1 for each label",
+    "regression": "a number; of several targets, lists, or name a column for each",
 }
 MODEL = """\
 # Your fine-tuned model: a folder or a hub name; a LoRA adapter of the base will do.
@@ -144,7 +150,8 @@ def _is_same(path: Path, agreement: Agreement) -> bool:
 def owner_settings(name: str, invitation: Invitation, model: str | None, train: Path | None, test: Path | None) -> str:
     """An owner's settings as text, with comments; what it does not say yet is filled in as an example."""
     agreement = invitation.agreement
-    columns = COLUMNS[agreement.task.kind].items()
+    task = agreement.task
+    columns = (COLUMNS[task.kind] | ({"label": LABELS[task.problem_type]} if task.kind in CLASSIFYING else {})).items()
     return SETTINGS.format(
         name=name,
         title=agreement.title,

@@ -12,7 +12,7 @@ from rich.table import Table
 from common.text import shown, shown_lines
 from server.report.report import LowRank, Report
 from server.report.verdict import against_own_models
-from server.report.words import ACCURACY, LABELLED, METRICS, title_of
+from server.report.words import LABELLED, METRICS, cut_in_words, is_regression, main_heading, title_of
 
 MAX_OWNER_COLUMNS = 6  # with more owners, only the page shows each one's metrics
 FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "multi_task")
@@ -49,15 +49,15 @@ def print_report(console: Console, report: Report, out: Path) -> None:
 def _table(report: Report) -> Table:
     evaluation = report.evaluation
     by_owner = evaluation.by_owner if len(evaluation.by_owner) <= MAX_OWNER_COLUMNS else {}
-    title = f"{escape(shown(report.title))}: {ACCURACY[report.agreement.task.kind]}"
+    title = f"{escape(shown(report.title))}: {main_heading(report)}"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in ("mean", METRICS[evaluation.metric], *by_owner):
+    for heading in ("all rows" if is_regression(report) else "mean", METRICS[evaluation.metric], *by_owner):
         table.add_column(escape(shown(heading).replace("-", "-\n")), justify="right", overflow="fold")
     for model in _rows(report):
         mean, name = evaluation.mean[model], title_of(report, model)
-        values = [mean.accuracy, mean.metric]
-        values += [by_model[model].accuracy if model in by_model else nan for by_model in by_owner.values()]
+        values = [mean.main, mean.metric]
+        values += [by_model[model].main if model in by_model else nan for by_model in by_owner.values()]
         name += REFERENCE_MARK if model in LAST else PUBLISHED_MARK if model == report.method else ""
         style = "bold" if model == report.method else ""
         table.add_row(escape(shown(name)), *("-" if isnan(value) else f"{value:.3f}" for value in values), style=style)
@@ -86,5 +86,10 @@ def _notes(report: Report) -> Iterator[str]:
         yield "own at home: each owner's model on its own rows"
     if evaluation.sweep:
         yield f"chosen on validation rows: {', '.join(report.chosen[method].candidate for method in evaluation.sweep)}"
-    if evaluation.label_set == "own" and report.agreement.task.kind in LABELLED:
+    if cut := cut_in_words(report):
+        yield cut
+    if is_regression(report):
+        low, high = report.agreement.task.target_range or (0.0, 1.0)
+        yield f"a prediction beyond the agreed range, {low:g} to {high:g}, counts as its nearest end"
+    elif evaluation.label_set == "own" and report.agreement.task.kind in LABELLED:
         yield "judged among the labels that occur at each owner (task.label_set)"

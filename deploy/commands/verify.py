@@ -27,6 +27,7 @@ from common.certificates import Delivered, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
 from common.identity import fingerprint, verify
+from common.metrics import OWN_AT_HOME
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
@@ -40,6 +41,7 @@ from server.report.report import Report, read_report
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
 CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".h5", ".keras", ".ipynb", ".sh"}
 REFERENCES = {"own", "ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
+SIGNED = ("accuracy", "metric", "pooled_accuracy", "predictions", "pearson_r", "sums")  # of a model's metrics
 MAX_ENTRIES = 10_000
 MAX_QUOTED_CHARACTERS = 100
 
@@ -214,30 +216,35 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
             yield what
     if not publication.test.keys() <= evaluation.mean.keys() <= publication.test.keys() | REFERENCES:
         yield "evaluation.mean"
+    own = publication.test.get(OWN_AT_HOME)
+    if evaluation.cut != (own and own.cut):
+        yield "evaluation.cut"
     for model, signed in publication.test.items():
         mean = evaluation.mean.get(model)
-        if mean is None or (mean.accuracy, mean.metric, mean.pooled_accuracy, mean.predictions) != (
-            signed.accuracy,
-            signed.metric,
-            signed.pooled_accuracy,
-            signed.predictions,
+        if mean is None or any(
+            getattr(mean, each) != getattr(signed, each) for each in SIGNED
         ):  # check: verify-compares-metrics
             yield f"evaluation.mean.{model}"
         shown = {owner: each[model] for owner, each in evaluation.by_owner.items() if model in each}
-        if {owner: (each.accuracy, each.metric, each.predictions) for owner, each in shown.items()} != _by_owner(
-            signed
-        ):
+        if {
+            owner: (each.accuracy, each.pearson_r, each.metric, each.predictions) for owner, each in shown.items()
+        } != _by_owner(signed):
             yield f"evaluation.by_owner.{model}"
     tried = {trial.candidate: trial for trials in evaluation.sweep.values() for trial in trials}
-    if {name: (each.accuracy, each.metric) for name, each in tried.items()} != {
-        name: (each.accuracy, each.metric) for name, each in publication.validation.items()
+    if {name: (each.accuracy, each.pearson_r, each.metric) for name, each in tried.items()} != {
+        name: (each.accuracy, each.pearson_r, each.metric) for name, each in publication.validation.items()
     }:
         yield "evaluation.sweep"
 
 
-def _by_owner(signed: SignedMean) -> dict[str, tuple[float, float, int]]:
+def _by_owner(signed: SignedMean) -> dict[str, tuple[float | None, float | None, float, int]]:
     return {
-        owner: (each.correct / each.predictions, each.metric, each.predictions)
+        owner: (
+            None if each.correct is None else each.correct / each.predictions,
+            each.pearson_r,
+            each.metric,
+            each.predictions,
+        )
         for owner, each in signed.by_owner.items()
         if each.predictions
     }

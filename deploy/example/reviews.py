@@ -75,6 +75,7 @@ weighting = "rows"
 [task]
 kind = "text-classification"  # or token-, image-classification, causal-lm, sequence-to-sequence
 max_tokens = 32               # longer texts are cut
+# problem_type = "multi_label_classification"   # several labels a row; or "regression": numbers
 # labels = ["negative", "positive"]   # if left out, those that the base names, or else all owners' models
 # label_set = "all"           # or "own", the default: judge an owner's rows among the labels that occur in its files
 
@@ -104,7 +105,7 @@ max_equal = 0.1               # with the same tokens as a row with another text
 max_unknown = 0.05            # mostly unknown, or of one repeated token
 
 [evaluation]
-choose_by = "accuracy"        # or "macro_f1"
+choose_by = "accuracy"        # or "macro_f1"; of a regression, "mean_squared_error" or "pearson_r"
 # sign_above = 0.7            # no owner signs a model that is worse than this, or than the base, on its test rows
 
 # [verification]

@@ -1,11 +1,11 @@
 """References to hold a merge against, which need every owner's model and rows in one place: in simulation only.
 
 own          each owner's own model on every owner's test rows, averaged: what sharing nothing gives
-ensemble     the mean of the own models' probabilities: N models to run instead of one
+ensemble     the mean of the own models' probabilities, or numbers: N models to run instead of one
 multi_task   the base fine-tuned on all owners' pooled rows: what pooling the data would give
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from client.data.rows import pool
 from client.measurement.evaluation import evaluate, predict_logits, score_logits
 from client.owner import Owner
-from common.metrics import MeanScore, Score
+from common.agreement import Task
+from common.metrics import MeanScore, Score, Sums, regression_score
 
 
 def reference_scores(owners: Sequence[Owner]) -> dict[str, MeanScore]:
@@ -28,7 +29,8 @@ def reference_scores(owners: Sequence[Owner]) -> dict[str, MeanScore]:
     recipes = {owner.settings.training for owner in owners}
     if len(recipes) == 1 and None not in recipes:
         scores["multi_task"] = _multi_task(owners)
-    return {model: _over_owners(by_owner) for model, by_owner in scores.items()}
+    task = owners[0].agreement.task
+    return {model: _over_owners(by_owner, task) for model, by_owner in scores.items()}
 
 
 def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
@@ -36,7 +38,7 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     tests = {owner.name: owner.workbench.data.test() for owner in owners}
     labels = {owner.name: owner.workbench.data.label_set() for owner in owners}
     own: dict[str, list[Score]] = {name: [] for name in tests}
-    probabilities: dict[str, NDArray[np.float32]] = {}
+    votes: dict[str, NDArray[np.float32]] = {}
     for owner in owners:
         bench = owner.workbench
         model = bench.own_model()
@@ -44,37 +46,67 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
             if task.has_labels:
                 logits = bench.in_batches(partial(predict_logits, model, rows, passes=bench.passes))
                 own[name].append(score_logits(logits, rows, task, labels[name]))
-                probabilities[name] = probabilities.get(name, 0) + torch.from_numpy(logits).softmax(-1).numpy()
+                votes[name] = votes.get(name, 0) + _votes(logits, task, len(owners))
             else:
                 judge = partial(evaluate, model, rows, task=task, allowed=labels[name], passes=bench.passes)
                 own[name].append(bench.in_batches(judge))
-    scores = {"own": {name: _mean(own[name]) for name in tests}}
-    if probabilities:
-        scores["ensemble"] = {
-            name: score_logits(probabilities[name], rows, task, labels[name]) for name, rows in tests.items()
-        }
+    scores = {"own": {name: _mean(own[name], task) for name in tests}}
+    if votes:
+        scores["ensemble"] = {name: score_logits(votes[name], rows, task, labels[name]) for name, rows in tests.items()}
     return scores
 
 
-def _over_owners(scores: Mapping[str, Score]) -> MeanScore:
-    """Means in which every owner counts alike."""
+def _votes(logits: NDArray[np.float32], task: Task, models: int) -> NDArray[np.float32]:
+    """What an ensemble adds up: probabilities, of several labels each less a half, so that 0 decides; or numbers."""
+    if task.is_regression:
+        return logits / np.float32(models)
+    if task.has_several_labels:
+        return torch.from_numpy(logits).sigmoid().numpy() - np.float32(0.5)
+    return torch.from_numpy(logits).softmax(-1).numpy()
+
+
+def _over_owners(scores: Mapping[str, Score], task: Task) -> MeanScore:
+    """Means in which every owner counts alike; of a regression, over all rows together."""
     rows = sum(score.rows for score in scores.values())
+    sums = _added(scores.values())
+    if task.is_regression:
+        whole = regression_score(np.array(sums), rows, task, len(scores))
+        return MeanScore(
+            accuracy=None,
+            metric=whole.metric,
+            pooled_accuracy=None,
+            rows=rows,
+            by_owner=scores,
+            pearson_r=whole.pearson_r,
+            sums=sums,
+        )
     return MeanScore(
-        accuracy=float(np.mean([score.correct / score.rows for score in scores.values()])),
+        accuracy=float(np.mean([score.main for score in scores.values()])),
         metric=float(np.mean([score.metric for score in scores.values()])),
-        pooled_accuracy=sum(score.correct for score in scores.values()) / rows,
+        pooled_accuracy=sum(score.correct or 0 for score in scores.values()) / rows,
         rows=rows,
         by_owner=scores,
+        sums=sums,
     )
 
 
-def _mean(scores: Sequence[Score]) -> Score:
+def _mean(scores: Sequence[Score], task: Task) -> Score:
     """Several models on the same rows: all of them together, as one score of that many times the rows."""
+    rows, sums = sum(score.rows for score in scores), _added(scores)
+    if task.is_regression:
+        return regression_score(np.array(sums), rows, task, len(scores))
     return Score(
-        correct=sum(score.correct for score in scores),
-        rows=sum(score.rows for score in scores),
+        correct=sum(score.correct or 0 for score in scores),
+        rows=rows,
         metric=float(np.mean([score.metric for score in scores])),
+        sums=sums,
     )
+
+
+def _added(scores: Collection[Score]) -> Sums:
+    """The sums over labels or targets of all scores together."""
+    total = sum(np.array(score.sums) for score in scores)
+    return tuple(tuple(map(float, row)) for row in np.atleast_2d(total)) if next(iter(scores)).sums else ()
 
 
 def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:

@@ -14,8 +14,9 @@ from common.models.published_folder import IMAGE_PROCESSORS
 from common.page.words import capitalised, listed, percent, safe
 from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
+from server.report.outputs import by_output
 from server.report.report import Report
-from server.report.words import METRICS, TASKS, judges_of, models_in, title_of
+from server.report.words import METRICS, is_regression, judges_of, main_metric, models_in, task_in_words, title_of
 
 PIPELINES = {
     "text-classification": "text-classification",
@@ -24,7 +25,12 @@ PIPELINES = {
     "sequence-to-sequence": "text2text-generation",
     "image-classification": "image-classification",
 }
-HUB_METRICS = {"macro_f1": ["accuracy", "f1"], "entity_f1": ["accuracy", "f1"], "log_likelihood": ["accuracy"]}
+HUB_METRICS = {
+    "macro_f1": ["accuracy", "f1"],
+    "entity_f1": ["accuracy", "f1"],
+    "log_likelihood": ["accuracy"],
+    "mean_squared_error": ["pearsonr", "mse"],
+}
 LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 REFERENCES = ("own", "ensemble", "multi_task")  # not on the card: only a simulation has them
@@ -63,7 +69,10 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         metadata=metadata(report, base_folder),
         num_judges=len(judges_of(report)),
         title_of=title_of,
-        task_names=TASKS,
+        task_in_words=task_in_words(report),
+        main_metric=main_metric(report),
+        is_regression=is_regression(report),
+        by_output=by_output(report),
         metric_names=METRICS,
     )
     (folder / CARD).write_text(f"---\n{metadata(report, base_folder).to_yaml()}\n---\n\n{body}")

@@ -19,12 +19,12 @@ from common.identity import fingerprint
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import Method
 from common.merge_methods.terms import LayerNote, MergedDelta
-from common.metrics import MeanScore, Score
+from common.metrics import LOWER_IS_BETTER, OWN_AT_HOME, MeanScore, Score
 from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
 from common.models.plan import MergePlan
-from server.report.chance import Share, are_apart
+from server.report.chance import are_apart, estimate_of
 from server.report.report import (
     AdapterLayer,
     Agreed,
@@ -207,7 +207,13 @@ def _agreed(agreement: Agreement) -> Agreed:
         weighting=agreement.weighting,
         dtype=agreement.dtype,
         seed=agreement.seed,
-        task=AgreedTask(kind=agreement.task.kind, labels=agreement.task.labels, head=agreement.task.head),
+        task=AgreedTask(
+            kind=agreement.task.kind,
+            problem_type=agreement.task.problem_type,
+            labels=agreement.task.labels,
+            target_range=agreement.task.target_range,
+            head=agreement.task.head,
+        ),
         privacy=AgreedPrivacy(
             min_rows_per_dimension=agreement.privacy.min_rows_per_dimension,
             merge_token_inputs=agreement.privacy.merge_token_inputs,
@@ -237,9 +243,10 @@ def _described(method: Method) -> MethodDescription:
 def _evaluation(outcome: Outcome) -> Evaluation:
     agreement = outcome.agreement
     return Evaluation(
-        choose_by=agreement.evaluation.choose_by,
-        metric=agreement.task.metric,
+        choose_by=agreement.choose_by,
+        metric=agreement.task.metrics[1],
         label_set=agreement.task.label_set,
+        cut=outcome.test[OWN_AT_HOME].cut,
         mean={model: _mean_metrics(score) for model, score in outcome.test.items()},
         by_owner={
             owner: {model: _owner_metrics(score.by_owner[owner]) for model, score in outcome.test.items()}
@@ -253,6 +260,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
                     hyperparameter=tried.hyperparameter,
                     accuracy=tried.score.accuracy,
                     metric=tried.score.metric,
+                    pearson_r=tried.score.pearson_r,
                 )
                 for candidate, tried in choice.sweep.items()
             )
@@ -268,22 +276,30 @@ def _mean_metrics(score: MeanScore) -> MeanMetrics:
         metric=score.metric,
         pooled_accuracy=score.pooled_accuracy,
         predictions=score.rows,
+        pearson_r=score.pearson_r,
+        sums=score.sums,
     )
 
 
 def _owner_metrics(score: Score) -> OwnerMetrics:
-    return OwnerMetrics(accuracy=score.correct / score.rows, metric=score.metric, predictions=score.rows)
+    return OwnerMetrics(
+        accuracy=None if score.correct is None else score.correct / score.rows,
+        metric=score.metric,
+        predictions=score.rows,
+        pearson_r=score.pearson_r,
+    )
 
 
 def _advice(outcome: Outcome) -> Iterator[str]:
     """What a reader could do differently next time."""
-    agreement, metric = outcome.agreement, outcome.agreement.evaluation.choose_by
+    agreement, metric = outcome.agreement, outcome.agreement.choose_by
     scores = {method: outcome.test[method].chosen_by(metric) for method in agreement.methods}
+    shown = {method: -score if metric in LOWER_IS_BETTER else score for method, score in scores.items()}
     best = max(agreement.methods, key=lambda method: scores[method])
     if scores[best] > scores[agreement.method]:
         yield (
             f"{best} did better than {agreement.method} on the test rows: {metric.replace('_', ' ')} "
-            f'{scores[best]:.3f} against {scores[agreement.method]:.3f}. To publish it, set method = "{best}".'
+            f'{shown[best]:.3f} against {shown[agreement.method]:.3f}. To publish it, set method = "{best}".'
         )
     for owner, reason in outcome.excluded.items():
         yield f"The coordinator left {owner} out because it broke the rules of a sum: {reason}."
@@ -320,9 +336,9 @@ def further_values(end: float, beside: float) -> tuple[float, float] | None:
 
 
 def _is_clearly_worse(one: MeanScore, other: MeanScore) -> bool:
-    """Whether its mean accuracy is lower by more than chance explains (chance.py), all predictions taken together."""
-    shares = [Share(accuracy=score.accuracy, predictions=score.rows) for score in (one, other)]
-    return one.accuracy < other.accuracy and are_apart(shares[:1], shares[1:])
+    """Whether the number that it is compared by is lower by more than chance explains, all predictions together."""
+    first, second = (estimate_of(score.accuracy, score.pearson_r, score.rows) for score in (one, other))
+    return one.main < other.main and are_apart([first], [second])
 
 
 # --- what happened to the layers ---

@@ -18,6 +18,7 @@ from common.page.templates import page_environment
 from common.page.words import capitalised
 from server.report import plots
 from server.report.heat_map import heat_map
+from server.report.outputs import by_output
 from server.report.report import OwnerCost, Report, Sent, read_report
 from server.report.verdict import (
     against_other_models,
@@ -29,13 +30,16 @@ from server.report.verdict import (
     owner_groups,
 )
 from server.report.words import (
-    ACCURACY,
     METRICS,
-    TASKS,
     TOKEN_TASKS,
+    cut_in_words,
+    is_regression,
     judges_of,
+    main_heading,
+    main_metric,
     models_in,
     summary_of,
+    task_in_words,
     title_of,
 )
 
@@ -62,6 +66,9 @@ def page_of(report: Report) -> str:
     shared = {
         "report": report,
         "is_masked": report.summation == "masked",
+        "is_regression": is_regression(report),
+        "main_metric": main_metric(report),
+        "task_in_words": task_in_words(report),
         "hidden": [owner.name for owner in report.agreement.owners if owner.metrics == "summed"],
     }
     sections = [
@@ -75,7 +82,7 @@ def page_of(report: Report) -> str:
 def _environment() -> Environment:
     """The templates, compiled once."""
     environment = page_environment(FOLDER)
-    environment.globals |= {"many": MANY, "metric_names": METRICS, "task_names": TASKS, "title_of": title_of}
+    environment.globals |= {"many": MANY, "metric_names": METRICS, "title_of": title_of}
     return environment
 
 
@@ -99,7 +106,9 @@ def metrics_section(report: Report) -> dict[str, Any]:
         "models": models_in(report),
         "gains": owner_gains(report),
         "num_judges": len(judges_of(report)),
-        "accuracy": ACCURACY[report.agreement.task.kind],
+        "main_heading": main_heading(report),
+        "cut": cut_in_words(report),
+        "by_output": by_output(report),
         "difference": difference,
         "summary_of": summary_of,
         "plot": _models_plot(report),
@@ -161,15 +170,13 @@ SECTIONS: dict[str, Callable[[Report], dict[str, Any]]] = {  # by the section's 
 
 def _models_plot(report: Report) -> Markup:
     evaluation = report.evaluation
-    models = sorted(models_in(report), key=lambda model: -evaluation.mean[model].accuracy)
-    owners = [
-        [scores[model].accuracy for scores in evaluation.by_owner.values() if model in scores] for model in models
-    ]
-    means = [evaluation.mean[model].accuracy for model in models]
+    models = sorted(models_in(report), key=lambda model: -evaluation.mean[model].main)
+    owners = [[scores[model].main for scores in evaluation.by_owner.values() if model in scores] for model in models]
+    means = [evaluation.mean[model].main for model in models]
     names = [capitalised(title_of(report, model)) for model in models]
     merged = models.index(report.method)
     names[merged] += " (published)"
-    return Markup(plots.models_plot(names, means, owners, merged, ACCURACY[report.agreement.task.kind]))
+    return Markup(plots.models_plot(names, means, owners, merged, main_heading(report)))
 
 
 def _sweep_plots(report: Report) -> dict[str, Markup]:
@@ -178,8 +185,8 @@ def _sweep_plots(report: Report) -> dict[str, Markup]:
         tried = sorted(sweep, key=lambda trial: trial.hyperparameter)
         chosen = [trial.candidate for trial in tried].index(report.chosen[method].candidate)
         metrics = [trial.metric for trial in tried]
-        curves = {"accuracy": [trial.accuracy for trial in tried], METRICS[report.evaluation.metric]: metrics}
-        if report.evaluation.metric == "log_likelihood":  # not on one scale with accuracy, so only what decided
+        curves = {main_metric(report): [trial.main for trial in tried], METRICS[report.evaluation.metric]: metrics}
+        if report.evaluation.metric in ("log_likelihood", "mean_squared_error"):  # of another scale: what decided
             curves = {name: curves[name] for name in curves if name == METRICS[report.evaluation.choose_by]}
         values = [trial.hyperparameter for trial in tried]
         made[method] = Markup(plots.sweep_plot(str(number), values, curves, chosen))

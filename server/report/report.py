@@ -9,6 +9,7 @@ adds references that no real run can have: `own` (each owner's own model on ever
 the own models' probabilities) and `multi_task` (the base fine-tuned on the pooled rows).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,8 +17,8 @@ from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_va
 
 from common.agreement.tables import Dtype, Metric, TaskKind
 from common.errors import SettingsError
-from common.merge_methods.terms import Weighting
-from common.metrics import Split
+from common.merge_methods.terms import ProblemType, Weighting
+from common.metrics import Split, compared_by
 from common.page.table import Share, Size, Table, as_json, schema_of
 from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
@@ -27,6 +28,9 @@ REPORT_VERSION: Literal[4] = 4
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
 FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
+
+Correlation = Annotated[float, Field(ge=-1, le=1)]
+Sums = tuple[tuple[float, ...], ...]
 
 
 def _check_strings(value: JsonValue) -> JsonValue:
@@ -64,7 +68,13 @@ class AgreedTask(Table):
     """What the model does."""
 
     kind: TaskKind = Field(description="The kind of task.")
-    labels: tuple[Line, ...] = Field(description="The labels in order; empty for a language model.")
+    problem_type: ProblemType = Field(description="Whether a row has one label, several, or numbers.")
+    labels: tuple[Line, ...] = Field(
+        description="The labels in order, or the names of a regression's targets; empty for a language model."
+    )
+    target_range: Annotated[tuple[float, ...], Field(min_length=2, max_length=2)] | None = Field(
+        description="The lowest and the highest value of a regression's targets, else null."
+    )
     head: Literal["shared", "private"] = Field(description="Whether the head is merged or each owner keeps its own.")
 
 
@@ -113,18 +123,43 @@ class Choice(Table):
 class MeanMetrics(Table):
     """How one model did over all owners' test rows."""
 
-    accuracy: Share = Field(description="Mean accuracy over owners; every owner counts alike.")
-    metric: float = Field(description="Mean of `evaluation.metric` over owners; every owner counts alike.")
-    pooled_accuracy: Share = Field(description="Accuracy over all predictions; every prediction counts alike.")
+    accuracy: Share | None = Field(
+        description="Mean accuracy over owners; every owner counts alike. Null for a regression, which has pearson_r."
+    )
+    metric: float = Field(
+        description="Mean of `evaluation.metric` over owners; every owner counts alike. Of a regression, over all rows."
+    )
+    pooled_accuracy: Share | None = Field(
+        description="Accuracy over all predictions; every prediction counts alike. Null for a regression."
+    )
     predictions: int = Field(ge=1, description="How many predictions were judged.")
+    pearson_r: Correlation | None = Field(
+        description="Pearson's r over all rows, of several targets its mean; null unless a regression."
+    )
+    sums: Sums = Field(
+        description="With several labels a row, by label: rows that have it and are given it, that have it, and that "
+        "are given it. Of a regression, by target, on a scale from 0 to 1 over target_range: sums of predictions, "
+        "targets, predictions^2, targets^2 and squared differences.",
+    )
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by."""
+        return compared_by(self.accuracy, self.pearson_r)
 
 
 class OwnerMetrics(Table):
     """How one model did on one owner's test rows."""
 
-    accuracy: Share = Field(description="The share of correct predictions.")
+    accuracy: Share | None = Field(description="The share of correct predictions; null for a regression.")
     metric: float = Field(description="The value of `evaluation.metric`.")
     predictions: int = Field(ge=1, description="How many predictions were judged.")
+    pearson_r: Correlation | None = Field(description="Pearson's r; null unless a regression.")
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by."""
+        return compared_by(self.accuracy, self.pearson_r)
 
 
 class Trial(Table):
@@ -132,18 +167,28 @@ class Trial(Table):
 
     candidate: Line = Field(description="The candidate's name.")
     hyperparameter: float = Field(description="The value that was tried.")
-    accuracy: Share = Field(description="Mean accuracy over owners.")
-    metric: float = Field(description="Mean of `evaluation.metric` over owners.")
+    accuracy: Share | None = Field(description="Mean accuracy over owners; null for a regression.")
+    metric: float = Field(description="Mean of `evaluation.metric` over owners; of a regression, over all rows.")
+    pearson_r: Correlation | None = Field(description="Pearson's r; null unless a regression.")
+
+    @property
+    def main(self) -> float:
+        """The number that models are compared by."""
+        return compared_by(self.accuracy, self.pearson_r)
 
 
 class Evaluation(Table):
     """What the owners measured."""
 
-    choose_by: Literal["accuracy"] | Metric = Field(description="The metric that decides a sweep.")
-    metric: Metric = Field(description="The metric beside accuracy.")
+    choose_by: Metric = Field(description="The metric that decides a sweep.")
+    metric: Metric = Field(description="The metric beside accuracy, or beside Pearson's r.")
     label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
     mean: dict[Line, MeanMetrics] = Field(description="By model, on test rows.")
     by_owner: dict[Line, dict[Line, OwnerMetrics]] = Field(description="By owner that agreed to it, by model.")
+    cut: tuple[Count, Count] | None = Field(
+        description="How many of all owners' test texts were cut to max_tokens, and of how many that were looked at; "
+        "null for images."
+    )
     sweep: dict[Line, Annotated[tuple[Trial, ...], Field(min_length=1)]] = Field(description="By method with a sweep.")
 
 
@@ -344,11 +389,34 @@ class Report(Table):
         for method, trials in self.evaluation.sweep.items():
             if self.chosen[method].candidate not in {trial.candidate for trial in trials}:
                 raise ValueError("chosen names a candidate that its sweep lacks")
+        is_regression = self.agreement.task.problem_type == "regression"
+        if is_regression and self.agreement.task.target_range is None:
+            raise ValueError("agreement.task: a regression without target_range")
+        self._check_sums()
+        judged: list[Mapping[str, MeanMetrics | OwnerMetrics]]
+        judged = [self.evaluation.mean, *self.evaluation.by_owner.values()]
+        metrics = [each for models in judged for each in models.values()]
+        tried = [trial for trials in self.evaluation.sweep.values() for trial in trials]
+        if any((each.accuracy is None) != is_regression for each in (*metrics, *tried)) or any(
+            (each.pearson_r is None) == is_regression for each in (*metrics, *tried)
+        ):
+            raise ValueError("evaluation: a regression has pearson_r, and every other task has accuracy")
         needed = {self.method, "own_at_home"}
-        judged = [set(self.evaluation.mean), *map(set, self.evaluation.by_owner.values())]
-        if not all(needed <= models for models in judged):
+        if not all(needed <= set(models) for models in judged):
             raise ValueError("evaluation lacks the published method or own_at_home")
         return self
+
+    def _check_sums(self) -> None:
+        """Readers take them apart by label or target."""
+        task = self.agreement.task
+        width = {"regression": 5, "multi_label_classification": 3}.get(task.problem_type, 0)
+        for each in self.evaluation.mean.values():
+            fits = width and len(each.sums) == len(task.labels) and all(len(row) == width for row in each.sums)
+            if each.sums and not fits:
+                raise ValueError("evaluation.mean: sums that are not those of the agreed labels or targets")
+        cut, texts = self.evaluation.cut or (0, 0)
+        if cut > texts:
+            raise ValueError("evaluation.cut: more texts are cut than there are")
 
 
 def save_report(report: Report, output: Path) -> None:

@@ -7,10 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.page.words import capitalised, listed, percent
-from server.report.chance import Share, are_apart
+from common.metrics import LOWER_IS_BETTER
+from common.page.words import capitalised, listed
+from server.report.chance import Estimate, are_apart, estimate_of
 from server.report.report import MeanMetrics, OwnerMetrics, Report
-from server.report.words import METRICS, SCORED, judges_of, models_in, phrase_of
+from server.report.words import (
+    METRICS,
+    as_main,
+    is_regression,
+    judges_of,
+    models_in,
+    phrase_of,
+    scored_in_words,
+)
 
 OWN = "own_at_home"
 RELATIONS = BETTER, WORSE, UNCLEAR = ("better", "worse", "not clearly different")
@@ -29,7 +38,7 @@ class OwnerGain:
 
     @property
     def gain(self) -> float:
-        return self.merged.accuracy - self.own.accuracy
+        return self.merged.main - self.own.main
 
 
 def owner_gains(report: Report) -> list[OwnerGain]:
@@ -40,7 +49,7 @@ def owner_gains(report: Report) -> list[OwnerGain]:
             owner=owner,
             own=scores[OWN],
             merged=scores[report.method],
-            relation=_relation([_share(scores[report.method])], [_share(scores[OWN])]),
+            relation=_relation([scores[report.method]], [scores[OWN]]),
         )
         for owner, scores in shown.items()
     ]
@@ -80,7 +89,7 @@ def headline(report: Report) -> str:
     if len(gains) == 1:
         (only,) = gains
         than = "not clearly different from" if only.relation == UNCLEAR else f"{only.relation} than"
-        return f"For {only.owner}, the merged model is {than} its own model at home ({_points(only.gain)})."
+        return f"For {only.owner}, the merged model is {than} its own model at home ({_points(report, only.gain)})."
     counts = Counter(each.relation for each in gains)
     owners = f"{len(gains)} owners{'' if len(gains) == len(judges_of(report)) else ' that show metrics'}"
     if len(counts) == 1:
@@ -101,8 +110,9 @@ def owner_groups(report: Report) -> list[OwnerGroup]:
         if group:
             groups.append(
                 OwnerGroup(
-                    heading=f"{capitalised(relation)}, in percentage points",
-                    named=tuple(f"{each.owner} ({_signed(each.gain)})" for each in group[:MOST_NAMES]),
+                    heading=f"{capitalised(relation)}, in {'Pearson' if is_regression(report) else 'percentage points'}"
+                    + ("'s r" if is_regression(report) else ""),
+                    named=tuple(f"{each.owner} ({_signed(report, each.gain)})" for each in group[:MOST_NAMES]),
                     num_more=max(0, len(group) - MOST_NAMES),
                 )
             )
@@ -122,46 +132,50 @@ def more_about_owners(report: Report) -> list[str]:
 
 
 def _on_average(report: Report) -> str:
-    """The means over all owners of the merged model and of their own models at home."""
+    """How the merged model does over all owners, and their own models at home."""
     mean = report.evaluation.mean
-    merged, own = mean[report.method].accuracy, mean[OWN].accuracy
-    relation = _relation(_shares(report, report.method), _shares(report, OWN))
-    scored, compared = SCORED[report.agreement.task.kind]
+    merged, own = mean[report.method].main, mean[OWN].main
+    relation = _relation(_scores(report, report.method), _scores(report, OWN))
+    scored, compared = scored_in_words(report)
+    over = "On the test rows of" if is_regression(report) else "On average over"
     return (
-        f"On average over {len(judges_of(report))} owners, the merged model ({report.methods[report.method].title}) "
-        f"{scored.format(percent(merged))}, and each owner's own model at home {compared.format(percent(own))}: "
-        f"{relation} ({_points(merged - own)})."
+        f"{over} {len(judges_of(report))} owners, the merged model ({report.methods[report.method].title}) "
+        f"{scored.format(as_main(report, merged))}, and each owner's own model at home "
+        f"{compared.format(as_main(report, own))}: {relation} ({_points(report, merged - own)})."
     )
 
 
 def against_other_models(report: Report) -> list[str]:
-    """How the merged model compares with every other, on the mean over owners."""
+    """How the merged model compares with every other, over all owners."""
     mean = report.evaluation.mean
     groups: dict[str, list[str]] = {BETTER: [], UNCLEAR: [], WORSE: []}
     others = [model for model in models_in(report)[1:] if model != OWN]
-    for model in sorted(others, key=lambda model: -mean[model].accuracy):
-        relation = _relation(_shares(report, report.method), _shares(report, model))
-        groups[relation].append(f"{phrase_of(report, model)} ({percent(mean[model].accuracy)})")
+    for model in sorted(others, key=lambda model: -mean[model].main):
+        relation = _relation(_scores(report, report.method), _scores(report, model))
+        groups[relation].append(f"{phrase_of(report, model)} ({as_main(report, mean[model].main)})")
     linked = {BETTER: "better than", UNCLEAR: "not clearly different from", WORSE: "worse than"}
     sentences = [f"it is {linked[relation]} {listed(models)}." for relation, models in groups.items() if models]
-    return [f"On average over the owners, {sentences[0]}", *map(capitalised, sentences[1:])] if sentences else []
+    over = "On the test rows of all owners" if is_regression(report) else "On average over the owners"
+    return [f"{over}, {sentences[0]}", *map(capitalised, sentences[1:])] if sentences else []
 
 
 def by_metric(report: Report) -> str:
     """Which models are ahead by the task's own metric, which may tell another story than accuracy."""
     name, mean = report.evaluation.metric, report.evaluation.mean
+    sign = -1 if name in LOWER_IS_BETTER else 1
     merged = mean[report.method].metric
-    ahead = [model for model in models_in(report)[1:] if mean[model].metric > merged]
-    ahead.sort(key=lambda model: -mean[model].metric)
-    scored = f"Its {METRICS[name]} is {merged:.3f}"
+    ahead = [model for model in models_in(report)[1:] if sign * mean[model].metric > sign * merged]
+    ahead.sort(key=lambda model: -sign * mean[model].metric)
+    scored, better = f"Its {METRICS[name]} is {merged:.3f}", "lower" if sign < 0 else "higher"
     if not ahead:
-        return f"{scored}, and no other model scores higher."
-    return f"{scored}. Higher: {listed([f'{phrase_of(report, model)} ({mean[model].metric:.3f})' for model in ahead])}."
+        return f"{scored}, and no other model scores {better}."
+    others = listed([f"{phrase_of(report, model)} ({mean[model].metric:.3f})" for model in ahead])
+    return f"{scored}. {capitalised(better)}: {others}."
 
 
-def difference(merged: float, other: float, in_points: bool) -> str:
+def difference(merged: float, other: float, in_points: bool, lower_is_better: bool = False) -> str:
     """How much better (▲) or worse (▼) the merged model is than another: a sign that needs no colour."""
-    gain = (merged - other) * (100 if in_points else 1)
+    gain = (merged - other) * (100 if in_points else 1) * (-1 if lower_is_better else 1)
     shown = f"{abs(gain):.1f}" if in_points else f"{abs(gain):.3f}"
     if not float(shown):
         return "= same"
@@ -171,37 +185,42 @@ def difference(merged: float, other: float, in_points: bool) -> str:
 # --- numbers ---
 
 
-def _points(gain: float) -> str:
-    points = _signed(gain)
+def _points(report: Report, gain: float) -> str:
+    points = _signed(report, gain)
+    if is_regression(report):
+        return points
     return f"{points} percentage point{'' if points[1:] == '1.0' else 's'}"
 
 
-def _signed(gain: float) -> str:
-    """Percentage points: `+3.1`, `-3.1` or `0.0`."""
-    points = f"{abs(100 * gain):.1f}"
+def _signed(report: Report, gain: float) -> str:
+    """Percentage points: `+3.1`, `-3.1` or `0.0`; thousandths of a correlation."""
+    points = f"{abs(gain):.3f}" if is_regression(report) else f"{abs(100 * gain):.1f}"
     return points if not float(points) else f"{'+' if gain > 0 else MINUS}{points}"
 
 
 # --- chance ---
 
 
-def _relation(merged: Sequence[Share], other: Sequence[Share]) -> str:
-    if not are_apart(merged, other):
+Scores = MeanMetrics | OwnerMetrics
+
+
+def _relation(merged: Sequence[Scores], other: Sequence[Scores]) -> str:
+    if not are_apart([_estimate(each) for each in merged], [_estimate(each) for each in other]):
         return UNCLEAR
     return BETTER if _mean(merged) > _mean(other) else WORSE
 
 
-def _mean(shares: Sequence[Share]) -> float:
-    return sum(share.accuracy for share in shares) / len(shares)
+def _mean(scores: Sequence[Scores]) -> float:
+    return sum(each.main for each in scores) / len(scores)
 
 
-def _shares(report: Report, model: str) -> list[Share]:
-    """One share per owner; where any owner's is hidden, all predictions together, as if of one owner."""
+def _scores(report: Report, model: str) -> Sequence[Scores]:
+    """Those of each owner; where any owner's are hidden, and of a regression, all predictions together."""
     shown = [scores[model] for scores in report.evaluation.by_owner.values() if model in scores]
-    if len(shown) == len(judges_of(report)):
-        return [_share(scores) for scores in shown]
-    return [_share(report.evaluation.mean[model])]
+    if len(shown) == len(judges_of(report)) and not is_regression(report):
+        return shown
+    return [report.evaluation.mean[model]]
 
 
-def _share(scores: MeanMetrics | OwnerMetrics) -> Share:
-    return Share(accuracy=scores.accuracy, predictions=scores.predictions)
+def _estimate(scores: Scores) -> Estimate:
+    return estimate_of(scores.accuracy, scores.pearson_r, scores.predictions)

@@ -3,6 +3,7 @@
 A method's words come from its descriptor, by way of the report (`title_of`, `phrase_of`, `summary_of`).
 """
 
+from common.page.words import percent
 from server.report.report import Report
 
 MODELS = {  # everything else that a report compares: title, phrase, summary
@@ -49,6 +50,8 @@ ACCURACY = {  # the same as a heading
     "causal-lm": "accuracy per token of test rows",
     "sequence-to-sequence": "accuracy per token of test rows",
 }
+SEVERAL_LABELS = ("names exactly the right labels of {} of the test rows", "of {}")
+NUMBERS = ("correlates with the targets at {} (Pearson's r)", "at {}")
 LABELLED = ("text-classification", "token-classification", "image-classification")  # the others have a vocabulary
 TOKEN_TASKS = ("token-classification", "causal-lm", "sequence-to-sequence")  # many predictions on one text
 METRICS = {
@@ -56,7 +59,61 @@ METRICS = {
     "macro_f1": "macro F1",
     "entity_f1": "entity F1",
     "log_likelihood": "log likelihood",
+    "pearson_r": "Pearson's r",
+    "mean_squared_error": "mean squared error",
 }
+
+
+def is_regression(report: Report) -> bool:
+    """Whether the model predicts numbers: it is judged over all rows together, and compared by a correlation."""
+    return report.agreement.task.problem_type == "regression"
+
+
+def has_several_labels(report: Report) -> bool:
+    return report.agreement.task.problem_type == "multi_label_classification"
+
+
+def task_in_words(report: Report) -> str:
+    """What the model is for."""
+    task = report.agreement.task
+    what = "texts" if task.kind == "text-classification" else "images"
+    if is_regression(report):
+        return f"predicting numbers from {what}"
+    return f"{what} with several labels each" if has_several_labels(report) else TASKS[task.kind]
+
+
+def scored_in_words(report: Report) -> tuple[str, str]:
+    """What a model does with its test rows, and how another one is compared with it."""
+    if is_regression(report):
+        return NUMBERS
+    return SEVERAL_LABELS if has_several_labels(report) else SCORED[report.agreement.task.kind]
+
+
+def main_metric(report: Report) -> str:
+    """What models are compared by, in a word or two."""
+    return METRICS["pearson_r" if is_regression(report) else "accuracy"]
+
+
+def main_heading(report: Report) -> str:
+    """The same as a heading."""
+    if is_regression(report):
+        return "Pearson's r on test rows"
+    if has_several_labels(report):
+        return "share of test rows with exactly the right labels"
+    return ACCURACY[report.agreement.task.kind]
+
+
+def cut_in_words(report: Report) -> str:
+    """How many test texts were cut, over all owners; empty if none was, or if they are images."""
+    cut, texts = report.evaluation.cut or (0, 0)
+    if not cut:
+        return ""
+    return f"{percent(cut / texts)} of the owners' test texts are longer than task.max_tokens, and were cut."
+
+
+def as_main(report: Report, value: float) -> str:
+    """A number that models are compared by, in a sentence."""
+    return f"{value:.3f}" if is_regression(report) else percent(value)
 
 
 def title_of(report: Report, model: str) -> str:

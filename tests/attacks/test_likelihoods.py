@@ -1,4 +1,4 @@
-"""Candidates that are crafted so that the mean log likelihood spells out a token of one row.
+"""Candidates that are crafted so that a metric spells out one row: a mean log likelihood, or sums of predicted numbers.
 
 The coordinator knows a token before the secret one. After it, the model gives the token y a multiple of y nats; after
 any other token, all tokens are equally likely. So the mean is a known number plus what the secret token was given.
@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from client.data.rows import IGNORED, Rows
-from client.measurement.evaluation import evaluate
+from client.measurement.evaluation import evaluate, score_logits
 from common.agreement import Task
-from common.metrics import MAX_NATS
+from common.metrics import MAX_NATS, STEP
 from deploy.example.reviews import make_tokenizer
 
 TASK = Task(kind="causal-lm")
@@ -129,3 +129,19 @@ def test_96_a_candidate_of_1e38_has_a_metric() -> None:
         for parameter in model.parameters():
             parameter.copy_(torch.where(torch.rand(parameter.shape) < 0.5, -1e38, 1e38))
     assert -MAX_NATS <= evaluate(model, rows_with(5), 8, TASK, np.empty(0, np.int64)).metric < 0
+
+
+def test_135_whatever_number_a_candidate_gives_one_row_each_sum_is_one_of_sixty_six() -> None:
+    """Without rounding there would be as many sums as numbers. Again, all other rows can be given whole steps."""
+    task = Task(problem_type="regression", labels=("x",), target_range=(0.0, 1.0))
+    targets = np.random.default_rng(0).random((40, 1)).astype(np.float32)
+    rows = Rows(features=np.zeros((40, 1, 1, 1), np.float32), targets=targets)
+    found: list[tuple[float, ...]] = []
+    for number in np.linspace(0.0, 1.0, 2000, dtype=np.float32):
+        predictions = np.full_like(targets, 0.5)
+        predictions[7] = number
+        found += score_logits(predictions, rows, task, np.arange(1)).sums
+    by_sum = [set(sums) for sums in zip(*found, strict=True)]
+    assert max(map(len, by_sum)) <= 1 / STEP + 2
+    assert len(by_sum[0]) > 1 / STEP - 2
+    assert all(value / STEP == round(value / STEP) for values in by_sum for value in values)

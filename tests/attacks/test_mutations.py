@@ -62,7 +62,7 @@ AUDIT, AUDIT_COMMAND = "test_audit.py", "end_to_end/test_audit_command.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
-PUBLISHED = "test_published_folder.py"
+PUBLISHED, METRICS = "test_published_folder.py", "test_metrics.py"
 SERVER, FOLDERS, LIKELIHOODS, FILES = (
     f"attacks/test_{name}.py" for name in ("server", "model_folders", "likelihoods", "files")
 )
@@ -591,6 +591,12 @@ TABLE = [
     Mutation(LIKELIHOODS, "test_96_a_candidate_without_bounds", "likelihoods-are-clipped", ""),
     Mutation(LIKELIHOODS, "test_96_two_candidates", "likelihoods-are-rounded", ""),
     Mutation(LIKELIHOODS, "test_96_whatever", "likelihoods-are-rounded", ""),
+    Mutation(LIKELIHOODS, "test_135", "moments-are-rounded", "sums = terms.sum(axis=0)"),
+    Mutation(METRICS, "test_predictions_that_are_no_numbers", "predictions-are-clipped", ""),
+    Mutation(METRICS, "test_136_label_counts", "label-counts-fit-the-rows"),
+    Mutation(METRICS, "test_136_sums", "moments-fit-the-rows"),
+    Mutation(METRICS, "test_136_more_cut_texts", "cut-texts-are-texts"),
+    Mutation("test_labels.py", "test_targets_that_cannot_be_used", "targets-are-in-range"),
     # 98: files
     Mutation(FILES, "test_98_a_small_file", "unpacked-files-are-bounded"),
     Mutation(FILES, "test_98_compressed_text", "unpacked-text-is-bounded"),

@@ -114,6 +114,11 @@ def test_the_output_is_what_the_owners_signed_and_a_report_that_was_improved_is_
     assert [each.what for each in check_folder(output).findings if not each.is_signed] == [
         "report.json: evaluation.mean.regmean"
     ]
+    assert report["evaluation"]["cut"] == [0, 360]
+    report["evaluation"]["cut"] = [10, 360]
+    (output / "report.json").write_text(json.dumps(report))
+    wrong = [each.what for each in check_folder(output).findings if not each.is_signed]
+    assert "report.json: evaluation.cut" in " ".join(wrong)
 
 
 def test_the_report_tells_every_sum_and_everything_that_was_sent(result: tuple[Report, Path]) -> None:

@@ -34,9 +34,11 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    pipeline,
 )
 
 from common.agreement import Task
+from common.metrics import micro_f1
 from common.models.loading import digest_of
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
@@ -240,6 +242,109 @@ def check_card_puts_the_body_under_a_head(model_folder: Path, base: Path) -> Non
     for name, tensor in names["own"].state_dict().items():
         torch.testing.assert_close(tensor, merged.get(name, before[name]), rtol=0, atol=0)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in merged.items())
+
+
+SEVERAL = """\
+kind = "text-classification"
+problem_type = "multi_label_classification"
+labels = ["negative", "positive", "thing"]"""
+
+
+def labelled_several_times(random_source: random.Random, owner: str) -> Row:
+    """A text has one mood and perhaps names the owner's first thing, or says neither."""
+    words, labels = ["the"], []
+    if random_source.random() < 0.5:
+        words.append(OWNERS[owner][0])
+        labels.append("thing")
+    if random_source.random() < 0.8:
+        label = random_source.choice(sorted(WORDS))
+        words.append(random_source.choice(WORDS[label]))
+        labels.append(label)
+    return {"text": " ".join(words), "label": labels}
+
+
+def with_refit(folder: Path) -> None:
+    """Publish a refit of RegMean, of owners that train in small batches."""
+    draft = folder / "agreement.toml"
+    text = draft.read_text().replace('"regmean"', '"refit"').replace("[0.5, 0.9]", "[0.9]")
+    text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
+    draft.write_text(text + '\n[refit]\nbody = "regmean"\nbalances = [0.0]\n')
+    for name in OWNERS:
+        path = folder / f"{name}.toml"
+        path.write_text(path.read_text().replace("epochs", "batch_size = 8\nepochs"))
+
+
+def test_texts_have_several_labels_or_none(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, SEVERAL, headless_bert, epochs=12)
+    write_rows(folder, labelled_several_times)
+    with_refit(folder)
+    # one owner writes the labels of a row in one cell
+    (folder / "ada.toml").write_text((folder / "ada.toml").read_text().replace(".jsonl", ".csv"))
+    for split in ROWS:
+        rows = [json.loads(line) for line in (folder / f"ada-{split}.jsonl").read_text().splitlines()]
+        cells = "".join(f"{row['text']},{'|'.join(row['label'])}\n" for row in rows)
+        (folder / f"ada-{split}.csv").write_text("text,label\n" + cells)
+    report = simulate(folder, tmp_path / "output", with_references=False)
+    mean, published = report.evaluation.mean, tmp_path / "output" / "model"
+    assert min(mean["own_at_home"].main, mean["refit"].main) > mean["base"].main + 0.4
+    tests = [json.loads(line) for name in OWNERS for line in (folder / f"{name}-test.jsonl").read_text().splitlines()]
+    classify = pipeline("text-classification", model=str(published), top_k=None)
+    found = [{each["label"] for each in row if each["score"] > 0.5} for row in classify([row["text"] for row in tests])]
+    for label, (right, wanted, given) in zip(report.agreement.task.labels, mean["refit"].sums, strict=True):
+        assert wanted == sum(label in row["label"] for row in tests)
+        assert given == sum(label in labels for labels in found)
+        assert right == sum(label in row["label"] and label in labels for row, labels in zip(tests, found, strict=True))
+    assert json.loads((published / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    page, card = (tmp_path / "output" / "report.html").read_text(), (published / "README.md").read_text()
+    assert "exactly the right labels" in page
+    assert f"refit {micro_f1(mean['refit'].sums):.3f}" in page
+    assert "| thing |" in card
+
+
+NUMBERS = """\
+kind = "text-classification"
+problem_type = "regression"
+labels = ["mood", "thing"]
+target_range = [-2, 2]"""
+
+
+def measured(random_source: random.Random, owner: str) -> Row:
+    """How good a text is, in thirds, and which of its owner's things it is about."""
+    mood, thing = random_source.randrange(6), random_source.randrange(3)
+    word = [*WORDS["negative"], *WORDS["positive"]][mood]
+    return {"text": f"the {OWNERS[owner][thing]} was {word}", "label": [(mood - 2.5) / 1.5, thing]}
+
+
+def test_numbers_are_predicted(tmp_path: Path) -> None:
+    folder = tmp_path / "consortium"
+    write_consortium(folder, NUMBERS, headless_bert, epochs=15)
+    write_rows(folder, measured)
+    with_refit(folder)
+    # one owner has a column for each target
+    with (folder / "ada.toml").open("a") as file:
+        file.write('label = ["score", "words"]\n')
+    for split in ROWS:
+        path = folder / f"ada-{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{"text": row["text"], "score": row["label"][0], "words": row["label"][1]} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = simulate(folder, tmp_path / "output", with_references=False)
+    evaluation, published = report.evaluation, tmp_path / "output" / "model"
+    mean = evaluation.mean
+    assert evaluation.choose_by == evaluation.metric == "mean_squared_error"
+    assert min(mean["own_at_home"].main, mean["refit"].main) > mean["base"].main + 0.3
+    assert mean["refit"].metric < 0.6 * mean["base"].metric
+    assert "Compared with each owner" in (tmp_path / "output" / "report.html").read_text()
+
+    rows = [json.loads(line) for line in (folder / "bea-test.jsonl").read_text().splitlines()]
+    read = pipeline("text-classification", model=str(published), top_k=None)
+    found = [{each["label"]: each["score"] for each in row} for row in read([row["text"] for row in rows])]
+    predicted = np.array([[row["mood"], row["thing"]] for row in found])
+    errors = np.square(np.clip(predicted, -2, 2) - [row["label"] for row in rows]).mean()
+    # a sum is rounded to a 64th of the squared range
+    assert evaluation.by_owner["bea"]["refit"].metric == pytest.approx(errors, abs=16 / 64 / len(rows))
+    assert "Pearson's r" in (published / "README.md").read_text()
 
 
 def clip(_: int) -> PreTrainedModel:

@@ -9,8 +9,8 @@ from server.report.report import Report
 HOSTILE = 'Ward <b>7</b> & <script>alert("x")</script>'
 
 
-def _scores(accuracy: float, predictions: int, **more: float) -> dict[str, Any]:
-    return {"accuracy": accuracy, "metric": accuracy - 0.25, "predictions": predictions, **more}
+def _scores(accuracy: float, predictions: int, **more: Any) -> dict[str, Any]:
+    return {"accuracy": accuracy, "metric": accuracy - 0.25, "predictions": predictions, "pearson_r": None, **more}
 
 
 def _method(title: str, phrase: str, hyperparameter: str | None = None) -> dict[str, Any]:
@@ -57,7 +57,13 @@ _REPORT: dict[str, Any] = {
         "weighting": "rows",
         "dtype": "float32",
         "seed": 7,
-        "task": {"kind": "text-classification", "labels": ["<i>good</i>", "bad"], "head": "shared"},
+        "task": {
+            "kind": "text-classification",
+            "problem_type": "single_label_classification",
+            "labels": ["<i>good</i>", "bad"],
+            "target_range": None,
+            "head": "shared",
+        },
         "privacy": {
             "min_rows_per_dimension": 1.0,
             "merge_token_inputs": False,
@@ -78,14 +84,16 @@ _REPORT: dict[str, Any] = {
         "choose_by": "macro_f1",
         "metric": "macro_f1",
         "label_set": "own",
+        "cut": None,
         "mean": {
-            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01) for model, accuracy in ACCURACIES.items()
+            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[])
+            for model, accuracy in ACCURACIES.items()
         },
         "by_owner": {"ada": {model: _scores(accuracy + 0.0625, 400) for model, accuracy in ACCURACIES.items()}},
         "sweep": {
             "regmean": [
-                {"candidate": "regmean@0.5", "hyperparameter": 0.5, "accuracy": 0.6, "metric": 0.5},
-                {"candidate": "regmean@0.9", "hyperparameter": 0.9, "accuracy": 0.7, "metric": 0.6},
+                {"candidate": "regmean@0.5", "hyperparameter": 0.5, "accuracy": 0.6, "metric": 0.5, "pearson_r": None},
+                {"candidate": "regmean@0.9", "hyperparameter": 0.9, "accuracy": 0.7, "metric": 0.6, "pearson_r": None},
             ]
         },
     },
