@@ -24,7 +24,7 @@ from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fine_tuning import fine_tune
 from client.measurement.fisher import measure_fisher
-from client.measurement.gram import measure_grams
+from client.measurement.gram import GramCollector, measure_grams
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.passes import ON_CPU, Halving, Passes
 from client.settings import OwnerSettings, Training
@@ -202,11 +202,13 @@ def test_a_model_that_fits_stays_on_the_device_and_blocks_passed_over_do_not_go_
     assert {0, 1} in seen
 
 
-def test_sums_of_a_device_without_float64_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_on_the_device_unless_it_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan, batches = made("bert")
     expected = measure_grams(model, plan, batches)  # type: ignore[arg-type]
-    monkeypatch.setattr(gram_module, "has_float64", lambda device: False)
     with pretended() as device:
+        assert all(isinstance(each, Elsewhere) for each in GramCollector(plan, device).matrices.values())
+        monkeypatch.setattr(gram_module, "has_float64", lambda device: False)
+        assert not any(isinstance(each, Elsewhere) for each in GramCollector(plan, device).matrices.values())
         found = measure_grams(model, plan, batches, Passes(device))  # type: ignore[arg-type]
     assert all(close(found[name].matrix, gram.matrix) for name, gram in expected.items())
 

@@ -97,7 +97,7 @@ class Rows:
 
 def judged(targets: Tensor) -> Tensor:
     """Which predictions of a batch are judged: (examples,) or (examples, positions) bool, from the batch's targets."""
-    return torch.ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else targets != IGNORED
+    return targets.new_ones(len(targets), dtype=torch.bool) if targets.is_floating_point() else targets != IGNORED
 
 
 def pool(parts: list[Rows]) -> Rows:
