@@ -213,7 +213,7 @@ class Holdings:
     def canaries(self) -> Rows | None:
         """The random rows that are planted in this owner's training; None without a line that says so."""
         training = self.settings.training
-        if training is None or training.canaries == 0:  # check: canaries-need-a-line
+        if training is None or training.canaries == 0:
             return None
         return canaries_of(self.name, self.agreement.seed, training.canaries, self.data.train(), self.task)
 

@@ -38,7 +38,7 @@ class Training(Settings):
     # Only linear layers with these names, such as "q_proj". Left out, all that the agreement merges.
     lora_layers: tuple[str, ...] = ()
     # Plant this many random rows, by which `amalgram audit` measures how well a model remembers single rows.
-    canaries: Annotated[int, Field(ge=0, le=1000)] = 0
+    canaries: Annotated[int, Field(ge=0, le=1000)] = 0  # check: canaries-need-a-line
     # End when so many epochs have not improved the loss on validation rows, and take the best epoch.
     patience: Count | None = None
 

@@ -90,8 +90,8 @@ def test_true_positives_are_the_best_point_of_the_curve_within_one_percent(membe
 
 def test_an_interval_covers_the_truth_and_guessing_is_not_beaten_by_chance() -> None:
     random = np.random.default_rng(0)
-    found = [attack("loss", random.normal(size=150), random.normal(size=150), seed=0) for _ in range(20)]
-    assert sum(each.area.low <= 0.5 <= each.area.high for each in found) >= 17
+    found = [attack("loss", random.normal(size=150), random.normal(size=150), seed=0) for _ in range(10)]
+    assert sum(each.area.low <= 0.5 <= each.area.high for each in found) >= 8
     assert sum(each.beats_guessing for each in found) <= 1
     apart = attack("loss", random.normal(size=150) + 1, random.normal(size=150), seed=0)
     assert apart.area.low <= 0.76 <= apart.area.high  # Phi(1 / sqrt(2))

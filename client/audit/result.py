@@ -16,6 +16,7 @@ from common.page.table import Share, Size, Table, schema_of
 from common.settings_file import Count, Digest, Line, Paragraph
 
 AUDIT_VERSION: Literal[1] = 1
+FEWEST_STRANGERS = 100  # 1 % of fewer is none of them
 
 AttackName = Literal["loss", "calibrated_loss", "classifier_gradient", "gradient"]
 ModelName = Literal["base", "own", "model"]

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap, rankdata
 from sklearn.metrics import roc_curve
 
-from client.audit.result import Attack, AttackName, Interval
+from client.audit.result import FEWEST_STRANGERS, Attack, AttackName, Interval
 
 Scores = NDArray[np.float64]
 
-FEWEST_STRANGERS = 100  # 1 % of fewer is none of them
 CURVE = np.linspace(0, 1, 101)  # false-positive rates
 RESAMPLES = 1000
 CONFIDENCE = 0.95

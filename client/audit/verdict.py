@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from client.audit.result import AttackName, Audit, AuditedModel, Interval, ModelName
-from client.audit.statistics import FEWEST_STRANGERS
+from client.audit.result import FEWEST_STRANGERS, AttackName, Audit, AuditedModel, Interval, ModelName
 from common.page.words import listed, percent
 
 TITLES: dict[ModelName, str] = {"base": "base", "own": "your own model", "model": "the audited model"}

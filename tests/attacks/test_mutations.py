@@ -545,7 +545,7 @@ TABLE = [
         'write_whole(self.folder / "error.txt", text.encode("utf-8", "replace") + b"\\n")',
     ),
     Mutation(AUDIT_COMMAND, "test_an_audit_keeps_the_hub", "audits-fetch-nothing", ""),
-    Mutation(AUDIT, "test_canaries_are_planted_only_where", "canaries-need-a-line"),
+    Mutation(AUDIT, "test_canaries_are_planted_only_where", "canaries-need-a-line", "canaries: int = 20"),
     Mutation(AUDIT, "test_rows_of_both_groups", "members-are-no-strangers", "members = list(range(len(one)))"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-is-escaped", "autoescape=False,"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-hides-nothing", ""),
