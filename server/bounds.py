@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import NumericalError
+from common.merge_methods.data_free import DATA_FREE
 from common.merge_methods.normal_equations import gram_room
 from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
 from common.merge_methods.terms import MergeSettings
@@ -68,7 +69,8 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
     """If changes are clipped: |sum n_i delta_i| <= n b, and |sum G_i delta_i| <= trace(sum G_i) b.
 
     b: the largest norm of one delta; n: all weights. The second holds for positive semidefinite G_i, whose largest
-    eigenvalues their traces bound, and for diag(G_i) as well.
+    eigenvalues their traces bound, and for diag(G_i) as well. A ridge that pulls to p times the mean may add p / d of
+    its part of the trace.
     """
     largest, plan = settings.bounds.changes, settings.plan
     layers = {layer.weight: layer for layer in (*plan.linear_layers, *plan.data_free, *plan.layers())}
@@ -78,6 +80,8 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
             most = float(total["weight"][0]) * largest[name]
         elif entry.product_of:
             trace = float(np.trace(total[entry.product_of]))
+            if kind.startswith("data_free_"):
+                trace *= max(1.0, DATA_FREE.pull_of(settings) / layers[name].d_in)
             most = trace * hypot(*(largest[parameter] for parameter in layers[name].parameters))
         else:
             continue

@@ -51,7 +51,8 @@ from tests.support.verifying import Check, Contributions, verified
 
 KNOWN = [4827.0, 29887.0, 21690.0]
 SEVERAL, ONE = (0.0, 0.5, 0.9, 1.0), (0.9,)
-CASES = ["average", "task_arithmetic", "fisher", "data_free", "regmean"]
+CASES = ["average", "task_arithmetic", "isotropic", "fisher", "data_free", "regmean", "anchored", "logit_adjusted"]
+WITHOUT_CONSTANT = ("data_free", "logit_adjusted")
 
 
 def owners_for(
@@ -95,14 +96,15 @@ def checks(draw: st.DrawFn) -> Check:
     count, seed = draw(st.integers(2, 6)), draw(st.integers(0, 2**20))
     plan = plan_for(
         draw(st.integers(1, 7)),
-        draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)),
+        draw(st.lists(st.integers(1, 6), min_size=1, max_size=1 if method == "logit_adjusted" else 3)),
         stored_input_first=draw(st.booleans()),
-        has_constant=method != "data_free" and draw(st.booleans()),
+        has_constant=method not in WITHOUT_CONSTANT and draw(st.booleans()),
+        has_bias=method == "logit_adjusted",
     )
     alphas = draw(st.sampled_from([SEVERAL, ONE]))
     tables = {
         "regmean": RegMeanTable(alphas=alphas),
-        "data_free": DataFreeTable(alphas=alphas),
+        "data_free": DataFreeTable(alphas=alphas, pull=draw(st.sampled_from([None, 0.5, 1.0]))),
         "task_arithmetic": TaskArithmeticTable(scales=(0.3, draw(st.sampled_from([0.5, 1.0])))),
     }
     # 32 bits are for values that are alike
