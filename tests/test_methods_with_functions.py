@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import combinations
 from math import log
 
 import numpy as np
@@ -163,6 +164,53 @@ def test_an_anchor_s_alpha_is_one_of_regmean_s() -> None:
         ANCHORED.check(agreed.tables)
 
 
+# --- Model Stock ------------------------------------------------------------------------------------------------------
+
+
+def model_stock_of(deltas: list[Tensor]) -> Tensor:
+    """The merged delta of one tensor, from all pairs of owners."""
+    products = [float((one * other).sum()) for one, other in combinations(deltas, 2)]
+    squared_lengths = [float((delta * delta).sum()) for delta in deltas]
+    cosine = max(sum(products) / len(products) / (sum(squared_lengths) / len(squared_lengths)), 0.0)
+    scale = len(deltas) * cosine / (1 + (len(deltas) - 1) * cosine)
+    return scale * sum(deltas) / len(deltas)
+
+
+@given(seed=st.integers(0, 1000), common=st.floats(0, 3))
+@settings(max_examples=30)
+def test_model_stock_takes_the_mean_as_far_as_pairs_of_owners_agree(seed: int, common: float) -> None:
+    agreed = of_three(weighting="owners")
+    shared = {name: torch.ones(shape, dtype=torch.float64) for name, shape in agreed.plan.shapes.items()}
+    owners = {
+        name: replace(owner, delta={key: each + common * shared[key] for key, each in owner.delta.items()})
+        for name, owner in three_owners(agreed, seed).items()
+    }
+    result = merged("model_stock", agreed, owners, None)
+    for name in agreed.plan.changed:
+        expected = model_stock_of([owner.delta[name] for owner in owners.values()])
+        torch.testing.assert_close(result.published[name], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tensor_that_only_one_owner_changed_stays_the_base_s() -> None:
+    """Its change is orthogonal to the others', and what rounding leaves of t is not taken for agreement."""
+    agreed = of_three(weighting="owners")
+    owners = three_owners(agreed)
+    for name in ("o1", "o2"):
+        owners[name].delta[WEIGHT].zero_()
+    assert not merged("model_stock", agreed, owners, None).published[WEIGHT].any()
+    assert (
+        not single_round("model_stock")
+        .solve(agreed, total_of(["model_stock"], agreed, owners), None, with_spectra=False)
+        .published[WEIGHT]
+        .any()
+    )
+
+
+def test_model_stock_counts_owners_alike() -> None:
+    with pytest.raises(SettingsError, match="every owner must count alike"):
+        single_round("model_stock").layout(of_three())
+
+
 # --- logit adjustment -------------------------------------------------------------------------------------------------
 
 
@@ -221,12 +269,12 @@ def candidate(name: str, agreed: MergeSettings) -> tuple[SingleRoundMethod[Hyper
     return method, value, {**result.delta, **result.beside, **applied}
 
 
-WITH_FUNCTION = ["isotropic", "logit_adjusted"]
+WITH_FUNCTION = ["isotropic", "logit_adjusted", "model_stock"]
 
 
 @pytest.mark.parametrize("name", WITH_FUNCTION)
 def test_140_what_a_method_s_function_made_is_checked(name: str) -> None:
-    agreed = of_three(8, 6)
+    agreed = of_three(8, 6, weighting="owners")
     plan = agreed.plan
     method, value, tensors = candidate(name, agreed)
     layout = candidate_layout(plan, method.beside(agreed), method.applied(agreed))
@@ -237,7 +285,7 @@ def test_140_what_a_method_s_function_made_is_checked(name: str) -> None:
         check_candidate(plan, layout, vector, lambda solved: method.apply(agreed, solved, value))
 
     check()  # the coordinator's own
-    (made,) = method.applied(agreed)
+    made = method.applied(agreed)[0]
     assert torch.equal(published_delta(plan, layout, vector)[made], tensors[APPLIED + made])
     numbers = layout.read(vector, APPLIED + made).reshape(-1)
     numbers[3] += 1e-6 * np.abs(numbers).max()

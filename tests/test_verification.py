@@ -51,7 +51,17 @@ from tests.support.verifying import Check, Contributions, verified
 
 KNOWN = [4827.0, 29887.0, 21690.0]
 SEVERAL, ONE = (0.0, 0.5, 0.9, 1.0), (0.9,)
-CASES = ["average", "task_arithmetic", "isotropic", "fisher", "data_free", "regmean", "anchored", "logit_adjusted"]
+CASES = [
+    "average",
+    "task_arithmetic",
+    "isotropic",
+    "fisher",
+    "data_free",
+    "regmean",
+    "anchored",
+    "logit_adjusted",
+    "model_stock",
+]
 WITHOUT_CONSTANT = ("data_free", "logit_adjusted")
 
 
@@ -92,7 +102,7 @@ def check_of(method_name: str, settings_: MergeSettings, contributions: Contribu
 def checks(draw: st.DrawFn) -> Check:
     """An honest check of any single-round method, over any shapes, rings, owners and conditions."""
     method = draw(st.sampled_from(CASES))
-    in_32_bits = method != "fisher" and draw(st.booleans())
+    in_32_bits = METHODS[method].fits_32_bits and draw(st.booleans())
     count, seed = draw(st.integers(2, 6)), draw(st.integers(0, 2**20))
     plan = plan_for(
         draw(st.integers(1, 7)),
@@ -109,7 +119,7 @@ def checks(draw: st.DrawFn) -> Check:
     }
     # 32 bits are for values that are alike
     condition = 10 ** draw(st.floats(0, 2 if in_32_bits else 12))
-    weighting = draw(st.sampled_from(["rows", "owners"]))
+    weighting = "owners" if method == "model_stock" else draw(st.sampled_from(["rows", "owners"]))
     settings_ = verified(merge_settings(plan, weighting, **tables), count, in_32_bits=in_32_bits)
     owners = owners_for(settings_, count, seed, condition, reaches_half=not in_32_bits)
     try:
