@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.merge_methods.data_free import DATA_FREE
+from common.merge_methods.logit_adjusted import SHARES
 from common.merge_methods.normal_equations import gram_room
 from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
 from common.merge_methods.terms import MergeSettings
@@ -28,6 +29,7 @@ def check_contributions(total: SummedTensors, layout: TensorLayout, settings: Me
         _check_weights(total, settings)
         _check_grams(total, layout, settings)
         _check_changes(total, layout, settings)
+        _check_class_shares(total)
 
 
 def _check_weights(total: SummedTensors, settings: MergeSettings) -> None:
@@ -92,6 +94,20 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
                 f"{most:.3g}",
                 hint=HINT,
             )
+
+
+def _check_class_shares(total: SummedTensors) -> None:
+    """The shares of labels that one owner's model predicts add up to its weight, and none is below zero."""
+    if SHARES not in total:
+        return
+    shares, weight = total[SHARES], float(total["weight"][0])
+    add_up = isclose(float(shares.sum()), weight, rel_tol=TOLERANCE)
+    if not add_up or shares.min() < -TOLERANCE * weight:  # check: class-shares-add-up
+        raise NumericalError(
+            f"merge: the shares of labels add up to {float(shares.sum()):.3g}, the least of them is "
+            f"{float(shares.min()):.3g}; those of honest owners add up to {weight:.3g}",
+            hint=HINT,
+        )
 
 
 def check_classifier(total: SummedTensors, layout: TensorLayout, weight: float, plan: MergePlan) -> None:

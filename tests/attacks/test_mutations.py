@@ -98,6 +98,7 @@ TABLE = [
     Mutation(CHOSEN, "test_140_what_the_method", "functions-are-applied"),
     Mutation(FUNCTIONS, "test_140_what_a_method", "functions-are-applied"),
     Mutation(CHOSEN, "test_140_what_a_function", "sums-of-shares-are-zero"),
+    Mutation(DISHONEST, "test_141_", "class-shares-add-up"),
     Mutation(LOW_RANK, "test_130_every_layer", "cuts-are-the-closest"),
     Mutation(LOW_RANK, "test_130_factors", "padding-of-factors-is-zero"),
     Mutation(LOW_RANK, "test_130_factors", "factors-are-orthonormal"),
