@@ -124,7 +124,7 @@ class Anchored(SingleRoundMethod[AnchoredTable]):
             MergedDelta(
                 delta={**data_free.delta, **anchored.delta},
                 beside=beside,
-                rest=rest | anchored.rest,
+                rest={**rest, **anchored.rest},
                 layers=tuple(notes),
                 notes=notes_on(notes),
             ),

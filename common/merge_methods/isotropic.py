@@ -125,7 +125,8 @@ def flattened(matrix: Tensor) -> Tensor:
     if not squares.any():
         return torch.zeros_like(matrix)
     kept = squares / (squares + FADE**2 * squares.mean())  # G
-    return values.sum() / kept.sum() * (left * kept.sqrt()) @ right
+    flat: Tensor = values.sum() / kept.sum() * (left * kept.sqrt()) @ right
+    return flat
 
 
 ISOTROPIC = register(Isotropic())
