@@ -136,7 +136,7 @@ def test_anchored_solves_regmean_with_its_ridge_at_the_data_free_merge(seed: int
     for owner in owners.values():
         gram = owner.grams["l0"].matrix
         gram = alpha * gram + (1 - alpha) * torch.diag(gram.diagonal())
-        level = anchor * gram.diagonal().mean()
+        level = anchor * gram.trace()
         left += gram + level * torch.eye(4, dtype=torch.float64)
         right += gram @ owner.delta[WEIGHT].T + level * data_free[WEIGHT].T
     result = merged("anchored", agreed, owners, anchor)

@@ -2,13 +2,15 @@
 
 RegMean trusts the rows everywhere, though they say little in most directions; the data-free solution keeps each owner's
 change whole, and has seen no row. With D_A the data-free merged delta (`data_free.py`), G_i and its product as RegMean
-sums them (`regmean.py`), m_i the mean of G_i's diagonal:
+sums them (`regmean.py`), t_i the trace of G_i:
 
-    (sum G_i + anchor * sum m_i I) delta^T = sum G_i delta_i^T + anchor * sum m_i D_A^T
+    (sum G_i + anchor * sum t_i I) delta^T = sum G_i delta_i^T + anchor * sum t_i D_A^T
 
 So the ridge pulls to D_A instead of the owners' mean (BMM, arXiv 2605.12843; FeatCal, arXiv 2605.13030, whose merged
 model plays the part of D_A). anchor = 0 is RegMean, and a large anchor the data-free merge. The papers divide each G_i
-by its norm; here owners count as in RegMean, whose tensors these are: whoever compares both sends nothing more.
+by its Frobenius norm, and take 0.02 to 0.5 of that. Here owners count as in RegMean, whose tensors these are: whoever
+compares both sends nothing more. And the trace, unlike the norm, can be read from a sum. It is at least the norm, and
+not much more where one direction dominates, as in the inputs of transformers.
 
 D_A travels with the merged delta and is verified with it. Then the equation above is linear in the total, too.
 """
@@ -154,7 +156,7 @@ class Anchored(SingleRoundMethod[AnchoredTable]):
 
 @dataclass(frozen=True, kw_only=True)
 class AnchoredEquation(SystemEquation):
-    """(sum H_i + anchor * sum m_i I) D = sum H_i delta_i^T + anchor * sum m_i D_A^T; `at`: D_A^T as it was sent."""
+    """(sum H_i + anchor * sum t_i I) D = sum H_i delta_i^T + anchor * sum t_i D_A^T; `at`: D_A^T as it was sent."""
 
     anchor: float
     at: Tensor | None = None
@@ -169,13 +171,13 @@ class AnchoredEquation(SystemEquation):
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         left, right = super().sides(summed, factor)
-        pull = self.anchor * left.diagonal().mean()
+        pull = self.anchor * left.trace()
         left.diagonal().add_(pull)
         return left, right + pull * self._at
 
     def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor:
         left, products = super().sides(summed, factor)
-        return products.abs() + self.anchor * left.diagonal().mean() * self._at.abs()
+        return products.abs() + self.anchor * left.trace() * self._at.abs()
 
     def solve(self, total: SummedTensors, rows: int, with_spectrum: bool) -> tuple[dict[str, Tensor], LayerNote]:
         error = torch.from_numpy(total.diagonal_error(f"{self.system.kind}gram/{self.system.name}"))
