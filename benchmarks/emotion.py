@@ -18,6 +18,7 @@ AGREEMENT = """\
 title = "Five emotion domains"
 base = "{base}"
 method = "{method}"
+weighting = "{weighting}"
 compare_with = {compare_with}
 seed = {seed}
 
@@ -32,7 +33,14 @@ bias_feature = {bias_feature}
 {largest_gram}
 
 [data_free]
-alphas = [0.5, 0.9, 1.0]
+{data_free}
+
+[anchored]
+anchors = [0.1, 0.5]
+
+[logit_adjusted]
+body = "{body}"
+strengths = {strengths}
 
 [refit]
 body = "{body}"
@@ -68,9 +76,12 @@ def write_consortium(
     bias_feature: bool = False,
     largest_gram: int | None = None,
     body: str = "data_free",
+    data_free: str = "alphas = [0.5, 0.9, 1.0]",
+    strengths: Iterable[float] = (0.5,),
     seed: int = 0,
     owners: tuple[str, ...] = IN_DOMAIN,
     ring_bits: int = 64,
+    weighting: str = "rows",
 ) -> None:
     """Write agreement.toml and one settings file per owner. The first of `methods` makes the published model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +93,10 @@ def write_consortium(
         alphas=list(alphas),
         bias_feature=str(bias_feature).lower(),
         largest_gram="" if largest_gram is None else f"largest_gram = {largest_gram}",
+        weighting=weighting,
         body=body,
+        data_free=data_free,
+        strengths=list(strengths),
         # With two owners, each knows the other's part of any total, so a masked sum needs three.
         kind="masked" if len(owners) > 2 else "plain",
         ring_bits=ring_bits,

@@ -36,7 +36,7 @@ from client.measurement.fine_tuning import fine_tune
 from client.settings import Data, Training
 from common.agreement import Reading, Task
 from common.metrics import Score
-from common.models.delta import add_delta
+from common.models.delta import APPLIED, add_delta
 from common.models.folders import base_labels, load_tokenizer
 from common.models.loading import load_base
 from common.schedule import Delivery
@@ -48,6 +48,8 @@ from server.report.report import Report
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
+PULLS = ((0.1, None), (0.1, 0.5), (0.1, 1.0), (1.0, None), (1.0, 0.5), (1.0, 1.0))  # ridge and pull of data_free
+BEST_DATA_FREE = "ridge = 0.1\npull = 1.0"
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
 
@@ -91,7 +93,8 @@ class Bench:
 
     def with_delta(self, layout: TensorLayout, vector: NDArray[np.float32]) -> PreTrainedModel:
         model = self.load("base")
-        delta = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(vector)}
+        sent = {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(vector)}
+        delta = sent | {name.removeprefix(APPLIED): each for name, each in sent.items() if name.startswith(APPLIED)}
         add_delta(model, {name: delta.get(name, torch.zeros(())) for name, _ in model.named_parameters()})
         return model
 
@@ -260,6 +263,87 @@ def run_bias(bench: Bench) -> dict[str, Any]:
     return _methods_of_one_run(bench, " + bias", methods=WITH_BIAS, bias_feature=True)
 
 
+def run_pulls(bench: Bench) -> dict[str, Any]:
+    """What data-free's ridge pulls to, and how strongly logits are adjusted: the formulas alone, without a sum."""
+    models = {name: bench.load(name) for name in IN_DOMAIN}
+    examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
+    drawn = np.random.default_rng(0)
+    shares = np.zeros(len(bench.task.labels))
+    for name, model in models.items():
+        rows = bench.train_rows(name)
+        measured = rows.take(drawn.permutation(len(rows))[:500])
+        logits = torch.from_numpy(predict_logits(model, measured, BATCH)).double()
+        shares += examples[name] / sum(examples.values()) * logits.softmax(1).mean(0).numpy()
+    found: dict[str, Any] = {}
+    for ridge, pull in PULLS:
+        say(f"judging data_free with ridge {ridge} and pull {pull}")
+        logits_of = bench.logits(textbook_data_free(bench, models, examples, ridge, pull))
+        found[f"{ridge} {pull}"] = {
+            str(strength): _in_and_out(
+                bench.judge(
+                    {
+                        domain: (logits - strength * np.log(shares + 0.01 / len(shares))).astype(np.float32)
+                        for domain, logits in logits_of.items()
+                    }
+                )
+            )
+            for strength in (0.0, 0.25, 0.5, 0.75, 1.0)
+        }
+    return found
+
+
+@torch.no_grad()
+def textbook_data_free(
+    bench: Bench, models: Mapping[str, PreTrainedModel], examples: Mapping[str, int], ridge: float, pull: float | None
+) -> PreTrainedModel:
+    """The formula of common/merge_methods/data_free.py. Uses nothing of the product's methods."""
+    merged = bench.load("base")
+    weights = {name: count / sum(examples.values()) for name, count in examples.items()}
+    linear = {f"{key}.weight" for key, module in merged.named_modules() if isinstance(module, torch.nn.Linear)}
+    parameters = {name: dict(model.named_parameters()) for name, model in models.items()}
+    for key, base in merged.named_parameters():
+        deltas = {name: (parameters[name][key] - base).double() for name in models}
+        mean = sum(weights[name] * delta for name, delta in deltas.items())
+        if key in linear:
+            size, times = base.shape[1], 1.0 if pull is None else pull * len(models)
+            grams = {name: weights[name] * each.T @ each / each.square().sum() for name, each in deltas.items()}
+            level = ridge / size
+            left = sum(grams.values()) + level * torch.eye(size, dtype=torch.float64)
+            right = sum(grams[name] @ each.T for name, each in deltas.items()) + level * times * mean.T
+            mean = torch.linalg.solve(left, right).T
+        base += mean
+    return merged
+
+
+def run_functions(bench: Bench) -> dict[str, Any]:
+    """The other methods of one round."""
+    metrics, report = merged_by_the_product(
+        bench,
+        methods=("anchored", "isotropic", "model_stock"),
+        alphas=(0.9,),
+        data_free=BEST_DATA_FREE,
+        weighting="owners",  # which Model Stock needs
+    )
+    chosen = {choice.candidate for choice in report.chosen.values()}
+    return {name: {"macro_f1": _in_and_out(each), "is_chosen": name in chosen} for name, each in metrics.items()}
+
+
+def run_adjusted_seeds(bench: Bench) -> dict[str, Any]:
+    """Three draws of the rows on which logit adjustment and refit measure, on the body that was best."""
+    found: dict[str, list[list[float | None]]] = {}
+    for seed in range(3):
+        metrics, _ = merged_by_the_product(
+            bench, methods=("logit_adjusted", "refit"), data_free=BEST_DATA_FREE, strengths=(0.5,), seed=seed
+        )
+        for name, each in metrics.items():
+            found.setdefault(name, []).append(_in_and_out(each))
+    return found
+
+
+def _in_and_out(metrics: Metrics) -> list[float | None]:
+    return [mean_over(metrics, domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
+
+
 def run_blocks(bench: Bench) -> dict[str, Any]:
     """RegMean with the widest layers (1536 inputs) whole, in two blocks, and in four, the others (384 inputs) whole."""
     found: dict[str, Any] = {}
@@ -310,6 +394,9 @@ PARTS = {
     "seeds": run_seeds,
     "owners": run_owners,
     "blocks": run_blocks,
+    "pulls": run_pulls,
+    "functions": run_functions,
+    "adjusted_seeds": run_adjusted_seeds,
 }
 
 
@@ -390,6 +477,28 @@ def as_markdown(results: dict[str, Any]) -> str:
         for largest, found in results["blocks"].items():
             inside, outside = found["macro_f1"]
             lines.append(f"| {largest} | {inside:.3f} | {outside:.3f} | {found['numbers']:,} |")
+    if "pulls" in results:
+        lines += [
+            "",
+            "`data_free` by its ridge and what it pulls to (`pull` times the sum of changes), and `logit_adjusted` on "
+            "it by strength, from the formulas alone (macro F1 in / out):",
+            "",
+            "| ridge | pull | data_free | strength 0.25 | 0.5 | 0.75 | 1 |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for setting, found in results["pulls"].items():
+            shown = [f"{inside:.3f} / {outside:.3f}" for inside, outside in found.values()]
+            lines.append(f"| {setting.replace(' ', ' | ').replace('None', 'the mean')} | " + " | ".join(shown) + " |")
+    if "functions" in results:
+        lines += ["", "Other methods of one round (anchored at `data_free` with pull 1):", ""]
+        lines += ["| model | macro F1 in | out |", "|---|---|---|"]
+        for name, found in results["functions"].items():
+            inside, outside = found["macro_f1"]
+            lines.append(f"| {f'**{name}**' if found['is_chosen'] else name} | {inside:.3f} | {outside:.3f} |")
+    if "adjusted_seeds" in results:
+        lines += ["", "Three draws of the measured rows, on `data_free` with pull 1 (macro F1 in / out):", ""]
+        for name, pairs in results["adjusted_seeds"].items():
+            lines.append(f"- {name}: " + ", ".join(f"{inside:.3f} / {outside:.3f}" for inside, outside in pairs))
     return "\n".join(lines) + "\n"
 
 

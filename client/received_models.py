@@ -141,7 +141,7 @@ def _judged(owner: OwnerContext, delivery: Delivery, model: str, array: NDArray)
     """What the run keeps of a candidate: its score, and what would be published of it."""
     run, split = owner.state.run, delivery.split
     assert split is not None
-    verification.check_is_cut(owner, delivery, array)  # check: candidates-are-cut
+    verification.check_what_follows(owner, delivery, model, array)  # check: candidates-are-cut
     digest, score = owner.workbench.score_candidate(split, delivery.layout, array)
     judged: dict[str, object] = {"scores": (*run.scores, score_record(delivery.position, model, digest, score))}
     if (split, delivery.method) == ("test", owner.agreement.method):

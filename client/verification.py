@@ -147,10 +147,12 @@ def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRe
     owner.state.update_run(verified=(*run.verified, delivery.position))
 
 
-def check_is_cut(owner: OwnerContext, delivery: Delivery, array: NDArray[np.float32]) -> None:
-    """Raise WrongModel unless the adapter to which a candidate is cut is the closest of its rank."""
+def check_what_follows(owner: OwnerContext, delivery: Delivery, name: str, array: NDArray[np.float32]) -> None:
+    """Raise WrongModel unless what a candidate's method made of its solved tensors is what this owner makes of them,
+    and the adapter to which it is cut is the closest of its rank.
+    """
     try:
-        check_candidate(owner.workbench.plan, delivery.layout, array)
+        check_candidate(owner.workbench.plan, delivery.layout, array, owner.workbench.function(delivery.method, name))
     except RemoteProtocolError as violation:
         _condemn(owner, [violation.message], {})
 

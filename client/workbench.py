@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from client.data.rows import Rows
 from client.holdings import MADE_FROM, Holdings, Terms
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
-from client.measurement.classifier_inputs import measure_classifier
+from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
 from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
@@ -40,11 +40,11 @@ from common.agreement import Agreement
 from common.domain_separation import Domain
 from common.errors import DataError, ModelError, first_line
 from common.merge_methods import METHODS
-from common.merge_methods.method import Measurement, MultiRoundMethod, Step
+from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
 from common.metrics import Score, Split
-from common.models.delta import ClippedDelta, Delta, VectorDelta, add_delta, published_delta
+from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta, published_delta
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
@@ -242,6 +242,9 @@ class Workbench(Holdings):
             rows = self.drawn(train, wanted[Measurement.FISHER])
             fisher = Halving(1).run(lambda: measure_fisher(own.model, rows, self.agreement.seed, self.passes))
             terms = replace(terms, fisher=fisher, fisher_examples=len(rows))
+        if Measurement.CLASS_SHARES in wanted:
+            rows = self.drawn(train, wanted[Measurement.CLASS_SHARES])
+            terms = replace(terms, class_shares=measure_class_shares(own.model, rows, self.settings.batch_size))
         return terms
 
     def drawn(self, rows: Rows, limit: int) -> Rows:
@@ -334,6 +337,14 @@ class Workbench(Holdings):
         digest = digest_of(model, self.task)
         copy_parameters(head, head, model)
         return digest, self.score(model, split)
+
+    def function(self, method_name: str | None, candidate: str) -> Function:
+        """What makes a candidate's applied parameters of its solved ones (Method.apply); of most methods' nothing."""
+        method = METHODS[method_name or ""]
+        if not isinstance(method, SingleRoundMethod):
+            return lambda solved: ()
+        hyperparameter = self.agreement.agreed(method)[candidate]
+        return lambda solved: method.apply(self.merge_settings, solved, hyperparameter)
 
     def published_folder(self, layout: TensorLayout, vector: NDArray[np.float32]) -> PublishedFolder:
         """What this owner would publish, were the merged model that was sent as `vector` the result.

@@ -28,10 +28,10 @@ from common import scaling
 from common.agreement import COORDINATOR, Agreement
 from common.errors import LocalProtocolError, RemoteProtocolError, SettingsError
 from common.merge_methods import METHODS, contribution_layout, kind_of, tensor_kinds
-from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
+from common.merge_methods.method import Method, MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.terms import Hyperparameters, MergeSettings
 from common.metrics import BASE, METRIC_KINDS, OWN_AT_HOME, Split, metric_kind, metrics_layout
-from common.models.delta import candidate_layout, delta_layout
+from common.models.delta import candidate_layout, delta_layout, solved_layout
 from common.models.plan import MergePlan
 from common.scaling import SCALE_KINDS
 from common.tensor_layout import PART_BYTES, TensorLayout
@@ -120,8 +120,8 @@ class Delivery:
 
     scales       the scales on which contributions are summed
     merged_step  what step `step` of a multi-round method merged; number 0 is what it merged before its first round
-    candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent. If an
-                 adapter is published, the factors to which it is cut follow the whole model
+    candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent. What its
+                 method's function made, and the factors to which an adapter is cut, follow the whole model
     correction   what rounding took from the models that the check after it is about; `claims` are the check's
     """
 
@@ -323,20 +323,21 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
             known=tuple(name for name in plan.changed if name not in new),
         )
 
-    whole = candidate_layout(plan)
     candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods}
     swept = {method: names for method, names in candidates.items() if len(names) > 1}
     claims = []
     for method_name, names in swept.items():
         for name in names:
-            add_delivery("candidate", whole, method=method_name, split="validation", names=(name,))
+            layout = method_layout(METHODS[method_name], settings)
+            add_delivery("candidate", layout, method=method_name, split="validation", names=(name,))
             claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[name]))
     if swept:
         add_check(claims)
         add_metrics("validation", tuple(name for names in swept.values() for name in names))
     claims = []
     for method_name, names in candidates.items():
-        add_delivery("candidate", whole, method=method_name, split="test", names=names)
+        layout = method_layout(METHODS[method_name], settings)
+        add_delivery("candidate", layout, method=method_name, split="test", names=names)
         if method_name not in swept:  # what was validated is sent again, bit for bit
             claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[names[0]]))
     add_check(claims)
@@ -345,6 +346,13 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
         tuple(events),
         owners_may_drop_out=agreement.needed_owners < len(agreement.owners),  # check: dropouts-are-agreed
     )
+
+
+def method_layout(method: Method[Hyperparameters], settings: MergeSettings) -> TensorLayout:
+    """How a method's candidates travel."""
+    if isinstance(method, SingleRoundMethod):
+        return candidate_layout(settings.plan, method.beside(settings), method.applied(settings))
+    return candidate_layout(settings.plan)
 
 
 def _may_be_missed(event: Event) -> bool:
@@ -370,8 +378,7 @@ def _check_covers(claim: Claim, events: list[Event], plan: MergePlan) -> None:
     """Raise LocalProtocolError unless every number of a delivery is in an equation, or known: a method's mistake."""
     numbers = sum(rows * columns for rows, columns in (each.shape for each in claim.equations))
     numbers += sum(prod(plan.shapes[name]) for name in claim.known)
-    # An adapter's factors are in no equation: they follow from the rest (low_rank.check_cut).
-    sent = sum(entry.size for entry in events[claim.delivery].layout.entries if entry.name in plan.shapes)
+    sent = solved_layout(events[claim.delivery].layout).size
     if numbers != sent:
         raise LocalProtocolError(
             f"schedule: the equations of {events[claim.delivery].name} are about {numbers} of its {sent} numbers"

@@ -214,7 +214,8 @@ class Challenge:
         """This owner's part of one claim, in the order of `check_layout`. `own`: what it contributed, as decoded from
         its own vector; `delta`: what it was sent. Raises NotTheMerge for a correction beyond its bound.
         """
-        for name, equation in claim.named():
+        for name, plain in claim.named():
+            equation = plain.given(delta)
             sent = torch.from_numpy(self._layout.read(self.sent, name))  # (n, columns) float32
             factor = float(self._layout.read(self.sent, f"{name}/factor")[0]) if equation.is_scaled else 1.0
             if not LEAST_FACTOR <= factor <= LARGEST_FACTOR:  # check: factors-are-bounded

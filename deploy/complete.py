@@ -60,8 +60,9 @@ def complete_agreement(
         check_blocks(base, block_names(base), next(probe.batches(batch_size=2))[1])
     left_alone = (*private_head(base, task), *_not_named(draft.merge.layers, base))
     tensors = _planned_tensors(base, probe, base_folder, tuple(dict.fromkeys(left_alone)), draft)
-    if any(METHODS[name].needs_classifier for name in draft.methods):
-        _check_classifier(base, draft, probe, tensors)
+    for name in draft.methods:
+        if METHODS[name].needs_classifier:
+            _check_classifier(base, draft, probe, tensors, METHODS[name].title)
     draft = with_keys(draft, public_keys, node_keys or {})
     agreement = Agreement(
         **{
@@ -88,7 +89,9 @@ def complete_agreement(
     return agreement
 
 
-def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors) -> None:
+def _check_classifier(
+    base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors, method: str
+) -> None:
     """Raise ModelError unless the last merged layer is a classifier that is fed one row per prediction."""
     last = merge_plan(base, tensors).inputs[-1].layers
     fed: list[Tensor] = []
@@ -100,7 +103,7 @@ def _check_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows,
     if not draft.task.has_labels or draft.task.head == "private" or not per_prediction or not whole:
         raise ModelError(
             f"{type(base).__name__}: has no shared classifier that is fed one row per prediction and is merged as a "
-            "whole (regmean.largest_gram), which refit needs",
+            f"whole (regmean.largest_gram), which {method} needs",
             hint='use method = "regmean"',
         )
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import NumericalError
+from common.merge_methods.data_free import DATA_FREE
+from common.merge_methods.logit_adjusted import SHARES
 from common.merge_methods.normal_equations import gram_room
 from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
 from common.merge_methods.terms import MergeSettings
@@ -27,6 +29,7 @@ def check_contributions(total: SummedTensors, layout: TensorLayout, settings: Me
         _check_weights(total, settings)
         _check_grams(total, layout, settings)
         _check_changes(total, layout, settings)
+        _check_class_shares(total)
 
 
 def _check_weights(total: SummedTensors, settings: MergeSettings) -> None:
@@ -68,7 +71,8 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
     """If changes are clipped: |sum n_i delta_i| <= n b, and |sum G_i delta_i| <= trace(sum G_i) b.
 
     b: the largest norm of one delta; n: all weights. The second holds for positive semidefinite G_i, whose largest
-    eigenvalues their traces bound, and for diag(G_i) as well.
+    eigenvalues their traces bound, and for diag(G_i) as well. A ridge that pulls to p times the mean may add p / d of
+    its part of the trace.
     """
     largest, plan = settings.bounds.changes, settings.plan
     layers = {layer.weight: layer for layer in (*plan.linear_layers, *plan.data_free, *plan.layers())}
@@ -78,6 +82,8 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
             most = float(total["weight"][0]) * largest[name]
         elif entry.product_of:
             trace = float(np.trace(total[entry.product_of]))
+            if kind.startswith("data_free_"):
+                trace *= max(1.0, DATA_FREE.pull_of(settings) / layers[name].d_in)
             most = trace * hypot(*(largest[parameter] for parameter in layers[name].parameters))
         else:
             continue
@@ -88,6 +94,20 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
                 f"{most:.3g}",
                 hint=HINT,
             )
+
+
+def _check_class_shares(total: SummedTensors) -> None:
+    """The shares of labels that one owner's model predicts add up to its weight, and none is below zero."""
+    if SHARES not in total:
+        return
+    shares, weight = total[SHARES], float(total["weight"][0])
+    add_up = isclose(float(shares.sum()), weight, rel_tol=TOLERANCE)
+    if not add_up or shares.min() < -TOLERANCE * weight:  # check: class-shares-add-up
+        raise NumericalError(
+            f"merge: the shares of labels add up to {float(shares.sum()):.3g}, the least of them is "
+            f"{float(shares.min()):.3g}; those of honest owners add up to {weight:.3g}",
+            hint=HINT,
+        )
 
 
 def check_classifier(total: SummedTensors, layout: TensorLayout, weight: float, plan: MergePlan) -> None:

@@ -26,7 +26,7 @@ from common.merge_methods import METHODS, contribution_layout
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
-from common.models.delta import VectorDelta, add_delta, delta_layout, published_delta
+from common.models.delta import APPLIED, VectorDelta, add_delta, published_delta, solved_layout
 from common.models.folders import base_model_folder
 from common.models.loading import agreed_plan, check_base, load_base
 from common.models.low_rank import AdapterDelta, cut
@@ -202,8 +202,7 @@ class MergeRun:
             )
         if not self.schedule.is_checked(delivery):
             return
-        names = [entry.name for entry in delivery.layout.entries if entry.name in self.plan.shapes]
-        layout = delta_layout(self.plan, names)
+        layout = solved_layout(delivery.layout)
         vector = self._vector_of(layout, merged.rest)
         self._rest[delivery.position] = VectorDelta(self.plan, (layout, vector)), merged.factor
 
@@ -351,7 +350,7 @@ class MergeRun:
                 merged = self._final[name][hyperparameter]
             if adapter is None:
                 return merged
-            return replace(merged, low_rank=cut(merged.delta, adapter, settings.device))
+            return replace(merged, low_rank=cut(merged.published, adapter, settings.device))
 
         return self._solved(solve)
 
@@ -368,9 +367,11 @@ class MergeRun:
         """Send a candidate; return it as it would be published, with the vector that was sent as its only copy."""
         self._keep_rest(delivery, merged)
         factors = {} if merged.low_rank is None else merged.low_rank.tensors()
-        vector = self._vector_of(delivery.layout, {**merged.delta, **factors})
+        applied = {APPLIED + name: tensor for name, tensor in merged.applied.items()}
+        vector = self._vector_of(delivery.layout, {**merged.delta, **merged.beside, **applied, **factors})
         self.coordinator.deliver(delivery, vector, candidate)
-        return replace(merged, delta=published_delta(self.plan, delivery.layout, vector), rest={})
+        delta = published_delta(self.plan, delivery.layout, vector)
+        return replace(merged, delta=delta, beside={}, applied={}, rest={})
 
     def _vector_of(self, layout: TensorLayout, delta: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """A merged delta as it travels, (layout.size,); a large one lies on the disk."""

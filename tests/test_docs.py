@@ -173,7 +173,7 @@ class Added:
 
 @pytest.fixture(scope="module")
 def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Added:
-    """Two masked merges by a copy of the program to which the page's file alone was added."""
+    """Two masked and verified merges by a copy of the program, which has the page's file."""
     folder = tmp_path_factory.mktemp("added")
     module, oracle = [
         text for language, text in blocks(ROOT / "docs" / "add-a-merge-method.md") if language == "python"
@@ -183,7 +183,7 @@ def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory:
         shutil.copytree(ROOT / name, program / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, program)
-    (program / "common" / "merge_methods" / "model_stock.py").write_text(module)
+    assert module == (program / "common" / "merge_methods" / "model_stock.py").read_text()
     for consortium, methods in (
         ("as_method", 'method = "model_stock"'),
         ("as_comparison", 'method = "average"\ncompare_with = ["model_stock"]'),
@@ -208,7 +208,6 @@ def write_consortium(folder: Path, methods: str, reviews_folder: Path, models: d
     folder.mkdir()
     owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in models)
     draft = f'title = "Three"\nbase = "{reviews_folder / "base"}"\n{methods}\nweighting = "owners"\n{owners}'
-    draft += "[verification]\nrequired = false\n"
     (folder / "agreement.toml").write_text(draft)
     rows = reviews_folder / "data" / "hotel"
     for name, model in models.items():

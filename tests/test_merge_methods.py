@@ -412,13 +412,18 @@ def test_the_largest_changes_that_an_agreement_allows_fit_a_data_free_sum(value:
 
 @pytest.mark.parametrize("method", SINGLE_ROUND)
 def test_every_method_sees_only_sums_and_changes_every_parameter(method: str) -> None:
-    plan = plan_for(3, [2])
-    settings = merge_settings(plan)
+    plan = plan_for(3, [2], has_bias=True)
+    settings = merge_settings(plan, "owners" if method == "model_stock" else "rows")
     total = total_of([method], settings, three_owners(plan))
     for name, hyperparameter in METHODS[method].candidates(settings.tables).items():
         assert name.startswith(method)
-        assert set(merged_in_float64(method, settings, total, hyperparameter).delta) == set(plan.shapes)
-    measured = {"regmean": {Measurement.GRAMS}, "fisher": {Measurement.FISHER}}
+        assert set(merged_in_float64(method, settings, total, hyperparameter).published) == set(plan.shapes)
+    measured = {
+        "regmean": {Measurement.GRAMS},
+        "anchored": {Measurement.GRAMS},
+        "fisher": {Measurement.FISHER},
+        "logit_adjusted": {Measurement.CLASS_SHARES},
+    }
     assert set(measurements([method], settings.tables)) == measured.get(method, set())
 
 
@@ -477,6 +482,8 @@ def test_every_kind_of_tensor_that_leaves_has_a_meaning(
     """On a whole model: of the round that all methods share, and of every step."""
     changes = {"regmean": RegMeanTable(alphas=alphas), "data_free": DataFreeTable(alphas=alphas)}
     settings = agreement.model_copy(update=changes).merge_settings(plan)
+    if method == "model_stock":
+        settings = replace(settings, weighting="owners")
     descriptor = METHODS[method]
     layouts = [descriptor.layout(settings)]
     if isinstance(descriptor, MultiRoundMethod):

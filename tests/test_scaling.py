@@ -225,7 +225,8 @@ def draft(**changes: object) -> AgreementDraft:
 
 def test_32_bits_are_for_methods_that_were_built_for_them_and_for_all_owners() -> None:
     fitting = [method.name for method in ORDERED if method.fits_32_bits]
-    assert set(draft(compare_with=("average", "task_arithmetic", "data_free")).methods) == set(fitting)
+    others = ("average", "task_arithmetic", "isotropic", "data_free", "anchored", "logit_adjusted")
+    assert set(draft(compare_with=others).methods) == set(fitting)
     for method in sorted(set(METHODS) - set(fitting)):
         with refused(f"ring_bits = 32: {method} needs 64", hint=f"32 bits are enough for {', '.join(fitting)}"):
             draft(compare_with=(method,))

@@ -181,6 +181,7 @@ def changes_to_an_agreement(draw: st.DrawFn) -> dict[str, object]:
     return {
         "method": methods[0],
         "compare_with": tuple(methods[1:]),
+        "weighting": "owners" if "model_stock" in methods else "rows",
         "summation": Summation(ring_bits=ring_bits),  # type: ignore[arg-type]
         "regmean": RegMeanTable(alphas=draw(sweep)),
         "data_free": DataFreeTable(alphas=draw(sweep)),

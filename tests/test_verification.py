@@ -51,7 +51,18 @@ from tests.support.verifying import Check, Contributions, verified
 
 KNOWN = [4827.0, 29887.0, 21690.0]
 SEVERAL, ONE = (0.0, 0.5, 0.9, 1.0), (0.9,)
-CASES = ["average", "task_arithmetic", "fisher", "data_free", "regmean"]
+CASES = [
+    "average",
+    "task_arithmetic",
+    "isotropic",
+    "fisher",
+    "data_free",
+    "regmean",
+    "anchored",
+    "logit_adjusted",
+    "model_stock",
+]
+WITHOUT_CONSTANT = ("data_free", "logit_adjusted")
 
 
 def owners_for(
@@ -91,23 +102,24 @@ def check_of(method_name: str, settings_: MergeSettings, contributions: Contribu
 def checks(draw: st.DrawFn) -> Check:
     """An honest check of any single-round method, over any shapes, rings, owners and conditions."""
     method = draw(st.sampled_from(CASES))
-    in_32_bits = method != "fisher" and draw(st.booleans())
+    in_32_bits = METHODS[method].fits_32_bits and draw(st.booleans())
     count, seed = draw(st.integers(2, 6)), draw(st.integers(0, 2**20))
     plan = plan_for(
         draw(st.integers(1, 7)),
-        draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)),
+        draw(st.lists(st.integers(1, 6), min_size=1, max_size=1 if method == "logit_adjusted" else 3)),
         stored_input_first=draw(st.booleans()),
-        has_constant=method != "data_free" and draw(st.booleans()),
+        has_constant=method not in WITHOUT_CONSTANT and draw(st.booleans()),
+        has_bias=method == "logit_adjusted",
     )
     alphas = draw(st.sampled_from([SEVERAL, ONE]))
     tables = {
         "regmean": RegMeanTable(alphas=alphas),
-        "data_free": DataFreeTable(alphas=alphas),
+        "data_free": DataFreeTable(alphas=alphas, pull=draw(st.sampled_from([None, 0.5, 1.0]))),
         "task_arithmetic": TaskArithmeticTable(scales=(0.3, draw(st.sampled_from([0.5, 1.0])))),
     }
     # 32 bits are for values that are alike
     condition = 10 ** draw(st.floats(0, 2 if in_32_bits else 12))
-    weighting = draw(st.sampled_from(["rows", "owners"]))
+    weighting = "owners" if method == "model_stock" else draw(st.sampled_from(["rows", "owners"]))
     settings_ = verified(merge_settings(plan, weighting, **tables), count, in_32_bits=in_32_bits)
     owners = owners_for(settings_, count, seed, condition, reaches_half=not in_32_bits)
     try:

@@ -1,12 +1,14 @@
-"""What an owner measures to refit the classifier (common/merge_methods/refit.py)."""
+"""What an owner measures to refit the classifier (common/merge_methods/refit.py) or adjust it (logit_adjusted.py)."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from client.data.rows import Rows, judged
 from client.measurement.disk_model import DiskModel
+from client.measurement.evaluation import predict_logits
 from client.measurement.gram import layer_inputs, with_constant
 from client.measurement.passes import ON_CPU, Passes
 from common.merge_methods.terms import ClassifierTerms
@@ -50,3 +52,9 @@ def measure_classifier(
         scores=torch.cat(scores).double(),
         start=layer.take(base).double(),
     )
+
+
+def measure_class_shares(model: PreTrainedModel, rows: Rows, batch_size: int) -> Tensor:
+    """The mean probability that a model gives each label, (classes,) float64, over all predictions. Reads no label."""
+    logits = torch.from_numpy(predict_logits(model, rows, batch_size)).double()  # (predictions, classes)
+    return logits.softmax(dim=1).mean(dim=0)

@@ -8,6 +8,11 @@ stands in for the Gram matrix of the inputs, and the linear system of `normal_eq
 sum_i ||(delta - delta_i) delta_i^T||_F^2 / ||delta_i||_F^2, each owner weighted as agreed. No row is read. For every
 linear layer, C and its product with delta leave; this includes layers whose measured Gram would be a table of tokens.
 A layer that an owner did not change adds zeros. All other parameters are averaged.
+
+The ridge pulls toward the owners' mean change, or toward `pull` times their sum: every owner then has ridge * pull * N
+in its products where its Gram has the ridge. Owners whose changes hardly overlap all keep theirs in a sum, and a mean
+keeps 1/N of each, so holding a merge to more than the mean helps (task arithmetic, arXiv 2212.04089; WUDI starts from
+the sum too). The sum stays as large.
 """
 
 from __future__ import annotations
@@ -69,10 +74,12 @@ class DataFreeTable(Hyperparameters):
 
     The ridge is larger than RegMean's: weight changes have few large directions, and the Gram's other eigenvalues, far
     below the mean, are noise. (The demo's validation accuracy at alpha 1: 0.70 at 1e-6, 0.78 at 1e-2, 0.80 at 0.1.)
+    `pull`: to how much of the sum of the owners' changes the ridge pulls; left out, to their mean, which is 1/N of it.
     """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (1.0,)
     ridge: Annotated[float, Field(ge=0, le=1)] = 0.1
+    pull: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class DataFree(SingleRoundMethod[DataFreeTable]):
@@ -85,7 +92,7 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
     paper = "WUDI, arXiv 2503.08099; ACTMat, arXiv 2604.01329"
     swept_name = "alpha"
     swept_summary = ALPHA_SUMMARY
-    order = 4
+    order = 5
     table = DataFreeTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS
@@ -150,16 +157,22 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
         # C has entries of at most 1, and a ridge of at most 1 / d_in is added. By Cauchy and Schwarz an entry of
         # C delta^T is at most sqrt(C_jj) times the norm of a column of delta^T.
         bound = settings.weight_bound
-        return 2 * bound, bound * (sqrt(layer.d_in) + 1) * settings.bounds.delta
+        return 2 * bound, bound * (sqrt(layer.d_in) + max(1.0, self.pull_of(settings))) * settings.bounds.delta
 
     def layer_tensors(self, settings: MergeSettings, layer: Layer, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
         """One owner's part of the layer's system."""
         delta = layer.take(owner.delta).double()  # (d_in, d_out)
         squares = delta.square().sum()
         gram = delta @ delta.T / squares if squares > 0 else torch.zeros(layer.d_in, layer.d_in, dtype=torch.float64)
-        weighted = add_ridge(owner_weight(settings, owner) * gram, self.hyperparameters(settings).ridge)
-        add_floor(weighted, settings, *self._bounds(settings, layer))
-        yield from self.system_of(settings, layer).tensors(weighted, owner.delta)
+        weighted, ridge = owner_weight(settings, owner) * gram, self.hyperparameters(settings).ridge
+        further = (self.pull_of(settings) - 1) * ridge * float(weighted.diagonal().mean())
+        add_floor(add_ridge(weighted, ridge), settings, *self._bounds(settings, layer))
+        yield from self.system_of(settings, layer).tensors(weighted, owner.delta, further)
+
+    def pull_of(self, settings: MergeSettings) -> float:
+        """To how many times the owners' mean change the ridge pulls."""
+        pull = self.hyperparameters(settings).pull
+        return 1.0 if pull is None else pull * settings.num_owners
 
 
 def _averaged(plan: MergePlan) -> tuple[str, ...]:

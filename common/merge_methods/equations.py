@@ -62,6 +62,10 @@ class Equation(ABC):
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         """A and B, float64, of a total or of one owner's own part: (n, n), or (n, 1) if A is diagonal, and (n, m)."""
 
+    def given(self, delta: Mapping[str, Tensor]) -> Equation:
+        """This equation, where `sides` need what was sent beside its own part of `delta`."""
+        return self
+
     def some_of_sides(self, summed: SummedTensors, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows of A and B, if the equation is `by_entry`: of an embedding, both together can be too large."""
         left, right = self.sides(summed, 1.0)
@@ -116,19 +120,32 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanEquation(Equation):
-    """w D = scale * (sum of w_i delta_i) of one parameter. `per_owner`: the scale is times the number of owners."""
+    """w D = scale * (sum of w_i delta_i) of one parameter. `per_owner`: the scale is times the number of owners.
+
+    `weighted`: the summed tensor that holds w_i delta_i.
+    """
 
     parameter: str
+    weighted: str
     scale: float = 1.0
     per_owner: bool = False
 
     @classmethod
-    def of(cls, parameter: str, shape: tuple[int, ...], *, scale: float = 1.0, per_owner: bool = False) -> MeanEquation:
+    def of(
+        cls,
+        parameter: str,
+        shape: tuple[int, ...],
+        *,
+        weighted: str | None = None,
+        scale: float = 1.0,
+        per_owner: bool = False,
+    ) -> MeanEquation:
         return cls(
             name=f"mean/{parameter}",
             shape=as_matrix(shape),
             is_diagonal=True,
             parameter=parameter,
+            weighted=weighted or f"weighted_delta/{parameter}",
             scale=scale,
             per_owner=per_owner,
         )
@@ -138,7 +155,7 @@ class MeanEquation(Equation):
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         weight = torch.from_numpy(summed["weight"]).expand(self.shape[0])[:, None]
-        right = torch.from_numpy(summed[f"weighted_delta/{self.parameter}"]).reshape(self.shape)
+        right = torch.from_numpy(summed[self.weighted]).reshape(self.shape)
         scale = self.scale * (summed.num_owners if self.per_owner else 1)
         return weight, right if scale == 1 else scale * right
 

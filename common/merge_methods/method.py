@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from numpy.typing import NDArray
 
@@ -22,7 +22,10 @@ from common.merge_methods.equations import Equation
 from common.merge_methods.terms import WEIGHT_KINDS, Hyperparameters, MergedDelta, MergeSettings, OwnerTerms
 from common.models.plan import SharedInput
 from common.summation.totals import SummedTensors
-from common.tensor_layout import TensorLayout
+from common.tensor_layout import TensorEntry, TensorLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 H = TypeVar("H", bound=Hyperparameters)
 
@@ -33,6 +36,7 @@ class Measurement(StrEnum):
     GRAMS = "grams"
     FISHER = "fisher"
     CLASSIFIER = "classifier"
+    CLASS_SHARES = "class_shares"
 
 
 class Method(ABC, Generic[H]):
@@ -117,6 +121,31 @@ class SingleRoundMethod(Method[H]):
         them, the merge rests on the coordinator (`trust`).
         """
         return ()
+
+    # A merge that is not linear in the total can still be verified if it is a fixed function of one that is. Solved
+    # tensors travel and are verified by equations; then every owner applies the function to them itself.
+
+    def beside(self, settings: MergeSettings) -> tuple[TensorEntry, ...]:
+        """What is solved beside the merged delta, and verified with it. No name is that of a parameter."""
+        return ()
+
+    def applied(self, settings: MergeSettings) -> tuple[str, ...]:
+        """The parameters that are published as a fixed function of what is solved."""
+        return ()
+
+    def apply(
+        self, settings: MergeSettings, solved: Mapping[str, Tensor], hyperparameter: float | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """That function, float64, for each parameter of `applied`. It must be so smooth that two machines, given the
+        same float32 tensors, differ by less than float32's rounding (delta.is_rounded).
+        """
+        return iter(())
+
+    def applied_to(self, settings: MergeSettings, merged: MergedDelta, hyperparameter: float | None) -> MergedDelta:
+        """A solved delta, rounded as it travels, with what the function makes of it."""
+        solved = {**merged.delta, **merged.beside}
+        applied = {name: tensor.float() for name, tensor in self.apply(settings, solved, hyperparameter)}
+        return replace(merged, applied=applied)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,10 +67,15 @@ class System:
                 name = f"{self.kind}{term}/{layer.weight}"
                 yield TensorEntry(name=name, shape=shape, bound=product_bound, product_of=gram)
 
-    def tensors(self, gram: Tensor, delta: Mapping[str, Tensor]) -> Iterator[tuple[str, NDArray]]:
-        """One owner's part. `gram` (gram_size, gram_size) float64 includes the ridge; `delta` is by parameter name."""
-        diagonal = gram.diagonal()[:, None]  # (gram_size, 1)
+    def tensors(self, gram: Tensor, delta: Mapping[str, Tensor], pull: float = 0.0) -> Iterator[tuple[str, NDArray]]:
+        """One owner's part. `gram` (gram_size, gram_size) float64 includes the ridge; `delta` is by parameter name.
+
+        `pull`: what the products have on the diagonal more than the Gram, so that the ridge pulls further.
+        """
         yield f"{self.kind}gram/{self.name}", to_array(gram)
+        if pull:
+            gram.diagonal().add_(pull)
+        diagonal = gram.diagonal()[:, None]  # (gram_size, 1)
         for layer in self.layers:
             own = layer.take(delta).double()  # (gram_size, d_out)
             if len(self.alphas) > 1:
@@ -89,8 +94,19 @@ class System:
 
         Eigenvalues cost more than the solve itself, so a sweep does without.
         """
-        gram, products = self.sides(total, alpha)
         error = torch.from_numpy(total.diagonal_error(f"{self.kind}gram/{self.name}"))  # (gram_size,)
+        return self.solve_sides(*self.sides(total, alpha), error, rows, with_spectrum, device)
+
+    def solve_sides(
+        self,
+        gram: Tensor,
+        products: Tensor,
+        error: Tensor,
+        rows: int | None,
+        with_spectrum: bool,
+        device: str,
+    ) -> tuple[dict[str, Tensor], LayerNote]:
+        """The same for given sides; `error`: see `solve_symmetric`."""
         solved, status, unseen = solve_symmetric(gram, products, error, device)  # (gram_size, sum of d_out)
         condition, effective_rank = spectrum(gram, device) if with_spectrum else (None, None)
         note = LayerNote(

@@ -146,11 +146,15 @@ class GramPart:
         return rounded(settings, exact, tuple(layers), notes_on(layers))
 
     def equations(self, settings: MergeSettings, alpha: float) -> tuple[Equation, ...]:
-        systems = [SystemEquation.of(self._system_of(shared), alpha) for shared in self.inputs]
+        systems = [SystemEquation.of(each, alpha) for each in self.systems()]
         for layer in self.data_free:
             (data_free_alpha,) = DATA_FREE.hyperparameters(settings).alphas
             systems.append(SystemEquation.of(DATA_FREE.system_of(settings, layer), data_free_alpha))
         return (*systems, *mean_equations(settings, self.averaged))
+
+    def systems(self) -> tuple[System, ...]:
+        """One linear system for each distinct input, in order."""
+        return tuple(self._system_of(shared) for shared in self.inputs)
 
     def _system_of(self, shared: SharedInput) -> System:
         return System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=self.alphas)
@@ -176,7 +180,7 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
     paper = "Jin et al., ICLR 2023, arXiv 2212.09849"
     swept_name = "alpha"
     swept_summary = ALPHA_SUMMARY
-    order = 5
+    order = 6
     table = RegMeanTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS
@@ -213,6 +217,10 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
         assert hyperparameter is not None
         return self._part(settings).equations(settings, hyperparameter)
+
+    def systems(self, settings: MergeSettings) -> tuple[System, ...]:
+        """The linear systems of measured Grams, one for each distinct input, in order."""
+        return self._part(settings).systems()
 
     def _part(self, settings: MergeSettings) -> GramPart:
         table, plan = self.hyperparameters(settings), settings.plan

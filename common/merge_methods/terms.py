@@ -114,6 +114,7 @@ class OwnerTerms:
     gram_examples: int = 1
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     fisher_examples: int = 1
+    class_shares: Tensor | None = None  # (classes,) float64, the own model's mean probability of each label
     classifier: ClassifierTerms | None = None
 
 
@@ -139,15 +140,24 @@ class MergedDelta:
     """A merged delta by parameter name (float32), with notes for the report; `low_rank` if it was cut to a rank.
 
     `rest`: what rounding to float32 took from each tensor, float32; empty where nothing is verified. `factor`: what its
-    equations leave free (equations.Equation.is_scaled). Raises NumericalError if a number is not finite.
+    equations leave free (equations.Equation.is_scaled). `beside`: what is solved along with `delta`, so that owners can
+    verify it. `applied`: what a fixed function makes of both, in place of some tensors of `delta` (method.py). Raises
+    NumericalError if a number is not finite.
     """
 
     delta: Mapping[str, Tensor]
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    applied: Mapping[str, Tensor] = field(default_factory=dict)
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     layers: tuple[LayerNote, ...] = ()
     notes: tuple[str, ...] = ()
     low_rank: LowRank | None = None
     factor: float = 1.0
+
+    @property
+    def published(self) -> dict[str, Tensor]:
+        """The delta that is tested and published, by parameter name."""
+        return {**self.delta, **self.applied}
 
     def followed_by(self, later: MergedDelta) -> MergedDelta:
         """This merged delta with that of a later step, which replaces what both have."""
@@ -162,7 +172,7 @@ class MergedDelta:
         )
 
     def __post_init__(self) -> None:
-        for name, tensor in self.delta.items():
+        for name, tensor in (*self.delta.items(), *self.beside.items(), *self.applied.items()):
             if not torch.isfinite(tensor).all():
                 raise NumericalError(
                     f"merge: the merged delta of {name} is not finite",
@@ -176,14 +186,18 @@ def rounded(
     layers: tuple[LayerNote, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> MergedDelta:
-    """A merged delta as it travels, from float64 tensors by parameter name. Empties `exact`, to need less memory."""
-    delta, rest = dict[str, "Tensor"](), dict[str, "Tensor"]()
+    """A merged delta as it travels, from float64 tensors by name. Empties `exact`, to need less memory.
+
+    What is not a parameter of the plan was solved beside it.
+    """
+    delta, beside, rest = dict[str, "Tensor"](), dict[str, "Tensor"](), dict[str, "Tensor"]()
     for name in list(exact):
         tensor = exact.pop(name)
-        delta[name] = tensor.float()
+        sent = tensor.float()
+        (delta if name in settings.plan.shapes else beside)[name] = sent
         if settings.has_floors:
-            rest[name] = tensor.sub_(delta[name]).float()
-    return MergedDelta(delta=delta, rest=rest, layers=layers, notes=notes)
+            rest[name] = tensor.sub_(sent).float()
+    return MergedDelta(delta=delta, beside=beside, rest=rest, layers=layers, notes=notes)
 
 
 def owner_weight(settings: MergeSettings, owner: OwnerTerms) -> float:

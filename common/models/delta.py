@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import RemoteProtocolError
 from common.lazy import lazy_module
 from common.mapped import copy_of
-from common.models.low_rank import AdapterDelta, AdapterPlan, Factors, check_cut
+from common.models.low_rank import SUBNORMAL, AdapterDelta, AdapterPlan, Factors, check_cut
 from common.models.plan import MergePlan
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 else:
     torch = lazy_module("torch")
+
+APPLIED = "applied/"  # before the name of a parameter that a method's function made
+FOLLOWING = (APPLIED, "adapter_up/", "adapter_down/")  # what follows from tensors that equations are about
+
+Function = Callable[[Mapping[str, "Tensor"]], Iterable[tuple[str, "Tensor"]]]  # Method.apply
 
 
 class Delta(Mapping[str, "Tensor"]):
@@ -77,25 +83,46 @@ def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorL
     return TensorLayout(tuple(TensorEntry(name=name, shape=plan.shapes[name], bound=inf) for name in wanted))
 
 
-def candidate_layout(plan: MergePlan) -> TensorLayout:
-    """How a candidate travels: the whole merged delta, then the factors to which it is cut, if an adapter is published.
+def candidate_layout(plan: MergePlan, beside: Iterable[TensorEntry] = (), applied: Iterable[str] = ()) -> TensorLayout:
+    """How a candidate travels: the whole merged delta, then what its method solves `beside` it, what a fixed function
+    makes of the parameters `applied`, and the factors to which it is cut, if an adapter is published.
 
-    Owners verify the whole one, and then that the factors are its cut.
+    Owners verify the first two by their equations, and then by themselves that the others follow from them.
     """
+    made = (TensorEntry(name=APPLIED + name, shape=plan.shapes[name], bound=inf) for name in applied)
     factors = () if plan.adapter is None else plan.adapter.factor_entries(plan.shapes)
-    return TensorLayout((*delta_layout(plan).entries, *factors))
+    return TensorLayout((*delta_layout(plan).entries, *beside, *made, *factors))
+
+
+def solved_layout(layout: TensorLayout) -> TensorLayout:
+    """The part of a layout that equations are about; the rest follows from it."""
+    return TensorLayout(tuple(entry for entry in layout.entries if not entry.name.startswith(FOLLOWING)))
 
 
 def published_delta(plan: MergePlan, layout: TensorLayout, vector: NDArray[np.float32]) -> Mapping[str, Tensor]:
     """The delta of the model that a candidate stands for, cut if an adapter is published."""
-    delta = VectorDelta(plan, (layout, vector))
+    delta = AppliedDelta(plan, (layout, vector))
     return delta if plan.adapter is None else AdapterDelta(delta, plan.adapter, _factors(plan.adapter, layout, vector))
 
 
-def check_candidate(plan: MergePlan, layout: TensorLayout, vector: NDArray[np.float32]) -> None:
-    """Raise RemoteProtocolError unless the factors of a candidate are the cut of its delta (low_rank.check_cut)."""
+def check_candidate(plan: MergePlan, layout: TensorLayout, vector: NDArray[np.float32], function: Function) -> None:
+    """Raise RemoteProtocolError unless all that follows from a candidate's solved tensors is what follows from them:
+    what its method's function makes of them, and the factors of the cut (low_rank.check_cut).
+    """
+    delta = AppliedDelta(plan, (layout, vector))
+    for name, expected in function(VectorDelta(plan, (layout, vector))):
+        if not is_rounded(delta[name], expected):  # check: functions-are-applied
+            raise RemoteProtocolError(f"the coordinator sent another {name} than the method makes of the owners' merge")
     if plan.adapter is not None:
-        check_cut(VectorDelta(plan, (layout, vector)), plan.adapter, _factors(plan.adapter, layout, vector))
+        check_cut(delta, plan.adapter, _factors(plan.adapter, layout, vector))
+
+
+def is_rounded(sent: Tensor, expected: Tensor) -> bool:
+    """Whether `sent`, float32, is `expected`, float64, except for what rounding and two machines' arithmetic leave:
+    2^-22 of each number and of the tensor's root mean square.
+    """
+    size = expected.abs() + expected.square().mean().sqrt()
+    return bool(((sent.double() - expected).abs() <= 2.0**-22 * size + SUBNORMAL).all())
 
 
 def _factors(plan: AdapterPlan, layout: TensorLayout, vector: NDArray[np.float32]) -> dict[str, Factors]:
@@ -126,3 +153,10 @@ class VectorDelta(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+class AppliedDelta(VectorDelta):
+    """The same, with what a method's function made of some parameters in their place."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(APPLIED + name if APPLIED + name in self._parts else name)

@@ -20,9 +20,8 @@ from common.errors import ConsentError, SettingsError
 from common.identity import fingerprint
 from common.merge_methods import METHODS
 from common.metrics import metrics_layout
-from common.models.delta import candidate_layout
 from common.privacy.budget import most_right_guesses, together
-from common.schedule import Content, Round
+from common.schedule import Content, Round, method_layout
 from common.text import shown
 from deploy.launch.flower import bundle_digest
 from deploy.terminal import answer, byte_count, shows_json
@@ -35,7 +34,7 @@ log = logging.getLogger("amalgram.agree")
 
 def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
     """Everything to know before saying yes. `repeats`: the agreements under which the same was contributed before."""
-    agreement, plan = owner.agreement, owner.workbench.plan
+    agreement = owner.agreement
     rounds = [each for each in owner.schedule.rounds if each.kind not in ("check", "metrics")]
     checks = [each.layout for each in owner.schedule.rounds if each.kind == "check"]
     candidates = [model for name in agreement.methods for model in agreement.agreed(METHODS[name])]
@@ -63,7 +62,9 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         contents=_contents(rounds),
         candidates=len(candidates),
         metrics_bytes=byte_count(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
-        model_bytes=byte_count(candidate_layout(plan).size * 4),
+        model_bytes=byte_count(
+            4 * max(method_layout(METHODS[name], owner.workbench.merge_settings).size for name in agreement.methods)
+        ),
         disclosures=_disclosures(agreement),
         bounded=_bounded(agreement, repeats),
         repeats=[

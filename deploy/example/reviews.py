@@ -58,7 +58,8 @@ base = "base"
 # base_revision = "..."       # of a hub name: its commit; if left out, the newest one when the draft is completed
 
 # The published model is merged with `method`. The others are only evaluated, for comparison.
-# Single-round methods: average, task_arithmetic, fisher, regmean, data_free.
+# Single-round methods: average, task_arithmetic, fisher, regmean, data_free, anchored, isotropic, model_stock, and
+# logit_adjusted, which reveals about how many rows have each label. docs/which-method.md helps to choose.
 # Multi-round methods, for which every owner must stay to the end: regmean_plus_plus, and refit, which fits the
 # classifier anew and reveals how many rows have each label.
 method = "regmean"

@@ -380,6 +380,46 @@ def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: 
     assert evidence_of(run.parties, first).wrong == (says,)
 
 
+@pytest.mark.parametrize(
+    ("method", "made"),
+    [("isotropic", "bert.encoder.layer.0.output.dense.weight"), ("logit_adjusted", "classifier.bias")],
+)
+def test_147_what_the_method_s_function_did_not_make_is_never_judged(
+    cheat: Callable[..., Cheat], method: str, made: str
+) -> None:
+    """What was solved is the merge, but one number of what follows from it is not."""
+
+    def wrong_function(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            delivery.layout.read(changed, f"applied/{made}").reshape(-1)[1] += 1e-3
+        return changed
+
+    run = cheat(method, wrong_function)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]
+    says = f"the coordinator sent another {made} than the method makes of the owners' merge"
+    assert evidence_of(run.parties, next(iter(run.parties.files))).wrong == (says,)
+
+
+def test_147_what_a_function_is_applied_to_is_verified_too(cheat: Callable[..., Cheat]) -> None:
+    """The classifier's bias follows from the shares of labels that were sent, but these are not the owners'."""
+
+    def wrong_shares(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.kind == "candidate":
+            layout, workbench = delivery.layout, Owner(parties.files["hotel"]).workbench
+            layout.read(changed, "class_share")[:] = layout.read(changed, "class_share")[::-1].copy()
+            solved = {each.name: torch.from_numpy(layout.read(changed, each.name)) for each in layout.entries}
+            ((name, bias),) = workbench.function("logit_adjusted", "logit_adjusted")(solved)
+            layout.read(changed, f"applied/{name}")[:] = bias.float().numpy()
+        return changed
+
+    run = cheat("logit_adjusted", wrong_shares)
+    assert run.run().code == "wrong-model"
+    assert run.opened == ["contribution", "check"]
+
+
 def test_130_an_adapter_of_a_model_that_is_not_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
     """The factors are the cut of what was sent, and that is wrong in one number."""
 

@@ -17,6 +17,7 @@ from client.state import TestedRecord
 from common.agreement import Agreement
 from common.errors import ConsentError, NumericalError, SettingsError
 from common.merge_methods import contribution_layout, regmean
+from common.merge_methods.data_free import DataFreeTable
 from common.merge_methods.refit import REFIT
 from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms
 from common.models.delta import ClippedDelta
@@ -140,6 +141,14 @@ def test_owners_that_clip_their_changes_are_within_the_bounds(largest: float, me
     check(total_of([method], settings, clipped(settings)), settings, [method])
 
 
+def test_owners_whose_ridge_pulls_far_are_within_the_bounds() -> None:
+    """With more owners than a layer has inputs, the ridge's part can be larger than the Gram's trace."""
+    far = replace(bounded(1.0), num_owners=30)
+    settings = replace(far, tables={**far.tables, "data_free": DataFreeTable(ridge=1.0, pull=1.0)})
+    ada = clipped(settings)["ada"]
+    check(total_of(["data_free"], settings, dict.fromkeys(OWNERS, ada)), settings, ["data_free"])
+
+
 def test_changes_that_are_small_enough_stay_as_they_are() -> None:
     delta = OWNERS["ada"].delta
     for name, change in ClippedDelta(delta, dict.fromkeys(delta, 1e3)).items():
@@ -180,6 +189,19 @@ def test_87_weight_changes_beyond_what_others_clip_to(method: str, factor: float
     total = total_of([method], settings, with_one(clipped(settings), times(factor)))
     with pytest.raises(NumericalError, match=r"owners that keep to bounds\.change reach at most"):
         check(total, settings, [method])
+
+
+@pytest.mark.parametrize("lie", [[100.0, 0.0, 0.0], [-20.0, 30.0, 30.0]])
+def test_148_shares_of_labels_that_are_not_shares(lie: list[float]) -> None:
+    """They would decide by how much the others' classifier prefers each label."""
+    plan = plan_for(6, [3], has_bias=True)
+    settings = merge_settings(plan)
+    owners = {name: owner_for(plan, torch.ones(40, 6).double(), n) for n, name in enumerate(OWNERS)}
+    check(total_of(["logit_adjusted"], settings, owners), settings, ["logit_adjusted"])
+    shares = torch.tensor(lie, dtype=torch.float64)
+    lying = with_one(owners, lambda owner: replace(owner, class_shares=shares))
+    with pytest.raises(NumericalError, match="the shares of labels add up to"):
+        check(total_of(["logit_adjusted"], settings, lying), settings, ["logit_adjusted"])
 
 
 def test_88_grams_beyond_the_weights() -> None:

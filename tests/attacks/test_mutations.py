@@ -70,8 +70,9 @@ DEPLOYMENT, RESUME = "end_to_end/test_deployment.py", "end_to_end/test_resume.py
 TRANSITIONS = "OWNER_TRANSITIONS: Transitions = {"
 SIGN, GIVE = "Transition(MaskedOwner._sign_survivors", "Transition(MaskedOwner._give_part"
 
-AGREED, LOW_RANK, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
+AGREED, FUNCTIONS, LOW_RANK, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
     "test_verified_agreements.py",
+    "test_methods_with_functions.py",
     "test_low_rank.py",
     "test_verification.py",
     "attacks/test_opening.py",
@@ -95,6 +96,10 @@ TABLE = [
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
     Mutation(VERIFYING, "test_131_", "checks-are-not-drawn-at-will"),
     Mutation(CHOSEN, "test_130_an_adapter_that", "candidates-are-cut"),
+    Mutation(CHOSEN, "test_147_what_the_method", "functions-are-applied"),
+    Mutation(FUNCTIONS, "test_147_what_a_method", "functions-are-applied"),
+    Mutation(CHOSEN, "test_147_what_a_function", "sums-of-shares-are-zero"),
+    Mutation(DISHONEST, "test_148_", "class-shares-add-up"),
     Mutation(LOW_RANK, "test_130_every_layer", "cuts-are-the-closest"),
     Mutation(LOW_RANK, "test_130_factors", "padding-of-factors-is-zero"),
     Mutation(LOW_RANK, "test_130_factors", "factors-are-orthonormal"),

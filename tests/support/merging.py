@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,9 +22,17 @@ from tests.support.sums import run, terms_of
 
 
 def plan_for(
-    d_in: int, d_outs: Sequence[int], *, stored_input_first: bool = False, has_constant: bool = False
+    d_in: int,
+    d_outs: Sequence[int],
+    *,
+    stored_input_first: bool = False,
+    has_constant: bool = False,
+    has_bias: bool = False,
 ) -> MergePlan:
-    """Layers that share one input, with or without their biases, and one bias that is averaged."""
+    """Layers that share one input, with or without their biases, and one bias that is averaged.
+
+    `has_bias`: the first layer's bias is averaged, too.
+    """
     layers = tuple(
         Layer(
             weight=f"l{index}.weight",
@@ -40,10 +49,15 @@ def plan_for(
     return MergePlan(
         inputs=(SharedInput(name="l0", d_in=d_in, layers=layers),),
         data_free=(),
-        linear_layers=layers,
-        averaged=("bias",),
+        linear_layers=tuple(replace(layer, bias=None) for layer in layers),
+        averaged=("bias", "l0.bias") if has_bias else ("bias",),
         left_alone=(),
-        shapes={**shapes, **{layer.bias: (layer.d_out,) for layer in layers if layer.bias}, "bias": (3,)},
+        shapes={
+            **shapes,
+            **{layer.bias: (layer.d_out,) for layer in layers if layer.bias},
+            **({"l0.bias": (d_outs[0],)} if has_bias else {}),
+            "bias": (3,),
+        },
     )
 
 
@@ -59,6 +73,7 @@ def owner_for(plan: MergePlan, rows: Tensor, seed: int) -> OwnerTerms:
         gram_examples=max(len(rows), 1),
         fisher=fisher,
         fisher_examples=1,
+        class_shares=torch.rand(plan.linear_layers[0].d_out, generator=random, dtype=torch.float64).softmax(0),
     )
 
 

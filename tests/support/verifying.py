@@ -84,7 +84,8 @@ class Check:
     sent: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.delta = {name: tensor.clone() for name, tensor in self.merged.delta.items()}
+        solved = {**self.merged.delta, **self.merged.beside}
+        self.delta = {name: tensor.clone() for name, tensor in solved.items()}
         layout = correction_layout([self.claim])
         self.sent = np.zeros(layout.size, dtype=np.float32)
         layout.flatten(corrections(self.claim, self.rho_seed, self.merged.rest, self.merged.factor), self.sent)
