@@ -48,7 +48,7 @@ from server.report.report import Report
 RESULTS = Path(__file__).parent / "results"
 BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
-PULLS = ((0.1, None), (0.1, 0.5), (0.1, 1.0), (1.0, None), (1.0, 0.5), (1.0, 1.0))  # ridge and pull of data_free
+PULLS = ((0.1, None), (0.1, 1.0), (1.0, 1.0))  # ridge and pull of data_free
 BEST_DATA_FREE = "ridge = 0.1\npull = 1.0"
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs

@@ -11,8 +11,8 @@ A layer that an owner did not change adds zeros. All other parameters are averag
 
 The ridge pulls toward the owners' mean change, or toward `pull` times their sum: every owner then has ridge * pull * N
 in its products where its Gram has the ridge. Owners whose changes hardly overlap all keep theirs in a sum, and a mean
-keeps 1/N of each, so holding a merge to more than the mean helps (task arithmetic, arXiv 2212.04089; WUDI starts from
-the sum too). The sum stays as large.
+keeps 1/N of each, so holding a merge to more than the mean may help (task arithmetic, arXiv 2212.04089; WUDI starts
+from the sum too). The sum stays as large.
 """
 
 from __future__ import annotations
