@@ -74,7 +74,7 @@ class Anchored(SingleRoundMethod[AnchoredTable]):
     paper = "BMM, arXiv 2605.12843; FeatCal, arXiv 2605.13030"
     swept_name = "anchor"
     swept_summary = "The anchor is how firmly the merge is held to the data-free one: 0 is RegMean."
-    order = 7
+    order = 8
     table = AnchoredTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS

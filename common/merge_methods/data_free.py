@@ -92,7 +92,7 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
     paper = "WUDI, arXiv 2503.08099; ACTMat, arXiv 2604.01329"
     swept_name = "alpha"
     swept_summary = ALPHA_SUMMARY
-    order = 5
+    order = 6
     table = DataFreeTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS

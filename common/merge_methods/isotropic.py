@@ -67,7 +67,7 @@ class Isotropic(SingleRoundMethod[IsotropicTable]):
     paper = "Iso-C: Marczak et al., ICML 2025, arXiv 2502.04959"
     swept_name = "scale"
     swept_summary = "The scale is how far the base is moved, as a multiple of the sum of the owners' changes."
-    order = 4
+    order = 5
     table = IsotropicTable
     trust = "nobody"
     fits_32_bits = True

@@ -70,7 +70,7 @@ class LogitAdjusted(SingleRoundMethod[LogitAdjustedTable]):
     paper = "Menon et al., ICLR 2021, arXiv 2007.07314"
     swept_name = "strength"
     swept_summary = "The strength is how much of the preference for frequent labels is taken away: 0 leaves it."
-    order = 8
+    order = 9
     table = LogitAdjustedTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | {SHARES: "how often {their} own model predicts each label on {their} rows"}

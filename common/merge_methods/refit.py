@@ -93,7 +93,7 @@ class Refit(MultiRoundMethod[RefitTable]):
     paper = None
     swept_name = "balance of classes"
     swept_summary = "The balance is how much rare classes count: 0 counts rows alike, 1 classes alike."
-    order = 9
+    order = 10
     table = RefitTable
     trust = "nobody"
     tensor_kinds = MappingProxyType(

@@ -180,7 +180,7 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
     paper = "Jin et al., ICLR 2023, arXiv 2212.09849"
     swept_name = "alpha"
     swept_summary = ALPHA_SUMMARY
-    order = 6
+    order = 7
     table = RegMeanTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS

@@ -44,7 +44,7 @@ class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
     phrase = "RegMean++"
     summary = "RegMean, block after block, each on the inputs that the merged blocks before it produce"
     paper = "Nguyen et al., 2025, arXiv 2508.03121"
-    order = 10
+    order = 11
     table = RegMeanPlusPlusTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS

@@ -53,6 +53,7 @@ from tests.support.reports import as_report, hand_written
 
 LITERALS = {"plain", "shown", "summed", "text-classification", "shared", "rows", "macro_f1", "own"}
 LITERALS |= {"contribution", "metrics", "test", "candidate", "base", "own_at_home", "amalgram"}
+LITERALS |= {"single_label_classification", "float32", "row"}
 
 
 # --- 100: what arrives ---
