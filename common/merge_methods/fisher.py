@@ -69,7 +69,7 @@ class Fisher(SingleRoundMethod[FisherTable]):
     phrase = "Fisher averaging"
     summary = "the mean of the owners' weights, each weighted by how much the owner's loss depends on it"
     paper = "Matena and Raffel, NeurIPS 2022, arXiv 2111.09832"
-    order = 4
+    order = 3
     table = FisherTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | {

@@ -64,7 +64,7 @@ class ModelStock(SingleRoundMethod[ModelStockTable]):
     phrase = "Model Stock"
     summary = "the mean of the owners' weights, as far as their changes point the same way"
     paper = "Jang et al., ECCV 2024, arXiv 2403.19522"
-    order = 3
+    order = 4
     table = ModelStockTable
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | {"squared_length": "the squared length of {their} weight change, per tensor"}
