@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PRODUCT := .venv/product
 DEVELOPMENT := .venv/development
-# Two workers, one thread each. With two threads each they compete for the cores and take nearly twice as long.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three workers for two cores, since some tests wait for servers, with one thread each: with two threads each, even two
+# workers compete for the cores and take nearly twice as long.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all check format bench clean
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
@@ -52,6 +53,11 @@ def new_axes(height_inches: float) -> tuple[Figure, Axes]:
 
 def as_svg(figure: Figure, name: str) -> str:
     """The <svg> element, with ids that no other plot of the page has; the page's tables are its text alternative."""
+    layout = figure.get_layout_engine()
+    if layout is not None:  # otherwise saving draws everything twice, once to lay it out
+        FigureCanvasSVG(figure)
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
