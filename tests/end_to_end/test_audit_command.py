@@ -58,8 +58,13 @@ def test_the_watch_sees_files_and_sockets(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_log")
 def test_an_audit_sends_nothing_and_writes_only_its_output(
-    parties: Parties, trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parties: Parties,
+    trained_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of modules that no process has imported before
     out = tmp_path / "audit"
     before = {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")}
     arguments = ["audit", str(parties.files["hotel"]), str(trained_folder / "models" / "cinema"), "--out", str(out)]
