@@ -260,6 +260,7 @@ def bounded(little_folder: Path, tmp_path: Path) -> Path:
         ('method = "regmean"', 'method = "average"'),
         ('["average", "task_arithmetic", "fisher"]', '["task_arithmetic"]'),
         ("# epsilon = 8.0", "epsilon = 8.0"),
+        ("# label_set = ", "label_set = "),
     )
     return folder
 
@@ -297,6 +298,12 @@ def test_144_a_method_that_reads_rows_is_not_bounded_by_training(bounded: Path) 
         else:
             read_none.append(parse_settings(draft, AgreementDraft, "agreement.toml").method)
     assert {"average", "task_arithmetic", "data_free"} <= set(read_none)
+
+
+def test_144_labels_that_occur_in_training_rows_have_no_part_in_metrics(bounded: Path) -> None:
+    tables = parse_toml((bounded / "agreement.toml").read_bytes(), "agreement.toml")
+    with pytest.raises(SettingsError, match="metrics depend on which labels an owner's training rows have"):
+        parse_settings(tables | {"task": tables["task"] | {"label_set": "own"}}, AgreementDraft, "agreement.toml")
 
 
 def test_145_an_owner_brings_no_model_that_was_trained_without_noise(bounded: Path, tmp_path: Path) -> None:

@@ -174,6 +174,12 @@ def what_is_bounded_rests_on_weight_changes(draft: DraftTables) -> None:
                 f"privacy.epsilon = {epsilon:g}: {name} sums statistics of rows, to which no noise is added",
                 hint="merge by " + ", ".join(each.name for each in ORDERED if not each.reads_rows(draft.tables)),
             )
+    if draft.task.has_labels and not draft.task.is_regression and draft.task.label_set == "own":
+        raise RuleError(  # check: bounded-merges-look-at-no-labels
+            f'privacy.epsilon = {epsilon:g}: with task.label_set = "own", metrics depend on which labels an owner\'s '
+            "training rows have",
+            hint='agree on task.label_set = "all"',
+        )
 
 
 def methods_fit_together(draft: DraftTables) -> None:

@@ -95,7 +95,7 @@ kind = "masked"               # the coordinator learns totals only; with "plain"
 
 [privacy]
 min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram does not take part
-# epsilon = 8.0               # owners train with noise (DP-SGD); only average, task_arithmetic and data_free can merge
+# epsilon = 8.0               # owners train with noise (DP-SGD), for methods that read no rows; label_set = "all"
 
 # [bounds]
 # change = 0.5                # no tensor may change by more than this share of the base's; more is scaled down
