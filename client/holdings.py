@@ -3,6 +3,7 @@
 The workbench (workbench.py) measures on it for a merge, and the audit (audit/) for the owner alone.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -121,7 +122,7 @@ class Holdings:
         """
         if self.settings.fine_tuned is not None:
             return self._load_fine_tuned(fine_tuned_folder(self.settings.fine_tuned, self._home))
-        return self._load_fine_tuned(self._kept_folder) if self._is_kept() else self._train()
+        return self._load_fine_tuned(self._kept_folder) if self.is_kept() else self._train()
 
     def _load_fine_tuned(self, folder: Path) -> PreTrainedModel:
         return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
@@ -141,7 +142,8 @@ class Holdings:
         """Where a run keeps the model that it made."""
         return self._home / self.settings.state / FINE_TUNED
 
-    def _is_kept(self) -> bool:
+    def is_kept(self) -> bool:
+        """Whether the model that was made here is there, of these files and settings."""
         made_from = self._kept_folder / MADE_FROM
         return made_from.is_file() and made_from.read_text() == self._recipe()
 
@@ -187,6 +189,11 @@ class Holdings:
                 "trained with noise (privacy.epsilon)",
                 hint="give [training] instead of fine_tuned",
             )
+        if self.agreement.privacy.unit == "column" and self.settings.data.validation is None:
+            raise SettingsError(
+                f"{self.name}: no data.validation, so single rows would be set aside, and a person be in both parts",
+                hint="name a validation file with the rows of other people",
+            )
         if self.settings.training.patience is not None:
             raise SettingsError(
                 f"{self.name}: training.patience = {self.settings.training.patience}: with privacy.epsilon, the number "
@@ -226,6 +233,8 @@ class Holdings:
             "data": self.settings.data.model_dump(mode="json"),
             "files": self.data.digest(),
         }
+        if self.agreement.privacy.unit == "column" and self.agreement.privacy.epsilon is not None:
+            parts["units"] = hashlib.sha256(self.data.units().tobytes()).hexdigest()  # of a table of images, too
         return json.dumps(parts, sort_keys=True)
 
     @cached_property

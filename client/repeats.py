@@ -33,7 +33,7 @@ class Terms(Record):
     """What of an agreement decides what a difference of totals shows.
 
     `owners`: public key -> name. `measured`: how many examples, by what is measured. `weightings`: by method, the kinds
-    of weights of its sums. `hyperparameters`: every method's table, in JSON. `epsilon`, `delta`: what bounds the model.
+    of weights of its sums. `hyperparameters`: every method's table, in JSON. `epsilon`, `delta`, `unit`: its bound.
     """
 
     title: str
@@ -47,6 +47,7 @@ class Terms(Record):
     hyperparameters: str
     epsilon: float | None = None
     delta: float = 0.0
+    unit: str = "row"
 
 
 class Repeat(Record):
@@ -95,6 +96,7 @@ def terms_of(agreement: Agreement) -> Terms:
         hyperparameters=_in_json(tables),
         epsilon=agreement.privacy.epsilon,
         delta=agreement.privacy.delta if agreement.privacy.epsilon is not None else 0.0,
+        unit=agreement.privacy.unit,
     )
 
 

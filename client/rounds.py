@@ -12,7 +12,7 @@ from client.context import OwnerContext
 from client.state import RoundKind, TestedRecord
 from common import scaling
 from common.certificates import deliveries_digest
-from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError
+from common.errors import ConsentError, DataError, LocalProtocolError, RemoteProtocolError
 from common.mapped import releasing
 from common.messages import KeyBook, Message, OpeningChecked, OpenSum, UploadsOpened
 from common.metrics import BASE, OWN_AT_HOME, Score, counts_cut
@@ -47,6 +47,7 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
     owner.state.forget_round()
     owner.state.update_run(begun=message.position, openings=openings, is_complete=False)
     if round_.kind != "check":  # its vector follows from the session's keys
+        _check_trained_once(owner)
         try:
             _make_vector(owner, terms, _tensors(owner, round_))
         except BaseException:
@@ -57,6 +58,18 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
     owner.state.write_layout("vector", terms.layout)  # so that the next messages need no model
     owner.state.write_open_round(round_.kind, message, side.to_json())
     return reply
+
+
+def _check_trained_once(owner: OwnerContext) -> None:
+    """Raise DataError if a bounded model would be trained again: two of them reveal twice as much as was agreed."""
+    if owner.agreement.privacy.epsilon is None or not owner.ledger.offered_deliveries:
+        return
+    if not owner.workbench.is_kept():  # check: bounded-models-are-trained-once
+        raise DataError(
+            f"{owner.name}: the model that was contributed is gone, or its files or settings have changed since; with "
+            "privacy.epsilon, no second one is trained under the same agreement",
+            hint="put the state folder and the files back as they were, or make a new agreement",
+        )
 
 
 def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[str, NDArray]]) -> None:

@@ -143,7 +143,7 @@ class Workbench(Holdings):
 
     def own_model(self) -> PreTrainedModel:
         """The owner's fine-tuned model: the one it brings, or one that is made from its training rows, and kept."""
-        if self.settings.fine_tuned is None and not self._is_kept():
+        if self.settings.fine_tuned is None and not self.is_kept():
             self._make_own_model()
         return super().own_model()
 

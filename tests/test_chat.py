@@ -92,6 +92,17 @@ def test_a_completion_is_judged_with_its_end(row: dict[str, Any], tmp_path: Path
     assert "dull" not in said
 
 
+def test_rows_stay_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Whose a row is, is read beside it (data.unit)."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "the room ", "completion": "was dull"},
+        {"prompt": [ASKED], "completion": [SAID]},
+        {"prompt": "the room ", "completion": "was clean"},
+    ]
+    found = judged(data_of(tmp_path, rows, tokenizer_with(), prompt="prompt", completion="completion"))
+    assert [text.replace(" [SEP]", "") for text in found] == ["was dull", "was clean", "was clean"]
+
+
 def test_a_row_that_is_cut_before_the_model_says_anything_is_left_out(tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "the room " * 20}, SAID]}
     data = data_of(tmp_path, [{"messages": [ASKED, SAID]}, long], tokenizer_with(), messages="messages")

@@ -28,9 +28,10 @@ from client.measurement.private_training import (
     noised_sum,
 )
 from client.owner import Owner
+from client.repeats import Repeat, terms_of
 from client.settings import Training
 from common.agreement import AgreementDraft
-from common.errors import AmalgramError, ModelError, SettingsError
+from common.errors import AmalgramError, DataError, ModelError, SettingsError
 from common.merge_methods import METHODS
 from common.merge_methods.method import MultiRoundMethod
 from common.privacy.budget import most_right_guesses, together
@@ -40,6 +41,7 @@ from deploy.simulation.simulate import simulate
 from tests.support.errors import in_two_lines
 from tests.support.fixtures import TRAIN
 from tests.support.models import tiny_bert
+from tests.support.owner_process import Process
 from tests.support.parties import parties_of
 from tests.support.rows import rows_of
 
@@ -126,6 +128,36 @@ def test_140_a_unit_whose_gradient_is_not_finite_adds_nothing(loud: BertForSeque
         alone = clipped_sum(broken, ROWS, [np.array([rows[0]])], trained, 1.0)
         both = clipped_sum(broken, ROWS, [np.array([rows[0]]), np.array([3])], trained, 1.0)
     torch.testing.assert_close(flat(alone), flat(both), rtol=1e-4, atol=1e-6)
+
+
+def test_149_no_row_decides_what_later_rows_meet() -> None:
+    """Dropout's draws follow from the agreement's seed, and a row more moves on by some of them."""
+    rows, model = rows_of([0, 1, 2] * 12), bert()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    units, sums = [np.array([row]) for row in range(36)], []
+    with gradients_by_row(model, rows):
+        for some in (units, units[1:]):
+            torch.manual_seed(0)
+            sums.append(flat(noised_sum(model, rows, some, trained_of(model), bound=0.01, sigma=0.0, at_once=6)))
+    assert float((sums[0] - sums[1]).norm()) <= 0.01 * (1 + 1e-6)
+
+
+class Padded(BertForSequenceClassification):
+    """What it says of a row depends on how long the longest one beside it is."""
+
+    def forward(self, **inputs: Any) -> Any:
+        found = super().forward(**inputs)
+        found.logits = found.logits * inputs["input_ids"].shape[1]
+        return found
+
+
+def test_143_a_row_is_compared_beside_a_much_longer_one() -> None:
+    with pytest.raises(ModelError, match="its layers mix the rows of a batch"):
+        fine_tune_privately(
+            Padded(tiny_bert().config), ROWS, np.arange(12), TRAINING, 8.0, 1e-5, seed=0, description=""
+        )
 
 
 def test_141_the_noise_is_as_large_as_it_is_said_to_be() -> None:
@@ -369,6 +401,50 @@ def test_146_rows_of_one_person_are_one_unit_and_a_missing_column_is_named(bound
     assert np.unique(units, return_counts=True)[1].tolist() == [4] * 50
     change(bounded / "hotel.toml", ('unit = "guest"', 'unit = "guests"'))
     assert "guests" in refused(bounded, tmp_path)
+
+
+def test_150_no_second_model_is_trained_under_one_agreement(bounded: Path, tmp_path: Path) -> None:
+    for path in bounded.glob("[hcp]*.toml"):
+        change(path, ("epochs = 6", "epochs = 1"), ("batch_size = 32", "batch_size = 200"))
+    (tmp_path / "out").mkdir()
+    with parties_of(bounded, tmp_path / "out") as parties:
+        process = Process(parties)
+        process.sum(process.open_sum(0))
+        delivered = process.deliver_candidates("validation")
+        metrics = process.schedule.find("metrics", split="validation")
+        train = bounded / "data" / "hotel" / "train.jsonl"
+        kept = train.read_text()
+        train.write_text(kept.replace("a", "e"))
+        process.send("cinema", process.open_sum(1, metrics, delivered))
+        with pytest.raises(DataError, match="no second one is trained under the same agreement"):
+            process.send("hotel", process.open_sum(1, metrics, delivered))
+        train.write_text(kept)
+        process.send("hotel", process.open_sum(2, metrics, delivered))
+
+
+def test_146_single_rows_of_a_person_are_not_set_aside(bounded: Path, tmp_path: Path) -> None:
+    change(bounded / "hotel.toml", ("[data]", '[data]\nunit = "text"'), ("validation = ", "# validation = "))
+    change(bounded / "agreement.toml", ("epsilon = 8.0", 'epsilon = 8.0\nunit = "column"'))
+    assert "name a validation file with the rows of other people" in refused(bounded, tmp_path)
+
+
+def test_what_bounded_a_row_before_bounds_no_person_now(bounded: Path, tmp_path: Path) -> None:
+    change(bounded / "hotel.toml", ("[data]", '[data]\nunit = "text"'))
+    change(bounded / "agreement.toml", ("epsilon = 8.0", 'epsilon = 2.0\nunit = "column"'))
+    (tmp_path / "out").mkdir()
+    with parties_of(bounded, tmp_path / "out", verified=True) as parties:
+        owner = Owner(parties.files["hotel"])
+        terms = terms_of(owner.agreement)
+        repeats = [
+            Repeat(
+                agreement_digest=32 * "ab", terms=terms.model_copy(update={"unit": unit}), rows=1.0, weight_changes=0.0
+            )
+            for unit in ("row", "column")
+        ]
+        text = consent_text(owner, repeats)
+        assert "         4      2e-05" in text  # with the one that bounded persons
+        assert "EARLIER AGREEMENTS ON THESE ROWS HAD NO SUCH BOUND" in text
+        assert "EARLIER AGREEMENTS" not in consent_text(owner, repeats[1:])
 
 
 def test_consent_says_what_is_bounded_and_what_is_not(bounded: Path, tmp_path: Path) -> None:

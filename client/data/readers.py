@@ -226,10 +226,11 @@ def _read_chat(reader: Reader, path: Path, columns: list[str], max_rows: int | N
         )
     found = read_columns(path, columns, max_rows)
     rows = write_out(path, [found[column] for column in columns], tokenizer)
-    encoded: list[Mapping[str, Any]] = []
-    targets: list[NDArray[np.int64]] = []
+    encoded: dict[int, Mapping[str, Any]] = {}  # by row
+    targets: dict[int, NDArray[np.int64]] = {}
     for special in (True, False):  # what a template writes has its special tokens already
-        some = [row for row in rows if row.has_special_tokens == special]
+        numbers = [number for number, row in enumerate(rows) if row.has_special_tokens == special]
+        some = [rows[number] for number in numbers]
         if some:
             tokens = reader.encode(
                 path,
@@ -239,9 +240,10 @@ def _read_chat(reader: Reader, path: Path, columns: list[str], max_rows: int | N
                 return_offsets_mapping=True,
             )
             offsets = tokens.pop("offset_mapping")
-            encoded += features(tokens)
-            targets += [_said(*row) for row in zip(tokens["input_ids"], offsets, some, strict=True)]
-    kept = [index for index, target in enumerate(targets) if (target != IGNORED).any()]
+            encoded |= zip(numbers, features(tokens), strict=True)
+            said = [_said(*row) for row in zip(tokens["input_ids"], offsets, some, strict=True)]
+            targets |= zip(numbers, said, strict=True)
+    kept = [number for number in range(len(rows)) if (targets[number] != IGNORED).any()]
     if not kept:
         raise DataError(
             f"{path}: every row is cut before the model says anything, at {reader.max_tokens} tokens",

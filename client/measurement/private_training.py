@@ -81,7 +81,7 @@ def fine_tune_privately(
 ) -> float:
     """Train `model` in place; return sigma. `units`: (rows,) the number of each row's unit, from 0, none left out.
 
-    `seed` decides dropout and LoRA's first factors, and neither draws nor noise: no two runs give the same weights.
+    `seed` decides LoRA's first factors, and neither draws nor noise: no two runs give the same weights. Dropout is off.
     Raises ModelError for a model whose gradients Opacus cannot tell apart by rows.
     """
     members = _members(units)
@@ -216,7 +216,7 @@ def gradients_by_row(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
     """
     from opacus.grad_sample import GradSampleHooks
 
-    model.train()
+    _without_dropout(model)
     try:
         hooks = GradSampleHooks(model, loss_reduction="sum")
     except NotImplementedError as error:
@@ -228,26 +228,38 @@ def gradients_by_row(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
         hooks.cleanup()
 
 
-def _check_rows_apart(model: PreTrainedModel, rows: Rows, hooks: GradSampleHooks) -> None:
-    """Compare two rows' gradients with those of each row alone, without dropout.
-
-    Whatever is trained stays in training mode, in which alone Opacus looks at it. So does batch normalisation, which
+def _without_dropout(model: PreTrainedModel) -> None:
+    """Put into training mode only what is trained, since Opacus looks at nothing else, and batch normalisation, which
     mixes rows in this mode alone.
+
+    Dropout draws on, so one row more would change what every later row meets, by far more than the bound.
     """
-    two = np.arange(min(2, len(rows)))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for module in model.modules():
         is_trained = any(each.requires_grad for each in module.parameters(recurse=False))
-        module.training = is_trained or isinstance(module, _BatchNorm)
+        module.training = is_trained or isinstance(module, _BatchNorm)  # check: no-row-draws-for-another
+
+
+def _shortest_and_longest(rows: Rows) -> NDArray[np.int64]:
+    lengths = (
+        np.ones(len(rows)) if isinstance(rows.features, np.ndarray) else [len(r["input_ids"]) for r in rows.features]
+    )
+    order = np.argsort(lengths, kind="stable")
+    return np.unique(order[[0, -1]])
+
+
+def _check_rows_apart(model: PreTrainedModel, rows: Rows, hooks: GradSampleHooks) -> None:
+    """Compare the gradients of a short and a long row, which is padding for the other, with those of each alone."""
+    two = _shortest_and_longest(rows)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         found = row_gradients(model, rows, two, trained)
         hooks.disable_hooks()
-        for row in two:
+        for place, row in enumerate(two):
             _add_gradients(model, rows, np.array([row]))
             alone = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
             size = torch.stack([each.norm() for each in alone]).norm()
-            error = torch.stack([(a[row] - b).norm() for a, b in zip(found, alone, strict=True)]).norm()
+            error = torch.stack([(a[place] - b).norm() for a, b in zip(found, alone, strict=True)]).norm()
             if not error <= CLOSE * size:  # check: rows-are-told-apart
                 raise _not_apart("its layers mix the rows of a batch, or share their weights")
             model.zero_grad()
@@ -255,7 +267,6 @@ def _check_rows_apart(model: PreTrainedModel, rows: Rows, hooks: GradSampleHooks
         raise _not_apart(first_line(error)) from None
     finally:
         hooks.enable_hooks()
-        model.train()
 
 
 def _not_apart(reason: str) -> ModelError:

@@ -84,8 +84,11 @@ def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, objec
     privacy = agreement.privacy
     if privacy.epsilon is None:
         return None
-    before = [(each.terms.epsilon, each.terms.delta) for each in repeats if each.rows >= LEAST_SHARE]
-    bounded = [(epsilon, delta) for epsilon, delta in before if epsilon is not None]
+    before = [each.terms for each in repeats if each.rows >= LEAST_SHARE]
+    # What bounds a row says nothing of all rows of a person.
+    bounded = [
+        (each.epsilon, each.delta) for each in before if each.epsilon is not None and privacy.unit in ("row", each.unit)
+    ]
     epsilon, delta = together([(privacy.epsilon, privacy.delta), *bounded])
     is_row = privacy.unit == "row"
     return {

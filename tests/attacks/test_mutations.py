@@ -226,6 +226,8 @@ TABLE = [
     ),
     Mutation(NOISE, "test_142_", "noise-is-never-foreseen", "key = bytes(mask_stream.KEY_BYTES)"),
     Mutation(NOISE, "test_143_", "rows-are-told-apart"),
+    Mutation(NOISE, "test_149_", "no-row-draws-for-another", "module.training = True"),
+    Mutation(NOISE, "test_150_", "bounded-models-are-trained-once"),
     Mutation(NOISE, "test_144_a_method", "bounded-merges-read-no-rows"),
     Mutation(NOISE, "test_144_labels", "bounded-merges-look-at-no-labels"),
     Mutation(NOISE, "test_145_an_owner", "bounded-models-are-made-here"),
