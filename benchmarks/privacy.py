@@ -16,8 +16,10 @@ from pathlib import Path
 from benchmarks.machine import quiet_on_one_thread
 from client.audit.audit import audit
 from client.audit.result import AuditedModel
-from client.owner import Owner
-from common.models.folders import fine_tuned_folder
+from client.holdings import Holdings
+from client.settings import OwnerSettings
+from common.agreement.agreement import load_agreement
+from common.settings_file import load_settings
 from deploy.simulation.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,8 +91,10 @@ def run(data: Path, base: Path, epsilon: float | None, rows: int, epochs: int) -
         report = simulate(folder, with_references=False)
         own, merged = [], []
         for name in OWNERS:
-            holdings = Owner(folder / "output" / "parties" / f"{name}.toml").workbench
-            model = holdings.model_to_audit(fine_tuned_folder(str(folder / "output" / "model"), folder))
+            home = folder / "output" / "parties"
+            settings = load_settings(home / f"{name}.toml", OwnerSettings)
+            holdings = Holdings(settings, home, load_agreement(home / settings.agreement))
+            model = holdings.model_to_audit(folder / "output" / "model")
             found = {each.name: strongest(each) for each in audit(holdings, model, None, 600).models}
             own.append(found["own"])
             merged.append(found["model"])

@@ -465,7 +465,7 @@ def test_a_missing_or_foreign_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no such file"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"report_version": 99}))
-    with pytest.raises(SettingsError, match="report_version is 99, this release reads 4"):
+    with pytest.raises(SettingsError, match="report_version is 99, this release reads 5"):
         read_report(tmp_path)
 
 
@@ -576,7 +576,7 @@ def test_a_method_that_no_table_knows_is_on_the_page() -> None:
 def test_the_schema_in_the_documents_is_the_one_that_is_read() -> None:
     text = SCHEMA.read_text()
     assert text == schema_text(), "run: python -m server.report.report > docs/report.schema.json"
-    assert "version 4" in json.loads(text)["title"]
+    assert "version 5" in json.loads(text)["title"]
 
 
 def test_every_field_of_the_schema_is_described() -> None:

@@ -24,7 +24,7 @@ from common.settings_file import Count, Digest, Line, Paragraph, reason_in_words
 from common.text import MAX_LINE, flaw
 from server.output_folder import CHECKPOINT, last_step
 
-REPORT_VERSION: Literal[4] = 4
+REPORT_VERSION: Literal[5] = 5
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
 FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
@@ -336,7 +336,7 @@ class Digests(Table):
 class Report(Table):
     """Everything that is known of one run."""
 
-    report_version: Literal[4] = Field(default=REPORT_VERSION, description="The version of this form.")
+    report_version: Literal[5] = Field(default=REPORT_VERSION, description="The version of this form.")
     title: Line = Field(description="The agreement's title.")
     method: Line = Field(description="The method whose model is published.")
     methods: dict[Line, MethodDescription] = Field(description="By agreed method, simpler ones first, its description.")

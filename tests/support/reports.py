@@ -26,7 +26,7 @@ def _method(title: str, phrase: str, hyperparameter: str | None = None) -> dict[
 
 ACCURACIES = {"base": 0.25, "own_at_home": 0.875, "regmean": 0.75, "average": 0.625, "fisher": 0.8125}
 _REPORT: dict[str, Any] = {
-    "report_version": 4,
+    "report_version": 5,
     "title": HOSTILE,
     "method": "regmean",
     "methods": {
