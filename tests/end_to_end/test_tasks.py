@@ -412,6 +412,31 @@ PREPARES = {
 }
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_images_have_several_labels_or_numbers(problem_type: str, tmp_path: Path) -> None:
+    """Each half of an image is dark or light by itself."""
+    folder, is_regression = tmp_path / "consortium", problem_type == "regression"
+    task = f'kind = "image-classification"\nproblem_type = "{problem_type}"\nlabels = ["top", "bottom"]'
+    write_consortium(folder, task + ("\ntarget_range = [0, 1]" if is_regression else ""), clip, epochs=10)
+    draft = folder / "agreement.toml"
+    text = draft.read_text().replace('"regmean"', '"average"')
+    draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    random_source = np.random.default_rng(0)
+    for name in OWNERS:
+        path = folder / f"{name}.toml"
+        path.write_text(path.read_text().replace(".jsonl", ".npz"))
+        for split, count in ROWS.items():
+            light = random_source.random((count, 2)) if is_regression else random_source.integers(0, 2, (count, 2))
+            images = np.repeat(light.astype(np.float32), 4, axis=1)[:, :, None].repeat(8, axis=2)
+            noise = 0.05 * random_source.standard_normal(images.shape)
+            np.savez(folder / f"{name}-{split}.npz", image=(images + noise).astype(np.float32), label=light)
+    report = simulate(folder, tmp_path / "output", with_references=False)
+    merged, base = report.evaluation.mean["average"], report.evaluation.mean["base"]
+    assert merged.metric < 0.6 * base.metric if is_regression else merged.main > base.main + 0.2
+    config = json.loads((tmp_path / "output" / "model" / "config.json").read_text())
+    assert config["problem_type"] == problem_type
+
+
 def test_folders_of_images_are_prepared_as_the_base_says_and_whoever_uses_the_model_prepares_them_so(
     tmp_path: Path,
 ) -> None:
