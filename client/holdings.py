@@ -162,7 +162,7 @@ class Holdings:
         epsilon, delta = self.agreement.privacy.epsilon, self.agreement.privacy.delta
         if epsilon is not None:  # check: bounded-models-are-trained-with-noise
             self.check_private_training()
-            units, rows = self._units(), self._trained_on()
+            units, rows = self._units, self._trained_on()
             planted = int(units.max(initial=-1)) + 1 + np.arange(len(rows) - len(units))  # each canary is its own
             units = np.concatenate([units, planted])
             fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told)
@@ -177,6 +177,7 @@ class Holdings:
         seed, passes = self.agreement.seed, self.passes
         Halving(1).run(lambda: finetune.fine_tune(model, rows, training, seed, description, validation, passes))
 
+    @cached_property
     def _units(self) -> NDArray[np.int64]:
         """For each training row, the number of what is protected as a whole."""
         return np.arange(len(self.data.train())) if self.agreement.privacy.unit == "row" else self.data.units()
@@ -205,7 +206,7 @@ class Holdings:
                 f"{self.name}: the agreement asks for training with noise, and Opacus is not installed",
                 hint="pip install 'amalgram[dp]'",
             )
-        units, delta = int(self._units().max(initial=0)) + 1, self.agreement.privacy.delta
+        units, delta = int(self._units.max(initial=0)) + 1, self.agreement.privacy.delta
         if delta * units >= 1:
             raise DataError(
                 f"{self.name}: privacy.delta = {delta:g} is no less than 1 in {units}, the number of its units, so one "
@@ -234,7 +235,7 @@ class Holdings:
             "files": self.data.digest(),
         }
         if self.agreement.privacy.unit == "column" and self.agreement.privacy.epsilon is not None:
-            parts["units"] = hashlib.sha256(self.data.units().tobytes()).hexdigest()  # of a table of images, too
+            parts["units"] = hashlib.sha256(self._units.tobytes()).hexdigest()  # of a table of images, too
         return json.dumps(parts, sort_keys=True)
 
     @cached_property

@@ -18,7 +18,7 @@ g_j = e_j f_j^T with e_j = softmax - onehot and f_j the classifier's input, so i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.audit.statistics import Scores
-from client.data.rows import IGNORED, Rows
+from client.data.rows import Batch, Rows, judged
 from client.measurement.gram import layer_inputs
 from client.progress import with_bar
 from common.agreement import Task
@@ -65,18 +65,22 @@ class ClassifierGradients:
         return found
 
 
+def _batches(rows: Rows, batch_size: int, description: str) -> Iterator[tuple[NDArray[np.int64], Batch, Tensor]]:
+    """Every batch of the rows, with a bar."""
+    return with_bar(rows.batches(batch_size), description, sum(1 for _ in rows.batch_indices(batch_size)))
+
+
 @torch.inference_mode()
 def predict(model: PreTrainedModel, rows: Rows, batch_size: int, description: str) -> Predictions:
     """The losses of `model`, and how often it is right. Each logit is looked at in its batch, and then forgotten."""
     model.eval()
     losses, hits = np.empty(len(rows)), np.empty(len(rows))
-    batches = with_bar(rows.batches(batch_size), description, sum(1 for _ in rows.batch_indices(batch_size)))
-    for indices, batch, targets in batches:
+    for indices, batch, targets in _batches(rows, batch_size, description):
         logits = model(**batch).logits.float()
-        judged = targets != IGNORED
-        row_of = torch.arange(len(targets)).reshape(-1, *[1] * (targets.ndim - 1)).expand_as(targets)[judged]
-        each = _cross_entropy(logits[judged], targets[judged])
-        right = (logits[judged].argmax(-1) == targets[judged]).double()
+        is_judged = judged(targets)
+        row_of = torch.arange(len(targets)).reshape(-1, *[1] * (targets.ndim - 1)).expand_as(targets)[is_judged]
+        each = _cross_entropy(logits[is_judged], targets[is_judged])
+        right = (logits[is_judged].argmax(-1) == targets[is_judged]).double()
         count = torch.bincount(row_of, minlength=len(targets))
         for found, kept in ((each, losses), (right, hits)):
             kept[indices] = (
@@ -90,8 +94,7 @@ def losses_by_label(model: PreTrainedModel, rows: Rows, batch_size: int, descrip
     """(rows, labels): the loss that each row would have with each label, for one prediction a row."""
     model.eval()
     found: list[Scores] = [np.empty(0)] * len(rows)
-    batches = with_bar(rows.batches(batch_size), description, sum(1 for _ in rows.batch_indices(batch_size)))
-    for indices, batch, _ in batches:
+    for indices, batch, _ in _batches(rows, batch_size, description):
         losses = -model(**batch).logits.double().log_softmax(-1).numpy()
         for index, each in zip(indices, losses, strict=True):
             found[index] = each
@@ -130,9 +133,8 @@ def classifier_gradients(
     errors = torch.empty(len(rows), len(task.labels))
     inputs = torch.empty(len(rows), layer.d_in)
     seen: list[Tensor] = []
-    batches = with_bar(rows.batches(batch_size), description, sum(1 for _ in rows.batch_indices(batch_size)))
     with layer_inputs(base, lambda _, fed: seen.append(fed.rows), {layer.weight}):
-        for indices, batch, _ in batches:
+        for indices, batch, _ in _batches(rows, batch_size, description):
             seen.clear()
             logits = base(**batch).logits.float()
             if [each.shape for each in seen] != [(len(indices), layer.d_in)]:

@@ -46,7 +46,7 @@ class PrivateData:
         return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
 
     def units(self) -> NDArray[np.int64]:
-        """For each row of `train`, the number of its unit: rows with the same value in the column `data.unit`."""
+        """For each row of the training file, the number of its unit: rows with one value in the column `data.unit`."""
         path, column = self.folder / self.data.train, self.data.unit
         if column is None:
             raise DataError(
@@ -67,8 +67,7 @@ class PrivateData:
                 "what is left cannot be matched with data.unit",
                 hint="agree on a larger task.max_tokens, or leave these rows out",
             )
-        units = np.unique([as_line(str(value)) for value in values], return_inverse=True)[1]
-        return units if self.data.validation is not None else units[self._set_aside(rows)[1]]
+        return np.unique([as_line(str(value)) for value in values], return_inverse=True)[1]
 
     def training_contents(self) -> Iterator[bytes]:
         """What every example of the training file says, without its label, none set aside."""

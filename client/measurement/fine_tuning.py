@@ -46,11 +46,8 @@ def fine_tune(
     # An accelerator's generator need not be put back, since nothing else draws from it.
     with torch.random.fork_rng(devices=[]), placed(model, passes.device, trains=True):
         torch.manual_seed(seed)  # dropout, and LoRA's first factors
-        if training.lora_rank is None:
+        with low_rank(model, training):
             _train(model, rows, training, seed, description, validation, passes)
-        else:
-            with low_rank(model, training.lora_rank, training.lora_layers):
-                _train(model, rows, training, seed, description, validation, passes)
     model.eval()
 
 
@@ -146,11 +143,16 @@ def _mean_loss(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Pass
 
 
 @contextmanager
-def low_rank(model: PreTrainedModel, rank: int, names: tuple[str, ...]) -> Iterator[None]:
+def low_rank(model: PreTrainedModel, training: Training) -> Iterator[None]:
     """Within, what is trained is LoRA factors of the body's linear layers, and the head; afterwards, they are weights.
+    Without a rank, nothing is changed.
 
     Only parameters that required a gradient before can change.
     """
+    rank, names = training.lora_rank, training.lora_layers
+    if rank is None:
+        yield
+        return
     from peft import LoraConfig, LoraModel
 
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -88,15 +88,13 @@ def fine_tune_privately(
     steps = training.epochs * -(-len(members) // training.batch_size)
     sample_rate = min(1.0, training.batch_size / len(members))
     sigma = noise_multiplier(epsilon, delta, sample_rate, steps)
+    trainable = _trainable(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in _trainable(model))
+        parameter.requires_grad_(parameter.requires_grad and name in trainable)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if training.lora_rank is None:
+        with low_rank(model, training):
             _train(model, rows, members, training, steps, sample_rate, sigma, description)
-        else:
-            with low_rank(model, training.lora_rank, training.lora_layers):
-                _train(model, rows, members, training, steps, sample_rate, sigma, description)
     model.eval()
     return sigma
 
