@@ -1,9 +1,10 @@
-"""`amalgram audit` as an owner runs it: nothing is sent, and nothing but the named output is written."""
+"""`amalgram audit` as an owner runs it: nothing is sent, and nothing but the named output is left on the disk."""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import matplotlib.font_manager  # noqa: F401 - writes a cache of its own when it
 import pytest
 
 from client.audit.result import Audit
+from common.models.folders import _tokenizer
 from deploy.cli import cli
 from tests.support.parties import Parties
 
@@ -57,7 +59,7 @@ def test_the_watch_sees_files_and_sockets(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_log")
-def test_an_audit_sends_nothing_and_writes_only_its_output(
+def test_an_audit_sends_nothing_and_leaves_only_its_output(
     parties: Parties,
     trained_folder: Path,
     tmp_path: Path,
@@ -65,6 +67,10 @@ def test_an_audit_sends_nothing_and_writes_only_its_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of modules that no process has imported before
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    _tokenizer.cache_clear()  # or whether its files are copied would hang on the tests before
     out = tmp_path / "audit"
     before = {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")}
     arguments = ["audit", str(parties.files["hotel"]), str(trained_folder / "models" / "cinema"), "--out", str(out)]
@@ -73,7 +79,11 @@ def test_an_audit_sends_nothing_and_writes_only_its_output(
     said = capsys.readouterr().out
     assert [event for event, _ in seen if event.startswith("socket.")] == []
     changed = {Path(str(each)) for _, arguments in seen for each in arguments[:2] if isinstance(each, str | Path)}
-    assert {path for path in changed if path.is_absolute() and not path.is_relative_to(out)} <= {Path("/dev/null")}
+    elsewhere = {path for path in changed if path.is_absolute() and not path.is_relative_to(out)} - {Path("/dev/null")}
+    assert all(path.is_relative_to(temporary) for path in elsewhere)
+    copied = {path.name for path in elsewhere if path.suffix}
+    assert copied == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert list(temporary.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")} == before
     assert sorted(path.name for path in out.iterdir()) == ["audit.html", "audit.json"]
     audit = Audit.model_validate_json((out / "audit.json").read_text())
