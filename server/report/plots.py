@@ -26,6 +26,7 @@ def models_plot(
                 )
             axes.plot(means[row], place, "D", color=colour, markersize=9 if row == merged else 7)
         axes.set_yticks(list(places), [*map(short, names)])
+        axes.set_ylim(-0.6, len(names) - 0.4)  # room for the diamonds of the first and the last row
         axes.get_yticklabels()[merged].set_fontweight("bold")
         axes.set_xlabel(label)
         axes.grid(axis="x", color=INK, alpha=0.15)
