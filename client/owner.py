@@ -25,6 +25,7 @@ from common.messages import (
     BurnSession,
     CandidatePart,
     CertificateKept,
+    CheckKeys,
     CorrectionPart,
     DeliveryPart,
     Draw,
@@ -86,11 +87,11 @@ class Owner(OwnerContext):
                 )
             self._check_consented(message.agreement_digest)
             return
-        if isinstance(message, (OpenSum, DeliveryPart, Draw)):
+        if isinstance(message, (OpenSum, DeliveryPart, Draw, CheckKeys)):
             run, digest = message.run, message.agreement_digest
         elif isinstance(message, (BurnSession, BurnCertificate, Result, Receipts, Finish)):
             run, digest = message.run, self.agreement.digest()
-        elif isinstance(message, UploadsOpened) and message.session in self.state.run.opened:
+        elif isinstance(message, UploadsOpened) and verification.knows_session(self, message.session):
             run, digest = self.state.run.run, self.state.run.agreement_digest
         else:
             opened = rounds.opened(self, message)
@@ -156,6 +157,7 @@ ANSWERS: Mapping[type[Message], Callable[[Any, Any], Message]] = {
     ScalesPart: received_models.take_part,
     CorrectionPart: received_models.take_part,
     Draw: verification.draw,
+    CheckKeys: verification.add_shares,
     Result: receipts.sign_result,
     Receipts: receipts.keep_receipts,
     Finish: _finish,

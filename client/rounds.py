@@ -14,7 +14,7 @@ from common import scaling
 from common.certificates import deliveries_digest
 from common.errors import ConsentError, DataError, LocalProtocolError, RemoteProtocolError
 from common.mapped import releasing
-from common.messages import KeyBook, Message, OpeningChecked, OpenSum, UploadsOpened
+from common.messages import KeyShares, Message, OpeningChecked, OpenSum, UploadsOpened
 from common.metrics import BASE, OWN_AT_HOME, Score, counts_cut
 from common.metrics import contribution as metric_contribution
 from common.scaling import Scales
@@ -28,7 +28,10 @@ CONTRIBUTION = "contribution"  # the array that is measured once, in the scales 
 
 
 def open_round(owner: OwnerContext, message: OpenSum) -> Message:
-    """Measure what the round is about and begin the sum. Nothing of the vector leaves yet."""
+    """Measure what the round is about and begin the sum. Nothing of the vector leaves yet.
+
+    What is measured on a model waits for KeyShares, since the model is verified while the sum is set up.
+    """
     schedule, run = owner.schedule, owner.state.run
     round_ = schedule.round_at(message.position)
     schedule.check_follows(message.position, run.begun, is_complete=run.is_complete)  # check: round-is-the-next-event
@@ -37,27 +40,28 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
             f"the coordinator opened the {round_.name} after sending other models than those sent to this owner"
         )
     verification.check_was_shown(owner)
-    verification.check_all_verified(owner, round_)
-    openings = run.openings + 1 if run.begun == message.position else 1
-    verification.check_is_not_drawn_again(round_, openings)
     terms = _terms(owner, message, round_.layout, round_.kind)
-    contributed = None if round_.kind in ("check", "metrics") else owner.contributed()
+    contributed = None if round_.kind == "metrics" else owner.contributed()
     again = owner.state.may_repeat(message.agreement_digest)
     owner.ledger.begin(message.round, message.session, message.position, round_.title, contributed, again)
     owner.state.forget_round()
-    owner.state.update_run(begun=message.position, openings=openings, is_complete=False)
-    if round_.kind != "check":  # its vector follows from the session's keys
-        _check_trained_once(owner)
-        try:
-            _make_vector(owner, terms, _tensors(owner, round_))
-        except BaseException:
-            if round_.kind == "scales":  # check: nothing-measured-stays
-                owner.state.delete_array(CONTRIBUTION)
-            raise
+    owner.state.update_run(begun=message.position, is_complete=False)
+    if not verification.comes_first(owner, round_.kind):
+        _measure(owner, terms, round_)
     side, reply = owner.summation.open(terms, owner.identity, secrets.token_bytes)
     owner.state.write_layout("vector", terms.layout)  # so that the next messages need no model
     owner.state.write_open_round(round_.kind, message, side.to_json())
     return reply
+
+
+def _measure(owner: OwnerContext, terms: SumTerms, round_: Round) -> None:
+    _check_trained_once(owner)
+    try:
+        _make_vector(owner, terms, _tensors(owner, round_))
+    except BaseException:
+        if round_.kind == "scales":  # check: nothing-measured-stays
+            owner.state.delete_array(CONTRIBUTION)
+        raise
 
 
 def _check_trained_once(owner: OwnerContext) -> None:
@@ -92,9 +96,10 @@ def opened(owner: OwnerContext, message: Message) -> OpenSum:
 
 
 def continue_round(owner: OwnerContext, message: Message) -> Message:
-    """One more step of the open round."""
-    if isinstance(message, UploadsOpened) and message.session in owner.state.run.opened:
-        # The coordinator was killed before it knew; the next round may be open by now.
+    """One more step of the open round, or of the check that is made meanwhile."""
+    if isinstance(message, UploadsOpened) and verification.knows_session(owner, message.session):
+        if message.session not in owner.state.run.opened:  # else the coordinator was killed before it knew
+            verification.open_check(owner, message)
         return OpeningChecked(session=message.session, owner=owner.name)
     kept = owner.state.open_round
     assert kept is not None  # `opened` was asked before
@@ -102,7 +107,12 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
     terms = _terms(owner, request, owner.state.read_layout("vector"), kept.kind)
     side = owner.summation.from_json(kept.side, terms, owner.identity)
     if isinstance(message, UploadsOpened):
-        return verification.open_uploads(owner, kept.kind, side, message)
+        return verification.open_metrics(owner, side, message)
+    is_awaited = verification.comes_first(owner, kept.kind) and not side.is_done
+    if isinstance(message, KeyShares) and is_awaited and not owner.state.has_array("vector"):
+        round_ = owner.schedule.round_at(request.position)
+        verification.check_all_verified(owner, round_)
+        _measure(owner, terms, round_)
     # Once the survivors are signed for, no part is given any more, and the vector is deleted.
     has_vector = owner.state.has_array("vector") and not side.is_done
     words = owner.state.open_array("vector", terms.layout.size, "<u8") if has_vector else np.empty(0, "<u8")
@@ -112,10 +122,6 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
         owner.ledger.give_up(request.session)  # check: broken-session-is-burned
         owner.state.forget_round()  # check: broken-session-is-forgotten
         raise
-    if kept.kind == "check" and isinstance(message, KeyBook):
-        assert isinstance(side, MaskedOwner)  # a plain sum is not verified
-        round_ = owner.schedule.round_at(request.position)
-        _make_vector(owner, terms, verification.shares(owner, round_, side.book))
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
     if side.offers:  # check: offered-from-the-first-part
         again = owner.state.may_repeat(request.agreement_digest)
@@ -133,7 +139,7 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
         owner.state.delete_array(CONTRIBUTION)
     # All that the coordinator needs has left, so the next event may come, unless it came without this owner already.
     # An open round is complete once this owner has added it up.
-    must_open = owner.agreement.is_verified and kept.kind in verification.OPEN
+    must_open = owner.agreement.is_verified and kept.kind == "metrics"
     is_complete = side.is_complete and not must_open  # check: open-rounds-are-opened
     if is_complete and request.position == owner.state.run.begun:  # check: round-is-complete-once-revealed
         owner.state.update_run(is_complete=True)
@@ -148,9 +154,9 @@ def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout, kind: Ro
         request=request,
         layout=layout,
         roster=owner.agreement.roster,
-        needed_owners=len(verification.contributors(owner)) if kind == "check" else owner.agreement.needed_owners,
+        needed_owners=owner.agreement.needed_owners,
         colluders=owner.agreement.colluders,
-        is_open=owner.agreement.is_verified and kind in verification.OPEN,
+        is_open=owner.agreement.is_verified and kind == "metrics",
     )
 
 

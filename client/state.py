@@ -41,7 +41,7 @@ from common.settings_file import Hex
 from common.tensor_layout import TensorLayout
 from common.text import shown, shown_lines
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 FINE_TUNED = "fine_tuned"  # the folder of a model that was made here
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
 
@@ -110,6 +110,20 @@ class DrawnRecord(Record):
     signature: Hex = ""
 
 
+class CheckRecord(Record):
+    """The key that was drawn here for the check at `position`; `delivered`: the digest of what was sent before. `seed`
+    never leaves. Once this owner has given its shares: `keys`, everybody's; `session`, the sum's; `upload`, the digest
+    of what it gave. All in hexadecimal.
+    """
+
+    position: int
+    delivered: Hex
+    seed: Hex
+    keys: Hex = ""
+    session: Hex = ""
+    upload: Hex = ""
+
+
 class TotalRecord(Record):
     """The metrics of all owners, as this owner added them up; `metrics`: a SignedMean, in JSON."""
 
@@ -129,17 +143,17 @@ class ResultRecord(Record):
 
 
 class RunState(Record):
-    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over;
-    `openings`: how many sessions it had, if it is a round. `opened`: the sessions that this owner added up by itself.
+    """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over.
+    `opened`: the sessions that this owner added up by itself.
 
     `tested`: what this owner contributed to the test round; `published`: the folder that it would publish itself. Where
-    merges are verified: `summed`, `drawn` and `verified`, the positions of the deliveries that are; `totals`.
+    merges are verified: `summed`, `drawn`, `check` until it is made, and `verified`, the positions of the deliveries
+    that are; `totals`.
     """
 
     run: str
     agreement_digest: str
     begun: int | None = None
-    openings: int = 0
     opened: tuple[str, ...] = ()
     is_complete: bool = True
     received: tuple[ReceivedRecord, ...] = ()
@@ -148,6 +162,7 @@ class RunState(Record):
     published: PublishedFolder | None = None
     summed: tuple[SummedRecord, ...] = ()
     drawn: DrawnRecord | None = None
+    check: CheckRecord | None = None
     verified: tuple[int, ...] = ()
     totals: tuple[TotalRecord, ...] = ()
     arriving: ArrivingRecord | None = None

@@ -1,10 +1,11 @@
 """An owner's part in verifying what it is sent: nothing is measured on a model before it is known to be the merge.
 
-The mathematics and the order of what is drawn are in common/verification.py; the sum that everybody opens is in
-common/summation/masked/opening.py. An owner that finds a model wrong keeps a record of it, forgets the run and answers
-nothing more under the agreement.
+The mathematics and the order of what is drawn are in common/verification.py; the sum that everybody makes and adds up
+is in common/summation/pairwise.py. Its messages travel with those that set up the next round. An owner that finds a
+model wrong keeps a record of it, forgets the run and answers nothing more under the agreement.
 """
 
+import hashlib
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from client.context import OwnerContext
 from client.records import Record
 from client.state import (
+    CheckRecord,
     DrawnRecord,
     ReceivedRecord,
     RoundKind,
@@ -32,19 +34,28 @@ from common.domain_separation import Domain
 from common.errors import LocalProtocolError, RemoteProtocolError, WrongModel
 from common.identity import verify
 from common.mapped import release
-from common.messages import CorrectionPart, Draw, Drawn, Message, OpeningChecked, UploadsOpened
+from common.messages import (
+    CheckKeys,
+    CheckShares,
+    CorrectionPart,
+    Draw,
+    Drawn,
+    Message,
+    OpeningChecked,
+    UploadsOpened,
+)
 from common.metrics import read_total
 from common.models.delta import VectorDelta, check_candidate
 from common.publication import SignedMean
 from common.schedule import Delivery, Round
 from common.settings_file import Hex
 from common.summation import fixed_point
-from common.summation.masked.book import Book
 from common.summation.masked.opening import opened_total
 from common.summation.masked.owner import MaskedOwner
 from common.summation.masked.phases import Phase
 from common.summation.own_part import OwnPart
-from common.summation.protocol import OwnerSide, Total
+from common.summation.pairwise import PairwiseSum, public_key, verify_nonce
+from common.summation.protocol import OwnerSide
 from common.summation.records import Nonce, Survivor, name_at
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
@@ -54,16 +65,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES: Final = ("scales", "contribution", "step")  # the rounds from whose totals models are merged
-MOST_OPENINGS = 16  # sessions of one check; with the best of 16 draws, an error may be 16^(1/8) = 1.4 times as large
-OPEN: Final = ("check", "metrics")  # the rounds that every owner opens, where merges are verified
 
 
 class Evidence(Record):
     """What an owner keeps of a model that is not the merge.
 
-    The coordinator signed everything that it delivered; the `uploads` of the `survivors` do not add up to zero. It
-    proves nothing to others: the models, the key book and the owners' signatures are not in it. All bytes are in
-    hexadecimal.
+    The coordinator signed everything that it delivered. The owners signed the `uploads`, which do not add up to zero,
+    under the digest of the `keys` of their check. It proves nothing to others: the models are not in it. All bytes are
+    in hexadecimal.
     """
 
     agreement_digest: str
@@ -71,17 +80,25 @@ class Evidence(Record):
     wrong: tuple[str, ...]
     delivered: tuple[ReceivedRecord, ...]
     signature: Hex
-    request: dict[str, str | int] | None = None
-    survivors: Hex = ""
-    seeds: Hex = ""
+    keys: Hex = ""
     uploads: Hex = ""
+    signatures: Hex = ""
 
 
 # --- before the check ---
 
 
 def draw(owner: OwnerContext, message: Draw) -> Message:
-    """Draw this owner's nonce, now that it has the models: once, whoever asks again."""
+    """Draw this owner's nonce, once it has the models, or its key, once it has the corrections too."""
+    is_key = owner.schedule.check_at(message.position) is not None
+    delivered, drawn = (_drawn_key if is_key else _drawn_nonce)(owner, message)
+    body = nonce_body(message.position, delivered, drawn)
+    signature = owner.identity.sign(Domain.SIGN_NONCE, bytes.fromhex(message.run), body)
+    return Drawn(run=message.run, owner=owner.name, position=message.position, nonce=drawn.hex(), signature=signature)
+
+
+def _drawn_nonce(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
+    """The digest of what was delivered, and the nonce: one, whoever asks again."""
     run, schedule = owner.state.run, owner.schedule
     schedule.delivery_at(message.position, "correction")
     schedule.check_follows(
@@ -96,9 +113,22 @@ def draw(owner: OwnerContext, message: Draw) -> Message:
             blind=secrets.token_hex(32),
         )
         owner.state.update_run(drawn=drawn)
-    body = nonce_body(message.position, drawn.delivered, bytes.fromhex(drawn.nonce))
-    signature = owner.identity.sign(Domain.SIGN_NONCE, bytes.fromhex(message.run), body)
-    return Drawn(run=message.run, owner=owner.name, position=message.position, nonce=drawn.nonce, signature=signature)
+    return drawn.delivered, bytes.fromhex(drawn.nonce)
+
+
+def _drawn_key(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
+    """The digest of what was delivered, and the public key: one, whoever asks again."""
+    run = owner.state.run
+    has_corrections = bool(run.received) and run.received[-1].position == message.position - 1
+    if not has_corrections:  # check: key-is-drawn-after-the-corrections
+        raise RemoteProtocolError("the coordinator asked for the key of a check that its corrections do not precede")
+    check = run.check
+    if check is None or check.position != message.position:  # check: check-key-is-drawn-once
+        check = CheckRecord(
+            position=message.position, delivered=deliveries_digest(run.delivered), seed=secrets.token_hex(32)
+        )
+        owner.state.update_run(check=check)
+    return check.delivered, public_key(bytes.fromhex(check.seed), run.run)
 
 
 def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
@@ -117,9 +147,8 @@ def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
             "merged"
         )
     for name, each in nonces.items():
-        body = nonce_body(message.position, drawn.delivered, each.nonce)
-        verify(
-            roster[name], Domain.SIGN_NONCE, bytes.fromhex(message.run), name, body, each.signature
+        verify_nonce(
+            roster[name], name, message.run, message.position, drawn.delivered, each
         )  # check: nonces-are-signed
 
 
@@ -160,7 +189,7 @@ def check_what_follows(owner: OwnerContext, delivery: Delivery, name: str, array
 def check_was_shown(owner: OwnerContext) -> None:
     """Raise RemoteProtocolError if this owner helped to open a sum that is open to all, and was not shown it."""
     run, kept = owner.state.run, owner.state.open_round
-    if not owner.agreement.is_verified or kept is None or kept.kind not in OPEN or run.is_complete:
+    if not owner.agreement.is_verified or kept is None or kept.kind != "metrics" or run.is_complete:
         return
     if (
         kept.open_sum.position == run.begun and kept.side.get("phase") == Phase.UNMASKING
@@ -168,10 +197,13 @@ def check_was_shown(owner: OwnerContext) -> None:
         raise RemoteProtocolError("the coordinator goes on without showing this owner the sum that it helped to open")
 
 
+def comes_first(owner: OwnerContext, kind: RoundKind) -> bool:
+    """Whether something is verified before a round of this kind is measured."""
+    return owner.agreement.is_verified and kind in ("step", "metrics")
+
+
 def check_all_verified(owner: OwnerContext, round_: Round) -> None:
-    """Raise LocalProtocolError if something that was sent before a round is yet to be verified."""
-    if not owner.agreement.is_verified or round_.kind not in ("step", "metrics"):
-        return
+    """Raise RemoteProtocolError if something that was sent before a round is yet to be verified."""
     run, schedule = owner.state.run, owner.schedule
     received = {each.position for each in run.received}
     for delivery in schedule.of_kind("merged_step", "candidate"):
@@ -179,19 +211,9 @@ def check_all_verified(owner: OwnerContext, round_: Round) -> None:
         if (
             position in received and delivery.layout.size and position not in run.verified
         ):  # check: nothing-is-measured-unverified
-            raise LocalProtocolError(f"{delivery.name} was not verified")
-
-
-def check_is_not_drawn_again(round_: Round, openings: int) -> None:
-    """Raise RemoteProtocolError if the sessions of a check are opened one after the other.
-
-    Each draws another s, which the coordinator knows before anybody gives a share. It would wait for one that suits it.
-    """
-    if round_.kind == "check" and openings > MOST_OPENINGS:  # check: checks-are-not-drawn-at-will
-        raise RemoteProtocolError(
-            f"the coordinator opened the {round_.name} more than {MOST_OPENINGS} times",
-            hint="if it was only restarted that often, a new agreement is needed",
-        )
+            raise RemoteProtocolError(
+                f"the coordinator asked for the {round_.name}, but {delivery.name} is not verified"
+            )
 
 
 # --- the check ---
@@ -213,19 +235,44 @@ def keep_own(owner: OwnerContext, position: int, side: MaskedOwner) -> None:
     owner.state.update_run(summed=(*others, SummedRecord(position=position, owners=names)))
 
 
-def shares(owner: OwnerContext, round_: Round, book: Book) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """What this owner adds to a check, in the order of its layout; `book` is that of the check's session."""
-    run, schedule = owner.state.run, owner.schedule
-    present = tuple(owner.agreement.owner_names[index] for index in book.entries)
-    if present != contributors(owner):  # check: checked-by-all-contributors
-        raise RemoteProtocolError("the coordinator made a check without all owners whose contributions are merged")
-    drawn = run.drawn
-    assert drawn is not None  # the schedule has the corrections before the check
-    correction = schedule.delivery_at(round_.position - 1, "correction")
+def add_shares(owner: OwnerContext, message: CheckKeys) -> Message:
+    """Give this owner's part of a check: once, and the same again to a coordinator that was restarted."""
+    check, round_ = owner.state.run.check, owner.schedule.check_at(message.position)
+    if round_ is None or check is None or check.position != message.position:
+        raise RemoteProtocolError("the coordinator asked for check shares before this owner's key")
+    if check.keys not in ("", message.nonces.hex()):  # check: check-is-made-once
+        raise RemoteProtocolError("the coordinator asked for the same check with other keys")
+    joint, seed = _sum_of(owner, round_, check, message.nonces), bytes.fromhex(check.seed)
+    mine = joint.entries.get(owner.name)
+    if mine is None or mine.nonce != public_key(seed, message.run):  # check: my-check-key-is-in-it
+        raise RemoteProtocolError("the coordinator made a check without this owner's key")
+    joint.check(contributors(owner))
+    vector = np.zeros(round_.layout.size)
+    round_.layout.flatten(shares(owner, round_, joint.digest), vector)
+    payload = joint.masked(seed, owner.name, vector)
+    upload = hashlib.sha256(payload.data).hexdigest()
+    if check.upload not in ("", upload):  # check: check-shares-never-change
+        raise LocalProtocolError("the check shares have changed since they were sent, so they do not leave again")
+    changes = {"keys": message.nonces.hex(), "session": joint.session, "upload": upload}
+    owner.state.update_run(check=check.model_copy(update=changes))  # on the disk before they leave
+    return CheckShares(
+        run=message.run,
+        owner=owner.name,
+        position=message.position,
+        payload=payload,
+        signature=joint.sign(owner.identity, payload),
+    )
+
+
+def shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """What this owner adds to a check, in the order of its layout."""
+    drawn = owner.state.run.drawn
+    assert drawn is not None  # the key was drawn after the corrections, and these after the nonces
+    correction = owner.schedule.delivery_at(round_.position - 1, "correction")
     challenge = Challenge(
         claims=round_.claims,
         rho_seed=projection_seed(drawn.delivered, bytes.fromhex(drawn.nonces)),
-        combination_seed=combination_seed(book.digest),
+        combination_seed=combination_seed(keys_digest),
         blind=bytes.fromhex(drawn.blind),
         sent=np.array(owner.state.open_array(delivered_array(correction.position), correction.layout.size, "<f4")),
     )
@@ -237,8 +284,46 @@ def shares(owner: OwnerContext, round_: Round, book: Book) -> Iterator[tuple[str
         _condemn(owner, [violation.message], {})
 
 
-def open_uploads(owner: OwnerContext, kind: RoundKind, side: OwnerSide, message: UploadsOpened) -> Message:
-    """Add up an open sum. Raises WrongModel if it shows that something that was sent is not the merge."""
+def knows_session(owner: OwnerContext, session: str) -> bool:
+    """Whether it is a sum that this owner has added up, or the check that it is to add up now."""
+    run = owner.state.run
+    return session in run.opened or (run.check is not None and session == run.check.session)
+
+
+def open_check(owner: OwnerContext, message: UploadsOpened) -> None:
+    """Add up a check. Raises WrongModel if it shows that something that was sent is not the merge."""
+    run = owner.state.run
+    check = run.check
+    assert check is not None  # `knows_session` was asked before
+    round_ = owner.schedule.check_at(check.position)
+    assert round_ is not None
+    total = _sum_of(owner, round_, check, bytes.fromhex(check.keys)).total(message.payload, message.proofs)
+    wrong = wrong_claims(round_.claims, total)
+    if wrong:
+        opened = {
+            "keys": check.keys,
+            "uploads": message.payload.tobytes().hex(),
+            "signatures": message.proofs.hex(),
+        }
+        _condemn(owner, wrong, opened)
+    verified = (*run.verified, *(claim.delivery for claim in round_.claims))
+    owner.state.update_run(verified=verified, opened=(*run.opened, message.session), check=None)
+    _delete_proved(owner, round_)
+
+
+def _sum_of(owner: OwnerContext, round_: Round, check: CheckRecord, keys: bytes) -> PairwiseSum:
+    return PairwiseSum(
+        run=owner.state.run.run,
+        position=round_.position,
+        delivered=check.delivered,
+        layout=round_.layout,
+        roster=owner.agreement.roster,
+        keys=keys,
+    )
+
+
+def open_metrics(owner: OwnerContext, side: OwnerSide, message: UploadsOpened) -> Message:
+    """Add up the metrics of all owners."""
     if not isinstance(side, MaskedOwner) or not side.terms.is_open:
         raise RemoteProtocolError("the coordinator opened a sum that is not open to all owners")
     run, request = owner.state.run, side.terms.request
@@ -248,33 +333,15 @@ def open_uploads(owner: OwnerContext, kind: RoundKind, side: OwnerSide, message:
     if request.position != run.begun or run.is_complete:
         return reply  # asked again
     total, round_ = opened_total(side, message), owner.schedule.round_at(request.position)
-    if kind == "check":
-        _check_claims(owner, round_, total, side, message)
-        verified = (*run.verified, *(claim.delivery for claim in round_.claims))
-        owner.state.update_run(verified=verified, opened=(*run.opened, message.session), is_complete=True)
-        _delete_proved(owner, round_)
-    else:
-        assert round_.split is not None
-        scores = read_total(owner.agreement, round_.split, round_.models, total.vector)
-        totals = tuple(
-            TotalRecord(split=round_.split, model=model, metrics=SignedMean.of(score).model_dump_json())
-            for model, score in scores.items()
-        )
-        opened = (*run.opened, message.session)
-        owner.state.update_run(totals=(*run.totals, *totals), opened=opened, is_complete=True)
+    assert round_.split is not None
+    scores = read_total(owner.agreement, round_.split, round_.models, total.vector)
+    totals = tuple(
+        TotalRecord(split=round_.split, model=model, metrics=SignedMean.of(score).model_dump_json())
+        for model, score in scores.items()
+    )
+    opened = (*run.opened, message.session)
+    owner.state.update_run(totals=(*run.totals, *totals), opened=opened, is_complete=True)
     return reply
-
-
-def _check_claims(owner: OwnerContext, round_: Round, total: Total, side: MaskedOwner, message: UploadsOpened) -> None:
-    wrong = wrong_claims(round_.claims, total)
-    if wrong:
-        opened = {
-            "request": vars(side.terms.request),
-            "survivors": side.survivors.hex(),
-            "seeds": message.seeds.hex(),
-            "uploads": message.payload.tobytes().hex(),
-        }
-        _condemn(owner, wrong, opened)
 
 
 def _delete_proved(owner: OwnerContext, round_: Round) -> None:

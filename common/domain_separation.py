@@ -24,6 +24,7 @@ class Domain(Enum):
     PROJECTION = b"amalgram v1 16 projection of a merged model\n"
     COMBINATION = b"amalgram v1 17 combination of a merged model's rows\n"
     SCALE = b"amalgram v1 18 factor of a scale\n"
+    CHECK_KEYS = b"amalgram v1 19 keys of a check\n"
     SHARE_COMMITMENT = b"amalgram v1 15 commitment to a share\n"
     # What is signed.
     SIGN_PRESENT = b"amalgram v1 21 sign presence\n"
@@ -39,10 +40,13 @@ class Domain(Enum):
     SIGN_RECEIPT = b"amalgram v1 29 sign receipt of a result\n"
     SIGN_DELIVERIES = b"amalgram v1 32 sign what was delivered\n"
     SIGN_NONCE = b"amalgram v1 33 sign nonce\n"
+    SIGN_CHECK_SHARES = b"amalgram v1 34 sign check shares\n"
     # What is derived.
     CHANNEL_KEY = b"amalgram v1 41 channel private key\n"
     MASK_KEY = b"amalgram v1 42 mask private key\n"
     SEAL_KEY = b"amalgram v1 43 key that seals shares\n"
     PAIR_MASK = b"amalgram v1 44 mask of a pair\n"
     SELF_MASK = b"amalgram v1 45 mask of one owner\n"
+    CHECK_KEY = b"amalgram v1 46 private key of a check\n"
+    CHECK_MASK = b"amalgram v1 47 mask of a pair in a check\n"
     LEDGER_KEY = b"amalgram v1 61 key of a ledger's sketches\n"

@@ -19,15 +19,17 @@
                         ScalesPart               PartReceived        the scales that contributions are summed on
     verification        Draw                     Drawn               a signed nonce, once the owner has the models
                         CorrectionPart           PartReceived        what rounding to float32 took from them
-                        UploadsOpened            OpeningChecked      after Unmasking: everybody adds up by itself
+                        Draw                     Drawn               a signed key, once the owner has these
+                        CheckKeys                CheckShares         its part of the check, masked and signed
+                        UploadsOpened            OpeningChecked      everybody adds up by itself; metrics too
     the end             Result                   ResultReceived      what is published, signed by the coordinator
                         Receipts                 ReceiptsKept        everybody's signature under the same result
                         Finish                   Finished            ends a run without a result
     any                 (any)                    Refusal             a code, never an exception's text
 
-Messages travel in packets, because a node starts a process for each packet. Parts and the result wait for no answer:
-they travel ahead of the next message, as many as fit. An owner answers the messages of a packet one after the other, as
-if each had come alone, and stops at the first that it refuses.
+Messages travel in packets, because a node starts a process for each packet. Parts, the result and what verification
+needs after its first Draw wait for no answer: they travel ahead of the next message, as many as fit. An owner answers
+the messages of a packet one after the other, as if each had come alone, and stops at the first that it refuses.
 
 A message is frozen and checked when it is built, so every message that exists is well formed. Building a malformed one
 raises LocalProtocolError; `decode` raises RemoteProtocolError for unknown kinds, missing or additional fields, wrong
@@ -49,7 +51,7 @@ from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 from common.text import MAX_LINE, flaw, shown
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_PARTS = 1_000_000
@@ -317,7 +319,7 @@ class CorrectionPart(DeliveryPart):
 
 @dataclass(frozen=True, kw_only=True)
 class Draw(Message):
-    """Asks for the nonce of the check whose corrections are due at `position`."""
+    """Asks for what the check needs that is due at `position`: a nonce for its corrections, or a key for itself."""
 
     run: str
     agreement_digest: str
@@ -326,7 +328,10 @@ class Draw(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(Message):
-    """A fresh nonce. `signature`: over it and what the owner has been sent (certificates.nonce_body)."""
+    """`nonce`: fresh; for the check itself, a public key (summation/pairwise.py).
+
+    `signature`: over it and what the owner has been sent (certificates.nonce_body).
+    """
 
     run: str
     owner: str
@@ -336,16 +341,35 @@ class Drawn(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckKeys(Message):
+    """Asks for an owner's part of the check at `position`. `nonces`: a `records.Nonce` of each contributor: its key."""
+
+    run: str
+    agreement_digest: str
+    position: int
+    nonces: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckShares(Message):
+    run: str
+    owner: str
+    position: int
+    payload: NDArray  # (layout size,) of the layout's ring
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class UploadsOpened(Message):
     """What everybody needs to add up a sum that is open to all owners.
 
-    `payload`: the survivors' masked vectors, one after the other in the order of the survivor list. `seeds`: a
-    `records.OpenedSeed` of everybody who shared keys.
+    `payload`: the owners' masked vectors, one after the other in the order of the survivor list, or of a check's keys.
+    `proofs`: a `records.OpenedSeed` of everybody who shared keys; for a check, a `records.Signed` of each vector.
     """
 
     session: str
-    seeds: bytes
-    payload: NDArray  # (survivors * layout size,) of the layout's ring
+    proofs: bytes
+    payload: NDArray  # (owners * layout size,) of the layout's ring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +472,8 @@ KINDS: dict[str, type[Message]] = {
         PartReceived,
         Draw,
         Drawn,
+        CheckKeys,
+        CheckShares,
         UploadsOpened,
         OpeningChecked,
         Result,
@@ -574,7 +600,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "signatures": _is_list,
     "publication": _is_list,
     "nonces": _is_list,
-    "seeds": _is_list,
+    "proofs": _is_list,
     "agreement_digest": _is_hex_64,
     "layout_digest": _is_hex_64,
     "owner": _is_owner,

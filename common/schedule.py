@@ -11,8 +11,8 @@ text, the progress display and the report print it.
     candidates, metrics round               on test examples, the chosen candidate of every method
 
 Unless the agreement turns it off, owners verify what they are sent before they measure anything on it: a correction and
-a check round come before every step round and metrics round (common/verification.py). Then all owners learn the totals
-of metrics, too.
+a check round come before every step round and metrics round (common/verification.py). A check is made while the next
+round is set up (summation/pairwise.py). Then all owners learn the totals of metrics, too.
 
 An event is known by its `position`. Agreement, position and layout together say exactly what is asked for.
 """
@@ -185,6 +185,11 @@ class Schedule:
             )
         return event
 
+    def check_at(self, position: int) -> Round | None:
+        """The check at `position`; None for any other event. Raises RemoteProtocolError beyond the schedule."""
+        event = self._at(position)
+        return event if isinstance(event, Round) and event.kind == "check" else None
+
     def of_kind(self, *kinds: DeliveryKind) -> tuple[Delivery, ...]:
         """Every delivery of these kinds, in order."""
         return tuple(event for event in self.events if isinstance(event, Delivery) and event.kind in kinds)
@@ -238,12 +243,15 @@ class Schedule:
     def check_follows(self, position: int, begun: int | None, *, is_complete: bool) -> None:
         """Raise RemoteProtocolError unless the event at `position` is the one that was begun last, or the next one.
 
-        The next one must wait until the one begun last `is_complete`. `begun` is None before the first event. An owner
-        that may drop out may also come back: the rounds that were summed without it are not due any more.
+        The next one must wait until the one begun last `is_complete`. `begun` is None before the first event. A check
+        is never due itself: it is made while the round after it is set up. An owner that may drop out may also come
+        back: the rounds that were summed without it are not due any more.
         """
         following = 0 if begun is None else begun + 1
-        due = following if is_complete or begun is None else begun  # check: last-event-is-complete
-        if position in (begun, due) or (self.owners_may_drop_out and self._has_only_rounds(due, position)):
+        first = following if is_complete or begun is None else begun  # check: last-event-is-complete
+        is_check = first < len(self.events) and self.check_at(first) is not None
+        due = first + 1 if is_check else first
+        if position in (begun, due) or (self.owners_may_drop_out and self._has_only_rounds(first, position)):
             return
         expected = self.events[due].name if due < len(self.events) else "nothing"
         raise RemoteProtocolError(f"the coordinator went on with {self._at(position).name}, but {expected} is due")

@@ -15,11 +15,11 @@ s (n, 8), owner i sends for each equation, for every column k,
 
 The order matters. First the owners have D. Then each draws a nonce, from which rho follows, and signs it with the
 digest of what it was sent, so that nobody else can invent one that suits a D chosen before. Then the coordinator names
-the correction c. Then the keys of the check's own session are drawn, from which s follows. Whoever knew s when choosing
-c could hide an error in directions where A is weak, and whoever knew rho when choosing D could hide it at once. The
-coordinator knows s a step before the owners give their shares, and can open another session instead. An owner opens
-16 at most. In all 8 columns, an error r passes by chance if its sums are below the tolerance, which are about |r|_2
-large: the best of 16 draws lets one pass that is 16^(1/8) = 1.4 times as large.
+the correction c. Then each owner draws the key of its masks in the check (summation/pairwise.py) and signs it with the
+digest of what it was sent, c included; s follows from all keys. Whoever knew s when choosing c could hide an error in
+directions where A is weak, and whoever knew rho when choosing D could hide it at once. The coordinator knows s an
+exchange before the owners give their shares. But an owner draws one nonce and one key for a check, and gives its shares
+once, so there is no other draw to wait for.
 
 The correction. D travels in float32, and the coordinator knows it to 48 bits, D + R. It sends c = R rho. Rounding to
 nearest leaves |R| <= 2^-24 |D| + 2^-150, so an owner accepts only
@@ -152,9 +152,9 @@ def projection_seed(delivered: str, nonces: bytes) -> bytes:
     return hashlib.sha256(Domain.PROJECTION.value + bytes.fromhex(delivered) + nonces).digest()
 
 
-def combination_seed(book_digest: bytes) -> bytes:
-    """What s follows from: the key book of the check's session, which covers the correction too."""
-    return hashlib.sha256(Domain.COMBINATION.value + book_digest).digest()
+def combination_seed(keys_digest: bytes) -> bytes:
+    """What s follows from: the keys of all owners, drawn for this check, and all that was delivered, c included."""
+    return hashlib.sha256(Domain.COMBINATION.value + keys_digest).digest()
 
 
 def projection(seed: bytes, name: str, rows: int, columns: int, first: int = 0) -> Tensor:

@@ -38,7 +38,7 @@ from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 from common.text import shown
 
-VERSION: Final = 5  # of run.json
+VERSION: Final = 6  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 PIECE_WORDS = 1 << 20
@@ -107,9 +107,9 @@ class SavedDelivery(Saved):
 
 
 class SavedUploads(Saved):
-    """An UploadsOpened without its vectors: `seeds` in hexadecimal, the vectors' size and ring."""
+    """An UploadsOpened without its vectors: `proofs` in hexadecimal, the vectors' size and ring."""
 
-    seeds: Hex
+    proofs: Hex
     size: Count
     ring_bits: Literal[32, 64]
 
@@ -139,7 +139,7 @@ class OpenedSession(Saved):
 class SavedRun(Saved):
     """The content of run.json."""
 
-    version: Literal[5] = VERSION
+    version: Literal[6] = VERSION
     agreement_digest: Digest
     run: Digest
     seconds: Seconds
@@ -148,7 +148,7 @@ class SavedRun(Saved):
     sums: tuple[SavedSum, ...]
     opening: OpenedSession | None
     excluded: dict[str, str]
-    nonces: dict[str, Hex]  # position of a correction -> records.Nonce of every owner, in hexadecimal
+    nonces: dict[str, Hex]  # position of a correction or a check -> records.Nonce of every owner, in hexadecimal
 
 
 # --- reading and writing it ---
@@ -250,7 +250,7 @@ class Checkpoint:
         if len(content) != saved.opened.size * dtype.itemsize:
             raise SettingsError(f"{self._uploads_file(number)}: is incomplete", hint=_start_anew(self.folder))
         return UploadsOpened(
-            session=saved.session, seeds=bytes.fromhex(saved.opened.seeds), payload=np.frombuffer(content, dtype)
+            session=saved.session, proofs=bytes.fromhex(saved.opened.proofs), payload=np.frombuffer(content, dtype)
         )
 
     def uploads_relayed(self) -> None:
@@ -265,7 +265,7 @@ class Checkpoint:
         self.save()
 
     def saved_nonces(self, position: int) -> bytes | None:
-        """What the owners drew for the check whose corrections are due at `position`; None if they have not."""
+        """What the owners drew for the corrections or the check at `position`; None if they have not."""
         found = self.nonces.get(str(position))
         return None if found is None else bytes.fromhex(found)
 
@@ -385,7 +385,7 @@ def _saved_uploads(uploads: UploadsOpened | None) -> SavedUploads | None:
     if uploads is None:
         return None
     ring_bits: Literal[32, 64] = 32 if uploads.payload.itemsize == 4 else 64
-    return SavedUploads(seeds=uploads.seeds.hex(), size=uploads.payload.size, ring_bits=ring_bits)
+    return SavedUploads(proofs=uploads.proofs.hex(), size=uploads.payload.size, ring_bits=ring_bits)
 
 
 def _fields(request: OpenSum) -> dict[str, str | int]:

@@ -17,7 +17,6 @@ from common.certificates import (
     Delivered,
     body_of,
     deliveries_digest,
-    nonce_body,
     nonces_digest,
     presence_body,
     result_body,
@@ -29,6 +28,8 @@ from common.mapped import sha256_of
 from common.messages import (
     PROTOCOL_VERSION,
     CandidatePart,
+    CheckKeys,
+    CheckShares,
     CorrectionPart,
     DeliveryPart,
     Draw,
@@ -47,11 +48,13 @@ from common.messages import (
     ResultReceived,
     RollCall,
     ScalesPart,
+    UploadsOpened,
 )
 from common.publication import PublishedReceipts
 from common.schedule import Delivery, Round, Schedule
-from common.summation import SUMMATIONS
+from common.summation import SUMMATIONS, key_agreement
 from common.summation.masked.evidence import ProvenLie
+from common.summation.pairwise import PairwiseSum, verify_nonce
 from common.summation.protocol import CoordinatorSide, SumAbandoned, SumKind, SumTerms, Total, drive
 from common.summation.records import Nonce, Signed
 from common.summation.totals import SummedTensors
@@ -248,7 +251,6 @@ class Coordinator:
             self._exclude_all(side.violations, exclude)
             certify_as_over(self.exchange, self.agreement, self.run, request.session)
             raise
-        _check_zero(round, total)
         self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
         self._exclude_all(side.violations, exclude)  # check: who-lied-is-left-out
         return total
@@ -307,6 +309,73 @@ class Coordinator:
         self.exchange.check_enough()
         on_arrival()
 
+    # --- checks ---
+
+    def check(self, round: Round) -> None:
+        """Let the owners verify what was delivered, while the next round is set up (summation/pairwise.py).
+
+        Three messages travel ahead of its OpenSum, KeyBook and KeyShares, each made of the answers to the one before.
+        So what goes wrong here is raised there: TooFewOwners, FalseTotal, or OwnerRefused if an owner finds a model
+        wrong.
+        """
+        total = self.checkpoint.next_total(round)
+        keys = self.checkpoint.saved_nonces(round.position)
+        if total is not None:
+            self._relay_uploads(round, total)
+        elif keys is not None:
+            self._collect_shares(round, keys)
+        else:
+            self._collect_keys(round)
+        self.exchange.count_step()
+        self.sums.append(OpenedSum(round, self._contributors))
+
+    def _collect_keys(self, round: Round) -> None:
+        keys: list[Nonce] = []
+
+        def take(owner: str, reply: Message) -> None:
+            drawn = self._nonce(owner, round.position, reply)
+            key_agreement.check_public_key(drawn.nonce)
+            keys.append(drawn)
+
+        def on_arrival() -> None:
+            self._check_all_present(round)
+            self.checkpoint.save_nonces(round.position, Nonce.pack_all(keys))
+            self._collect_shares(round, Nonce.pack_all(keys))
+
+        self.exchange.send_ahead(Ahead(message=self._draw(round.position), check=take, on_arrival=on_arrival))
+
+    def _collect_shares(self, round: Round, keys: bytes) -> None:
+        joint = PairwiseSum(
+            run=self.run,
+            position=round.position,
+            delivered=deliveries_digest(self.delivered),
+            layout=round.layout,
+            roster=self.agreement.roster,
+            keys=keys,
+        )
+        uploads: dict[int, CheckShares] = {}
+
+        def take(owner: str, reply: Message) -> None:
+            if not isinstance(reply, CheckShares) or (reply.owner, reply.position) != (owner, round.position):
+                raise RemoteProtocolError(f"owner {owner} gave no part of the {round.name}")
+            joint.check_upload(owner, reply.payload, reply.signature)
+            uploads[self.agreement.owner_names.index(owner)] = reply
+
+        def on_arrival() -> None:
+            self._check_all_present(round)
+            payload = np.concatenate([uploads[index].payload for index in sorted(uploads)])
+            signatures = Signed.pack_all(Signed(index, each.signature) for index, each in uploads.items())
+            total = joint.total(payload, signatures)
+            _check_zero(round, total)
+            opened = UploadsOpened(session=joint.session, proofs=signatures, payload=payload)
+            self.checkpoint.save_total(round, joint.session, total, opened)
+            self._relay_uploads(round, total)
+
+        request = CheckKeys(
+            run=self.run, agreement_digest=self.agreement.digest(), position=round.position, nonces=keys
+        )
+        self.exchange.send_ahead(Ahead(message=request, check=take, on_arrival=on_arrival))
+
     def _check_all_present(self, round: Round) -> None:
         """Raise TooFewOwners if a check lacks an owner: shares add up to zero only over all who contributed."""
         missing = [owner for owner in self._contributors if owner not in self.owners]
@@ -328,12 +397,11 @@ class Coordinator:
             self.exchange.count_step()
             return saved
         self.exchange.begin_step("draw nonces", correction.phase, self.exchange.ahead_bytes)
-        request = Draw(run=self.run, agreement_digest=self.agreement.digest(), position=correction.position)
         nonces = []
-        for owner, reply in self.exchange.ask(dict.fromkeys(self.owners, request)):
+        for owner, reply in self.exchange.ask(dict.fromkeys(self.owners, self._draw(correction.position))):
             try:
                 if reply is not None:
-                    nonces.append(self._nonce(owner, correction, reply))
+                    nonces.append(self._nonce(owner, correction.position, reply))
             except RemoteProtocolError as violation:
                 self.exchange.exclude(owner, violation)
         self._check_all_present(self.schedule.round_at(correction.position + 1))
@@ -342,16 +410,18 @@ class Coordinator:
         self.exchange.count_step()
         return drawn
 
-    def _nonce(self, owner: str, correction: Delivery, reply: Message) -> Nonce:
+    def _draw(self, position: int) -> Draw:
+        return Draw(run=self.run, agreement_digest=self.agreement.digest(), position=position)
+
+    def _nonce(self, owner: str, position: int, reply: Message) -> Nonce:
         """Raises RemoteProtocolError for a nonce that the other owners would not accept."""
-        if not isinstance(reply, Drawn) or (reply.owner, reply.position) != (owner, correction.position):
+        if not isinstance(reply, Drawn) or (reply.owner, reply.position) != (owner, position):
             raise RemoteProtocolError(f"owner {owner} drew no nonce")
-        key, nonce = self.agreement.roster[owner], bytes.fromhex(reply.nonce)
-        body = nonce_body(correction.position, deliveries_digest(self.delivered), nonce)
-        verify(
-            key, Domain.SIGN_NONCE, bytes.fromhex(self.run), owner, body, reply.signature
+        nonce = Nonce(self.agreement.owner_names.index(owner), bytes.fromhex(reply.nonce), reply.signature)
+        verify_nonce(
+            self.agreement.roster[owner], owner, self.run, position, deliveries_digest(self.delivered), nonce
         )  # check: drawn-nonces-are-signed
-        return Nonce(self.agreement.owner_names.index(owner), nonce, reply.signature)
+        return nonce
 
     def leave_out_absent(self, owners: tuple[str, ...]) -> None:
         """Go on without those that take part but are not among `owners`: they could verify no merge."""
@@ -377,7 +447,7 @@ class Coordinator:
             request=request,
             layout=round.layout,
             roster=self.agreement.roster,
-            needed_owners=len(self._contributors) if round.kind == "check" else self.agreement.needed_owners,
+            needed_owners=self.agreement.needed_owners,
             colluders=self.agreement.colluders,
             is_open=round.is_open,
         )

@@ -150,7 +150,7 @@ class MergeRun:
             case Delivery(kind="correction"):
                 self._send_corrections(event)
             case Round(kind="check"):
-                self.coordinator.sum(event)
+                self.coordinator.check(event)
             case Round(kind="metrics", split="validation"):
                 self._choose(event)
             case Delivery(kind="candidate", split="test", method=str(method)):

@@ -19,6 +19,7 @@ from common.errors import RemoteProtocolError
 from common.messages import (
     Acknowledgements,
     CandidatePart,
+    CheckKeys,
     CorrectionPart,
     Draw,
     Finish,
@@ -104,13 +105,13 @@ def test_regmean_with_five_alphas_sends_an_owner_18_messages(merge: Callable[...
     assert len(kinds) == 18
 
 
-def test_verifying_a_merge_sends_an_owner_6_messages_more(merge: Callable[..., list[Kinds]]) -> None:
+def test_verifying_a_merge_sends_an_owner_1_message_more(merge: Callable[..., list[Kinds]]) -> None:
     alone = ("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
     kinds = merge(ALONE, alone, verified=True)
-    check = [(CandidatePart, Draw), (CorrectionPart, OpenSum), *SUM]
-    metrics = [(UploadsOpened, OpenSum), *SUM]
-    assert kinds == [(RollCall,), (OpenSum,), *SUM, *check, *metrics, (UploadsOpened, Result), (Receipts,)]
-    assert len(kinds) == 13 + 6
+    (book,), (shares,), *rest = SUM
+    check = [(CandidatePart, Draw), (CorrectionPart, Draw, OpenSum), (CheckKeys, book), (UploadsOpened, shares)]
+    assert kinds == [(RollCall,), (OpenSum,), *SUM, *check, *rest, (UploadsOpened, Result), (Receipts,)]
+    assert len(kinds) == 13 + 1
 
 
 def test_comparing_another_method_costs_no_message(merge: Callable[..., list[Kinds]]) -> None:

@@ -328,9 +328,10 @@ def test_an_owner_that_may_drop_out_misses_no_check(agreement: Agreement, plan: 
     schedule = schedule_of(agreement.model_copy(update=changes), plan)
     candidate_, correction, check, test = schedule.events[1:]
     assert allowed(schedule, candidate_.position, True) == [candidate_.position, correction.position]
-    assert allowed(schedule, correction.position, True) == [correction.position, check.position]
-    assert allowed(schedule, check.position, False) == [check.position]
-    assert allowed(schedule, check.position, True) == [check.position, test.position]
+    assert allowed(schedule, correction.position, False) == [correction.position]
+    assert allowed(schedule, correction.position, True) == [correction.position, test.position]  # and check meanwhile
+    assert schedule.check_at(check.position) is check
+    assert schedule.check_at(test.position) is None
 
 
 @given(changes=changes_to_an_agreement())
@@ -381,14 +382,17 @@ def test_if_all_owners_are_needed_only_the_begun_event_or_the_next_one_passes(
     assert allowed(schedule, None, True) == [0]
     last = len(schedule.events) - 1
     for begun in range(last + 1):
-        assert allowed(schedule, begun, True) == ([begun, begun + 1] if begun < last else [begun])
-        assert allowed(schedule, begun, False) == [begun]
+        is_checked = begun < last and schedule.check_at(begun + 1) is not None
+        following = begun + 2 if is_checked else begun + 1
+        assert allowed(schedule, begun, True) == ([begun, following] if begun < last else [begun])
+        if schedule.check_at(begun) is None:  # a check is never begun
+            assert allowed(schedule, begun, False) == [begun]
 
 
 def test_a_refusal_names_the_event_that_is_due(agreement: Agreement, plan: MergePlan) -> None:
     changes = {"compare_with": ("average",), "regmean": UNSWEPT}
     schedule = schedule_of(agreement.model_copy(update=changes), plan)
-    contribution, first, second, _, check, test = schedule.events
+    contribution, first, second, correction, check, test = schedule.events
     assert isinstance(first, Delivery)
     for position, begun, is_complete, says in (
         (test.position, None, True, "went on with sum of test metrics, but sum of contributions is due"),
@@ -396,7 +400,8 @@ def test_a_refusal_names_the_event_that_is_due(agreement: Agreement, plan: Merge
         (test.position, first.position, True, "sum of test metrics, but average candidate for test is due"),
         (contribution.position, second.position, True, "sum of contributions, but correction is due"),
         (test.position, second.position, True, "sum of test metrics, but correction is due"),
-        (test.position, check.position, False, "sum of test metrics, but sum of check shares is due"),
+        (check.position, correction.position, True, "sum of check shares, but sum of test metrics is due"),
+        (test.position, correction.position, False, "sum of test metrics, but correction is due"),
         (second.position, test.position, True, "average candidate for test, but nothing is due"),
     ):
         with pytest.raises(RemoteProtocolError, match=says):

@@ -33,7 +33,7 @@ from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
 from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean
 from common.settings_file import parse_settings
-from common.summation.records import Survivor, name_at
+from common.summation.records import Signed, name_at
 from deploy.terminal import answer, shows_json
 from server import evidence
 from server.report.report import Report, read_report
@@ -292,10 +292,10 @@ def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
         except RemoteProtocolError:
             yield "The coordinator's signature under what it sent is NOT valid for this list:"
     yield from (f"  event {each.position}: SHA-256 {each.digest}  {_quoted(each.model)}" for each in evidence.delivered)
-    if evidence.survivors:
-        survivors = Survivor.unpack_all(bytes.fromhex(evidence.survivors))
-        names = ", ".join(name_at(agreement.owner_names, each.owner) for each in survivors)
-        yield f"Those who checked it: {names}. Their masked shares and the seeds of the masks are in the record."
+    if evidence.signatures:
+        signed = Signed.unpack_all(bytes.fromhex(evidence.signatures))
+        names = ", ".join(name_at(agreement.owner_names, each.owner) for each in signed)
+        yield f"Those who checked it: {names}. Their masked shares are in the record, with their keys and signatures."
         yield "This program added them up, and the sum is not zero. An owner's program that sent a false share has the"
         yield "same effect; the sum hides which. Compare the records of all owners."
 

@@ -22,7 +22,7 @@ from client.verification import Evidence
 from common.errors import OwnerRefused, WrongModel
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.method import MultiRoundMethod
-from common.messages import Message, OpenSum, Packet, Refusal
+from common.messages import CheckKeys, KeyShares, Message, OpenSum, Packet, Refusal
 from common.metrics import read_total
 from common.models.folders import load_tokenizer
 from common.schedule import Delivery, Schedule, schedule_of
@@ -223,11 +223,17 @@ class Cheat:
         return refused.value
 
     @property
-    def opened(self) -> list[str]:
-        """The kinds of rounds that the first owner opened, in order."""
-        schedule = schedule_for(self.parties)
-        requests = [message for message in self.channel.answered if isinstance(message, OpenSum)]
-        return [schedule.round_at(each.position).kind for each in requests]
+    def given(self) -> list[str]:
+        """The kinds of rounds that the first owner measured and gave its numbers for, in order."""
+        schedule, sessions, kinds = schedule_for(self.parties), dict[str, int](), list[str]()
+        for message in self.channel.answered:
+            if isinstance(message, OpenSum):
+                sessions[message.session] = message.position
+            if isinstance(message, KeyShares):
+                kinds.append(schedule.round_at(sessions[message.session]).kind)
+            if isinstance(message, CheckKeys):
+                kinds.append("check")
+        return kinds
 
 
 @pytest.fixture
@@ -264,7 +270,7 @@ def test_42_layers_that_are_not_the_merge_are_found_before_anything_is_measured(
     run = cheat(method, detector)
     refused = run.run()
     assert (refused.code, refused.exit_code) == ("wrong-model", 6)
-    assert run.opened == ["contribution", "check"]  # no step
+    assert run.given == ["contribution", "check"]  # no step
     first = next(iter(run.parties.files))
     evidence, state = evidence_of(run.parties, first), Owner(run.parties.files[first]).state
     assert evidence.wrong
@@ -284,7 +290,7 @@ def test_43_a_candidate_that_is_not_the_merge_is_never_judged(cheat: Callable[..
 
     run = cheat("regmean", detector)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution", "check"]
 
 
 def test_122_a_published_model_with_a_backdoor_in_one_entry(
@@ -299,7 +305,7 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
 
     run = cheat("average", backdoor)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution", "check"]
     first = next(iter(run.parties.files))
     assert evidence_of(run.parties, first).wrong == ("1/mean/classifier.weight",)
     assert explain_evidence(run.parties.files[first]) == WrongModel.exit_code
@@ -315,7 +321,7 @@ def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(cheat: Call
 
     run = cheat("regmean", other)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check", "metrics"]
+    assert run.given == ["contribution", "check", "metrics"]
 
 
 def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callable[..., Cheat]) -> None:
@@ -329,7 +335,7 @@ def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callabl
 
     run = cheat("refit", other_body)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check", "step", "check"]
+    assert run.given == ["contribution", "check", "step"]  # no part of the second check
 
 
 def test_124_corrections_beyond_the_rounding_of_float32(
@@ -356,7 +362,7 @@ def test_124_corrections_beyond_the_rounding_of_float32(
     monkeypatch.setattr(merge, "corrections", bent)
     run = cheat("average", wrong)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution"]
 
 
 def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
@@ -374,7 +380,7 @@ def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: 
 
     run = cheat("average", other_factors, adapter_rank=2)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution", "check"]
     first = next(iter(run.parties.files))
     says = f"the coordinator sent factors of {layer} that are not the closest of their rank"
     assert evidence_of(run.parties, first).wrong == (says,)
@@ -397,7 +403,7 @@ def test_147_what_the_method_s_function_did_not_make_is_never_judged(
 
     run = cheat(method, wrong_function)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution", "check"]
     says = f"the coordinator sent another {made} than the method makes of the owners' merge"
     assert evidence_of(run.parties, next(iter(run.parties.files))).wrong == (says,)
 
@@ -417,7 +423,7 @@ def test_147_what_a_function_is_applied_to_is_verified_too(cheat: Callable[..., 
 
     run = cheat("logit_adjusted", wrong_shares)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution", "check"]
 
 
 def test_130_an_adapter_of_a_model_that_is_not_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
@@ -431,4 +437,4 @@ def test_130_an_adapter_of_a_model_that_is_not_the_merge_is_never_judged(cheat: 
 
     run = cheat("average", wrong_whole, adapter_rank=2)
     assert run.run().code == "wrong-model"
-    assert run.opened == ["contribution", "check"]
+    assert run.given == ["contribution", "check"]

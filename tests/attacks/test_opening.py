@@ -85,22 +85,22 @@ def test_120_vectors_in_another_order_or_number() -> None:
 
 def test_121_a_seed_that_its_owner_did_not_commit_to() -> None:
     coordinator, message = opened()
-    seeds = OpenedSeed.unpack_all(message.seeds)
+    seeds = OpenedSeed.unpack_all(message.proofs)
     changed = [replace(seeds[0], seed=flip(seeds[0].seed)), *seeds[1:]]
     with pytest.raises((RemoteProtocolError, FalseTotal), match="seed of o0 is not the one that it committed to"):
-        opened_total(coordinator.owners["o1"], replace(message, seeds=OpenedSeed.pack_all(changed)))
+        opened_total(coordinator.owners["o1"], replace(message, proofs=OpenedSeed.pack_all(changed)))
 
 
 def test_121_seeds_of_another_kind_or_other_owners() -> None:
     coordinator, message = opened()
-    seeds = OpenedSeed.unpack_all(message.seeds)
+    seeds = OpenedSeed.unpack_all(message.proofs)
     for changed, says in (
         ([replace(seeds[0], kind=b"m"), *seeds[1:]], "not the one that it committed to"),
         (seeds[1:], "seeds of other owners"),
         ([*seeds, OpenedSeed(9, b"m", bytes(32))], "seeds of other owners"),
     ):
         with pytest.raises(RemoteProtocolError, match=says):
-            opened_total(coordinator.owners["o1"], replace(message, seeds=OpenedSeed.pack_all(changed)))
+            opened_total(coordinator.owners["o1"], replace(message, proofs=OpenedSeed.pack_all(changed)))
 
 
 def test_a_sum_is_not_opened_before_its_survivors_are_signed_for() -> None:

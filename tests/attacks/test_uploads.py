@@ -1,6 +1,7 @@
 """Attacks 23 to 25 and 76: owners that upload twice, or something else, or NaN; values at the bound and beyond it."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,15 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client import verification
+from client.context import OwnerContext
 from client.owner import Owner
 from common.domain_separation import Domain
 from common.errors import FalseTotal, LocalProtocolError, NumericalError, RemoteProtocolError, SettingsError
 from common.messages import (
     Acknowledgements,
+    CheckKeys,
     Finish,
     KeyShares,
     MaskedPart,
     Message,
+    OpenSum,
     PartRequest,
     RollCall,
     SumOpened,
@@ -28,6 +33,7 @@ from common.messages import (
     decode,
     encode,
 )
+from common.schedule import Round
 from common.summation import fixed_point
 from common.summation.masked.book import part_body
 from common.summation.plain import PlainCoordinator
@@ -246,18 +252,21 @@ class ZeroShares(OwnersChannel):
     """The first owner follows the protocol, but its shares of a check are all zero."""
 
     def answer(self, node: int, request: Message) -> Message | None:
-        state = Owner(self.files[node]).state
-        if node == 0 and isinstance(request, KeyShares) and state.open_round and state.open_round.kind == "check":
-            layout = state.read_layout("vector")
-            state.open_array("vector", layout.size, "<u8", writable=True)[:] = 0
-        return super().answer(node, request)
+        with pytest.MonkeyPatch.context() as patch:
+            if node == 0 and isinstance(request, CheckKeys):
+                patch.setattr(verification, "shares", zero_shares)
+            return super().answer(node, request)
+
+
+def zero_shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, np.ndarray]]:
+    yield from ((each.name, np.zeros(each.shape)) for each in round_.layout.entries)
 
 
 def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(reviews_folder: Path, tmp_path: Path) -> None:
     """No owner is sent it: each would take an honest coordinator's model for a false one."""
     with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
         (parties.output / ".amalgram").touch()
-        channel, again = ZeroShares(parties.files), OwnersChannel(parties.files)
+        channel, again = ZeroShares(parties.files), ZeroShares(parties.files)
         with pytest.raises(FalseTotal, match="do not add up to zero: an owner sent a false share") as error:
             run_merge(parties.coordinator, channel)
         with pytest.raises(FalseTotal):
@@ -265,7 +274,7 @@ def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(review
         assert not any(Owner(path).state.evidence(parties.agreement.digest()) for path in parties.files.values())
     assert "if this machine may be at fault, run the same command again" in error.value.hint
     assert not {Finish, UploadsOpened} & {kind for packet in channel.kinds for kind in packet}
-    assert again.kinds == [(RollCall,), (Acknowledgements,)]
+    assert again.kinds == [(RollCall,), (CheckKeys, OpenSum)]
 
 
 def test_76_a_check_that_this_machine_computed_wrongly_is_computed_again(

@@ -1,9 +1,10 @@
-"""Attacks 123, 124, 126 and 131: a coordinator that tries each shortcut around the check of one honest run.
+"""Attacks 123, 124, 126, 131 and 211 to 213: a coordinator that tries each shortcut around the check of one honest run.
 
 One owner is sent every message that must be refused, just before the honest one in its place. At the end the run has
 succeeded, so the owner refused those and nothing else.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from client import verification
 from client.owner import Owner
@@ -21,20 +23,22 @@ from common.identity import Identity, verify
 from common.mapped import sha256_of
 from common.messages import (
     CandidatePart,
+    CheckKeys,
+    CheckShares,
     CorrectionPart,
     Draw,
     Drawn,
-    KeyBook,
+    KeyShares,
     Message,
     OpenSum,
     Result,
     UploadsOpened,
 )
 from common.publication import read_publication
-from common.schedule import Delivery, Round, Schedule, schedule_of
-from common.summation.masked.book import Book
-from common.summation.protocol import SumTerms, Total
-from common.summation.records import KeyEntry, Nonce
+from common.schedule import Round, Schedule, schedule_of
+from common.summation.pairwise import public_key
+from common.summation.protocol import Total
+from common.summation.records import Nonce, Signed
 from server.coordinator import Coordinator
 from server.merge import run_merge
 from tests.support.owner_process import opening_of
@@ -105,6 +109,16 @@ class TryingChannel(OwnersChannel):
             owner.state.run.run,
         )
 
+    def keys(self, nonces: bytes) -> CheckKeys:
+        run, digest = self.owner.state.run.run, self.parties.agreement.digest()
+        return CheckKeys(run=run, agreement_digest=digest, position=self.check.position, nonces=nonces)
+
+    def key_shares(self) -> KeyShares:
+        """Asks for the first part of what is to be measured next."""
+        kept = self.owner.state.open_round
+        assert kept is not None
+        return KeyShares(session=kept.open_sum.session, deliveries=b"", manifests=b"", opened=b"")
+
 
 @pytest.fixture
 def trying(reviews_folder: Path, tmp_path: Path) -> Iterator[TryingChannel]:
@@ -129,8 +143,12 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
 
     def before_draw(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, Draw)
+        if request.position == trying.check.position:
+            return
         skipped = "went on with sum of test metrics, but correction is due"
         yield Attempt(trying.opening(metrics), RemoteProtocolError, skipped)
+        early = replace(request, position=trying.check.position)
+        yield Attempt(early, RemoteProtocolError, "the key of a check that its corrections do not precede")
 
     def before_correction(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, CorrectionPart)
@@ -155,55 +173,49 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         assert isinstance(request, Draw)
         DRAW.append(request)
 
-    def try_other_owners(owner: Owner, request: Message) -> None:
-        """A key book of others than those who contributed: the shares would not add up to zero."""
-        assert isinstance(request, KeyBook)
-        kept = owner.state.open_round
-        assert kept is not None
-        if kept.kind != "check":
-            return
-        names = parties.agreement.owner_names
-        terms = SumTerms(
-            request=kept.open_sum, layout=trying.check.layout, roster=parties.agreement.roster, needed_owners=2
-        )
-        entries = KeyEntry.unpack_all(request.entries)
-        fewer = Book(terms, KeyEntry.pack_all(entries[: len(names) - 1]))
-        with pytest.raises(RemoteProtocolError, match="without all owners whose contributions are merged"):
-            next(verification.shares(owner, trying.check, fewer))
-        trying.tried.append("fewer owners")
+    def before_keys(request: Message) -> Iterator[Attempt]:
+        """The keys of others than those who contributed: the shares would not add up to zero."""
+        assert isinstance(request, CheckKeys)
+        assert not trying.owner.state.has_array("vector")  # the sum of metrics is open, and nothing was measured
+        fewer = replace(request, nonces=Nonce.pack_all(Nonce.unpack_all(request.nonces)[:2]))
+        says = "without all owners whose contributions are merged"
+        yield Attempt(fewer, RemoteProtocolError, says)
 
     def before_opening(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, UploadsOpened)
-        kept = trying.owner.state.open_round
-        assert kept is not None
-        if kept.kind == "check":
-            says = "went on with sum of test metrics, but sum of check shares is due"
-            yield Attempt(trying.opening(metrics), RemoteProtocolError, says)
-
-    def before_metrics(request: Message) -> Iterator[Attempt]:
-        assert isinstance(request, OpenSum)
-        if request.position != metrics:
-            if trying.schedule.round_at(request.position).kind == "contribution":
-                early = Draw(
-                    run=request.run, agreement_digest=request.agreement_digest, position=trying.check.position - 1
-                )
-                yield Attempt(early, RemoteProtocolError, "went on with correction, but sum of contributions is due")
+        if request.session in trying.owner.state.run.opened or trying.owner.state.run.check is None:
             return
+        yield Attempt(trying.key_shares(), RemoteProtocolError, "average candidate for test is not verified")
+
+    def before_shares(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, KeyShares)
         owner = trying.owner
+        kept = owner.state.open_round
+        assert kept is not None
+        if kept.kind != "metrics":
+            return
         folder = owner.state.folder / "run"
         assert not list(folder.glob("own-*.bin"))  # what was contributed is proved, and deleted
         with as_if(owner, verified=()):
-            yield Attempt(request, LocalProtocolError, "was not verified")
+            yield Attempt(request, RemoteProtocolError, "is not verified")
 
-    trying.checks = {Draw: note_draw, KeyBook: try_other_owners}
+    def before_contributions(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, OpenSum)
+        if trying.schedule.round_at(request.position).kind == "contribution":
+            early = Draw(run=request.run, agreement_digest=request.agreement_digest, position=trying.check.position - 1)
+            yield Attempt(early, RemoteProtocolError, "went on with correction, but sum of contributions is due")
+
+    trying.checks = {Draw: note_draw}
     trying.attempts = {
         Draw: before_draw,
         CorrectionPart: before_correction,
+        CheckKeys: before_keys,
         UploadsOpened: before_opening,
-        OpenSum: before_metrics,
+        KeyShares: before_shares,
+        OpenSum: before_contributions,
     }
     run_merge(parties.coordinator, trying)
-    assert len(trying.tried) == 9
+    assert len(trying.tried) == 10
     assert (parties.output / "model").is_dir()
 
 
@@ -268,7 +280,7 @@ def test_124_a_model_that_only_one_owner_is_sent(trying: TryingChannel, monkeypa
             return trying.signed(request, Nonce.pack_all(nonces))
         return request
 
-    def take_any_nonce(self: Coordinator, owner: str, correction: Delivery, reply: Message) -> Nonce:
+    def take_any_nonce(self: Coordinator, owner: str, position: int, reply: Message) -> Nonce:
         assert isinstance(reply, Drawn)
         return Nonce(self.agreement.owner_names.index(owner), bytes.fromhex(reply.nonce), reply.signature)
 
@@ -280,19 +292,140 @@ def test_124_a_model_that_only_one_owner_is_sent(trying: TryingChannel, monkeypa
 
 
 def test_131_a_check_is_not_drawn_again_until_it_suits_the_coordinator(trying: TryingChannel) -> None:
-    """It knows the random numbers of a session once it has all keys, and then opens another one."""
-    drawn: list[Message] = []
+    """It knows the random numbers of a check once it has all keys. An honest owner draws one, for one list."""
 
-    def open_again(owner: Owner, request: Message) -> None:
-        assert isinstance(request, OpenSum)
-        if trying.schedule.round_at(request.position).kind == "check":
-            for _ in range(verification.MOST_OPENINGS + 1):
-                drawn.append(trying.owner.answer(trying.opening(request.position)))
+    def draw_again(owner: Owner, request: Message) -> None:
+        assert isinstance(request, Draw)
+        answers = {str(trying.owner.answer(request)) for _ in range(3)}
+        assert len(answers) == 1
+        trying.tried.append("another draw")
 
-    trying.checks = {OpenSum: open_again}
-    with pytest.raises(RemoteProtocolError, match="opened the sum of check shares more than 16 times"):
+    def before_opening(request: Message) -> Iterator[Attempt]:
+        """After the owner gave its shares, a colluding owner signs another key for the same check."""
+        assert isinstance(request, UploadsOpened)
+        check = trying.owner.state.run.check
+        if check is None:
+            return
+        first, *others, last = Nonce.unpack_all(bytes.fromhex(check.keys))
+        (name, identity), run = list(trying.parties.identities.items())[2], trying.owner.state.run.run
+        other = public_key(bytes(32), run)
+        body = nonce_body(check.position, check.delivered, other)
+        signature = identity.sign(Domain.SIGN_NONCE, bytes.fromhex(run), body)
+        assert name == trying.parties.agreement.owner_names[last.owner]
+        changed = Nonce.pack_all([first, *others, Nonce(last.owner, other, signature)])
+        yield Attempt(trying.keys(changed), RemoteProtocolError, "the same check with other keys")
+        again = [trying.owner.answer(trying.keys(bytes.fromhex(check.keys))) for _ in range(2)]
+        assert all(isinstance(each, CheckShares) for each in again)
+        payloads = {each.payload.tobytes() for each in again if isinstance(each, CheckShares)}
+        assert {hashlib.sha256(each).hexdigest() for each in payloads} == {check.upload}
+
+    trying.checks = {Draw: draw_again}
+    trying.attempts = {UploadsOpened: before_opening}
+    run_merge(trying.parties.coordinator, trying)
+    assert len(trying.tried) == 3
+
+
+def test_211_keys_of_others_that_are_invented_old_or_missing(trying: TryingChannel) -> None:
+    """With a key that it made, the coordinator would know a mask; with one that it chose, the random numbers."""
+    identity = trying.parties.identities["cinema"]
+
+    def before_keys(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, CheckKeys)
+        check = trying.owner.state.run.check
+        assert check is not None
+        first, second, third = Nonce.unpack_all(request.nonces)
+        position, delivered, key = request.position, check.delivered, public_key(bytes(32), request.run)
+
+        def signed(run: str, position: int, delivered: str, by: Identity = identity) -> Nonce:
+            body = nonce_body(position, delivered, key)  # the key as it is then
+            return Nonce(1, key, by.sign(Domain.SIGN_NONCE, bytes.fromhex(run), body))
+
+        phones = replace(trying.parties.identities["phones"], name="cinema")
+        for false in (
+            replace(second, nonce=key),
+            signed(request.run, position, delivered, by=phones),
+            signed("ab" * 32, position, delivered),
+            signed(request.run, position - 1, delivered),  # as a nonce of the corrections
+            signed(request.run, position, deliveries_digest(trying.owner.state.run.delivered[:-1])),  # before these
+        ):
+            changed = trying.keys(Nonce.pack_all([first, false, third]))
+            yield Attempt(changed, RemoteProtocolError, "the signature of cinema is not valid")
+        for mine in (replace(first, nonce=key), None):
+            changed = trying.keys(Nonce.pack_all([*([mine] if mine else []), second, third]))
+            yield Attempt(changed, RemoteProtocolError, "without this owner's key")
+        key = bytes(32)
+        low_order = Nonce.pack_all([first, signed(request.run, position, delivered), third])
+        yield Attempt(trying.keys(low_order), RemoteProtocolError, "a point of low order")
+        # As if this owner alone had been sent another correction. Several could hide together what one cannot.
+        other, key = deliveries_digest([]), first.nonce
+        hotel = trying.parties.identities["hotel"]
+        with as_if(trying.owner, check=check.model_copy(update={"delivered": other})):
+            mine = replace(signed(request.run, position, other, by=hotel), owner=0)
+            changed = trying.keys(Nonce.pack_all([mine, second, third]))
+            yield Attempt(changed, RemoteProtocolError, "the signature of cinema is not valid")
+
+    trying.attempts = {CheckKeys: before_keys}
+    run_merge(trying.parties.coordinator, trying)
+    assert len(trying.tried) == 9
+
+
+def test_212_shares_that_their_owner_did_not_sign(trying: TryingChannel) -> None:
+    """The coordinator would report a zero. Every owner finds what it takes from a vector, or leaves out."""
+
+    def before_opening(request: Message) -> Iterator[Attempt]:
+        assert isinstance(request, UploadsOpened)
+        check = trying.owner.state.run.check
+        if check is None:
+            return
+        size = trying.check.layout.size
+        payload, (first, *others) = request.payload.copy(), Signed.unpack_all(request.proofs)
+        payload[size] += 1
+        yield Attempt(replace(request, payload=payload), RemoteProtocolError, "the signature of cinema is not valid")
+        swapped = np.concatenate(
+            [request.payload[size : 2 * size], request.payload[:size], request.payload[2 * size :]]
+        )
+        yield Attempt(replace(request, payload=swapped), RemoteProtocolError, "the signature of hotel is not valid")
+        whole = "not one signed vector of every owner"
+        for fewer in (
+            replace(request, payload=request.payload[size:], proofs=Signed.pack_all(others)),
+            replace(request, payload=request.payload[:-1]),
+            replace(request, proofs=Signed.pack_all([first, *others[:-1]])),
+        ):
+            yield Attempt(fewer, RemoteProtocolError, whole)
+        shape = "another shape than was agreed"
+        yield Attempt(replace(request, payload=request.payload.astype("<u4")), RemoteProtocolError, shape)
+
+    trying.attempts = {UploadsOpened: before_opening}
+    run_merge(trying.parties.coordinator, trying)
+    assert len(trying.tried) == 6
+
+
+def test_212_an_owner_that_signs_its_shares_badly_is_named(trying: TryingChannel) -> None:
+    trying.change = lambda reply: replace(reply, signature=bytes(64)) if isinstance(reply, CheckShares) else reply
+    with pytest.raises(RemoteProtocolError, match="the signature of hotel is not valid"):
         run_merge(trying.parties.coordinator, trying)
-    assert len(drawn) == verification.MOST_OPENINGS
+    assert not any(isinstance(message, UploadsOpened) for packet in trying.asked for message in packet)
+
+
+def test_213_shares_that_have_changed_do_not_leave_under_the_same_masks(trying: TryingChannel) -> None:
+    """Two vectors under the same masks would show their difference."""
+    honest = verification.shares
+
+    def changed(owner: Owner, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, NDArray[np.float64]]]:
+        yield from ((name, array + 1.0) for name, array in honest(owner, round_, keys_digest))
+
+    def before_opening(request: Message) -> Iterator[Attempt]:
+        check = trying.owner.state.run.check
+        if check is None:
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verification, "shares", changed)
+            says = "the check shares have changed since they were sent"
+            yield Attempt(trying.keys(bytes.fromhex(check.keys)), LocalProtocolError, says)
+
+    trying.attempts = {UploadsOpened: before_opening}
+    run_merge(trying.parties.coordinator, trying)
+    assert len(trying.tried) == 1
 
 
 def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChannel) -> None:

@@ -335,7 +335,7 @@ class MaskedCoordinator(CoordinatorSide):
         uploads = b"".join(self._uploads[index] for index in sorted(self._survivor_indices()))
         return UploadsOpened(
             session=self._terms.request.session,
-            seeds=OpenedSeed.pack_all(self._seeds),
+            proofs=OpenedSeed.pack_all(self._seeds),
             payload=np.frombuffer(uploads, self._terms.layout.dtype),
         )
 

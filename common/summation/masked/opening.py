@@ -27,7 +27,7 @@ def opened_total(side: MaskedOwner, message: UploadsOpened) -> Total:
     """
     require(side.phase == Phase.UNMASKING, f"{STEP}: this owner has not helped to open the sum")
     terms, book, survivors = side.terms, side.book, Survivor.unpack_all(side.survivors)
-    layout, seeds = terms.layout, OpenedSeed.unpack_all(message.seeds)
+    layout, seeds = terms.layout, OpenedSeed.unpack_all(message.proofs)
     is_whole = message.payload.dtype == layout.dtype and message.payload.shape == (len(survivors) * layout.size,)
     require(is_whole, f"{STEP}: not one vector for each survivor")
     uploads = message.payload.reshape(len(survivors), layout.size)

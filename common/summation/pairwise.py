@@ -1,0 +1,140 @@
+"""A masked sum of which no owner may be missing, and which everybody adds up: pair masks alone hide the vectors.
+
+Source: Bonawitz et al., CCS 2017 (ePrint 2017/281), section 4, "Masking with one-time pads". Owners and coordinator
+both run it, for checks (common/verification.py): shares add up to zero only over all who contributed. So nobody may
+drop out, and no secret is ever rebuilt. There are no self masks, no shares of seeds and no list of survivors, and the
+sum takes two exchanges, which travel with the set-up of the next one.
+
+    coordinator -> owner    owner -> coordinator
+    Draw                    Drawn                 a fresh X25519 key, signed with the digest of all that was delivered
+    CheckKeys               CheckShares           everybody's keys; y_i, signed with the digest of all this
+    UploadsOpened           OpeningChecked        everybody's y_i and signatures; each owner adds them up
+
+Owner i sends y_i = x_i + sum over j > i of PRG(k_ij) - sum over j < i of PRG(k_ij), modulo 2^64, once. k_ij follows
+from the two keys and from `PairwiseSum.digest`: the run, the round, everything that was delivered, and all keys. So if
+owners are told different things, their masks do not cancel, and what they sent is noise. Masks cancel only over all
+owners of one list of keys, and each of them checks that these are the owners whose contributions are merged.
+
+What this does not protect against: what the total itself reveals; an owner that adds a false vector; anybody who
+refuses to continue.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.certificates import nonce_body
+from common.domain_separation import Domain
+from common.errors import RemoteProtocolError
+from common.identity import Identity, verify
+from common.summation import fixed_point, key_agreement, mask_stream
+from common.summation.protocol import Total
+from common.summation.records import Nonce, Signed, name_at
+from common.tensor_layout import TensorLayout
+
+
+def public_key(seed: bytes, run: str) -> bytes:
+    """What an owner shows the others of a fresh `seed`, 32 bytes."""
+    return key_agreement.public_key(seed, Domain.CHECK_KEY, bytes.fromhex(run))
+
+
+def verify_nonce(key: bytes, owner: str, run: str, position: int, delivered: str, nonce: Nonce) -> None:
+    """Raise RemoteProtocolError unless `owner` drew it for `position`, after it had been sent exactly `delivered`."""
+    body = nonce_body(position, delivered, nonce.nonce)
+    verify(key, Domain.SIGN_NONCE, bytes.fromhex(run), owner, body, nonce.signature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseSum:
+    """One such sum, once all keys are there. `delivered`: the digest of everything that was delivered before.
+
+    `keys`: `records.Nonce` of every owner that takes part: its public key, and its signature (`verify_nonce`).
+    """
+
+    run: str
+    position: int
+    delivered: str
+    layout: TensorLayout
+    roster: Mapping[str, bytes]  # owner -> Ed25519 public key, in the agreement's order
+    keys: bytes
+
+    @cached_property
+    def entries(self) -> dict[str, Nonce]:
+        """Owner -> its key."""
+        names = tuple(self.roster)
+        return {name_at(names, each.owner): each for each in Nonce.unpack_all(self.keys)}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that no other sum has."""
+        about = bytes.fromhex(self.run) + self.position.to_bytes(8) + bytes.fromhex(self.delivered)
+        return hashlib.sha256(Domain.CHECK_KEYS.value + about + self.keys).digest()  # check: masks-are-of-one-check
+
+    @property
+    def session(self) -> str:
+        """What UploadsOpened calls the sum."""
+        return self.digest.hex()
+
+    def check(self, owners: tuple[str, ...]) -> None:
+        """Raise RemoteProtocolError unless the keys are those of exactly `owners`, each drawn for this sum."""
+        if tuple(self.entries) != owners:  # check: checked-by-all-contributors
+            raise RemoteProtocolError("the coordinator made a check without all owners whose contributions are merged")
+        for name, each in self.entries.items():
+            verify_nonce(
+                self.roster[name], name, self.run, self.position, self.delivered, each
+            )  # check: check-keys-are-signed
+
+    def masked(self, seed: bytes, me: str, vector: NDArray[np.float64]) -> NDArray:
+        """y_i: `vector` (layout.size,) in fixed point and masked, in place; `seed` is that of this owner's key."""
+        payload = fixed_point.encode(self.layout, vector, len(self.roster))
+        private = key_agreement.private_key(seed, Domain.CHECK_KEY, bytes.fromhex(self.run))
+        mine, masks = self.entries[me].owner, []
+        for each in self.entries.values():
+            if each.owner != mine:
+                key = self._pair_key(key_agreement.agree(private, each.nonce), mine, each.owner)
+                masks.append((key, 1 if mine < each.owner else -1))
+        mask_stream.add_masks(payload, masks, 0)  # check: check-shares-are-masked
+        return payload
+
+    def sign(self, identity: Identity, payload: NDArray) -> bytes:
+        """An owner's signature under its y_i."""
+        return identity.sign(Domain.SIGN_CHECK_SHARES, bytes.fromhex(self.run), self._body(payload))
+
+    def check_upload(self, owner: str, payload: NDArray, signature: bytes) -> None:
+        """Raise RemoteProtocolError unless `payload` is a vector that `owner` signed for this sum."""
+        if payload.dtype != self.layout.dtype or payload.shape != (self.layout.size,):
+            raise RemoteProtocolError(f"check: the vector of {owner} has another shape than was agreed")
+        body = self._body(payload)
+        verify(
+            self.roster[owner], Domain.SIGN_CHECK_SHARES, bytes.fromhex(self.run), owner, body, signature
+        )  # check: check-shares-are-signed
+
+    def total(self, payload: NDArray, signatures: bytes) -> Total:
+        """The total of all y_i, one after the other in `payload`, with everybody's `signatures` (`records.Signed`).
+
+        Raises RemoteProtocolError unless each is the one that its owner signed, and FalseTotal for a total that honest
+        owners cannot reach.
+        """
+        signed, size = Signed.unpack_all(signatures), self.layout.size
+        is_whole = payload.shape == (len(self.entries) * size,)
+        if [each.owner for each in signed] != [each.owner for each in self.entries.values()] or not is_whole:
+            raise RemoteProtocolError("check: not one signed vector of every owner")
+        words = np.zeros(size, dtype="<u8")
+        for number, (name, each) in enumerate(zip(self.entries, signed, strict=True)):
+            upload = payload[number * size : (number + 1) * size]
+            self.check_upload(name, upload, each.signature)
+            fixed_point.numbers(self.layout, words)[:] += upload
+        owners, roster_size = tuple(self.entries), len(self.roster)
+        vector = fixed_point.decode(self.layout, words, roster_size, len(owners))
+        return Total(layout=self.layout, vector=vector, owners=owners, roster_size=roster_size)
+
+    def _pair_key(self, shared: bytes, mine: int, other: int) -> bytes:
+        pair = min(mine, other).to_bytes(2) + max(mine, other).to_bytes(2)
+        return key_agreement.derive(shared, Domain.CHECK_MASK, self.digest, pair, mask_stream.KEY_BYTES)
+
+    def _body(self, payload: NDArray) -> bytes:
+        return self.digest + hashlib.sha256(np.ascontiguousarray(payload).data).digest()
