@@ -131,7 +131,7 @@ def test_a_state_folder_of_the_version_before_is_refused(parties: Parties, party
     version = parties.folder / "state" / "hotel" / "version"
     for found in ("1", "2", None):
         version.unlink() if found is None else version.write_text(f"{found}\n")
-        with pytest.raises(SettingsError, match=f"state of version {found or 1}, this program writes version 3"):
+        with pytest.raises(SettingsError, match=f"state of version {found or 1}, this program writes version 4"):
             assert Owner(party).state
 
 

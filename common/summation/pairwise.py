@@ -92,7 +92,8 @@ class PairwiseSum:
         """y_i: `vector` (layout.size,) in fixed point and masked, in place; `seed` is that of this owner's key."""
         payload = fixed_point.encode(self.layout, vector, len(self.roster))
         private = key_agreement.private_key(seed, Domain.CHECK_KEY, bytes.fromhex(self.run))
-        mine, masks = self.entries[me].owner, []
+        mine = self.entries[me].owner
+        masks: list[mask_stream.Mask] = []
         for each in self.entries.values():
             if each.owner != mine:
                 key = self._pair_key(key_agreement.agree(private, each.nonce), mine, each.owner)
