@@ -79,6 +79,7 @@ AGREED, FUNCTIONS, LOW_RANK, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
     "attacks/test_chosen_models.py",
     "attacks/test_verifying_owner.py",
 )
+PAIRWISE = "attacks/test_pairwise.py"
 
 TABLE = [
     # 42, 43, 120 to 131: verified merges
@@ -94,7 +95,8 @@ TABLE = [
     Mutation(VERIFICATION, "test_128_", "scales-are-coarse"),
     Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "return least"),
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
-    Mutation(VERIFYING, "test_131_", "checks-are-not-drawn-at-will"),
+    Mutation(VERIFYING, "test_131_", "check-key-is-drawn-once"),
+    Mutation(VERIFYING, "test_131_", "check-is-made-once"),
     Mutation(CHOSEN, "test_130_an_adapter_that", "candidates-are-cut"),
     Mutation(CHOSEN, "test_147_what_the_method", "functions-are-applied"),
     Mutation(FUNCTIONS, "test_147_what_a_method", "functions-are-applied"),
@@ -118,8 +120,21 @@ TABLE = [
     Mutation(VERIFYING, "test_124_nonces", "nonces-are-of-this-check", "return nonce"),
     Mutation(VERIFYING, "test_124_an_owner", "drawn-nonces-are-signed"),
     Mutation(VERIFYING, "test_124_no_step", "deliveries-are-signed"),
+    Mutation(VERIFYING, "test_124_no_step", "key-is-drawn-after-the-corrections"),
     Mutation(VERIFYING, "test_124_no_step", "checked-by-all-contributors"),
-    Mutation(VERIFYING, "test_124_no_step", "open-rounds-are-opened", "is_complete = side.is_complete"),
+    Mutation(PAIRWISE, "test_214_the_keys", "checked-by-all-contributors"),
+    Mutation(VERIFYING, "test_211_", "check-keys-are-signed"),
+    Mutation(VERIFYING, "test_211_", "my-check-key-is-in-it"),
+    Mutation(VERIFYING, "test_212_", "check-shares-are-signed"),
+    Mutation(VERIFYING, "test_213_", "check-shares-never-change"),
+    Mutation(PAIRWISE, "test_214_without or test_a_vector_leaves", "check-shares-are-masked"),
+    Mutation(
+        PAIRWISE,
+        "test_214_one_vector",
+        "masks-are-of-one-check",
+        "return hashlib.sha256(Domain.CHECK_KEYS.value + self.keys).digest()",
+    ),
+    Mutation(VERIFYING, "test_126_totals_that", "open-rounds-are-opened", "is_complete = side.is_complete"),
     Mutation(VERIFYING, "test_124_no_step", "nothing-is-measured-unverified"),
     Mutation(VERIFYING, "test_124_no_step", "contributions-are-deleted-once-verified"),
     Mutation(VERIFYING, "test_126_", "published-totals-are-mine"),

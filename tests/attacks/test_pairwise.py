@@ -1,0 +1,122 @@
+"""Attack 214: the masks of a check, of which nobody may be missing (common/summation/pairwise.py)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from common.certificates import nonce_body
+from common.domain_separation import Domain
+from common.errors import RemoteProtocolError
+from common.identity import Identity
+from common.summation import fixed_point
+from common.summation.pairwise import PairwiseSum, public_key
+from common.summation.records import Nonce, Signed
+from common.tensor_layout import TensorEntry, TensorLayout
+from tests.support.sums import identities_of
+
+RUN, DELIVERED, POSITION = "ab" * 32, "cd" * 32, 4
+LAYOUT = TensorLayout((TensorEntry(name="check/l", shape=(50,), bound=2.0**32),))
+
+
+def seed_of(index: int, draw: int = 0) -> bytes:
+    return bytes([index + 1, draw]) * 16
+
+
+def joint_of(
+    identities: Mapping[str, Identity], *, draw: int = 0, delivered: str = DELIVERED, position: int = POSITION
+) -> PairwiseSum:
+    """A sum over all these owners, each with its key of a `draw`."""
+    keys = []
+    for index, identity in enumerate(identities.values()):
+        key = public_key(seed_of(index, draw), RUN)
+        body = nonce_body(position, delivered, key)
+        keys.append(Nonce(index, key, identity.sign(Domain.SIGN_NONCE, bytes.fromhex(RUN), body)))
+    return PairwiseSum(
+        run=RUN,
+        position=position,
+        delivered=delivered,
+        layout=LAYOUT,
+        roster={name: each.public_key for name, each in identities.items()},
+        keys=Nonce.pack_all(keys),
+    )
+
+
+def masked(joint: PairwiseSum, index: int, vector: NDArray[np.float64], draw: int = 0) -> NDArray:
+    return joint.masked(seed_of(index, draw), f"o{index}", vector.copy())
+
+
+def signatures_of(joint: PairwiseSum, identities: Mapping[str, Identity], uploads: list[NDArray]) -> bytes:
+    each = zip(identities.values(), uploads, strict=True)
+    return Signed.pack_all(Signed(index, joint.sign(*pair)) for index, pair in enumerate(each))
+
+
+@given(count=st.integers(2, 9), seed=st.integers(0, 2**20))
+def test_the_masks_cancel_over_all_owners(count: int, seed: int) -> None:
+    identities = identities_of(count)
+    joint, random = joint_of(identities), np.random.default_rng(seed)
+    joint.check(tuple(identities))
+    vectors = [np.rint(random.uniform(-(2.0**32), 2.0**32, LAYOUT.size)) for _ in identities]
+    uploads = [masked(joint, index, vector) for index, vector in enumerate(vectors)]
+    total = joint.total(np.concatenate(uploads), signatures_of(joint, identities, uploads))
+    assert total.owners == tuple(identities)
+    np.testing.assert_array_equal(total.vector, sum(vectors))
+
+
+def test_214_without_one_owner_what_the_others_sent_is_noise() -> None:
+    """Also without the two that are the fewest who could hide something from it: each pair's mask is left over."""
+    identities = identities_of(5)
+    joint, zeros = joint_of(identities), np.zeros(LAYOUT.size)
+    uploads = [masked(joint, index, zeros) for index in range(5)]
+    for missing in range(5):
+        rest = np.sum([upload for index, upload in enumerate(uploads) if index != missing], axis=0, dtype="<u8")
+        assert len(np.unique(rest)) == LAYOUT.size
+        assert abs(float((rest >> np.uint64(63)).mean()) - 0.5) < 0.25
+        assert rest.max() > 2**62
+        assert rest.min() < 2**62
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"draw": 1}, {"delivered": "ef" * 32}, {"position": POSITION + 2}],
+    ids=["another-key", "other-deliveries", "another-check"],
+)
+def test_214_one_vector_under_two_checks_never_has_the_same_masks(other: dict[str, object]) -> None:
+    """So their difference shows nothing. The owner's own key may be the same in both, if it was asked twice."""
+    identities = identities_of(3)
+    one, two = joint_of(identities), joint_of(identities, **other)  # type: ignore[arg-type]
+    numbers = np.arange(LAYOUT.size, dtype=np.float64)
+    difference = masked(one, 0, numbers) - masked(two, 0, numbers, draw=int("draw" in other))
+    assert len(np.unique(difference)) == LAYOUT.size
+    assert difference.max() > 2**60
+
+
+def test_214_owners_that_were_told_different_things_add_up_to_noise() -> None:
+    """A coordinator that sends one of them another correction has each of them sign and mask for itself."""
+    identities = identities_of(3)
+    joint, lied_to = joint_of(identities), joint_of(identities, delivered="ef" * 32)
+    zeros = np.zeros(LAYOUT.size)
+    uploads = [masked(joint, 0, zeros), masked(joint, 1, zeros), masked(lied_to, 2, zeros)]
+    assert np.sum(uploads, axis=0, dtype="<u8").max() > 2**60
+    with pytest.raises(RemoteProtocolError, match="the signature of o0 is not valid"):
+        lied_to.check_upload("o0", uploads[0], joint.sign(identities["o0"], uploads[0]))
+
+
+def test_214_the_keys_are_those_of_all_contributors_and_no_others() -> None:
+    identities = identities_of(4)
+    names = tuple(identities)
+    joint_of(identities).check(names)
+    fewer = dict(list(identities.items())[:3])
+    for owners, made_for in ((names, fewer), (names[:3], identities)):
+        with pytest.raises(RemoteProtocolError, match="without all owners whose contributions are merged"):
+            joint_of(made_for).check(owners)
+
+
+def test_a_vector_leaves_masked_and_decodes_only_with_the_others() -> None:
+    identities = identities_of(3)
+    vector = np.full(LAYOUT.size, 7.0)
+    plain = fixed_point.encode(LAYOUT, vector.copy(), 3).copy()
+    assert not np.any(masked(joint_of(identities), 0, vector) == plain)
