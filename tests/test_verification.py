@@ -17,13 +17,15 @@ from common.errors import NumericalError, RemoteProtocolError
 from common.merge_methods import METHODS, contribution, contribution_layout
 from common.merge_methods.data_free import DataFreeTable
 from common.merge_methods.equations import FisherEquation
-from common.merge_methods.method import SingleRoundMethod
+from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod
 from common.merge_methods.normal_equations import System, SystemEquation, solve_symmetric
-from common.merge_methods.refit import REFIT, ClassifierEquation, RefitTable
+from common.merge_methods.refit import REFIT, ClassifierEquation, RefitTable, classifier
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.task_arithmetic import TaskArithmeticTable
-from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms, rounded
+from common.merge_methods.terms import ClassifierTerms, Gram, MergeSettings, OwnerTerms, rounded
 from common.models.layers import Layer
+from common.models.low_rank import Factors, factorise, is_closest
+from common.models.plan import _in_blocks
 from common.summation import fixed_point
 from common.summation.own_part import OwnPart
 from common.summation.totals import SummedTensors
@@ -63,6 +65,8 @@ CASES = [
     "model_stock",
 ]
 WITHOUT_CONSTANT = ("data_free", "logit_adjusted")
+IN_BLOCKS = ("regmean", "anchored")
+STEPS = ["refit", "regmean_plus_plus"]
 
 
 def owners_for(
@@ -70,15 +74,52 @@ def owners_for(
 ) -> dict[str, OwnerTerms]:
     """Owners whose rows have features of very different sizes; owner 0's rows reach only half of them."""
     plan, random = settings_.plan, torch.Generator().manual_seed(seed)
-    size = plan.inputs[0].gram_size
+    size = sum(shared.gram_size for shared in plan.inputs)
     sizes = torch.logspace(0, -float(np.log10(condition)) / 2, size, dtype=torch.float64)
     owners = {}
     for number, name in enumerate(identities_of(count)):
         rows = sizes * torch.randn(3 + 2 * size, size, generator=random, dtype=torch.float64)
         if number == 0 and reaches_half:
             rows[:, size // 2 :] = 0
-        owners[name] = owner_for(plan, rows, seed + number)
+        owner = owner_for(plan, rows, seed + number)
+        grams = {}
+        for shared in plan.inputs:  # one, or the blocks of one
+            some = rows[:, slice(*shared.layers[0].features)] if shared.layers[0].features else rows
+            grams[shared.name] = Gram(matrix=some.T @ some, rows=len(rows))
+        owners[name] = replace(owner, grams=grams)
     return owners
+
+
+def classifier_terms(settings_: MergeSettings, seed: int, condition: float) -> ClassifierTerms:
+    layer, random = classifier(settings_.plan), torch.Generator().manual_seed(seed)
+    size = layer.d_in + (layer.bias is not None)
+    sizes = torch.logspace(0, -float(np.log10(condition)) / 2, size, dtype=torch.float64)
+    features = sizes * torch.randn(2 * size + 3, size, generator=random, dtype=torch.float64)
+    scores = features @ torch.randn(size, layer.d_out, generator=random, dtype=torch.float64)
+    targets = torch.randint(0, layer.d_out, (len(scores),), generator=random)
+    start = torch.full((size, layer.d_out), 0.1, dtype=torch.float64)
+    return ClassifierTerms(features=features, targets=targets, scores=scores, start=start)
+
+
+def step_check(
+    method_name: str, settings_: MergeSettings, count: int, seed: int, condition: float, *, reaches_half: bool
+) -> Check:
+    """An honest check of the last step of a multi-round method."""
+    method = METHODS[method_name]
+    assert isinstance(method, MultiRoundMethod)
+    owners = owners_for(settings_, count, seed, condition, reaches_half=reaches_half)
+    step = method.steps(settings_)[-1]
+    layout, value = method.step_layout(settings_, step), method.swept(settings_.tables)[-1]
+    vectors = {}
+    for number, (name, owner) in enumerate(owners.items()):
+        terms = classifier_terms(settings_, seed + number, condition) if method is REFIT else None
+        vectors[name] = np.zeros(layout.size)
+        layout.flatten(method.step_contribution(settings_, step, replace(owner, classifier=terms)), vectors[name])
+    contributions = Contributions.of(layout, vectors)
+    merged = method.solve_step(settings_, step, contributions.total, value)
+    assert all(note.status == "solved" for note in merged.layers)
+    equations = method.step_equations(settings_, step, value)
+    return Check(equations=equations, contributions=contributions, merged=merged, seed=seed)
 
 
 def contributions_of(methods: Sequence[str], settings_: MergeSettings, owners: dict[str, OwnerTerms]) -> Contributions:
@@ -100,27 +141,32 @@ def check_of(method_name: str, settings_: MergeSettings, contributions: Contribu
 
 @st.composite
 def checks(draw: st.DrawFn) -> Check:
-    """An honest check of any single-round method, over any shapes, rings, owners and conditions."""
-    method = draw(st.sampled_from(CASES))
+    """An honest check of any method, over any shapes, rings, owners and conditions."""
+    method = draw(st.sampled_from([*CASES, *STEPS]))
     in_32_bits = METHODS[method].fits_32_bits and draw(st.booleans())
     count, seed = draw(st.integers(2, 6)), draw(st.integers(0, 2**20))
     plan = plan_for(
         draw(st.integers(1, 7)),
-        draw(st.lists(st.integers(1, 6), min_size=1, max_size=1 if method == "logit_adjusted" else 3)),
+        draw(st.lists(st.integers(1, 6), min_size=1, max_size=1 if method in ("logit_adjusted", "refit") else 3)),
         stored_input_first=draw(st.booleans()),
         has_constant=method not in WITHOUT_CONSTANT and draw(st.booleans()),
         has_bias=method == "logit_adjusted",
     )
+    if method in IN_BLOCKS and not plan.inputs[0].has_constant and draw(st.booleans()):
+        plan = replace(plan, inputs=tuple(_in_blocks(plan.inputs[0], draw(st.integers(1, 4)))))
     alphas = draw(st.sampled_from([SEVERAL, ONE]))
     tables = {
         "regmean": RegMeanTable(alphas=alphas),
         "data_free": DataFreeTable(alphas=alphas, pull=draw(st.sampled_from([None, 0.5, 1.0]))),
         "task_arithmetic": TaskArithmeticTable(scales=(0.3, draw(st.sampled_from([0.5, 1.0])))),
+        "refit": RefitTable(targets=draw(st.sampled_from(["labels", "scores"]))),
     }
     # 32 bits are for values that are alike
     condition = 10 ** draw(st.floats(0, 2 if in_32_bits else 12))
     weighting = "owners" if method == "model_stock" else draw(st.sampled_from(["rows", "owners"]))
     settings_ = verified(merge_settings(plan, weighting, **tables), count, in_32_bits=in_32_bits)
+    if method in STEPS:
+        return step_check(method, settings_, count, seed, condition, reaches_half=True)
     owners = owners_for(settings_, count, seed, condition, reaches_half=not in_32_bits)
     try:
         contributions = contributions_of([method], settings_, owners)
@@ -146,10 +192,21 @@ def is_found(check: Check) -> bool:
         return True
 
 
-@given(check=checks())
+def other_cut(check: Check, rank: int, seed: int) -> tuple[Tensor, Factors]:
+    """One of the merge's matrices, and the factors of another one."""
+    random = torch.Generator().manual_seed(seed)
+    matrices = [tensor for tensor in check.delta.values() if tensor.ndim == 2 and tensor.abs().sum() > 0]
+    matrix = matrices[seed % len(matrices)]
+    noise = torch.randn(matrix.shape, generator=random)
+    return matrix, factorise(matrix + 0.1 * matrix.norm() * noise / noise.norm(), rank)
+
+
+@given(check=checks(), rank=st.integers(1, 8))
 @settings(max_examples=150)
-def test_an_honest_merge_of_every_method_passes(check: Check) -> None:
+def test_an_honest_merge_of_every_method_passes(check: Check, rank: int) -> None:
     assert check.wrong() == []
+    for tensor in check.delta.values():
+        assert tensor.ndim != 2 or is_closest(tensor, factorise(tensor, rank))
 
 
 @given(check=checks(), seed=st.integers(0, 1000))
@@ -160,16 +217,23 @@ def test_one_wrong_entry_of_one_tensor_is_found(check: Check, seed: int) -> None
 
 
 @pytest.mark.slow
-@given(check=checks())
+@given(check=checks(), rank=st.integers(1, 8))
 @settings(max_examples=10_000)
-def test_ten_thousand_honest_merges_raise_no_false_alarm(check: Check) -> None:
+def test_ten_thousand_honest_merges_raise_no_false_alarm(check: Check, rank: int) -> None:
+    """Nor do the adapters to which they are cut."""
     assert check.wrong() == []
+    for tensor in check.delta.values():
+        assert tensor.ndim != 2 or is_closest(tensor, factorise(tensor, rank))
 
 
 @pytest.mark.slow
-@given(check=checks(), seed=st.integers(0, 1000))
+@given(check=checks(), seed=st.integers(0, 1000), rank=st.sampled_from([None, None, 1, 3]))
 @settings(max_examples=10_000)
-def test_none_of_ten_thousand_wrong_merges_passes(check: Check, seed: int) -> None:
+def test_none_of_ten_thousand_wrong_merges_passes(check: Check, seed: int, rank: int | None) -> None:
+    """With a rank, the merge is right, but the adapter is cut from another one."""
+    if rank is not None and any(tensor.ndim == 2 and tensor.any() for tensor in check.delta.values()):
+        assert not is_closest(*other_cut(check, rank, seed))
+        return
     wrong_entry(check, 1e-2, seed)
     assert is_found(check)
 
