@@ -122,6 +122,9 @@ def _drawn_key(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
     has_corrections = bool(run.received) and run.received[-1].position == message.position - 1
     if not has_corrections:  # check: key-is-drawn-after-the-corrections
         raise RemoteProtocolError("the coordinator asked for the key of a check that its corrections do not precede")
+    correction = owner.schedule.delivery_at(message.position - 1, "correction")
+    if {claim.delivery for claim in correction.claims} <= set(run.verified):  # check: no-check-is-made-again
+        raise RemoteProtocolError("the coordinator asked for the key of a check that this owner has added up")
     check = run.check
     if check is None or check.position != message.position:  # check: check-key-is-drawn-once
         check = CheckRecord(

@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from client.measurement.gram import find_shared_inputs, measure_grams
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Task
 from common.agreement.tables import Merging
 from common.errors import ModelError, SettingsError
-from common.merge_methods import contribution_layout
+from common.merge_methods import contribution, contribution_layout
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.terms import Gram, MergedDelta, OwnerTerms
 from common.models.layers import Layer, linear_layers, merge_layers, parameter_of
@@ -36,9 +37,10 @@ from tests.support.architectures import (
     shake,
     text,
 )
-from tests.support.merging import exact, single_round, total_of
+from tests.support.merging import exact, merge_settings, single_round, total_of
 from tests.support.models import delta_of, tiny_bert
 from tests.support.parties import IDENTITIES
+from tests.support.verifying import Check, Contributions, verified
 
 
 class ExpertRows(TorchFunctionMode):
@@ -145,6 +147,23 @@ def test_grams_are_those_of_explicit_rows(merge: Merge) -> None:
                 assert grams[shared.name].rows == len(explicit), layer.weight
                 # Some models compute norms in float32 whatever their type.
                 torch.testing.assert_close(grams[shared.name].matrix, explicit.T @ explicit, rtol=1e-5, atol=1e-5)
+
+
+def test_the_merge_of_every_architecture_is_verified_and_one_wrong_number_is_found(merge: Merge) -> None:
+    settings = verified(merge_settings(merge.plan, regmean=RegMeanTable(alphas=(0.9,))), 3)
+    layout, vectors = contribution_layout(["regmean"], settings), {}
+    for index, (delta, grams) in enumerate(zip(merge.deltas, merge.grams, strict=True)):
+        owner = OwnerTerms(examples=11, delta=delta, grams=grams, gram_examples=11)
+        vectors[f"o{index}"] = np.zeros(layout.size)
+        layout.flatten(contribution(["regmean"], settings, owner), vectors[f"o{index}"])
+    contributions, method = Contributions.of(layout, vectors), single_round("regmean")
+    merged = method.solve(settings, contributions.total, 0.9, with_spectra=False)
+    check = Check(equations=method.equations(settings, 0.9), contributions=contributions, merged=merged)
+    assert check.wrong() == []
+    name = max(check.delta, key=lambda each: float(check.delta[each].norm()))
+    tensor = check.delta[name].reshape(-1)
+    tensor[len(tensor) // 2] += 1e-2 * float(tensor.norm())
+    assert len(check.wrong()) == 1
 
 
 def test_merged_layers_are_pooled_least_squares(merge: Merge) -> None:

@@ -121,6 +121,8 @@ TABLE = [
     Mutation(VERIFYING, "test_124_an_owner", "drawn-nonces-are-signed"),
     Mutation(VERIFYING, "test_124_no_step", "deliveries-are-signed"),
     Mutation(VERIFYING, "test_124_no_step", "key-is-drawn-after-the-corrections"),
+    Mutation(VERIFYING, "test_124_no_step", "no-check-is-made-again"),
+    Mutation(VERIFYING, "test_124_no_step", "delivered-once-or-the-same"),
     Mutation(VERIFYING, "test_124_no_step", "checked-by-all-contributors"),
     Mutation(PAIRWISE, "test_214_the_keys", "checked-by-all-contributors"),
     Mutation(VERIFYING, "test_211_", "check-keys-are-signed"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from common.messages import (
     Drawn,
     KeyShares,
     Message,
+    OpeningChecked,
     OpenSum,
     Result,
     UploadsOpened,
@@ -152,14 +154,14 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
 
     def before_correction(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, CorrectionPart)
-        again = [trying.owner.answer(Draw(**{**vars(DRAW[0]), "position": request.position})) for _ in range(2)]
+        again = [trying.owner.answer(replace(sent[Draw], position=request.position)) for _ in range(2)]
         assert again[0] == again[1]
         drawn.extend(again)
         nonces = Nonce.unpack_all(request.nonces)
         other = Nonce.pack_all([replace(each, nonce=bytes(32)) for each in nonces])
         without = Nonce.pack_all(nonces[1:])
         with as_if(trying.owner, drawn=None):  # a second nonce, drawn and signed by this owner, is not its nonce
-            second = trying.owner.answer(DRAW[0])
+            second = trying.owner.answer(sent[Draw])
         assert isinstance(second, Drawn)
         mine = replace(nonces[0], nonce=bytes.fromhex(second.nonce), signature=second.signature)
         for changed in (Nonce.pack_all([mine, *nonces[1:]]), other, without):
@@ -167,16 +169,22 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
             yield Attempt(trying.signed(request, changed), RemoteProtocolError, says)
         yield Attempt(replace(request, signature=bytes(64)), RemoteProtocolError, "signature")
 
-    DRAW: list[Draw] = []
+    sent: dict[type[Message], Any] = {}  # the first of each kind
 
-    def note_draw(owner: Owner, request: Message) -> None:
-        assert isinstance(request, Draw)
-        DRAW.append(request)
+    def note(owner: Owner, request: Message) -> None:
+        sent.setdefault(type(request), request)
 
     def before_keys(request: Message) -> Iterator[Attempt]:
         """The keys of others than those who contributed: the shares would not add up to zero."""
         assert isinstance(request, CheckKeys)
         assert not trying.owner.state.has_array("vector")  # the sum of metrics is open, and nothing was measured
+        for bent, says in (
+            (sent[CorrectionPart].payload * np.float32(0.5), "a second version of"),  # c, now that s is known
+            (sent[CorrectionPart].payload[:-1], "another shape"),
+        ):
+            changed = trying.signed(replace(sent[CorrectionPart], payload=bent), sent[CorrectionPart].nonces)
+            error = ConsentError if len(bent) == len(sent[CorrectionPart].payload) else RemoteProtocolError
+            yield Attempt(changed, error, says)
         fewer = replace(request, nonces=Nonce.pack_all(Nonce.unpack_all(request.nonces)[:2]))
         says = "without all owners whose contributions are merged"
         yield Attempt(fewer, RemoteProtocolError, says)
@@ -198,6 +206,12 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         assert not list(folder.glob("own-*.bin"))  # what was contributed is proved, and deleted
         with as_if(owner, verified=()):
             yield Attempt(request, RemoteProtocolError, "is not verified")
+        assert owner.answer(sent[UploadsOpened]) == OpeningChecked(
+            session=sent[UploadsOpened].session, owner=owner.name
+        )  # nothing new
+        yield Attempt(sent[CheckKeys], RemoteProtocolError, "check shares before this owner's key")
+        says = "the key of a check that this owner has added up"
+        yield Attempt(replace(sent[Draw], position=trying.check.position), RemoteProtocolError, says)
 
     def before_contributions(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, OpenSum)
@@ -205,7 +219,7 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
             early = Draw(run=request.run, agreement_digest=request.agreement_digest, position=trying.check.position - 1)
             yield Attempt(early, RemoteProtocolError, "went on with correction, but sum of contributions is due")
 
-    trying.checks = {Draw: note_draw}
+    trying.checks = dict.fromkeys((Draw, CorrectionPart, CheckKeys, UploadsOpened), note)
     trying.attempts = {
         Draw: before_draw,
         CorrectionPart: before_correction,
@@ -215,7 +229,7 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         OpenSum: before_contributions,
     }
     run_merge(parties.coordinator, trying)
-    assert len(trying.tried) == 10
+    assert len(trying.tried) == 14
     assert (parties.output / "model").is_dir()
 
 

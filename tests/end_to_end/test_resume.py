@@ -246,6 +246,30 @@ class DropsOutAt(KilledAt):
         return super().answer(node, request)
 
 
+class Leaves(OwnersChannel):
+    """One owner drops out of this start at a kind of message, the first time that a check is made."""
+
+    def __init__(self, files: Mapping[str, Path], kind: type[Message]) -> None:
+        super().__init__(files)
+        self.kind = kind
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        if node == 1 and isinstance(request, self.kind):
+            return None
+        return super().answer(node, request)
+
+
+def test_a_check_that_an_owner_leaves_is_made_once_it_is_back(one_may_drop_out: Parties) -> None:
+    """Though the sums may do without one owner: shares add up to zero only over all who contributed."""
+    for kind in (Draw, CheckKeys, UploadsOpened):
+        with pytest.raises(TooFewOwners, match="did not verify the merge"):
+            run_merge(one_may_drop_out.coordinator, Leaves(one_may_drop_out.files, kind))
+    run_merge(one_may_drop_out.coordinator, OwnersChannel(one_may_drop_out.files))
+    report = read_report(one_may_drop_out.output)
+    assert report.verified
+    assert all(len(each.owners) == 4 for each in report.rounds)
+
+
 def test_an_owner_that_a_sum_was_opened_without_is_back_when_the_run_resumes(one_may_drop_out: Parties) -> None:
     """To that owner the session is still pending. The coordinator has its total and asks nobody to burn it."""
     with pytest.raises(Killed):
