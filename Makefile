@@ -29,13 +29,7 @@ format: $(DEVELOPMENT)
 	$(BIN)/ruff check --fix .
 
 bench: $(DEVELOPMENT)
-	$(BIN)/python -m benchmarks.demo_seeds
-	$(BIN)/python -m benchmarks.membership
-	$(BIN)/python -m benchmarks.masking
-	$(BIN)/python -m benchmarks.gram --quick
-	$(BIN)/python -m benchmarks.solve
-	$(BIN)/python -m benchmarks.payload
-	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks
 
 $(PRODUCT): pyproject.toml constraints.txt
 	$(PYTHON) deploy/set_up.py

@@ -6,6 +6,7 @@ python -m benchmarks.demo_seeds [--seeds 5] [--json]
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.published import publish, say
 from deploy.demo.run import run_demo
 from server.report.report import Report
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -28,16 +28,21 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # as the command does
     results = summarise([run_seed(seed) for seed in range(arguments.seeds)])
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo_seeds.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "demo_seeds.md").write_text(as_markdown(results))
+    publish("demo_seeds", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"seeds": results["seeds"]}
 
 
 def run_seed(seed: int) -> Report:
     """The demo's report for one seed."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_demo(Path(folder), seed)
+        report = run_demo(Path(folder), seed)
+    mean = report.evaluation.mean
+    say(f"seed {seed}: " + ", ".join(f"{model} {metrics.main:.3f}" for model, metrics in mean.items()))
+    return report
 
 
 def summarise(reports: list[Report]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from secrets import token_bytes
 from time import perf_counter
 from typing import Any
@@ -38,6 +37,7 @@ from transformers import (
 
 from benchmarks.gram import plan_of
 from benchmarks.machine import this_machine
+from benchmarks.published import publish
 from client.data.rows import Batch
 from client.measurement.gram import measure_grams
 from client.measurement.passes import ON_CPU, Passes
@@ -52,7 +52,6 @@ from common.summation import fixed_point, mask_stream
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 
-RESULTS = Path(__file__).parent / "results"
 MOST_DIFFERENCE = 1e-4
 PEERS = 20
 TYPES = ("float32", "bfloat16")
@@ -125,13 +124,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not chosen.quick:
             sys.exit("--quick runs small shapes on the CPU")
     results = measure(find_device(chosen.device, "--device"), quick=chosen.quick)
-    if not chosen.quick:
-        (RESULTS / "device.json").write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / "device.md").write_text(as_markdown(results))
+    if not chosen.quick:  # which may run on the CPU
+        publish("device", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if chosen.json else as_markdown(results))
     difference = results["equality"]["float32"]
     if difference > MOST_DIFFERENCE:
         sys.exit(f"error: merged deltas differ by {difference:.1e} of their norm, the bound is {MOST_DIFFERENCE:g}")
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"Gram passes": len(results["grams"]), "inputs": max(each["inputs"] for each in results["solve"])}
 
 
 def measure(device: torch.device, *, quick: bool) -> dict[str, Any]:

@@ -12,8 +12,8 @@ own: the full product of all rows of a batch, including padding, with batches in
 Models have real shapes and random weights. Text lengths come from the `text` of all train.jsonl under FOLDER, where a
 word or a punctuation mark counts as one token; without FOLDER they are drawn from BUILT_IN_LENGTHS. A few batches,
 spread evenly over their sizes, are measured. The ways take turns, and the median turn is reported. With one thread,
-seconds are processor seconds, so other users of the machine do not count. --quick measures fewer layers and writes
-nothing. Writes benchmarks/results/gram.{json,md}.
+seconds are processor seconds, so other users of the machine do not count. --quick measures fewer layers, once.
+Writes benchmarks/results/gram.{json,md}.
 """
 
 import argparse
@@ -43,18 +43,19 @@ from transformers import (
 )
 
 from benchmarks.machine import this_machine
+from benchmarks.published import publish, say
 from client.data.rows import Batch, Rows
 from client.measurement.gram import find_shared_inputs, layer_inputs, measure_grams
 from common.models.layers import merge_layers
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
 
-RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 32
 EXAMPLES = 4096
 LONGEST = 512
 BUILT_IN_LENGTHS = {"median": 17.0, "sigma": 0.62}  # log-normal, like short messages: 95 % have fewer than 48 tokens
-MEASURED_BATCHES = 12  # out of EXAMPLES / BATCH_SIZE; half as many if --quick, a third for the common way
+MEASURED_BATCHES = 12  # out of EXAMPLES / BATCH_SIZE; a quarter of them if --quick; a third for the common way
+TURNS = 3  # one if --quick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +110,15 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     results = measure(arguments.data, arguments.threads, arguments.quick)
-    if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "gram.json").write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / "gram.md").write_text(as_markdown(results))
+    publish("gram", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "turns": min(len(shape["turns"]) for shape in results["shapes"]),
+        **{f"layers of {shape['shape']}": shape["measured_layers"] for shape in results["shapes"]},
+    }
 
 
 def measure(data: Path | None, threads: int, quick: bool) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def measure_shape(shape: Shape, lengths: NDArray[np.int64], threads: int, quick:
     layers = shape.quick_layers if quick else shape.measured_layers
     model = shape.model(layers)
     rows = rows_of(lengths, shape.config.vocab_size)
-    count = MEASURED_BATCHES // 2 if quick else MEASURED_BATCHES
+    count = MEASURED_BATCHES // 4 if quick else MEASURED_BATCHES
     ours = spread([batch for _, batch, _ in rows.batches(BATCH_SIZE)], count)
     theirs = spread(in_order_of_the_file(rows), count // 3)
     plan = plan_of(model, ours[0])
@@ -196,11 +201,13 @@ def measure_shape(shape: Shape, lengths: NDArray[np.int64], threads: int, quick:
             "grams": lambda: measure_grams(model, plan, ours),
             "naive": lambda: naive_pass(model, theirs),
         },
-        turns=3,
+        turns=1 if quick else TURNS,
         clock=process_time if threads == 1 else perf_counter,
     )
     counted = {"forward": tokens(ours), "grams": tokens(ours), "naive": tokens(theirs)}
     rates = [{way: counted[way] / turn[way] for way in turn} for turn in seconds]
+    forwards = median(rate["forward"] / rate["grams"] for rate in rates)
+    say(f"{shape.name}: a Gram pass takes {forwards:.2f} forward passes")
     return {
         "shape": shape.name,
         "measured_layers": layers,
@@ -209,7 +216,7 @@ def measure_shape(shape: Shape, lengths: NDArray[np.int64], threads: int, quick:
         "naive_grams": len(merge_layers(model)),
         "padding": {"grams": padding(ours), "naive": padding(theirs)},
         "rows_per_second": {way: median(rate[way] for rate in rates) * layers / whole for way in counted},
-        "forwards_per_gram_pass": median(rate["forward"] / rate["grams"] for rate in rates),
+        "forwards_per_gram_pass": forwards,
         "speedup_over_naive": median(rate["grams"] / rate["naive"] for rate in rates),
         "turns": seconds,
     }

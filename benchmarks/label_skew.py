@@ -21,9 +21,9 @@ import tomli_w
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import everything, publish, published
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 OWNERS = ("north", "east", "south", "west")
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "regmean_plus_plus", "refit")
 MODELS = ("base", "own_at_home", *METHODS[1:4], METHODS[0], *METHODS[4:], "ensemble", "multi_task")
@@ -122,12 +122,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()
-    path = RESULTS / "label_skew.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = published("label_skew")
     for concentration in arguments.concentrations.split(","):
         results[concentration] = run(arguments.data, arguments.base, float(concentration))
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "label_skew.md").write_text(as_markdown(results))
+        publish("label_skew", results, as_markdown(results), everything)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 

@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from benchmarks.machine import this_machine
 from benchmarks.memory import peak_megabytes
+from benchmarks.published import publish
 from deploy.example import reviews
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 OWNERS = "ada", "bea", "cyd"
 REVIEWS_A_ROW, ROWS = 8, {"train": 100, "test": 20}
 LABELS = "negative", "positive"
@@ -81,9 +81,12 @@ def main() -> None:
                 "parameters": parameters,
                 **fresh.submit(merge, Path(folder)).result(),
             }
-    (RESULTS / "large.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "large.md").write_text(as_markdown(results))
+    publish("large", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"layers": results["layers"]}
 
 
 def write_consortium(folder: Path, layers: int) -> int:

@@ -1,6 +1,6 @@
 """What the masked sum costs, compared with the least possible and with Flower's own.
 
-python -m benchmarks.masking [--json] [--numbers 100000000] [--most-owners 1000]
+python -m benchmarks.masking [--json] [--quick] [--numbers 100000000] [--most-owners 1000]
 
     mask_fraction_of_openssl      masks made and added, as a share of `openssl speed -evp aes-128-ctr`, one core
     owner_step_seconds            an owner's whole upload, by number of peers: encode, mask, hash and sign all parts
@@ -9,7 +9,9 @@ python -m benchmarks.masking [--json] [--numbers 100000000] [--most-owners 1000]
     demo_seconds                  the whole demo without references, plain and masked: the better of two runs each
     by_owners                     whole sums of a small vector, all owners in one process: seconds and bytes per owner
 
-Writes benchmarks/results/masking.{json,md}.
+The first and the third are in processor seconds, which `openssl speed` counts too: clocks on the wall would compare how
+busy the machine is. --quick has a fifth of the numbers, at most 100 owners, and no demo. Writes
+benchmarks/results/masking.{json,md}.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from secrets import token_bytes
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ import torch
 import transformers
 from flwr.common.secure_aggregation import secaggplus_utils as flwr_masks
 
+from benchmarks.published import publish, say
 from common.certificates import deliveries_digest
 from common.identity import Identity
 from common.messages import Acknowledgements, KeyShares, Message, OpenSum, PartRequest
@@ -44,7 +47,6 @@ from deploy.demo.digits import write_consortium
 from deploy.simulation.simulate import simulate
 from server.exchange import packet_bytes
 
-RESULTS = Path(__file__).parent / "results"
 PEERS = (2, 10, 20)
 OWNERS = (3, 10, 30, 100, 300, 1000)
 
@@ -53,31 +55,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numbers", type=int, default=100_000_000)
     parser.add_argument("--most-owners", type=int, default=1000)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    results = measure(arguments.numbers, arguments.most_owners)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "masking.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "masking.md").write_text(as_markdown(results))
+    if arguments.quick:
+        results = measure(arguments.numbers // 5, min(arguments.most_owners, 100), with_demo=False)
+    else:
+        results = measure(arguments.numbers, arguments.most_owners, with_demo=True)
+    publish("masking", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 
-def measure(numbers: int, most_owners: int) -> dict[str, Any]:
-    openssl, ours = openssl_bytes_a_second(), mask_bytes_a_second(numbers)
+def size(results: Mapping[str, Any]) -> dict[str, float]:
     return {
+        "numbers": results["numbers"],
+        "owners": max(row["owners"] for row in results["by_owners"]),
+        "demos": len(results["demo_seconds"]),
+    }
+
+
+def measure(numbers: int, most_owners: int, *, with_demo: bool) -> dict[str, Any]:
+    openssl, ours = openssl_bytes_a_second(), mask_bytes_a_second(numbers)
+    results: dict[str, Any] = {
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
         "numbers": numbers,
-        "openssl_bytes_a_second": openssl,
-        "mask_bytes_a_second": ours,
-        "mask_fraction_of_openssl": ours / openssl if openssl else None,
-        "owner_step_seconds": {str(peers): owner_step_seconds(peers, numbers) for peers in PEERS},
-        "speedup_over_flwr_generator": speedup_over_flwr_generator(numbers // 10),
-        "unmasking_seconds": {share: unmasking_seconds(share, numbers // 10) for share in ("0 %", "10 %")},
-        "by_owners": [whole_sum(count) for count in OWNERS if count <= most_owners],
-        "demo_seconds": demo_seconds(),
     }
+    measurements: dict[str, Callable[[], Any]] = {
+        "openssl_bytes_a_second": lambda: openssl,
+        "mask_bytes_a_second": lambda: ours,
+        "mask_fraction_of_openssl": lambda: ours / openssl if openssl else None,
+        "owner_step_seconds": lambda: {str(peers): owner_step_seconds(peers, numbers) for peers in PEERS},
+        "speedup_over_flwr_generator": lambda: speedup_over_flwr_generator(numbers // 10),
+        "unmasking_seconds": lambda: {share: unmasking_seconds(share, numbers // 10) for share in ("0 %", "10 %")},
+        "by_owners": lambda: [whole_sum(count) for count in OWNERS if count <= most_owners],
+        "demo_seconds": demo_seconds if with_demo else dict,
+    }
+    for name, measurement in measurements.items():
+        results[name] = measurement()
+        say(f"{name}: {results[name]}")
+    return results
 
 
 # --- masks ---
@@ -98,7 +116,7 @@ def mask_bytes_a_second(numbers: int) -> float:
     """Keystream and addition of ten masks, as with ten peers, on one core; the best of three."""
     values = np.zeros(numbers // 10, dtype="<u8")
     masks: list[mask_stream.Mask] = [(bytes([peer] * 16), 1) for peer in range(10)]
-    seconds = min(timed(lambda: mask_stream.add_masks(values, masks, 0, threads=1)) for _ in range(3))
+    seconds = min(timed(lambda: mask_stream.add_masks(values, masks, 0, threads=1), process_time) for _ in range(3))
     return len(masks) * values.nbytes / seconds
 
 
@@ -110,15 +128,16 @@ def speedup_over_flwr_generator(numbers: int) -> float:
         (mask,) = flwr_masks.pseudo_rand_gen(b"k" * 32, 1 << 32, [(numbers,)])
         np.add(theirs, mask, out=theirs)
 
-    slow = min(timed(flwr_path) for _ in range(3))
-    fast = min(timed(lambda: mask_stream.add_masks(ours, [(b"k" * 16, 1)], 0, threads=1)) for _ in range(3))
+    slow = min(timed(flwr_path, process_time) for _ in range(3))
+    mask: mask_stream.Mask = (b"k" * 16, 1)
+    fast = min(timed(lambda: mask_stream.add_masks(ours, [mask], 0, threads=1), process_time) for _ in range(3))
     return slow / fast
 
 
-def timed(work: Callable[[], object]) -> float:
-    started = perf_counter()
+def timed(work: Callable[[], object], clock: Callable[[], float] = perf_counter) -> float:
+    started = clock()
     work()
-    return perf_counter() - started
+    return clock() - started
 
 
 # --- whole steps, through the real owner and coordinator ---
@@ -253,7 +272,8 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     for share, seconds in results["unmasking_seconds"].items():
         yield f"| unmasking {results['numbers'] // 10:,} numbers of 20 owners, {share} dropped out | {seconds:.2f} s |"
     demo = results["demo_seconds"]
-    yield f"| the demo, masked and plain | {demo['masked']:.1f} s and {demo['plain']:.1f} s |"
+    if demo:
+        yield f"| the demo, masked and plain | {demo['masked']:.1f} s and {demo['plain']:.1f} s |"
     yield ""
     yield "Whole sums of 1,000 numbers. A tenth of the owners may collude, and a tenth may drop out:"
     yield ""

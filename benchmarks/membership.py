@@ -4,17 +4,16 @@ python -m benchmarks.membership
 
 Rows are Gaussian. The test is the best quadratic one: a member has less leverage x^T (sum G)^-1 x than a stranger, for
 its length. Prints the area under the curve, from 2,000 members and 2,000 strangers, and writes
-benchmarks/results/membership.md. Rows of real models are not Gaussian, and one text gives many token rows, so this
-compares agreements, and bounds nothing.
+benchmarks/results/membership.{json,md}. Rows of real models are not Gaussian, and one text gives many token rows, so
+this compares agreements, and bounds nothing.
 """
-
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wishart
 
-RESULT = Path(__file__).parent / "results" / "membership.md"
+from benchmarks.published import everything, publish
+
 DIMENSIONS, OWNERS, ROWS_PER_DIMENSION = (64, 384, 768), (3, 5, 10, 30), (1, 10, 100, 1000)
 JUDGED = 2000
 
@@ -50,12 +49,14 @@ def main() -> None:
         + " |",
         "|---|---|" + "---|" * len(ROWS_PER_DIMENSION),
     ]
+    found = []
     for dimension in DIMENSIONS:
         for owners in OWNERS:
-            found = [f"{membership(owners, each, dimension):.2f}" for each in ROWS_PER_DIMENSION]
-            lines.append(f"| {dimension} | {owners} | " + " | ".join(found) + " |")
+            areas = [membership(owners, each, dimension) for each in ROWS_PER_DIMENSION]
+            found.append({"dimensions": dimension, "owners": owners, "areas": areas})
+            lines.append(f"| {dimension} | {owners} | " + " | ".join(f"{area:.2f}" for area in areas) + " |")
             print(lines[-1], flush=True)
-    RESULT.write_text("\n".join(lines) + "\n")
+    publish("membership", {"found": found}, "\n".join(lines) + "\n", everything)
 
 
 if __name__ == "__main__":

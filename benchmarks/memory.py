@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from benchmarks.published import publish
+
 if TYPE_CHECKING:
     from common.messages import Message as OurMessage
     from tests.support.network import Network
 
-RESULTS = Path(__file__).parent / "results"
 GRAMS = 1.3  # all Grams of one block together, over the largest
 
 
@@ -59,10 +60,16 @@ def main() -> None:
         "owner": measure_owner(arguments.owner_hidden),
         **measure_merges(arguments.hidden, arguments.owners),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "memory.md").write_text(as_markdown(results))
+    publish("memory", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "owners": max(map(int, results["coordinator_peak_mb"])),
+        "dimensions of the merged model": results["merge"]["hidden"],
+        "dimensions of the owner's model": results["owner"]["hidden"],
+    }
 
 
 def measure_merges(hidden: int, counts: list[int]) -> dict[str, Any]:

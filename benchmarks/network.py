@@ -29,6 +29,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.published import publish
 from common.models.loading import load_base
 from common.models.plan import merge_plan
 from common.schedule import schedule_of
@@ -36,7 +37,6 @@ from deploy.example import reviews
 from server.report.report import read_report
 from tests.support.network import Command, Network, running, set_up
 
-RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.2
 PROGRAMS = {  # a part of the command line -> what runs there
     "guarded_superlink": "coordinator: SuperLink",
@@ -76,10 +76,12 @@ def main() -> None:
             "hidden": arguments.hidden,
             "runs": runs,
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"network-{arguments.hidden}.json").write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / f"network-{arguments.hidden}.md").write_text(as_markdown(results))
+    publish(f"network-{arguments.hidden}", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"owners": max(run["owners"] for run in results["runs"])}
 
 
 def measure(folder: Path, hidden: int, count: int) -> dict[str, Any]:

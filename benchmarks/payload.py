@@ -9,7 +9,6 @@ Every linear layer is merged, with one alpha. Writes benchmarks/results/payload.
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.published import everything, publish
 from client.measurement.gram import find_shared_inputs
 from common.models.layers import merge_layers
 from common.models.parameters import parameter_shapes
 from common.models.plan import PlannedTensors, merge_plan
 
-RESULTS = Path(__file__).parent / "results"
 FLOAT32_BYTES = 4
 
 
@@ -39,9 +38,7 @@ def main() -> None:
             "BERT-base": count(BertForSequenceClassification(BertConfig())),
             "Llama-2-7B": count(LlamaForCausalLM(LlamaConfig(intermediate_size=11008, vocab_size=32000))),
         }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "payload.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "payload.md").write_text(as_markdown(results))
+    publish("payload", results, as_markdown(results), everything)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 

@@ -42,6 +42,7 @@ from benchmarks.gram import (
     tokens,
 )
 from benchmarks.machine import this_machine
+from benchmarks.published import publish
 from client.data.rows import Batch, Rows
 from client.measurement.gram import measure_grams
 from common.merge_methods.normal_equations import System
@@ -49,7 +50,6 @@ from common.models.plan import MergePlan
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout, union
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, EXAMPLES, ALPHA, TURNS = 4, 320, 0.9, 3
 SHAPE = SHAPES[0]
 
@@ -76,9 +76,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = measure(drawn_lengths() if arguments.data is None else lengths_of(arguments.data))
-    (RESULTS / "peer.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "peer.md").write_text(as_markdown(results))
+    publish("peer", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"layers": results["layers"], "token rows an owner": results["rows_an_owner"]}
 
 
 def measure(lengths: np.ndarray) -> dict[str, Any]:

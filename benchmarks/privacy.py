@@ -5,15 +5,18 @@ python -m benchmarks.privacy --data DATA --base BASE [--epsilons 1,8,100,none] [
 DATA has one folder per domain with {train,dev,test}.jsonl (`text`, `label`), as for benchmarks.emotion. BASE is a
 Hugging Face encoder with a head for the labels. Three owners fine-tune it on their own rows, by DP-SGD for each epsilon
 and as usual for `none`, and the models are merged, masked. Then each owner audits its own model and the merge. Writes
-benchmarks/results/privacy.md.
+benchmarks/results/privacy.{json,md}.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import publish
 from client.audit.audit import audit
 from client.audit.result import AuditedModel
 from client.holdings import Holdings
@@ -22,7 +25,6 @@ from common.agreement.agreement import load_agreement
 from common.settings_file import load_settings
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 OWNERS = ("isear", "crowdflower", "goemotions")
 AGREEMENT = """\
 title = "Training with noise"
@@ -124,6 +126,10 @@ def as_markdown(lines: list[dict[str, float | None]], rows: int, epochs: int) ->
     )
 
 
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"rows": results["rows"], "epochs": results["epochs"], "epsilons": len(results["lines"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -138,7 +144,8 @@ def main() -> None:
         epsilon = None if word == "none" else float(word)
         lines.append(run(arguments.data, arguments.base, epsilon, arguments.rows, arguments.epochs))
         print(json.dumps(lines[-1]), flush=True)
-    (RESULTS / "privacy.md").write_text(as_markdown(lines, arguments.rows, arguments.epochs))
+    results = {"rows": arguments.rows, "epochs": arguments.epochs, "lines": lines}
+    publish("privacy", results, as_markdown(lines, arguments.rows, arguments.epochs), size)
 
 
 if __name__ == "__main__":

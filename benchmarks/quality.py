@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, TEST_ROWS, write_consortium
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import RESULTS, everything, publish, published
 from client.data.private_data import PrivateData
 from client.data.rows import Rows, pool
 from client.measurement.evaluation import predict_logits, score_logits
@@ -45,7 +46,6 @@ from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
 from server.report.report import Report
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
 PULLS = ((0.1, None), (0.1, 1.0), (1.0, 1.0))  # ridge and pull of data_free
@@ -400,17 +400,6 @@ PARTS = {
 }
 
 
-def kept() -> dict[str, Any]:
-    path = RESULTS / "quality.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def keep(part: str, result: dict[str, Any]) -> None:
-    """Save one part among those of earlier runs, because the parts may be run one by one."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality.json").write_text(json.dumps(kept() | {part: result}, indent=1) + "\n")
-
-
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
@@ -425,9 +414,8 @@ def main() -> None:
     quiet_on_one_thread()
     bench = Bench(arguments.data, arguments.models)
     for part in arguments.only.split(","):
-        keep(part, PARTS[part](bench))
-    results = kept()
-    (RESULTS / "quality.md").write_text(as_markdown(results))
+        results = published("quality") | {part: PARTS[part](bench)}  # because the parts may be run one by one
+        publish("quality", results, as_markdown(results), everything)
     draw(results, RESULTS / "quality.svg")
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 

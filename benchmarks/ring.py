@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from benchmarks.emotion import IN_DOMAIN, write_consortium
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import everything, publish
 from benchmarks.quality import candidates_kept
 from common.tensor_layout import TensorLayout
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 METHODS = ("regmean", "average", "data_free")
 ALPHAS = (0.5, 0.9, 1.0)
 MERGED_FROM = ("sum of scales", "sum of contributions")
@@ -44,9 +44,7 @@ def main() -> None:
         "runs": {str(bits): run for bits, (run, _) in merged.items()},
         "differences": differences(merged[64][1], merged[32][1]),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ring.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "ring.md").write_text(as_markdown(results))
+    publish("ring", results, as_markdown(results), everything)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 

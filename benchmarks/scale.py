@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -29,8 +28,8 @@ import numpy as np
 
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
+from benchmarks.published import RESULTS, publish, say
 
-RESULTS = Path(__file__).parent / "results"
 AGREEMENT = """
 title = "Scale"
 base = "../example/base"
@@ -57,13 +56,15 @@ def main() -> None:
         for count in arguments.owners:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 runs.append(process.submit(measure, Path(name), count).result())
-            print(runs[-1], file=sys.stderr)
-            results = {"machine": this_machine(), "runs": runs, "exponents": exponents(runs)}
-            RESULTS.mkdir(exist_ok=True)
-            (RESULTS / "scale.json").write_text(json.dumps(results, indent=2) + "\n")
-            (RESULTS / "scale.md").write_text(as_markdown(results))
-            draw(runs, RESULTS / "scale.svg")
+            say(f"{count} owners: {runs[-1]['seconds']:.1f} s, peak {runs[-1]['peak_megabytes']:.0f} MB")
+    results = {"machine": this_machine(), "runs": runs, "exponents": exponents(runs)}
+    if publish("scale", results, as_markdown(results), size):
+        draw(runs, RESULTS / "scale.svg")
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"owners": max(run["owners"] for run in results["runs"]), "merges": len(results["runs"])}
 
 
 def measure(folder: Path, count: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ In the planted problem all owners changed a layer alike, so the merge must give 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from statistics import median
 from time import process_time
 from typing import Any
@@ -26,12 +25,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import this_machine
+from benchmarks.published import publish, say
 from common.merge_methods.normal_equations import System
 from common.models.layers import Layer
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 
-RESULTS = Path(__file__).parent / "results"
 TURNS = 3
 CONDITIONS = (1e2, 1e4, 1e6, 1e8)
 BLOCK = {
@@ -48,10 +47,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = measure()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "solve.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "solve.md").write_text(as_markdown(results))
+    publish("solve", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"turns": results["turns"]}
 
 
 def measure() -> dict[str, Any]:
@@ -69,12 +70,14 @@ def measure() -> dict[str, Any]:
             for system, total, _ in problems:
                 solve(system, total)
             turns[way].append(process_time() - started)
+            say(f"{way}: {turns[way][-1]:.2f} s per block")
     errors: dict[str, dict[str, float]] = {way: {} for way in ways if "spectra" not in way}
     for condition in CONDITIONS:
         system, total, delta = planted("query_key_value", *BLOCK["query_key_value"], condition)
         for way, by_condition in errors.items():
             by_condition[f"{condition:.0e}"] = relative_error(ways[way](system, total), delta)
     return {
+        "turns": TURNS,
         "machine": this_machine(),
         "seconds": {way: median(seconds) for way, seconds in turns.items()},
         "relative_error": errors,

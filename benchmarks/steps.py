@@ -27,11 +27,11 @@ from time import perf_counter, time
 from typing import Any
 
 from benchmarks.machine import this_machine
+from benchmarks.published import publish
 from deploy.example import reviews
 from server.output_folder import PROGRESS
 from tests.support.network import OWNERS, running, set_up_example
 
-RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
 APPS = {"flwr-clientapp": "owner", "flwr-serverapp": "coordinator"}  # a part of the command line -> whose app it is
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
@@ -80,12 +80,13 @@ def main() -> None:
             for name, root in roots.items():
                 print(f"{merge}, {name}, {number + 1} of {arguments.repeats}", file=sys.stderr)
                 runs[name][merge].append(in_checkout(root, merge))
-                (RESULTS / "steps.json").write_text(json.dumps(runs, indent=2) + "\n")
     results = {"machine": this_machine(), "load_at_end": os.getloadavg()[0], "repeats": arguments.repeats, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "steps.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "steps.md").write_text(as_markdown(results))
+    publish("steps", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"repeats": results["repeats"], "versions": len(results["runs"])}
 
 
 def in_checkout(root: Path, merge: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ python -m benchmarks.threads
 
 `amalgram.py` sets OMP_WAIT_POLICY=PASSIVE. With libgomp's default, threads that have nothing to do spin for a
 while; if other processes need the cores, those that have something to do wait for them. Each case runs in a process of
-its own, three turns side by side. Writes benchmarks/results/threads.md.
+its own, three turns side by side. Writes benchmarks/results/threads.{json,md}.
 """
 
 import os
@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
-RESULT = Path(__file__).parent / "results" / "threads.md"
+from benchmarks.published import everything, publish
+
 CORES = len(os.sched_getaffinity(0))
 CASES = {
     "one thread": {"OMP_NUM_THREADS": "1"},
@@ -69,14 +69,16 @@ def main() -> None:
         "| width | machine | " + " | ".join(CASES) + " |",
         "|---|---|" + "---|" * len(CASES),
     ]
+    measured = []
     for width in PASSES:
         for name, processes in (("idle", 0), ("busy", 2 * CORES)):
             with busy(processes):
                 turns = [[seconds(width, variables) for variables in CASES.values()] for _ in range(TURNS)]
-            found = [f"{median(each):.2f}" for each in zip(*turns, strict=True)]
-            lines.append(f"| {width} | {name} | " + " | ".join(found) + " |")
+            medians = [median(each) for each in zip(*turns, strict=True)]
+            measured.append({"width": width, "machine": name, "seconds": medians})
+            lines.append(f"| {width} | {name} | " + " | ".join(f"{each:.2f}" for each in medians) + " |")
             print(lines[-1], flush=True)
-    RESULT.write_text("\n".join(lines) + "\n")
+    publish("threads", {"cores": CORES, "measured": measured}, "\n".join(lines) + "\n", everything)
 
 
 if __name__ == "__main__":

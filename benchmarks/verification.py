@@ -34,8 +34,8 @@ from typing import Any
 from benchmarks.emotion import write_consortium as write_emotion
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
+from benchmarks.published import publish, published
 
-RESULTS = Path(__file__).parent / "results"
 OFF = "\n[verification]\nrequired = false\n"
 BERT_BASE = """
 title = "BERT-base"
@@ -59,8 +59,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    file = RESULTS / "verification.json"
-    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    results = published("verification") or {"runs": {}}
     results["machine"] = this_machine()
     for merge in arguments.merges:
         runs: list[dict[str, Any]] = []
@@ -71,10 +70,12 @@ def main() -> None:
                 runs.append(run)
                 print(merge, run, file=sys.stderr)
         results["runs"][merge] = runs
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / "verification.md").write_text(as_markdown(results))
+        publish("verification", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {f"runs of {merge}": len(runs) for merge, runs in results["runs"].items()}
 
 
 def measure(merge: str, data: Path | None, models: Path | None, *, verified: bool) -> dict[str, Any]:
