@@ -7,6 +7,7 @@ from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
     BertForSequenceClassification,
+    DynamicCache,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -20,6 +21,7 @@ from common.errors import ModelError
 from common.models.layers import Layer, linear_layers
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, SharedInput, merge_plan
+from tests.support.architectures import made
 from tests.support.models import tiny_bert
 
 
@@ -231,3 +233,15 @@ def test_a_layer_that_is_fed_long_batches_in_pieces_has_all_its_rows() -> None:
 def test_grams_are_exactly_symmetric(plan: MergePlan) -> None:
     for gram in measure_grams(tiny_bert(), plan, [batch_of([3, 7, 5], 7), batch_of([2, 9], 9, seed=1)]).values():
         assert torch.equal(gram.matrix, gram.matrix.T)
+
+
+def test_a_pass_keeps_no_keys_and_values_for_texts_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan, (batch, _) = made("llama")
+    assert model.config.use_cache
+    with torch.inference_mode():
+        assert model(**batch).past_key_values is not None  # the model on its own keeps them
+    updates: list[object] = []
+    monkeypatch.setattr(DynamicCache, "update", lambda *arguments: updates.append(arguments))
+    measure_grams(model, plan, [batch])
+    assert updates == []
+    assert model.config.use_cache  # as the model's folder says

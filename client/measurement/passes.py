@@ -92,7 +92,7 @@ class Passes:
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """While open, `model` runs on the device, in `dtype`, for passes without gradients."""
-        with placed(model, self.device), self.computing():
+        with placed(model, self.device), self.computing(), _without_cache(model):
             yield
 
 
@@ -101,6 +101,20 @@ ON_CPU = Passes()
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """While open, passes do not keep each block's keys and values, which only texts that grow need."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager
