@@ -319,3 +319,18 @@ def test_images_have_several_labels_or_numbers_from_arrays_or_from_a_table(tmp_p
     table = tmp_path / "rows.csv"
     table.write_text("image,label\n0.png,dog;cat\n1.png,\n")
     assert replace(data_of(table), task=several).test().targets.tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+def test_images_are_decoded_once_for_all_candidates_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(write_folder(tmp_path / "photos"))
+    decoded: list[str] = []
+    pixels = ImageFile.pixels
+
+    def counted(image: ImageFile) -> Image.Image:
+        decoded.append(image.where)
+        return pixels(image)
+
+    monkeypatch.setattr(ImageFile, "pixels", counted)
+    first, again = data.test(), data.test()
+    assert again is first
+    assert len(decoded) == len(first)

@@ -133,7 +133,15 @@ class PrivateData:
         return order[: len(rows) // 10], order[len(rows) // 10 :]
 
     def _read(self, path: Path, max_rows: int | None) -> Rows:
-        return self._reader.read(self.folder / path, max_rows)
+        """The examples of a file. The last ones that were read are kept: a sweep scores each candidate on the same."""
+        if (path, max_rows) not in self._last_read:
+            self._last_read.clear()
+            self._last_read[path, max_rows] = self._reader.read(self.folder / path, max_rows)
+        return self._last_read[path, max_rows]
+
+    @cached_property
+    def _last_read(self) -> dict[tuple[Path, int | None], Rows]:
+        return {}
 
     @cached_property
     def _labels_found(self) -> NDArray[np.int64]:
