@@ -57,7 +57,8 @@ def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str,
 def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, ".")
     assert code == 0
-    assert list(found) == ["agreement", "base", "hotel", "cinema", "phones", "rounds", "device", "lengths", "disk"]
+    looked_at = ["agreement", "base", "hotel", "cinema", "phones", "rounds", "device", "lengths", "disk"]
+    assert list(found) == [*looked_at, "time", "memory"]
     assert found["agreement"].startswith(
         "Reviews of three shops: regmean, compared with average, task_arithmetic, fish"
     )
@@ -66,6 +67,8 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
     assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
     assert "a run keeps at least" in found["disk"]
+    assert re.fullmatch(r"about \d+ s: training \d+ s, .*", found["time"])  # the example's owners bring no models
+    assert re.fullmatch(r"about \d+.\d MB at the most", found["memory"])
     assert found["device"].startswith("cpu")
     assert errors == "ready; next: amalgram simulate .\n"
 
@@ -184,13 +187,17 @@ def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: 
         "device",
         "lengths",
         "disk",
+        "time",
+        "memory",
     ]
+    assert re.search(r"The network takes \d+ s at 100 Mbit/s, \d+ s at 1 Gbit/s$", found["time"])
     assert re.fullmatch("localhost:[0-9]+ answers, with hotel.node and ca.pem", found["network"])
     assert errors == "ready; next: amalgram agree hotel.toml\n"
     assert not (network / "state-hotel").exists()  # a look leaves nothing behind
     code, found, errors = lines(capsys, "coordinator.toml")
     assert code == 0, errors
-    assert list(found) == ["settings", "identity", "certificates", "base", "port", "rounds", "device", "disk"]
+    looked_at = ["settings", "identity", "certificates", "base", "port", "rounds", "device", "disk"]
+    assert list(found) == [*looked_at, "time", "memory"]
     assert errors == "ready; next: amalgram server coordinator.toml\n"
 
 

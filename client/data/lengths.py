@@ -26,17 +26,17 @@ MOST = 0.99  # of the texts, for which a longer limit is proposed
 def cut_texts(data: Data, task: Task, paths: Iterable[Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """For each of an owner's files of which texts are cut: its name, and how many, in words."""
     for path in dict.fromkeys(paths):
-        if words := cut_in_words(_lengths(data, task, path, tokenizer), task.max_tokens):
+        if words := cut_in_words(token_lengths(data, task, path, tokenizer), task.max_tokens):
             yield f"{path.name}: {words}"
 
 
 def count_cut(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """How many texts of a file are cut, of how many that were looked at."""
-    lengths = _lengths(data, task, path, tokenizer)
+    lengths = token_lengths(data, task, path, tokenizer)
     return int((lengths > task.max_tokens).sum()), len(lengths)
 
 
-def _lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+def token_lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """(rows,): how many tokens the inputs of some rows of a file have, drawn from all of them."""
     if task.kind == "causal-lm" and (chat := chat_columns(data)):
         found = read_columns(path, chat, LOOK_ROWS)

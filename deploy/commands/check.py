@@ -6,19 +6,21 @@ follow from the base's modules, which takes torch, whose import takes seconds.
 
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client.data.lengths import cut_texts
+from client.data.lengths import cut_texts, token_lengths
 from client.look import OwnerLook, oddities
 from client.owner import Owner
-from client.settings import OwnerSettings
+from client.settings import OwnerSettings, Training
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
 from common.device import accelerators, find_device, find_solver, memory_of, title_of
-from common.errors import AmalgramError, SettingsError
+from common.errors import AmalgramError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
@@ -43,6 +45,8 @@ from server.settings import read_coordinator_identity
 
 if TYPE_CHECKING:
     import torch
+
+    from deploy.estimate import OwnerRows
 
 LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
 NOT_READY = 1
@@ -131,7 +135,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             item.found = "; ".join((_look_in_words(looks[-1]), *odd))
     if checks.is_ready:
         with checks.item("rounds") as item:
-            schedule = _simulated_schedule(consortium)
+            agreement = _simulated_agreement(consortium)
+            schedule = _schedule(agreement, consortium.base_folder) if agreement else None
             item.found = _rounds_in_words(schedule) if schedule else "of a base this large: see `amalgram draft`"
         with checks.item("device") as item:
             named = {name: each.device for name, each in consortium.settings.items()}
@@ -143,8 +148,9 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
         seen = [(consortium.settings[name], look) for name, look in zip(consortium.owner_files, looks, strict=True)]
         _check_lengths(checks, consortium.draft.task, consortium.base_folder, seen)
-        if schedule:
+        if agreement and schedule:
             _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
+            _estimate(checks, agreement, consortium.base_folder, schedule, seen, coordinates=True)
     return following
 
 
@@ -208,6 +214,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         _check_tokenizers(checks, agreement, [look.fine_tuned] if look.fine_tuned else [], base_folder)
         _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
         _check_room(checks, home / settings.state, schedule, parties=1)
+        _estimate(checks, agreement, base_folder, schedule, [(settings, look)], coordinates=False)
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
     return following
@@ -243,6 +250,7 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
             item.found = _device_in_words(find_solver(place.settings.device, str(path)))
     if checks.is_ready:
         _check_room(checks, place.output, schedule, parties=len(place.agreement.owners))
+        _estimate(checks, place.agreement, base_folder, schedule, [], coordinates=True)
     return f"amalgram {'merge' if is_running else 'server'} {path}"
 
 
@@ -292,6 +300,62 @@ def _kept_bytes(schedule: Schedule) -> int:
     return max(each.layout.num_bytes for each in schedule.rounds) + 3 * max(models, default=0)
 
 
+def _estimate(
+    checks: Checklist,
+    agreement: Agreement,
+    base_folder: Path,
+    schedule: Schedule,
+    owners: Sequence[tuple[OwnerSettings, OwnerLook]],
+    *,
+    coordinates: bool,
+) -> None:
+    """Say what these parties, all of whom run on this machine, take together: time, network and memory."""
+    from client.measurement.gram_stream import TRIAL_ERRORS
+    from common.models.loading import agreed_plan, load_outline
+    from deploy import estimate
+
+    with checks.item("time") as item:
+        outline = load_outline(base_folder, agreement.task)
+        plan = agreed_plan(outline, base_folder, agreement)
+        work = estimate.work_of(agreement, plan, schedule)
+        rows = [_owner_rows(agreement.task, base_folder, settings, look) for settings, look in owners]
+        tokens = round(sum(each.tokens for each in rows) / len(rows)) if rows else 1
+        try:
+            rates = estimate.measure_rates(outline, plan, tokens, work)
+        except TRIAL_ERRORS as error:
+            item.found = f"unknown: {type(outline).__name__} cannot be timed without its weights ({first_line(error)})"
+            return
+        found = [estimate.owner_seconds(work, each, rates) for each in rows]
+        if coordinates:
+            found.append(estimate.coordinator_seconds(work, rates))
+        parts = {name: sum(each.get(name, 0.0) for each in found) for name in chain.from_iterable(found)}
+        traffic = (work.sent_bytes + work.received_bytes) * (1 if owners else work.owners)
+        is_simulated = bool(owners) and coordinates
+        network = "" if is_simulated else f". The network takes {estimate.transfer_in_words(traffic)}"
+        item.found = f"{estimate.in_words(parts)}{network}"
+    with checks.item("memory") as item:
+        most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
+        item.found = f"about {byte_count(most)} at the most"
+
+
+def _owner_rows(task: Task, base_folder: Path, settings: OwnerSettings, look: OwnerLook) -> "OwnerRows":
+    """The examples that an owner brings, and their lengths."""
+    from deploy.estimate import OwnerRows
+
+    data, counts = settings.data, {split: each.rows for split, each in look.files.items()}
+    limits = {"train": data.max_train_rows, "validation": data.max_validation_rows, "test": data.max_test_rows}
+    rows = {split: min(counts.get(split, 0), limit or sys.maxsize) for split, limit in limits.items()}
+    if data.validation is None:
+        rows["validation"] = rows["train"] // 10
+        rows["train"] -= rows["validation"]
+    tokens = 1.0
+    if task.is_text:
+        lengths = token_lengths(data, task, look.files["train"].path, load_tokenizer(base_folder))
+        tokens = float(lengths.clip(1, task.max_tokens).mean())
+    epochs = (settings.training or Training()).epochs if look.fine_tuned is None else 0
+    return OwnerRows(**rows, epochs=epochs, tokens=tokens)
+
+
 def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
     """The rounds of an agreement, from the base's modules and their shapes: no weights are loaded."""
     from common.models.loading import agreed_plan, load_outline
@@ -299,8 +363,8 @@ def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
     return schedule_of(agreement, agreed_plan(load_outline(base_folder, agreement.task), base_folder, agreement))
 
 
-def _simulated_schedule(consortium: Consortium) -> Schedule | None:
-    """The rounds that a simulation would make; None if its base is too large to complete the draft for a check."""
+def _simulated_agreement(consortium: Consortium) -> Agreement | None:
+    """What a simulation would agree on; None if its base is too large to complete the draft for a check."""
     if sum(path.stat().st_size for path in weight_files(consortium.base_folder)) > LARGE_BASE_BYTES:
         return None
     from deploy.complete import complete_agreement
@@ -309,7 +373,7 @@ def _simulated_schedule(consortium: Consortium) -> Schedule | None:
     keys = {
         name: Identity(name=name, seed=secrets.token_bytes(32)).public_key for name in (*draft.owner_names, COORDINATOR)
     }
-    return _schedule(complete_agreement(draft, consortium.base_folder, keys), consortium.base_folder)
+    return complete_agreement(draft, consortium.base_folder, keys)
 
 
 # --- in words ---

@@ -1,0 +1,324 @@
+"""What a merge takes of a party, before anything is run: seconds, bytes and memory.
+
+What is to be done follows from the agreement, its schedule and the number of rows. How fast this machine does it is
+measured in a few seconds: a pass over a model of the base's shape, the masks, and a solve. A large model
+stands on two of its blocks, and a large solve on a smaller one: its time grows with the third power of its inputs.
+Waiting for others and starting processes are not in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from client.data.rows import Batch
+from client.measurement.gram import measure_grams
+from common.agreement import Agreement
+from common.merge_methods import measurements
+from common.merge_methods.method import Measurement
+from common.merge_methods.normal_equations import solve_symmetric, spectrum
+from common.models.folders import image_shape
+from common.models.layers import parameter_of
+from common.models.plan import MergePlan
+from common.schedule import Delivery, Schedule
+from common.summation import fixed_point, mask_stream
+from common.tensor_layout import PART_BYTES, TensorEntry, TensorLayout
+from common.thresholds import neighbourhood
+
+WHOLE_PARAMETERS = 50_000_000  # a model with no more than these is measured whole
+BATCH_TOKENS, BATCH_IMAGES = 1024, 8  # of a measurement; of blocks of a large model, a quarter
+LONG_SECONDS = 1.0  # what takes longer is measured once
+MASKED_NUMBERS = 1 << 20
+LARGEST_SOLVE = 768
+BACKWARDS = 2.0  # forward passes that a backward pass takes
+FIXED_BYTES = 500_000_000  # a process that has imported the libraries, loaded a model and released it
+NETWORKS = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}  # bytes a second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What this machine takes, in seconds. An image counts as one token."""
+
+    forward_of_token: float
+    gram_pass_of_token: float
+    gradients_of_token: float  # of one example at a time
+    encoding_of_number: float
+    mask_of_number: float  # made and added, for one peer
+    solve_of_flop: float
+    spectrum_of_flop: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A linear system that the coordinator solves, in so many right-hand sides."""
+
+    inputs: int
+    outputs: int
+
+    @property
+    def solve_flops(self) -> float:
+        """Cholesky factorisation, two solves and the product between them (normal_equations.py)."""
+        return self.inputs**3 / 3 + 6 * self.inputs**2 * self.outputs
+
+    @property
+    def spectrum_flops(self) -> float:
+        """Eigenvalues of a symmetric matrix (Golub and Van Loan, 2013, section 8.3)."""
+        return 4 / 3 * self.inputs**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerRows:
+    """The examples of one owner. `epochs`: 0 if it brings its model. `tokens`: of an example, on average."""
+
+    train: int
+    validation: int
+    test: int
+    epochs: int = 0
+    tokens: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a merge asks of every owner and of the coordinator, in numbers that do not depend on the machine."""
+
+    gram_examples: int
+    fisher_examples: int
+    forward_examples: int
+    validated_models: int
+    tested_models: int
+    sent_numbers: int
+    sent_bytes: int
+    received_bytes: int
+    masks: int
+    owners: int
+    systems: tuple[System, ...]
+    solves: int  # how often each system is solved
+    parameters: int
+    largest_sum: int  # numbers
+    largest_gram: int  # inputs
+
+
+def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
+    """The work of one merge. A multi-round method's steps count as one more pass over the model."""
+    wanted = dict(measurements(agreement.methods, agreement.tables))
+    again = [each.step for each in schedule.rounds if each.step is not None]
+    grams = wanted.get(Measurement.GRAMS, 0)
+    if stepped := [each.max_examples for each in again if each.measurement is Measurement.GRAMS]:
+        grams += max(stepped)
+    forward = wanted.get(Measurement.CLASS_SHARES, 0)
+    forward += 2 * sum(each.max_examples for each in again if each.measurement is Measurement.CLASSIFIER)
+    received = sum(event.layout.size * 4 for event in schedule.events if isinstance(event, Delivery))
+    owners = len(agreement.owners)
+    masks = 0
+    if agreement.summation.kind == "masked":
+        dropouts = owners - agreement.needed_owners
+        masks = neighbourhood(owners, agreement.colluders, dropouts).degree + 1  # and the owner's own
+    metrics = {each.split: len(each.models) for each in schedule.rounds if each.kind == "metrics"}
+    sums = [each.layout for each in schedule.rounds]
+    return Work(
+        gram_examples=grams,
+        fisher_examples=wanted.get(Measurement.FISHER, 0),
+        forward_examples=forward,
+        validated_models=metrics.get("validation", 0),
+        tested_models=metrics.get("test", 0),
+        sent_numbers=sum(layout.size for layout in sums),
+        sent_bytes=sum(layout.num_bytes for layout in sums),
+        received_bytes=received,
+        masks=masks,
+        owners=owners,
+        systems=tuple(chain.from_iterable(map(systems_of, sums))),
+        solves=max(
+            Counter(each.method for each in schedule.of_kind("candidate") if each.split == "validation").values(),
+            default=1,
+        ),
+        parameters=sum(prod(shape) for shape in plan.shapes.values()),
+        largest_sum=max(layout.size for layout in sums),
+        largest_gram=max((shared.gram_size for shared in plan.inputs), default=0),
+    )
+
+
+def systems_of(layout: TensorLayout) -> Iterator[System]:
+    """One for each Gram of a layout."""
+    outputs: Counter[str] = Counter()
+    for entry in layout.entries:
+        if entry.product_of and "gram_delta" in entry.name:
+            outputs[entry.product_of] += entry.shape[1]
+    for entry in layout.entries:
+        if entry.name in outputs:
+            yield System(inputs=entry.shape[0], outputs=outputs[entry.name])
+
+
+# --- rates ---
+
+
+def measure_rates(outline: PreTrainedModel, plan: MergePlan, tokens: int, work: Work) -> Rates:
+    """What this machine takes, with as many threads as torch has now. `outline`: the base without weights. `tokens`: of
+    an example.
+    """
+    forward, grams, gradients = pass_seconds(outline, plan, tokens, with_gradients=work.fisher_examples > 0)
+    inputs = min(LARGEST_SOLVE, max((each.inputs for each in work.systems), default=1))
+    solve, eigenvalues = solve_seconds(inputs)
+    square = System(inputs=inputs, outputs=inputs)
+    encoding, mask = sum_seconds(MASKED_NUMBERS)
+    return Rates(
+        forward_of_token=forward,
+        gram_pass_of_token=grams,
+        gradients_of_token=gradients,
+        encoding_of_number=encoding,
+        mask_of_number=mask,
+        solve_of_flop=solve / square.solve_flops,
+        spectrum_of_flop=eigenvalues / square.spectrum_flops,
+    )
+
+
+def pass_seconds(
+    outline: PreTrainedModel, plan: MergePlan, tokens: int, *, with_gradients: bool
+) -> tuple[float, float, float]:
+    """Seconds a token takes: in a forward pass, in a Gram pass, and in gradients of one example at a time."""
+    blocks = len(plan.blocks)
+    is_small = sum(prod(shape) for shape in plan.shapes.values()) <= WHOLE_PARAMETERS
+    is_one_chain = hasattr(outline.config, "num_hidden_layers") and not outline.config.is_encoder_decoder
+    if is_small or blocks < 3 or not is_one_chain:
+        return _pass_seconds(_with_blocks(outline, None), plan, tokens, BATCH_TOKENS, with_gradients)
+    one, two = (
+        _pass_seconds(_with_blocks(outline, count), plan, tokens, BATCH_TOKENS // 4, with_gradients) for count in (1, 2)
+    )
+    forward, grams, gradients = (a + max(b - a, 0.0) * (blocks - 1) for a, b in zip(one, two, strict=True))
+    return forward, grams, gradients
+
+
+def _pass_seconds(
+    model: PreTrainedModel, plan: MergePlan, tokens: int, most_tokens: int, with_gradients: bool
+) -> tuple[float, float, float]:
+    is_text = model.main_input_name != "pixel_values"
+    count = max(1, most_tokens // tokens) if is_text else BATCH_IMAGES
+    batch, single = batch_of(model, count, tokens), batch_of(model, 1, tokens)
+    names = {name for name, _ in model.named_parameters()}
+    measured = replace(
+        plan,
+        inputs=tuple(each for each in plan.inputs if all(parameter_of(layer.weight) in names for layer in each.layers)),
+    )
+    with torch.inference_mode():
+        forward = _seconds(lambda: model(**batch))
+    grams = _seconds(lambda: measure_grams(model, measured, [batch])) if measured.inputs else 0.0
+    alone = _seconds(lambda: model(**single).logits.float().square().mean().backward()) if with_gradients else 0.0
+    return forward / count / tokens, grams / count / tokens, alone / tokens
+
+
+@torch.no_grad()
+def _with_blocks(outline: PreTrainedModel, count: int | None) -> PreTrainedModel:
+    """A model of the outline's kind with so many blocks, or with all. Its weights are made up."""
+    config = copy.deepcopy(outline.config)
+    if count is not None:
+        config.num_hidden_layers = count
+    config.use_cache = False
+    with torch.device("meta"):
+        model: PreTrainedModel = type(outline)(config)
+    model = model.to_empty(device="cpu").eval()
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
+    model.tie_weights()
+    return model
+
+
+def batch_of(model: PreTrainedModel, count: int, tokens: int) -> Batch:
+    """Inputs of the right shape."""
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.zeros(count, *image_shape(model.config))}
+    last = model.config.eos_token_id
+    last = last if isinstance(last, int) and last < model.get_input_embeddings().num_embeddings else 1
+    ids = torch.full((count, tokens), max(0, last - 1))
+    ids[:, -1] = last  # a classifier may look for it
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder and model.get_output_embeddings() is not None:
+        decoder = torch.ones(count, tokens + 1, dtype=torch.long)  # of another length (GramCollector)
+        batch |= {"decoder_input_ids": decoder, "decoder_attention_mask": decoder}
+    return batch
+
+
+def solve_seconds(inputs: int) -> tuple[float, float]:
+    """Seconds of a solve with as many outputs as inputs, and of the eigenvalues."""
+    rows = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = rows.T @ rows
+    return _seconds(lambda: solve_symmetric(gram, rows[:inputs])), _seconds(lambda: spectrum(gram))
+
+
+def sum_seconds(numbers: int) -> tuple[float, float]:
+    """Seconds a number takes: encoded and put on and off the disk's cache, and masked for one peer."""
+    layout = TensorLayout((TensorEntry(name="numbers", shape=(numbers,), bound=64.0),))
+    vector, words = np.full(numbers, 0.5), np.zeros(numbers, "<u8")
+    masks: list[mask_stream.Mask] = [(bytes(mask_stream.KEY_BYTES), 1)]
+    encoding = _seconds(lambda: fixed_point.encode(layout, vector.copy(), 3))
+    return encoding / numbers, _seconds(lambda: mask_stream.add_masks(words, masks, 0)) / numbers
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The better of two turns, after one that warms up if that takes no time."""
+    turns: list[float] = []
+    while sum(turns) < LONG_SECONDS and (len(turns) < 2 or (len(turns) < 5 and sum(turns) < 0.1)):
+        started = time.perf_counter()
+        work()
+        turns.append(time.perf_counter() - started)
+    return min(turns)
+
+
+# --- the estimate ---
+
+
+def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]:
+    """What an owner computes, by part."""
+    examples = {limit: min(limit, rows.train) for limit in (work.gram_examples, work.fisher_examples)}
+    scored = work.validated_models * rows.validation + work.tested_models * rows.test
+    return {
+        "training": rows.epochs * rows.train * rows.tokens * (1 + BACKWARDS) * rates.forward_of_token,
+        "Gram passes": examples[work.gram_examples] * rows.tokens * rates.gram_pass_of_token,
+        "Fisher information": examples[work.fisher_examples] * rows.tokens * rates.gradients_of_token,
+        "scoring": (scored + min(work.forward_examples, 2 * rows.train)) * rows.tokens * rates.forward_of_token,
+        "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
+    }
+
+
+def coordinator_seconds(work: Work, rates: Rates) -> dict[str, float]:
+    """What the coordinator computes, by part."""
+    solves = sum(each.solve_flops for each in work.systems) * work.solves * rates.solve_of_flop
+    spectra = sum(each.spectrum_flops for each in work.systems) * rates.spectrum_of_flop
+    unmasking = work.owners * (rates.encoding_of_number + (rates.mask_of_number if work.masks else 0.0))
+    return {"solving": solves + spectra, "adding up": work.sent_numbers * unmasking}
+
+
+def owner_bytes(work: Work) -> int:
+    """The most memory that an owner needs: benchmarks/results/memory.md."""
+    return FIXED_BYTES + 4 * work.parameters + int(1.3 * 8 * work.largest_gram**2) + PART_BYTES
+
+
+def coordinator_bytes(work: Work) -> int:
+    """The most memory that the coordinator needs; the sum may lie in pages of its file."""
+    largest = max((each.inputs * (each.inputs + 2 * each.outputs) for each in work.systems), default=0)
+    return FIXED_BYTES + 8 * work.largest_sum + 8 * largest + 2 * PART_BYTES
+
+
+def in_words(parts: dict[str, float]) -> str:
+    """`about 12 min: scoring 9 min, Gram passes 3 min`, the longest first."""
+    total = sum(parts.values())
+    shown = sorted((each for each in parts.items() if each[1] >= 0.02 * total), key=lambda each: -each[1])
+    return f"about {duration(total)}: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in shown)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def transfer_in_words(num_bytes: int) -> str:
+    """How long so many bytes travel."""
+    return ", ".join(f"{duration(num_bytes / rate)} at {name}" for name, rate in NETWORKS.items())

@@ -1,0 +1,101 @@
+"""What a merge takes, computed before it is run: counts, formulas and words. Rates are not judged: machines differ."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.agreement import Agreement
+from common.merge_methods.regmean import RegMeanTable
+from common.merge_methods.regmean_plus_plus import REGMEAN_PLUS_PLUS
+from common.merge_methods.task_arithmetic import TaskArithmeticTable
+from common.models.plan import MergePlan
+from common.schedule import schedule_of
+from deploy import estimate
+from deploy.estimate import OwnerRows, Rates, System, Work, work_of
+from tests.support.architectures import ARCHITECTURES, made
+
+RATES = Rates(
+    forward_of_token=1.0,
+    gram_pass_of_token=2.0,
+    gradients_of_token=3.0,
+    encoding_of_number=10.0,
+    mask_of_number=1.0,
+    solve_of_flop=1.0,
+    spectrum_of_flop=1.0,
+)
+
+
+@pytest.fixture
+def work(agreement: Agreement, plan: MergePlan) -> Work:
+    return work_of(agreement, plan, schedule_of(agreement, plan))
+
+
+def test_work_is_what_the_schedule_says(agreement: Agreement, plan: MergePlan, work: Work) -> None:
+    schedule = schedule_of(agreement, plan)
+    assert work.sent_bytes == sum(each.layout.num_bytes for each in schedule.rounds)
+    assert work.gram_examples == agreement.tables["regmean"].measured_examples  # type: ignore[attr-defined]
+    assert work.fisher_examples == 256
+    assert work.solves == len(RegMeanTable().alphas)
+    assert work.validated_models == len(RegMeanTable().alphas) + len(TaskArithmeticTable().scales)
+    assert work.tested_models == 2 + len(agreement.methods)  # the base and each owner's own, too
+    assert work.masks == 3  # two peers, and the owner's own
+    assert work.parameters == sum(torch.Size(shape).numel() for shape in plan.shapes.values())
+
+
+def test_every_gram_is_a_system_with_the_outputs_of_its_layers(plan: MergePlan, work: Work) -> None:
+    wanted = [(shared.gram_size, sum(layer.d_out for layer in shared.layers)) for shared in plan.inputs]
+    assert [(system.inputs, system.outputs) for system in work.systems] == wanted
+
+
+def test_steps_of_a_multi_round_method_are_one_more_gram_pass(agreement: Agreement, plan: MergePlan) -> None:
+    both = agreement.model_copy(update={"compare_with": (REGMEAN_PLUS_PLUS.name,)})
+    assert work_of(both, plan, schedule_of(both, plan)).gram_examples == 2 * RegMeanTable().measured_examples
+
+
+def test_an_owner_takes_its_examples_times_the_rates(work: Work) -> None:
+    rows = OwnerRows(train=400, validation=10, test=20, epochs=2, tokens=5.0)
+    assert estimate.owner_seconds(work, rows, RATES) == {
+        "training": 2 * 400 * 5 * 3,
+        "Gram passes": 400 * 5 * 2,  # it has fewer examples than may be measured
+        "Fisher information": 256 * 5 * 3,
+        "scoring": (work.validated_models * 10 + work.tested_models * 20) * 5,
+        "masking": work.sent_numbers * (10 + 3),
+    }
+
+
+def test_the_coordinator_solves_each_system_once_for_each_candidate(work: Work) -> None:
+    system = System(inputs=30, outputs=2)
+    assert system.solve_flops == 30**3 / 3 + 6 * 30**2 * 2
+    few = replace(work, systems=(system, system), solves=4, owners=3, sent_numbers=7)
+    assert estimate.coordinator_seconds(few, RATES) == {
+        "solving": 2 * 4 * system.solve_flops + 2 * system.spectrum_flops,
+        "adding up": 7 * 3 * (10 + 1),
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_of_made_up_weights_runs_and_has_as_many_blocks_as_asked_for(name: str) -> None:
+    outline, plan, _ = made(name)
+    rates = estimate.pass_seconds(outline, plan, 4, with_gradients=True)
+    assert all(0 < seconds < 1 for seconds in rates)
+    one = estimate._with_blocks(outline, 1)
+    assert sum(each.numel() for each in one.parameters()) <= sum(each.numel() for each in outline.parameters())
+    with torch.inference_mode():
+        assert one(**estimate.batch_of(one, 2, 4)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (7200, "2.0 h")]
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert estimate.duration(seconds) == words
+
+
+def test_the_longest_parts_come_first_and_little_ones_are_left_out() -> None:
+    parts = {"masking": 1.0, "scoring": 500.0, "Gram passes": 120.0, "training": 0.0}
+    assert estimate.in_words(parts) == "about 10 min: scoring 8 min, Gram passes 2 min"
+
+
+def test_a_gigabyte_takes_80_seconds_at_100_megabits() -> None:
+    assert estimate.transfer_in_words(10**9) == "80 s at 100 Mbit/s, 8 s at 1 Gbit/s"
