@@ -4,16 +4,18 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
 
 from client.measurement.gram import measure_grams
+from common import mapped
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
 from common.errors import ModelError
 from common.models import loading
-from common.models.delta import add_delta
+from common.models.delta import VectorDelta, add_delta, delta_layout
 from common.models.folders import base_labels, fine_tuned_folder, load_tokenizer, model_folder
 from common.models.loading import check_base, digest_of, load_base, load_fine_tuned
 from common.models.plan import MergePlan, merge_plan
@@ -148,6 +150,21 @@ def test_base_and_delta_give_the_fine_tuned_model_again() -> None:
     add_delta(base, delta)
     for one, other in zip(base.parameters(), tuned.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_delta_that_travelled_is_added_in_pieces_to_the_bits_of_the_whole(
+    plan: MergePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "PIECE_NUMBERS", 7)
+    layout = delta_layout(plan, plan.changed[:-1])  # the last one did not change
+    vector = np.random.default_rng(0).standard_normal(layout.size).astype(np.float32)
+    delta, whole, in_pieces = VectorDelta(plan, (layout, vector)), tiny_bert(), tiny_bert()
+    for model in (whole, in_pieces):
+        next(reversed(list(model.parameters()))).data.fill_(-0.0)
+    add_delta(whole, dict(delta))
+    add_delta(in_pieces, delta)
+    for one, other in zip(in_pieces.parameters(), whole.parameters(), strict=True):
+        assert one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
 
 
 def test_labels_come_from_the_configuration_in_order(folder: Path) -> None:

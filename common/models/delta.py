@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import RemoteProtocolError
 from common.lazy import lazy_module
-from common.mapped import copy_of
+from common.mapped import copy_of, pieces
 from common.models.low_rank import SUBNORMAL, AdapterDelta, AdapterPlan, Factors, check_cut
 from common.models.plan import MergePlan
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -74,7 +74,10 @@ def add_delta(base: nn.Module, delta: Mapping[str, Tensor]) -> None:
     """Turn `base` into W_0 + delta, in place."""
     with torch.no_grad():
         for name, parameter in base.named_parameters():
-            parameter.add_(delta[name].to(parameter.dtype))
+            if isinstance(delta, VectorDelta) and parameter.is_contiguous():
+                delta.add_to(parameter.view(-1), name)
+            else:
+                parameter.add_(delta[name].to(parameter.dtype))
 
 
 def delta_layout(plan: MergePlan, names: Iterable[str] | None = None) -> TensorLayout:
@@ -148,6 +151,17 @@ class VectorDelta(Mapping[str, "Tensor"]):
         layout, vector = self._parts[name]
         return torch.from_numpy(copy_of(layout.read(vector, name)))
 
+    def add_to(self, flat: Tensor, name: str) -> None:
+        """Add a tensor to a parameter, (numbers,), without a copy of the whole: the largest holds a vocabulary."""
+        if name not in self._parts:
+            flat.add_(0.0)  # which makes -0.0 to 0.0, as any other sum would: models have digests
+            return
+        layout, vector = self._parts[name]
+        start = 0
+        for piece in pieces(layout.read(vector, name).reshape(-1)):
+            flat[start : start + len(piece)].add_(torch.from_numpy(piece.copy()).to(flat.dtype))
+            start += len(piece)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
@@ -159,4 +173,10 @@ class AppliedDelta(VectorDelta):
     """The same, with what a method's function made of some parameters in their place."""
 
     def __getitem__(self, name: str) -> Tensor:
-        return super().__getitem__(APPLIED + name if APPLIED + name in self._parts else name)
+        return super().__getitem__(self._applied(name))
+
+    def add_to(self, flat: Tensor, name: str) -> None:
+        super().add_to(flat, self._applied(name))
+
+    def _applied(self, name: str) -> str:
+        return APPLIED + name if APPLIED + name in self._parts else name
