@@ -19,11 +19,11 @@ SECONDS = {
     "membership": 8,
     "solve": 37,
     "masking --quick": 25,
-    "gram --quick": 60,
-    "demo_seeds --seeds 1": 60,
-    "scale --owners 3 10 30": 60,
+    "gram --quick": 65,
+    "demo_seeds --seeds 1": 65,
+    "scale --owners 3 10 30": 65,
 }
-REFERENCE_SECONDS = 0.5
+REFERENCE_SECONDS = 0.3
 
 
 def main() -> None:

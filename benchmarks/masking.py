@@ -146,9 +146,9 @@ def timed(work: Callable[[], object], clock: Callable[[], float] = perf_counter)
 class Parties:
     """Owners and a coordinator in this process, which talk until a step is to be timed."""
 
-    def __init__(self, count: int, numbers: int, needed: int, colluders: int) -> None:
+    def __init__(self, count: int, numbers: int, needed: int, colluders: int, bound: float = 1.0) -> None:
         self.identities = {f"o{i}": Identity(name=f"o{i}", seed=token_bytes(32)) for i in range(count)}
-        layout = TensorLayout((TensorEntry(name="t", shape=(numbers,), bound=1.0),))
+        layout = TensorLayout((TensorEntry(name="t", shape=(numbers,), bound=bound),))
         request = OpenSum(
             run="00" * 32,
             agreement_digest="00" * 32,

@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as benchmarks
 from benchmarks import published
 
 
@@ -63,3 +65,28 @@ def test_no_benchmark_writes_results_by_itself() -> None:
     assert len(scripts) > 20
     writers = [path.name for path in scripts if re.search(r"(RESULTS|results\b).*\.(write|open)", path.read_text())]
     assert writers == []
+
+
+def test_the_quick_benchmarks_exist_and_fit_into_ten_minutes() -> None:
+    for command in benchmarks.SECONDS:
+        assert (Path(published.__file__).parent / f"{command.split()[0]}.py").is_file()
+    assert sum(benchmarks.SECONDS.values()) < benchmarks.LIMIT_SECONDS
+
+
+def test_what_does_not_fit_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(benchmarks, "reference_seconds", lambda: 2 * benchmarks.REFERENCE_SECONDS)
+    monkeypatch.setattr(benchmarks, "SECONDS", {"payload": 250, "gram --quick": 400, "solve": 1})
+
+    def ran(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        run.append(command[2])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    benchmarks.main()
+    assert run == ["benchmarks.payload", "benchmarks.solve"]
+    shown = capsys.readouterr().out
+    assert shown.startswith("3 benchmarks, about 22 minutes on this machine\n")
+    assert shown.endswith("not within ten minutes: python -m benchmarks.gram --quick\n")

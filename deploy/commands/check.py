@@ -1,4 +1,4 @@
-"""`amalgram check`: looks at what a merge needs, without computing anything, and says what it would do.
+"""`amalgram check`: looks at what a merge needs, and says what it would do and take.
 
 Every rule is the one that a run applies. A line is shown as soon as it is known, the quick ones first: the rounds
 follow from the base's modules, which takes torch, whose import takes seconds.
