@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError
 
+BAND = 64  # columns of a matrix that are mirrored together: other widths are no faster
 PART_BYTES = 64_000_000  # the most that one message carries: larger ones cost memory and time in each Flower process
 
 Packing = Literal["full", "symmetric"]
@@ -211,6 +212,10 @@ def _unpack(packed: NDArray, dimension: int) -> NDArray:
     for row in range(dimension):
         width = dimension - row
         matrix[row, row:] = packed[start : start + width]
-        matrix[row:, row] = packed[start : start + width]
         start += width
+    for start in range(0, dimension, BAND):  # in bands, because a column is far apart in memory
+        end = min(start + BAND, dimension)
+        square, below = matrix[start:end, start:end], np.tril_indices(end - start, -1)
+        square[below] = square.T[below]
+        matrix[end:, start:end] = matrix[start:end, end:].T
     return matrix

@@ -1,6 +1,7 @@
 """Model folders: what is loaded, and what is refused and why."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from common.models import loading
 from common.models.delta import VectorDelta, add_delta, delta_layout
 from common.models.folders import base_labels, fine_tuned_folder, load_tokenizer, model_folder
 from common.models.loading import check_base, digest_of, load_base, load_fine_tuned
+from common.models.parameters import is_finite
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
 from tests.support.errors import in_two_lines
@@ -282,3 +284,13 @@ def test_a_folder_of_a_trainer_names_its_best_or_last_checkpoint(tmp_path: Path)
     with pytest.raises(ModelError) as caught:
         fine_tuned_folder(str(tmp_path), tmp_path)
     assert caught.value.hint == f"a Trainer wrote this folder; name its best checkpoint: {tmp_path / 'checkpoint-20'}"
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_one_number_that_is_not_finite_is_found(number: float) -> None:
+    tensor = torch.zeros(3, 5)
+    assert is_finite(tensor)
+    assert is_finite(torch.zeros(0, 5))
+    tensor[1, 2] = number
+    assert not is_finite(tensor)
+    assert not is_finite(tensor.half())

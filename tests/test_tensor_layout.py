@@ -133,3 +133,12 @@ def test_a_union_has_every_name_once_and_refuses_a_contradiction() -> None:
 def test_an_impossible_entry_cannot_be_built(entry: dict) -> None:
     with pytest.raises(LocalProtocolError):
         TensorEntry(**entry)
+
+
+@pytest.mark.parametrize("side", [1, 2, 63, 64, 65, 200])
+def test_a_symmetric_matrix_of_any_size_is_the_same_after_it_travelled(side: int) -> None:
+    layout = TensorLayout((TensorEntry(name="g", shape=(side, side), bound=9.0, packing="symmetric"),))
+    matrix = np.random.default_rng(side).uniform(-1, 1, (side, side))
+    vector = np.empty(layout.size)
+    layout.flatten([("g", matrix + matrix.T)], vector)
+    np.testing.assert_array_equal(layout.read(vector, "g"), matrix + matrix.T)

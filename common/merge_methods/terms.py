@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.lazy import lazy_module
+from common.models.parameters import is_finite
 from common.models.plan import MergePlan
 from common.settings_file import Settings
 from common.summation.totals import SummedTensors
@@ -173,7 +174,7 @@ class MergedDelta:
 
     def __post_init__(self) -> None:
         for name, tensor in (*self.delta.items(), *self.beside.items(), *self.applied.items()):
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise NumericalError(
                     f"merge: the merged delta of {name} is not finite",
                     hint="the summed contributions are unusable; check the owners' models and bounds, and agree anew",

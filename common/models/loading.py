@@ -38,7 +38,7 @@ from common.models.folders import (
     read_config,
 )
 from common.models.low_rank import adapter_plan
-from common.models.parameters import parameter_shapes
+from common.models.parameters import is_finite, parameter_shapes
 from common.models.plan import MergePlan, merge_plan
 
 if TYPE_CHECKING:
@@ -417,7 +417,7 @@ def _type_of(tensor: Tensor) -> str:
 
 def _check_finite(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise ModelError(
                 f"model {folder}: parameter {name} holds a number that is not finite",
                 hint="its training diverged; train it anew, or download it again",
