@@ -40,6 +40,11 @@ LONG_SECONDS = 1.0  # what takes longer is measured once
 MASKED_NUMBERS = 1 << 20
 LARGEST_SOLVE = 768
 BACKWARDS = 2.0  # forward passes that a backward pass takes
+# Counted in the profile of a merge of five MiniLM models, in units of encoding one number in fixed point: what a number
+# of a vector takes beside its masks (products, packing, hashes, messages, verification), and a loaded parameter.
+HANDLING, LOADING = 23.0, 0.6
+LOADS = 10  # of models, beside one for each that is scored
+LOOKED_AT = 400  # examples on which the order of labels is judged
 FIXED_BYTES = 500_000_000  # a process that has imported the libraries, loaded a model and released it
 NETWORKS = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}  # bytes a second
 
@@ -278,12 +283,16 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
     """What an owner computes, by part."""
     examples = {limit: min(limit, rows.train) for limit in (work.gram_examples, work.fisher_examples)}
     scored = work.validated_models * rows.validation + work.tested_models * rows.test
+    looked_at = min(work.forward_examples, 2 * rows.train) + min(LOOKED_AT, 2 * rows.train)
+    loads = LOADS + work.validated_models + work.tested_models
     return {
         "training": rows.epochs * rows.train * rows.tokens * (1 + BACKWARDS) * rates.forward_of_token,
         "Gram passes": examples[work.gram_examples] * rows.tokens * rates.gram_pass_of_token,
         "Fisher information": examples[work.fisher_examples] * rows.tokens * rates.gradients_of_token,
-        "scoring": (scored + min(work.forward_examples, 2 * rows.train)) * rows.tokens * rates.forward_of_token,
+        "scoring": (scored + looked_at) * rows.tokens * rates.forward_of_token,
+        "loading models": loads * work.parameters * LOADING * rates.encoding_of_number,
         "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
+        "packing and verifying": work.sent_numbers * HANDLING * rates.encoding_of_number,
     }
 
 
@@ -307,8 +316,12 @@ def coordinator_bytes(work: Work) -> int:
 
 
 def in_words(parts: dict[str, float]) -> str:
-    """`about 12 min: scoring 9 min, Gram passes 3 min`, the longest first."""
+    """`about 12 min: scoring 9 min, Gram passes 3 min`, the longest first. What takes less than a minute is mostly what
+    is not computed here.
+    """
     total = sum(parts.values())
+    if total < 60:
+        return "a minute or two"
     shown = sorted((each for each in parts.items() if each[1] >= 0.02 * total), key=lambda each: -each[1])
     return f"about {duration(total)}: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in shown)
 

@@ -67,7 +67,7 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
     assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
     assert "a run keeps at least" in found["disk"]
-    assert re.fullmatch(r"about \d+ s: training \d+ s, .*", found["time"])  # the example's owners bring no models
+    assert found["time"] == "a minute or two"
     assert re.fullmatch(r"about \d+.\d MB at the most", found["memory"])
     assert found["device"].startswith("cpu")
     assert errors == "ready; next: amalgram simulate .\n"

@@ -59,8 +59,10 @@ def test_an_owner_takes_its_examples_times_the_rates(work: Work) -> None:
         "training": 2 * 400 * 5 * 3,
         "Gram passes": 400 * 5 * 2,  # it has fewer examples than may be measured
         "Fisher information": 256 * 5 * 3,
-        "scoring": (work.validated_models * 10 + work.tested_models * 20) * 5,
+        "scoring": (work.validated_models * 10 + work.tested_models * 20 + estimate.LOOKED_AT) * 5,
+        "loading models": (estimate.LOADS + 8 + 6) * work.parameters * estimate.LOADING * 10,
         "masking": work.sent_numbers * (10 + 3),
+        "packing and verifying": work.sent_numbers * estimate.HANDLING * 10,
     }
 
 
@@ -95,6 +97,10 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 def test_the_longest_parts_come_first_and_little_ones_are_left_out() -> None:
     parts = {"masking": 1.0, "scoring": 500.0, "Gram passes": 120.0, "training": 0.0}
     assert estimate.in_words(parts) == "about 10 min: scoring 8 min, Gram passes 2 min"
+
+
+def test_a_merge_of_seconds_has_no_parts() -> None:
+    assert estimate.in_words({"scoring": 59.0}) == "a minute or two"
 
 
 def test_a_gigabyte_takes_80_seconds_at_100_megabits() -> None:
