@@ -113,6 +113,27 @@ def test_a_model_whose_blocks_pass_on_more_than_they_return_is_measured_whole_wi
     assert "is fed other numbers if blocks run alone" in warning
 
 
+def test_a_model_in_one_piece_never_has_grams_larger_than_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan, batches = made("t5 untied")
+    monkeypatch.setattr(gram_stream, "ROOM", 0.1)
+    room = sum(parameter.nbytes for parameter in model.parameters()) / 10 / 8  # numbers
+    passes: list[int] = []
+    collect = GramCollector.__init__
+
+    def counted(self: GramCollector, measured: MergePlan, device: torch.device) -> None:
+        passes.append(sum(shared.gram_size**2 for shared in measured.inputs))
+        collect(self, measured, device)
+
+    monkeypatch.setattr(GramCollector, "__init__", counted)
+    stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)
+    for name in stream:
+        _ = stream[name]
+    assert len(passes) > 1
+    assert max(passes) <= room
+
+
 def test_a_delta_computed_tensor_by_tensor_from_the_disk_is_the_whole_one(tmp_path: Path) -> None:
     for name in ("bert", "gpt2", "t5 tied", "mixtral"):
         base, own = made(name)[0], made(name)[0]

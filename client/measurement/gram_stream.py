@@ -4,13 +4,14 @@ Methods ask for Grams in the order of the model. So the model is run block by bl
 disk for the next one (blocks.py), and each block's Grams make room for those of the next block.
 
 A model is run this way only if a trial on one example shows that it is one chain of blocks, and that blocks that run
-alone feed every layer bit-identical numbers. Any other model is measured in one piece, and the log warns of it.
+alone feed every layer bit-identical numbers. Any other model is measured in one piece: in several passes if its Grams
+together are larger than the model, each of which measures as many as fit. The log warns of it.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from common.models.plan import MergePlan, SharedInput
 
 log = logging.getLogger("amalgram.owner")
 
+ROOM = 1.0  # for the Grams of a model that is measured in one piece, in sizes of the model
 Fed = dict[str, list[str]]  # by a layer's weight: a digest of what each of its calls was fed
 # What a model's own code raises if it does not bear being run in pieces.
 TRIAL_ERRORS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
@@ -39,10 +41,13 @@ TRIAL_ERRORS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError,
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInputs:
-    """Inputs of the plan that are fed in one block. `block` is None for the last block and what follows it."""
+    """Inputs of the plan that are fed in one block. `block` is None for the last block and what follows it, and for a
+    model that is measured in one piece.
+    """
 
     block: int | None
     inputs: tuple[SharedInput, ...]
+    in_one_piece: bool = False
 
 
 class Batches(Sequence[Batch]):
@@ -109,8 +114,8 @@ class GramStream(Mapping[str, Gram]):
         return grams
 
     def _run(self, step: BlockInputs) -> dict[str, Gram]:
-        if len(self._steps) == 1:
-            return measure_grams(self._own.model, self._plan, self._batches, self._passes)
+        if step.in_one_piece:
+            return measure_grams(self._own.model, replace(self._plan, inputs=step.inputs), self._batches, self._passes)
         keep = None if step.block is None else step.block + 1
         folder = self._passes.halving.folder_in(self._folder)
         return measure_inputs(
@@ -128,21 +133,39 @@ class GramStream(Mapping[str, Gram]):
 def _steps(
     model: PreTrainedModel, plan: MergePlan, batches: Sequence[Batch], passes: Passes
 ) -> tuple[BlockInputs, ...]:
-    """The plan's inputs by the block that feeds them, or a single step with all of them if that is impossible."""
-    whole = (BlockInputs(block=None, inputs=plan.inputs),)
+    """The plan's inputs by the block that feeds them, or in groups that fit into memory if that is impossible."""
+    whole = tuple(BlockInputs(block=None, inputs=group, in_one_piece=True) for group in _groups(model, plan.inputs))
     if not len(batches):
         return whole
     try:
         example = passes.inputs(first_example(batches[-1]))  # the longest examples come last
         return _steps_by_block(model, plan, example)
     except TRIAL_ERRORS as error:
-        megabytes = sum(shared.gram_size**2 for shared in plan.inputs) * 8 / 1e6
         log.warning(
-            "  the model is measured in one piece and needs more memory, %.0f MB for its Gram matrices alone (%s)",
-            megabytes,
+            "  the model is measured in one piece and needs more memory, %.0f MB for its Gram matrices alone, "
+            "and passes: %d (%s)",
+            max(map(_gram_bytes, (step.inputs for step in whole)), default=0) / 1e6,
+            len(whole),
             first_line(error),
         )
         return whole
+
+
+def _groups(model: PreTrainedModel, inputs: tuple[SharedInput, ...]) -> Iterator[tuple[SharedInput, ...]]:
+    """The inputs in order, as many at a time as have Grams no larger than the model together, but at least one."""
+    room = ROOM * sum(parameter.nbytes for parameter in model.parameters())
+    group: tuple[SharedInput, ...] = ()
+    for shared in inputs:
+        if group and _gram_bytes((*group, shared)) > room:
+            yield group
+            group = ()
+        group = (*group, shared)
+    if group:
+        yield group
+
+
+def _gram_bytes(inputs: Sequence[SharedInput]) -> int:
+    return sum(shared.gram_size**2 for shared in inputs) * 8
 
 
 def _steps_by_block(model: PreTrainedModel, plan: MergePlan, example: Batch) -> tuple[BlockInputs, ...]:
