@@ -167,6 +167,11 @@ class Schedule:
     def rounds(self) -> tuple[Round, ...]:
         return tuple(event for event in self.events if isinstance(event, Round))
 
+    @property
+    def has_grams(self) -> bool:
+        """Whether Gram matrices of layers' inputs are summed."""
+        return any(kind_of(entry.name) == "gram" for each in self.rounds for entry in each.layout.entries)
+
     def round_at(self, position: int) -> Round:
         """Raises RemoteProtocolError if the coordinator asked for something else than a round."""
         event = self._at(position)

@@ -3,7 +3,8 @@
 Everything is measured on the public base model with made-up inputs. No owner's data is needed or seen.
 """
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import ceil, inf, log2, sqrt
 from pathlib import Path
@@ -25,7 +26,7 @@ from common.merge_methods.method import Measurement
 from common.merge_methods.regmean import REGMEAN
 from common.metrics import metrics_layout
 from common.models.folders import hub_revision, image_shape, load_tokenizer
-from common.models.layers import block_names, layer_biases, merge_layers, parameter_of
+from common.models.layers import Layer, block_names, layer_biases, merge_layers, parameter_of
 from common.models.loading import agreed_plan, digest_of, load_base, private_head
 from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
@@ -37,6 +38,8 @@ from deploy.launch.flower import bundle_digest
 
 PROBE_EXAMPLES = 8
 TOKENS = ("input_ids", "decoder_input_ids")
+log = logging.getLogger("amalgram.draft")
+FULL_MEASURE = 4  # examples that are to be measured for each that the smallest owner may have
 PROBE_TOKENS = 32  # the length of made-up texts; bounds are scaled up in proportion for longer texts
 
 
@@ -80,7 +83,9 @@ def complete_agreement(
         tensors=tensors,
     )
     plan = agreed_plan(base, base_folder, agreement)
-    schedule_of(agreement, plan)  # raises for one that cannot be run
+    schedule = schedule_of(agreement, plan)  # raises for one that cannot be run
+    if schedule.has_grams and tensors.data_free:
+        log.info("no Gram matrix, merged from weight changes alone: %s", tensors.data_free_in_short)
     for layout in (
         contribution_layout(agreement.methods, agreement.merge_settings(plan)),
         metrics_layout(agreement, "test", ["base"]),
@@ -125,6 +130,7 @@ def _planned_tensors(
     try:
         ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
         groups = find_shared_inputs(base, batch)
+        pooled = {name for name, rows in _row_counts(base, batch).items() if rows == len(probe)}
         held_back = _uncountable_inputs(base, batch)
         if not draft.privacy.merge_token_inputs:
             held_back |= _token_inputs(base, batch)  # check: token-inputs-are-averaged
@@ -135,9 +141,9 @@ def _planned_tensors(
         ) from None
     layers, table = merge_layers(base), REGMEAN.of(draft.tables)
     fixed = set(left_alone)
-    data_free = tuple(
-        weight for weight in _data_free_layers(table.data_free_layers, layers) if parameter_of(weight) not in fixed
-    )
+    named = _data_free_layers(table.data_free_layers, layers)
+    for_few = _layers_for_few_rows(pooled, groups, layers, draft)
+    data_free = tuple(weight for weight in layers if weight in named + for_few and parameter_of(weight) not in fixed)
     if not draft.privacy.merge_routed_inputs:  # check: routed-inputs-are-averaged
         held_back |= {parameter_of(weight) for weight, layer in layers.items() if layer.expert is not None}
     unmeasured = {*data_free, *(weight for weight in layers if parameter_of(weight) in fixed)}
@@ -171,6 +177,25 @@ def _data_free_layers(patterns: tuple[str, ...], layers: Collection[str]) -> tup
                 hint="use a layer's name, its beginning up to a dot, or a pattern such as *.attention.*",
             )
     return tuple(weight for weight in layers if any(_names(pattern, parameter_of(weight)) for pattern in patterns))
+
+
+def _layers_for_few_rows(
+    pooled: Collection[str], groups: Sequence[tuple[str, ...]], layers: Mapping[str, Layer], draft: AgreementDraft
+) -> tuple[str, ...]:
+    """The weights of layers that see one row an example, such as a pooler, and whose Gram could have too few rows.
+
+    Nobody knows yet how many examples an owner has, only how many it may measure, and one that lacks rows for a single
+    Gram could not take part. So such a layer is measured only if `measured_examples` is FULL_MEASURE times what its
+    Gram needs. A classifier that a method fits or adjusts stays.
+    """
+    least = draft.privacy.min_rows_per_dimension
+    measured = REGMEAN.of(draft.tables).measured_examples
+    kept = groups[-1] if any(METHODS[name].needs_classifier for name in draft.methods) else ()
+    return tuple(
+        weight
+        for weight, layer in layers.items()
+        if weight in pooled and weight not in kept and measured < FULL_MEASURE * least * layer.d_in
+    )
 
 
 def _not_named(patterns: tuple[str, ...], base: PreTrainedModel) -> tuple[str, ...]:

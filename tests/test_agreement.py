@@ -114,10 +114,6 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
             ('method = "regmean"', 'method = "refit"\nrefit = {alpha = 0.9}'),
             "refit.alpha = 0.9: must be one of data_free.alphas = [1.0]",
         ),
-        (
-            ("[[owners]]", '[data_free]\nalphas = [0.5, 1.0]\n[regmean]\ndata_free_layers = ["x"]\n[[owners]]'),
-            "data_free.alphas = [0.5, 1.0]: regmean.data_free_layers needs exactly one alpha",
-        ),
     ],
 )
 def test_a_wrong_draft_is_refused_in_one_line_with_file_key_and_value(

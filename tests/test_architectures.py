@@ -363,6 +363,35 @@ def test_a_pattern_that_names_no_layer_is_refused(tmp_path: Path) -> None:
         assert pattern in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["regmean", "refit"])
+def test_layers_that_see_one_row_an_example_are_data_free_if_owners_may_lack_examples(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pooler and a classifier of 16 inputs each. A classifier that a method fits stays."""
+    folder = save(tiny_bert(), tmp_path)
+    caplog.set_level("INFO", "amalgram.draft")
+    pooled = ("bert.pooler.dense.weight", *(("classifier.weight",) if method == "regmean" else ()))
+    few = completed(folder, method=method, regmean=RegMeanTable(measured_examples=63))
+    assert few.tensors.data_free == pooled
+    assert caplog.messages == [] if method == "refit" else "bert.pooler.dense, classifier" in caplog.text
+    enough = completed(folder, method=method, regmean=RegMeanTable(measured_examples=64))
+    assert enough.tensors.data_free == ()
+    strict = completed(folder, method=method, min_rows_per_dimension=100.0)  # 100 * 16 * 4 > 1000
+    assert strict.tensors.data_free == pooled
+    careless = completed(folder, method=method, regmean=RegMeanTable(measured_examples=1), min_rows_per_dimension=0.0)
+    assert careless.tensors.data_free == ()
+
+
+def test_named_layers_and_those_of_few_rows_are_data_free_together(tmp_path: Path) -> None:
+    table = RegMeanTable(data_free_layers=("bert.pooler", "*.layer.1.output.dense"), measured_examples=10)
+    tensors = completed(save(tiny_bert(), tmp_path), regmean=table).tensors
+    assert tensors.data_free == (
+        "bert.encoder.layer.1.output.dense.weight",
+        "bert.pooler.dense.weight",
+        "classifier.weight",
+    )
+
+
 # --- layers that are left alone ---------------------------------------------------------------------------------------
 
 
@@ -474,7 +503,7 @@ def completed(
     regmean: RegMeanTable | None = None,
     method: str = "regmean",
     merge: Merging | None = None,
-    **privacy: bool,
+    **privacy: float,
 ) -> Agreement:
     draft = AgreementDraft(
         title="t",

@@ -39,7 +39,7 @@ from common.schedule import Delivery, Round, schedule_of
 from common.settings_file import write_settings
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
-from deploy.commands.agree import give_consent
+from deploy.commands.agree import consent_text, give_consent
 from tests.support.owner_process import (
     OTHER,
     RUN,
@@ -49,7 +49,7 @@ from tests.support.owner_process import (
     part_of,
     roll_call,
 )
-from tests.support.parties import Parties
+from tests.support.parties import Parties, parties_of
 
 SESSION = OTHER  # of a request that belongs to no sum
 
@@ -218,6 +218,23 @@ def test_an_owner_with_too_few_rows_for_a_gram_takes_no_part(parties: Parties, p
         DataError, match=r"rows for .* dimensions, the agreement demands 100 per dimension; nothing has"
     ):
         list(Owner(party).workbench.contribution())
+
+
+def test_an_owner_of_fewer_examples_than_a_pooler_has_inputs_takes_part(trained_folder: Path, tmp_path: Path) -> None:
+    """Of 40 examples, each of many tokens: the pooler and the classifier, of 64 inputs, see 40 rows."""
+    consortium = tmp_path / "consortium"
+    shutil.copytree(trained_folder, consortium)
+    path = consortium / "agreement.toml"
+    path.write_text(path.read_text().replace("measured_examples = 1000 ", "measured_examples = 40 "))
+    with parties_of(consortium, tmp_path / "output") as parties:
+        owner = Owner(parties.files["hotel"])
+        assert parties.agreement.tensors.data_free == ("bert.pooler.dense.weight", "classifier.weight")
+        sent = dict(owner.workbench.contribution())
+        text = " ".join(consent_text(owner).split())
+    assert {"data_free_gram/bert.pooler.dense", "data_free_gram/classifier"} <= sent.keys()
+    assert min(float(sent[name][0]) for name in sent if name.startswith("rows/")) >= 64
+    assert "These layers have no Gram matrix" in text
+    assert "so agreed: bert.pooler.dense, classifier." in text
 
 
 @pytest.mark.parametrize(

@@ -196,16 +196,6 @@ def a_sweep_tries_each_value_once(draft: DraftTables) -> None:
                 raise RuleError(f"{method}.{key} = {list(values)}: duplicate value")
 
 
-def data_free_layers_have_one_alpha(draft: DraftTables) -> None:
-    tables = draft.tables
-    layers, alphas = getattr(tables["regmean"], "data_free_layers", ()), METHODS["data_free"].swept(tables)
-    if layers and len(alphas) > 1:
-        raise RuleError(
-            f"data_free.alphas = {list(alphas)}: regmean.data_free_layers needs exactly one alpha",
-            hint="RegMean tries only its own alphas; leave one in data_free.alphas",
-        )
-
-
 def the_task_is_consistent(draft: DraftTables) -> None:
     task = draft.task
     if task.head == "private" and not task.has_labels:
@@ -293,5 +283,4 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     the_problem_is_consistent,
     a_refit_weighs_rows_by_a_single_label,
     a_sweep_tries_each_value_once,
-    data_free_layers_have_one_alpha,
 )

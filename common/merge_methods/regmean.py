@@ -77,8 +77,9 @@ class RegMeanTable(Hyperparameters):
     `bias_feature`: solve a bias with its weight, as the weight of one more input that is always 1, where every layer
     that shares the input has a bias. Otherwise biases are averaged. `data_free_layers`: weights of linear layers that
     are merged with the Gram of `data_free.py`, as [data_free] says: names, the beginnings of names up to a dot, or
-    patterns (`*.attention.*`). `largest_gram`: a layer with more inputs than this is merged in blocks of its inputs, as
-    if the inputs of different blocks were uncorrelated: fewer bytes, a coarser merge.
+    patterns (`*.attention.*`), at the largest of data_free.alphas. So are layers that see one row an example and may
+    have too few (deploy/complete.py). `largest_gram`: a layer with more inputs than this is merged in blocks of its
+    inputs, as if the inputs of different blocks were uncorrelated: fewer bytes, a coarser merge.
     """
 
     alphas: Annotated[tuple[Probability, ...], Field(min_length=1, max_length=20)] = (0.1, 0.5, 0.9, 0.95, 0.99)
@@ -136,9 +137,8 @@ class GramPart:
             merged |= solved
             layers.append(note)
         for layer in self.data_free:
-            (data_free_alpha,) = DATA_FREE.hyperparameters(settings).alphas
             system = DATA_FREE.system_of(settings, layer)
-            solved, note = system.solve(total, data_free_alpha, None, with_spectra, settings.device)
+            solved, note = system.solve(total, max(system.alphas), None, with_spectra, settings.device)
             merged |= solved
             layers.append(note)
         solved_layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)
@@ -148,8 +148,8 @@ class GramPart:
     def equations(self, settings: MergeSettings, alpha: float) -> tuple[Equation, ...]:
         systems = [SystemEquation.of(each, alpha) for each in self.systems()]
         for layer in self.data_free:
-            (data_free_alpha,) = DATA_FREE.hyperparameters(settings).alphas
-            systems.append(SystemEquation.of(DATA_FREE.system_of(settings, layer), data_free_alpha))
+            system = DATA_FREE.system_of(settings, layer)
+            systems.append(SystemEquation.of(system, max(system.alphas)))
         return (*systems, *mean_equations(settings, self.averaged))
 
     def systems(self) -> tuple[System, ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from common.models.low_rank import AdapterPlan
 
+SHOWN = 4  # names in a line for people
 ANOTHER_BASE = "the agreement was completed for another base model; complete the draft again: amalgram draft"
 
 
@@ -36,6 +37,12 @@ class PlannedTensors(Settings):
     data_free: tuple[Line, ...] = ()
     averaged: tuple[Line, ...]
     left_alone: tuple[Line, ...]
+
+    @property
+    def data_free_in_short(self) -> str:
+        """The first of those layers by name, and how many more there are."""
+        shown = ", ".join(name.removesuffix(".weight") for name in self.data_free[:SHOWN])
+        return shown if len(self.data_free) <= SHOWN else f"{shown} and {len(self.data_free) - SHOWN} more"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
             4 * max(method_layout(METHODS[name], owner.workbench.merge_settings).size for name in agreement.methods)
         ),
         disclosures=_disclosures(agreement),
+        without_grams=agreement.tensors.data_free_in_short if owner.schedule.has_grams else "",
         bounded=_bounded(agreement, repeats),
         repeats=[
             {
