@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.merge_methods.data_free import DATA_FREE
-from common.merge_methods.logit_adjusted import SHARES
+from common.merge_methods.logit_adjusted import SHARES, least_log_share
 from common.merge_methods.normal_equations import gram_room
 from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
 from common.merge_methods.terms import MergeSettings
@@ -97,15 +97,17 @@ def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSe
 
 
 def _check_class_shares(total: SummedTensors) -> None:
-    """The shares of labels that one owner's model predicts add up to its weight, and none is below zero."""
+    """The shares of labels that one owner's model predicts add up to 1. Their geometric means over the owners add up to
+    no more (Hoelder), and none is less than the least share that one owner can have.
+    """
     if SHARES not in total:
         return
-    shares, weight = total[SHARES], float(total["weight"][0])
-    add_up = isclose(float(shares.sum()), weight, rel_tol=TOLERANCE)
-    if not add_up or shares.min() < -TOLERANCE * weight:  # check: class-shares-add-up
+    logs = total[SHARES] / total["weight"][0]  # (classes,)
+    add_up, least = float(np.exp(logs).sum()), least_log_share(len(logs))
+    if not add_up <= 1 + TOLERANCE or logs.min() < least - TOLERANCE:  # check: class-shares-add-up
         raise NumericalError(
-            f"merge: the shares of labels add up to {float(shares.sum()):.3g}, the least of them is "
-            f"{float(shares.min()):.3g}; those of honest owners add up to {weight:.3g}",
+            f"merge: the shares of labels add up to {add_up:.3g}, the logarithm of the least is {logs.min():.3g}; "
+            f"those of honest owners add up to at most 1, and it is at least {least:.3g}",
             hint=HINT,
         )
 

@@ -223,12 +223,14 @@ def test_logit_adjustment_subtracts_the_log_shares_from_the_bias_alone(body: str
     alpha = max((each for each in single_round(body).swept(agreed.tables) if each is not None), default=None)
     expected = dict(merged(body, agreed, owners, alpha).delta)
     weights = [owner.examples for owner in owners.values()]
-    share = [
-        sum(w * float(owner.class_shares[label]) for w, owner in zip(weights, owners.values(), strict=True))  # type: ignore[index]
+    logs = [
+        sum(
+            weight * log((float(owner.class_shares[label]) + SMOOTHING / 3) / (1 + SMOOTHING))  # type: ignore[index]
+            for weight, owner in zip(weights, owners.values(), strict=True)
+        )
         / sum(weights)
         for label in range(3)
     ]
-    logs = [log(each + SMOOTHING / 3) for each in share]
     expected["l0.bias"] = (
         expected["l0.bias"] - strength * torch.tensor([each - sum(logs) / 3 for each in logs]).double()
     )
@@ -239,10 +241,11 @@ def test_logit_adjustment_subtracts_the_log_shares_from_the_bias_alone(body: str
 
 def test_a_label_that_nobody_predicts_gets_a_bounded_bias() -> None:
     agreed = of_three()
-    (_, bias), *_ = LOGIT_ADJUSTED.apply(
-        agreed, {"class_share": torch.tensor([1.0, 0.0, 0.0]), "l0.bias": torch.zeros(3)}, 1.0
-    )
-    assert float(bias.max() - bias.min()) == pytest.approx(log((1 + SMOOTHING / 3) / (SMOOTHING / 3)))
+    only_one = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    owners = {name: replace(owner, class_shares=only_one) for name, owner in three_owners(agreed).items()}
+    bias, plain = (merged("logit_adjusted", agreed, owners, strength).published["l0.bias"] for strength in (1.0, 0.0))
+    moved = bias - plain
+    assert float(moved.max() - moved.min()) == pytest.approx(log((1 + SMOOTHING / 3) / (SMOOTHING / 3)))
 
 
 def test_a_classifier_without_a_bias_cannot_be_adjusted() -> None:

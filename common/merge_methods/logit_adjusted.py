@@ -3,13 +3,17 @@
 Owners whose labels are skewed train classifiers that rather predict what is frequent, and a merge adds these habits up.
 Logit adjustment (arXiv 2007.07314, section 4.1, equation 9) subtracts tau * log(the label's share) from each score:
 
-    b = b_body - tau * (log(p + SMOOTHING / K) - its mean over the K labels)
+    b = b_body - tau * (l - its mean over the K labels),        l = sum w_i l_i / sum w_i
+    l_i = log((p_i + SMOOTHING / K) / (1 + SMOOTHING))          shares of labels at owner i, none of them zero
 
-The paper estimates p by counting labels. Here every owner adds, in the round that all methods share, the mean
-probabilities p_i that its own model gives the labels of its rows; no label is read, and p is their weighted mean. Only
-the classifier's bias changes.
+The paper has one model, and estimates p by counting labels. Here p_i are the mean probabilities that the owner's own
+model gives the labels of its rows; no label is read. Only the classifier's bias changes.
 
-p is linear in what the owners summed. So it travels with the merged delta, is verified with it, and every owner then
+A merged classifier is about the mean of the owners' classifiers, so it prefers what they prefer in the mean: l is a
+mean of logarithms, not the logarithm of mean shares, which a label has that one owner sees often and no other at all.
+(benchmarks/README.md: better by 0.004 to 0.010 macro F1 at tau = 0.5, and more accurate.)
+
+l is linear in what the owners sum. So it travels with the merged delta, is verified with it, and every owner then
 computes the bias itself.
 """
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import log
 from typing import TYPE_CHECKING, Annotated
 
 from numpy.typing import NDArray
@@ -48,8 +53,8 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-SHARES = "class_share"  # what is solved beside the body
-SMOOTHING = 1e-2  # how many of a label's fair share a label has that nobody predicts
+SHARES = "log_class_share"  # what is solved beside the body
+SMOOTHING = 1e-2  # how much of a label's fair share a label has that nobody predicts
 
 
 class LogitAdjustedTable(Hyperparameters):
@@ -73,7 +78,9 @@ class LogitAdjusted(SingleRoundMethod[LogitAdjustedTable]):
     order = 9
     table = LogitAdjustedTable
     trust = "nobody"
-    tensor_kinds = WEIGHT_KINDS | {SHARES: "how often {their} own model predicts each label on {their} rows"}
+    tensor_kinds = WEIGHT_KINDS | {
+        SHARES: "logarithms of how often {their} own model predicts each label on {their} rows"
+    }
     fits_32_bits = True
     needs_classifier = True
 
@@ -85,9 +92,8 @@ class LogitAdjusted(SingleRoundMethod[LogitAdjustedTable]):
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return (
-            "The total shows how often the owners' models predict each label on their own rows: about how many rows "
-            "of each label there are, summed over the owners. If only one owner has a label, that is this owner's "
-            "alone.",
+            "The total shows the mean logarithm of how often the owners' models predict each label on their own rows: "
+            "roughly, how frequent each label is. If only one owner has a label, it shows how frequent it is there.",
             *self._body(tables).disclosures(tables),
         )
 
@@ -96,13 +102,15 @@ class LogitAdjusted(SingleRoundMethod[LogitAdjustedTable]):
         return {**measured, Measurement.CLASS_SHARES: self.of(tables).measured_examples}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:
-        shares = TensorEntry(name=SHARES, shape=(_classes(settings.plan),), bound=settings.weight_bound)
+        classes = _classes(settings.plan)
+        shares = TensorEntry(name=SHARES, shape=(classes,), bound=-settings.weight_bound * least_log_share(classes))
         return TensorLayout((*self._body(settings.tables).layout(settings).entries, shares))
 
     def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
         yield from self._body(settings.tables).contribution(settings, owner)
         assert owner.class_shares is not None  # measured, as this method asked for
-        yield SHARES, to_array(owner_weight(settings, owner) * owner.class_shares)
+        shares = (owner.class_shares + SMOOTHING / len(owner.class_shares)) / (1 + SMOOTHING)  # (classes,) float64
+        yield SHARES, to_array(owner_weight(settings, owner) * shares.log())
 
     def solve(
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
@@ -128,7 +136,7 @@ class LogitAdjusted(SingleRoundMethod[LogitAdjustedTable]):
     ) -> Iterator[tuple[str, Tensor]]:
         assert hyperparameter is not None
         (bias,) = self.applied(settings)
-        logs = (solved[SHARES].double().clamp(min=0) + SMOOTHING / _classes(settings.plan)).log()  # (classes,)
+        logs = solved[SHARES].double()  # (classes,)
         yield bias, solved[bias].double() - hyperparameter * (logs - logs.mean())
 
     def _body_alpha(self, settings: MergeSettings) -> float | None:
@@ -142,6 +150,11 @@ class LogitAdjusted(SingleRoundMethod[LogitAdjustedTable]):
             allowed = sorted(each.name for each in METHODS.values() if each.can_be_refitted)
             raise ValueError(f"logit_adjusted.body = {self.of(tables).body!r}: must be one of {', '.join(allowed)}")
         return body
+
+
+def least_log_share(classes: int) -> float:
+    """The logarithm of the share of a label that an owner's model never predicts."""
+    return log(SMOOTHING / classes / (1 + SMOOTHING))
 
 
 def _classes(plan: MergePlan) -> int:
