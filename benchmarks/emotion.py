@@ -7,12 +7,15 @@ of the five fine-tuned models and for their `base`.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 
 IN_DOMAIN = ("isear", "crowdflower", "dailydialog", "emoevent", "goemotions")
 OUT_OF_DOMAIN = ("affectivetext", "meld", "xed", "empathetic", "stockemotions")
-TEST_ROWS = 600
+# The first rows of each file, so that owners measure what their models were trained on. `max_train_rows` and the like
+# draw rows from the whole file; 600 other test rows move macro F1 by 0.02.
+ROWS = {"train": 4000, "dev": 400, "test": 600}
 
 AGREEMENT = """\
 title = "Five emotion domains"
@@ -36,7 +39,10 @@ bias_feature = {bias_feature}
 {data_free}
 
 [anchored]
-anchors = [0.1, 0.5]
+anchors = [0.5]
+
+[isotropic]
+scales = [1.5, 3.0]
 
 [logit_adjusted]
 body = "{body}"
@@ -57,13 +63,19 @@ name = "{name}"
 fine_tuned = "{model}"
 
 [data]
-train = "{data}/train.jsonl"
-validation = "{data}/dev.jsonl"
-test = "{data}/test.jsonl"
-max_train_rows = 4000
-max_validation_rows = 400
-max_test_rows = {test_rows}
+train = "data/{name}/train.jsonl"
+validation = "data/{name}/dev.jsonl"
+test = "data/{name}/test.jsonl"
 """
+
+
+def write_first_rows(folder: Path, data: Path, domains: Iterable[str], rows: Mapping[str, int] = ROWS) -> None:
+    """Write the first rows of each domain's files to FOLDER/domain."""
+    for domain in domains:
+        (folder / domain).mkdir(parents=True)
+        for split, count in rows.items():
+            with (data / domain / f"{split}.jsonl").open() as lines:
+                (folder / domain / f"{split}.jsonl").write_text("".join(islice(lines, count)))
 
 
 def write_consortium(
@@ -82,8 +94,12 @@ def write_consortium(
     owners: tuple[str, ...] = IN_DOMAIN,
     ring_bits: int = 64,
     weighting: str = "rows",
+    kind: str | None = None,
+    rows: Mapping[str, int] = ROWS,
 ) -> None:
-    """Write agreement.toml and one settings file per owner. The first of `methods` makes the published model."""
+    """Write agreement.toml, one settings file and the first `rows` of the data per owner. The first of `methods` makes
+    the published model. `kind` of the sum: left out, masked if there are owners enough.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = AGREEMENT.format(
         base=(models / "base").resolve(),
@@ -98,17 +114,15 @@ def write_consortium(
         data_free=data_free,
         strengths=list(strengths),
         # With two owners, each knows the other's part of any total, so a masked sum needs three.
-        kind="masked" if len(owners) > 2 else "plain",
+        kind=kind or ("masked" if len(owners) > 2 else "plain"),
         ring_bits=ring_bits,
     )
     (folder / "agreement.toml").write_text(
         text.replace("'", '"') + "".join(f'\n[[owners]]\nname = "{name}"\n' for name in owners)
     )
+    write_first_rows(folder / "data", data, owners, rows)
     for name in owners:
-        text = OWNER.format(
-            name=name, model=(models / name).resolve(), data=(data / name).resolve(), test_rows=TEST_ROWS
-        )
-        (folder / f"{name}.toml").write_text(text)
+        (folder / f"{name}.toml").write_text(OWNER.format(name=name, model=(models / name).resolve()))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ are judged among the labels of the domain. Writes benchmarks/results/quality.{js
 """
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, TEST_ROWS, write_consortium
+from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, ROWS, write_consortium, write_first_rows
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import RESULTS, everything, publish, published
 from client.data.private_data import PrivateData
@@ -49,7 +50,7 @@ from server.report.report import Report
 BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
 PULLS = ((0.1, None), (0.1, 1.0), (1.0, 1.0))  # ridge and pull of data_free
-BEST_DATA_FREE = "ridge = 0.1\npull = 1.0"
+HELD_TO_THE_SUM = "ridge = 1.0\npull = 1.0"
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
 
@@ -63,16 +64,17 @@ class Bench:
         self.data, self.models = data, models
         self.task = Task(labels=base_labels(models / "base"), max_tokens=64)
         self.base = load_base(models / "base", self.task, seed=0)
+        self._rows = tempfile.TemporaryDirectory()
+        write_first_rows(Path(self._rows.name), data, (*IN_DOMAIN, *OUT_OF_DOMAIN))
         self._domains = {name: self._private_data(name) for name in (*IN_DOMAIN, *OUT_OF_DOMAIN)}
         self.tests = {name: domain.test() for name, domain in self._domains.items()}
         self.allowed = {name: domain.label_set() for name, domain in self._domains.items()}
+        self._features: dict[bytes, dict[str, NDArray[np.float32]]] = {}
 
     def _private_data(self, domain: str) -> PrivateData:
-        files = Data(
-            train=Path("train.jsonl"), validation=Path("dev.jsonl"), test=Path("test.jsonl"), max_test_rows=TEST_ROWS
-        )
+        files = Data(train=Path("train.jsonl"), validation=Path("dev.jsonl"), test=Path("test.jsonl"))
         tokenizer = load_tokenizer(self.models / "base")
-        folder = self.data / domain
+        folder = Path(self._rows.name) / domain
         return PrivateData(
             data=files,
             task=self.task,
@@ -85,8 +87,7 @@ class Bench:
 
     def train_rows(self, domain: str) -> Rows:
         """The rows that the five models were trained on."""
-        rows = self._domains[domain].train()
-        return rows.take(np.arange(min(len(rows), 4000)))
+        return self._domains[domain].train()
 
     def load(self, name: str) -> PreTrainedModel:
         return load_base(self.models / name, self.task, seed=0)
@@ -99,7 +100,14 @@ class Bench:
         return model
 
     def logits(self, model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
-        return {name: predict_logits(model, rows, BATCH) for name, rows in self.tests.items()}
+        """By domain. Models that differ in the classifier alone share one pass."""
+        classifier, model.classifier = model.classifier, torch.nn.Identity()
+        body = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).digest()
+        if body not in self._features:
+            self._features[body] = {name: predict_logits(model, rows, BATCH) for name, rows in self.tests.items()}
+        model.classifier = classifier
+        with torch.no_grad():
+            return {name: classifier(torch.from_numpy(each)).numpy() for name, each in self._features[body].items()}
 
     def judge(self, logits: Mapping[str, NDArray[np.float32]]) -> Metrics:
         return {name: self._metrics(self.score(name, each)) for name, each in logits.items()}
@@ -138,7 +146,8 @@ def merged_by_the_product(bench: Bench, suffix: str = "", **consortium: Any) -> 
         for name, (layout, vector) in kept.items():
             say(f"judging {name}{suffix}")
             metrics[name + suffix] = bench.judge(bench.logits(bench.with_delta(layout, vector)))
-    _check_same(report, metrics, suffix)
+    if "rows" not in consortium:
+        _check_same(report, metrics, suffix)
     return metrics, report
 
 
@@ -315,33 +324,29 @@ def textbook_data_free(
     return merged
 
 
-def run_functions(bench: Bench) -> dict[str, Any]:
-    """The other methods of one round."""
-    metrics, report = merged_by_the_product(
-        bench,
-        methods=("anchored", "isotropic", "model_stock"),
-        alphas=(0.9,),
-        data_free=BEST_DATA_FREE,
-        weighting="owners",  # which Model Stock needs
-    )
-    chosen = {choice.candidate for choice in report.chosen.values()}
-    return {name: {"macro_f1": _in_and_out(each), "is_chosen": name in chosen} for name, each in metrics.items()}
+def run_deciding(bench: Bench) -> dict[str, Any]:
+    """Every method's usual settings, with three draws of the rows that it measures; without rows, one run says all.
 
-
-def run_adjusted_seeds(bench: Bench) -> dict[str, Any]:
-    """Three draws of the rows on which logit adjustment and refit measure, on the body that was best."""
+    The sum is plain and the run itself tests on few rows, because only what is merged matters here.
+    """
+    measuring = ("anchored", "logit_adjusted", "regmean", "regmean_plus_plus", "refit")
+    runs = [{"methods": (*measuring, "data_free", "average"), "seed": 0}]
+    runs += [{"methods": measuring, "seed": seed} for seed in (1, 2)]
+    runs += [{"methods": ("isotropic", "model_stock"), "weighting": "owners"}]
     found: dict[str, list[list[float | None]]] = {}
-    for seed in range(3):
+    for run in runs:
+        few = {"train": ROWS["train"], "dev": 40, "test": 40}
         metrics, _ = merged_by_the_product(
-            bench, methods=("logit_adjusted", "refit"), data_free=BEST_DATA_FREE, strengths=(0.5,), seed=seed
+            bench, kind="plain", rows=few, alphas=(0.9,), data_free=HELD_TO_THE_SUM, strengths=(0.5, 1.0), **run
         )
         for name, each in metrics.items():
-            found.setdefault(name, []).append(_in_and_out(each))
+            found.setdefault(name, []).append(_in_and_out(each) + _in_and_out(each, "accuracy"))
+        keep("deciding", found)
     return found
 
 
-def _in_and_out(metrics: Metrics) -> list[float | None]:
-    return [mean_over(metrics, domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
+def _in_and_out(metrics: Metrics, metric: str = "macro_f1") -> list[float | None]:
+    return [mean_over(metrics, domains, metric) for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
 
 
 def run_blocks(bench: Bench) -> dict[str, Any]:
@@ -358,17 +363,6 @@ def _methods_of_one_run(bench: Bench, suffix: str, **consortium: Any) -> dict[st
     metrics, report = merged_by_the_product(bench, suffix, **consortium)
     chosen = [choice.candidate + suffix for choice in report.chosen.values()]
     return {"metrics": metrics, "chosen": chosen, "seconds": report.seconds, "versions": report.versions}
-
-
-def run_seeds(bench: Bench) -> dict[str, Any]:
-    """Other rows are measured, drawn with another seed. The models stay the same."""
-    found: dict[str, list[list[float | None]]] = {}
-    for seed in range(3):
-        metrics, _ = merged_by_the_product(bench, methods=("regmean", "refit"), alphas=(0.9,), seed=seed)
-        for name, each in metrics.items():
-            both = [mean_over(each, domains, "macro_f1") for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
-            found.setdefault(name, []).append(both)
-    return found
 
 
 def run_owners(bench: Bench) -> dict[str, Any]:
@@ -391,12 +385,10 @@ PARTS = {
     "bias": run_bias,
     "refit": run_refit,
     "refit_on_regmean": run_refit_on_regmean,
-    "seeds": run_seeds,
     "owners": run_owners,
     "blocks": run_blocks,
     "pulls": run_pulls,
-    "functions": run_functions,
-    "adjusted_seeds": run_adjusted_seeds,
+    "deciding": run_deciding,
 }
 
 
@@ -445,10 +437,17 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines += ["| model | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|"]
     for name, values in rows_of_table(results):
         lines.append(f"| {name} | " + " | ".join("-" if value is None else f"{value:.3f}" for value in values) + " |")
-    if "seeds" in results:
-        lines += ["", "Three draws of the measured rows (macro F1 in / out):", ""]
-        for name, pairs in results["seeds"].items():
-            lines.append(f"- {name}: " + ", ".join(f"{inside:.3f} / {outside:.3f}" for inside, outside in pairs))
+    if "deciding" in results:
+        lines += [
+            "",
+            "Methods that measure rows: mean and range of three draws of them. `data_free`, and what rests on it, has "
+            "ridge 1 and `pull` 1 here. Plain sums:",
+            "",
+            "| model | macro F1 in | out | accuracy in | out |",
+            "|---|---|---|---|---|",
+        ]
+        for name, draws in results["deciding"].items():
+            lines.append(f"| {name} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
     if "owners" in results:
         lines += ["", "The first N owners, on their own domains (macro F1):", ""]
         models = list(next(iter(results["owners"].values())))
@@ -477,17 +476,13 @@ def as_markdown(results: dict[str, Any]) -> str:
         for setting, found in results["pulls"].items():
             shown = [f"{inside:.3f} / {outside:.3f}" for inside, outside in found.values()]
             lines.append(f"| {setting.replace(' ', ' | ').replace('None', 'the mean')} | " + " | ".join(shown) + " |")
-    if "functions" in results:
-        lines += ["", "Other methods of one round (anchored at `data_free` with pull 1):", ""]
-        lines += ["| model | macro F1 in | out |", "|---|---|---|"]
-        for name, found in results["functions"].items():
-            inside, outside = found["macro_f1"]
-            lines.append(f"| {f'**{name}**' if found['is_chosen'] else name} | {inside:.3f} | {outside:.3f} |")
-    if "adjusted_seeds" in results:
-        lines += ["", "Three draws of the measured rows, on `data_free` with pull 1 (macro F1 in / out):", ""]
-        for name, pairs in results["adjusted_seeds"].items():
-            lines.append(f"- {name}: " + ", ".join(f"{inside:.3f} / {outside:.3f}" for inside, outside in pairs))
     return "\n".join(lines) + "\n"
+
+
+def spread(values: tuple[float, ...]) -> str:
+    """The mean of some draws, and their range if they differ."""
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    return f"{mean:.3f}" if high - low < 0.0005 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
