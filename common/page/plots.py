@@ -53,13 +53,13 @@ def new_axes(height_inches: float) -> tuple[Figure, Axes]:
 
 def as_svg(figure: Figure, name: str) -> str:
     """The <svg> element, with ids that no other plot of the page has; the page's tables are its text alternative."""
-    layout = figure.get_layout_engine()
-    if layout is not None:  # otherwise saving draws everything twice, once to lay it out
-        FigureCanvasSVG(figure)
+    canvas, layout = FigureCanvasSVG(figure), figure.get_layout_engine()
+    if layout is not None:
         layout.execute(figure)
         figure.set_layout_engine("none")
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # Figure.savefig would draw everything once more before this, to lay it out
+    canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg).replace(INK, "currentColor")
