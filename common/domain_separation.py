@@ -50,3 +50,4 @@ class Domain(Enum):
     CHECK_KEY = b"amalgram v1 46 private key of a check\n"
     CHECK_MASK = b"amalgram v1 47 mask of a pair in a check\n"
     LEDGER_KEY = b"amalgram v1 61 key of a ledger's sketches\n"
+    NOISE = b"amalgram v1 62 noise on one tensor of one round\n"

@@ -31,6 +31,8 @@ class TensorEntry:
 
     `bound` is the largest absolute value that one owner may add; the fixed-point encoding relies on it. It is infinite
     if the tensor is never summed. `product_of` names the Gram, an earlier tensor, that this one is a product with.
+    `noise`: the standard deviation of what each owner adds to hide single rows (common/privacy/noise.py); less by the
+    root of two off a symmetric matrix's diagonal.
     """
 
     name: str
@@ -38,6 +40,7 @@ class TensorEntry:
     bound: float
     packing: Packing = "full"
     product_of: str = ""
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -107,7 +110,10 @@ class TensorLayout:
         """The ring, then every field of each entry, in order."""
         return [
             self.ring_bits,
-            *([each.name, [*each.shape], each.bound, each.packing, each.product_of] for each in self.entries),
+            *(
+                [each.name, [*each.shape], each.bound, each.packing, each.product_of, each.noise]
+                for each in self.entries
+            ),
         ]
 
     @classmethod
@@ -116,8 +122,10 @@ class TensorLayout:
         ring_bits, *entries = description
         layout = cls(
             tuple(
-                TensorEntry(name=name, shape=tuple(shape), bound=bound, packing=packing, product_of=product_of)
-                for name, shape, bound, packing, product_of in entries
+                TensorEntry(
+                    name=name, shape=tuple(shape), bound=bound, packing=packing, product_of=product_of, noise=noise
+                )
+                for name, shape, bound, packing, product_of, noise in entries
             ),
             ring_bits,
         )
@@ -129,7 +137,7 @@ class TensorLayout:
         """SHA-256 of `to_json`, in hexadecimal."""
         description = self.to_json()  # check: layout-digest-covers-the-ring
         canonical = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
-        return hashlib.sha256(b"amalgram layout v3\n" + canonical).hexdigest()
+        return hashlib.sha256(b"amalgram layout v4\n" + canonical).hexdigest()
 
     def flatten(self, tensors: Iterable[tuple[str, NDArray]], vector: NDArray) -> None:
         """Write every tensor into `vector` (size,), in the layout's order, so that a generator need hold only one.
@@ -167,6 +175,10 @@ class TensorLayout:
     def bound(self, name: str) -> float:
         """The largest absolute value that one owner may add to the tensor `name`."""
         return self._slices[name][0].bound
+
+    def entry(self, name: str) -> TensorEntry:
+        """What is known of the tensor `name`."""
+        return self._slices[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._slices[name][0].shape
