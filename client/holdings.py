@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from common.models.folders import (
 from common.models.loading import agreed_plan, check_base, load_base, load_fine_tuned, load_outline, private_head
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan
+from common.privacy.legs import spent_beside_training
 
 MADE_FROM = "made_from.json"  # beside the weights of a model that was made here: its recipe
 T = TypeVar("T")
@@ -165,7 +166,8 @@ class Holdings:
             units, rows = self._units, self._trained_on()
             planted = int(units.max(initial=-1)) + 1 + np.arange(len(rows) - len(units))  # each canary is its own
             units = np.concatenate([units, planted])
-            fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told)
+            beside = spent_beside_training(self.agreement)
+            fine_tune_privately(model, rows, units, training, epsilon, delta, self.agreement.seed, told, beside)
             return
         judged_by = None if training.patience is None else self.data.validation()
         self.fine_tune(model, self._trained_on(), training, told, judged_by)
@@ -182,13 +184,31 @@ class Holdings:
         """For each training row, the number of what is protected as a whole."""
         return np.arange(len(self.data.train())) if self.agreement.privacy.unit == "row" else self.data.units()
 
+    def one_of_each_unit(self, rows: Rows, split: Literal["train", "validation", "test"]) -> Rows:
+        """Of a split's rows, the first of each person, if all rows of one are protected together: with noise, nobody
+        counts more than once.
+        """
+        if self.agreement.privacy.epsilon is None or self.agreement.privacy.unit == "row":
+            return rows
+        units = self._units if split == "train" else self.data.units(split)
+        first = np.sort(np.unique(units, return_index=True)[1])
+        return rows.take(first)  # check: persons-count-once
+
+    @property
+    def _declares(self) -> bool:
+        """Whether the agreement says with which privacy this owner trained the model that it brings."""
+        return any(each.name == self.name and each.declared is not None for each in self.agreement.owners)
+
     def check_private_training(self) -> None:
         """Raise SettingsError or DataError unless this owner's model can be trained as `privacy.epsilon` asks."""
+        if self.settings.training is None and self._declares:
+            return
         if self.settings.training is None:  # check: bounded-models-are-made-here
             raise SettingsError(
                 f"{self.name}: brings the model {self.settings.fine_tuned}, and the agreement asks for one that is "
                 "trained with noise (privacy.epsilon)",
-                hint="give [training] instead of fine_tuned",
+                hint="give [training] instead of fine_tuned; or, if it was trained with noise, agree on what you "
+                "declare of it (owners.declared)",
             )
         if self.agreement.privacy.unit == "column" and self.settings.data.validation is None:
             raise SettingsError(

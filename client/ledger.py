@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from client.records import Record
 from client.repeats import Contributed, Repeat, Terms, check_repeats, terms_of
 from common import private_file
 from common.agreement import Agreement
 from common.errors import ConsentError, SettingsError
+from common.privacy.noise import fresh_secret
 from common.private_file import write_whole
 from common.settings_file import Digest
 
@@ -38,6 +39,7 @@ class Page(Record):
     """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
 
     `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
+    `noise`: the secret from which this owner's noise follows (common/privacy/noise.py), until the result is signed.
     """
 
     round: int | None = None
@@ -47,6 +49,7 @@ class Page(Record):
     result: str | None = None
     contributed: tuple[Contributed, ...] = ()
     terms: Terms | None = None
+    noise: Digest | None = Field(default=None, repr=False)
 
 
 class Book(Record):
@@ -170,7 +173,16 @@ class Ledger:
         """This owner is about to sign a result. Raises ConsentError if it has signed another under this agreement."""
         if self._page.result not in (None, body):  # check: one-result-is-signed
             raise ConsentError("the coordinator published another result under this agreement than the one signed here")
-        self._write(result=body)
+        self._write(result=body, noise=None)
+
+    def noise_secret(self) -> bytes:
+        """The secret of this owner's noise under this agreement: drawn once, so that whoever asks for the same numbers
+        again, in whichever session, gets the same noise.
+        """
+        if self._page.noise is None:  # check: noise-is-drawn-once
+            self._write(noise=fresh_secret().hex())
+        assert self._page.noise is not None
+        return bytes.fromhex(self._page.noise)
 
     def _check_not_burned(self, session: str) -> None:
         """Checked here, not only by forgetting the session: a deleted file can be back after a loss of power."""

@@ -19,14 +19,21 @@ LEAST_SHARE = 0.1
 
 
 class Contributed(Record):
-    """Keyed sketches of an owner's training rows and of its changed tensors (Workbench.contributed)."""
+    """Keyed sketches of an owner's training rows and of its changed tensors (Workbench.contributed); with
+    privacy.epsilon, of the rows that models are judged on, too, since their metrics are part of the budget.
+    """
 
     rows: Sketch
     weight_changes: Sketch
+    judged: Sketch = Sketch()
 
     def shares_with(self, other: "Contributed") -> tuple[float, float]:
         """Which share of the rows, and of the changed tensors, `other` has too."""
-        return share_in_common(self.rows, other.rows), share_in_common(self.weight_changes, other.weight_changes)
+        rows = max(
+            share_in_common(self.rows, other.rows),
+            share_in_common(self.judged, other.judged),  # check: judged-rows-are-counted-too
+        )
+        return rows, share_in_common(self.weight_changes, other.weight_changes)
 
 
 class Terms(Record):

@@ -17,6 +17,7 @@ from common.mapped import releasing
 from common.messages import KeyShares, Message, OpeningChecked, OpenSum, UploadsOpened
 from common.metrics import BASE, OWN_AT_HOME, Score, counts_cut
 from common.metrics import contribution as metric_contribution
+from common.privacy.noise import Noise
 from common.scaling import Scales
 from common.schedule import Round
 from common.summation import fixed_point
@@ -57,7 +58,8 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
 def _measure(owner: OwnerContext, terms: SumTerms, round_: Round) -> None:
     _check_trained_once(owner)
     try:
-        _make_vector(owner, terms, _tensors(owner, round_))
+        noise = _noise(owner, round_)
+        _make_vector(owner, terms, _tensors(owner, round_, noise), noise)
     except BaseException:
         if round_.kind == "scales":  # check: nothing-measured-stays
             owner.state.delete_array(CONTRIBUTION)
@@ -68,6 +70,8 @@ def _check_trained_once(owner: OwnerContext) -> None:
     """Raise DataError if a bounded model would be trained again: two of them reveal twice as much as was agreed."""
     if owner.agreement.privacy.epsilon is None or not owner.ledger.offered_deliveries:
         return
+    if owner.settings.fine_tuned is not None:  # what it declares of a model that it brings is its own word
+        return
     if not owner.workbench.is_kept():  # check: bounded-models-are-trained-once
         raise DataError(
             f"{owner.name}: the model that was contributed is gone, or its files or settings have changed since; with "
@@ -76,11 +80,18 @@ def _check_trained_once(owner: OwnerContext) -> None:
         )
 
 
-def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[str, NDArray]]) -> None:
+def _noise(owner: OwnerContext, round_: Round) -> Noise:
+    """This owner's noise in a round. Its secret is drawn once under an agreement."""
+    key = owner.ledger.noise_secret() if any(each.noise for each in round_.layout.entries) else b""
+    return Noise(key=key, position=round_.position, layout=round_.layout, num_owners=len(owner.agreement.owners))
+
+
+def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[str, NDArray]], noise: Noise) -> None:
     """Write this owner's vector to the disk, in fixed point. Of one that cannot be made, nothing stays there."""
     vector = owner.state.create_array("vector", terms.layout.size, "<f8")
     try:
         terms.layout.flatten(releasing(tensors, vector), vector)
+        noise.check_complete()
         fixed_point.encode(terms.layout, vector, len(terms.roster))
     except BaseException:
         owner.state.delete_array("vector")
@@ -160,8 +171,8 @@ def _terms(owner: OwnerContext, request: OpenSum, layout: TensorLayout, kind: Ro
     )
 
 
-def _tensors(owner: OwnerContext, round_: Round) -> Iterator[tuple[str, NDArray]]:
-    """What this owner adds to a round, in the order of its layout."""
+def _tensors(owner: OwnerContext, round_: Round, noise: Noise) -> Iterator[tuple[str, NDArray]]:
+    """What this owner adds to a round, in the order of its layout, with its noise."""
     if round_.kind == "scales":
         return _measure_for_scales(owner)
     if round_.kind == "contribution":
@@ -169,9 +180,10 @@ def _tensors(owner: OwnerContext, round_: Round) -> Iterator[tuple[str, NDArray]
     if round_.kind == "step":
         assert round_.method is not None
         assert round_.step is not None
-        return owner.workbench.step_contribution(round_.method, round_.step)
+        return owner.workbench.step_contribution(round_.method, round_.step, noise)
     assert round_.split is not None
-    return metric_contribution(owner.agreement, owner.name, round_.split, _scores(owner, round_))
+    added = None if owner.agreement.privacy.epsilon is None else noise  # check: metrics-have-noise
+    return metric_contribution(owner.agreement, owner.name, round_.split, _scores(owner, round_), added)
 
 
 def _measure_for_scales(owner: OwnerContext) -> Iterator[tuple[str, NDArray]]:
@@ -203,7 +215,7 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
             scores[model] = owner.workbench.score_base(split)
         elif model == OWN_AT_HOME:
             score = owner.workbench.score(owner.workbench.own_model(), split)
-            counts = counts_cut(owner.agreement.task, split, model)
+            counts = counts_cut(owner.agreement, split, model)
             scores[model] = replace(score, cut=owner.workbench.cut_texts()) if counts else score
         else:
             delivery = owner.schedule.delivery_of(model, split)

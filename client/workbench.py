@@ -26,7 +26,7 @@ from client.holdings import MADE_FROM, Holdings, Terms
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
 from client.measurement.disk_model import DiskModel
-from client.measurement.evaluation import evaluate, predict_logits
+from client.measurement.evaluation import bounded_sums, evaluate, predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
@@ -43,7 +43,7 @@ from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
-from common.metrics import Score, Split
+from common.metrics import Score, Split, noised_score
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta, published_delta
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
@@ -51,6 +51,7 @@ from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters
 from common.models.plan import MergePlan
 from common.models.published_folder import published_folder, write_adapter, write_model
+from common.privacy.noise import Noise
 from common.publication import PublishedFolder
 from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
@@ -83,6 +84,25 @@ class Workbench(Holdings):
                 check_tokenizer(folder, self._base_folder)
         for read in (self.data.train, self.data.validation, self.data.test):
             read()
+        self._check_noise_leaves_something()
+
+    def _check_noise_leaves_something(self) -> None:
+        """Raise DataError if this owner has so few rows that the noise of a refit would hide what all of them say."""
+        noise = self.merge_settings.refit_noise
+        if noise is None:
+            return
+        layer, owners = classifier(self.plan), len(self.agreement.owners)
+        needed = noise.rows_needed(owners, layer.d_in + (layer.bias is not None))
+        least, most = -(-needed // owners), self.agreement.refit.measured_examples
+        rows = min(len(self.one_of_each_unit(self.data.train(), "train")), most)
+        if rows < least:  # check: noise-leaves-something
+            raise DataError(
+                f"{self.name}: brings {rows} rows to the refit, and with its noise (privacy.epsilon = "
+                f"{self.agreement.privacy.epsilon:g}) it takes {needed} of all owners, {least} of each",
+                hint=f"agree on refit.measured_examples = {least} or more"
+                if most < least
+                else "bring more rows, agree on a larger privacy.epsilon or privacy.legs.refit, or leave refit out",
+            )
 
     def oddities(self) -> Iterator[str]:
         """What is odd about this owner's model and files, but no error. Never for the log of a run.
@@ -192,7 +212,11 @@ class Workbench(Holdings):
         """
         rows = sketch_of(key, self.data.training_contents())
         has_model = may_train or self.settings.fine_tuned is not None
-        return Contributed(rows=rows, weight_changes=sketch_of(key, self._changed_tensors()) if has_model else Sketch())
+        return Contributed(
+            rows=rows,
+            weight_changes=sketch_of(key, self._changed_tensors()) if has_model else Sketch(),
+            judged=Sketch() if self.agreement.privacy.epsilon is None else sketch_of(key, self.data.judged_contents()),
+        )
 
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""
@@ -217,10 +241,12 @@ class Workbench(Holdings):
             terms = self.measure(activations)
             yield from merge_methods.contribution(self.agreement.methods, self.merge_settings, terms)
 
-    def step_contribution(self, method_name: str, step: Step) -> Iterator[tuple[str, NDArray]]:
+    def step_contribution(self, method_name: str, step: Step, noise: Noise) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of one step's round, in the order of its layout."""
         method = _multi_round(method_name)
-        return method.step_contribution(self.merge_settings, step, self._measure_step(method, step))
+        return method.step_contribution(
+            self.merge_settings, step, replace(self._measure_step(method, step), noise=noise)
+        )
 
     def measure(self, activations: Path) -> OwnerTerms:
         """Everything the contribution round needs of this owner, most of it measured or computed when it is asked for.
@@ -270,7 +296,7 @@ class Workbench(Holdings):
         train = self.data.train()
         own, base = self._own, self._base
         merged = self._merged_so_far(method, step)
-        rows = self.drawn(train, step.max_examples)
+        rows = self.drawn(self.one_of_each_unit(train, "train"), step.max_examples)
         if step.measurement is Measurement.CLASSIFIER:
             layer = classifier(self.plan)
             terms = self.in_batches(lambda size: measure_classifier(base, own, merged, layer, rows, size, self.passes))
@@ -381,8 +407,22 @@ class Workbench(Holdings):
     def score(self, model: PreTrainedModel, split: Split) -> Score:
         """How `model` does on this owner's examples of a split."""
         rows = self.data.validation() if split == "validation" else self.data.test()
+        if self.agreement.privacy.epsilon is not None:
+            return self._bounded_score(model, self.one_of_each_unit(rows, split))
         labels = self.data.label_set()
         return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
+
+    def _bounded_score(self, model: PreTrainedModel, rows: Rows) -> Score:
+        """Sums over examples that none moves far. The noise is added when they leave (rounds.py)."""
+        sums = self.in_batches(lambda size: bounded_sums(model, rows, size, self.task, self.passes))
+        exact = noised_score(self.task, sums, len(rows), noise=0.0)
+        return Score(
+            correct=None if exact.accuracy is None else round(exact.accuracy * len(rows)),
+            rows=len(rows),
+            metric=exact.metric,
+            pearson_r=exact.pearson_r,
+            sums=(tuple(map(float, sums)),),
+        )
 
 
 @lru_cache(maxsize=16)

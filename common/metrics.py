@@ -25,6 +25,18 @@ predictions beyond it count as its nearest end. An owner adds:
     rows      (2,)      its rows, and 1
     shown     (S, 5 T + 1)  on test examples only, by name: the sums and the rows
 The total gives the mean squared error, where less is better, and Pearson's r; of several targets, their means.
+
+With privacy.epsilon, owners add noise, and what one example adds is bounded (common/privacy/legs.py). No metrics are
+shown by name. For each model, an owner adds:
+    rows      (1,)      its examples, one of each person; how many there are is not hidden
+    noised    (k,)      sums over examples, with noise:
+                        classification       the right ones; for each label (right, wanted, found)
+                        token classification an example's share of right labels; its entities (right, wanted, found) as
+                                             shares of those that it has or is given, whichever are more
+                        language models      an example's share of right tokens, and its mean nats over MAX_NATS
+                        regression           `targets`, not rounded
+The total gives metrics over all owners' examples together. Noise moves them; those that it moves out of their range
+are put at its end. Macro F1 is over the labels that clearly occur.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +48,13 @@ from numpy.typing import NDArray
 
 from common.agreement import Agreement, Task
 from common.errors import FalseTotal
+from common.privacy.legs import own_noise
+from common.privacy.noise import Noise, bound_with_noise
 from common.tensor_layout import TensorEntry, TensorLayout
 
 MAX_NATS = 16.0  # a less likely token counts as this unlikely: one in nine million
 STEP = 2.0**-6  # of a regression's sums; the finer it is, the more a crafted model can tell about one row
+CLEARLY = 3.0  # standard deviations of noise: a label that is counted so often occurs
 LOOK_TEXTS = 2000  # of which an owner says at most how many are cut
 LOWER_IS_BETTER = ("mean_squared_error",)
 BASE, OWN_AT_HOME = "base", "own_at_home"  # models that every evaluation on test examples has, beside the merged ones
@@ -50,6 +65,7 @@ METRIC_KINDS = {
     "labels": "how many of {their} rows have each label, how many a model gives it, and both",
     "targets": "sums of a model's predictions, of {their} targets, and of their squares, on a scale from 0 to 1",
     "rows": "the number of {their} rows that a model predicts",
+    "noised": "sums over {their} examples of how a model does on each, with noise",
     "cut": "how many of {their} test texts are cut to max_tokens, of how many that were looked at",
     "shown": "the same by name, for owners that agreed to it; zeros for the others",
 }
@@ -92,6 +108,9 @@ def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) ->
     task, shows = agreement.task, shows_single(agreement, split)
     for model in models:
         rows = float(agreement.bounds.examples * task.predictions_per_example)
+        if agreement.privacy.epsilon is not None:
+            entries += _noised_entries(agreement, model)
+            continue
         shown = (len(agreement.shown_owners), 5 * len(task.labels) + 1 if task.is_regression else 3)
         if task.is_regression:
             entries.append(TensorEntry(name=f"{model}/targets", shape=(len(task.labels), 5), bound=rows))
@@ -101,7 +120,7 @@ def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) ->
             entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
         if _counts_labels(task, split):
             entries.append(TensorEntry(name=f"{model}/labels", shape=(len(task.labels), 3), bound=rows))
-        if counts_cut(task, split, model):
+        if counts_cut(agreement, split, model):
             entries.append(TensorEntry(name=f"{model}/cut", shape=(2,), bound=LOOK_TEXTS))
         if shows:
             entries.append(TensorEntry(name=f"{model}/shown", shape=shown, bound=rows))
@@ -112,9 +131,28 @@ def _counts_labels(task: Task, split: Split) -> bool:
     return task.has_several_labels and task.sums_per_output > 0 and split == "test"
 
 
-def counts_cut(task: Task, split: Split, model: str) -> bool:
-    """Whether an owner says with this model how many of its texts are cut."""
-    return task.is_text and split == "test" and model == OWN_AT_HOME
+def _noised_entries(agreement: Agreement, model: str) -> list[TensorEntry]:
+    examples, noise = float(agreement.bounds.examples), own_noise(agreement, "metrics")
+    size = noised_size(agreement.task)
+    return [
+        TensorEntry(name=f"{model}/rows", shape=(1,), bound=examples),
+        TensorEntry(name=f"{model}/noised", shape=(size,), bound=bound_with_noise(examples, noise), noise=noise),
+    ]
+
+
+def noised_size(task: Task) -> int:
+    """How many sums of a model have noise."""
+    if task.is_regression:
+        return 5 * len(task.labels)
+    if task.kind == "token-classification":
+        return 4
+    return 1 + 3 * len(task.labels) if task.has_labels else 2
+
+
+def counts_cut(agreement: Agreement, split: Split, model: str) -> bool:
+    """Whether an owner says with this model how many of its texts are cut: a count of rows, which has no noise."""
+    is_exact = agreement.privacy.epsilon is None  # check: cut-texts-are-not-counted-exactly
+    return is_exact and agreement.task.is_text and split == "test" and model == OWN_AT_HOME
 
 
 def metric_kind(name: str) -> str:
@@ -128,10 +166,14 @@ def shows_single(agreement: Agreement, split: Split) -> bool:
 
 
 def contribution(
-    agreement: Agreement, owner: str, split: Split, scores: Mapping[str, Score]
+    agreement: Agreement, owner: str, split: Split, scores: Mapping[str, Score], noise: Noise | None = None
 ) -> Iterator[tuple[str, NDArray]]:
     """One owner's named tensors, in the order of `metrics_layout(agreement, split, list(scores))`."""
     for model, score in scores.items():
+        if noise is not None:
+            yield f"{model}/rows", np.array([float(score.rows)])
+            yield f"{model}/noised", noise.added(f"{model}/noised", np.ravel(score.sums))
+            continue
         if score.correct is None:
             yield f"{model}/targets", np.array(score.sums)
             yield f"{model}/rows", np.array([score.rows, 1.0])
@@ -142,7 +184,7 @@ def contribution(
             yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
         if _counts_labels(agreement.task, split):
             yield f"{model}/labels", np.array(score.sums)
-        if counts_cut(agreement.task, split, model):
+        if counts_cut(agreement, split, model):
             yield f"{model}/cut", np.array(score.cut, dtype=np.float64)
         if shows_single(agreement, split):
             shown = np.zeros((len(agreement.shown_owners), len(by_name)))
@@ -192,8 +234,13 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
     layout, task = metrics_layout(agreement, split, models), agreement.task
     scores = {}
     for model in models:
+        if agreement.privacy.epsilon is not None:
+            noise = len(agreement.owners) ** 0.5 * layout.entry(f"{model}/noised").noise
+            (rows,) = layout.read(total, f"{model}/rows")
+            scores[model] = noised_score(task, layout.read(total, f"{model}/noised"), round(float(rows)), noise)
+            continue
         shown = layout.read(total, f"{model}/shown") if shows_single(agreement, split) else np.empty((0, 3))
-        cut = _read_cut(layout, total, model) if counts_cut(task, split, model) else None
+        cut = _read_cut(layout, total, model) if counts_cut(agreement, split, model) else None
         # An owner that dropped out left its row empty.
         by_owner = {
             owner: row
@@ -247,6 +294,37 @@ def _read_cut(layout: TensorLayout, total: NDArray, model: str) -> tuple[int, in
     return cut, texts
 
 
+# --- with noise ---
+
+
+def noised_score(task: Task, sums: NDArray[np.float64], rows: int, noise: float) -> MeanScore:
+    """Metrics of sums over examples, each of which `noise` moves by so much in the mean. Never NaN."""
+    rows = max(rows, 1)
+    if task.is_regression:
+        return _noised_regression(task, sums.reshape(-1, 5), rows, noise)
+    accuracy = float(np.clip(sums[0] / rows, 0.0, 1.0))  # check: noised-shares-are-shares
+    if not task.has_labels:
+        metric = -MAX_NATS * float(np.clip(sums[1] / rows, 0.0, 1.0))
+        return MeanScore(accuracy=accuracy, metric=metric, pooled_accuracy=accuracy, rows=rows, by_owner={})
+    counts = np.clip(sums[1:].reshape(-1, 3), 0.0, rows)  # (labels, 3)
+    occurs = counts[:, 1] > CLEARLY * noise
+    scored = [min(f1_of(each) or 0.0, 1.0) for each in counts[occurs]]
+    metric = float(np.mean(scored)) if scored else 0.0
+    # Readers take these for counts of rows: of each label, no more are right than have it, or are given it.
+    counts[:, 0] = counts.min(axis=1)
+    shown = _as_sums(counts.round()) if task.has_several_labels else ()
+    return MeanScore(accuracy=accuracy, metric=metric, pooled_accuracy=accuracy, rows=rows, by_owner={}, sums=shown)
+
+
+def _noised_regression(task: Task, sums: NDArray[np.float64], rows: int, noise: float) -> MeanScore:
+    _, span = task.lowest_and_span
+    sums = np.clip(sums, 0.0, rows)
+    error = float(sums[:, 4].mean()) * span**2 / rows
+    r = float(np.mean([pearson_r(each, rows, noise=noise) for each in sums]))
+    shown = _as_sums(sums)
+    return MeanScore(accuracy=None, metric=error, pooled_accuracy=None, rows=rows, by_owner={}, pearson_r=r, sums=shown)
+
+
 # --- several labels ---
 
 
@@ -284,12 +362,12 @@ def regression_score(sums: NDArray[np.float64], rows: int, task: Task, owners: i
     return Score(correct=None, rows=rows, metric=max(error, 0.0), pearson_r=r, sums=_as_sums(sums))
 
 
-def pearson_r(sums: Sequence[float] | NDArray[np.float64], rows: int, owners: int = 1) -> float:
-    """The correlation of predictions and targets. 0 if either varies by no more than rounding explains."""
+def pearson_r(sums: Sequence[float] | NDArray[np.float64], rows: int, owners: int = 1, noise: float = 0.0) -> float:
+    """The correlation of predictions and targets. 0 if either varies by no more than rounding or noise explains."""
     predicted, target, predicted_squares, target_squares, squared_errors = map(float, sums)
     rows = max(rows, 1)
     variances = [predicted_squares - predicted**2 / rows, target_squares - target**2 / rows]
-    if min(variances) <= 4 * STEP * owners:
+    if min(variances) <= 4 * STEP * owners + 4 * noise:
         return 0.0
     covariance = (predicted_squares + target_squares - squared_errors) / 2 - predicted * target / rows
     return float(np.clip(covariance / np.sqrt(variances[0] * variances[1]), -1.0, 1.0))

@@ -6,7 +6,7 @@ Everything is measured on the public base model with made-up inputs. No owner's 
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from math import ceil, inf, log2, sqrt
+from math import ceil, hypot, inf, log2, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from common.agreement import Agreement, AgreementDraft, Task
 from common.errors import ModelError, SettingsError, first_line
 from common.merge_methods import METHODS, contribution_layout, measurements
 from common.merge_methods.method import Measurement
+from common.merge_methods.refit import classifier
 from common.merge_methods.regmean import REGMEAN
 from common.metrics import metrics_layout
 from common.models.folders import hub_revision, image_shape, load_tokenizer
@@ -332,7 +333,7 @@ def _probe(base: PreTrainedModel, task: Task, folder: Path, seed: int) -> Rows:
 
 def _measured_bounds(
     draft: AgreementDraft, task: Task, base: PreTrainedModel, probe: Rows, tensors: PlannedTensors
-) -> dict[str, tuple[float, ...]]:
+) -> dict[str, object]:
     headroom = draft.bounds.headroom
     if task.is_text:
         headroom *= max(1.0, task.max_tokens / PROBE_TOKENS)
@@ -344,7 +345,29 @@ def _measured_bounds(
         highest = {name: float(squares[name].max()) for name in plan.changed}
         everywhere = max(highest.values())  # stands in for tensors that the probe did not reach
         fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)
-    return {"grams": tuple(grams), "fisher": fisher, "changes": largest_changes(draft.bounds.change, base, plan)}
+    changes = largest_changes(draft.bounds.change, base, plan)
+    return {
+        "grams": tuple(grams),
+        "fisher": fisher,
+        "changes": changes,
+        "features": _feature_norm(draft, base, probe, plan),
+    }
+
+
+def _feature_norm(draft: AgreementDraft, base: PreTrainedModel, probe: Rows, plan: MergePlan) -> float | None:
+    """The largest 2-norm of the classifier's input, its constant included; None if no refit has noise."""
+    if draft.bounds.features is not None or draft.privacy.epsilon is None or "refit" not in draft.budget_shares:
+        return draft.bounds.features
+    layer = classifier(plan)
+    norms: list[Tensor] = []
+    ((_, batch, _),) = probe.batches(batch_size=PROBE_EXAMPLES)
+    with (
+        layer_inputs(base, lambda _, fed: norms.append(fed.rows.float().norm(dim=-1)), {layer.weight}),
+        torch.inference_mode(),
+    ):
+        base(**batch)
+    largest = max(float(each.max()) for each in norms)
+    return float(f"{hypot(largest, float(layer.bias is not None)):.2g}")
 
 
 def largest_changes(relative: float | None, base: PreTrainedModel, plan: MergePlan) -> tuple[float, ...]:

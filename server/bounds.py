@@ -116,9 +116,16 @@ def check_classifier(total: SummedTensors, layout: TensorLayout, weight: float, 
     """Raise NumericalError if a refit's sums are not of the rows that the owners' weights say.
 
     `weight`: all owners' in the contributions. The rows of a refit add up to it. With a bias, a constant 1 is among the
-    classifier's inputs, so the last number on the Gram's diagonal is the number of rows once more.
+    classifier's inputs, so the last number on the Gram's diagonal is the number of rows once more. With noise, only the
+    rows that were measured are in the sums, each as one, and the diagonal says nothing exact.
     """
     counts = {"head_rows": float(total["head_rows"][0])}
+    if any(entry.noise for entry in layout.entries):
+        if not 0 <= counts["head_rows"] <= (1 + TOLERANCE) * weight:  # check: noised-rows-are-rows
+            raise NumericalError(
+                f"merge: head_rows is of {counts['head_rows']:.0f} rows, but the owners have {weight:.0f}", hint=HINT
+            )
+        return
     if classifier(plan).bias is not None:
         grams = (entry.name for entry in layout.entries if entry.name.startswith("head_gram@"))
         counts |= {name: _constant_part(total[name]) for name in grams}

@@ -457,8 +457,17 @@ def test_consent_says_what_is_bounded_and_what_is_not(bounded: Path, tmp_path: P
 def test_a_merge_of_models_that_were_trained_with_noise(bounded: Path) -> None:
     for path in bounded.glob("[hcp]*.toml"):
         change(path, ("epochs = 6", "epochs = 1"), ("batch_size = 32", "batch_size = 200"))
+    change(
+        bounded / "agreement.toml",
+        ('["task_arithmetic"]', '["task_arithmetic", "refit"]'),
+        ("epsilon = 8.0", "epsilon = 8.0\nlegs = { refit = 0.8 }\n[refit]\nbalances = [0.0]"),
+    )
     report = simulate(bounded, with_references=False)
     assert (report.agreement.privacy.epsilon, report.agreement.privacy.delta) == (8.0, 1e-5)
     assert "epsilon = 8, delta = 1e-05" in (bounded / "output" / "report.html").read_text()
     card = (bounded / "output" / "model" / "README.md").read_text()
     assert "each owner trained with DP-SGD, epsilon = 8, delta = 1e-05 for a training row" in card
+    assert "Spent: training 10%, metrics 10%, refit 80%." in card
+    assert report.verified
+    assert report.evaluation.by_owner == {}
+    assert "These metrics have noise" in (bounded / "output" / "report.html").read_text()

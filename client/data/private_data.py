@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,22 +45,28 @@ class PrivateData:
         rows = self._read(self.data.train, self.data.max_train_rows)
         return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
 
-    def units(self) -> NDArray[np.int64]:
-        """For each row of the training file, the number of its unit: rows with one value in the column `data.unit`."""
-        path, column = self.folder / self.data.train, self.data.unit
+    def units(self, split: Literal["train", "validation", "test"] = "train") -> NDArray[np.int64]:
+        """For each row of a split's file, the number of its unit: rows with one value in the column `data.unit`."""
+        file, max_rows = {
+            "train": (self.data.train, self.data.max_train_rows),
+            "validation": (self.data.validation, self.data.max_validation_rows),
+            "test": (self.data.test, self.data.max_test_rows),
+        }[split]
+        assert file is not None  # refused before: single rows of a person would be set aside
+        path, column = self.folder / file, self.data.unit
         if column is None:
             raise DataError(
                 "owner's settings: no data.unit, and the agreement protects all rows of a unit together",
                 hint="name the column that tells whose a row is, such as the patient's number",
             )
-        values = read_columns(path, [column], self.data.max_train_rows)[column]
+        values = read_columns(path, [column], max_rows)[column]
         for number, value in enumerate(values, 1):
             if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
                 raise DataError(
                     f"{path}: row {number}: column {column!r} does not say whose the row is",  # check: units-are-named
                     hint="fill it in, or leave the row out",
                 )
-        rows = self._read(self.data.train, self.data.max_train_rows)
+        rows = self._read(file, max_rows)
         if len(rows) != len(values):
             raise DataError(
                 f"{path}: {len(values) - len(rows)} of {len(values)} rows are cut before the model says anything, so "
@@ -72,6 +78,13 @@ class PrivateData:
     def training_contents(self) -> Iterator[bytes]:
         """What every example of the training file says, without its label, none set aside."""
         return contents_of(self.data, self.task, self.folder / self.data.train, self.data.max_train_rows)
+
+    def judged_contents(self) -> Iterator[bytes]:
+        """The same of the validation and test files."""
+        data = self.data
+        if data.validation is not None:
+            yield from contents_of(data, self.task, self.folder / data.validation, data.max_validation_rows)
+        yield from contents_of(data, self.task, self.folder / data.test, data.max_test_rows)
 
     def oddities(self) -> Iterator[str]:
         """What is odd about the files but no error, in words with counts: for this owner's eyes alone."""

@@ -31,6 +31,63 @@ def evaluate(
     return score_logits(predict_logits(model, rows, batch_size, passes), rows, task, allowed)
 
 
+def bounded_sums(
+    model: PreTrainedModel, rows: Rows, batch_size: int, task: Task, passes: Passes = ON_CPU
+) -> NDArray[np.float64]:
+    """Sums over examples, to which noise will be added: (metrics.noised_size,), in the order that metrics.py gives.
+
+    No example adds more than legs.example_norm, in 2-norm, whatever the model says about it. All labels are allowed.
+    """
+    if not task.has_labels:
+        with passes.running(model):
+            return _bounded_likelihoods(model, rows, batch_size, passes)
+    logits = predict_logits(model, rows, batch_size, passes)
+    if task.is_regression:
+        return _moments(logits, np.asarray(rows.targets), task).sum(axis=0).reshape(-1)
+    if task.has_several_labels:
+        found, wanted = logits > 0, np.asarray(rows.targets) > 0  # (rows, labels)
+        right = (found == wanted).all(axis=1).sum()
+    elif task.kind == "token-classification":
+        return _bounded_tags(logits, rows, task.labels)
+    else:
+        one_hot = np.eye(len(task.labels), dtype=bool)
+        found, wanted = one_hot[logits.argmax(axis=1)], one_hot[np.asarray(rows.targets)]
+        right = (found & wanted).sum()
+    counts = np.stack([(found & wanted).sum(axis=0), wanted.sum(axis=0), found.sum(axis=0)], axis=1)  # (labels, 3)
+    return np.concatenate([[right], counts.reshape(-1)]).astype(np.float64)
+
+
+def _bounded_tags(logits: NDArray[np.float32], rows: Rows, labels: tuple[str, ...]) -> NDArray[np.float64]:
+    """Example by example: its share of right tags, and its entities over the most that it has or is given."""
+    sums, start, predicted = np.zeros(4), 0, logits.argmax(axis=1)
+    for target in rows.targets:
+        kept = np.asarray(target)[np.asarray(target) != IGNORED]
+        given = predicted[start : start + len(kept)]
+        start += len(kept)
+        wanted, found = (_entities(each, [len(kept)], labels) for each in (kept, given))
+        most = max(len(wanted), len(found), 1)
+        entities = np.array([len(wanted & found), len(wanted), len(found)]) / most
+        sums += [(kept == given).mean() if len(kept) else 0.0, *entities]
+    return sums
+
+
+@torch.inference_mode()
+def _bounded_likelihoods(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Passes) -> NDArray[np.float64]:
+    """Example by example: its share of right tokens, and its mean nats, clipped, as a share of MAX_NATS."""
+    model.eval()
+    sums = np.zeros(2)
+    for _, batch, targets in rows.batches(batch_size):
+        targets = passes.moved(targets)
+        for logits, wanted in zip(model(**passes.inputs(batch)).logits.float(), targets, strict=True):
+            judged = wanted != IGNORED
+            if judged.any():
+                each = torch.nn.functional.cross_entropy(logits[judged], wanted[judged], reduction="none")
+                nats = each.nan_to_num(nan=MAX_NATS).clamp(0, MAX_NATS)
+                right = logits[judged].argmax(-1) == wanted[judged]
+                sums += [float(right.double().mean()), float(nats.double().mean()) / MAX_NATS]
+    return sums
+
+
 @torch.inference_mode()
 def predict_logits(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Passes = ON_CPU) -> NDArray[np.float32]:
     """(predictions, labels) float32, in the order of the examples and of the judged positions within each."""
@@ -83,16 +140,21 @@ def _score_numbers(logits: NDArray[np.float32], targets: NDArray[np.float32], ta
     Each sum over rows is rounded to a multiple of STEP, up or down at random, so that its expectation stays. Whatever
     numbers a crafted candidate gives one row, each sum is one of 1 / STEP + 1: at most about six bits about that row.
     """
+    terms = _moments(logits, targets, task)
+    known_here = hashlib.sha256(targets.tobytes()).digest()
+    up_or_down = np.random.default_rng(int.from_bytes(known_here)).random(terms.shape[1:])
+    sums = STEP * np.floor(terms.sum(axis=0) / STEP + up_or_down)  # check: moments-are-rounded
+    return regression_score(sums, len(targets), task)
+
+
+def _moments(logits: NDArray[np.float32], targets: NDArray[np.float32], task: Task) -> NDArray[np.float64]:
+    """Prediction, target, their squares and squared difference, from 0 to 1: (rows, targets, 5)."""
     lowest, span = task.lowest_and_span
     middle = lowest + span / 2  # for whatever is not a number
     wanted = (targets.astype(np.float64) - lowest) / span
     found = (np.nan_to_num(logits.astype(np.float64), nan=middle) - lowest) / span
     found, wanted = (np.clip(each, 0.0, 1.0) for each in (found, wanted))  # check: predictions-are-clipped
-    terms = np.stack([found, wanted, found**2, wanted**2, (found - wanted) ** 2], axis=2)  # (rows, targets, 5)
-    known_here = hashlib.sha256(targets.tobytes()).digest()
-    up_or_down = np.random.default_rng(int.from_bytes(known_here)).random(terms.shape[1:])
-    sums = STEP * np.floor(terms.sum(axis=0) / STEP + up_or_down)  # check: moments-are-rounded
-    return regression_score(sums, len(targets), task)
+    return np.stack([found, wanted, found**2, wanted**2, (found - wanted) ** 2], axis=2)
 
 
 @torch.inference_mode()

@@ -42,31 +42,42 @@ from common.privacy import noise
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooks
 
+LARGEST_SIGMA = 2.0**20
 MAX_NORM = 1.0  # C, if the owner's settings name none
 CLOSE = 1e-3  # how near Opacus' gradient of a row must be to the row's own, relative to its norm
 
 
 @lru_cache(maxsize=16)  # the accountant takes seconds for some of its searches
-def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """sigma: the noise's standard deviation in units of C. Raises SettingsError if no noise is enough."""
-    from opacus.accountants.utils import get_noise_multiplier
-
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that other orders could give less noise
-            return float(
-                get_noise_multiplier(
-                    target_epsilon=epsilon,
-                    target_delta=delta,
-                    sample_rate=sample_rate,
-                    steps=steps,
-                    accountant="rdp",
-                )
+def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int, beside: float = 0.0) -> float:
+    """sigma: the noise's standard deviation in units of C, to within a thousandth; large enough for what is released
+    `beside` the model, too: Gaussian sums with this mu together. Raises SettingsError if no noise is enough.
+    """
+    low, high = 0.0, 1.0
+    while _epsilon_of(high, delta, sample_rate, steps, beside) > epsilon:
+        low, high = high, 2 * high
+        if high > LARGEST_SIGMA:
+            raise SettingsError(
+                f"training: epsilon = {epsilon:g} cannot be kept over {steps} steps, with "
+                f"{_epsilon_of(high, delta, sample_rate, steps, beside):.3g} of it for sums with noise",
+                hint="train fewer epochs, lower a share in [privacy.legs], or agree on a larger privacy.epsilon",
             )
-    except ValueError as error:
-        raise SettingsError(
-            f"training: epsilon = {epsilon:g} cannot be kept over {steps} steps: {first_line(error)}",
-            hint="train fewer epochs, or agree on a larger privacy.epsilon",
-        ) from None
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        within = middle > 0 and _epsilon_of(middle, delta, sample_rate, steps, beside) <= epsilon
+        low, high = (low, middle) if within else (middle, high)
+    return high
+
+
+def _epsilon_of(sigma: float, delta: float, sample_rate: float, steps: int, beside: float) -> float:
+    """By Opacus' accountant. A Gaussian sum is one step over all units with a noise multiplier of 1 / mu."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(sigma, sample_rate, steps)]
+    if beside:
+        accountant.history.append((1 / beside, 1.0, 1))  # check: training-leaves-room-for-the-legs
+    with warnings.catch_warnings(action="ignore"):  # that other orders could give less noise
+        return float(accountant.get_epsilon(delta))
 
 
 def fine_tune_privately(
@@ -78,8 +89,10 @@ def fine_tune_privately(
     delta: float,
     seed: int,
     description: str,
+    beside: float = 0.0,
 ) -> float:
     """Train `model` in place; return sigma. `units`: (rows,) the number of each row's unit, from 0, none left out.
+    `beside`: see `noise_multiplier`.
 
     `seed` decides LoRA's first factors, and neither draws nor noise: no two runs give the same weights. Dropout is off.
     Raises ModelError for a model whose gradients Opacus cannot tell apart by rows.
@@ -87,7 +100,7 @@ def fine_tune_privately(
     members = _members(units)
     steps = training.epochs * -(-len(members) // training.batch_size)
     sample_rate = min(1.0, training.batch_size / len(members))
-    sigma = noise_multiplier(epsilon, delta, sample_rate, steps)
+    sigma = noise_multiplier(epsilon, delta, sample_rate, steps, beside)
     trainable = _trainable(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in trainable)

@@ -20,6 +20,7 @@ from common.errors import RuleError, SettingsError
 from common.merge_methods.terms import MergeBounds, MergeSettings
 from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
+from common.privacy.legs import refit_noise
 from common.settings_file import Digest, parse_settings, parse_toml, read_bytes
 
 CANONICAL_LABEL = b"amalgram agreement v4\n"
@@ -58,6 +59,11 @@ class Agreement(AgreementDraft):
             raise RuleError(f"task.labels = {list(self.task.labels)}: at least two labels are needed")
         if self.task.is_regression and not self.task.labels:
             raise RuleError("task.labels = []: the targets need names")
+        if self.privacy.epsilon is not None and "refit" in self.budget_shares and self.bounds.features is None:
+            raise RuleError(  # check: noised-refits-know-their-length
+                "bounds.features is missing: by how much one row moves a refit depends on it",
+                hint="complete the draft again: amalgram draft",
+            )
         names = list(self.tensors_by_name())
         if len(set(names)) != len(names):
             raise RuleError("tensors: duplicate parameter name")
@@ -104,6 +110,7 @@ class Agreement(AgreementDraft):
             ring_bits=self.summation.ring_bits,
             problem_type=self.task.problem_type,
             largest_target=max(map(abs, self.task.target_range or (1.0, 1.0))),
+            refit_noise=refit_noise(self),
         )
 
     def canonical_bytes(self) -> bytes:

@@ -2,16 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable
+from math import inf
 
 from common.agreement.tables import CLASSIFYING, DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED
 from common.names import TAKEN_NAMES
+from common.privacy.gaussian import epsilon_of
+from common.privacy.legs import spent_beside_training
 from common.text import alike
 from common.thresholds import MAX_COMPLETE, quorum
 
 LARGEST_TARGET = 1e6  # of a regression, so that products of targets and inputs fit into fixed point
 LEAST_RIDGE = 1e-4  # with less, an error where no row reaches would be lost beside the others (attack 129)
+LEAST_FOR_TRAINING = 0.1  # of the privacy budget: with less, no training is left
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
 
@@ -163,13 +167,17 @@ def verified_merges_can_be_verified(draft: DraftTables) -> None:
             )
 
 
-def what_is_bounded_rests_on_weight_changes(draft: DraftTables) -> None:
-    """Training bounds what a model reveals of a row. A sum of statistics of rows has no noise in it."""
+def what_is_bounded_has_noise(draft: DraftTables) -> None:
+    """Training bounds what a model reveals of a row. A sum of statistics of rows needs noise of its own."""
     epsilon = draft.privacy.epsilon
     if epsilon is None:
         return
     for name in draft.methods:
-        if METHODS[name].reads_rows(draft.tables):  # check: bounded-merges-read-no-rows
+        method = METHODS[name]
+        if method.can_be_noised:
+            problem = None if draft.task.judges_tokens else draft.task.problem_type
+            method.check_noised(draft.tables, draft.weighting, problem)
+        elif method.reads_rows(draft.tables):  # check: bounded-merges-read-no-rows
             raise RuleError(
                 f"privacy.epsilon = {epsilon:g}: {name} sums statistics of rows, to which no noise is added",
                 hint="merge by " + ", ".join(each.name for each in ORDERED if not each.reads_rows(draft.tables)),
@@ -180,6 +188,51 @@ def what_is_bounded_rests_on_weight_changes(draft: DraftTables) -> None:
             "training rows have",
             hint='agree on task.label_set = "all"',
         )
+    if draft.task.head == "private":
+        raise RuleError(
+            f'privacy.epsilon = {epsilon:g}: with task.head = "private", owners have no labels in common, by which '
+            "metrics with noise are summed",
+            hint="share the head",
+        )
+    if draft.evaluation.sign_above is not None:  # check: refusals-tell-nothing-of-rows
+        raise RuleError(
+            f"evaluation.sign_above = {draft.evaluation.sign_above:g}: an owner that does not sign shows how the model "
+            "does on its own rows, to which no noise is added (privacy.epsilon)",
+            hint="leave sign_above out",
+        )
+
+
+def the_legs_are_within_the_budget(draft: DraftTables) -> None:
+    shares = draft.budget_shares
+    if draft.privacy.epsilon is None or shares["training"] >= LEAST_FOR_TRAINING:  # check: legs-fit-the-budget
+        return
+    spent = ", ".join(f"{name} {share:g}" for name, share in shares.items() if name != "training")
+    raise RuleError(
+        f"privacy.legs: {spent}: they add up to {1 - shares['training']:g} of the budget, at most "
+        f"{1 - LEAST_FOR_TRAINING:g} may be spent beside training",
+        hint="lower a share in [privacy.legs]",
+    )
+
+
+def declared_budgets_leave_room(draft: DraftTables) -> None:
+    """What is declared is added to the sums' part by basic composition, since nothing else is known of it."""
+    for owner in draft.owners:
+        if owner.declared is None:
+            continue
+        if draft.privacy.epsilon is None:
+            raise RuleError(
+                f"owners: {owner.name} declares epsilon = {owner.declared.epsilon:g}, and the agreement bounds nothing",
+                hint="agree on privacy.epsilon, or leave declared out",
+            )
+        rest = draft.privacy.delta - owner.declared.delta
+        beside = epsilon_of(rest, spent_beside_training(draft)) if rest > 0 else inf
+        if owner.declared.epsilon + beside > draft.privacy.epsilon:  # check: declared-budgets-are-counted
+            raise RuleError(
+                f"owners: {owner.name} declares epsilon = {owner.declared.epsilon:g}, delta = "
+                f"{owner.declared.delta:g}, which with the sums' part is more than privacy.epsilon = "
+                f"{draft.privacy.epsilon:g}, delta = {draft.privacy.delta:g}",
+                hint="agree on a larger privacy.epsilon or privacy.delta, or on smaller privacy.legs",
+            )
 
 
 def methods_fit_together(draft: DraftTables) -> None:
@@ -277,7 +330,9 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     multi_round_methods_need_all_owners,
     thirty_two_bits_are_enough,
     verified_merges_can_be_verified,
-    what_is_bounded_rests_on_weight_changes,
+    what_is_bounded_has_noise,
+    the_legs_are_within_the_budget,
+    declared_budgets_leave_room,
     methods_fit_together,
     the_task_is_consistent,
     the_problem_is_consistent,

@@ -1,6 +1,6 @@
 """What people write in an agreement, table by table. A method's own table is in its file (common/merge_methods/)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, create_model
@@ -58,16 +58,25 @@ def _known_method(name: str) -> str:
 MethodName = Annotated[str, AfterValidator(_known_method)]
 
 
+class Declared(Settings):
+    """What an owner says of the training of the model that it brings. Nobody checks it."""
+
+    epsilon: Annotated[float, Field(gt=0, le=100)]
+    delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
+
+
 class OwnerEntry(Settings):
     """One owner of the roster; `metrics` says whether its own test metrics may be shown by name.
 
     `node_key`: the key by which the coordinator's server knows the owner's machine. A simulation needs none.
+    `declared`: with which privacy it trained the model that it brings, by its own word.
     """
 
     name: Name
     public_key: PublicKey | None = None
     node_key: NodeKey | None = None
     metrics: Literal["shown", "summed"] = "shown"
+    declared: Declared | None = None
 
 
 class CoordinatorEntry(Settings):
@@ -174,6 +183,9 @@ class Bounds(Settings):
     `change`: the largest 2-norm of an owner's change of a tensor, relative to the base's tensor. With it, every owner's
     program scales larger changes down, and nothing is published if the total shows that one did not (server/bounds.py).
     `changes`, one for each changed tensor, are these norms; completing a draft computes them.
+
+    `features`: with noise, a row whose classifier input has a larger 2-norm weighs less in a refit. Left out, it is
+    measured on the base model with made-up inputs, without headroom.
     """
 
     examples: Count = 1_000_000
@@ -183,6 +195,18 @@ class Bounds(Settings):
     fisher: tuple[Positive, ...] = ()
     change: Positive | None = None
     changes: tuple[Positive, ...] = ()
+    features: Positive | None = None
+
+
+class Legs(Settings):
+    """Which share of the budget is spent on each kind of sum that holds statistics of rows; training has the rest.
+
+    Shares add up as squares of sensitivity over noise do (common/privacy/gaussian.py). `refit` counts if the agreement
+    makes that sum.
+    """
+
+    metrics: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    refit: Annotated[float, Field(gt=0, lt=1)] = 0.4
 
 
 class Privacy(Settings):
@@ -194,9 +218,10 @@ class Privacy(Settings):
     token counts. `merge_routed_inputs`: merge the experts of a mixture in closed form; an expert's Gram covers only the
     few tokens that were routed to it, and the minimum of rows does not apply to it.
 
-    `epsilon`, `delta`: with them, every owner's model is trained with noise, so that it and all that is merged from it
-    reveal little of any one unit (client/measurement/private_training.py). `unit`: a row, or with "column" all rows
-    with the same value in a column, which each owner's settings name.
+    `epsilon`, `delta`: with them, every owner's model is trained with noise, and sums that hold statistics of rows have
+    noise too, so that all that leaves together reveals little of any one unit (client/measurement/private_training.py,
+    common/privacy/legs.py). `unit`: a row, or with "column" all rows with the same value in a column, which each
+    owner's settings name. `legs`: how the budget is shared out.
     """
 
     min_rows_per_dimension: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -205,6 +230,7 @@ class Privacy(Settings):
     epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
     unit: Literal["row", "column"] = "row"
+    legs: Legs = Legs()
 
 
 class Reading(Settings):
@@ -305,7 +331,9 @@ class DraftTables(MethodTables):
 
     @property
     def shown_owners(self) -> tuple[str, ...]:
-        """The owners whose own test metrics may be shown by name."""
+        """The owners whose own test metrics may be shown by name: none if the metrics of all have noise together."""
+        if self.privacy.epsilon is not None:
+            return ()
         return tuple(owner.name for owner in self.owners if owner.metrics == "shown")
 
     @property
@@ -345,6 +373,31 @@ class DraftTables(MethodTables):
             return self.summation.colluders
         count, needed = len(self.owners), self.needed_owners
         return max((c for c in range(count) if max(quorum(count, c), c + 3) <= needed), default=0)
+
+    @property
+    def noise_shares(self) -> int:
+        """How many owners' noise must be enough: all that are summed but those who may collude, or see the total alone.
+
+        An owner knows its own noise, and everybody sees the totals. In a plain sum, each owner's noise must be enough.
+        """
+        if self.summation.kind == "plain":
+            return 1
+        return self.needed_owners - max(self.colluders, 1)  # check: known-noise-hides-nothing
+
+    @property
+    def budget_shares(self) -> dict[str, float]:
+        """Leg -> its share of the privacy budget."""
+        legs = self.privacy.legs
+        sums = {"metrics": legs.metrics}
+        if any(METHODS[name].can_be_noised for name in self.methods):
+            sums["refit"] = legs.refit
+        return {"training": 1 - sum(sums.values()), **sums}
+
+    def disclosures(self) -> Iterator[str]:
+        """What must be understood of the methods' totals before consent (Method.disclosures)."""
+        for name in self.methods:
+            has_noise = self.privacy.epsilon is not None and METHODS[name].can_be_noised
+            yield from METHODS[name].noised_disclosures() if has_noise else METHODS[name].disclosures(self.tables)
 
     @property
     def is_verified(self) -> bool:

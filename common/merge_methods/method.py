@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 from numpy.typing import NDArray
 
 from common.merge_methods.equations import Equation
-from common.merge_methods.terms import WEIGHT_KINDS, Hyperparameters, MergedDelta, MergeSettings, OwnerTerms
+from common.merge_methods.terms import (
+    WEIGHT_KINDS,
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
+    OwnerTerms,
+    ProblemType,
+    Weighting,
+)
 from common.models.plan import SharedInput
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -57,6 +65,9 @@ class Method(ABC, Generic[H]):
     fits_32_bits: ClassVar[bool] = False  # whether its numbers can be scaled so that 32 bits are enough (scaling.py)
     can_be_refitted: ClassVar[bool] = False  # whether its merged delta may be the body of `refit`
     needs_blocks: ClassVar[bool] = False  # whether the model must run block by block
+    can_be_noised: ClassVar[bool] = (
+        False  # whether the sums that it makes of rows have room for noise (privacy.epsilon)
+    )
     needs_classifier: ClassVar[bool] = False  # whether the model must end in a classifier that is merged as a whole
 
     def hyperparameters(self, settings: MergeSettings) -> H:
@@ -89,6 +100,18 @@ class Method(ABC, Generic[H]):
     def reads_rows(self, tables: Mapping[str, Hyperparameters]) -> bool:
         """Whether what an owner adds depends on its rows in another way than through its model."""
         return bool(self.measurements(tables))
+
+    def check_noised(
+        self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
+    ) -> None:
+        """Raise ValueError if these terms do not bound by how much one example moves the sums that this method makes.
+
+        `problem`: None if an example has many predictions.
+        """
+
+    def noised_disclosures(self) -> tuple[str, ...]:
+        """The same if the totals have noise."""
+        return ()
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         """What must be understood before consent: what its totals show. {their}: `your`, or `the owners'`."""

@@ -22,6 +22,11 @@ Ridge: every owner adds CLASSIFIER_RIDGE * mean(diag G_i) to its diagonal. For l
 and numbers toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged
 models are sent as deltas.
 
+With privacy.epsilon, G and C have noise, as one vector, and every row counts alike, or less if its input is long
+(terms.RefitNoise). G_i W_0^T is made of the noised G_i, so it shows nothing more. The ridge is then agreed: what the
+noise needs. And as the size of the scores would be one more statistic of rows, the fitted scores are made as large as
+those of a model that gives its label a probability of 0.9.
+
 The body (`body`) is any single-round method that can be refitted, at one value of its alpha.
 """
 
@@ -36,6 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from common.errors import RuleError
 from common.lazy import lazy_module
 from common.merge_methods.equations import LARGEST_FACTOR, LEAST_FACTOR, Equation
 from common.merge_methods.method import METHODS, Measurement, MultiRoundMethod, SingleRoundMethod, Step, register
@@ -48,11 +54,15 @@ from common.merge_methods.terms import (
     MergedDelta,
     MergeSettings,
     OwnerTerms,
+    ProblemType,
+    RefitNoise,
+    Weighting,
     rounded,
     to_array,
 )
 from common.models.layers import Layer
 from common.models.plan import MergePlan
+from common.privacy.noise import bound_with_noise
 from common.settings_file import Line, Probability
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -106,6 +116,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         }
     )
     needs_classifier = True
+    can_be_noised = True
 
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float | None, ...]:
         table = self.of(tables)
@@ -117,6 +128,29 @@ class Refit(MultiRoundMethod[RefitTable]):
             allowed = [alpha for alpha in alphas if alpha is not None]
             raise ValueError(f"refit.alpha = {table.alpha}: must be one of {table.body}.alphas = {allowed}")
 
+    def check_noised(
+        self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
+    ) -> None:
+        table = self.of(tables)
+        why, hint = "", ""
+        if self._body(tables).reads_rows(tables):
+            why, hint = f'refit.body = "{table.body}" sums statistics of rows, to which no noise is added', ""
+        elif table.targets != "labels" or problem == "regression":
+            why, hint = "what it is fitted to has no bound", 'agree on refit.targets = "labels", for labels'
+        elif problem is None:  # check: noised-examples-are-one-row
+            why, hint = "an example has many rows of the classifier's inputs, and the noise hides one", ""
+        elif table.balances != (0.0,):  # check: noised-rows-weigh-alike
+            why = (
+                "refit sums statistics of rows, to which no noise is added unless all rows weigh the same: "
+                f"refit.balances = {list(table.balances)}"
+            )
+            hint = "agree on refit.balances = [0.0]"
+        elif weighting != "rows":  # check: noised-owners-weigh-by-rows
+            why = f'weighting = "{weighting}": how far one row moves a refit would depend on how many the owner has'
+            hint = 'agree on weighting = "rows"'
+        if why:
+            raise RuleError(f"privacy.epsilon: {why}", hint=hint or "merge by a method that reads no rows")
+
     def weightings_of_the_same_rows(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return tuple(f"balance {balance or 0.0!r}" for balance in self.swept(tables))
 
@@ -127,6 +161,12 @@ class Refit(MultiRoundMethod[RefitTable]):
             "The classifier is fitted to {their} labels. The total shows how many rows of each label there are, and "
             "the sum of the classifier's inputs on them, summed over the owners. If only one owner has a label, both "
             "are that owner's alone. If the model predicts numbers, it shows the sum of the inputs times them.",
+        )
+
+    def noised_disclosures(self) -> tuple[str, ...]:
+        return (
+            "The classifier is fitted to {their} labels. The totals have noise, which hides any one row, and shows of "
+            "many rows of one label about how many there are, and the sum of the classifier's inputs on them.",
         )
 
     def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
@@ -161,6 +201,8 @@ class Refit(MultiRoundMethod[RefitTable]):
         weight, largest = settings.weight_bound, max(1.0, settings.largest_target)
         bound = weight * max(1.0, settings.bounds.grams[settings.plan.inputs[-1].name])
         entries = [TensorEntry(name="head_rows", shape=(1,), bound=weight * MAX_ROWS_PER_EXAMPLE)]
+        if settings.refit_noise is not None:
+            return TensorLayout((*entries, *_noised_entries(settings, settings.refit_noise, features, layer.d_out)))
         for balance in self._balances(settings):
             square, rectangle = (features, features), (features, layer.d_out)
             entries += [
@@ -180,6 +222,9 @@ class Refit(MultiRoundMethod[RefitTable]):
         assert terms is not None  # measured in this step
         rows = len(terms.scores)
         scale = owner.examples / rows if settings.weighting == "rows" else 1 / rows
+        if settings.refit_noise is not None:
+            yield from self._noised_contribution(settings, settings.refit_noise, owner)
+            return
         yield "head_rows", to_array(torch.tensor([scale * rows]))
         sizes = terms.scores  # (rows, classes)
         has_classes = settings.problem_type == "single_label_classification"
@@ -195,6 +240,22 @@ class Refit(MultiRoundMethod[RefitTable]):
             yield f"head_start@{balance!r}", to_array(gram @ terms.start)
             yield f"head_targets@{balance!r}", to_array(self._towards(settings, terms, weighted, gram))
             yield f"head_scores@{balance!r}", to_array((weights * (sizes**2).sum(dim=1)).sum()[None])
+
+    def _noised_contribution(
+        self, settings: MergeSettings, bounded: RefitNoise, owner: OwnerTerms
+    ) -> Iterator[tuple[str, NDArray]]:
+        """Every row counts as one, however many the owner has that were not measured."""
+        terms, noise = owner.classifier, owner.noise
+        assert terms is not None
+        assert noise is not None  # there is one in every round with noise
+        features, (gram_name, start_name, targets_name) = terms.features, _noised_names()
+        weighted = bounded.weights(features)[:, None] * features  # (rows, features) float64
+        gram = torch.from_numpy(noise.added(gram_name, to_array(weighted.T @ features)))
+        gram.diagonal().add_(bounded.ridge(settings.num_owners, len(gram)) / settings.num_owners)
+        yield "head_rows", to_array(torch.tensor([float(len(features))]))
+        yield gram_name, to_array(gram)
+        yield start_name, to_array(gram @ terms.start)  # check: no-product-of-exact-grams-leaves
+        yield targets_name, noise.added(targets_name, to_array(self._towards(settings, terms, weighted, gram)))
 
     def _towards(self, settings: MergeSettings, terms: ClassifierTerms, weighted: Tensor, gram: Tensor) -> Tensor:
         """The right-hand side, (features, classes) float64, including the ridge's part."""
@@ -229,7 +290,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         factor, is_scaled = 1.0, self._is_scaled(settings)
         if is_scaled:
             fitted, _, _ = solve_symmetric(gram, targets, error, settings.device)  # (features, classes)
-            factor = _scale(gram, fitted, float(total[f"head_scores@{balance!r}"][0]))
+            factor = _scale(gram, fitted, self._squared_scores(settings, total, balance))
         # Solved for the change at once: the difference of two solutions could be smaller than their rounding.
         _, right = ClassifierEquation.of(layer, balance, is_scaled=is_scaled).sides(total, factor)
         change, status, unseen = solve_symmetric(gram, right, error, settings.device)
@@ -246,6 +307,12 @@ class Refit(MultiRoundMethod[RefitTable]):
         )
         merged = rounded(settings, layer.give(change), layers=(note,))
         return replace(merged, factor=factor)
+
+    def _squared_scores(self, settings: MergeSettings, total: SummedTensors, balance: float) -> float:
+        """As large as the fitted scores, squared and summed over all rows, shall be."""
+        if settings.refit_noise is None:
+            return float(total[f"head_scores@{balance!r}"][0])
+        return float(total["head_rows"][0]) * _size_if_sure(classifier(settings.plan).d_out)
 
     def start_equations(self, settings: MergeSettings) -> tuple[Equation, ...]:
         return self._body(settings.tables).equations(settings, self._body_alpha(settings))
@@ -319,6 +386,27 @@ def class_weights(targets: Tensor, balance: float) -> Tensor:
     counts = torch.bincount(targets).clamp(min=LEAST_COUNT).double()
     weights = (counts[targets] / len(targets)) ** -balance
     return weights * len(targets) / weights.sum()
+
+
+def _noised_names() -> tuple[str, str, str]:
+    return f"head_gram@{0.0!r}", f"head_start@{0.0!r}", f"head_targets@{0.0!r}"
+
+
+def _noised_entries(settings: MergeSettings, bounded: RefitNoise, features: int, outputs: int) -> Iterator[TensorEntry]:
+    """A row adds at most `sensitivity` to any number. The ridge of one owner is part of its Gram."""
+    rows = settings.weight_bound * MAX_ROWS_PER_EXAMPLE * bounded.sensitivity + settings.num_owners * bounded.own
+    bound = bound_with_noise(rows + bounded.ridge(settings.num_owners, features), bounded.own)
+    gram, start, targets = _noised_names()
+    square, rectangle, own = (features, features), (features, outputs), bounded.own
+    yield TensorEntry(name=gram, shape=square, bound=bound, packing="symmetric", noise=own)  # check: grams-have-noise
+    yield TensorEntry(name=start, shape=rectangle, bound=bound)
+    yield TensorEntry(name=targets, shape=rectangle, bound=bound, noise=own)  # check: products-have-noise
+
+
+def _size_if_sure(classes: int) -> float:
+    """The squared 2-norm of centred scores that give one of so many labels a probability of 0.9."""
+    gap = np.log(9 * (classes - 1)) if classes > 1 else 0.0
+    return float(gap**2 * (1 - 1 / classes))
 
 
 def _scale(gram: Tensor, fitted: Tensor, squared_scores: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.errors import NumericalError
 from common.lazy import lazy_module
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan
+from common.privacy.noise import Noise
 from common.settings_file import Settings
 from common.summation.totals import SummedTensors
 from common.tensor_layout import RingBits, TensorEntry
@@ -60,6 +62,44 @@ class MergeBounds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefitNoise:
+    """What hides a row in a refit. `features`: the agreed 2-norm of the classifier's input, including its constant;
+    `target`: the largest of what a row is fitted to; `own`: the standard deviation of the noise that each owner adds.
+    """
+
+    features: float
+    target: float
+    own: float
+
+    @property
+    def sensitivity(self) -> float:
+        """By how much one row moves the Gram (in Frobenius norm) and the products together, in 2-norm: a row of the
+        agreed norm, f f^T and f t^T.
+        """
+        return float(self.features * (self.features**2 + self.target**2) ** 0.5)  # check: rows-move-a-refit-by-so-much
+
+    def weights(self, features: Tensor) -> Tensor:
+        """(rows,): 1, or less for a row whose input is longer than agreed, so that it moves the sums by no more."""
+        squares = (features**2).sum(dim=1)  # (rows,)
+        moved = (squares * (squares + self.target**2)).sqrt()
+        return (self.sensitivity / moved).clamp(max=1.0)  # check: long-rows-weigh-less
+
+    def ridge(self, num_owners: int, dimension: int) -> float:
+        """What the total has on its diagonal, so that it stays positive definite under the noise of all owners.
+
+        The noise's largest eigenvalue is at most sigma (sqrt(2 d) + 7), but for once in 10^10 (AdaSSP: Wang, UAI 2018,
+        arXiv 1803.02596; concentration of a function that no number moves by more than itself).
+        """
+        return float(num_owners**0.5 * self.own * ((2 * dimension) ** 0.5 + 7))
+
+    def rows_needed(self, num_owners: int, dimension: int) -> int:
+        """How many rows all owners need together, so that their Gram's mean eigenvalue is a third of the ridge. With
+        fewer, what is fitted is mostly the noise.
+        """
+        return ceil(self.ridge(num_owners, dimension) * dimension / (3 * self.features**2))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """All that an agreement says to a method. `tables`: every method's hyperparameters by the method's name.
 
@@ -67,7 +107,7 @@ class MergeSettings:
 
     `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
     normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
-    `device`: where a coordinator solves, which is its own choice.
+    `device`: where a coordinator solves, which is its own choice. `refit_noise`: what hides single rows in a refit.
     """
 
     plan: MergePlan
@@ -80,6 +120,7 @@ class MergeSettings:
     device: str = "cpu"
     problem_type: ProblemType = "single_label_classification"
     largest_target: float = 1.0
+    refit_noise: RefitNoise | None = None
 
     @property
     def weight_bound(self) -> float:
@@ -107,7 +148,7 @@ class ClassifierTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerTerms:
-    """What one owner knows: its delta, and sums that it measured over `*_examples` of its `examples`."""
+    """What one owner knows: its delta, and sums that it measured over `*_examples` of its `examples`; its noise."""
 
     examples: int
     delta: Mapping[str, Tensor]
@@ -117,6 +158,7 @@ class OwnerTerms:
     fisher_examples: int = 1
     class_shares: Tensor | None = None  # (classes,) float64, the own model's mean probability of each label
     classifier: ClassifierTerms | None = None
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

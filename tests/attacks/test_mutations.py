@@ -56,6 +56,7 @@ LAUNCH, LOGS, AGREEMENT, ARCHITECTURES, GRAM_STREAM = (
     f"test_{name}.py" for name in ("launch", "logs", "agreement", "architectures", "gram_stream")
 )
 NOISE = "test_private_training.py"
+SUM_NOISE, ON_SUMS = "test_noise.py", "attacks/test_noise.py"
 BASE_FILES, IMAGES = "attacks/test_base_files.py", "test_images.py"
 LEDGER = "attacks/test_ledger.py"
 AUDIT, AUDIT_COMMAND = "test_audit.py", "end_to_end/test_audit_command.py"
@@ -241,7 +242,7 @@ TABLE = [
         "units-are-drawn-at-their-rate",
         "drawn = noise.uniform(len(members)) < 2 * sample_rate",
     ),
-    Mutation(NOISE, "test_142_", "noise-is-never-foreseen", "key = bytes(mask_stream.KEY_BYTES)"),
+    Mutation(NOISE, "test_142_", "noise-is-never-foreseen", "return bytes(mask_stream.KEY_BYTES)"),
     Mutation(NOISE, "test_143_", "rows-are-told-apart"),
     Mutation(NOISE, "test_149_", "no-row-draws-for-another", "module.training = True"),
     Mutation(NOISE, "test_150_", "bounded-models-are-trained-once"),
@@ -250,6 +251,70 @@ TABLE = [
     Mutation(NOISE, "test_145_an_owner", "bounded-models-are-made-here"),
     Mutation(NOISE, "test_145_its_own", "bounded-models-are-trained-with-noise"),
     Mutation(NOISE, "test_146_a_row", "units-are-named"),
+    # 171-186: noise on sums
+    *(
+        Mutation(SUM_NOISE, "test_171_", check, becomes)
+        for check, becomes in (
+            ("shares-have-their-size", "return np.rint(scale * drawn / 2).astype(np.int64)"),
+            ("shares-have-their-size", "return np.rint(scale * drawn * 2).astype(np.int64)"),
+            ("owners-add-their-share", "return one.read(np.ldexp(exact.astype(np.float64), -bits), name)"),
+        )
+    ),
+    Mutation(SUM_NOISE, "test_172_training", "training-leaves-room-for-the-legs"),
+    Mutation(SUM_NOISE, "test_172_shares", "legs-add-up", "return 0.0"),
+    Mutation(SUM_NOISE, "test_173_", "shares-add-up", "return float(leg.sigma / 2 / agreement.noise_shares**0.5)"),
+    Mutation(SUM_NOISE, "test_173_", "shares-add-up", "return float(leg.sigma / agreement.noise_shares)"),
+    Mutation(SUM_NOISE, "test_173_", "known-noise-hides-nothing", "return self.needed_owners - self.colluders"),
+    Mutation(SUM_NOISE, "test_172_shares", "every-judged-model-counts", "return float(example_norm(agreement.task))"),
+    *(
+        Mutation(SUM_NOISE, "test_174_", "examples-move-metrics-by-so-much", f"return float({factor} * squares**0.5)")
+        for factor in (0.5, 2)
+    ),
+    *(
+        Mutation(
+            SUM_NOISE,
+            "test_175_",
+            "rows-move-a-refit-by-so-much",
+            f"return float({factor} * self.features * (self.features**2 + self.target**2) ** 0.5)",
+        )
+        for factor in (0.5, 2)
+    ),
+    Mutation(SUM_NOISE, "test_175_", "long-rows-weigh-less", "return torch.ones_like(moved)"),
+    Mutation(SUM_NOISE, "test_metrics_of_any", "noised-shares-are-shares", "accuracy = float(sums[0] / rows)"),
+    Mutation(ON_SUMS, "test_176_no_vector", "no-share-is-left-out"),
+    Mutation(ON_SUMS, "test_176_a_program", "no-share-is-left-out"),
+    Mutation(ON_SUMS, "test_177_other", "other-numbers-have-other-noise"),
+    Mutation(ON_SUMS, "test_177_an_owner", "noise-is-drawn-once", "if True:"),
+    Mutation(ON_SUMS, "test_177_an_owner", "metrics-have-noise", "added = None"),
+    Mutation(ON_SUMS, "test_178_", "secrets-of-noise-are-drawn", "return bytes(KEY_BYTES)"),
+    Mutation(ON_SUMS, "test_noise_that_fixed", "noise-is-fine-enough"),
+    Mutation(
+        ON_SUMS,
+        "test_180_",
+        "grams-have-noise",
+        "yield TensorEntry(name=gram, shape=square, bound=bound, packing='symmetric')",
+    ),
+    Mutation(
+        ON_SUMS, "test_180_", "products-have-noise", "yield TensorEntry(name=targets, shape=rectangle, bound=bound)"
+    ),
+    Mutation(
+        ON_SUMS,
+        "test_180_",
+        "no-product-of-exact-grams-leaves",
+        "yield start_name, to_array(weighted.T @ features @ terms.start)",
+    ),
+    Mutation(ON_SUMS, "test_181_", "persons-count-once", "return rows"),
+    Mutation(ON_SUMS, "test_183_", "judged-rows-are-counted-too", "0.0,"),
+    Mutation(ON_SUMS, "test_no_metric_is_shown", "cut-texts-are-not-counted-exactly", "is_exact = True"),
+    Mutation(ON_SUMS, "test_184_", "refusals-tell-nothing-of-rows"),
+    Mutation(ON_SUMS, "test_185_", "noised-rows-weigh-alike"),
+    Mutation(ON_SUMS, "test_185_", "noised-owners-weigh-by-rows"),
+    Mutation(ON_SUMS, "test_185_", "noised-examples-are-one-row"),
+    Mutation(ON_SUMS, "test_185_", "legs-fit-the-budget", "if True:"),
+    Mutation(ON_SUMS, "test_185_a_refit_whose", "noised-refits-know-their-length"),
+    Mutation(ON_SUMS, "test_a_refit_of_too_few", "noise-leaves-something"),
+    Mutation(ON_SUMS, "test_186_", "noised-rows-are-rows"),
+    Mutation(ON_SUMS, "test_what_is_declared", "declared-budgets-are-counted"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_computes", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_58_a_configuration_that_sends", "configuration-is-the-listed-file"),
     Mutation(BASE_FILES, "test_59_a_file or test_59_an_agreed", "base-files-are-the-agreed-ones"),
