@@ -21,6 +21,7 @@ from common.identity import fingerprint
 from common.merge_methods import METHODS
 from common.metrics import metrics_layout
 from common.privacy.budget import most_right_guesses, together
+from common.privacy.legs import SENSITIVE, Leg, legs_of
 from common.schedule import Content, Round, method_layout
 from common.text import shown
 from deploy.launch.flower import bundle_digest
@@ -102,7 +103,19 @@ def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, objec
         "spent_epsilon": f"{epsilon:>10g}",
         "spent_delta": f"{delta:>10g}",
         "has_unbounded_before": len(bounded) < len(before),
+        "legs": [_leg_in_words(leg) for leg in legs_of(agreement)],
+        "has_refit": "refit" in agreement.budget_shares,
+        "is_plain": agreement.summation.kind == "plain",
+        "noise_shares": agreement.noise_shares,
     }
+
+
+def _leg_in_words(leg: Leg) -> str:
+    """A line of the table of what the budget is spent on."""
+    start = f"{leg.name:<10} {leg.share:>5.0%}"
+    if leg.epsilon is None:
+        return f"{start}  {'the rest':>13}  {'by your own steps':>19}  {SENSITIVE[leg.name]}"
+    return f"{start}  {leg.epsilon:>13.2f}  {leg.sensitivity:>8.3g}  {leg.sigma:>9.3g}  {SENSITIVE[leg.name]}"
 
 
 def quoted(text: str) -> str:
@@ -155,8 +168,7 @@ def _contents(rounds: list[Round]) -> list[Content]:
 
 def _disclosures(agreement: Agreement) -> list[str]:
     """What the agreed methods' totals show, in the words of each method, each sentence once."""
-    texts = (text for name in agreement.methods for text in METHODS[name].disclosures(agreement.tables))
-    return list(dict.fromkeys(text.format(their="your") for text in texts))
+    return list(dict.fromkeys(text.format(their="your") for text in agreement.disclosures()))
 
 
 def give_consent(owner: Owner, repeats: Sequence[Repeat] = ()) -> None:

@@ -12,7 +12,16 @@ from rich.table import Table
 from common.text import shown, shown_lines
 from server.report.report import LowRank, Report
 from server.report.verdict import against_own_models
-from server.report.words import LABELLED, METRICS, cut_in_words, is_regression, main_heading, title_of
+from server.report.words import (
+    LABELLED,
+    METRICS,
+    cut_in_words,
+    is_over_all_rows,
+    is_regression,
+    main_heading,
+    noise_in_words,
+    title_of,
+)
 
 MAX_OWNER_COLUMNS = 6  # with more owners, only the page shows each one's metrics
 FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "multi_task")
@@ -52,7 +61,7 @@ def _table(report: Report) -> Table:
     title = f"{escape(shown(report.title))}: {main_heading(report)}"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    for heading in ("all rows" if is_regression(report) else "mean", METRICS[evaluation.metric], *by_owner):
+    for heading in ("all rows" if is_over_all_rows(report) else "mean", METRICS[evaluation.metric], *by_owner):
         table.add_column(escape(shown(heading).replace("-", "-\n")), justify="right", overflow="fold")
     for model in _rows(report):
         mean, name = evaluation.mean[model], title_of(report, model)
@@ -88,6 +97,8 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"chosen on validation rows: {', '.join(report.chosen[method].candidate for method in evaluation.sweep)}"
     if cut := cut_in_words(report):
         yield cut
+    if noise := noise_in_words(report):
+        yield noise
     if is_regression(report):
         low, high = report.agreement.task.target_range or (0.0, 1.0)
         yield f"a prediction beyond the agreed range, {low:g} to {high:g}, counts as its nearest end"

@@ -16,7 +16,16 @@ from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
 from server.report.outputs import by_output
 from server.report.report import Report
-from server.report.words import METRICS, is_regression, judges_of, main_metric, models_in, task_in_words, title_of
+from server.report.words import (
+    METRICS,
+    is_regression,
+    judges_of,
+    main_metric,
+    models_in,
+    noise_in_words,
+    task_in_words,
+    title_of,
+)
 
 PIPELINES = {
     "text-classification": "text-classification",
@@ -72,6 +81,7 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         task_in_words=task_in_words(report),
         main_metric=main_metric(report),
         is_regression=is_regression(report),
+        noise=noise_in_words(report),
         by_output=by_output(report),
         metric_names=METRICS,
     )

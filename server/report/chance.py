@@ -8,6 +8,8 @@ Predictions are taken as independent instead. The interval is that of Agresti an
 
 For means over owners, each counting alike, p is the mean of the owners' and var the sum of theirs over owners^2.
 
+Noise that was added to a sum of right predictions adds its own variance, (noise / n)^2.
+
 A correlation r of n rows is compared as z = atanh(r), whose variance is 1 / (n - 3) (Fisher, Metron 1, 1921).
 
 Two models that judge the same rows tend to be right on the same ones, so their difference varies less than this says:
@@ -25,10 +27,11 @@ QUANTILE = NormalDist().inv_cdf(0.975)  # z = 1.96: two-sided, 5 %
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The share of correct predictions among all."""
+    """The share of correct predictions among all. `noise`: the standard deviation of what was added to their number."""
 
     accuracy: float
     predictions: int
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,12 @@ class Correlation:
 Estimate = Share | Correlation
 
 
-def estimate_of(accuracy: float | None, pearson_r: float | None, predictions: int) -> Estimate:
+def estimate_of(accuracy: float | None, pearson_r: float | None, predictions: int, noise: float = 0.0) -> Estimate:
     """What models of a task are compared by: the one of the two that it has."""
     if pearson_r is not None:
         return Correlation(r=pearson_r, rows=predictions)
     assert accuracy is not None
-    return Share(accuracy=accuracy, predictions=predictions)
+    return Share(accuracy=accuracy, predictions=predictions, noise=noise)
 
 
 def are_apart(first: Sequence[Estimate], second: Sequence[Estimate]) -> bool:
@@ -70,4 +73,4 @@ def _on_scale(estimate: Estimate) -> tuple[float, float]:
     if isinstance(estimate, Correlation):
         return atanh(min(max(estimate.r, -MOST), MOST)), 1 / max(estimate.rows - 3, 1)
     p = (estimate.accuracy * estimate.predictions + 1) / (estimate.predictions + 2)
-    return p, p * (1 - p) / (estimate.predictions + 2)
+    return p, p * (1 - p) / (estimate.predictions + 2) + (estimate.noise / max(estimate.predictions, 1)) ** 2

@@ -8,13 +8,14 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import schedule
-from common.agreement import Agreement
+from common.agreement import Agreement, OwnerEntry
 from common.identity import fingerprint
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import Method
@@ -24,10 +25,12 @@ from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
 from common.models.plan import MergePlan
+from common.privacy.legs import legs_of, own_noise
 from server.report.chance import are_apart, estimate_of
 from server.report.report import (
     AdapterLayer,
     Agreed,
+    AgreedLeg,
     AgreedOwner,
     AgreedPrivacy,
     AgreedTask,
@@ -196,7 +199,12 @@ def _agreed(agreement: Agreement) -> Agreed:
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         base=agreement.base,
         owners=tuple(
-            AgreedOwner(name=owner.name, public_key=owner.public_key or "", metrics=owner.metrics)
+            AgreedOwner(
+                name=owner.name,
+                public_key=owner.public_key or "",
+                metrics=_shown(agreement, owner.name),
+                declared=_declared(owner),
+            )
             for owner in agreement.owners
         ),
         min_owners=agreement.needed_owners,
@@ -221,8 +229,32 @@ def _agreed(agreement: Agreement) -> Agreed:
             epsilon=agreement.privacy.epsilon,
             delta=agreement.privacy.delta if agreement.privacy.epsilon is not None else 0.0,
             unit=agreement.privacy.unit,
+            legs=_legs(agreement),
         ),
         hyperparameters={method: fields[method] for method in METHODS if method in fields},
+    )
+
+
+def _declared(owner: OwnerEntry) -> tuple[float, float] | None:
+    return None if owner.declared is None else (owner.declared.epsilon, owner.declared.delta)
+
+
+def _shown(agreement: Agreement, owner: str) -> Literal["shown", "summed"]:
+    return "shown" if owner in agreement.shown_owners else "summed"
+
+
+def _legs(agreement: Agreement) -> tuple[AgreedLeg, ...]:
+    more = (len(agreement.owners) / agreement.noise_shares) ** 0.5
+    return tuple(
+        AgreedLeg(
+            name=leg.name,
+            share=leg.share,
+            epsilon=leg.epsilon,
+            sensitivity=leg.sensitivity,
+            sigma=leg.sigma,
+            added=None if leg.sigma is None else more * leg.sigma,
+        )
+        for leg in legs_of(agreement)
     )
 
 
@@ -303,12 +335,13 @@ def _advice(outcome: Outcome) -> Iterator[str]:
         )
     for owner, reason in outcome.excluded.items():
         yield f"The coordinator left {owner} out because it broke the rules of a sum: {reason}."
+    noise = own_noise(agreement, "metrics") * len(agreement.owners) ** 0.5
     for name, choice in outcome.choices.items():
-        if not _is_clearly_worse(outcome.test[name], outcome.test[agreement.method]):
-            yield from beyond_the_sweep(METHODS[name], choice)
+        if not _is_clearly_worse(outcome.test[name], outcome.test[agreement.method], noise):
+            yield from beyond_the_sweep(METHODS[name], choice, noise)
 
 
-def beyond_the_sweep(method: Method, choice: MethodChoice) -> Iterator[str]:
+def beyond_the_sweep(method: Method, choice: MethodChoice, noise: float = 0.0) -> Iterator[str]:
     """What to try next if the best candidate is the first or last of its sweep, and more than chance made it so."""
     tried = sorted(choice.sweep.values(), key=lambda each: each.hyperparameter)
     values = [each.hyperparameter for each in tried]
@@ -316,7 +349,7 @@ def beyond_the_sweep(method: Method, choice: MethodChoice) -> Iterator[str]:
         return
     ends = tried[:2] if choice.hyperparameter == values[0] else tried[:-3:-1]  # the best, then the one beside it
     further = further_values(ends[0].hyperparameter, ends[1].hyperparameter)
-    if further and _is_clearly_worse(ends[1].score, ends[0].score):
+    if further and _is_clearly_worse(ends[1].score, ends[0].score, noise):
         yield (
             f"{choice.candidate} is at the end of its sweep, and better than the value beside it. Next time, also try "
             f"{method.swept_name} {further[0]:.4g} and {further[1]:.4g}."
@@ -335,9 +368,11 @@ def further_values(end: float, beside: float) -> tuple[float, float] | None:
     return ((1 + end) / 2, (3 + end) / 4) if end < 1 else None
 
 
-def _is_clearly_worse(one: MeanScore, other: MeanScore) -> bool:
-    """Whether the number that it is compared by is lower by more than chance explains, all predictions together."""
-    first, second = (estimate_of(score.accuracy, score.pearson_r, score.rows) for score in (one, other))
+def _is_clearly_worse(one: MeanScore, other: MeanScore, noise: float) -> bool:
+    """Whether the number that it is compared by is lower by more than chance and noise explain, all predictions
+    together.
+    """
+    first, second = (estimate_of(score.accuracy, score.pearson_r, score.rows, noise) for score in (one, other))
     return one.main < other.main and are_apart([first], [second])
 
 
@@ -433,8 +468,7 @@ def _disclosures(outcome: Outcome) -> Iterator[str]:
             "Weight changes of token embeddings, and of a language model's output layer, show which tokens occur at "
             "any owner, in the totals and in the published model. Owners that freeze both avoid this."
         )
-    texts = (text for method in agreement.methods for text in METHODS[method].disclosures(agreement.tables))
-    yield from dict.fromkeys(text.format(their="the owners'") for text in texts)
+    yield from dict.fromkeys(text.format(their="the owners'") for text in agreement.disclosures())
     if any(opened.round.kind == "scales" for opened in outcome.rounds):
         yield (
             "Every owner received the scales of the 32-bit round. They give the size of the totals within a factor of "

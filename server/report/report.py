@@ -62,6 +62,10 @@ class AgreedOwner(Table):
     name: Line = Field(description="The owner's name.")
     public_key: Digest = Field(description="The key that verifies its signatures, in hexadecimal.")
     metrics: Literal["shown", "summed"] = Field(description="Whether its own test metrics may be shown by name.")
+    declared: tuple[Size, Size] | None = Field(
+        default=None,
+        description="Epsilon and delta with which it trained the model that it brought, by its own word: unchecked.",
+    )
 
 
 class AgreedTask(Table):
@@ -78,6 +82,21 @@ class AgreedTask(Table):
     head: Literal["shared", "private"] = Field(description="Whether the head is merged or each owner keeps its own.")
 
 
+class AgreedLeg(Table):
+    """One part of the privacy budget, and the noise that it pays for."""
+
+    name: Literal["training", "metrics", "refit"] = Field(description="Training, or a kind of sum with noise.")
+    share: Share = Field(description="Its share of the budget, in squares of sensitivity / sigma.")
+    epsilon: Size | None = Field(description="Of this part alone, at the agreed delta; null for training.")
+    sensitivity: Size | None = Field(
+        description="By how much, in 2-norm, one unit moves what is summed; null for training."
+    )
+    sigma: Size | None = Field(description="Standard deviation of the noise that hides it; null for training.")
+    added: Size | None = Field(
+        description="Standard deviation of the noise of all owners, which is more: those of some are enough."
+    )
+
+
 class AgreedPrivacy(Table):
     """What the owners agreed to hold back."""
 
@@ -92,6 +111,7 @@ class AgreedPrivacy(Table):
     unit: Literal["row", "column"] = Field(
         default="row", description="Whether a row is protected, or all rows with one value of a column."
     )
+    legs: tuple[AgreedLeg, ...] = Field(default=(), description="What the budget is spent on; none without a bound.")
 
 
 class Agreed(Table):
@@ -124,10 +144,12 @@ class MeanMetrics(Table):
     """How one model did over all owners' test rows."""
 
     accuracy: Share | None = Field(
-        description="Mean accuracy over owners; every owner counts alike. Null for a regression, which has pearson_r."
+        description="Mean accuracy over owners; every owner counts alike. With privacy.epsilon, over all rows, with "
+        "noise. Null for a regression, which has pearson_r."
     )
     metric: float = Field(
-        description="Mean of `evaluation.metric` over owners; every owner counts alike. Of a regression, over all rows."
+        description="Mean of `evaluation.metric` over owners; every owner counts alike. Of a regression, and with "
+        "privacy.epsilon, over all rows."
     )
     pooled_accuracy: Share | None = Field(
         description="Accuracy over all predictions; every prediction counts alike. Null for a regression."

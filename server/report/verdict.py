@@ -14,9 +14,11 @@ from server.report.report import MeanMetrics, OwnerMetrics, Report
 from server.report.words import (
     METRICS,
     as_main,
+    is_over_all_rows,
     is_regression,
     judges_of,
     models_in,
+    noise_on_metrics,
     phrase_of,
     scored_in_words,
 )
@@ -135,9 +137,9 @@ def _on_average(report: Report) -> str:
     """How the merged model does over all owners, and their own models at home."""
     mean = report.evaluation.mean
     merged, own = mean[report.method].main, mean[OWN].main
-    relation = _relation(_scores(report, report.method), _scores(report, OWN))
+    relation = _relation(_scores(report, report.method), _scores(report, OWN), noise_on_metrics(report))
     scored, compared = scored_in_words(report)
-    over = "On the test rows of" if is_regression(report) else "On average over"
+    over = "On the test rows of" if is_over_all_rows(report) else "On average over"
     return (
         f"{over} {len(judges_of(report))} owners, the merged model ({report.methods[report.method].title}) "
         f"{scored.format(as_main(report, merged))}, and each owner's own model at home "
@@ -151,11 +153,11 @@ def against_other_models(report: Report) -> list[str]:
     groups: dict[str, list[str]] = {BETTER: [], UNCLEAR: [], WORSE: []}
     others = [model for model in models_in(report)[1:] if model != OWN]
     for model in sorted(others, key=lambda model: -mean[model].main):
-        relation = _relation(_scores(report, report.method), _scores(report, model))
+        relation = _relation(_scores(report, report.method), _scores(report, model), noise_on_metrics(report))
         groups[relation].append(f"{phrase_of(report, model)} ({as_main(report, mean[model].main)})")
     linked = {BETTER: "better than", UNCLEAR: "not clearly different from", WORSE: "worse than"}
     sentences = [f"it is {linked[relation]} {listed(models)}." for relation, models in groups.items() if models]
-    over = "On the test rows of all owners" if is_regression(report) else "On average over the owners"
+    over = "On the test rows of all owners" if is_over_all_rows(report) else "On average over the owners"
     return [f"{over}, {sentences[0]}", *map(capitalised, sentences[1:])] if sentences else []
 
 
@@ -204,8 +206,8 @@ def _signed(report: Report, gain: float) -> str:
 Scores = MeanMetrics | OwnerMetrics
 
 
-def _relation(merged: Sequence[Scores], other: Sequence[Scores]) -> str:
-    if not are_apart([_estimate(each) for each in merged], [_estimate(each) for each in other]):
+def _relation(merged: Sequence[Scores], other: Sequence[Scores], noise: float = 0.0) -> str:
+    if not are_apart([_estimate(each, noise) for each in merged], [_estimate(each, noise) for each in other]):
         return UNCLEAR
     return BETTER if _mean(merged) > _mean(other) else WORSE
 
@@ -222,5 +224,5 @@ def _scores(report: Report, model: str) -> Sequence[Scores]:
     return [report.evaluation.mean[model]]
 
 
-def _estimate(scores: Scores) -> Estimate:
-    return estimate_of(scores.accuracy, scores.pearson_r, scores.predictions)
+def _estimate(scores: Scores, noise: float) -> Estimate:
+    return estimate_of(scores.accuracy, scores.pearson_r, scores.predictions, noise)

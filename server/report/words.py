@@ -69,6 +69,28 @@ def is_regression(report: Report) -> bool:
     return report.agreement.task.problem_type == "regression"
 
 
+def is_over_all_rows(report: Report) -> bool:
+    """Whether metrics are over all owners' rows together, and not means in which every owner counts alike."""
+    return is_regression(report) or report.agreement.privacy.epsilon is not None
+
+
+def noise_on_metrics(report: Report) -> float:
+    """The standard deviation of what owners added to the sums behind each metric; 0 without privacy.epsilon."""
+    return next((leg.added or 0.0 for leg in report.agreement.privacy.legs if leg.name == "metrics"), 0.0)
+
+
+def noise_in_words(report: Report) -> str:
+    """How far noise moves a metric, in a sentence; empty without privacy.epsilon."""
+    noise, rows = noise_on_metrics(report), report.evaluation.mean[report.method].predictions
+    if not noise:
+        return ""
+    return (
+        f"These metrics have noise: the owners added some, with a standard deviation of {noise:.3g}, to each sum over "
+        f"{rows} examples, which moves an accuracy by {noise / rows:.2g} in the mean. Rarer labels are left out of a "
+        "macro F1."
+    )
+
+
 def has_several_labels(report: Report) -> bool:
     return report.agreement.task.problem_type == "multi_label_classification"
 
