@@ -168,8 +168,8 @@ def main() -> None:
         epsilon = None if word == "none" else float(word)
         lines.append(run(arguments.data, arguments.base, epsilon, arguments.rows, arguments.epochs))
         print(json.dumps(lines[-1]), flush=True)
-    results = {"rows": arguments.rows, "epochs": arguments.epochs, "lines": lines}
-    publish("privacy", results, as_markdown(lines, arguments.rows, arguments.epochs), size)
+        results = {"rows": arguments.rows, "epochs": arguments.epochs, "lines": lines}
+        publish("privacy", results, as_markdown(lines, arguments.rows, arguments.epochs), size)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,11 @@ class Holdings:
 
     def check_private_training(self) -> None:
         """Raise SettingsError or DataError unless this owner's model can be trained as `privacy.epsilon` asks."""
+        if self.agreement.privacy.unit == "column" and self.settings.data.validation is None:
+            raise SettingsError(
+                f"{self.name}: no data.validation, so single rows would be set aside, and a person be in both parts",
+                hint="name a validation file with the rows of other people",
+            )
         if self.settings.training is None and self._declares:
             return
         if self.settings.training is None:  # check: bounded-models-are-made-here
@@ -209,11 +214,6 @@ class Holdings:
                 "trained with noise (privacy.epsilon)",
                 hint="give [training] instead of fine_tuned; or, if it was trained with noise, agree on what you "
                 "declare of it (owners.declared)",
-            )
-        if self.agreement.privacy.unit == "column" and self.settings.data.validation is None:
-            raise SettingsError(
-                f"{self.name}: no data.validation, so single rows would be set aside, and a person be in both parts",
-                hint="name a validation file with the rows of other people",
             )
         if self.settings.training.patience is not None:
             raise SettingsError(

@@ -82,8 +82,9 @@ class Workbench(Holdings):
             self._check_fixed(own, base)
             if self.task.is_text:
                 check_tokenizer(folder, self._base_folder)
-        for read in (self.data.train, self.data.validation, self.data.test):
-            read()
+        self.data.train()
+        self.one_of_each_unit(self.data.validation(), "validation")
+        self.one_of_each_unit(self.data.test(), "test")
         self._check_noise_leaves_something()
 
     def _check_noise_leaves_something(self) -> None:

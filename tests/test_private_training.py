@@ -451,7 +451,10 @@ def test_consent_says_what_is_bounded_and_what_is_not(bounded: Path, tmp_path: P
     text = consent_of(bounded, tmp_path)
     assert "WHAT ONE ROW CAN CHANGE" in text
     assert "is right at most 99.97 % of the time" in text
-    assert "NOT BOUNDED: THESE ROWS ARE COUNTED AS THEY ARE" in text
+    assert "NOT BOUNDED" not in text
+    assert re.search(r"training +90% +the rest +by your own steps +the gradients of your training rows", text)
+    assert re.search(r"metrics +10% +\d\.\d\d +5\.29 +\d+\.?\d* +how models do on your validation and test rows", text)
+    assert "2 honest ones add enough" in text
 
 
 def test_a_merge_of_models_that_were_trained_with_noise(bounded: Path) -> None:
@@ -460,14 +463,14 @@ def test_a_merge_of_models_that_were_trained_with_noise(bounded: Path) -> None:
     change(
         bounded / "agreement.toml",
         ('["task_arithmetic"]', '["task_arithmetic", "refit"]'),
-        ("epsilon = 8.0", "epsilon = 8.0\nlegs = { refit = 0.8 }\n[refit]\nbalances = [0.0]"),
+        ("epsilon = 8.0", "epsilon = 8.0\nlegs = { refit = 0.7 }\n[refit]\nbalances = [0.0]"),
     )
     report = simulate(bounded, with_references=False)
     assert (report.agreement.privacy.epsilon, report.agreement.privacy.delta) == (8.0, 1e-5)
     assert "epsilon = 8, delta = 1e-05" in (bounded / "output" / "report.html").read_text()
     card = (bounded / "output" / "model" / "README.md").read_text()
     assert "each owner trained with DP-SGD, epsilon = 8, delta = 1e-05 for a training row" in card
-    assert "Spent: training 10%, metrics 10%, refit 80%." in card
+    assert "Spent: training 20%, metrics 10%, refit 70%." in card
     assert report.verified
     assert report.evaluation.by_owner == {}
     assert "These metrics have noise" in (bounded / "output" / "report.html").read_text()

@@ -15,7 +15,7 @@ from common.thresholds import MAX_COMPLETE, quorum
 
 LARGEST_TARGET = 1e6  # of a regression, so that products of targets and inputs fit into fixed point
 LEAST_RIDGE = 1e-4  # with less, an error where no row reaches would be lost beside the others (attack 129)
-LEAST_FOR_TRAINING = 0.1  # of the privacy budget: with less, no training is left
+LEAST_FOR_TRAINING = 0.2  # of the privacy budget: with less, its looser accounting leaves no room for training
 MAX_OWNERS_IN_32_BITS = 150  # with more, a contribution smaller than the others would be rounded away
 
 
@@ -204,7 +204,9 @@ def what_is_bounded_has_noise(draft: DraftTables) -> None:
 
 def the_legs_are_within_the_budget(draft: DraftTables) -> None:
     shares = draft.budget_shares
-    if draft.privacy.epsilon is None or shares["training"] >= LEAST_FOR_TRAINING:  # check: legs-fit-the-budget
+    if (
+        draft.privacy.epsilon is None or round(shares["training"], 9) >= LEAST_FOR_TRAINING
+    ):  # check: legs-fit-the-budget
         return
     spent = ", ".join(f"{name} {share:g}" for name, share in shares.items() if name != "training")
     raise RuleError(
