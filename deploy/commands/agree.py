@@ -95,7 +95,7 @@ def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, objec
     is_row = privacy.unit == "row"
     return {
         "unit": "row" if is_row else "person",
-        "unit_of_rows": "a row" if is_row else "all rows with the same value in your column data.unit",
+        "unit_of_rows": "a row" if is_row else "a person, with all rows that have one value in your column data.unit,",
         "guesses": f"{ceil(1e4 * most_right_guesses(privacy.epsilon, privacy.delta)) / 100:g} %",
         "epsilon": f"{privacy.epsilon:>10g}",
         "delta": f"{privacy.delta:>10g}",
