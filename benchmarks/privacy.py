@@ -115,7 +115,7 @@ def run(data: Path, base: Path, epsilon: float | None, rows: int, epochs: int) -
             home = folder / "output" / "parties"
             settings = load_settings(home / f"{name}.toml", OwnerSettings)
             holdings = Holdings(settings, home, load_agreement(home / settings.agreement))
-            model = holdings.model_to_audit(folder / "output" / "model")
+            model = holdings.model_of_base(folder / "output" / "model")
             for each in audit(holdings, model, None, AUDITED).models:
                 if each.name in audits:
                     audits[each.name].append(each)

@@ -23,6 +23,7 @@ from client.data.private_data import PrivateData
 from client.data.rows import Rows, pool
 from client.look import own_task
 from client.measurement import fine_tuning as finetune
+from client.measurement.evaluation import bounded_sums, evaluate
 from client.measurement.passes import Halving, Passes
 from client.measurement.private_training import fine_tune_privately
 from client.settings import OwnerSettings, Training
@@ -30,6 +31,7 @@ from client.state import FINE_TUNED
 from common.agreement import Agreement, Task
 from common.device import find_device
 from common.errors import DataError, ModelError, SettingsError
+from common.metrics import Score, Split, noised_score
 from common.models.adapter import is_adapter
 from common.models.folders import (
     ANOTHER_BASE,
@@ -41,8 +43,9 @@ from common.models.folders import (
     load_tokenizer,
 )
 from common.models.loading import agreed_plan, check_base, load_base, load_fine_tuned, load_outline, private_head
-from common.models.parameters import parameter_shapes
+from common.models.parameters import copy_parameters, parameter_shapes
 from common.models.plan import MergePlan
+from common.models.published_folder import write_model
 from common.privacy.legs import spent_beside_training
 
 MADE_FROM = "made_from.json"  # beside the weights of a model that was made here: its recipe
@@ -128,7 +131,7 @@ class Holdings:
     def _load_fine_tuned(self, folder: Path) -> PreTrainedModel:
         return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
 
-    def model_to_audit(self, folder: Path) -> PreTrainedModel:
+    def model_of_base(self, folder: Path) -> PreTrainedModel:
         """Any model of this base, whole or an adapter. If heads are private, it needs none. Raises ModelError."""
         found = fine_tuned_folder(str(folder.absolute()), self._home)
         if self.task.head == "shared" or is_adapter(found):
@@ -137,6 +140,31 @@ class Holdings:
         if parameter_shapes(model) != parameter_shapes(self._outline):
             raise ModelError(f"model {folder}: is not made like the agreed base", hint=ANOTHER_BASE)
         return model
+
+    def score(self, model: PreTrainedModel, split: Split) -> Score:
+        """How `model` does on this owner's examples of a split."""
+        rows = self.data.validation() if split == "validation" else self.data.test()
+        if self.agreement.privacy.epsilon is not None:
+            return self._bounded_score(model, self.one_of_each_unit(rows, split))
+        labels = self.data.label_set()
+        return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
+
+    def _bounded_score(self, model: PreTrainedModel, rows: Rows) -> Score:
+        """Sums over examples that none moves far. The noise is added when they leave (rounds.py)."""
+        sums = self.in_batches(lambda size: bounded_sums(model, rows, size, self.task, self.passes))
+        exact = noised_score(self.task, sums, len(rows), noise=0.0)
+        return Score(
+            correct=None if exact.accuracy is None else round(exact.accuracy * len(rows)),
+            rows=len(rows),
+            metric=exact.metric,
+            pearson_r=exact.pearson_r,
+            sums=(tuple(map(float, sums)),),
+        )
+
+    def write_whole(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write a new Hugging Face folder of a model for this owner alone: a private head stays on its body."""
+        task = self.task.model_copy(update={"head": "shared"})
+        write_model(model, self._base_folder, self.agreement.model_copy(update={"task": task}), folder)
 
     @property
     def _kept_folder(self) -> Path:
@@ -263,6 +291,12 @@ class Holdings:
         """The parameters that the agreement leaves as in the base. A private head is the owner's own."""
         head = private_head(self._outline, self.task)
         return tuple(name for name in self.plan.left_alone if name not in head)
+
+
+def give_head(own: PreTrainedModel, model: PreTrainedModel, task: Task) -> None:
+    """If heads are private, the owner's own head stands on every body."""
+    names = private_head(own, task)
+    copy_parameters(names, {name: own.get_parameter(name).detach() for name in names}, model)
 
 
 # --- what an agreement makes of a base: kept, since many owners of a simulation ask, for every message anew ---

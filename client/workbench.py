@@ -26,7 +26,7 @@ from client.holdings import MADE_FROM, Holdings, Terms
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
 from client.measurement.disk_model import DiskModel
-from client.measurement.evaluation import bounded_sums, evaluate, predict_logits
+from client.measurement.evaluation import predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
@@ -43,7 +43,7 @@ from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
-from common.metrics import Score, Split, noised_score
+from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta, published_delta
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
@@ -404,26 +404,6 @@ class Workbench(Holdings):
     def cut_texts(self) -> tuple[int, int]:
         """How many of this owner's test texts are cut to max_tokens, of how many that were looked at."""
         return self.data.cut_test_texts()
-
-    def score(self, model: PreTrainedModel, split: Split) -> Score:
-        """How `model` does on this owner's examples of a split."""
-        rows = self.data.validation() if split == "validation" else self.data.test()
-        if self.agreement.privacy.epsilon is not None:
-            return self._bounded_score(model, self.one_of_each_unit(rows, split))
-        labels = self.data.label_set()
-        return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
-
-    def _bounded_score(self, model: PreTrainedModel, rows: Rows) -> Score:
-        """Sums over examples that none moves far. The noise is added when they leave (rounds.py)."""
-        sums = self.in_batches(lambda size: bounded_sums(model, rows, size, self.task, self.passes))
-        exact = noised_score(self.task, sums, len(rows), noise=0.0)
-        return Score(
-            correct=None if exact.accuracy is None else round(exact.accuracy * len(rows)),
-            rows=len(rows),
-            metric=exact.metric,
-            pearson_r=exact.pearson_r,
-            sums=(tuple(map(float, sums)),),
-        )
 
 
 @lru_cache(maxsize=16)

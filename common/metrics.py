@@ -94,12 +94,23 @@ class Score:
         """The number that models are compared by: accuracy, or Pearson's r."""
         return compared_by(None if self.correct is None else self.correct / self.rows, self.pearson_r)
 
+    def chosen_by(self, measure: str) -> float:
+        """The number that decides a choice; more is better."""
+        return decisive(self.main, self.metric, measure)
+
 
 def compared_by(accuracy: float | None, pearson_r: float | None) -> float:
     """The one of the two that a task has."""
     value = pearson_r if accuracy is None else accuracy
     assert value is not None
     return value
+
+
+def decisive(main: float, metric: float, measure: str) -> float:
+    """The one of a model's two metrics that `measure` names, so that more is better."""
+    if measure in LOWER_IS_BETTER:
+        return -metric
+    return main if measure in ("accuracy", "pearson_r") else metric
 
 
 def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) -> TensorLayout:
@@ -217,9 +228,7 @@ class MeanScore:
 
     def chosen_by(self, measure: str) -> float:
         """The number that decides a sweep; more is better."""
-        if measure in LOWER_IS_BETTER:
-            return -self.metric
-        return self.main if measure in ("accuracy", "pearson_r") else self.metric
+        return decisive(self.main, self.metric, measure)
 
 
 def thousandths(share: float) -> float:

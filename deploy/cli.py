@@ -253,6 +253,23 @@ def audit(
 
 
 @cli.command()
+def personal(
+    owner_file: OwnerFile,
+    model: Annotated[Path, typer.Argument(help="The published model, or the output folder of its run.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the personal model.")],
+    as_json: Json = False,
+) -> None:
+    """Make a model for this owner alone, from the published one and its own, and say what it gains. Nothing is sent.
+
+    Example: amalgram personal hotel.toml output personal
+    """
+    set_up_output(as_json)
+    from deploy.commands.personal import make_and_show
+
+    make_and_show(owner_file, model, out)
+
+
+@cli.command()
 def client(owner_file: OwnerFile, as_json: Json = False) -> None:
     """Run an owner's node until stopped: connect to the coordinator and run only the bundle that the owner agreed to.
 

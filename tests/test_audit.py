@@ -400,7 +400,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with parties_of(folder, tmp_path_factory.mktemp("audited")) as parties:
         holdings = holdings_of(parties, "hotel")
         rows = compared_rows(holdings, most=1000)
-        model = holdings.model_to_audit(folder / "models" / "cinema")
+        model = holdings.model_of_base(folder / "models" / "cinema")
         return audit(holdings, model, pool([rows.members, rows.strangers]), most_rows=1000)
 
 

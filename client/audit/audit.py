@@ -45,12 +45,11 @@ from client.audit.verdict import TITLES
 from client.audit.weights import lineage, moved_tokens
 from client.data.canaries import random_rows
 from client.data.rows import Rows
-from client.holdings import Holdings
+from client.holdings import Holdings, give_head
 from client.measurement.evaluation import predict_logits
 from common.errors import SettingsError
 from common.identity import fingerprint
-from common.models.loading import digest_of, private_head
-from common.models.parameters import copy_parameters
+from common.models.loading import digest_of
 
 REFERENCES = 1023  # random rows that each canary is ranked among: an exposure of 10 bits at most
 LIBRARIES = ("amalgram", "torch", "transformers", "numpy", "scipy", "scikit-learn")
@@ -113,8 +112,8 @@ class _Auditor:
         )
 
     def audit_model(self, name: ModelName, model: PreTrainedModel) -> AuditedModel:
-        give_head(self.own, model, self.holdings)
         told, task = TITLES[name], self.holdings.task
+        give_head(self.own, model, task)
         weights, start = (dict(each.named_parameters()) for each in (model, self._base))
         delta = {each: (weights[each] - start[each]).detach() for each in start}  # whole, because the base is moved
         found = predict(model, self._both, self._batch_size, f"{told}: losses")
@@ -146,7 +145,7 @@ class _Auditor:
     @cached_property
     def _base(self) -> PreTrainedModel:
         base = self.holdings.load_base()
-        give_head(self.own, base, self.holdings)
+        give_head(self.own, base, self.holdings.task)
         return base
 
     @cached_property
@@ -237,9 +236,3 @@ class _Auditor:
     @property
     def _batch_size(self) -> int:
         return self.holdings.settings.batch_size
-
-
-def give_head(own: PreTrainedModel, model: PreTrainedModel, holdings: Holdings) -> None:
-    """If heads are private, the owner's own head stands on every body."""
-    names = private_head(own, holdings.task)
-    copy_parameters(names, {name: own.get_parameter(name).detach() for name in names}, model)

@@ -30,7 +30,7 @@ def audit_and_show(owner_file: Path, model: Path | None, candidates: Path | None
 
     holdings = Holdings(settings, home, agreement)
     texts = None if candidates is None else holdings.data.candidates(candidates.absolute())
-    other = None if model is None else holdings.model_to_audit(model / "model" if _is_output(model) else model)
+    other = None if model is None else holdings.model_of_base(published_in(model))
     found = audit(holdings, other, texts, most_rows)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "audit.json", f"{as_json(found)}\n".encode())
@@ -41,9 +41,10 @@ def audit_and_show(owner_file: Path, model: Path | None, candidates: Path | None
         _print(Console(), found, out)
 
 
-def _is_output(folder: Path) -> bool:
-    """Whether this is the output folder of a run, which holds the published model."""
-    return (folder / "model").is_dir() and not (folder / "config.json").is_file()
+def published_in(folder: Path) -> Path:
+    """The published model's folder, if this is the output folder of a run; else the folder itself."""
+    is_output = (folder / "model").is_dir() and not (folder / "config.json").is_file()
+    return folder / "model" if is_output else folder
 
 
 def _print(console: Console, audit: Audit, out: Path) -> None:

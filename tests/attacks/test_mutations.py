@@ -60,6 +60,7 @@ SUM_NOISE, ON_SUMS = "test_noise.py", "attacks/test_noise.py"
 BASE_FILES, IMAGES = "attacks/test_base_files.py", "test_images.py"
 LEDGER = "attacks/test_ledger.py"
 AUDIT, AUDIT_COMMAND = "test_audit.py", "end_to_end/test_audit_command.py"
+PERSONAL = "end_to_end/test_personal_command.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
@@ -634,7 +635,12 @@ TABLE = [
         "kept-errors-are-escaped",
         'write_whole(self.folder / "error.txt", text.encode("utf-8", "replace") + b"\\n")',
     ),
-    Mutation(AUDIT_COMMAND, "test_an_audit_keeps_the_hub", "audits-fetch-nothing", ""),
+    Mutation(AUDIT_COMMAND, "test_what_an_owner_does_alone", "audits-fetch-nothing", ""),
+    Mutation(AUDIT_COMMAND, "test_what_an_owner_does_alone", "personal-models-fetch-nothing", ""),
+    Mutation(PERSONAL, "test_a_folder_that", "personal-models-replace-nothing"),
+    Mutation(
+        PERSONAL, "test_a_personal_model", "personal-models-are-private", "(partial := out.parent / 'new').mkdir()"
+    ),
     Mutation(AUDIT, "test_canaries_are_planted_only_where", "canaries-need-a-line", "canaries: int = 20"),
     Mutation(AUDIT, "test_rows_of_both_groups", "members-are-no-strangers", "members = list(range(len(one)))"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-is-escaped", "autoescape=False,"),

@@ -5,48 +5,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import matplotlib.font_manager  # noqa: F401 - writes a cache of its own when it is first imported
 import pytest
 
 from client.audit.result import Audit
 from common.models.folders import _tokenizer
 from deploy.cli import cli
 from tests.support.parties import Parties
+from tests.support.watch import changed_paths, watched
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
-_watched: list[tuple[str, Any]] | None = None
-
-
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watched is None:
-        return
-    if (
-        event.startswith("socket.")
-        or event in CHANGES
-        or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING)
-    ):
-        _watched.append((event, arguments))
-
-
-sys.addaudithook(_watch)  # cannot be removed, so `_watched` turns it on
-
-
-@contextmanager
-def watched() -> Iterator[list[tuple[str, Any]]]:
-    """Whatever this process opens for writing, changes on the disk, or does with sockets."""
-    global _watched
-    _watched = []
-    try:
-        yield _watched
-    finally:
-        _watched = None
 
 
 def test_the_watch_sees_files_and_sockets(tmp_path: Path) -> None:
@@ -78,8 +47,7 @@ def test_an_audit_sends_nothing_and_leaves_only_its_output(
         cli(arguments, standalone_mode=False)
     said = capsys.readouterr().out
     assert [event for event, _ in seen if event.startswith("socket.")] == []
-    changed = {Path(str(each)) for _, arguments in seen for each in arguments[:2] if isinstance(each, str | Path)}
-    elsewhere = {path for path in changed if path.is_absolute() and not path.is_relative_to(out)} - {Path("/dev/null")}
+    elsewhere = {path for path in changed_paths(seen) if not path.is_relative_to(out)}
     assert all(path.is_relative_to(temporary) for path in elsewhere)
     copied = {path.name for path in elsewhere if path.suffix}
     assert copied == {"config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -110,12 +78,20 @@ def test_an_owner_without_a_model_has_it_made_for_the_audit_and_kept_by_nobody(
     assert not list(parties.folder.rglob("made_from.json"))
 
 
-def test_an_audit_keeps_the_hub_s_client_off_the_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        "audit import audit_and_show as f; f(Path('none.toml'), None, None, Path('out'), 10)",
+        "personal import make_and_show as f; f(Path('none.toml'), Path('model'), Path('out'))",
+    ],
+    ids=["audit", "personal"],
+)
+def test_what_an_owner_does_alone_keeps_the_hub_s_client_off_the_network(call: str, tmp_path: Path) -> None:
     """It reads the environment when it is imported, so a process of its own is needed."""
     program = (
         "from pathlib import Path; from contextlib import suppress\n"
-        "from common.errors import AmalgramError; from deploy.commands.audit import audit_and_show\n"
-        "with suppress(AmalgramError): audit_and_show(Path('none.toml'), None, None, Path('out'), 10)\n"
+        "from common.errors import AmalgramError\n"
+        f"with suppress(AmalgramError): from deploy.commands.{call}\n"
         "from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
