@@ -4,6 +4,7 @@ An owner signs files that it could have written itself, from its own copy of the
 Of the metrics it can check its own and, where merges are verified, the totals; everybody signs the same ones.
 """
 
+from client import mixtures
 from client.context import OwnerContext
 from client.state import ResultRecord, TestedRecord
 from client.verification import check_was_shown, contributors
@@ -73,6 +74,7 @@ def _check_was_tested(owner: OwnerContext, message: Result, publication: Publica
     _check_files(run.published, publication)
     _check_metrics(owner, publication)
     _check_totals(owner, publication)
+    _check_mixtures(owner, publication)
     _check_is_good_enough(owner)
 
 
@@ -136,6 +138,16 @@ def _check_totals(owner: OwnerContext, publication: Publication) -> None:
                 f"the coordinator published other {split} metrics than the totals that this owner added up",
                 hint="nothing was signed; the totals are in its state folder, run/run.json",
             )
+
+
+def _check_mixtures(owner: OwnerContext, publication: Publication) -> None:
+    """The mixtures that are published as tried are those that this owner was asked to judge."""
+    own = mixtures.received(owner) if owner.agreement.searches else {}
+    if publication.mixtures != own:  # check: published-mixtures-are-those-tried
+        raise ConsentError(
+            "the coordinator published other mixtures than this owner was asked to judge",
+            hint="nothing was signed; what was asked is in the owner's state folder, run/",
+        )
 
 
 def _is_in_last_total(owner: OwnerContext) -> bool:

@@ -5,10 +5,13 @@ Each arrives in parts and is taken once. The same delivery may be repeated, bit 
 started again repeats what it sent last; another one in its place is refused.
 """
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
-from client import verification
+from client import mixtures, verification
 from client.context import OwnerContext
 from client.state import ArrivingRecord, ReceivedRecord, delivered_array, merged_step_array, score_record
 from common.certificates import nonces_digest
@@ -20,15 +23,21 @@ from common.messages import (
     DeliveryPart,
     MergedStepPart,
     Message,
+    MixturePart,
     PartReceived,
     ScalesPart,
 )
+from common.models.delta import published_delta
 from common.schedule import Delivery, DeliveryKind
 from common.tensor_layout import TensorLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS: dict[type[DeliveryPart], DeliveryKind] = {
     CandidatePart: "candidate",
     CorrectionPart: "correction",
+    MixturePart: "mixture",
     MergedStepPart: "merged_step",
     ScalesPart: "scales",
 }
@@ -115,11 +124,13 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
     judged: dict[str, object] = {}
     if isinstance(message, CorrectionPart):
         verification.take_correction(owner, message, received)
+    elif delivery.kind == "mixture":
+        mixtures.check_mixture(owner, delivery, model, array)
     elif delivery.kind == "candidate" and owner.agreement.is_verified:
         verification.note_candidate(owner, delivery, received)
-    elif delivery.kind == "candidate":
+    if delivery.kind in ("candidate", "mixture") and not owner.agreement.is_verified:
         judged = _judged(owner, delivery, model, array)
-    if judged:
+    if judged and not mixtures.is_in_basis(owner, delivery):
         owner.state.delete_array(ARRIVING)
     elif layout.size:
         owner.state.keep_array(ARRIVING, under=_kept_as(delivery))
@@ -134,18 +145,23 @@ def judge(owner: OwnerContext, delivery: Delivery) -> None:
         return
     array = owner.state.open_array(name, delivery.layout.size, "<f4")
     owner.state.update_run(**_judged(owner, delivery, received.model, array))
-    owner.state.delete_array(name)
+    if not mixtures.is_in_basis(owner, delivery):
+        owner.state.delete_array(name)
 
 
 def _judged(owner: OwnerContext, delivery: Delivery, model: str, array: NDArray) -> dict[str, object]:
     """What the run keeps of a candidate: its score, and what would be published of it."""
     run, split = owner.state.run, delivery.split
     assert split is not None
-    verification.check_what_follows(owner, delivery, model, array)  # check: candidates-are-cut
-    digest, score = owner.workbench.score_candidate(split, delivery.layout, array)
+    if delivery.kind == "mixture":
+        delta: Mapping[str, Tensor] = mixtures.delta_of(owner, array)
+    else:
+        verification.check_what_follows(owner, delivery, model, array)  # check: candidates-are-cut
+        delta = published_delta(owner.workbench.plan, delivery.layout, array)
+    digest, score = owner.workbench.score_candidate(split, delta)
     judged: dict[str, object] = {"scores": (*run.scores, score_record(delivery.position, model, digest, score))}
     if (split, delivery.method) == ("test", owner.agreement.method):
-        judged["published"] = owner.workbench.published_folder(delivery.layout, array)
+        judged["published"] = owner.workbench.published_folder(delta)
     return judged
 
 
@@ -153,7 +169,7 @@ def _name_of(message: DeliveryPart) -> str:
     """What tells a delivery from others at its position (certificates.Delivered.model)."""
     if isinstance(message, CorrectionPart):
         return nonces_digest(message.nonces)
-    return message.model if isinstance(message, CandidatePart) else ""
+    return message.model if isinstance(message, CandidatePart | MixturePart) else ""
 
 
 def _was_taken(owner: OwnerContext, position: int) -> bool:
@@ -161,7 +177,7 @@ def _was_taken(owner: OwnerContext, position: int) -> bool:
 
 
 def _kept_as(delivery: Delivery) -> str:
-    if delivery.kind in ("candidate", "correction"):
+    if delivery.kind in ("candidate", "mixture", "correction"):
         return delivered_array(delivery.position)
     if delivery.method is None or delivery.step is None:
         return "scales"

@@ -44,7 +44,7 @@ from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRou
 from common.merge_methods.refit import classifier
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
 from common.metrics import Score, Split
-from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta, published_delta
+from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
@@ -357,10 +357,10 @@ class Workbench(Holdings):
 
     # --- scoring ---
 
-    def score_candidate(self, split: Split, layout: TensorLayout, vector: NDArray[np.float32]) -> tuple[str, Score]:
-        """The digest of the merged model that was sent as `vector`, and how it does on the examples of a split."""
+    def score_candidate(self, split: Split, delta: Mapping[str, Tensor]) -> tuple[str, Score]:
+        """The digest of the merged model with this delta, and how it does on the examples of a split."""
         head, model = self._own_head(), self.load_base()
-        add_delta(model, published_delta(self.plan, layout, vector))
+        add_delta(model, delta)
         digest = digest_of(model, self.task)
         copy_parameters(head, head, model)
         return digest, self.score(model, split)
@@ -373,12 +373,11 @@ class Workbench(Holdings):
         hyperparameter = self.agreement.agreed(method)[candidate]
         return lambda solved: method.apply(self.merge_settings, solved, hyperparameter)
 
-    def published_folder(self, layout: TensorLayout, vector: NDArray[np.float32]) -> PublishedFolder:
-        """What this owner would publish, were the merged model that was sent as `vector` the result.
+    def published_folder(self, delta: Mapping[str, Tensor]) -> PublishedFolder:
+        """What this owner would publish, were the merged model with this delta the result.
 
         It is written to a private folder for a moment.
         """
-        delta = published_delta(self.plan, layout, vector)
         with self.state.scratch_folder() as scratch:
             folder, model = scratch / "published", self.load_base()  # a private head fits, and is not published
             add_delta(model, delta)

@@ -296,6 +296,13 @@ class CandidatePart(DeliveryPart):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixturePart(DeliveryPart):
+    """Of the mixture `model` of merged deltas that this owner has, to be judged like a candidate."""
+
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergedStepPart(DeliveryPart):
     """Of what a step of a multi-round method merged, for the next step to be measured with."""
 
@@ -466,6 +473,7 @@ KINDS: dict[str, type[Message]] = {
         SumOpened,
         VectorPart,
         CandidatePart,
+        MixturePart,
         MergedStepPart,
         ScalesPart,
         CorrectionPart,

@@ -13,7 +13,7 @@ from common.agreement import Agreement
 from common.certificates import check_receipts, check_result
 from common.errors import RemoteProtocolError
 from common.messages import Result
-from common.metrics import MeanScore
+from common.metrics import MeanScore, compared_by, decisive
 from common.settings_file import Count, Digest, FileName, Name, Probability, Settings, matching
 from common.summation.records import Signed
 
@@ -53,6 +53,10 @@ class SignedMean(Settings):
     cut: tuple[Count, Count] | None = None
     by_owner: dict[Name, SignedScore]
 
+    def chosen_by(self, measure: str) -> float:
+        """The number that decides a sweep; more is better."""
+        return decisive(compared_by(self.accuracy, self.pearson_r), self.metric, measure)
+
     @classmethod
     def of(cls, score: MeanScore) -> "SignedMean":
         """The metrics of a total, as they are signed. A sum of rounded shares may exceed 1 by rounding."""
@@ -77,13 +81,14 @@ class Publication(PublishedFolder):
     """The published folder, with its card, and what the report says that it is: who is in it and how good it is.
 
     `examples`: training examples of all owners, None if they were not summed. `test`: by model; `validation`: by
-    candidate of a sweep.
+    candidate of a sweep. `mixtures`: every one that a search tried, by name.
     """
 
     owners: Annotated[tuple[Name, ...], Field(min_length=1)]
     examples: Count | None
     test: dict[str, SignedMean]
     validation: dict[str, SignedMean]
+    mixtures: dict[str, tuple[Finite, ...]]
 
     def canonical_bytes(self) -> bytes:
         """The same bytes at every party: sorted keys, shortest floats, UTF-8."""

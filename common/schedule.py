@@ -9,6 +9,7 @@ text, the progress display and the report print it.
     merged step 0, step round, merged ...   for every multi-round method; the last round is not followed by a step
     candidates, metrics round               on validation examples, for the methods that sweep a hyperparameter
     candidates, metrics round               on test examples, the chosen candidate of every method
+    mixtures, metrics round, ...            of a search, on validation examples, between these candidates and that round
 
 Unless the agreement turns it off, owners verify what they are sent before they measure anything on it: a correction and
 a check round come before every step round and metrics round (common/verification.py). A check is made while the next
@@ -29,6 +30,7 @@ from common.agreement import COORDINATOR, Agreement
 from common.errors import LocalProtocolError, RemoteProtocolError, SettingsError
 from common.merge_methods import METHODS, contribution_layout, kind_of, tensor_kinds
 from common.merge_methods.method import Method, MultiRoundMethod, SingleRoundMethod, Step
+from common.merge_methods.search import SEARCH, generations, mixture_layout
 from common.merge_methods.terms import Hyperparameters, MergeSettings
 from common.metrics import BASE, METRIC_KINDS, OWN_AT_HOME, Split, metric_kind, metrics_layout
 from common.models.delta import candidate_layout, delta_layout, solved_layout
@@ -39,7 +41,7 @@ from common.verification import CHECK_KINDS, Claim, check_layout, correction_lay
 
 VERIFICATION = "verification"
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]
-DeliveryKind = Literal["scales", "merged_step", "candidate", "correction"]
+DeliveryKind = Literal["scales", "merged_step", "candidate", "mixture", "correction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ class Delivery:
     merged_step  what step `step` of a multi-round method merged; number 0 is what it merged before its first round
     candidate    a merged model, to be judged on the examples of `split`; `names` has those that may be sent. What its
                  method's function made, and the factors to which an adapter is cut, follow the whole model
+    mixture      how much of which merged delta each group of blocks takes, for the same (merge_methods/search.py)
     correction   what rounding took from the models that the check after it is about; `claims` are the check's
     """
 
@@ -139,13 +142,15 @@ class Delivery:
         """What progress, log lines and errors call the delivery."""
         if self.kind == "merged_step" and self.method is not None:
             return f"{METHODS[self.method].title}, merged before step {(self.step or 0) + 1}"
-        if self.kind == "candidate":
+        if self.kind in ("candidate", "mixture"):
             return f"{self.method} candidate for {self.split}"
         return self.kind if self.kind == "correction" else "scales"
 
     @property
     def phase(self) -> str:
         """What the report counts the delivery's cost under."""
+        if self.kind == "mixture":
+            return "mixtures"
         if self.kind == "candidate":
             return "candidates to validate" if self.split == "validation" else "candidates to test"
         if self.kind == "correction":
@@ -239,7 +244,7 @@ class Schedule:
     def delivery_of(self, model: str, split: Split) -> Delivery:
         """The delivery of a model that a metrics round names: by candidate on validation, by method on test."""
         for event in self.events:
-            if not isinstance(event, Delivery) or (event.kind, event.split) != ("candidate", split):
+            if not isinstance(event, Delivery) or event.kind not in ("candidate", "mixture") or event.split != split:
                 continue
             if model == (event.method if split == "test" else event.names[0]):
                 return event
@@ -336,7 +341,7 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
             known=tuple(name for name in plan.changed if name not in new),
         )
 
-    candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods}
+    candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods if name != SEARCH.name}
     swept = {method: names for method, names in candidates.items() if len(names) > 1}
     claims = []
     for method_name, names in swept.items():
@@ -354,6 +359,13 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
         if method_name not in swept:  # what was validated is sent again, bit for bit
             claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[names[0]]))
     add_check(claims)
+    if agreement.searches:
+        mixture, mixtures = method_layout(SEARCH, settings), tuple(agreement.agreed(SEARCH))
+        for numbers in generations(SEARCH.hyperparameters(settings)):
+            for number in numbers:
+                add_delivery("mixture", mixture, method=SEARCH.name, split="validation", names=(mixtures[number],))
+            add_metrics("validation", tuple(mixtures[number] for number in numbers))
+        add_delivery("mixture", mixture, method=SEARCH.name, split="test", names=mixtures)
     add_metrics("test", (BASE, OWN_AT_HOME, *agreement.methods))
     return Schedule(
         tuple(events),
@@ -365,6 +377,8 @@ def method_layout(method: Method[Hyperparameters], settings: MergeSettings) -> T
     """How a method's candidates travel."""
     if isinstance(method, SingleRoundMethod):
         return candidate_layout(settings.plan, method.beside(settings), method.applied(settings))
+    if method is SEARCH:
+        return mixture_layout(settings.plan, SEARCH.hyperparameters(settings))
     return candidate_layout(settings.plan)
 
 

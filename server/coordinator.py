@@ -38,6 +38,7 @@ from common.messages import (
     Finished,
     MergedStepPart,
     Message,
+    MixturePart,
     OpeningChecked,
     OpenSum,
     PartReceived,
@@ -503,6 +504,8 @@ class Coordinator:
         }
         if delivery.kind == "candidate":
             return CandidatePart(**fields, model=model)
+        if delivery.kind == "mixture":
+            return MixturePart(**fields, model=model)
         if delivery.kind == "correction":
             body = bytes.fromhex(deliveries_digest(self.delivered))
             signature = self.identity.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(self.run), body)

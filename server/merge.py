@@ -24,9 +24,10 @@ from common.errors import FalseTotal, LocalProtocolError, NumericalError, Settin
 from common.mapped import releasing
 from common.merge_methods import METHODS, contribution_layout
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
+from common.merge_methods.search import SEARCH, Mixture, groups_of, next_mixtures
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
-from common.models.delta import APPLIED, VectorDelta, add_delta, published_delta, solved_layout
+from common.models.delta import APPLIED, MixedDelta, VectorDelta, add_delta, published_delta, solved_layout
 from common.models.folders import base_model_folder
 from common.models.loading import agreed_plan, check_base, load_base
 from common.models.low_rank import AdapterDelta, cut
@@ -111,6 +112,8 @@ class MergeRun:
     _so_far: dict[str, MergedDelta] = field(default_factory=dict)  # what the steps of a multi-round method have merged
     # After the last step, by hyperparameter:
     _final: dict[str, dict[float | None, MergedDelta]] = field(default_factory=dict)
+    _validated: dict[str, MeanScore] = field(default_factory=dict)  # by candidate
+    _mixtures: dict[str, Mixture] = field(default_factory=dict)  # that a search tried, by candidate
     _choices: dict[str, MethodChoice] = field(default_factory=dict)
     _merged: dict[str, MergedDelta] = field(default_factory=dict)  # by method, as the owners test it
     _scores: Mapping[str, MeanScore] = field(default_factory=dict)
@@ -155,6 +158,10 @@ class MergeRun:
                 self._choose(event)
             case Delivery(kind="candidate", split="test", method=str(method)):
                 self._send_chosen(event, method)
+            case Delivery(kind="mixture", split="validation"):
+                self._send_mixture(event)
+            case Delivery(kind="mixture", split="test"):
+                self._send_best_mixture(event)
             case Round(kind="metrics", split="test"):
                 self._destroy_contributions()
                 self._scores = self._sum_metrics(event, "test")
@@ -247,18 +254,44 @@ class MergeRun:
         self._send(delivery, candidate, self._solve(name, self._candidates(name)[candidate]))
 
     def _choose(self, round: Round) -> None:
-        """Per method, choose the candidate with the best metric; the first of equals."""
-        scores, choose_by = self._sum_metrics(round, "validation"), self.agreement.choose_by
+        """Per method whose candidates all have a metric, choose the one with the best; the first of equals."""
+        self._validated.update(self._sum_metrics(round, "validation"))
         for name in self.agreement.methods:
             sweep = {
-                candidate: Tried(hyperparameter=value, score=scores[candidate])
+                candidate: Tried(hyperparameter=value, score=self._validated[candidate])
                 for candidate, value in self._candidates(name).items()
-                if candidate in scores and value is not None
+                if candidate in self._validated and value is not None
             }
-            if sweep:
-                best = max(sweep, key=lambda candidate: scores[candidate].chosen_by(choose_by))
+            if sweep and len(sweep) == len(self._candidates(name)):
+                best = max(sweep, key=self._validation_metric)
                 chosen = sweep[best].hyperparameter
                 self._choices[name] = MethodChoice(candidate=best, hyperparameter=chosen, sweep=sweep)
+
+    def _validation_metric(self, candidate: str) -> float:
+        """The number that decides, as all parties sign it; more is better."""
+        return SignedMean.of(self._validated[candidate]).chosen_by(self.agreement.choose_by)
+
+    # --- a search ---
+
+    def _send_mixture(self, delivery: Delivery) -> None:
+        (name,) = delivery.names
+        if name not in self._mixtures:
+            scored = [(mixture, self._validation_metric(each)) for each, mixture in self._mixtures.items()]
+            names = list(self._candidates(SEARCH.name))[len(scored) :]
+            table, seed = SEARCH.hyperparameters(self._settings), self.agreement.seed
+            generation = next_mixtures(scored, len(groups_of(self.plan, table)), table, seed)
+            self._mixtures |= dict(zip(names, generation, strict=False))
+        self._deliver_mixture(delivery, name)
+
+    def _send_best_mixture(self, delivery: Delivery) -> None:
+        best, table = self._choice_of(SEARCH.name).candidate, SEARCH.hyperparameters(self._settings)
+        self._deliver_mixture(delivery, best)
+        basis = [self._merged[name] for name in table.basis]
+        mixed = MixedDelta.of([each.delta for each in basis], groups_of(self.plan, table), self._mixtures[best])
+        self._merged[SEARCH.name] = MergedDelta(delta=mixed, layers=basis[0].layers)
+
+    def _deliver_mixture(self, delivery: Delivery, name: str) -> None:
+        self.coordinator.deliver(delivery, np.array(self._mixtures[name], dtype="<f4"), name)
 
     def _choice_of(self, name: str) -> MethodChoice:
         if name not in self._choices:
@@ -313,6 +346,7 @@ class MergeRun:
             examples=self._examples,
             test={model: SignedMean.of(score) for model, score in self._scores.items()},
             validation={name: SignedMean.of(tried.score) for sweep in sweeps for name, tried in sweep.items()},
+            mixtures=self._mixtures,
         )
 
     def _outcome(self) -> Outcome:
@@ -324,6 +358,7 @@ class MergeRun:
             merged=self._merged,
             owners=self._owners,
             examples=self._examples,
+            mixtures=self._mixtures,
             test=self._scores,
             rounds=opened_rounds(coordinator),
             sent=sent_deliveries(self.schedule, coordinator.checkpoint.deliveries),

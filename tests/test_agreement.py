@@ -179,7 +179,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         load_settings(tmp_path / "nothing.toml", AgreementDraft)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "search"])  # it needs others beside it
 def test_an_agreement_may_name_every_method_and_has_its_table(tmp_path: Path, method: str) -> None:
     draft = load(tmp_path, GOOD.replace('"regmean"', f'"{method}"', 1).replace('["average"]', "[]"))
     assert draft.methods == (method,)

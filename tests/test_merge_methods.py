@@ -475,7 +475,7 @@ def test_refit_to_several_labels_or_to_numbers_is_least_squares_over_all_rows(pr
 
 
 @pytest.mark.parametrize("alphas", [(0.5,), (0.5, 1.0)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "search"])  # nothing leaves for it
 def test_every_kind_of_tensor_that_leaves_has_a_meaning(
     agreement: Agreement, plan: MergePlan, method: str, alphas: tuple[float, ...]
 ) -> None:

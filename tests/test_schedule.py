@@ -15,6 +15,7 @@ from common.merge_methods.data_free import DataFreeTable
 from common.merge_methods.method import MultiRoundMethod
 from common.merge_methods.refit import RefitTable
 from common.merge_methods.regmean import RegMeanTable
+from common.merge_methods.search import SearchTable
 from common.merge_methods.task_arithmetic import TaskArithmeticTable
 from common.metrics import BASE, OWN_AT_HOME
 from common.models.plan import MergePlan
@@ -177,6 +178,9 @@ def changes_to_an_agreement(draw: st.DrawFn) -> dict[str, object]:
     ring_bits = draw(st.sampled_from([32, 64]))
     allowed = [method.name for method in ORDERED if ring_bits == 64 or method.fits_32_bits]
     methods = draw(st.lists(st.sampled_from(allowed), min_size=1, max_size=len(allowed), unique=True))
+    if methods == ["search"]:
+        methods.append("average")
+    basis = tuple(name for name in methods if name != "search")[:3]
     sweep = st.lists(st.sampled_from([0.1, 0.25, 0.5, 1.0]), min_size=1, max_size=3, unique=True).map(tuple)
     return {
         "method": methods[0],
@@ -186,6 +190,7 @@ def changes_to_an_agreement(draw: st.DrawFn) -> dict[str, object]:
         "regmean": RegMeanTable(alphas=draw(sweep)),
         "data_free": DataFreeTable(alphas=draw(sweep)),
         "task_arithmetic": TaskArithmeticTable(scales=draw(sweep)),
+        "search": SearchTable(basis=basis, candidates=draw(st.integers(2, 14))) if basis else SearchTable(),
         "refit": RefitTable(balances=draw(sweep), targets=draw(st.sampled_from(["labels", "scores"]))),
     }
 

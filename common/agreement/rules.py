@@ -7,6 +7,7 @@ from math import inf
 from common.agreement.tables import CLASSIFYING, DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED
+from common.merge_methods.search import SEARCH
 from common.names import TAKEN_NAMES
 from common.privacy.gaussian import epsilon_of
 from common.privacy.legs import spent_beside_training
@@ -322,6 +323,31 @@ def a_refit_weighs_rows_by_a_single_label(draft: DraftTables) -> None:
         )
 
 
+def a_search_has_its_basis(draft: DraftTables) -> None:
+    """Every owner has verified what is mixed, and adds up every metric by which mixtures are chosen."""
+    if not draft.searches:
+        return
+    basis = SEARCH.of(draft.tables).basis
+    others = tuple(name for name in draft.methods if name != SEARCH.name)
+    for name in basis:
+        if name not in others:
+            raise RuleError(
+                f"search.basis = {list(basis)}: {name} is not among the other methods, {', '.join(others) or 'none'}",
+                hint=f'write compare_with = ["{name}"], or another basis',
+            )
+    if draft.needed_owners < len(draft.owners):  # check: all-owners-in-a-search
+        raise RuleError(
+            f"min_owners = {draft.needed_owners}: a search asks for metrics several times, and rounds over different "
+            "owners would expose the difference",
+            hint=f"all {len(draft.owners)} owners must take part: leave min_owners out",
+        )
+    if draft.publish.adapter_rank is not None:
+        raise RuleError(
+            "publish.adapter_rank: a mixture of adapters has a higher rank than each of them",
+            hint="leave it out, or merge without search",
+        )
+
+
 RULES: tuple[Callable[[DraftTables], None], ...] = (
     each_owner_is_named_once,
     min_owners_is_at_most_all,
@@ -340,4 +366,5 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     the_problem_is_consistent,
     a_refit_weighs_rows_by_a_single_label,
     a_sweep_tries_each_value_once,
+    a_search_has_its_basis,
 )

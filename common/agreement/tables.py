@@ -9,6 +9,7 @@ from common.errors import RuleError
 from common.identity import check_public_key
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.method import Method, MultiRoundMethod
+from common.merge_methods.search import SEARCH
 from common.merge_methods.terms import ProblemType, Weighting
 from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probability, Settings, did_you_mean, matching
 from common.summation.records import MAX_OWNERS
@@ -340,6 +341,11 @@ class DraftTables(MethodTables):
     def methods(self) -> tuple[str, ...]:
         """The method whose model is published, then those it is compared with."""
         return (self.method, *self.compare_with)
+
+    @property
+    def searches(self) -> bool:
+        """Whether one of the methods is a search among mixtures of the others."""
+        return SEARCH.name in self.methods
 
     @property
     def multi_round_methods(self) -> tuple[MultiRoundMethod[Hyperparameters], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -167,6 +167,43 @@ class VectorDelta(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+class MixedDelta(Mapping[str, "Tensor"]):
+    """The sum of some deltas, each times a scale that depends on the parameter; what has no scale is as in the first.
+
+    `scales`: by parameter name, one for each of `parts`. Every product and sum is rounded by itself in float64, and the
+    result to float32, so all parties have the same numbers.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]], scales: Mapping[str, Sequence[float]]) -> None:
+        self._parts, self._scales = parts, scales
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Mapping[str, Tensor]], groups: Sequence[Sequence[str]], scales: Sequence[float]
+    ) -> MixedDelta:
+        """The delta of a mixture (merge_methods/search.py): the scale of each group for the first part, then for the
+        second ...
+        """
+        by_part = [scales[start : start + len(groups)] for start in range(0, len(scales), len(groups))]
+        columns = zip(groups, zip(*by_part, strict=True), strict=True)
+        return cls(parts, {name: of_group for names, of_group in columns for name in names})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._scales:
+            return self._parts[0][name]
+        mixed = torch.zeros((), dtype=torch.float64)
+        for part, scale in zip(self._parts, self._scales[name], strict=True):
+            if scale:  # a part that is left out need not be read
+                mixed = mixed + part[name].double() * scale  # two operations, which nothing fuses
+        return mixed.float().expand(self._parts[0][name].shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts[0])
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
 
 
 class AppliedDelta(VectorDelta):

@@ -19,6 +19,7 @@ from common.agreement import Agreement
 from common.errors import ConsentError, SettingsError
 from common.identity import fingerprint
 from common.merge_methods import METHODS
+from common.merge_methods.search import SEARCH
 from common.metrics import metrics_layout
 from common.privacy.budget import most_right_guesses, together
 from common.privacy.legs import SENSITIVE, Leg, legs_of
@@ -62,6 +63,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         multi_round=[method.title for method in agreement.multi_round_methods],
         contents=_contents(rounds),
         candidates=len(candidates),
+        search=SEARCH.of(agreement.tables) if agreement.searches else None,
         metrics_bytes=byte_count(metrics_layout(agreement, "test", ["base", "own_at_home", *candidates]).num_bytes),
         model_bytes=byte_count(
             4 * max(method_layout(METHODS[name], owner.workbench.merge_settings).size for name in agreement.methods)

@@ -216,6 +216,10 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
             yield what
     if not publication.test.keys() <= evaluation.mean.keys() <= publication.test.keys() | REFERENCES:
         yield "evaluation.mean"
+    trials = (trial for trials in evaluation.sweep.values() for trial in trials)
+    tried = {trial.candidate: trial.scales for trial in trials if trial.scales is not None}
+    if tried != publication.mixtures:  # check: verify-compares-mixtures
+        yield "evaluation.sweep: scales"
     own = publication.test.get(OWN_AT_HOME)
     if evaluation.cut != (own and own.cut):
         yield "evaluation.cut"

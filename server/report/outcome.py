@@ -19,6 +19,7 @@ from common.agreement import Agreement, OwnerEntry
 from common.identity import fingerprint
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import Method
+from common.merge_methods.search import SEARCH, Mixture
 from common.merge_methods.terms import LayerNote, MergedDelta
 from common.metrics import LOWER_IS_BETTER, OWN_AT_HOME, MeanScore, Score
 from common.models import low_rank
@@ -89,6 +90,7 @@ class Outcome:
     choices     by method, in the agreed order
     merged      by method, the merged delta that was evaluated on test rows
     owners      those whose numbers are in the merged model, of `examples` training rows if these were summed
+    mixtures    every one that a search tried, by candidate
     test        by model: `base`, `own_at_home` and every method
     rounds      everything that was learned from the owners, in order
     sent        everything that was sent to them, in order
@@ -104,6 +106,7 @@ class Outcome:
     merged: Mapping[str, MergedDelta]
     owners: tuple[str, ...]
     examples: int | None
+    mixtures: Mapping[str, Mixture]
     test: Mapping[str, MeanScore]
     rounds: tuple[OpenedRound, ...]
     sent: tuple[Sent, ...]
@@ -293,6 +296,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
                     accuracy=tried.score.accuracy,
                     metric=tried.score.metric,
                     pearson_r=tried.score.pearson_r,
+                    scales=outcome.mixtures.get(candidate),
                 )
                 for candidate, tried in choice.sweep.items()
             )
@@ -337,7 +341,8 @@ def _advice(outcome: Outcome) -> Iterator[str]:
         yield f"The coordinator left {owner} out because it broke the rules of a sum: {reason}."
     noise = own_noise(agreement, "metrics") * len(agreement.owners) ** 0.5
     for name, choice in outcome.choices.items():
-        if not _is_clearly_worse(outcome.test[name], outcome.test[agreement.method], noise):
+        is_ordered = name != SEARCH.name  # mixtures are numbered as they were tried
+        if is_ordered and not _is_clearly_worse(outcome.test[name], outcome.test[agreement.method], noise):
             yield from beyond_the_sweep(METHODS[name], choice, noise)
 
 

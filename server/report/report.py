@@ -192,6 +192,11 @@ class Trial(Table):
     accuracy: Share | None = Field(description="Mean accuracy over owners; null for a regression.")
     metric: float = Field(description="Mean of `evaluation.metric` over owners; of a regression, over all rows.")
     pearson_r: Correlation | None = Field(description="Pearson's r; null unless a regression.")
+    scales: tuple[Size, ...] | None = Field(
+        default=None,
+        description="Of a search, how much of each merged delta each group of blocks takes: first that of the first "
+        "method of search.basis in every group; null for any other candidate.",
+    )
 
     @property
     def main(self) -> float:

@@ -83,7 +83,22 @@ AGREED, FUNCTIONS, LOW_RANK, VERIFICATION, OPENING, CHOSEN, VERIFYING = (
 )
 PAIRWISE = "attacks/test_pairwise.py"
 
+SEARCH, SEARCHED = "test_search.py", "end_to_end/test_search.py"
+SEARCH_ATTACKS = "attacks/test_search.py"
+
 TABLE = [
+    # 191 to 197: a search among mixtures
+    Mutation(SEARCH_ATTACKS, "test_191_", "mixtures-are-within-bounds"),
+    Mutation(SEARCH_ATTACKS, "test_192_", "mixtures-are-not-repeated"),
+    Mutation(SEARCH_ATTACKS, "test_193_", "mixtures-follow-the-totals"),
+    Mutation(SEARCH_ATTACKS, "test_194_", "position-is-that-delivery"),
+    Mutation(SEARCH_ATTACKS, "test_194_", "model-is-agreed"),
+    Mutation(SEARCH_ATTACKS, "test_195_", "tested-mixture-was-scored"),
+    Mutation(SEARCH_ATTACKS, "test_195_", "tested-mixture-is-the-best"),
+    Mutation(SEARCH_ATTACKS, "test_196_", "bases-are-merges"),
+    Mutation(SEARCH_ATTACKS, "test_197_", "published-mixtures-are-those-tried"),
+    Mutation(SEARCHED, "test_the_best_mixture", "verify-compares-mixtures"),
+    Mutation(SEARCH, "test_what_a_search_cannot", "all-owners-in-a-search"),
     # 42, 43, 120 to 131: verified merges
     Mutation(CHOSEN, "test_42_layers_that_are_not", "sums-of-shares-are-zero"),
     Mutation(CHOSEN, "test_42_layers_that_are_not", "nothing-after-a-wrong-model"),

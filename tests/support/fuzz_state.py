@@ -89,6 +89,7 @@ PUBLICATION: dict[str, Any] = {
         }
     },
     "validation": {},
+    "mixtures": {},
 }
 RECEIPTS: dict[str, Any] = {
     "agreement": AGREEMENT.model_dump(mode="json"),

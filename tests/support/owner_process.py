@@ -14,6 +14,7 @@ from common.messages import (
     DeliveryPart,
     MergedStepPart,
     Message,
+    MixturePart,
     OpenSum,
     Present,
     RollCall,
@@ -61,14 +62,15 @@ def part_of(
         "parts": 1,
         "payload": payload,
     }
-    if delivery.kind == "candidate":
-        return CandidatePart(**common, model=delivery.names[0] if model is None else model)  # type: ignore[arg-type]
+    if delivery.kind in ("candidate", "mixture"):
+        named = CandidatePart if delivery.kind == "candidate" else MixturePart
+        return named(**common, model=delivery.names[0] if model is None else model)  # type: ignore[arg-type]
     return PART_OF[delivery.kind](**common)  # type: ignore[arg-type]
 
 
 def delivered_by(part: DeliveryPart) -> Delivered:
     """What an owner notes of a delivery that came in one part."""
-    model = part.model if isinstance(part, CandidatePart) else ""
+    model = part.model if isinstance(part, CandidatePart | MixturePart) else ""
     digest = hashlib.sha256(np.ascontiguousarray(part.payload).data).hexdigest()
     return Delivered(position=part.position, model=model, digest=digest)
 

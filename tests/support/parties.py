@@ -128,6 +128,17 @@ def parties_with_method(
         yield parties
 
 
+def searching(consortium: Path, folder: Path, basis: Sequence[str], **settings: int) -> Path:
+    """A copy of a consortium that publishes the best of some mixtures of these methods' merges."""
+    shutil.copytree(consortium, folder, ignore=shutil.ignore_patterns("output"))
+    path, named = folder / "agreement.toml", str(list(basis)).replace("'", '"')
+    text = path.read_text().replace('method = "regmean"', 'method = "search"')
+    text = text.replace('["average", "task_arithmetic", "fisher"]', named)
+    lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
+    path.write_text(f"{text}\n[search]\nbasis = {named}\n{lines}")
+    return folder
+
+
 class OwnersChannel:
     """Owners as the network has them, each built anew for every message."""
 

@@ -20,6 +20,7 @@ def publication_of(process: Process, published: PublishedFolder, **changes: obje
         "examples": 600,
         "test": dict.fromkeys((BASE, OWN_AT_HOME, *agreement.methods), MEAN),
         "validation": {},
+        "mixtures": {},
     }
     return Publication(**{**fields, **changes})  # type: ignore[arg-type]
 

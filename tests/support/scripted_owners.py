@@ -54,7 +54,7 @@ TEST_ROUND = Round(position=2, kind="metrics", layout=LAYOUT, split="test", mode
 SCHEDULE = Schedule((ROUND, DELIVERY, TEST_ROUND))
 MODEL = "cd" * 32
 PUBLICATION = Publication(
-    files={"config.json": MODEL}, configuration={}, owners=("ada",), examples=None, test={}, validation={}
+    files={"config.json": MODEL}, configuration={}, owners=("ada",), examples=None, test={}, validation={}, mixtures={}
 )
 Fault = Callable[[str, Message, Message], Message | None]
 
