@@ -176,7 +176,8 @@ class _Search:
         alike = {share: Recipe(kind="mixed", shares=(share,) * count) for share in SHARES}
         alike = {0.0: Recipe(kind="merged"), 1.0: Recipe(kind="own")} | alike
         for recipe in (*alike.values(), Recipe(kind="masked")):
-            yield self._judge(recipe)
+            self._judge(recipe)
+            yield
         mixed = self._best_of(alike.values())
         shares = next((share,) * count for share, recipe in alike.items() if recipe == mixed)
         for group in reversed(range(count)):  # what is closest to the output first, since it differs most
@@ -184,7 +185,8 @@ class _Search:
             for share in (shares[group] - STEP, shares[group] + STEP):
                 if 0 <= share <= 1:
                     trial = Recipe(kind="mixed", shares=(*shares[:group], share, *shares[group + 1 :]))
-                    yield self._judge(trial)
+                    self._judge(trial)
+                    yield
                     trials.append(trial)
             mixed = self._best_of(trials)
             shares = mixed.shares or shares

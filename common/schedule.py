@@ -360,7 +360,8 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
             claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[names[0]]))
     add_check(claims)
     if agreement.searches:
-        mixture, mixtures = method_layout(SEARCH, settings), tuple(agreement.agreed(SEARCH))
+        search = METHODS[SEARCH.name]
+        mixture, mixtures = method_layout(search, settings), tuple(agreement.agreed(search))
         for numbers in generations(SEARCH.hyperparameters(settings)):
             for number in numbers:
                 add_delivery("mixture", mixture, method=SEARCH.name, split="validation", names=(mixtures[number],))

@@ -216,10 +216,6 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
             yield what
     if not publication.test.keys() <= evaluation.mean.keys() <= publication.test.keys() | REFERENCES:
         yield "evaluation.mean"
-    trials = (trial for trials in evaluation.sweep.values() for trial in trials)
-    tried = {trial.candidate: trial.scales for trial in trials if trial.scales is not None}
-    if tried != publication.mixtures:  # check: verify-compares-mixtures
-        yield "evaluation.sweep: scales"
     own = publication.test.get(OWN_AT_HOME)
     if evaluation.cut != (own and own.cut):
         yield "evaluation.cut"
@@ -239,6 +235,9 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
         name: (each.accuracy, each.pearson_r, each.metric) for name, each in publication.validation.items()
     }:
         yield "evaluation.sweep"
+    mixtures = {name: each.scales for name, each in tried.items() if each.scales is not None}
+    if mixtures != publication.mixtures:  # check: verify-compares-mixtures
+        yield "evaluation.sweep: scales"
 
 
 def _by_owner(signed: SignedMean) -> dict[str, tuple[float | None, float | None, float, int]]:
