@@ -119,7 +119,7 @@ def _drawn_nonce(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
 def _drawn_key(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
     """The digest of what was delivered, and the public key: one, whoever asks again."""
     run = owner.state.run
-    has_corrections = bool(run.received) and run.received[-1].position == message.position - 1
+    has_corrections = any(each.position == message.position - 1 for each in run.received)
     if not has_corrections:  # check: key-is-drawn-after-the-corrections
         raise RemoteProtocolError("the coordinator asked for the key of a check that its corrections do not precede")
     correction = owner.schedule.delivery_at(message.position - 1, "correction")
@@ -127,9 +127,8 @@ def _drawn_key(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
         raise RemoteProtocolError("the coordinator asked for the key of a check that this owner has added up")
     check = run.check
     if check is None or check.position != message.position:  # check: check-key-is-drawn-once
-        check = CheckRecord(
-            position=message.position, delivered=deliveries_digest(run.delivered), seed=secrets.token_hex(32)
-        )
+        delivered = deliveries_digest(run.delivered, message.position)
+        check = CheckRecord(position=message.position, delivered=delivered, seed=secrets.token_hex(32))
         owner.state.update_run(check=check)
     return check.delivered, public_key(bytes.fromhex(check.seed), run.run)
 

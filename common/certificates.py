@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from common.agreement import COORDINATOR, Agreement
 from common.domain_separation import Domain
@@ -38,9 +39,10 @@ class Delivered:
     digest: str
 
 
-def deliveries_digest(delivered: Sequence[Delivered]) -> str:
-    """64 hexadecimal digits for everything that was sent to the owners, in order."""
-    canonical = json.dumps([[each.position, each.model, each.digest] for each in delivered], separators=(",", ":"))
+def deliveries_digest(delivered: Sequence[Delivered], before: float = inf) -> str:
+    """64 hexadecimal digits for everything that was sent to the owners, in order; `before` some position."""
+    fields = [[each.position, each.model, each.digest] for each in delivered if each.position < before]
+    canonical = json.dumps(fields, separators=(",", ":"))
     return hashlib.sha256(Domain.DELIVERIES.value + canonical.encode()).hexdigest()
 
 

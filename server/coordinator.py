@@ -349,7 +349,7 @@ class Coordinator:
         joint = PairwiseSum(
             run=self.run,
             position=round.position,
-            delivered=deliveries_digest(self.delivered),
+            delivered=deliveries_digest(self.delivered, round.position),
             layout=round.layout,
             roster=self.agreement.roster,
             keys=keys,
@@ -419,8 +419,9 @@ class Coordinator:
         if not isinstance(reply, Drawn) or (reply.owner, reply.position) != (owner, position):
             raise RemoteProtocolError(f"owner {owner} drew no nonce")
         nonce = Nonce(self.agreement.owner_names.index(owner), bytes.fromhex(reply.nonce), reply.signature)
+        delivered = deliveries_digest(self.delivered, position)
         verify_nonce(
-            self.agreement.roster[owner], owner, self.run, position, deliveries_digest(self.delivered), nonce
+            self.agreement.roster[owner], owner, self.run, position, delivered, nonce
         )  # check: drawn-nonces-are-signed
         return nonce
 
