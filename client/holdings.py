@@ -7,8 +7,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from client.data.canaries import canaries_of
 from client.data.private_data import PrivateData
 from client.data.rows import Rows, pool
-from client.look import own_task
+from client.look import own_base, own_labels, own_task
 from client.measurement import fine_tuning as finetune
-from client.measurement.evaluation import bounded_sums, evaluate
+from client.measurement.evaluation import bounded_sums, evaluate, predict_logits
 from client.measurement.passes import Halving, Passes
 from client.measurement.private_training import fine_tune_privately
 from client.settings import OwnerSettings, Training
@@ -33,6 +33,7 @@ from common.device import find_device
 from common.errors import DataError, ModelError, SettingsError
 from common.metrics import Score, Split, noised_score
 from common.models.adapter import is_adapter
+from common.models.files import digest_of_file, weight_files
 from common.models.folders import (
     ANOTHER_BASE,
     BaseOrigin,
@@ -76,6 +77,49 @@ class Holdings:
         """Where this owner's copy of the base came from."""
         return base_origin(self.settings.base, self._home, self.agreement, self._home / self.settings.agreement)
 
+    # An owner may have a base of its own; then it gives predictions alone. Otherwise, all that is `own` is the agreed.
+
+    @cached_property
+    def own_task(self) -> Task:
+        """What this owner's model does: the task, over the labels that the model names."""
+        return self.task.model_copy(update={"labels": own_labels(self.settings, self._home, self.task)})
+
+    @cached_property
+    def own_base_folder(self) -> Path:
+        """What this owner's model was made from."""
+        return own_base(self.settings, self._home, self._base_folder)
+
+    @cached_property
+    def own_outline(self) -> PreTrainedModel:
+        """How this owner's model is made, without weights."""
+        return self._outline if self.settings.own_base is None else load_outline(self.own_base_folder, self.own_task)
+
+    def load_own_base(self) -> PreTrainedModel:
+        """A fresh copy of what this owner's model was made from."""
+        if self.settings.own_base is None:
+            return self.load_base()
+        return load_base(self.own_base_folder, self.own_task, self.agreement.seed)
+
+    def read_by(self, other: "Holdings") -> PrivateData:
+        """This owner's files, as the model of `other` reads them. Only a simulation has both in one place."""
+        return replace(self.data, model=other.own_outline, tokenizer=other.data.tokenizer)
+
+    @cached_property
+    def merged_data(self) -> PrivateData:
+        """This owner's files, as a merged model reads them."""
+        if self.settings.own_base is None:
+            return self.data
+        return replace(self.data, model=self._outline, tokenizer=load_tokenizer(self._base_folder))
+
+    def own_logits(self, model: PreTrainedModel, rows: Rows) -> NDArray[np.float32]:
+        """What this owner's model says of rows: (predictions, agreed labels), -inf for labels that it lacks."""
+        said = self.in_batches(partial(predict_logits, model, rows, passes=self.passes))
+        if self.own_task.labels == self.task.labels:
+            return said
+        logits = np.full((len(said), len(self.task.labels)), -np.inf, np.float32)
+        logits[:, [self.task.labels.index(label) for label in self.own_task.labels]] = said
+        return logits
+
     def load_base(self) -> PreTrainedModel:
         """A fresh copy of the agreed base model."""
         base = load_base(self._base_folder, self.task, self.agreement.seed)
@@ -101,8 +145,8 @@ class Holdings:
         return PrivateData(
             data=self.settings.data,
             task=self.task,
-            model=self._outline,
-            tokenizer=load_tokenizer(self._base_folder) if self.task.is_text else None,
+            model=self.own_outline,
+            tokenizer=load_tokenizer(self.own_base_folder) if self.task.is_text else None,
             processor=None if self.task.is_text else load_image_processor(self._base_folder),
             folder=self._home,
             seed=self.agreement.seed,
@@ -129,7 +173,7 @@ class Holdings:
         return self._load_fine_tuned(self._kept_folder) if self.is_kept() else self._train()
 
     def _load_fine_tuned(self, folder: Path) -> PreTrainedModel:
-        return load_fine_tuned(folder, self.task, self.load_base() if is_adapter(folder) else self._outline)
+        return load_fine_tuned(folder, self.own_task, self.load_own_base() if is_adapter(folder) else self.own_outline)
 
     def model_of_base(self, folder: Path) -> PreTrainedModel:
         """Any model of this base, whole or an adapter. If heads are private, it needs none. Raises ModelError."""
@@ -142,11 +186,11 @@ class Holdings:
         return model
 
     def score(self, model: PreTrainedModel, split: Split) -> Score:
-        """How `model` does on this owner's examples of a split."""
-        rows = self.data.validation() if split == "validation" else self.data.test()
+        """How `model`, which is made like the base, does on this owner's examples of a split."""
+        rows = self.merged_data.validation() if split == "validation" else self.merged_data.test()
         if self.agreement.privacy.epsilon is not None:
             return self._bounded_score(model, self.one_of_each_unit(rows, split))
-        labels = self.data.label_set()
+        labels = self.merged_data.label_set()
         return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
 
     def _bounded_score(self, model: PreTrainedModel, rows: Rows) -> Score:
@@ -180,7 +224,7 @@ class Holdings:
         training = self.settings.training
         assert training is not None  # the settings have one or the other
         log.info("  %s: fine-tuning", self.name)
-        model = self.load_base()
+        model = self.load_own_base()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in self._fixed)
         self._fine_tune(model, training)
@@ -234,6 +278,12 @@ class Holdings:
                 f"{self.name}: no data.validation, so single rows would be set aside, and a person be in both parts",
                 hint="name a validation file with the rows of other people",
             )
+        if self.settings.own_base is not None:  # check: own-bases-are-not-bounded
+            raise SettingsError(
+                f"{self.name}: its model has a base of its own (own_base), which is not trained with noise "
+                "(privacy.epsilon)",
+                hint="leave own_base out, or agree without privacy.epsilon",
+            )
         if self.settings.training is None and self._declares:
             return
         if self.settings.training is None:  # check: bounded-models-are-made-here
@@ -275,13 +325,15 @@ class Holdings:
 
     def _recipe(self) -> str:
         """Everything a fine-tuned model depends on: while it is the same, the model need not be made again."""
-        parts = {
+        parts: dict[str, object] = {
             "agreement": self.agreement.digest(),
             "labels": self.task.labels,
             "training": self.settings.training and self.settings.training.model_dump(),
             "data": self.settings.data.model_dump(mode="json"),
             "files": self.data.digest(),
         }
+        if self.settings.own_base is not None:
+            parts["own_base"] = [digest_of_file(path) for path in weight_files(self.own_base_folder)]
         if self.agreement.privacy.unit == "column" and self.agreement.privacy.epsilon is not None:
             parts["units"] = hashlib.sha256(self._units.tobytes()).hexdigest()  # of a table of images, too
         return json.dumps(parts, sort_keys=True)
@@ -289,6 +341,8 @@ class Holdings:
     @cached_property
     def _fixed(self) -> tuple[str, ...]:
         """The parameters that the agreement leaves as in the base. A private head is the owner's own."""
+        if self.settings.own_base is not None:
+            return ()
         head = private_head(self._outline, self.task)
         return tuple(name for name in self.plan.left_alone if name not in head)
 

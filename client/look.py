@@ -12,7 +12,7 @@ from client.settings import OwnerSettings
 from common.agreement import Task
 from common.models.adapter import is_adapter
 from common.models.files import check_readable
-from common.models.folders import check_made_for, fine_tuned_folder, named_labels
+from common.models.folders import check_made_for, fine_tuned_folder, model_folder, named_labels
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
     """
     own, folder = own_task(settings, home, task), own_folder(settings, home)
     if folder is not None:
-        check_made_for(folder, own)
+        check_made_for(folder, own.model_copy(update={"labels": own_labels(settings, home, own)}))
         if not is_adapter(folder):
             check_readable(folder)
     return OwnerLook(fine_tuned=folder, files=look_at_files(settings.data, own, home))
@@ -52,6 +52,22 @@ def oddities(settings: OwnerSettings, home: Path, task: Task) -> Iterator[str]:
 def own_folder(settings: OwnerSettings, home: Path) -> Path | None:
     """The model that an owner brings; None if it has none. Raises ModelError."""
     return None if settings.fine_tuned is None else fine_tuned_folder(settings.fine_tuned, home)
+
+
+def own_base(settings: OwnerSettings, home: Path, agreed: Path) -> Path:
+    """What an owner's model was made from: the `agreed` base's folder, or that of another one. Raises ModelError."""
+    return agreed if settings.own_base is None else model_folder(settings.own_base, home)
+
+
+def own_labels(settings: OwnerSettings, home: Path, task: Task) -> tuple[str, ...]:
+    """What the outputs of an owner's model stand for, in order; `task`: what its rows are read for.
+
+    A model of a base of its own may name fewer labels than are agreed, in another order.
+    """
+    folder = own_folder(settings, home)
+    if settings.own_base is None or folder is None or is_adapter(folder):
+        return task.labels
+    return named_labels(folder) or task.labels
 
 
 def own_task(settings: OwnerSettings, home: Path, task: Task) -> Task:

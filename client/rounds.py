@@ -214,7 +214,7 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
         if model == BASE:
             scores[model] = owner.workbench.score_base(split)
         elif model == OWN_AT_HOME:
-            score = owner.workbench.score(owner.workbench.own_model(), split)
+            score = owner.workbench.score_own(split)
             counts = counts_cut(owner.agreement, split, model)
             scores[model] = replace(score, cut=owner.workbench.cut_texts()) if counts else score
         else:

@@ -120,6 +120,11 @@ class OwnerSettings(Settings):
     ledger: Path | None = None
     # The owner's copy of the base model, if it is elsewhere than the agreement says.
     base: str | None = None
+    # What this owner's model was made from, if that is another model than the agreed base: with its own tokenizer, it
+    # reads the rows, and the owner gives predictions alone (the agreement's roster says so).
+    own_base: str | None = None
+    # The owner's copy of the pool on which models predict, if it is not beside the agreement.
+    pool: Path | None = None
     # A whole model, or a LoRA adapter of the base (a folder with adapter_config.json).
     fine_tuned: str | None = None
     training: Training | None = None

@@ -25,12 +25,15 @@ from client.data.rows import Rows
 from client.holdings import MADE_FROM, Holdings, Terms
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
+from client.measurement.closeness import closeness, mean_states
 from client.measurement.disk_model import DiskModel
-from client.measurement.evaluation import predict_logits
+from client.measurement.evaluation import predict_logits, score_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
 from client.measurement.passes import Halving
+from client.measurement.predictions import centred
+from client.pool_look import PoolLook, look_at_pool
 from client.repeats import Contributed
 from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
@@ -38,11 +41,12 @@ from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement
 from common.domain_separation import Domain
-from common.errors import DataError, ModelError, first_line
+from common.errors import DataError, ModelError, SettingsError, first_line
 from common.merge_methods import METHODS
+from common.merge_methods.distill import DISTILL, predictions_alone
 from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
-from common.merge_methods.refit import classifier
-from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms
+from common.merge_methods.refit import REFIT, classifier
+from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms, Predictions
 from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
@@ -51,12 +55,14 @@ from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters
 from common.models.plan import MergePlan
 from common.models.published_folder import published_folder, write_adapter, write_model
+from common.pool import Pool, pool_path, read_pool
 from common.privacy.noise import Noise
 from common.publication import PublishedFolder
 from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
+ROWS_OF_DENSITY = 2000  # that a Gaussian is made of, at most
 LABELS_TO_LOOK_AT = 200  # rows on which the order of a model's labels is judged
 log = logging.getLogger("amalgram.owner")
 
@@ -74,17 +80,20 @@ class Workbench(Holdings):
         check_layout(self.contribution_layout(), len(self.agreement.owners))
         if self.agreement.privacy.epsilon is not None:
             self.check_private_training()
-        base = self._on_disk(self.load_base())
+        self._check_what_it_gives()
+        base = self._on_disk(self.load_own_base())
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
             own = dict(self.own_model().named_parameters())
-            check_change(own, base, body_parameters(base.model), folder)
-            self._check_fixed(own, base)
+            if self.settings.own_base is None:
+                check_change(own, base, body_parameters(base.model), folder)
+                self._check_fixed(own, base)
             if self.task.is_text:
-                check_tokenizer(folder, self._base_folder)
-        self.data.train()
-        self.one_of_each_unit(self.data.validation(), "validation")
-        self.one_of_each_unit(self.data.test(), "test")
+                check_tokenizer(folder, self.own_base_folder)
+        for data in dict.fromkeys((self.data, self.merged_data)):
+            data.train()
+            self.one_of_each_unit(data.validation(), "validation")
+            self.one_of_each_unit(data.test(), "test")
         self._check_noise_leaves_something()
 
     def _check_noise_leaves_something(self) -> None:
@@ -94,7 +103,7 @@ class Workbench(Holdings):
             return
         layer, owners = classifier(self.plan), len(self.agreement.owners)
         needed = noise.rows_needed(owners, layer.d_in + (layer.bias is not None))
-        least, most = -(-needed // owners), self.agreement.refit.measured_examples
+        least, most = -(-needed // owners), REFIT.of(self.agreement.tables).measured_examples
         rows = min(len(self.one_of_each_unit(self.data.train(), "train")), most)
         if rows < least:  # check: noise-leaves-something
             raise DataError(
@@ -105,15 +114,47 @@ class Workbench(Holdings):
                 else "bring more rows, agree on a larger privacy.epsilon or privacy.legs.refit, or leave refit out",
             )
 
+    def _check_what_it_gives(self) -> None:
+        """Raise unless the roster says what this owner can give, and its copy of the pool is the agreed one."""
+        gives_weights = self.name not in self.agreement.without_weights
+        if self.settings.own_base is not None and gives_weights:  # check: other-bases-give-no-weights
+            raise SettingsError(
+                f"{self.name}: its model has a base of its own (own_base), and the agreement has it give weights",
+                hint='agree that it gives predictions alone: in its [[owners]] entry, gives = "predictions"',
+            )
+        if DISTILL.name not in self.agreement.methods:
+            return
+        agreed = [label for number, label in enumerate(self.task.labels) if number in self._known_labels]
+        if not set(agreed) <= set(self.own_task.labels):  # check: labels-are-those-of-the-roster
+            raise ModelError(
+                f"{self.name}: its model knows the labels {list(self.own_task.labels)}, the agreement says {agreed}",
+                hint="correct labels in its [[owners]] entry, and agree anew",
+            )
+        _ = self.pool
+
+    @property
+    def _known_labels(self) -> frozenset[int]:
+        """The numbers of the agreed labels that this owner's model knows, as the roster says."""
+        unknown = self.agreement.unknown_labels.get(self.name, frozenset())
+        return frozenset(range(len(self.task.labels))) - unknown
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The agreed pool. Raises DataError for another one."""
+        table = DISTILL.of(self.agreement.tables)
+        return read_pool(pool_path(self.settings.pool, self._home, table, self._home / self.settings.agreement), table)
+
     def oddities(self) -> Iterator[str]:
         """What is odd about this owner's model and files, but no error. Never for the log of a run.
 
         Raises ModelError if the model's outputs are in another order than the agreed labels.
         """
         if self.settings.fine_tuned is not None:
-            own, base = self._on_disk(self.own_model()), self._on_disk(self.load_base())
+            own, base = self._on_disk(self.own_model()), self._on_disk(self.load_own_base())
             if all(torch.equal(own[name], base[name]) for name in base):
                 yield f"{self.settings.fine_tuned}: is the base model, unchanged, and brings nothing to the merge"
+            elif self.own_task.labels != self.task.labels:
+                pass  # its labels have names, and are not in the agreed order
             elif self.task.has_labels and not self.task.judges_tokens and self.task.head == "shared":
                 yield from self._look_at_labels(own.model, base.model)
         yield from self.data.oddities()
@@ -197,7 +238,7 @@ class Workbench(Holdings):
         with self._needing_room("the fine-tuned model"):
             model.save_pretrained(partial)
             if self.task.is_text:
-                load_tokenizer(self._base_folder).save_pretrained(partial)
+                load_tokenizer(self.own_base_folder).save_pretrained(partial)
         (partial / MADE_FROM).write_text(self._recipe())
         self.state.seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -221,7 +262,7 @@ class Workbench(Holdings):
 
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""
-        own, base = self._own, self._base
+        own, base = self._own, self._on_disk(self.load_own_base())
         for name in sorted(set(own) - set(private_head(self._outline, self.task))):
             tensor = own[name]
             if not torch.equal(tensor, base[name]):
@@ -238,6 +279,9 @@ class Workbench(Holdings):
 
     def contribution(self) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of the contribution round, in the order of `contribution_layout`."""
+        if self.name in self.agreement.without_weights:
+            yield from predictions_alone(self.contribution_layout(), self.merge_settings, self._predictions())
+            return
         with self.state.scratch_folder() as activations:
             terms = self.measure(activations)
             yield from merge_methods.contribution(self.agreement.methods, self.merge_settings, terms)
@@ -272,7 +316,34 @@ class Workbench(Holdings):
         if Measurement.CLASS_SHARES in wanted:
             rows = self.drawn(train, wanted[Measurement.CLASS_SHARES])
             terms = replace(terms, class_shares=measure_class_shares(own.model, rows, self.settings.batch_size))
+        if Measurement.PREDICTIONS in wanted:
+            terms = replace(terms, predictions=self._predictions())
         return terms
+
+    def _predictions(self) -> Predictions:
+        """What this owner's model says of the pool."""
+        log.info("  %s: predicting the pool", self.name)
+        table = DISTILL.of(self.agreement.tables)
+        known = np.array([number in self._known_labels for number in range(len(self.task.labels))])
+        logits = self.own_logits(self.own_model(), self.data.pool_rows(self.pool))
+        close = self._closeness() if table.weights == "density" else None
+        return Predictions(logits=centred(logits, known, table.largest_logit), known=known, closeness=close)
+
+    def _closeness(self) -> NDArray[np.float64]:
+        """How close each row of the pool is to this owner's, (rows,)."""
+        return self.closeness_of(self.merged_data.pool_rows(self.pool))
+
+    def closeness_of(self, rows: Rows) -> NDArray[np.float64]:
+        """How close rows are to this owner's, (rows,), as the agreed base reads all of them."""
+        base, own = self.load_base(), self.drawn(self.merged_data.train(), ROWS_OF_DENSITY)
+        pool = self.merged_data.pool_rows(self.pool)
+        states = (self.in_batches(partial(mean_states, base, each, passes=self.passes)) for each in (rows, own, pool))
+        return closeness(*states)
+
+    @cached_property
+    def pool_look(self) -> PoolLook:
+        """The pool, for whoever consents."""
+        return look_at_pool(self.pool, [content.decode(errors="replace") for content in self.data.contents()])
 
     def drawn(self, rows: Rows, limit: int) -> Rows:
         """At most `limit` examples, drawn without replacement: the same ones whenever this agreement's run resumes.
@@ -402,7 +473,14 @@ class Workbench(Holdings):
 
     def cut_texts(self) -> tuple[int, int]:
         """How many of this owner's test texts are cut to max_tokens, of how many that were looked at."""
-        return self.data.cut_test_texts()
+        return self.merged_data.cut_test_texts()
+
+    def score_own(self, split: Split) -> Score:
+        """How this owner's model does at home, read as it reads."""
+        if self.settings.own_base is None:
+            return self.score(self.own_model(), split)
+        rows = self.data.validation() if split == "validation" else self.data.test()
+        return score_logits(self.own_logits(self.own_model(), rows), rows, self.task, self.data.label_set())
 
 
 @lru_cache(maxsize=16)

@@ -328,10 +328,10 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
     def claim_of(method_name: str, hyperparameter: float | None) -> Claim:
         """What is to be proved of a candidate that was added last."""
         method, position = METHODS[method_name], len(events) - 1
-        if isinstance(method, SingleRoundMethod):
-            equations = method.equations(settings, hyperparameter)
+        if not isinstance(method, MultiRoundMethod):
+            # What is trained on predictions has none, and rests on the coordinator.
+            equations = method.equations(settings, hyperparameter) if isinstance(method, SingleRoundMethod) else ()
             return Claim(delivery=position, source=contributed, equations=equations)
-        assert isinstance(method, MultiRoundMethod)
         *_, last = method.steps(settings)
         new = method.step_names(settings, last)
         return Claim(

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.look import OwnerLook, look_at_owner, own_folder
+from client.look import OwnerLook, look_at_owner, own_base, own_folder
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.errors import SettingsError
 from common.models.adapter import is_adapter
 from common.models.folders import check_same_architecture, model_folder
 from common.settings_file import load_settings
-from deploy.drafting import ADAPTER, with_labels, with_layers
+from deploy.drafting import ADAPTER, pool_of, with_labels, with_layers, with_pool
 
 AGREEMENT = "agreement.toml"
 NOT_OWNERS = (AGREEMENT, "coordinator.toml")
@@ -26,6 +26,7 @@ class Consortium:
 
     draft: AgreementDraft
     base_folder: Path
+    pool: Path | None
     owner_files: Mapping[str, Path]
     settings: Mapping[str, OwnerSettings]
 
@@ -34,7 +35,7 @@ class Consortium:
         home = self.owner_files[owner].parent
         look = look_at_owner(self.settings[owner], home, self.draft.task)
         if look.fine_tuned is not None:
-            check_same_architecture(look.fine_tuned, self.base_folder)
+            check_same_architecture(look.fine_tuned, own_base(self.settings[owner], home, self.base_folder))
         return look
 
 
@@ -60,11 +61,13 @@ def read_settings(folder: Path) -> Consortium:
     files = find_owner_files(folder, draft)
     settings = {name: load_settings(path, OwnerSettings) for name, path in files.items()}
     base_folder = model_folder(draft.base, folder, draft.base_revision)
-    found = {name: own_folder(each, files[name].parent) for name, each in settings.items()}
+    pool = pool_of(draft, folder)
+    draft = with_pool(draft, pool)
+    found = {name: own_folder(each, files[name].parent) for name, each in settings.items() if each.own_base is None}
     draft = with_labels(draft, base_folder, {name: each for name, each in found.items() if each is not None})
     if ADAPTER in draft.merge.layers:
         draft = with_layers(draft, [each for each in found.values() if each is not None and is_adapter(each)])
-    return Consortium(draft=draft, base_folder=base_folder, owner_files=files, settings=settings)
+    return Consortium(draft=draft, base_folder=base_folder, pool=pool, owner_files=files, settings=settings)
 
 
 def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:

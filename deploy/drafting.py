@@ -7,8 +7,10 @@ from pathlib import Path
 from common.agreement import COORDINATOR, AgreementDraft, CoordinatorEntry
 from common.agreement.tables import Merging
 from common.errors import SettingsError
+from common.merge_methods.distill import DISTILL
 from common.models.adapter import changed_parameters
 from common.models.folders import base_labels, check_base_labels, how_to_match, named_labels
+from common.pool import pin_pool
 from common.settings_file import parse_settings
 
 ADAPTER = "adapter"  # in merge.layers: what the owners' adapters change
@@ -59,6 +61,17 @@ def _common(named: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
                 or 'name models of one task; or, if every owner keeps its own labels, agree on task.head = "private"',
             )
     return labels
+
+
+def with_pool(draft: AgreementDraft, pool: Path | None) -> AgreementDraft:
+    """The draft with the SHA-256 and the rows of its pool, where it has one. Raises DataError."""
+    return draft if pool is None else draft.model_copy(update={DISTILL.name: pin_pool(pool, DISTILL.of(draft.tables))})
+
+
+def pool_of(draft: AgreementDraft, folder: Path) -> Path | None:
+    """The pool that a draft in `folder` names, if a method reads it."""
+    name = DISTILL.of(draft.tables).pool
+    return folder / name if DISTILL.name in draft.methods and name is not None else None
 
 
 def with_layers(draft: AgreementDraft, adapters: Sequence[Path]) -> AgreementDraft:

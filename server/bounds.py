@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.merge_methods.data_free import DATA_FREE
+from common.merge_methods.distill import CLOSENESS, COVERAGE, DISTILL, LEAST_CLOSENESS, PREDICTIONS
 from common.merge_methods.logit_adjusted import SHARES, least_log_share
 from common.merge_methods.normal_equations import gram_room
 from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
@@ -25,6 +26,8 @@ HINT = "an owner's program contributed what is not its own; the sum hides whose.
 
 def check_contributions(total: SummedTensors, layout: TensorLayout, settings: MergeSettings) -> None:
     """Raise NumericalError for a total that honest owners cannot reach; `layout`: that of its round."""
+    if PREDICTIONS in total:
+        _check_predictions(total, settings)
     if "weight" in total:
         _check_weights(total, settings)
         _check_grams(total, layout, settings)
@@ -34,7 +37,8 @@ def check_contributions(total: SummedTensors, layout: TensorLayout, settings: Me
 
 def _check_weights(total: SummedTensors, settings: MergeSettings) -> None:
     """The owners' weights and examples must add up, as far as totals show it."""
-    weight, examples, count = float(total["weight"][0]), float(total["examples"][0]), len(total.owners)
+    weight, examples = float(total["weight"][0]), float(total["examples"][0])
+    count = len(set(total.owners) - settings.without_weights)
     expected = examples if settings.weighting == "rows" else float(count)
     most = count * settings.bounds.examples
     if not isclose(weight, expected, rel_tol=TOLERANCE) or examples > most:  # check: weights-add-up
@@ -108,6 +112,31 @@ def _check_class_shares(total: SummedTensors) -> None:
         raise NumericalError(
             f"merge: the shares of labels add up to {add_up:.3g}, the logarithm of the least is {logs.min():.3g}; "
             f"those of honest owners add up to at most 1, and it is at least {least:.3g}",
+            hint=HINT,
+        )
+
+
+def _check_predictions(total: SummedTensors, settings: MergeSettings) -> None:
+    """Each label is known by as many owners as agreed, no logit is larger than theirs can be, nobody is closer than 1.
+
+    TOLERANCE: of what all owners together can reach, for what fixed point rounds.
+    """
+    owners, largest = total.owners, DISTILL.hyperparameters(settings).largest_logit
+    unknown = [settings.unknown_labels.get(owner, frozenset()) for owner in owners]
+    expected = np.array([float(sum(label not in each for each in unknown)) for label in range(settings.num_labels)])
+    room, known, said = TOLERANCE * len(owners), total[COVERAGE], total[PREDICTIONS]  # (labels,), (rows, labels)
+    is_dense = CLOSENESS in total
+    weight = total[CLOSENESS] if is_dense else expected  # (rows, labels), or (labels,)
+    fits = [
+        np.abs(known - expected) <= room,
+        weight <= expected + room,
+        weight >= LEAST_CLOSENESS * expected - room * LEAST_CLOSENESS,
+        np.abs(said) <= largest * (weight + room),
+    ]
+    if not all(each.all() for each in fits):  # check: predictions-fit-the-owners
+        raise NumericalError(
+            f"merge: the predictions of {len(owners)} owners add up to what no models with the agreed labels and "
+            f"logits of at most {largest:g} can say",
             hint=HINT,
         )
 

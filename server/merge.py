@@ -23,6 +23,7 @@ from common.device import find_solver
 from common.errors import FalseTotal, LocalProtocolError, NumericalError, SettingsError
 from common.mapped import releasing
 from common.merge_methods import METHODS, contribution_layout
+from common.merge_methods.distill import DISTILL, Distill
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.search import SEARCH, Mixture, groups_of, next_mixtures
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
@@ -33,6 +34,7 @@ from common.models.loading import agreed_plan, check_base, load_base
 from common.models.low_rank import AdapterDelta, cut
 from common.models.plan import MergePlan
 from common.models.published_folder import published_folder, write_adapter, write_model
+from common.pool import pool_path, read_pool
 from common.publication import CARD, RECEIPTS, Publication, SignedMean
 from common.scaling import RescaledTotal, Scales
 from common.schedule import Delivery, Round, Schedule, schedule_of
@@ -51,6 +53,7 @@ from server.report.outcome import MethodChoice, Outcome, Tried, at_the_end, make
 from server.report.report import Report, holds_result_of, save_report
 from server.run_record import opened_rounds, sent_deliveries, step_costs
 from server.settings import CoordinatorSettings, read_coordinator_identity
+from server.student import STUDENT, Student
 
 log = logging.getLogger("amalgram.coordinator")
 
@@ -70,6 +73,11 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
     device = find_solver(settings.device, str(settings_path))
     base_folder = base_model_folder(settings.base, home, agreement, home / settings.agreement)
     plan = agreed_plan(_agreed_base(base_folder, agreement), base_folder, agreement)
+    pool = None
+    if DISTILL.name in agreement.methods:
+        table = DISTILL.of(agreement.tables)
+        pool = pool_path(settings.pool, home, table, home / settings.agreement)
+        read_pool(pool, table)  # raises, before an owner is asked anything
     claim_output(output)
     _clear_results(output, agreement)
     schedule = schedule_of(agreement, plan)
@@ -87,6 +95,7 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
         coordinator=coordinator,
         base_folder=base_folder,
         output=output,
+        pool=pool,
         device=str(device),
     )
 
@@ -101,7 +110,8 @@ class MergeRun:
     coordinator: Coordinator
     base_folder: Path
     output: Path
-    device: str = "cpu"  # on which it solves
+    pool: Path | None = None  # on which a student is trained
+    device: str = "cpu"  # on which it solves, and trains
     _settings: MergeSettings = field(init=False)
     _measured: Total = field(init=False)  # what the scales of a 32-bit sum are chosen from
     _scales: Scales = field(init=False)
@@ -181,7 +191,7 @@ class MergeRun:
         if self.agreement.summation.has_scales:
             self._contributions = RescaledTotal(scaled=total, measured=self._measured, scales=self._scales)
         self._owners = total.owners
-        self._examples = _examples_in(self._contributions)
+        self._examples = _examples_in(self._contributions, self.agreement)
         check_contributions(self._contributions, round.layout, self._settings)
         if self.agreement.is_verified:
             self.coordinator.leave_out_absent(total.owners)
@@ -379,7 +389,9 @@ class MergeRun:
         method, adapter = METHODS[name], self.plan.adapter
 
         def solve(settings: MergeSettings) -> MergedDelta:
-            if isinstance(method, SingleRoundMethod):
+            if isinstance(method, Distill):
+                merged = self._student.after(hyperparameter, settings, self._contributions)
+            elif isinstance(method, SingleRoundMethod):
                 merged = method.solve(settings, self._contributions, hyperparameter, with_spectra=with_spectra)
             else:
                 merged = self._final[name][hyperparameter]
@@ -388,6 +400,15 @@ class MergeRun:
             return replace(merged, low_rank=cut(merged.published, adapter, settings.device))
 
         return self._solved(solve)
+
+    @property
+    def _student(self) -> Student:
+        return Student(
+            agreement=self.agreement,
+            base_folder=self.base_folder,
+            pool=self.pool,
+            folder=self.coordinator.checkpoint.folder / STUDENT,
+        )
 
     def _solved(self, solve: Callable[[MergeSettings], MergedDelta]) -> MergedDelta:
         """What `solve` returns on the coordinator's device; on the CPU, from now on, if that has no memory for it."""
@@ -427,9 +448,9 @@ def _multi_round(name: str) -> MultiRoundMethod[Hyperparameters]:
     return method
 
 
-def _examples_in(total: SummedTensors) -> int | None:
-    """All owners' training examples, if a method has them summed."""
-    return round(total["examples"][0]) if "examples" in total else None
+def _examples_in(total: SummedTensors, agreement: Agreement) -> int | None:
+    """All owners' training examples, if a method has them summed, and over all owners."""
+    return round(total["examples"][0]) if "examples" in total and not agreement.without_weights else None
 
 
 # --- files ---

@@ -37,6 +37,8 @@ class CoordinatorSettings(Settings):
     identity: Path = Path("coordinator.key")
     # The coordinator's copy of the base model, if it is not where the agreement says.
     base: str | None = None
+    # The coordinator's copy of the pool on which models predict, if it is not beside the agreement.
+    pool: Path | None = None
     # Where it solves, in float64: "cpu", "cuda" or "cuda:1"; "auto" is an accelerator if there is one.
     device: DeviceName = "cpu"
     # How many threads compute at `amalgram server`. Left out, as many as this machine has cores.

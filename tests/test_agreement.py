@@ -1,5 +1,6 @@
 """Settings files: what is refused, and with which words; the digest that consent rests on."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -179,12 +180,18 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         load_settings(tmp_path / "nothing.toml", AgreementDraft)
 
 
+# What an agreement on a method must say beside its name: table -> (key, value).
+NEEDED = {"distill": {"distill": ("pool", "pool.jsonl"), "verification": ("required", False)}}
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "search"])  # it needs others beside it
 def test_an_agreement_may_name_every_method_and_has_its_table(tmp_path: Path, method: str) -> None:
-    draft = load(tmp_path, GOOD.replace('"regmean"', f'"{method}"', 1).replace('["average"]', "[]"))
+    needed = NEEDED.get(method, {})
+    text = "".join(f"[{table}]\n{key} = {json.dumps(value)}\n" for table, (key, value) in needed.items())
+    draft = load(tmp_path, GOOD.replace('"regmean"', f'"{method}"', 1).replace('["average"]', "[]") + text)
     assert draft.methods == (method,)
     assert draft.tables.keys() == METHODS.keys()
-    assert draft.tables[method] == METHODS[method].table()
+    assert draft.tables[method] == METHODS[method].table(**dict([needed[method]] if method in needed else []))
     changed = f"{GOOD}[{method}]\nno_such_hyperparameter = 1\n"
     with pytest.raises(SettingsError, match=rf"{method}\.no_such_hyperparameter"):
         load(tmp_path, changed)

@@ -21,6 +21,7 @@ from client.data.rows import Rows
 from client.settings import Data
 from common.agreement import Reading, Task
 from common.errors import DataError
+from common.pool import Pool
 from common.text import as_line
 
 if TYPE_CHECKING:
@@ -86,6 +87,12 @@ class PrivateData:
             yield from contents_of(data, self.task, self.folder / data.validation, data.max_validation_rows)
         yield from contents_of(data, self.task, self.folder / data.test, data.max_test_rows)
 
+    def contents(self) -> Iterator[bytes]:
+        """The same of all files."""
+        for path in (self.data.train, self.data.validation, self.data.test):
+            if path is not None:
+                yield from contents_of(self.data, self.task, self.folder / path, max_rows=None)
+
     def oddities(self) -> Iterator[str]:
         """What is odd about the files but no error, in words with counts: for this owner's eyes alone."""
         data, task = self.data, self.task
@@ -127,6 +134,12 @@ class PrivateData:
     def candidates(self, path: Path) -> Rows:
         """Texts that may or may not be this owner's, without labels, in the columns that its own rows have."""
         return self._reader.read_unlabelled(path)
+
+    def pool_rows(self, pool: Pool) -> Rows:
+        """The rows of the public pool, as this owner's model reads them. Each target is 0."""
+        assert self.tokenizer is not None  # a pool holds texts
+        tokens = pool.tokens(self.tokenizer, self._reader.max_tokens)
+        return Rows(features=tokens, targets=np.zeros(len(tokens), np.int64), tokenizer=self.tokenizer)
 
     def label_set(self) -> NDArray[np.int64]:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""

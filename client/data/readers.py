@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from client.data.chat import Written, chat_columns, write_out
 from client.data.columns import columns_of, labels_of_arrays, text_columns
@@ -24,6 +23,7 @@ from client.settings import Data
 from common.agreement import Reading, Task, TaskKind
 from common.errors import DataError, ModelError, first_line
 from common.models.folders import image_shape
+from common.models.parameters import longest_text
 from common.text import SURROGATE
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class Reader:
     @cached_property
     def max_tokens(self) -> int:
         """The longest text that the agreement and the model's positions allow."""
-        positions = _positions(self.model)
-        return self.task.max_tokens if positions is None else min(self.task.max_tokens, positions)
+        return longest_text(self.model, self.task.max_tokens)
 
     def encode(self, path: Path, *texts: Any, content: Sequence[str] | None = None, **options: Any) -> BatchEncoding:
         """The tokens of every row, cut to `max_tokens`, or to fewer if the tokenizer says so.
@@ -326,12 +325,3 @@ def _check_characters(path: Path, column: str, index: int, text: str) -> None:
             f"{path}: row {index + 1}: column {column!r} holds half of a surrogate pair",
             hint="write the whole character, or remove the half",
         )
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None if its positions are relative."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from after its padding
-    return positions if positions > 0 else None

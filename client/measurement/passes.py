@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """While open, passes do not keep each block's keys and values, which only texts that grow need."""
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
         for config in caching:

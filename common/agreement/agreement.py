@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from common.agreement.rules import RULES
 from common.agreement.tables import CoordinatorEntry, DraftTables
 from common.errors import RuleError, SettingsError
+from common.merge_methods.distill import DISTILL
 from common.merge_methods.terms import MergeBounds, MergeSettings
 from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
@@ -64,6 +65,10 @@ class Agreement(AgreementDraft):
                 "bounds.features is missing: by how much one row moves a refit depends on it",
                 hint="complete the draft again: amalgram draft",
             )
+        if DISTILL.name in self.methods and None in (DISTILL.of(self.tables).pool_sha256, DISTILL.of(self.tables).rows):
+            raise RuleError(
+                "distill.pool_sha256 and distill.rows: an agreement must state them", hint="`amalgram draft` adds them"
+            )
         names = list(self.tensors_by_name())
         if len(set(names)) != len(names):
             raise RuleError("tensors: duplicate parameter name")
@@ -106,11 +111,14 @@ class Agreement(AgreementDraft):
             bounds=bounds,
             tables=self.tables,
             has_floors=self.verification.required is not False,
-            num_owners=len(self.owners),
+            num_owners=len(self.owners) - len(self.without_weights),
             ring_bits=self.summation.ring_bits,
             problem_type=self.task.problem_type,
             largest_target=max(map(abs, self.task.target_range or (1.0, 1.0))),
             refit_noise=refit_noise(self),
+            num_labels=max(1, len(self.task.labels)),
+            unknown_labels=self.unknown_labels,
+            without_weights=self.without_weights,
         )
 
     def canonical_bytes(self) -> bytes:

@@ -7,6 +7,7 @@ from math import inf
 from common.agreement.tables import CLASSIFYING, DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED
+from common.merge_methods.distill import DISTILL, STARTS
 from common.merge_methods.search import SEARCH
 from common.names import TAKEN_NAMES
 from common.privacy.gaussian import epsilon_of
@@ -103,6 +104,76 @@ def hidden_metrics_cannot_be_subtracted_out(draft: DraftTables) -> None:
             "the total minus the known metrics would show too much",
             hint=f'set metrics = "summed" for no owner, or for at least {least}',
         )
+
+
+def predictions_are_of_one_label_a_text(draft: DraftTables) -> None:
+    task = draft.task
+    if DISTILL.name not in draft.methods:
+        for owner in draft.owners:
+            if owner.gives == "predictions" or owner.labels:
+                raise RuleError(
+                    f"owners: {owner.name} gives predictions alone, or has labels of its own, and no method sums "
+                    "predictions",
+                    hint='agree on method = "distill"',
+                )
+        return
+    if task.kind != "text-classification" or task.problem_type != "single_label_classification":
+        raise RuleError(
+            f"distill: {task.kind} ({task.problem_type.replace('_', ' ')}) cannot be distilled yet",
+            hint="it takes text-classification with one label a row",
+        )
+    if task.head == "private":
+        raise RuleError('distill: task.head = "private", so predictions are of different labels', hint="leave it out")
+
+
+def every_number_hides_its_owners(draft: DraftTables) -> None:
+    """Weights and labels that only some owners have are summed over these alone, which must be enough of them.
+
+    A sum over all owners hides a single one among three that are honest. Whoever adds zeros hides nobody.
+    """
+    givers = [owner for owner in draft.owners if owner.gives == "weights"]
+    methods = [name for name in draft.methods if METHODS[name].gives_weights(draft.tables)]
+    for owner in givers:
+        if owner.labels:
+            raise RuleError(
+                f"owners: {owner.name} has labels of its own and gives weights, whose head is over all labels",
+                hint='give it gives = "predictions", or leave labels out',
+            )
+    allowed = (DISTILL.name, *STARTS)
+    for name in draft.methods if len(givers) < len(draft.owners) else ():
+        if name not in allowed:
+            raise RuleError(
+                f"{name}: some owners give predictions alone, and it sums more than weight changes",
+                hint=f"with them, methods may be {', '.join(allowed)}",
+            )
+    may_drop_out = len(draft.owners) - draft.needed_owners
+    least = may_drop_out + draft.colluders + 3 if draft.summation.kind == "masked" else 1
+    if methods and len(givers) < least:  # check: enough-owners-give-weights
+        raise RuleError(
+            f"owners: {len(givers)} give weights, which {methods[0]} sums, and at least {least} must: {may_drop_out} "
+            f"may drop out, {draft.colluders} may collude, and three honest ones hide each other",
+            hint='agree on [distill] start = "base", or on fewer [summation] colluders',
+        )
+    for number, label in enumerate(draft.task.labels):
+        knowing = sum(number not in draft.unknown_labels.get(owner.name, ()) for owner in draft.owners)
+        if DISTILL.name in draft.methods and knowing < least:  # check: enough-owners-know-a-label
+            raise RuleError(
+                f"owners: the models of {knowing} know the label {label!r}, and at least {least} must: whoever is "
+                "nearly alone with it would be read",
+                hint="leave the label out of task.labels, or agree on fewer [summation] colluders",
+            )
+
+
+def an_owner_knows_agreed_labels(draft: DraftTables) -> None:
+    for owner in draft.owners:
+        for label in owner.labels:
+            if draft.task.labels and label not in draft.task.labels:
+                raise RuleError(
+                    f"owners: {owner.name} knows the label {label!r}, which is not among {list(draft.task.labels)}",
+                    hint="write it as task.labels does",
+                )
+        if owner.labels and (len(owner.labels) < 2 or len(set(owner.labels)) != len(owner.labels)):
+            raise RuleError(f"owners: {owner.name} has labels = {list(owner.labels)}: at least two, each named once")
 
 
 def multi_round_methods_need_all_owners(draft: DraftTables) -> None:
@@ -355,6 +426,9 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     a_masked_total_has_three_honest_owners,
     the_same_rows_are_weighted_in_few_ways,
     hidden_metrics_cannot_be_subtracted_out,
+    predictions_are_of_one_label_a_text,
+    an_owner_knows_agreed_labels,
+    every_number_hides_its_owners,
     multi_round_methods_need_all_owners,
     thirty_two_bits_are_enough,
     verified_merges_can_be_verified,

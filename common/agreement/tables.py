@@ -69,7 +69,9 @@ class Declared(Settings):
 class OwnerEntry(Settings):
     """One owner of the roster; `metrics` says whether its own test metrics may be shown by name.
 
-    `node_key`: the key by which the coordinator's server knows the owner's machine. A simulation needs none.
+    `node_key`: the key by which the coordinator's server knows the owner's machine. A simulation needs none. `gives`:
+    an owner whose model shares no weights with the base gives "predictions" alone. `labels`: those that its model
+    knows, if it does not know all.
     `declared`: with which privacy it trained the model that it brings, by its own word.
     """
 
@@ -78,6 +80,8 @@ class OwnerEntry(Settings):
     node_key: NodeKey | None = None
     metrics: Literal["shown", "summed"] = "shown"
     declared: Declared | None = None
+    gives: Literal["weights", "predictions"] = "weights"
+    labels: tuple[Line, ...] = ()
 
 
 class CoordinatorEntry(Settings):
@@ -336,6 +340,25 @@ class DraftTables(MethodTables):
         if self.privacy.epsilon is not None:
             return ()
         return tuple(owner.name for owner in self.owners if owner.metrics == "shown")
+
+    @property
+    def without_weights(self) -> frozenset[str]:
+        """The owners that give predictions alone."""
+        return frozenset(owner.name for owner in self.owners if owner.gives == "predictions")
+
+    @property
+    def unknown_labels(self) -> dict[str, frozenset[int]]:
+        """The numbers of the labels that an owner's model does not know, by owner, where there are any."""
+        return {
+            owner.name: frozenset(number for number, label in enumerate(self.task.labels) if label not in owner.labels)
+            for owner in self.owners
+            if owner.labels
+        }
+
+    @property
+    def sums_weights(self) -> bool:
+        """Whether any method needs the owners' weight changes."""
+        return any(METHODS[name].gives_weights(self.tables) for name in self.methods)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class Measurement(StrEnum):
     FISHER = "fisher"
     CLASSIFIER = "classifier"
     CLASS_SHARES = "class_shares"
+    PREDICTIONS = "predictions"  # on the agreed pool, not on its rows
 
 
 class Method(ABC, Generic[H]):
@@ -100,6 +101,10 @@ class Method(ABC, Generic[H]):
     def reads_rows(self, tables: Mapping[str, Hyperparameters]) -> bool:
         """Whether what an owner adds depends on its rows in another way than through its model."""
         return bool(self.measurements(tables))
+
+    def gives_weights(self, tables: Mapping[str, Hyperparameters]) -> bool:
+        """Whether the owners' weight changes are summed."""
+        return True
 
     def check_noised(
         self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None

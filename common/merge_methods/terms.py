@@ -108,6 +108,9 @@ class MergeSettings:
     `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
     normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
     `device`: where a coordinator solves, which is its own choice. `refit_noise`: what hides single rows in a refit.
+
+    `num_labels`: how many the task has. `unknown_labels`: the numbers of the labels that owners' models do not know, by
+    owner, where there are any. `without_weights`: the owners that give predictions only. `num_owners` leaves them out.
     """
 
     plan: MergePlan
@@ -121,6 +124,9 @@ class MergeSettings:
     problem_type: ProblemType = "single_label_classification"
     largest_target: float = 1.0
     refit_noise: RefitNoise | None = None
+    num_labels: int = 2
+    unknown_labels: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    without_weights: frozenset[str] = frozenset()
 
     @property
     def weight_bound(self) -> float:
@@ -147,6 +153,17 @@ class ClassifierTerms:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What an owner's model says of the pool: `logits` (rows, labels), centred and clipped; `known` (labels,), which of
+    the labels it has; `closeness` (rows,) to the owner's own rows, if that was asked for.
+    """
+
+    logits: NDArray[np.float64]
+    known: NDArray[np.bool_]
+    closeness: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class OwnerTerms:
     """What one owner knows: its delta, and sums that it measured over `*_examples` of its `examples`; its noise."""
 
@@ -159,6 +176,7 @@ class OwnerTerms:
     class_shares: Tensor | None = None  # (classes,) float64, the own model's mean probability of each label
     classifier: ClassifierTerms | None = None
     noise: Noise | None = None
+    predictions: Predictions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,14 +310,14 @@ def means(total: SummedTensors, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: mean_delta(total, name) for name in names}
 
 
-def unchanged(plan: MergePlan) -> dict[str, Tensor]:
-    """Zero deltas, which take no memory, for the parameters that are left alone."""
-    return {name: torch.zeros(()).expand(plan.shapes[name]) for name in plan.left_alone}
+def unchanged(plan: MergePlan, names: Iterable[str]) -> dict[str, Tensor]:
+    """Zero deltas, which take no memory, for the parameters `names`."""
+    return {name: torch.zeros(()).expand(plan.shapes[name]) for name in names}
 
 
 def with_unchanged(settings: MergeSettings, merged: MergedDelta) -> MergedDelta:
     """A whole merged delta: that of every changed parameter, and zeros for those that are left alone."""
-    return replace(merged, delta={**merged.delta, **unchanged(settings.plan)})
+    return replace(merged, delta={**merged.delta, **unchanged(settings.plan, settings.plan.left_alone)})
 
 
 def to_array(tensor: Tensor) -> NDArray[np.float64]:

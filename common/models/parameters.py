@@ -1,4 +1,4 @@
-"""A model's parameters by name: their shapes, the body, copies from one model to another."""
+"""A model's parameters by name: their shapes, the body, copies, and the longest text that they can read."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def copy_parameters(names: Iterable[str], source: Mapping[str, Tensor], target: 
     with torch.no_grad():
         for name in names:
             to[name].copy_(source[name])
+
+
+def longest_text(model: PreTrainedModel, max_tokens: int) -> int:
+    """The longest text that the agreed `max_tokens` and the model's positions allow, which may be relative."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        embeds = name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+        if embeds and module.padding_idx is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from after its padding
+    return min(max_tokens, positions) if positions > 0 else max_tokens

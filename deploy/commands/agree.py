@@ -19,6 +19,7 @@ from common.agreement import Agreement
 from common.errors import ConsentError, SettingsError
 from common.identity import fingerprint
 from common.merge_methods import METHODS
+from common.merge_methods.distill import DISTILL
 from common.merge_methods.search import SEARCH
 from common.metrics import metrics_layout
 from common.privacy.budget import most_right_guesses, together
@@ -70,6 +71,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         ),
         disclosures=_disclosures(agreement),
         without_grams=agreement.tensors.data_free_in_short if owner.schedule.has_grams else "",
+        pool=_pool(owner),
         bounded=_bounded(agreement, repeats),
         repeats=[
             {
@@ -81,6 +83,35 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
             for each in repeats
         ],
     )
+
+
+def _pool(owner: Owner) -> dict[str, object] | None:
+    """What the consent text says of the pool, and of who gives what; None if nothing is predicted."""
+    agreement, table = owner.agreement, DISTILL.of(owner.agreement.tables)
+    if DISTILL.name not in agreement.methods:
+        return None
+    look, labels = owner.workbench.pool_look, agreement.task.labels
+    unknown = agreement.unknown_labels
+    return {
+        "look": look,
+        "file": table.pool,
+        "sha256": table.pool_sha256,
+        "labels": len(labels),
+        "numbers": look.rows * len(labels) * (1 if table.weights == "alike" else 2),
+        "largest_logit": table.largest_logit,
+        "start": table.start,
+        "sums_weights": agreement.sums_weights,
+        "with_weights": [name for name in agreement.owner_names if name not in agreement.without_weights],
+        "without_weights": [name for name in agreement.owner_names if name in agreement.without_weights],
+        "knowing": {
+            label: len(agreement.owners) - sum(number in each for each in unknown.values())
+            for number, label in enumerate(labels)
+        }
+        if unknown
+        else {},
+        "drawn": [quoted(text) for text in look.drawn],
+        "nearest": [(overlap, quoted(text)) for text, overlap in look.nearest if overlap > 0],
+    }
 
 
 def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, object] | None:
@@ -147,6 +178,10 @@ def _warnings(owner: Owner, same_bundle: bool, repeats: Sequence[Repeat]) -> Ite
             yield f"NO OWNER CAN VERIFY WHAT {METHODS[name].title.upper()} MERGES: IT RESTS ON THE COORDINATOR."
     if agreement.multi_round_methods and not agreement.is_verified:
         yield "BETWEEN TWO ROUNDS, A MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL YOURS ALONE."
+    if DISTILL.name in agreement.methods:
+        own_rows = owner.workbench.pool_look.own_rows
+        if own_rows:
+            yield f"{own_rows:,} ROWS OF THE POOL ARE YOURS: WHAT YOUR MODEL SAYS OF ROWS THAT IT KNOWS IS SUMMED."
     if agreement.privacy.merge_routed_inputs:
         yield "GRAM MATRICES OF EXPERTS LEAVE, HOWEVER FEW ROWS REACHED THEM."
     if agreement.privacy.merge_token_inputs:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.data.lengths import cut_texts, token_lengths
-from client.look import OwnerLook, oddities
+from client.look import OwnerLook, oddities, own_base
 from client.owner import Owner
 from client.settings import OwnerSettings, Training
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
@@ -144,9 +144,13 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             same = len(set(found.values())) == 1
             item.found = next(iter(found.values())) if same else "; ".join(f"{name}: {found[name]}" for name in found)
     if checks.is_ready:
-        models = [look.fine_tuned for look in looks if look.fine_tuned is not None]
-        _check_tokenizers(checks, consortium.draft, models, consortium.base_folder)
         seen = [(consortium.settings[name], look) for name, look in zip(consortium.owner_files, looks, strict=True)]
+        models = [
+            (look.fine_tuned, own_base(settings, consortium.owner_files[settings.name].parent, consortium.base_folder))
+            for settings, look in seen
+            if look.fine_tuned is not None
+        ]
+        _check_tokenizers(checks, consortium.draft, models)
         _check_lengths(checks, consortium.draft.task, consortium.base_folder, seen)
         if agreement and schedule:
             _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
@@ -197,7 +201,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
     with checks.item("model, files") as item:
         look = owner.look()
         if look.fine_tuned is not None:
-            check_same_architecture(look.fine_tuned, base_folder)
+            check_same_architecture(look.fine_tuned, own_base(settings, home, base_folder))
         item.found = "; ".join((_look_in_words(look), *oddities(settings, home, agreement.task)))
     if settings.network is not None:
         with checks.item("network") as item:
@@ -211,7 +215,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
-        _check_tokenizers(checks, agreement, [look.fine_tuned] if look.fine_tuned else [], base_folder)
+        models = [(look.fine_tuned, own_base(settings, home, base_folder))] if look.fine_tuned else []
+        _check_tokenizers(checks, agreement, models)
         _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
         _check_room(checks, home / settings.state, schedule, parties=1)
         _estimate(checks, agreement, base_folder, schedule, [(settings, look)], coordinates=False)
@@ -257,10 +262,11 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 # --- parts that several have ---
 
 
-def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence[Path], base_folder: Path) -> None:
+def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence[tuple[Path, Path]]) -> None:
+    """`models`: each with the folder of its base."""
     if draft.task.is_text and models:
         with checks.item("tokenizers") as item:
-            for folder in models:
+            for folder, base_folder in models:
                 check_tokenizer(folder, base_folder)
             item.found = "the same vocabulary as the base's"
 

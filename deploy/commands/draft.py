@@ -8,7 +8,7 @@ from common.errors import SettingsError
 from common.identity import PublicIdentity, fingerprint, read_public_identity
 from common.models.folders import model_folder
 from common.settings_file import load_settings, write_settings
-from deploy.drafting import with_keys, with_labels, with_layers
+from deploy.drafting import pool_of, with_keys, with_labels, with_layers, with_pool
 from deploy.invitation import read_door, write_invitation
 from deploy.terminal import answer, as_lines
 
@@ -36,6 +36,7 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
             raise SettingsError(f"{path}: exists already", hint="move it away, or name another file with --out")
     door = read_door(address, out.with_name("ca.pem")) if address else None
     written = with_layers(load_settings(short, AgreementDraft), adapters)
+    written = with_pool(written, pool_of(written, short.resolve().parent))
     identities = _by_name(public)
     base_folder = model_folder(written.base, short.resolve().parent, written.base_revision)
     public_keys = {name: each.public_key for name, each in identities.items()}

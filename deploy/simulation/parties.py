@@ -62,7 +62,12 @@ def party_keys(draft: AgreementDraft, parties: Path, *, with_nodes: bool) -> Par
 
 @contextmanager
 def set_up_parties(
-    output: Path, agreement: Agreement, base_folder: Path, owner_files: Mapping[str, Path], keys: PartyKeys
+    output: Path,
+    agreement: Agreement,
+    base_folder: Path,
+    owner_files: Mapping[str, Path],
+    keys: PartyKeys,
+    pool: Path | None = None,
 ) -> Iterator[tuple[Path, list[Path]]]:
     """Give every party its settings, its keys and the one agreement, and consent to it for each owner: whoever runs a
     simulation has everything in hand. Take the owners' state and the keys away afterwards, unless the run was
@@ -76,12 +81,12 @@ def set_up_parties(
     port = free_port() if keys.nodes else None
     try:
         _write_keys(parties, keys)
-        coordinator_file = _write_coordinator(parties, output, base_folder, port)
+        coordinator_file = _write_coordinator(parties, output, base_folder, port, pool)
         party_files = []
         for name, path in owner_files.items():
             settings = load_settings(path, OwnerSettings)
             party_files.append(parties / f"{name}.toml")
-            write_settings(party_files[-1], _placed(settings, path.parent, base_folder, port))
+            write_settings(party_files[-1], _placed(settings, path.parent, base_folder, port, pool))
             give_consent(Owner(party_files[-1]))
         yield coordinator_file, party_files
     except Exception:
@@ -105,15 +110,19 @@ def _write_keys(parties: Path, keys: PartyKeys) -> None:
         write_certificate(parties, ["localhost"])
 
 
-def _write_coordinator(parties: Path, output: Path, base_folder: Path, port: int | None) -> Path:
+def _write_coordinator(parties: Path, output: Path, base_folder: Path, port: int | None, pool: Path | None) -> Path:
     settings: dict[str, Any] = {"agreement": "agreement.toml", "output": str(output), "base": str(base_folder)}
     if port is not None:
         settings |= {"threads": torch.get_num_threads(), "network": {"listen": f"127.0.0.1:{port}"}}
+    if pool is not None:
+        settings |= {"pool": str(pool)}
     (parties / "coordinator.toml").write_text(tomli_w.dumps(settings))
     return parties / "coordinator.toml"
 
 
-def _placed(settings: OwnerSettings, home: Path, base_folder: Path, port: int | None) -> OwnerSettings:
+def _placed(
+    settings: OwnerSettings, home: Path, base_folder: Path, port: int | None, pool: Path | None
+) -> OwnerSettings:
     """An owner's settings as they read from the simulation's own folder: absolute paths, its own state.
 
     On a network it computes with as many threads as this process, so that the last bits are the same.
@@ -132,6 +141,8 @@ def _placed(settings: OwnerSettings, home: Path, base_folder: Path, port: int | 
             "state": Path("state") / settings.name,
             "identity": Path(f"{settings.name}.key"),
             "base": str(base_folder if settings.base is None else model_folder(settings.base, home)),
+            "own_base": None if settings.own_base is None else str(model_folder(settings.own_base, home)),
+            "pool": pool if settings.pool is None else home / settings.pool,
             "fine_tuned": None if settings.fine_tuned is None else str(fine_tuned_folder(settings.fine_tuned, home)),
             "data": placed_data,
             "threads": settings.threads if port is None else torch.get_num_threads(),

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.data.rows import pool
-from client.measurement.evaluation import evaluate, predict_logits, score_logits
+from client.measurement.evaluation import evaluate, score_logits
 from client.owner import Owner
 from common.agreement import Task
 from common.metrics import MeanScore, Score, Sums, regression_score
@@ -27,6 +27,8 @@ def reference_scores(owners: Sequence[Owner]) -> dict[str, MeanScore]:
         return {}  # no model has a head for another owner's rows
     scores = _own_and_ensemble(owners)
     recipes = {owner.settings.training for owner in owners}
+    if any(owner.settings.own_base is not None for owner in owners):
+        recipes.add(None)  # a recipe for another model
     if len(recipes) == 1 and None not in recipes:
         scores["multi_task"] = _multi_task(owners)
     task = owners[0].agreement.task
@@ -39,12 +41,15 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     labels = {owner.name: owner.workbench.data.label_set() for owner in owners}
     own: dict[str, list[Score]] = {name: [] for name in tests}
     votes: dict[str, NDArray[np.float32]] = {}
+    one_tokenizer = all(owner.settings.own_base is None for owner in owners)
     for owner in owners:
         bench = owner.workbench
         model = bench.own_model()
-        for name, rows in tests.items():
+        for other in owners:
+            name = other.name
+            rows = tests[name] if one_tokenizer else other.workbench.read_by(bench).test()
             if task.has_labels:
-                logits = bench.in_batches(partial(predict_logits, model, rows, passes=bench.passes))
+                logits = bench.own_logits(model, rows)
                 own[name].append(score_logits(logits, rows, task, labels[name]))
                 votes[name] = votes.get(name, 0) + _votes(logits, task, len(owners))
             else:

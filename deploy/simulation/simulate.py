@@ -66,7 +66,7 @@ def run_consortium(
     made = ", ".join(weights_made_here(base_folder, agreement.task))
     if made:
         log.warning("the base model has no %s: made from the seed, the same for every owner to start from", made)
-    with set_up_parties(output, agreement, base_folder, consortium.owner_files, keys) as (
+    with set_up_parties(output, agreement, base_folder, consortium.owner_files, keys, consortium.pool) as (
         coordinator_file,
         party_files,
     ):

@@ -86,7 +86,18 @@ PAIRWISE = "attacks/test_pairwise.py"
 SEARCH, SEARCHED = "test_search.py", "end_to_end/test_search.py"
 SEARCH_ATTACKS = "attacks/test_search.py"
 
+DISTILLED, POOL = "test_distill.py", "attacks/test_pool.py"
+
 TABLE = [
+    # 151 to 157: predictions on a pool
+    Mutation(POOL, "test_151_", "pool-is-the-agreed-one"),
+    Mutation(POOL, "test_152_", "pool-rows-are-said-once"),
+    Mutation(POOL, "test_153_", "enough-owners-know-a-label"),
+    Mutation(POOL, "test_154_", "enough-owners-give-weights"),
+    Mutation(POOL, "test_155_a_model_of_another", "other-bases-give-no-weights"),
+    Mutation(POOL, "test_155_a_model_with", "labels-are-those-of-the-roster"),
+    Mutation(POOL, "test_157_", "logits-are-clipped", "said = said - said.mean(axis=1, keepdims=True)"),
+    Mutation(DISTILLED, "test_a_total_that_no_models", "predictions-fit-the-owners"),
     # 191 to 197: a search among mixtures
     Mutation(SEARCH_ATTACKS, "test_191_", "mixtures-are-within-bounds"),
     Mutation(SEARCH_ATTACKS, "test_192_", "mixtures-are-not-repeated"),

@@ -21,6 +21,7 @@ from deploy.simulation.simulate import simulate
 from tests.support.models import tiny_bert
 from tests.support.once import TRAINED, made_once, shared_folder, trained_once
 from tests.support.parties import IDENTITIES, Parties, bring_models, parties_of
+from tests.support.teaching import write_teaching
 
 TRAIN = fine_tuning.fine_tune
 transformers.logging.set_verbosity_error()
@@ -107,6 +108,18 @@ def trained_folder(little_folder: Path, shared: Path) -> Path:
     """
 
     return made_once(shared / "trained-consortium", partial(bring_models, little_folder))
+
+
+@pytest.fixture(scope="session")
+def teaching_folder(trained_folder: Path, shared: Path) -> Path:
+    """The same, with a fourth owner whose model is another, and an agreement to distil all of them into one."""
+    return made_once(shared / "teaching-consortium", partial(write_teaching, trained_folder))
+
+
+@pytest.fixture(scope="session")
+def taught(teaching_folder: Path, shared: Path) -> Path:
+    """The output folder of a simulation of it; nobody changes it."""
+    return made_once(shared / "taught", partial(simulate, teaching_folder))
 
 
 @pytest.fixture(scope="session")

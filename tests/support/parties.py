@@ -19,6 +19,7 @@ from common.models.plan import MergePlan
 from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from deploy.consortium import find_owner_files
+from deploy.drafting import pool_of, with_pool
 from deploy.simulation.parties import PartyKeys, set_up_parties
 
 
@@ -94,11 +95,15 @@ def parties_of(consortium: Path, output: Path, *, verified: bool = False) -> Ite
     draft = load_settings(consortium / "agreement.toml", AgreementDraft)
     if not verified:
         draft = draft.model_copy(update={"verification": Verification(required=False)})
-    base = consortium / "base"
+    base, pool = consortium / "base", pool_of(draft, consortium)
+    draft = with_pool(draft, pool)
     identities = identities_of((*draft.owner_names, COORDINATOR))
     agreement, plan = completed(draft, base)
     files = find_owner_files(consortium, draft)
-    with set_up_parties(output, agreement, base, files, PartyKeys(identities, nodes={})) as (coordinator, party_files):
+    with set_up_parties(output, agreement, base, files, PartyKeys(identities, nodes={}), pool) as (
+        coordinator,
+        party_files,
+    ):
         yield Parties(
             folder=coordinator.parent,
             output=output,

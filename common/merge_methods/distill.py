@@ -1,0 +1,188 @@
+"""Ensemble distillation (FedDF, Lin et al., NeurIPS 2020, arXiv 2006.07242): owners teach a student by predictions.
+
+Owners whose models have nothing in common but labels cannot merge weights. Each scores the rows of a public pool with
+its own model instead. Logits z_i(x) are centred over the labels that the model knows, because a softmax ignores what
+all of them share, and clipped to `largest_logit` L. The coordinator learns, per row and label,
+
+    teacher(x, c) = sum_i w_i(x) k_i(c) z_i(x, c) / sum_i w_i(x) k_i(c)
+
+where k_i(c) is 1 if owner i's model has label c, and w_i is 1 ("alike") or how close the row is to the owner's own rows
+("density": Synthetic Model Combination, Chan and van der Schaar, NeurIPS 2022, arXiv 2210.05320). The student, the
+agreed base, is trained on softmax(teacher) by the coordinator (server/student.py). It starts at the base, or at what
+the owners that share the base have merged.
+
+No equation defines a trained model, so no owner can verify it: it rests on the coordinator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from common.errors import RuleError
+from common.merge_methods.average import AVERAGE
+from common.merge_methods.data_free import DATA_FREE
+from common.merge_methods.method import Measurement, Method, SingleRoundMethod, register
+from common.merge_methods.terms import (
+    WEIGHT_KINDS,
+    Hyperparameters,
+    MergedDelta,
+    MergeSettings,
+    OwnerTerms,
+    Predictions,
+    unchanged,
+)
+from common.settings_file import Digest, FileName, Line, Positive
+from common.summation.totals import SummedTensors
+from common.tensor_layout import TensorEntry, TensorLayout, union
+
+PREDICTIONS, COVERAGE, CLOSENESS = "predictions", "coverage", "closeness"
+KINDS = {
+    PREDICTIONS: "what {their} own model says of each row of the public pool, as clipped logits, label by label",
+    COVERAGE: "which labels {their} own model knows",
+    CLOSENESS: "how close each row of the public pool is to {their} own rows, for each label of {their} model",
+}
+LEAST_CLOSENESS = 1e-3  # so that every owner has a part in every number
+STARTS: dict[str, SingleRoundMethod] = {"average": AVERAGE, "data_free": DATA_FREE}
+
+
+class DistillTable(Hyperparameters):
+    """`pool`: a JSON Lines file beside the agreement, of which `text` (and `text_pair`) name the columns. Completing a
+    draft adds `pool_sha256` and `rows`, if they are left out.
+
+    `epochs`: how often the student sees the pool, in ascending order. Several are a sweep: it is trained once, for the
+    last of them, and judged on validation rows after each; the best is published. `keep`: with "more confident", the
+    student keeps what it said at the start where it was surer than the teacher (arXiv 2310.17653).
+    """
+
+    pool: FileName | None = None
+    pool_sha256: Digest | None = None
+    rows: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    text: Line = "text"
+    text_pair: Line | None = None
+    start: Literal["base", "average", "data_free"] = "base"
+    weights: Literal["alike", "density"] = "alike"
+    keep: Literal["nothing", "more confident"] = "nothing"
+    largest_logit: Annotated[float, Field(ge=1, le=100)] = 16.0
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    epochs: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=20)] = (3,)
+    learning_rate: Positive = 1e-4
+    batch_size: Annotated[int, Field(ge=1, le=10_000)] = 32
+
+
+class Distill(Method[DistillTable]):
+    """A student that is trained on the sum of all owners' predictions."""
+
+    name = "distill"
+    title = "distillation"
+    phrase = "distillation"
+    summary = "a student, trained by the coordinator on the sum of what all owners' models say of public rows"
+    paper = "FedDF, arXiv 2006.07242"
+    swept_name = "epochs"
+    swept_summary = "The epochs are how often the student has seen the public rows: more follows its teachers further."
+    order = 12
+    table = DistillTable
+    tensor_kinds = WEIGHT_KINDS | KINDS
+
+    def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
+        return self.of(tables).epochs
+
+    def check(self, tables: Mapping[str, Hyperparameters]) -> None:
+        table = self.of(tables)
+        if table.pool is None:
+            raise RuleError(
+                "distill.pool is missing: owners predict on public rows",
+                hint='name a JSON Lines file beside the agreement: [distill] pool = "pool.jsonl"',
+            )
+        if list(table.epochs) != sorted(table.epochs):
+            raise RuleError(f"distill.epochs = {list(table.epochs)}: must ascend, since the student is trained once")
+
+    def reads_rows(self, tables: Mapping[str, Hyperparameters]) -> bool:
+        return self.of(tables).weights == "density"
+
+    def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        table = self.of(tables)
+        start = () if table.start == "base" else STARTS[table.start].disclosures(tables)
+        close = ("The totals also show how close each row of the pool is to the rows of all owners together.",)
+        return (
+            "The total shows what the owners' models together say of each row of the pool: a model that was trained "
+            "on a row, or on rows like it, is surer of it. So a total about a row that only one owner has shows, "
+            "among the others' predictions, that somebody has it. Look at the pool.",
+            *(close if table.weights == "density" else ()),
+            *start,
+        )
+
+    def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
+        start = self._start(tables)
+        return {**(start.measurements(tables) if start else {}), Measurement.PREDICTIONS: self.of(tables).rows or 0}
+
+    def layout(self, settings: MergeSettings) -> TensorLayout:
+        table, start = self.hyperparameters(settings), self._start(settings.tables)
+        shape = (table.rows or 1, settings.num_labels)
+        entries = [
+            TensorEntry(name=PREDICTIONS, shape=shape, bound=table.largest_logit),
+            TensorEntry(name=COVERAGE, shape=shape[1:], bound=1.0),
+        ]
+        if table.weights == "density":
+            entries.append(TensorEntry(name=CLOSENESS, shape=shape, bound=1.0))
+        own = TensorLayout(tuple(entries))
+        return own if start is None else union([start.layout(settings), own])
+
+    def contribution(self, settings: MergeSettings, owner: OwnerTerms) -> Iterator[tuple[str, NDArray]]:
+        start = self._start(settings.tables)
+        if start is not None:
+            yield from start.contribution(settings, owner)
+        assert owner.predictions is not None  # measured, as this method asked for
+        yield from self.predicted(settings, owner.predictions)
+
+    def predicted(self, settings: MergeSettings, said: Predictions) -> Iterator[tuple[str, NDArray]]:
+        """What an owner adds that has no weights to give: its predictions alone."""
+        known = said.known.astype(np.float64)  # (labels,)
+        logits = np.where(said.known, said.logits, 0.0)  # (rows, labels)
+        if self.hyperparameters(settings).weights == "alike":
+            yield PREDICTIONS, logits
+            yield COVERAGE, known
+            return
+        assert said.closeness is not None
+        closeness = np.clip(said.closeness, LEAST_CLOSENESS, 1.0)[:, None]  # (rows, 1)
+        yield PREDICTIONS, closeness * logits
+        yield COVERAGE, known
+        yield CLOSENESS, closeness * known
+
+    def teacher(self, settings: MergeSettings, total: SummedTensors) -> NDArray[np.float64]:
+        """The mean logits of all owners, (rows, labels). Nobody's labels are never among the agreed ones."""
+        alike = self.hyperparameters(settings).weights == "alike"
+        return total[PREDICTIONS] / (total[COVERAGE] if alike else total[CLOSENESS])
+
+    def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:
+        """What the student has learned before it sees the pool."""
+        start = self._start(settings.tables)
+        if start is None:
+            return MergedDelta(delta=unchanged(settings.plan, settings.plan.shapes))
+        values = [each for each in start.swept(settings.tables) if each is not None]
+        merged = start.solve(settings, total, max(values, default=None), with_spectra=False)
+        return replace(merged, rest={})
+
+    def gives_weights(self, tables: Mapping[str, Hyperparameters]) -> bool:
+        """Whether weight changes are summed, too."""
+        return self._start(tables) is not None
+
+    def _start(self, tables: Mapping[str, Hyperparameters]) -> SingleRoundMethod | None:
+        return STARTS.get(self.of(tables).start)
+
+
+def predictions_alone(
+    layout: TensorLayout, settings: MergeSettings, said: Predictions
+) -> Iterator[tuple[str, NDArray]]:
+    """The tensors of an owner whose model shares no weights with the base: zeros for all that is not predicted."""
+    own = dict(DISTILL.predicted(settings, said))
+    for entry in layout.entries:
+        yield entry.name, own[entry.name] if entry.name in own else np.zeros(entry.shape)
+
+
+DISTILL = register(Distill())
