@@ -90,7 +90,7 @@ class Workbench(Holdings):
                 self._check_fixed(own, base)
             if self.task.is_text:
                 check_tokenizer(folder, self.own_base_folder)
-        for data in dict.fromkeys((self.data, self.merged_data)):
+        for data in (self.data,) if self.settings.own_base is None else (self.data, self.merged_data):
             data.train()
             self.one_of_each_unit(data.validation(), "validation")
             self.one_of_each_unit(data.test(), "test")
@@ -262,7 +262,8 @@ class Workbench(Holdings):
 
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""
-        own, base = self._own, self._on_disk(self.load_own_base())
+        own = self._own
+        base = self._base if self.settings.own_base is None else self._on_disk(self.load_own_base())
         for name in sorted(set(own) - set(private_head(self._outline, self.task))):
             tensor = own[name]
             if not torch.equal(tensor, base[name]):
@@ -330,15 +331,17 @@ class Workbench(Holdings):
         return Predictions(logits=centred(logits, known, table.largest_logit), known=known, closeness=close)
 
     def _closeness(self) -> NDArray[np.float64]:
-        """How close each row of the pool is to this owner's, (rows,)."""
-        return self.closeness_of(self.merged_data.pool_rows(self.pool))
+        """How close each row of the pool is to this owner's, (rows,), as the agreed base reads both."""
+        pool = self.states_of(self.merged_data.pool_rows(self.pool))
+        return closeness(pool, self.own_states(), pool)
 
-    def closeness_of(self, rows: Rows) -> NDArray[np.float64]:
-        """How close rows are to this owner's, (rows,), as the agreed base reads all of them."""
-        base, own = self.load_base(), self.drawn(self.merged_data.train(), ROWS_OF_DENSITY)
-        pool = self.merged_data.pool_rows(self.pool)
-        states = (self.in_batches(partial(mean_states, base, each, passes=self.passes)) for each in (rows, own, pool))
-        return closeness(*states)
+    def own_states(self) -> NDArray[np.float64]:
+        """The base's states of this owner's training rows, of which closeness is measured, (rows, hidden size)."""
+        return self.states_of(self.drawn(self.merged_data.train(), ROWS_OF_DENSITY))
+
+    def states_of(self, rows: Rows) -> NDArray[np.float64]:
+        """What the agreed base makes of rows, (rows, hidden size)."""
+        return self.in_batches(partial(mean_states, self.load_base(), rows, passes=self.passes))
 
     @cached_property
     def pool_look(self) -> PoolLook:

@@ -58,7 +58,17 @@ class Student:
         if not self._kept(int(epochs)).is_file():
             self._train(settings, total)
         delta = self._read(self._kept(int(epochs)))
-        return MergedDelta(delta=delta, notes=(f"trained on {self._table.rows} public rows for {int(epochs)} epochs",))
+        how = f"trained on {self._table.rows:,} public rows, {int(epochs)} times"
+        return MergedDelta(delta=delta, notes=(how, *self._who_gave_what(total.owners)))
+
+    def _who_gave_what(self, owners: tuple[str, ...]) -> Iterator[str]:
+        without = self.agreement.without_weights if self.agreement.sums_weights else frozenset(owners)
+        for what, names in (
+            ("weights and predictions", [name for name in owners if name not in without]),
+            ("predictions alone", [name for name in owners if name in without]),
+        ):
+            if names:
+                yield f"{', '.join(names)} gave {what}"
 
     @property
     def _table(self) -> DistillTable:
@@ -92,7 +102,7 @@ class Student:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    divergence += float(loss) * len(indices) / len(rows.features)
+                    divergence += float(loss.detach()) * len(indices) / len(rows.features)
             log.info("  distillation: epoch %d of %d, divergence %.4f", epoch + 1, table.epochs[-1], divergence)
             if epoch + 1 in table.epochs:
                 delta = {name: parameter.detach().cpu() - start[name] for name, parameter in student.named_parameters()}

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.measurement.closeness import closeness
 from client.measurement.predictions import centred
 from client.owner import Owner
 from common.errors import DataError, LocalProtocolError, NumericalError, SettingsError
@@ -43,6 +44,12 @@ def test_a_student_of_models_that_share_nothing_is_better_than_each_of_them_on_e
     assert mean["distill"].accuracy > mean["base"].accuracy + 0.1
 
 
+def test_references_need_all_models_in_one_place(report: Report) -> None:
+    """Among them Synthetic Model Combination."""
+    assert {"own", "ensemble", "close_ensemble"} <= report.evaluation.mean.keys()
+    assert report.evaluation.mean["close_ensemble"].accuracy > report.evaluation.mean["own"].accuracy
+
+
 def test_an_owner_with_another_base_is_judged_as_its_own_model_reads(report: Report) -> None:
     """Another vocabulary, and the labels in another order."""
     assert report.evaluation.by_owner["kiosk"]["own_at_home"].accuracy > 0.9
@@ -52,7 +59,10 @@ def test_the_report_and_the_card_say_what_was_done(report: Report, taught: Path)
     assert report.methods["distill"].title == "distillation"
     assert not report.verified
     assert [each.candidate for each in report.evaluation.sweep["distill"]] == ["distill@1", "distill@2"]
-    assert "distill: trained on 240 public rows" in " ".join(report.notes)
+    chosen = int(report.chosen["distill"].hyperparameter or 0)
+    assert f"distill: trained on 240 public rows, {chosen} times" in report.notes
+    assert "distill: hotel, cinema, phones gave weights and predictions" in report.notes
+    assert "distill: kiosk gave predictions alone" in report.notes
     assert report.examples is None  # the kiosk's were not summed
     card = (taught / "model" / "README.md").read_text()
     assert "distillation" in card
@@ -132,6 +142,18 @@ def test_logits_are_centred_over_known_labels_and_clipped(seed: int, largest: fl
     assert np.abs(found).max() <= largest
     assert not found[:, ~known].any()
     np.testing.assert_allclose(centred(logits + np.float32(3), known, largest), found, atol=1e-3)
+
+
+def test_own_rows_are_close_and_others_are_not() -> None:
+    random = np.random.default_rng(0)
+    own, far = random.standard_normal((200, 6)), random.standard_normal((50, 6)) + 9
+    pool = np.concatenate([random.standard_normal((50, 6)), far])
+    found = closeness(pool, own, pool)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert np.median(found[:50]) > 0.3
+    assert found[50:].max() < 1e-3
+    turned = np.linalg.qr(random.standard_normal((6, 6)))[0]
+    np.testing.assert_allclose(closeness(pool @ turned, own @ turned, pool @ turned), found, atol=1e-6)
 
 
 def test_the_start_is_the_merge_of_those_that_give_weights_alone() -> None:

@@ -44,4 +44,5 @@ def closeness(rows: NDArray[np.float64], own: NDArray[np.float64], pool: NDArray
     covariance += RIDGE * max(covariance.trace() / max(len(kept), 1), np.finfo(np.float64).tiny) * np.eye(len(kept))
     from_mine = rows - mine.mean(axis=0)
     distances = np.einsum("rk,kr->r", from_mine, np.linalg.solve(covariance, from_mine.T))  # D^2, (rows,)
-    return np.exp(np.minimum((len(kept) - distances) / 2, 0.0))
+    found: NDArray[np.float64] = np.exp(np.minimum((len(kept) - distances) / 2, 0.0))
+    return found

@@ -22,6 +22,7 @@ from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_
 from common.device import accelerators, find_device, find_solver, memory_of, title_of
 from common.errors import AmalgramError, SettingsError, first_line
 from common.identity import Identity, fingerprint
+from common.merge_methods.distill import DISTILL
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
     base_model_folder,
@@ -30,6 +31,7 @@ from common.models.folders import (
     load_tokenizer,
     model_folder,
 )
+from common.pool import pool_path, read_pool
 from common.schedule import Delivery, Schedule, schedule_of
 from common.settings_file import load_settings, read_toml
 from common.text import shown
@@ -203,6 +205,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         if look.fine_tuned is not None:
             check_same_architecture(look.fine_tuned, own_base(settings, home, base_folder))
         item.found = "; ".join((_look_in_words(look), *oddities(settings, home, agreement.task)))
+    agreed_at, table = home / settings.agreement, DISTILL.of(agreement.tables)
+    _check_pool(checks, agreement, pool_path(settings.pool, home, table, agreed_at))
     if settings.network is not None:
         with checks.item("network") as item:
             network, key, root = owner_network(owner, path)
@@ -243,6 +247,8 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
             place.settings.base, place.home, place.agreement, place.home / place.settings.agreement
         )
         item.found = _task_in_words(place.agreement, base_folder)
+    agreed_at, table = place.home / place.settings.agreement, DISTILL.of(place.agreement.tables)
+    _check_pool(checks, place.agreement, pool_path(place.settings.pool, place.home, table, agreed_at))
     port = place.host_and_port[1]
     with checks.item("port") as item:
         is_running = listens(port)
@@ -269,6 +275,12 @@ def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence
             for folder, base_folder in models:
                 check_tokenizer(folder, base_folder)
             item.found = "the same vocabulary as the base's"
+
+
+def _check_pool(checks: Checklist, draft: AgreementDraft, pool: Path) -> None:
+    if DISTILL.name in draft.methods:
+        with checks.item("pool") as item:
+            item.found = f"{len(read_pool(pool, DISTILL.of(draft.tables))):,} rows, as agreed"
 
 
 def _check_lengths(

@@ -24,7 +24,7 @@ from server.report.words import (
 )
 
 MAX_OWNER_COLUMNS = 6  # with more owners, only the page shows each one's metrics
-FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "multi_task")
+FIRST, LAST = ("base", "own", "own_at_home"), ("ensemble", "close_ensemble", "multi_task")
 REFERENCE_MARK = " *"
 PUBLISHED_MARK = " ←"
 

@@ -40,7 +40,7 @@ from server.report.report import Report, read_report
 
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
 CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".h5", ".keras", ".ipynb", ".sh"}
-REFERENCES = {"own", "ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
+REFERENCES = {"own", "ensemble", "close_ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
 SIGNED = ("accuracy", "metric", "pooled_accuracy", "predictions", "pearson_r", "sums")  # of a model's metrics
 MAX_ENTRIES = 10_000
 MAX_QUOTED_CHARACTERS = 100

@@ -2,6 +2,8 @@
 
 own          each owner's own model on every owner's test rows, averaged: what sharing nothing gives
 ensemble     the mean of the own models' probabilities, or numbers: N models to run instead of one
+close_ensemble  the same for models that are distilled, each weighted by how close a row is to its owner's own rows
+             (Synthetic Model Combination, arXiv 2210.05320)
 multi_task   the base fine-tuned on all owners' pooled rows: what pooling the data would give
 """
 
@@ -13,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from client.data.rows import pool
+from client.measurement.closeness import closeness
 from client.measurement.evaluation import evaluate, score_logits
 from client.owner import Owner
 from common.agreement import Task
+from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS
 from common.metrics import MeanScore, Score, Sums, regression_score
 
 
@@ -41,6 +45,8 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     labels = {owner.name: owner.workbench.data.label_set() for owner in owners}
     own: dict[str, list[Score]] = {name: [] for name in tests}
     votes: dict[str, NDArray[np.float32]] = {}
+    close: dict[str, NDArray[np.float32]] = {}
+    how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods else {}
     one_tokenizer = all(owner.settings.own_base is None for owner in owners)
     for owner in owners:
         bench = owner.workbench
@@ -51,14 +57,36 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
             if task.has_labels:
                 logits = bench.own_logits(model, rows)
                 own[name].append(score_logits(logits, rows, task, labels[name]))
-                votes[name] = votes.get(name, 0) + _votes(logits, task, len(owners))
+                vote = _votes(logits, task, len(owners))
+                votes[name] = votes.get(name, 0) + vote
+                if owner.name in how_close:
+                    close[name] = close.get(name, 0) + how_close[owner.name][name] * vote
             else:
                 judge = partial(evaluate, model, rows, task=task, allowed=labels[name], passes=bench.passes)
                 own[name].append(bench.in_batches(judge))
     scores = {"own": {name: _mean(own[name], task) for name in tests}}
     if votes:
         scores["ensemble"] = {name: score_logits(votes[name], rows, task, labels[name]) for name, rows in tests.items()}
+    if close:
+        scores["close_ensemble"] = {
+            name: score_logits(close[name], rows, task, labels[name]) for name, rows in tests.items()
+        }
     return scores
+
+
+def _closeness(owners: Sequence[Owner]) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """By owner, and by the owner of the test rows: how close these are to the first one's own, (rows, 1)."""
+    first = owners[0].workbench
+    pool = first.states_of(first.merged_data.pool_rows(first.pool))
+    tests = {owner.name: owner.workbench.states_of(owner.workbench.merged_data.test()) for owner in owners}
+    found = {}
+    for owner in owners:
+        own = owner.workbench.own_states()
+        weights = {name: closeness(rows, own, pool) for name, rows in tests.items()}
+        found[owner.name] = {
+            name: np.maximum(each, LEAST_CLOSENESS).astype(np.float32)[:, None] for name, each in weights.items()
+        }
+    return found
 
 
 def _votes(logits: NDArray[np.float32], task: Task, models: int) -> NDArray[np.float32]:

@@ -42,7 +42,7 @@ HUB_METRICS = {
 }
 LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
-REFERENCES = ("own", "ensemble", "multi_task")  # not on the card: only a simulation has them
+REFERENCES = ("own", "ensemble", "close_ensemble", "multi_task")  # not on the card: only a simulation has them
 
 
 def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:

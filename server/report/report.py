@@ -6,7 +6,8 @@
 
 A *model* in a report is `base`, `own_at_home` (each owner's own model on its own rows) or a method's name. A simulation
 adds references that no real run can have: `own` (each owner's own model on every owner's rows), `ensemble` (the mean of
-the own models' probabilities) and `multi_task` (the base fine-tuned on the pooled rows).
+the own models' probabilities), `multi_task` (the base fine-tuned on the pooled rows) and, if models are distilled,
+`close_ensemble` (that mean, weighted by how close a row is to each owner's own).
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from server.output_folder import CHECKPOINT, last_step
 REPORT_VERSION: Literal[5] = 5
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
-FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "multi_task")
+FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "close_ensemble", "multi_task")
 
 Correlation = Annotated[float, Field(ge=-1, le=1)]
 Sums = tuple[tuple[float, ...], ...]

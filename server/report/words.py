@@ -23,6 +23,11 @@ MODELS = {  # everything else that a report compares: title, phrase, summary
         "the ensemble of all own models",
         "a reference: the mean of all own models' probabilities, which needs every model in one place",
     ),
+    "close_ensemble": (
+        "SMC",
+        "Synthetic Model Combination",
+        "a reference: the same mean, in which a model counts by how close a row is to its owner's own",
+    ),
     "multi_task": (
         "multi-task",
         "training on everybody's data",
@@ -154,7 +159,7 @@ def summary_of(report: Report, model: str) -> str:
 
 def models_in(report: Report) -> list[str]:
     """The report's models in the order in which people compare them, the merged one first."""
-    order = [report.method, "base", "own_at_home", "own", *report.methods, "ensemble", "multi_task"]
+    order = [report.method, "base", "own_at_home", "own", *report.methods, "ensemble", "close_ensemble", "multi_task"]
     return [model for model in dict.fromkeys(order) if model in report.evaluation.mean]
 
 
