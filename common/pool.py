@@ -37,9 +37,12 @@ class Pool:
         return len(self.texts)
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[dict[str, Any], ...]:
-        """What a model reads of each row, cut to `max_tokens`, not padded."""
+        """What a model reads of each row, cut to `max_tokens`, not padded. Raises DataError if that is nothing."""
         texts, *pairs = (list(column) for column in zip(*self.texts, strict=True))
         encoded = tokenizer(texts, *pairs, truncation=True, max_length=min(max_tokens, tokenizer.model_max_length))
+        empty = next((number for number, tokens in enumerate(encoded["input_ids"], 1) if not tokens), None)
+        if empty is not None:
+            raise DataError(f"pool: row {empty} gives the model no token", hint=MAKE_IT_AGAIN)
         return tuple({name: values[row] for name, values in encoded.items()} for row in range(len(self)))
 
 

@@ -22,10 +22,12 @@ from common.pool import pin_pool, read_pool
 from common.schedule import schedule_of
 from common.summation.protocol import Total
 from server.bounds import check_contributions
+from server.merge import run_merge
+from server.output_folder import CHECKPOINT
 from server.report.report import Report, read_report
-from server.student import LATEST, Student
+from server.student import LATEST, STUDENT, Student
 from tests.support.merging import merge_settings, owner_for, plan_for, total_of
-from tests.support.parties import Parties, parties_of
+from tests.support.parties import OwnersChannel, Parties, parties_of
 
 ROWS, LABELS = 3, 2
 
@@ -274,6 +276,28 @@ def test_a_student_that_is_killed_between_two_epochs_ends_as_if_nothing_had_been
     again, *_ = student_in(tmp_path / "killed", teaching, keep="more confident")
     for name, tensor in again.after(2, settings, total).delta.items():
         assert torch.equal(tensor, expected[name])
+
+
+def test_a_coordinator_that_is_killed_while_it_trains_resumes_with_the_last_epoch(
+    teaching: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (teaching.output / ".amalgram").touch()
+    order, trained = Student._order, list[int]()
+
+    def die_once_in_the_second(self: Student, epoch: int, count: int) -> Iterator[np.ndarray]:
+        trained.append(epoch)
+        if trained == [0, 1]:
+            raise KeyboardInterrupt
+        return order(self, epoch, count)
+
+    monkeypatch.setattr(Student, "_order", die_once_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(teaching.coordinator, OwnersChannel(teaching.files))
+    assert (teaching.output / CHECKPOINT / STUDENT / LATEST).stat().st_mode & 0o077 == 0
+    run_merge(teaching.coordinator, OwnersChannel(teaching.files))
+    assert trained == [0, 1, 1]
+    assert read_report(teaching.output).receipts == teaching.agreement.owner_names
+    assert not (teaching.output / CHECKPOINT).exists()
 
 
 def test_a_damaged_epoch_is_named(teaching: Parties, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
             raise SettingsError(f"{path}: exists already", hint="move it away, or name another file with --out")
     door = read_door(address, out.with_name("ca.pem")) if address else None
     written = with_layers(load_settings(short, AgreementDraft), adapters)
-    written = with_pool(written, pool_of(written, short.resolve().parent))
+    pool = pool_of(written, short.resolve().parent)
+    written = with_pool(written, pool)
     identities = _by_name(public)
     base_folder = model_folder(written.base, short.resolve().parent, written.base_revision)
     public_keys = {name: each.public_key for name, each in identities.items()}
@@ -55,6 +56,8 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
             settings = COORDINATOR_SETTINGS.format(agreement=out.name, port=door.address.rpartition(":")[2])
             coordinator.write_text(settings)
             hint += f"\nwrote {coordinator}; start the server: amalgram server {coordinator}"
+    if pool is not None:
+        hint += f"\nwith it goes {pool.name}, which every party puts beside its agreement"
     if agreement.summation.kind == "masked" and agreement.colluders == 0:
         hint += "\nno owner may collude with the coordinator, so it must be none of them, and work for none"
     answer(found | {"digest": agreement.digest()}, as_lines(found), hint)

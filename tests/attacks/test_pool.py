@@ -116,6 +116,17 @@ def test_154_an_agreement_under_which_a_sum_would_hide_too_few_is_refused(
         draft_of(teaching_folder, *changes)
 
 
+def test_154_predictions_of_models_that_are_trained_with_noise_reveal_no_more_than_these(teaching_folder: Path) -> None:
+    """But how close rows are to an owner's is measured on these, without noise."""
+    bounded = [
+        ("min_rows_per_dimension = 1.0", "epsilon = 8.0\nmin_rows_per_dimension = 1.0"),
+        ("max_tokens = 32", 'max_tokens = 32\nlabel_set = "all"'),
+    ]
+    assert draft_of(teaching_folder, *bounded).privacy.epsilon == 8.0
+    with pytest.raises(SettingsError, match="distill sums statistics of rows, to which no noise is added"):
+        draft_of(teaching_folder, *bounded, ('start = "data_free"', 'start = "data_free"\nweights = "density"'))
+
+
 # --- 155: an owner that brings something else than was agreed ---
 
 
