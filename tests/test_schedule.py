@@ -338,6 +338,9 @@ def test_an_owner_that_may_drop_out_misses_no_check(agreement: Agreement, plan: 
     assert allowed(schedule, correction.position, True) == [correction.position, test.position]  # and check meanwhile
     assert schedule.check_at(check.position) is check
     assert schedule.check_at(test.position) is None
+    swept = schedule_of(agreement.model_copy(update={"compare_with": (), "min_owners": 2}), plan)
+    validation = swept.find("metrics", split="validation")
+    assert allowed(swept, validation.position - 2, True) == [validation.position - 2, validation.position]
 
 
 @given(changes=changes_to_an_agreement())
