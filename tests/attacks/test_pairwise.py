@@ -53,6 +53,13 @@ def signatures_of(joint: PairwiseSum, identities: Mapping[str, Identity], upload
     return Signed.pack_all(Signed(index, joint.sign(*pair)) for index, pair in enumerate(each))
 
 
+def test_the_masks_are_the_same_on_every_machine() -> None:
+    joint = joint_of(identities_of(3))
+    assert joint.session == "a66dcf874a1d0e81390952a168702775dac351cf58b0d0e18189f3c173c2fe5c"
+    numbers = np.arange(LAYOUT.size, dtype=np.float64)
+    assert masked(joint, 0, numbers)[:3].tolist() == [7454307648532341595, 1523726617049713317, 2767557754260959597]
+
+
 @given(count=st.integers(2, 9), seed=st.integers(0, 2**20))
 def test_the_masks_cancel_over_all_owners(count: int, seed: int) -> None:
     identities = identities_of(count)
