@@ -98,8 +98,8 @@ class Coordinator:
             channel=self.channel,
             agreement=self.agreement,
             steps=self.checkpoint.steps,
-            # the roll call, every round, the nonces of every check, the result
-            num_steps=1 + len(self.schedule.rounds) + len(self.schedule.of_kind("correction")) + 1,
+            # the roll call, every round, the result; of a check, only the nonces are a step of their own
+            num_steps=1 + len(self.schedule.rounds) + 1,
         )
 
     @property
@@ -327,7 +327,6 @@ class Coordinator:
             self._collect_shares(round, keys)
         else:
             self._collect_keys(round)
-        self.exchange.count_step()
         self.sums.append(OpenedSum(round, self._contributors))
 
     def _collect_keys(self, round: Round) -> None:
