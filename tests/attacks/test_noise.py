@@ -12,14 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from client import rounds
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.agreement import Agreement, AgreementDraft, Privacy
 from common.errors import AmalgramError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.refit import REFIT, RefitTable
 from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms, RefitNoise
-from common.metrics import metrics_layout
+from common.metrics import contribution, metrics_layout
 from common.privacy.noise import Noise, bound_with_noise, fresh_secret
 from common.settings_file import load_settings, parse_settings, parse_toml
 from common.summation import fixed_point
@@ -216,12 +215,10 @@ def test_177_an_owner_that_resumes_sends_the_same_noised_vector(folder: Path, tm
 def test_176_a_program_that_forgets_the_noise_sends_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contribute = rounds.metric_contribution
-
     def forgetful(agreement: Any, owner: str, split: Any, scores: Any, noise: Noise) -> Any:
-        yield from contribute(agreement, owner, split, scores, noise_of(bytes(32), layout=noise.layout))
+        yield from contribution(agreement, owner, split, scores, noise_of(bytes(32), layout=noise.layout))
 
-    monkeypatch.setattr(rounds, "metric_contribution", forgetful)
+    monkeypatch.setattr("client.rounds.metric_contribution", forgetful)
     (tmp_path / "out").mkdir()
     with parties_of(folder, tmp_path / "out") as parties:
         process = Process(parties)
