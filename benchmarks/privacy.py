@@ -92,7 +92,7 @@ def found_at_one_percent(model: AuditedModel) -> float:
 
 
 def shown_epsilon(model: AuditedModel, tries: int) -> float:
-    """An epsilon that the attacks on a model prove it to exceed, but for one time in twenty over all `tries`.
+    """An epsilon that the attacks on a model prove it to exceed, except one time in twenty over all `tries`.
 
     Clopper and Pearson's bounds on both rates, for each attack: epsilon >= log((TPR - delta) / FPR).
     """

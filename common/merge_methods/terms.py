@@ -87,7 +87,7 @@ class RefitNoise:
     def ridge(self, num_owners: int, dimension: int) -> float:
         """What the total has on its diagonal, so that it stays positive definite under the noise of all owners.
 
-        The noise's largest eigenvalue is at most sigma (sqrt(2 d) + 7), but for once in 10^10 (AdaSSP: Wang, UAI 2018,
+        The noise's largest eigenvalue is at most sigma (sqrt(2 d) + 7), except once in 10^10 (AdaSSP: Wang, UAI 2018,
         arXiv 1803.02596; concentration of a function that no number moves by more than itself).
         """
         return float(num_owners**0.5 * self.own * ((2 * dimension) ** 0.5 + 7))
