@@ -121,7 +121,7 @@ def judge(bench: Bench, merges: Merges, mixture: Mixture) -> dict[str, list[floa
 def as_markdown(results: dict[str, Any]) -> str:
     lines = ["# A search among 24 mixtures of two merges of five emotion models", "", "Made by", ""]
     lines += ["    python -m benchmarks.search --data DATA --models MODELS", ""]
-    lines += ["Macro F1: on validation rows, and on test rows of the owners' domains / of five others. Number 1 is", ""]
+    lines += ["Macro F1: on validation rows, and on test rows of the owners' domains / of five others. Number 1 is"]
     lines += ["`data_free` as it is.", ""]
     lines += ["| seed | chosen | validation, unsearched | searched | test, unsearched | searched | gain |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -137,7 +137,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     lowest, highest = np.min(gains, axis=0), np.max(gains, axis=0)
     mean = _pair(np.mean(gains, axis=0), signed=True)
     interval = f"{_pair(lowest, signed=True)} to {_pair(highest, signed=True)}"
-    lines += ["", f"Mean gain on test rows over {len(gains)} seeds: {mean}; from {interval}.", ""]
+    if len(gains) > 1:
+        lines += ["", f"Mean gain on test rows over {len(gains)} seeds: {mean}; from {interval}."]
+    lines += [""]
     lines += ["Scales of what was chosen, in three groups of blocks and the classifier:", ""]
     for seed, found in results["seeds"].items():
         scales = found["tried"][found["chosen"]][0]

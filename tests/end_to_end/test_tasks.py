@@ -40,6 +40,7 @@ from transformers import (
 from common.agreement import Task
 from common.metrics import micro_f1
 from common.models.loading import digest_of
+from deploy.commands.personal import make_and_show
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
 from server.report.report import MeanMetrics, Report
@@ -169,6 +170,12 @@ def run(folder: Path, tmp_path: Path) -> Report:
     return simulate(folder, tmp_path / "output")
 
 
+def personal_of(owner: str, output: Path) -> Path:
+    """The folder of the owner's personal model, made of what the run published."""
+    make_and_show(output / "parties" / f"{owner}.toml", output, output.parent / "personal")
+    return output.parent / "personal"
+
+
 def test_words_are_tagged(tmp_path: Path) -> None:
     folder = tmp_path / "consortium"
     write_consortium(folder, f'kind = "token-classification"\nlabels = {json.dumps(TAGS)}', bert_for_tokens, epochs=8)
@@ -185,6 +192,8 @@ def test_words_are_tagged(tmp_path: Path) -> None:
     check_report(report, tmp_path / "output", "entity_f1", {"own", "ensemble", "multi_task"})
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "output" / "model")
     assert model.config.id2label[1] == "B-THING"
+    personal = AutoModelForTokenClassification.from_pretrained(personal_of("ada", tmp_path / "output"))
+    assert personal.config.id2label == model.config.id2label
 
 
 def test_the_next_word_is_predicted(tmp_path: Path) -> None:
@@ -196,6 +205,8 @@ def test_the_next_word_is_predicted(tmp_path: Path) -> None:
     assert mean["base"].metric < mean["regmean"].metric < 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "output" / "model")
     assert digest_of(model, Task(kind="causal-lm")) == report.digests.model
+    personal = AutoModelForCausalLM.from_pretrained(personal_of("bea", tmp_path / "output"))
+    assert personal.num_parameters() == model.num_parameters()
     assert "lm_head.weight" in {name for group in report.tensors.merged for name in group}
 
 
@@ -227,6 +238,8 @@ def test_owners_with_labels_of_their_own_share_a_body_and_keep_their_heads(tmp_p
         "latin-1"
     )
     check_card_puts_the_body_under_a_head(tmp_path / "output" / "model", folder / "base")
+    personal = AutoModelForSequenceClassification.from_pretrained(personal_of("bea", tmp_path / "output"))
+    assert list(personal.config.id2label.values()) == ["positive film", "negative film", "no film"]
 
 
 def check_card_puts_the_body_under_a_head(model_folder: Path, base: Path) -> None:
@@ -345,6 +358,8 @@ def test_numbers_are_predicted(tmp_path: Path) -> None:
     # a sum is rounded to a 64th of the squared range
     assert evaluation.by_owner["bea"]["refit"].metric == pytest.approx(errors, abs=16 / 64 / len(rows))
     assert "Pearson's r" in (published / "README.md").read_text()
+    personal = AutoModelForSequenceClassification.from_pretrained(personal_of("cyd", tmp_path / "output"))
+    assert personal.config.problem_type == "regression"
 
 
 def clip(_: int) -> PreTrainedModel:
@@ -369,6 +384,7 @@ def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> Non
     check_report(report, tmp_path / "output", "macro_f1", {"own", "ensemble", "multi_task"})
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "output" / "model")
     assert digest_of(model, Task(kind="image-classification", labels=("dark", "light"))) == report.digests.model
+    AutoModelForImageClassification.from_pretrained(personal_of("ada", tmp_path / "output"))
 
 
 TEMPLATE = """\

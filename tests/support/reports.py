@@ -93,8 +93,22 @@ _REPORT: dict[str, Any] = {
         "by_owner": {"ada": {model: _scores(accuracy + 0.0625, 400) for model, accuracy in ACCURACIES.items()}},
         "sweep": {
             "regmean": [
-                {"candidate": "regmean@0.5", "hyperparameter": 0.5, "accuracy": 0.6, "metric": 0.5, "pearson_r": None},
-                {"candidate": "regmean@0.9", "hyperparameter": 0.9, "accuracy": 0.7, "metric": 0.6, "pearson_r": None},
+                {
+                    "candidate": "regmean@0.5",
+                    "hyperparameter": 0.5,
+                    "accuracy": 0.6,
+                    "metric": 0.5,
+                    "pearson_r": None,
+                    "scales": None,
+                },
+                {
+                    "candidate": "regmean@0.9",
+                    "hyperparameter": 0.9,
+                    "accuracy": 0.7,
+                    "metric": 0.6,
+                    "pearson_r": None,
+                    "scales": None,
+                },
             ]
         },
     },
