@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from benchmarks.machine import this_machine
+from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.published import publish, say
 from client.measurement.gram import find_shared_inputs
 from common.models.layers import merge_layers
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    quiet_on_one_thread()
     results = measure()
     publish("how_large", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
@@ -179,7 +179,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield "# What a merge of seven billion parameters takes"
     yield ""
     yield (
-        f"Computed, not run, from rates measured on one core of a machine with {machine['cores']} "
+        f"Computed, not run, from rates in processor seconds of one thread: {machine['cores']} cores "
         f"({machine['processor']}), Python {machine['python']}, torch {machine['torch']}. RegMean with one alpha, "
         f"masked, {OWNERS} owners. Each measures {EXAMPLES:,} examples of {TOKENS} tokens and tests on {TEST_EXAMPLES}."
     )
