@@ -2,8 +2,8 @@
 
 python -m benchmarks
 
-Says first how long it will take, by timing matrix products on this machine; then prints each figure as it is had. What
-would not end in time is left out, and named. Quick runs do not replace published results (published.py).
+Says first how long it will take, by timing matrix products on this machine; then prints each number as soon as it is
+measured. What would not end in time is left out, and named. Quick runs do not replace published results (published.py).
 """
 
 import subprocess

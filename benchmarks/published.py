@@ -41,5 +41,5 @@ def everything(_: Mapping[str, Any]) -> Mapping[str, float]:
 
 
 def say(text: str) -> None:
-    """Print a figure as soon as it is had."""
+    """Print a result as soon as it is measured."""
     print(text, file=sys.stderr, flush=True)
