@@ -33,9 +33,10 @@ from common.schedule import Delivery, Schedule
 from common.summation import fixed_point, mask_stream
 from common.tensor_layout import PART_BYTES, TensorEntry, TensorLayout
 from common.thresholds import neighbourhood
+from server.checkpoint import MAX_BYTES_IN_MEMORY
 
 WHOLE_PARAMETERS = 50_000_000  # a model with no more than these is measured whole
-BATCH_TOKENS, BATCH_IMAGES = 1024, 8  # of a measurement; of blocks of a large model, a quarter
+BATCH_TOKENS, BATCH_IMAGES = 1024, 8  # of a measurement; of blocks of a large model, half
 LONG_SECONDS = 1.0  # what takes longer is measured once
 MASKED_NUMBERS = 1 << 20
 LARGEST_SOLVE = 768
@@ -195,7 +196,7 @@ def pass_seconds(
     if is_small or blocks < 3 or not is_one_chain:
         return _pass_seconds(_with_blocks(outline, None), plan, tokens, BATCH_TOKENS, with_gradients)
     one, two = (
-        _pass_seconds(_with_blocks(outline, count), plan, tokens, BATCH_TOKENS // 4, with_gradients) for count in (1, 2)
+        _pass_seconds(_with_blocks(outline, count), plan, tokens, BATCH_TOKENS // 2, with_gradients) for count in (1, 2)
     )
     forward, grams, gradients = (a + max(b - a, 0.0) * (blocks - 1) for a, b in zip(one, two, strict=True))
     return forward, grams, gradients
@@ -214,7 +215,11 @@ def _pass_seconds(
     )
     with torch.inference_mode():
         forward = _seconds(lambda: model(**batch))
-    grams = _seconds(lambda: measure_grams(model, measured, [batch])) if measured.inputs else 0.0
+    grams = 0.0
+    if measured.inputs:  # by a second batch, because memory for large Grams is made ready once
+        once = _seconds(lambda: measure_grams(model, measured, [batch]))
+        twice = _seconds(lambda: measure_grams(model, measured, [batch, batch]))
+        grams = max(twice - once, forward)
     alone = _seconds(lambda: model(**single).logits.float().square().mean().backward()) if with_gradients else 0.0
     return forward / count / tokens, grams / count / tokens, alone / tokens
 
@@ -312,9 +317,9 @@ def owner_bytes(work: Work) -> int:
 
 
 def coordinator_bytes(work: Work) -> int:
-    """The most memory that the coordinator needs; the sum may lie in pages of its file."""
-    largest = max((each.inputs * (each.inputs + 2 * each.outputs) for each in work.systems), default=0)
-    return FIXED_BYTES + 8 * work.largest_sum + 8 * largest + 2 * PART_BYTES
+    """The most memory that the coordinator needs. A large sum lies in a file, whose pages the system can reclaim."""
+    largest = max((each.inputs * (2 * each.inputs + 3 * each.outputs) for each in work.systems), default=0)
+    return FIXED_BYTES + min(8 * work.largest_sum, MAX_BYTES_IN_MEMORY) + 8 * largest + 2 * PART_BYTES
 
 
 def in_words(parts: dict[str, float]) -> str:
