@@ -120,7 +120,7 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
     grams = wanted.get(Measurement.GRAMS, 0)
     if stepped := [each.max_examples for each in again if each.measurement is Measurement.GRAMS]:
         grams += max(stepped)
-    forward = wanted.get(Measurement.CLASS_SHARES, 0)
+    forward = wanted.get(Measurement.CLASS_SHARES, 0) + (LOOKED_AT if agreement.task.has_labels else 0)
     forward += 2 * sum(each.max_examples for each in again if each.measurement is Measurement.CLASSIFIER)
     received = sum(event.layout.size * 4 for event in schedule.events if isinstance(event, Delivery))
     owners = len(agreement.owners)
@@ -290,7 +290,7 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
     """What an owner computes, by part."""
     examples = {limit: min(limit, rows.train) for limit in (work.gram_examples, work.fisher_examples)}
     scored = work.validated_models * rows.validation + work.tested_models * rows.test
-    looked_at = min(work.forward_examples, 2 * rows.train) + min(LOOKED_AT, 2 * rows.train)
+    looked_at = min(work.forward_examples, 2 * rows.train)
     loads = LOADS + work.validated_models + work.tested_models
     return {
         "training": rows.epochs * rows.train * rows.tokens * (1 + BACKWARDS) * rates.forward_of_token,
