@@ -43,9 +43,10 @@ def bounded_sums(
             return _bounded_likelihoods(model, rows, batch_size, passes)
     logits = predict_logits(model, rows, batch_size, passes)
     if task.is_regression:
-        return _moments(logits, np.asarray(rows.targets), task).sum(axis=0).reshape(-1)
+        moments: NDArray[np.float64] = _moments(logits, np.asarray(rows.targets), task).sum(axis=0)
+        return moments.reshape(-1)
     if task.has_several_labels:
-        found, wanted = logits > 0, np.asarray(rows.targets) > 0  # (rows, labels)
+        found, wanted = logits > 0, np.asarray(rows.targets, np.float64) > 0  # (rows, labels)
         right = (found == wanted).all(axis=1).sum()
     elif task.kind == "token-classification":
         return _bounded_tags(logits, rows, task.labels)
