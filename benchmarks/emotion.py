@@ -47,9 +47,11 @@ scales = [1.5, 3.0]
 [logit_adjusted]
 body = "{body}"
 strengths = {strengths}
+{measured}
 
 [refit]
 body = "{body}"
+{measured}
 
 [evaluation]
 choose_by = "macro_f1"
@@ -94,11 +96,13 @@ def write_consortium(
     owners: tuple[str, ...] = IN_DOMAIN,
     ring_bits: int = 64,
     weighting: str = "rows",
+    measured: int | None = None,
     kind: str | None = None,
     rows: Mapping[str, int] = ROWS,
 ) -> None:
     """Write agreement.toml, one settings file and the first `rows` of the data per owner. The first of `methods` makes
-    the published model. `kind` of the sum: left out, masked if there are owners enough.
+    the published model. `kind` of the sum: left out, masked if there are owners enough. `measured`: examples for
+    refit and logit adjustment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = AGREEMENT.format(
@@ -113,6 +117,7 @@ def write_consortium(
         body=body,
         data_free=data_free,
         strengths=list(strengths),
+        measured="" if measured is None else f"measured_examples = {measured}",
         # With two owners, each knows the other's part of any total, so a masked sum needs three.
         kind=kind or ("masked" if len(owners) > 2 else "plain"),
         ring_bits=ring_bits,

@@ -37,6 +37,8 @@ class Training(Settings):
     lora_rank: Count | None = None
     # Only linear layers with these names, such as "q_proj". Left out, all that the agreement merges.
     lora_layers: tuple[str, ...] = ()
+    # Train the second LoRA factors alone. The first follow from the agreement's seed, so all owners share them (lorm).
+    lora_shared: bool = False
     # Plant this many random rows, by which `amalgram audit` measures how well a model remembers single rows.
     canaries: Annotated[int, Field(ge=0, le=1000)] = 0  # check: canaries-need-a-line
     # End when so many epochs have not improved the loss on validation rows, and take the best epoch.
@@ -46,6 +48,8 @@ class Training(Settings):
     def _fits_together(self) -> "Training":
         if self.accumulation > self.batch_size:
             raise RuleError(f"accumulation = {self.accumulation} is more than batch_size = {self.batch_size}")
+        if self.lora_shared and self.lora_rank is None:
+            raise RuleError("has lora_shared and no lora_rank", hint="give lora_rank = 8, or leave lora_shared out")
         if self.lora_layers and self.lora_rank is None:
             raise RuleError("has lora_layers and no lora_rank", hint="give lora_rank = 8, or leave lora_layers out")
         return self

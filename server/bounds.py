@@ -62,6 +62,8 @@ def _check_grams(total: SummedTensors, layout: TensorLayout, settings: MergeSett
             size, most = float(total[entry.name].diagonal().max()), weight * settings.bounds.grams[name]
         elif kind == "data_free_gram":
             size, most = float(np.trace(total[entry.name])), weight
+        elif kind == "lorm_gram":
+            size, most = float(total[entry.name].diagonal().max()), weight * entry.bound / settings.weight_bound
         else:
             continue
         if size > most:  # check: grams-fit-the-weights

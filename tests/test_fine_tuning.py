@@ -14,6 +14,7 @@ from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import fine_tune
 from client.settings import Training
 from common.errors import SettingsError
+from common.merge_methods.lorm import directions
 from tests.support.models import tiny_bert
 from tests.support.rows import rows_of
 
@@ -122,6 +123,18 @@ def test_lora_may_name_layers_and_leaves_alone_what_the_agreement_does() -> None
         trained(TRAINING.model_copy(update={"lora_rank": 2, "lora_layers": ("q_proj",)}))
 
 
+def test_owners_that_train_the_second_factors_alone_share_the_first() -> None:
+    training = TRAINING.model_copy(update={"lora_rank": 2, "lora_layers": ("query",), "lora_shared": True})
+    one, other = quiet_bert(), quiet_bert()
+    fine_tune(one, ROWS, training, seed=3, description="")
+    fine_tune(other, ROWS.take(np.arange(len(ROWS) - 4)), training, seed=3, description="")
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    changes = [(each.get_parameter(name) - quiet_bert().get_parameter(name)).detach().double() for each in (one, other)]
+    assert not torch.allclose(*changes, rtol=0.1, atol=0)
+    read = [directions(change.T, 2, name) for change in changes]
+    torch.testing.assert_close(*read, rtol=0, atol=1e-3)
+
+
 def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
     training = TRAINING.model_copy(update={"lora_rank": 2, "schedule": "linear", "accumulation": 2})
     one, other = trained(training, model=tiny_bert()), trained(training, model=tiny_bert())
@@ -136,7 +149,9 @@ def test_training_ends_when_validation_gains_nothing_and_takes_the_best_epoch() 
     assert all(torch.equal(stopped[name], once[name]) for name in once)
 
 
-@pytest.mark.parametrize("changes", [{"accumulation": 64}, {"lora_layers": ("query",)}, {"warmup": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{"accumulation": 64}, {"lora_layers": ("query",)}, {"lora_shared": True}, {"warmup": 1.5}]
+)
 def test_training_settings_fit_together(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Training(**changes)  # type: ignore[arg-type]

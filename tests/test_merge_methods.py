@@ -421,6 +421,7 @@ def test_every_method_sees_only_sums_and_changes_every_parameter(method: str) ->
     measured = {
         "regmean": {Measurement.GRAMS},
         "anchored": {Measurement.GRAMS},
+        "lorm": {Measurement.GRAMS},
         "fisher": {Measurement.FISHER},
         "logit_adjusted": {Measurement.CLASS_SHARES},
     }

@@ -272,7 +272,7 @@ def candidate(name: str, agreed: MergeSettings) -> tuple[SingleRoundMethod[Hyper
     return method, value, {**result.delta, **result.beside, **applied}
 
 
-WITH_FUNCTION = ["isotropic", "logit_adjusted", "model_stock"]
+WITH_FUNCTION = ["isotropic", "logit_adjusted", "model_stock", "lorm"]
 
 
 @pytest.mark.parametrize("name", WITH_FUNCTION)

@@ -63,6 +63,7 @@ CASES = [
     "anchored",
     "logit_adjusted",
     "model_stock",
+    "lorm",
 ]
 WITHOUT_CONSTANT = ("data_free", "logit_adjusted")
 IN_BLOCKS = ("regmean", "anchored")

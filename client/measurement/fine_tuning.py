@@ -170,6 +170,10 @@ def low_rank(model: PreTrainedModel, training: Training) -> Iterator[None]:
     with warnings.catch_warnings(action="ignore"):  # about fan_in_fan_out, which peft sets right for each layer
         settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=layers)
         factors = LoraModel(model, settings, "own")
+    if training.lora_shared:
+        for name, factor in model.named_parameters():
+            if ".lora_A." in name:
+                factor.requires_grad_(False)
     for name, needed in required.items():
         if needed and not name.startswith(body):
             model.get_parameter(name).requires_grad_(True)

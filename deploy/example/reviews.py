@@ -58,8 +58,8 @@ base = "base"
 # base_revision = "..."       # of a hub name: its commit; if left out, the newest one when the draft is completed
 
 # The published model is merged with `method`. The others are only evaluated, for comparison.
-# Single-round methods: average, task_arithmetic, fisher, regmean, data_free, anchored, isotropic, model_stock, and
-# logit_adjusted, which reveals roughly how frequent each label is. docs/which-method.md helps to choose.
+# Single-round methods: average, task_arithmetic, fisher, regmean, data_free, anchored, isotropic, model_stock, lorm,
+# and logit_adjusted, which reveals roughly how frequent each label is. docs/which-method.md helps to choose.
 # search tries mixtures of methods in compare_with, which [search] names, on the owners' validation rows.
 # Multi-round methods, for which every owner must stay to the end: regmean_plus_plus, and refit, which fits the
 # classifier anew and reveals how many rows have each label.

@@ -130,6 +130,7 @@ TABLE = [
     Mutation(FUNCTIONS, "test_147_what_a_method", "functions-are-applied"),
     Mutation(CHOSEN, "test_147_what_a_function", "sums-of-shares-are-zero"),
     Mutation(DISHONEST, "test_148_", "class-shares-add-up"),
+    Mutation("test_lorm.py", "share_no_factor", "owners-share-a-factor"),
     Mutation(LOW_RANK, "test_130_every_layer", "cuts-are-the-closest"),
     Mutation(LOW_RANK, "test_130_factors", "padding-of-factors-is-zero"),
     Mutation(LOW_RANK, "test_130_factors", "factors-are-orthonormal"),
