@@ -18,7 +18,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from benchmarks.quality import textbook_data_free
-from client.owner import Owner
+from client.holdings import Holdings
+from client.measurement.evaluation import evaluate
+from client.settings import OwnerSettings
+from common.agreement.agreement import load_agreement
+from common.settings_file import load_settings
 from deploy.demo.digits import SCANNERS, TRAIN
 from deploy.demo.run import run_demo
 from deploy.simulation.parties import PARTIES
@@ -51,17 +55,24 @@ def run_seed(seed: int) -> Seed:
     """The demo's report for one seed, and the accuracy of `data_free` by ridge and pull."""
     with tempfile.TemporaryDirectory() as folder:
         report = run_demo(Path(folder), seed, with_references=False)
-        owners = [Owner(Path(folder) / PARTIES / f"{name}.toml") for name in SCANNERS]
-        models, examples = {each.name: each.workbench.own_model() for each in owners}, dict.fromkeys(SCANNERS, TRAIN)
+        owners = {name: _holdings(Path(folder) / PARTIES / f"{name}.toml") for name in SCANNERS}
+        models, examples = {name: each.own_model() for name, each in owners.items()}, dict.fromkeys(SCANNERS, TRAIN)
         found = {}
         for ridge, pull in PULLS:
-            merged = textbook_data_free(owners[0].workbench.load_base(), models, examples, ridge, pull)
-            found[f"data_free, ridge {ridge}, pull {pull or 'the mean'}"] = mean(_accuracies(owners, merged))
+            merged = textbook_data_free(owners["centre"].load_base(), models, examples, ridge, pull)
+            accuracies = [_accuracy(each, merged) for each in owners.values()]
+            found[f"data_free, ridge {ridge}, pull {pull or 'the mean'}"] = mean(accuracies)
         return report, found
 
 
-def _accuracies(owners: list[Owner], model: PreTrainedModel) -> list[float]:
-    return [owner.workbench.score(model, "test").main for owner in owners]
+def _holdings(path: Path) -> Holdings:
+    settings = load_settings(path, OwnerSettings)
+    return Holdings(settings, path.parent, load_agreement(path.parent / settings.agreement))
+
+
+def _accuracy(owner: Holdings, model: PreTrainedModel) -> float:
+    data, task = owner.data, owner.task
+    return evaluate(model, data.test(), owner.settings.batch_size, task, data.label_set()).main
 
 
 def summarise(runs: list[Seed]) -> dict[str, Any]:

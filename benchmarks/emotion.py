@@ -21,7 +21,6 @@ AGREEMENT = """\
 title = "Five emotion domains"
 base = "{base}"
 method = "{method}"
-weighting = "{weighting}"
 compare_with = {compare_with}
 seed = {seed}
 
@@ -36,22 +35,10 @@ bias_feature = {bias_feature}
 {largest_gram}
 
 [data_free]
-{data_free}
-
-[anchored]
-anchors = [0.5]
-
-[isotropic]
-scales = [1.5, 3.0]
-
-[logit_adjusted]
-body = "{body}"
-strengths = {strengths}
-{measured}
+alphas = [0.5, 0.9, 1.0]
 
 [refit]
 body = "{body}"
-{measured}
 
 [evaluation]
 choose_by = "macro_f1"
@@ -90,19 +77,12 @@ def write_consortium(
     bias_feature: bool = False,
     largest_gram: int | None = None,
     body: str = "data_free",
-    data_free: str = "alphas = [0.5, 0.9, 1.0]",
-    strengths: Iterable[float] = (0.5,),
     seed: int = 0,
     owners: tuple[str, ...] = IN_DOMAIN,
     ring_bits: int = 64,
-    weighting: str = "rows",
-    measured: int | None = None,
-    kind: str | None = None,
-    rows: Mapping[str, int] = ROWS,
 ) -> None:
-    """Write agreement.toml, one settings file and the first `rows` of the data per owner. The first of `methods` makes
-    the published model. `kind` of the sum: left out, masked if there are owners enough. `measured`: examples for
-    refit and logit adjustment.
+    """Write agreement.toml, one settings file and the first rows of the data per owner. The first of `methods`
+    makes the published model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = AGREEMENT.format(
@@ -113,19 +93,15 @@ def write_consortium(
         alphas=list(alphas),
         bias_feature=str(bias_feature).lower(),
         largest_gram="" if largest_gram is None else f"largest_gram = {largest_gram}",
-        weighting=weighting,
         body=body,
-        data_free=data_free,
-        strengths=list(strengths),
-        measured="" if measured is None else f"measured_examples = {measured}",
         # With two owners, each knows the other's part of any total, so a masked sum needs three.
-        kind=kind or ("masked" if len(owners) > 2 else "plain"),
+        kind="masked" if len(owners) > 2 else "plain",
         ring_bits=ring_bits,
     )
     (folder / "agreement.toml").write_text(
         text.replace("'", '"') + "".join(f'\n[[owners]]\nname = "{name}"\n' for name in owners)
     )
-    write_first_rows(folder / "data", data, owners, rows)
+    write_first_rows(folder / "data", data, owners)
     for name in owners:
         (folder / f"{name}.toml").write_text(OWNER.format(name=name, model=(models / name).resolve()))
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.emotion import write_first_rows
 from benchmarks.machine import quiet_on_one_thread
-from benchmarks.quality import candidates_kept, say
+from benchmarks.quality import candidates_kept, say, textbook_data_free
 from client.data.private_data import PrivateData
 from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import fine_tune
@@ -40,11 +40,7 @@ TASK = Task(kind="causal-lm", max_tokens=40)
 TEST_ROWS = 30
 LORA_LAYERS = ("q_proj", "v_proj")
 RECIPE = Training(epochs=2, learning_rate=2e-3, batch_size=4, lora_rank=8, lora_layers=LORA_LAYERS)
-RUNS = {  # what a merge is called here -> its [data_free]; without a name, all methods at once
-    "": "ridge = 0.1",
-    "data_free, ridge 1": "ridge = 1.0",
-    "data_free, ridge 1, pull 1": "ridge = 1.0\npull = 1.0",
-}
+PULLS = ((1.0, None), (10.0, None), (100.0, None), (1.0, 0.5), (30.0, 0.5))  # of data_free; the run has 0.1, None
 METHODS = ("data_free", "average", "task_arithmetic", "regmean", "anchored", "isotropic", "model_stock")
 AGREEMENT = """\
 title = "Three kinds of text"
@@ -66,9 +62,6 @@ measured_examples = 100
 
 [task_arithmetic]
 scales = [0.5, 1.0]
-
-[data_free]
-{data_free}
 
 [summation]
 kind = "plain"
@@ -127,16 +120,15 @@ def judged(models: list[PreTrainedModel], tests: Mapping[str, Rows]) -> dict[str
     return {kind: mean_log_likelihood(models, rows) for kind, rows in tests.items()}
 
 
-def merged(work: Path, folder: Path, data_free: str, methods: tuple[str, ...]) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Every candidate of one run, by name."""
+def merged(work: Path, folder: Path) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Every candidate of a run of all methods, by name."""
     folder.mkdir()
     text = AGREEMENT.format(
         base=(work / "base").resolve(),
-        method=methods[0],
-        compare_with=json.dumps(methods[1:]),
+        method=METHODS[0],
+        compare_with=json.dumps(METHODS[1:]),
         max_tokens=TASK.max_tokens,
         layers=json.dumps([f"*.{name}" for name in LORA_LAYERS]),
-        data_free=data_free,
     )
     (folder / "agreement.toml").write_text(text + "".join(f'\n[[owners]]\nname = "{name}"\n' for name in KINDS))
     for name, kind in KINDS.items():
@@ -179,13 +171,15 @@ def run(work: Path, data: Path, rows: int) -> dict[str, Any]:
             kind: float(np.mean([by_owner[name][kind] for name in KINDS if name != kind])) for kind in tests
         }
         found["ensemble"] = judged(list(own.values()), tests)
-        del own
-        for name, data_free in RUNS.items():
-            methods = METHODS if not name else METHODS[:1]
-            for candidate, model in merged(work, Path(room) / (name or "all"), data_free, methods):
-                say(f"judging {name or candidate}")
-                found[name or candidate] = judged([model], tests)
-                keep({"rows": rows, "log-likelihood": found})
+        for name, model in merged(work, Path(room) / "consortium"):
+            say(f"judging {name}")
+            found[name] = judged([model], tests)
+            keep({"rows": rows, "log-likelihood": found})
+        for ridge, pull in PULLS:
+            model = textbook_data_free(
+                load_base(work / "base", TASK, seed=0), own, dict.fromkeys(KINDS, 1), ridge, pull
+            )
+            found[f"data_free, ridge {ridge}, pull {pull or 'the mean'}"] = judged([model], tests)
     return {"rows": rows, "log-likelihood": found}
 
 
@@ -204,7 +198,6 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"texts an owner, {RECIPE.epochs} epochs. Log-likelihood per token (nats, higher is better) of {TEST_ROWS} "
         f"test texts of each kind; {', '.join(NOBODY)}: texts of nobody. `own, everywhere` is the mean of the others' "
         "models.",
-        "",
         "Made by `python -m benchmarks.generative`.",
         "",
         f"| model | owners' mean | {' | '.join(kinds)} |",

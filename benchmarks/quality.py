@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, ROWS, write_consortium, write_first_rows
+from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, write_consortium, write_first_rows
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import RESULTS, everything, publish, published
 from client.data.private_data import PrivateData
@@ -37,6 +37,7 @@ from client.measurement.evaluation import predict_logits, score_logits
 from client.measurement.fine_tuning import fine_tune
 from client.settings import Data, Training
 from common.agreement import Reading, Task
+from common.merge_methods.refit import class_weights
 from common.metrics import Score
 from common.models.delta import APPLIED, add_delta
 from common.models.folders import base_labels, load_tokenizer
@@ -50,11 +51,12 @@ from server.report.report import Report
 BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
 PULLS = ((0.1, None), (0.1, 1.0), (1.0, 1.0))  # ridge and pull of data_free
-HELD_TO_THE_SUM = "ridge = 1.0\npull = 1.0"
+MEASURED = 500  # rows of each owner, for draws
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
 
 Metrics = dict[str, dict[str, float]]  # domain -> accuracy, macro_f1
+Logits = Mapping[str, NDArray[np.float32]]  # domain -> (rows, labels)
 
 
 class Bench:
@@ -101,13 +103,21 @@ class Bench:
 
     def logits(self, model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
         """By domain. Models that differ in the classifier alone share one pass."""
-        classifier, model.classifier = model.classifier, torch.nn.Identity()
-        body = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in model.parameters())).digest()
+        tensors = (each for name, each in model.named_parameters() if not name.startswith("classifier."))
+        body = hashlib.sha256(b"".join(each.detach().numpy().tobytes() for each in tensors)).digest()
         if body not in self._features:
-            self._features[body] = {name: predict_logits(model, rows, BATCH) for name, rows in self.tests.items()}
-        model.classifier = classifier
+            self._features[body] = {name: self.classifier_inputs(model, rows) for name, rows in self.tests.items()}
         with torch.no_grad():
-            return {name: classifier(torch.from_numpy(each)).numpy() for name, each in self._features[body].items()}
+            found = {name: model.classifier(torch.from_numpy(each)) for name, each in self._features[body].items()}
+        return {name: each.numpy() for name, each in found.items()}
+
+    @staticmethod
+    def classifier_inputs(model: PreTrainedModel, rows: Rows) -> NDArray[np.float32]:
+        """(rows, features), in the order of the rows."""
+        classifier, model.classifier = model.classifier, torch.nn.Identity()
+        features = predict_logits(model, rows, BATCH)
+        model.classifier = classifier
+        return features
 
     def judge(self, logits: Mapping[str, NDArray[np.float32]]) -> Metrics:
         return {name: self._metrics(self.score(name, each)) for name, each in logits.items()}
@@ -146,8 +156,7 @@ def merged_by_the_product(bench: Bench, suffix: str = "", **consortium: Any) -> 
         for name, (layout, vector) in kept.items():
             say(f"judging {name}{suffix}")
             metrics[name + suffix] = bench.judge(bench.logits(bench.with_delta(layout, vector)))
-    if "rows" not in consortium:
-        _check_same(report, metrics, suffix)
+    _check_same(report, metrics, suffix)
     return metrics, report
 
 
@@ -273,32 +282,66 @@ def run_bias(bench: Bench) -> dict[str, Any]:
 
 
 def run_pulls(bench: Bench) -> dict[str, Any]:
-    """What data-free's ridge pulls to, and how strongly logits are adjusted: the formulas alone, without a sum."""
+    """What data-free's ridge pulls to, and how strongly logits are adjusted: the formulas alone, without a sum.
+
+    Macro F1 in and out, accuracy in and out, and by how much macro F1 in and out is above that of the first setting at
+    strength 0, each with the standard error of this difference over bootstraps of the test rows.
+    """
     models = {name: bench.load(name) for name in IN_DOMAIN}
     examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
     drawn = np.random.default_rng(0)
-    shares = np.zeros(len(bench.task.labels))
+    logs = np.zeros(len(bench.task.labels))
     for name, model in models.items():
         rows = bench.train_rows(name)
         measured = rows.take(drawn.permutation(len(rows))[:500])
         logits = torch.from_numpy(predict_logits(model, measured, BATCH)).double()
-        shares += examples[name] / sum(examples.values()) * logits.softmax(1).mean(0).numpy()
+        shares = logits.softmax(1).mean(0).numpy()
+        logs += examples[name] / sum(examples.values()) * np.log(shares + 0.01 / len(shares))
     found: dict[str, Any] = {}
+    first: dict[str, NDArray[np.float32]] = {}
     for ridge, pull in PULLS:
         say(f"judging data_free with ridge {ridge} and pull {pull}")
         logits_of = bench.logits(textbook_data_free(bench.load("base"), models, examples, ridge, pull))
-        found[f"{ridge} {pull}"] = {
-            str(strength): _in_and_out(
-                bench.judge(
-                    {
-                        domain: (logits - strength * np.log(shares + 0.01 / len(shares))).astype(np.float32)
-                        for domain, logits in logits_of.items()
-                    }
-                )
-            )
-            for strength in (0.0, 0.25, 0.5, 0.75, 1.0)
-        }
+        first = first or logits_of
+        found[f"{ridge} {pull}"] = {}
+        for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
+            adjusted = {domain: (each - strength * logs).astype(np.float32) for domain, each in logits_of.items()}
+            metrics = bench.judge(adjusted)
+            found[f"{ridge} {pull}"][str(strength)] = [
+                *_in_and_out(metrics),
+                *_in_and_out(metrics, "accuracy"),
+                *difference(bench, adjusted, first, IN_DOMAIN),
+                *difference(bench, adjusted, first, OUT_OF_DOMAIN),
+            ]
     return found
+
+
+def difference(
+    bench: Bench, one: Logits, other: Logits, domains: tuple[str, ...], draws: int = 200
+) -> tuple[float, float]:
+    """By how much macro F1 of one model is above the other's, in the mean, and the standard error of this: both are
+    judged on the same bootstrapped test rows.
+    """
+    random = np.random.default_rng(0)
+    gains = np.zeros(draws)
+    for domain in domains:
+        targets, allowed = np.array(bench.tests[domain].targets, dtype=np.int64), bench.allowed[domain]
+        predicted = [allowed[each[domain][:, allowed].argmax(1)] for each in (one, other)]
+        for draw in range(draws):
+            rows = random.integers(0, len(targets), len(targets))
+            ours, theirs = (macro_f1(targets[rows], each[rows]) for each in predicted)
+            gains[draw] += (ours - theirs) / len(domains)
+    return float(gains.mean()), float(gains.std())
+
+
+def macro_f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    """The mean of 2 TP / (2 TP + FP + FN) over the labels that occur in `targets`."""
+    labels = int(max(targets.max(), predicted.max())) + 1
+    right, wanted, found = (
+        np.bincount(each, minlength=labels) for each in (targets[targets == predicted], targets, predicted)
+    )
+    occurs = wanted > 0
+    return float(np.mean(2 * right[occurs] / (wanted + found)[occurs]))
 
 
 @torch.no_grad()
@@ -318,7 +361,7 @@ def textbook_data_free(
     for key, base in merged.named_parameters():
         deltas = {name: (parameters[name][key] - base).double() for name in models}
         mean = sum(weights[name] * delta for name, delta in deltas.items())
-        if key in linear:
+        if key in linear and any(delta.any() for delta in deltas.values()):
             size, times = base.shape[1], 1.0 if pull is None else pull * len(models)
             grams = {name: weights[name] * each.T @ each / each.square().sum() for name, each in deltas.items()}
             level = ridge / size
@@ -329,32 +372,49 @@ def textbook_data_free(
     return merged
 
 
-def run_deciding(bench: Bench) -> dict[str, Any]:
-    """Three draws of the rows that methods measure; of those that measure none, one run says all.
-
-    The sum is plain and the run itself tests on few rows, because only what is merged matters here.
-    """
-    runs: list[dict[str, Any]] = [{"methods": ("logit_adjusted", "refit"), "seed": seed} for seed in range(3)]
-    runs += [{"methods": ("isotropic", "model_stock"), "weighting": "owners"}, {"methods": ("data_free", "average")}]
-    runs += [{"methods": ("regmean", "anchored"), "seed": seed} for seed in range(3)]
-    runs += [{"methods": ("regmean_plus_plus",)}]
+def run_draws(bench: Bench) -> dict[str, Any]:
+    """Three draws of the rows that logit adjustment and refit measure, on two data-free bodies: the formulas alone."""
+    models = {name: bench.load(name) for name in IN_DOMAIN}
+    examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
     found: dict[str, list[list[float | None]]] = {}
-    for run in runs:
-        few = {"train": ROWS["train"], "dev": 40, "test": 40}
-        metrics, _ = merged_by_the_product(
-            bench,
-            kind="plain",
-            rows=few,
-            alphas=(0.9,),
-            data_free=HELD_TO_THE_SUM,
-            strengths=(0.5, 1.0),
-            refit_examples=500,
-            **run,
-        )
-        for name, each in metrics.items():
-            found.setdefault(name, []).append(_in_and_out(each) + _in_and_out(each, "accuracy"))
-        keep("deciding", found)
+    for ridge, pull in (PULLS[0], PULLS[-1]):
+        body = textbook_data_free(bench.load("base"), models, examples, ridge, pull)
+        logits_of = bench.logits(body)
+        for seed in range(3):
+            say(f"drawing rows for ridge {ridge} and pull {pull}: seed {seed}")
+            logs, left, right = np.zeros(len(bench.task.labels)), torch.zeros(()), torch.zeros(())
+            for number, (name, model) in enumerate(models.items()):
+                rows = bench.train_rows(name)
+                measured = rows.take(np.random.default_rng([seed, number]).permutation(len(rows))[:MEASURED])
+                shares = torch.from_numpy(predict_logits(model, measured, BATCH)).double().softmax(1).mean(0).numpy()
+                logs += examples[name] / sum(examples.values()) * np.log(shares + 0.01 / len(shares))
+                gram, products = _refit_sums(bench.classifier_inputs(body, measured), measured, len(shares))
+                left, right = left + examples[name] * gram, right + examples[name] * products
+            found.setdefault(f"data_free {ridge} {pull}", []).append(_four(bench.judge(logits_of)))
+            for strength in (0.5, 1.0):
+                adjusted = {domain: (each - strength * logs).astype(np.float32) for domain, each in logits_of.items()}
+                found.setdefault(f"logit_adjusted@{strength} {ridge} {pull}", []).append(_four(bench.judge(adjusted)))
+            fitted = torch.linalg.solve(left, right)  # (features and 1, labels)
+            with torch.no_grad():
+                body.classifier.weight.copy_(fitted[:-1].T)
+                body.classifier.bias.copy_(fitted[-1])
+            found.setdefault(f"refit {ridge} {pull}", []).append(_four(bench.judge(bench.logits(body))))
     return found
+
+
+def _refit_sums(features: NDArray[np.float32], rows: Rows, labels: int) -> tuple[Tensor, Tensor]:
+    """What one owner's rows add to the system of common/merge_methods/refit.py, per row, with balance 0.5."""
+    fed = torch.from_numpy(np.c_[features, np.ones(len(features))])  # (rows, features and 1) float64
+    targets = torch.tensor(np.array(rows.targets))
+    weights = class_weights(targets, 0.5)[:, None] / len(targets)
+    gram = (weights * fed).T @ fed
+    gram.diagonal().add_(1e-2 * gram.diagonal().mean())
+    return gram, (weights * fed).T @ (torch.nn.functional.one_hot(targets, labels).double() - 1 / labels)
+
+
+def _four(metrics: Metrics) -> list[float | None]:
+    """Macro F1 in and out, accuracy in and out."""
+    return _in_and_out(metrics) + _in_and_out(metrics, "accuracy")
 
 
 def _in_and_out(metrics: Metrics, metric: str = "macro_f1") -> list[float | None]:
@@ -400,7 +460,7 @@ PARTS = {
     "owners": run_owners,
     "blocks": run_blocks,
     "pulls": run_pulls,
-    "deciding": run_deciding,
+    "draws": run_draws,
 }
 
 
@@ -449,17 +509,18 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines += ["| model | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|"]
     for name, values in rows_of_table(results):
         lines.append(f"| {name} | " + " | ".join("-" if value is None else f"{value:.3f}" for value in values) + " |")
-    if "deciding" in results:
+    if "draws" in results:
         lines += [
             "",
-            "Methods that measure rows: mean and range of three draws of 500 of each owner's (RegMean++: one). "
-            "`data_free`, and what rests on it, has ridge 1 and `pull` 1 here. Plain sums:",
+            f"`logit_adjusted` by strength and `refit`, on `data_free` of this ridge and pull: mean and range of three "
+            f"draws of the {MEASURED} rows of each owner that they measure, from the formulas alone:",
             "",
             "| model | macro F1 in | out | accuracy in | out |",
             "|---|---|---|---|---|",
         ]
-        for name, draws in results["deciding"].items():
-            lines.append(f"| {name} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
+        for name, draws in results["draws"].items():
+            shown = name.replace("None", "mean")
+            lines.append(f"| {shown} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
     if "owners" in results:
         lines += ["", "The first N owners, on their own domains (macro F1):", ""]
         models = list(next(iter(results["owners"].values())))
@@ -480,15 +541,31 @@ def as_markdown(results: dict[str, Any]) -> str:
         lines += [
             "",
             "`data_free` by its ridge and what it pulls to (`pull` times the sum of changes), and `logit_adjusted` on "
-            "it by strength, from the formulas alone (macro F1 in / out):",
+            "it by strength, from the formulas alone. Macro F1 in / out; in brackets, accuracy in / out:",
             "",
             "| ridge | pull | data_free | strength 0.25 | 0.5 | 0.75 | 1 |",
             "|---|---|---|---|---|---|---|",
         ]
         for setting, found in results["pulls"].items():
-            shown = [f"{inside:.3f} / {outside:.3f}" for inside, outside in found.values()]
-            lines.append(f"| {setting.replace(' ', ' | ').replace('None', 'the mean')} | " + " | ".join(shown) + " |")
+            shown = ["{:.3f} / {:.3f} ({:.3f} / {:.3f})".format(*each[:4]) for each in found.values()]
+            lines.append(f"| {named(setting)} | " + " | ".join(shown) + " |")
+        lines += [
+            "",
+            "The same, as the gain in macro F1 over the first of these, with its standard error over bootstraps of the "
+            "test rows:",
+            "",
+            "| ridge | pull | data_free | strength 0.25 | 0.5 | 0.75 | 1 |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for setting, found in results["pulls"].items():
+            shown = ["{:+.3f} ± {:.3f} / {:+.3f} ± {:.3f}".format(*each[4:]) for each in found.values()]
+            lines.append(f"| {named(setting)} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def named(setting: str) -> str:
+    """The ridge and pull of a row."""
+    return setting.replace(" ", " | ").replace("None", "the mean")
 
 
 def spread(values: tuple[float, ...]) -> str:
