@@ -234,6 +234,16 @@ def test_88_grams_of_weight_changes_beyond_the_weights() -> None:
         check(total, settings, ["data_free"])
 
 
+def test_88_grams_in_the_directions_of_adapters_beyond_the_weights() -> None:
+    settings = merge_settings(PLAN, bound=4.0)
+    total = total_of(["lorm"], settings, OWNERS)
+    check(total, settings, ["lorm"])
+    (position,) = (position for entry, position in total.layout.positions() if entry.name == "lorm_gram/l0")
+    total.vector[position] *= 1000
+    with pytest.raises(NumericalError, match="lorm_gram/l0 adds up to"):
+        check(total, settings, ["lorm"])
+
+
 @pytest.mark.parametrize("kind", ["head_gram", "head_rows", "head_"])
 def test_89_a_classifier_fitted_to_more_rows_than_an_owner_has(kind: str) -> None:
     plan = plan_for(6, [3], has_constant=True)
