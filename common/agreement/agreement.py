@@ -7,10 +7,10 @@ it is ever taken from a message.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -131,7 +131,17 @@ class Agreement(AgreementDraft):
 
     def digest(self) -> str:
         """SHA-256 of the canonical bytes, in hexadecimal."""
+        return self.digest_once
+
+    @cached_property  # an owner asks for it several times a message, and it takes as long as there are owners
+    def digest_once(self) -> str:
         return hashlib.sha256(self.canonical_bytes()).hexdigest()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy has a digest of its own: pydantic would copy this one's."""
+        copied = super().model_copy(update=update, deep=deep)
+        vars(copied).pop("digest_once", None)
+        return copied
 
 
 def load_agreement(path: Path) -> Agreement:
