@@ -4,7 +4,6 @@ Each command imports its module when it is called, so that help, keys and the li
 """
 
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -46,6 +45,8 @@ def main() -> NoReturn:
 
 def _show_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         print(f"amalgram {version('amalgram')}")
         raise typer.Exit
 

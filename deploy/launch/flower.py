@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from flwr.cli.build import build_fab_from_files
 
 from common.agreement import Agreement
 from common.errors import AmalgramError, ConsentError, EngineError, OwnerRefused
@@ -94,6 +93,8 @@ def app_files() -> dict[str, Path]:
 
 def build_bundle() -> bytes:
     """The bundle that this copy of the program makes: the same bytes from every copy of the same version."""
+    from flwr.cli.build import build_fab_from_files  # takes half a second to import, and most commands have no bundle
+
     return build_fab_from_files(app_files())[0]
 
 
