@@ -138,11 +138,11 @@ def test_the_sequence_diagram_is_the_masked_sum_s() -> None:
 
 
 @pytest.fixture(scope="module")
-def three_models(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def three_models(little_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The example's base, changed three times, partly alike."""
     folder = tmp_path_factory.mktemp("models")
     alike = torch.Generator().manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(reviews_folder / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(little_folder / "base")
     common_change = {
         name: torch.randn(each.shape, generator=alike)
         for name, each in base.state_dict().items()
@@ -150,14 +150,14 @@ def three_models(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     }
     made = {}
     for seed, name in enumerate(("hotel", "cinema", "phones"), 1):
-        model = AutoModelForSequenceClassification.from_pretrained(reviews_folder / "base")
+        model = AutoModelForSequenceClassification.from_pretrained(little_folder / "base")
         own = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 parameter += 0.01 * (common_change[parameter_name] + torch.randn(parameter.shape, generator=own))
         made[name] = folder / name
         model.save_pretrained(made[name])
-        AutoTokenizer.from_pretrained(reviews_folder / "base").save_pretrained(made[name])
+        AutoTokenizer.from_pretrained(little_folder / "base").save_pretrained(made[name])
     return made
 
 
@@ -172,7 +172,7 @@ class Added:
 
 
 @pytest.fixture(scope="module")
-def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Added:
+def added(little_folder: Path, three_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Added:
     """Two masked and verified merges by a copy of the program, which has the page's file."""
     folder = tmp_path_factory.mktemp("added")
     module, oracle = [
@@ -188,7 +188,7 @@ def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory:
         ("as_method", 'method = "model_stock"'),
         ("as_comparison", 'method = "average"\ncompare_with = ["model_stock"]'),
     ):
-        write_consortium(folder / consortium, methods, reviews_folder, three_models)
+        write_consortium(folder / consortium, methods, little_folder, three_models)
     printed = ""
     for consortium in ("as_method", "as_comparison"):
         done = amalgram("simulate", consortium, "--no-references", cwd=folder, program=program)
@@ -204,22 +204,22 @@ def added(reviews_folder: Path, three_models: dict[str, Path], tmp_path_factory:
     )
 
 
-def write_consortium(folder: Path, methods: str, reviews_folder: Path, models: dict[str, Path]) -> None:
+def write_consortium(folder: Path, methods: str, little_folder: Path, models: dict[str, Path]) -> None:
     folder.mkdir()
     owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in models)
-    draft = f'title = "Three"\nbase = "{reviews_folder / "base"}"\n{methods}\nweighting = "owners"\n{owners}'
+    draft = f'title = "Three"\nbase = "{little_folder / "base"}"\n{methods}\nweighting = "owners"\n{owners}'
     (folder / "agreement.toml").write_text(draft)
-    rows = reviews_folder / "data" / "hotel"
+    rows = little_folder / "data" / "hotel"
     for name, model in models.items():
         data = f'[data]\ntrain = "{rows / "train.jsonl"}"\ntest = "{rows / "test.jsonl"}"\n'
         (folder / f"{name}.toml").write_text(f'name = "{name}"\nfine_tuned = "{model}"\n{data}')
 
 
 def test_the_added_method_merges_masked_what_its_oracle_says(
-    added: Added, reviews_folder: Path, three_models: dict[str, Path]
+    added: Added, little_folder: Path, three_models: dict[str, Path]
 ) -> None:
     weights = [weights_of(path) for path in three_models.values()]
-    base, merged = weights_of(reviews_folder / "base"), weights_of(added.as_method / "model")
+    base, merged = weights_of(little_folder / "base"), weights_of(added.as_method / "model")
     for name, before in base.items():
         expected = added.model_stock_of([each[name] - before for each in weights])
         torch.testing.assert_close(merged[name] - before, expected, atol=1e-6, rtol=1e-4)

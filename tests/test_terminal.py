@@ -36,16 +36,28 @@ COMMANDS = [each for each in PARSERS if not isinstance(each.values[1], click.Gro
 
 
 @pytest.fixture
-def small_consortium(little_folder: Path, tmp_path: Path) -> Path:
-    """The example with one method and one epoch."""
+def small_consortium(trained_folder: Path, tmp_path: Path) -> Path:
+    """The example with one method."""
+    folder = Path(shutil.copytree(trained_folder, tmp_path / "reviews"))
+    merge_only_the_average(folder)
+    return folder
+
+
+@pytest.fixture
+def small_consortium_that_trains(little_folder: Path, tmp_path: Path) -> Path:
+    """The same, but owners make their models, in one epoch."""
     folder = Path(shutil.copytree(little_folder, tmp_path / "reviews"))
-    draft = folder / "agreement.toml"
-    text = draft.read_text().replace('method = "regmean"', 'method = "average"')
-    draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
+    merge_only_the_average(folder)
     for name in ("hotel", "cinema", "phones"):
         own = folder / f"{name}.toml"
         own.write_text(own.read_text().replace("epochs = 6", "epochs = 1"))
     return folder
+
+
+def merge_only_the_average(consortium: Path) -> None:
+    draft = consortium / "agreement.toml"
+    text = draft.read_text().replace('method = "regmean"', 'method = "average"')
+    draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
 
 
 # --- packages of ours whose names others use, too ---
@@ -78,11 +90,13 @@ def test_threads_of_torch_sleep_while_they_wait() -> None:
 # --- progress ---
 
 
-def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(small_consortium: Path) -> None:
+def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(
+    small_consortium_that_trains: Path,
+) -> None:
     reading, writing = pty.openpty()
-    command = "simulate", small_consortium, "--no-references"
+    command = "simulate", small_consortium_that_trains, "--no-references"
     anew = {TRAINED: "", "TERM": "xterm", "COLUMNS": "120"}  # fine-tuning shows a bar
-    with started(*command, cwd=small_consortium, terminal=writing, **anew) as run:
+    with started(*command, cwd=small_consortium_that_trains, terminal=writing, **anew) as run:
         os.close(writing)
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
         table = run.stdout.read()
@@ -209,7 +223,7 @@ def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("own_log")
 def test_a_script_that_merges_shows_nothing_or_one_bar(
-    reviews_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    little_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     terminal.log.handlers = [logging.NullHandler()]
     terminal.log.setLevel(logging.NOTSET)
@@ -219,7 +233,7 @@ def test_a_script_that_merges_shows_nothing_or_one_bar(
         data = f'[data]\ntrain = "data/{name}/train.{suffix}"\ntest = "data/{name}/test.{suffix}"\n'
         (tmp_path / f"{name}.toml").write_text(f'name = "{name}"\nfine_tuned = "base"\n{data}')
     for name in ("base", "data"):
-        shutil.copytree(reviews_folder / name, tmp_path / name)
+        shutil.copytree(little_folder / name, tmp_path / name)
     for progress in (False, True):
         merged = amalgram_module.simulate(tmp_path, progress=progress, with_references=False)
         shown = capfd.readouterr()

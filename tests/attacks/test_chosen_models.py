@@ -43,11 +43,11 @@ Start = Callable[[str], tuple[Parties, Coordinator]]
 
 
 @pytest.fixture
-def start(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Start:
+def start(two_blocks_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Start:
     """Parties that agreed on one method, and a coordinator of whom the owners have heard."""
 
     def start_run(method: str) -> tuple[Parties, Coordinator]:
-        context = parties_with_method(reviews_folder, tmp_path, method)
+        context = parties_with_method(two_blocks_folder, tmp_path, method)
         parties = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         coordinator = Coordinator(
@@ -237,11 +237,11 @@ class Cheat:
 
 
 @pytest.fixture
-def cheat(reviews_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Cheat]:
+def cheat(two_blocks_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Cheat]:
     def make(
         method: str, change: Callable[[Parties, Delivery, np.ndarray], np.ndarray], adapter_rank: int | None = None
     ) -> Cheat:
-        context = parties_with_method(reviews_folder, tmp_path, method, verified=True, adapter_rank=adapter_rank)
+        context = parties_with_method(two_blocks_folder, tmp_path, method, verified=True, adapter_rank=adapter_rank)
         parties = context.__enter__()
         request.addfinalizer(lambda: context.__exit__(None, None, None))
         (parties.output / ".amalgram").touch()

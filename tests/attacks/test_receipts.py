@@ -29,10 +29,10 @@ TestedRecord.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
-def published(reviews_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Result, Path]]:
+def published(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Result, Path]]:
     """Owners who tested a model, the honest result about it, and the folder that a coordinator publishes."""
     folder = tmp_path_factory.mktemp("published")
-    with parties_of(reviews_folder, folder / "output") as parties:
+    with parties_of(trained_folder, folder / "output") as parties:
         process = Process(parties)
         slot = process.candidate_slot("regmean")
         part = part_of(parties, slot)

@@ -69,9 +69,9 @@ class Coordinator(Process):
 
 
 @pytest.fixture
-def evil(reviews_folder: Path, tmp_path: Path) -> Iterator[Coordinator]:
+def evil(two_blocks_folder: Path, tmp_path: Path) -> Iterator[Coordinator]:
     """Three owners that agreed on 32 bits, and their coordinator."""
-    consortium = consortium_in_32_bits(reviews_folder, tmp_path / "consortium", alphas="[0.95, 0.99]")
+    consortium = consortium_in_32_bits(two_blocks_folder, tmp_path / "consortium", alphas="[0.95, 0.99]")
     with parties_of(consortium, tmp_path / "output") as parties:
         yield Coordinator(parties)
 

@@ -19,8 +19,8 @@ METHOD = "refit"
 
 
 @pytest.fixture
-def process(reviews_folder: Path, tmp_path: Path) -> Iterator[Process]:
-    with parties_with_method(reviews_folder, tmp_path, METHOD) as parties:
+def process(two_blocks_folder: Path, tmp_path: Path) -> Iterator[Process]:
+    with parties_with_method(two_blocks_folder, tmp_path, METHOD) as parties:
         process = Process(parties)
         process.sum(process.open_sum(1))
         yield process

@@ -234,10 +234,10 @@ class RandomVector(OwnersChannel):
 
 
 def test_76_a_random_vector_in_a_masked_sum_names_nobody_and_costs_no_checkpoint(
-    reviews_folder: Path, tmp_path: Path
+    trained_folder: Path, tmp_path: Path
 ) -> None:
     """The error used to remove what was summed, although another start can help if this machine computed wrongly."""
-    with parties_with_method(reviews_folder, tmp_path, "average") as parties:
+    with parties_with_method(trained_folder, tmp_path, "average") as parties:
         (parties.output / ".amalgram").touch()
         channel, again = RandomVector(parties.files), OwnersChannel(parties.files)
         with pytest.raises(FalseTotal, match="an owner sent a false vector, and the sum hides who it was"):
@@ -262,9 +262,9 @@ def zero_shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Itera
     yield from ((each.name, np.zeros(each.shape)) for each in round_.layout.entries)
 
 
-def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(reviews_folder: Path, tmp_path: Path) -> None:
+def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(trained_folder: Path, tmp_path: Path) -> None:
     """No owner is sent it: each would take an honest coordinator's model for a false one."""
-    with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
+    with parties_with_method(trained_folder, tmp_path, "average", verified=True) as parties:
         (parties.output / ".amalgram").touch()
         channel, again = ZeroShares(parties.files), ZeroShares(parties.files)
         with pytest.raises(FalseTotal, match="do not add up to zero: an owner sent a false share") as error:
@@ -278,7 +278,7 @@ def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(review
 
 
 def test_76_a_check_that_this_machine_computed_wrongly_is_computed_again(
-    reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_bit_wrong(layout: TensorLayout, words: np.ndarray, *rest: int) -> np.ndarray:
         decoded = decode_sum(layout, words, *rest)
@@ -287,7 +287,7 @@ def test_76_a_check_that_this_machine_computed_wrongly_is_computed_again(
         return decoded
 
     decode_sum = fixed_point.decode
-    with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
+    with parties_with_method(trained_folder, tmp_path, "average", verified=True) as parties:
         (parties.output / ".amalgram").touch()
         with monkeypatch.context() as patch:
             patch.setattr(fixed_point, "decode", one_bit_wrong)

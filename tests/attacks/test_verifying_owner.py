@@ -123,9 +123,9 @@ class TryingChannel(OwnersChannel):
 
 
 @pytest.fixture
-def trying(reviews_folder: Path, tmp_path: Path) -> Iterator[TryingChannel]:
+def trying(trained_folder: Path, tmp_path: Path) -> Iterator[TryingChannel]:
     """An agreement on the plain average, whose models are verified."""
-    with parties_with_method(reviews_folder, tmp_path, "average", verified=True) as parties:
+    with parties_with_method(trained_folder, tmp_path, "average", verified=True) as parties:
         (parties.output / ".amalgram").touch()
         yield TryingChannel(parties)
 

@@ -270,13 +270,18 @@ def test_owners_that_refuse_are_not_shown_singly(consortium: Path, tmp_path: Pat
     assert report.evaluation.mean["regmean"].predictions == 360
 
 
-def test_owner_files_may_stand_in_folders_of_their_own(consortium: Path, tmp_path: Path) -> None:
+def test_owner_files_may_stand_in_folders_of_their_own_with_a_copy_of_the_base(
+    consortium: Path, tmp_path: Path
+) -> None:
     merge_little(consortium)
     (consortium / "hotel").mkdir()
     (consortium / "hotel.toml").rename(consortium / "hotel" / "owner.toml")
+    shutil.copytree(consortium / "base", consortium / "hotel" / "copy")
     change(consortium / "hotel" / "owner.toml", '"data/', '"../data/')
+    change(consortium / "hotel" / "owner.toml", 'name = "hotel"', 'name = "hotel"\nbase = "copy"')
     report = simulate(consortium, tmp_path / "output", with_references=False)
     assert len(report.owners) == 3
+    assert report.owners[0] == "hotel"
 
 
 @pytest.mark.parametrize(
@@ -375,13 +380,6 @@ def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -
     assert "transformer.h.0.attn.c_attn.weight" in report.tensors.averaged
 
 
-def test_an_owner_may_name_its_own_copy_of_the_base(consortium: Path, tmp_path: Path) -> None:
-    merge_little(consortium)
-    shutil.copytree(consortium / "base", consortium / "copy")
-    change(consortium / "hotel.toml", 'name = "hotel"', 'name = "hotel"\nbase = "copy"')
-    assert simulate(consortium, tmp_path / "output", with_references=False).owners[0] == "hotel"
-
-
 def test_a_folder_that_holds_something_else_is_not_touched(consortium: Path) -> None:
     with pytest.raises(SettingsError, match="already exists and is not an output folder of amalgram"):
         simulate(consortium, consortium)
@@ -409,9 +407,10 @@ def test_a_refusal_in_the_middle_tells_the_owner_s_reason(
     assert caught.value.exit_code == 5
 
 
-def test_an_earlier_result_survives_a_run_that_cannot_start(consortium: Path, tmp_path: Path) -> None:
-    merge_little(consortium)
-    simulate(consortium, tmp_path / "output", with_references=False)
+def test_an_earlier_result_survives_a_run_that_cannot_start(
+    consortium: Path, example_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(example_run, tmp_path / "output")
     change(consortium / "hotel.toml", "train.jsonl", "tram.jsonl")
     with pytest.raises(AmalgramError):
         simulate(consortium, tmp_path / "output")
