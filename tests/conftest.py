@@ -1,5 +1,6 @@
 """How the tests are run: what is loaded, what begins first, what is said at the end. Fixtures are in tests/support."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,9 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures where tests run. The process that hands them out to workers need not import torch first."""
+    """Load the fixtures where tests run. The process that hands them out to workers need not import torch."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("tests.support.fixtures")
+    else:
+        from tests.support.workers import fork_workers
+
+        fork_workers()
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that is loaded by now is thrown away; the garbage collector need not look through it in every test."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

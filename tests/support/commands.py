@@ -25,10 +25,12 @@ from deploy.terminal import QUIET
 
 os.environ |= QUIET  # what the command sets before it imports transformers
 IMPORTED = (
+    "hypothesis",  # first, as in a process that imports it for the first test: it looks at what is imported already
     "deploy.simulation.simulate",
     "deploy.commands.agree",
     "tests.support.once",
     "transformers.models.bert.modeling_bert",
+    "tests.support.frozen",
 )
 OURS = ("client", "common", "deploy", "server")
 FUZZERS = ("fuzz", "fuzz_files", "fuzz_state")  # what is read from the wire, from files, from whole documents
@@ -93,9 +95,14 @@ def fork(
     """`amalgram ARGUMENTS` in the folder `cwd`, begun. `streams`: the descriptors of its standard output and error."""
     sent = [Connection(os.dup(stream), readable=False) for stream in streams]  # how multiprocessing sends a descriptor
     whole = dict(os.environ) | environment
-    process = _forks.Process(target=_run, args=([*map(str, arguments)], str(cwd), program, whole, *sent))
-    process.start()
-    return process
+    forked = process(_run, [*map(str, arguments)], str(cwd), program, whole, *sent)
+    forked.start()
+    return forked
+
+
+def process(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A process that will call `target`, once it is started: a fork of the one that has imported what all need."""
+    return _forks.Process(target=target, args=arguments)
 
 
 def fuzz(module: str, artifacts: Path) -> CompletedProcess[str]:
