@@ -241,7 +241,7 @@ def test_49_a_second_model_under_one_name_is_refused_in_one_packet_too(parties: 
 # --- at the coordinator ---
 
 
-@pytest.mark.parametrize("wrong", ["too few answers", "another owner's", "another part"])
+@pytest.mark.parametrize("wrong", ["too few answers", "too many answers", "another owner's", "another part"])
 def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_excluded(
     agreement: Agreement, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +255,7 @@ def test_49_an_owner_whose_answers_do_not_fit_its_packet_is_excluded(
         assert isinstance(first, PartReceived)
         changed: dict[str, Packet] = {
             "too few answers": (first,),
+            "too many answers": (*honest_answers, honest_answers[-1]),
             "another owner's": (replace(first, owner="ada"), *others),
             "another part": (replace(first, part=1), *others),
         }
