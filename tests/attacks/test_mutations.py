@@ -14,11 +14,9 @@ statement that has this line, and that statement says how the check is removed:
 """
 
 import ast
-import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 import tokenize
 from collections import Counter
@@ -28,6 +26,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.support.forked_tests import ForkedTests, forked_tests
 
 ROOT = Path(__file__).parent.parent.parent
 PRODUCT = ("common", "client", "server", "deploy")
@@ -845,15 +845,18 @@ def names_match(expression: str, name: str) -> bool:
     return bool(eval(words))
 
 
-def run_tests(tree: Path, files: list[str], which: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", which]
-    command += [f"tests/{file}" for file in files]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+def run_tests(forked: ForkedTests, tree: Path, file: str, which: str) -> subprocess.CompletedProcess[str]:
+    return forked.run(tree, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which, f"tests/{file}")
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forked() -> Iterator[ForkedTests]:
+    with forked_tests() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tree(forked: ForkedTests, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree, in which every test of the table passes."""
     copy = tmp_path_factory.mktemp("mutations") / "tree"
     copy.mkdir()
@@ -862,7 +865,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "pyproject.toml", copy)
     for file in sorted({row.file for row in TABLE}):
         named = " or ".join(f"({tests})" for tests in sorted({row.tests for row in TABLE if row.file == file}))
-        done = run_tests(copy, [file], named)
+        done = run_tests(forked, copy, file, named)
         assert done.returncode == 0, done.stdout[-2000:]
     return copy
 
@@ -896,12 +899,12 @@ def test_every_check_can_be_removed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.check}-{row.tests}")
-def test_without_its_check_an_attack_succeeds(tree: Path, row: Mutation) -> None:
+def test_without_its_check_an_attack_succeeds(forked: ForkedTests, tree: Path, row: Mutation) -> None:
     (tag,) = (tag for tag in tags_below(tree) if tag.check == row.check)
     original = tag.path.read_text()
     tag.path.write_text(without_check(original, tag, row.becomes))
     try:
-        done = run_tests(tree, [row.file], row.tests)
+        done = run_tests(forked, tree, row.file, row.tests)
     finally:
         tag.path.write_text(original)
     # 1: tests were run and failed. 5 would mean that no test has this name, 2 that the mutation is no Python.
