@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from benchmarks.published import publish, say
 from benchmarks.quality import textbook_data_free
 from client.holdings import Holdings
 from client.measurement.evaluation import evaluate
@@ -28,7 +29,6 @@ from deploy.demo.run import run_demo
 from deploy.simulation.parties import PARTIES
 from server.report.report import Report
 
-RESULTS = Path(__file__).parent / "results"
 PULLS = ((0.1, 1.0), (0.3, 1.0), (1.0, None), (1.0, 0.5), (1.0, 1.0))  # ridge and pull; the demo has 0.1, None
 Seed = tuple[Report, dict[str, float]]
 
@@ -41,14 +41,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # as the command does
-    runs: list[Seed] = []
-    RESULTS.mkdir(exist_ok=True)
-    for seed in range(arguments.seeds):
-        runs.append(run_seed(seed))
-        results = summarise(runs)
-        (RESULTS / "demo_seeds.json").write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / "demo_seeds.md").write_text(as_markdown(results))
+    results = summarise([run_seed(seed) for seed in range(arguments.seeds)])
+    publish("demo_seeds", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
+
+
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"seeds": results["seeds"]}
 
 
 def run_seed(seed: int) -> Seed:
@@ -62,7 +61,9 @@ def run_seed(seed: int) -> Seed:
             merged = textbook_data_free(owners["centre"].load_base(), models, examples, ridge, pull)
             accuracies = [_accuracy(each, merged) for each in owners.values()]
             found[f"data_free, ridge {ridge}, pull {pull or 'the mean'}"] = mean(accuracies)
-        return report, found
+    accuracies_of = {model: metrics.main for model, metrics in report.evaluation.mean.items()} | found
+    say(f"seed {seed}: " + ", ".join(f"{model} {accuracy:.3f}" for model, accuracy in accuracies_of.items()))
+    return report, found
 
 
 def _holdings(path: Path) -> Holdings:

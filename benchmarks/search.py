@@ -51,9 +51,9 @@ def search_by_the_product(bench: Bench, seed: int) -> tuple[Merges, Tried]:
     with tempfile.TemporaryDirectory() as folder, candidates_kept() as kept:
         consortium = Path(folder) / "consortium"
         methods = ("search", *TABLE.basis)
-        write_consortium(consortium, bench.data, bench.models, methods=methods, data_free="alphas = [1.0]", seed=seed)
+        write_consortium(consortium, bench.data, bench.models, methods=methods, seed=seed)
         agreement = consortium / "agreement.toml"
-        agreement.write_text(agreement.read_text() + SEARCH)
+        agreement.write_text(agreement.read_text().replace("alphas = [0.5, 0.9, 1.0]", "alphas = [1.0]") + SEARCH)
         report = simulate(consortium, Path(folder) / "output", with_references=False)
     merges = [
         {name: torch.from_numpy(np.array(tensor)) for name, tensor in layout.unflatten(vector)}

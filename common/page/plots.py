@@ -58,7 +58,7 @@ def as_svg(figure: Figure, name: str) -> str:
         layout.execute(figure)
         figure.set_layout_engine("none")
     file = io.StringIO()
-    # Figure.savefig would draw everything once more before this, to lay it out
+    # savefig would draw everything once more before this, to lay it out
     canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
