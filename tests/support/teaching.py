@@ -21,7 +21,7 @@ DISTILL = """
 [distill]
 pool = "pool.jsonl"
 start = "data_free"
-epochs = [1, 2]
+epochs = [2, 6]
 learning_rate = 1e-3
 
 [task_arithmetic]"""
@@ -45,7 +45,9 @@ def write_teaching(trained_folder: Path, folder: Path) -> None:
     (folder / "kiosk.toml").write_text(settings.replace('name = "kiosk"\n', 'name = "kiosk"\nown_base = "other"\n', 1))
     (folder / "data" / "kiosk").mkdir()
     for split, count in reviews.ROWS.items():
-        (folder / "data" / "kiosk" / f"{split}.jsonl").write_text(_lines([_review(chance) for _ in range(count)]))
+        (folder / "data" / "kiosk" / f"{split}.jsonl").write_text(
+            _lines([reviews._review(chance, *reviews.OWNERS["cinema"][1:]) for _ in range(count)])
+        )
     said = {_review(chance)["text"]: None for _ in range(3 * POOL_ROWS)}
     (folder / "pool.jsonl").write_text(_lines([{"text": text} for text in list(said)[:POOL_ROWS]]))
     _write_models(folder)
