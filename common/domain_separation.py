@@ -21,7 +21,7 @@ class Domain(Enum):
     FINGERPRINT = b"amalgram v1 08 fingerprint\n"
     DELIVERIES = b"amalgram v1 09 deliveries of a run\n"
     MEASURED_ROWS = b"amalgram v1 60 rows to measure\n"
-    SEARCH = b"amalgram v1 62 step of a search\n"
+    SEARCH = b"amalgram v1 63 step of a search\n"
     PROJECTION = b"amalgram v1 16 projection of a merged model\n"
     COMBINATION = b"amalgram v1 17 combination of a merged model's rows\n"
     SCALE = b"amalgram v1 18 factor of a scale\n"

@@ -323,10 +323,13 @@ class Coordinator:
         keys = self.checkpoint.saved_nonces(round.position)
         if total is not None:
             self._relay_uploads(round, total)
-        elif keys is not None:
-            self._collect_shares(round, keys)
         else:
-            self._collect_keys(round)
+            vectors = 1 + len(self._contributors)  # an owner's own, then everybody's
+            self.exchange.following_bytes = vectors * round.layout.num_bytes
+            if keys is not None:
+                self._collect_shares(round, keys)
+            else:
+                self._collect_keys(round)
         self.sums.append(OpenedSum(round, self._contributors))
 
     def _collect_keys(self, round: Round) -> None:

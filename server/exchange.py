@@ -52,6 +52,7 @@ class Exchange:
     steps: list[Step]  # what each step cost, those of earlier starts included
     num_steps: int  # of the whole run (Coordinator)
     dropped_out: dict[str, str] = field(default_factory=dict)  # owner -> the step at which it did
+    following_bytes: int = 0  # of arrays that the answers to what waits bring about
     _steps_done: int = 0  # includes those that an earlier start of this run has done
     _ahead: list[Ahead] = field(default_factory=list)
     _nodes: dict[str, int] = field(default_factory=dict)  # owner -> node, of those that still take part
@@ -103,8 +104,9 @@ class Exchange:
             "number": self._steps_done + 1,
             "num_steps": self.num_steps,
             "owners": list(self.owners),
-            "payload_bytes_each": payload_bytes_each,
+            "payload_bytes_each": payload_bytes_each + self.following_bytes,
         }
+        self.following_bytes = 0
         owners = f", {len(self._nodes)} owners" if self._nodes else ""
         log.info("%s%s", name, owners, extra={"about": about})
         self.steps.append(Step(name, phase))

@@ -101,8 +101,11 @@ def test_a_terminal_shows_steps_owners_and_bars_and_its_output_keeps_the_table(
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(iter(lambda: _read(reading), b"")).decode())
         table = run.stdout.read()
         assert run.exit_code() == 0
-    for words in ("step 2 of 6: sum of contributions", "step 6 of 6: result", "hotel: fine-tuning ━"):
+    for words in ("step 2 of 5: sum of contributions", "step 5 of 5: result", "hotel: fine-tuning ━"):
         assert words in shown
+    sizes = re.findall(r"([\d.]+)/([\d.]+) kB", shown)
+    assert sizes
+    assert all(float(moved) <= float(expected) for moved, expected in sizes)
     for state in ("at work", "answered"):
         assert re.search(rf"  cinema .*{state}", shown)
     assert "Reviews of three shops" in table

@@ -89,7 +89,7 @@ class LoRM(SingleRoundMethod[LoRMTable]):
     phrase = "LoRM"
     summary = "least squares for the second factor of LoRA adapters that share the first one"
     paper = "Salami et al., ICLR 2025, arXiv 2410.17961"
-    order = 12
+    order = 13
     table = LoRMTable
     trust = "nobody"
     tensor_kinds = (

@@ -64,7 +64,7 @@ class Search(Method[SearchTable]):
     paper = "after Du et al., ACL 2024 Findings, arXiv 2406.12208"
     swept_name = "number"
     swept_summary = "Mixtures are numbered in the order in which they were tried; number 1 is the first merge as it is."
-    order = 12
+    order = 14
     table = SearchTable
     trust = "nobody"
     fits_32_bits = True

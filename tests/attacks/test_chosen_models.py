@@ -21,6 +21,7 @@ from client.owner import Owner
 from client.verification import Evidence
 from common.errors import OwnerRefused, WrongModel
 from common.merge_methods import METHODS, Hyperparameters
+from common.merge_methods.logit_adjusted import SHARES
 from common.merge_methods.method import MultiRoundMethod
 from common.messages import CheckKeys, KeyShares, Message, OpenSum, Packet, Refusal
 from common.metrics import read_total
@@ -415,7 +416,7 @@ def test_147_what_a_function_is_applied_to_is_verified_too(cheat: Callable[..., 
         changed = vector.copy()
         if delivery.kind == "candidate":
             layout, workbench = delivery.layout, Owner(parties.files["hotel"]).workbench
-            layout.read(changed, "class_share")[:] = layout.read(changed, "class_share")[::-1].copy()
+            layout.read(changed, SHARES)[:] = layout.read(changed, SHARES)[::-1].copy()
             solved = {each.name: torch.from_numpy(layout.read(changed, each.name)) for each in layout.entries}
             ((name, bias),) = workbench.function("logit_adjusted", "logit_adjusted")(solved)
             layout.read(changed, f"applied/{name}")[:] = bias.float().numpy()

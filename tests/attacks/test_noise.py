@@ -330,7 +330,7 @@ def test_a_refit_of_too_few_rows_for_its_noise_says_how_many_it_takes(folder: Pa
 def test_185_a_refit_whose_rows_have_no_agreed_length_is_no_agreement(agreement: Agreement) -> None:
     refit = {"method": "refit", "compare_with": (), "refit": RefitTable(balances=(0.0,))}
     task = agreement.task.model_copy(update={"label_set": "all"})
-    fields = dict(agreement) | refit | {"task": task, "privacy": Privacy(epsilon=4.0)}
+    fields = dict(agreement.model_copy()) | refit | {"task": task, "privacy": Privacy(epsilon=4.0)}
     with pytest.raises(ValueError, match=r"bounds\.features is missing"):
         Agreement(**fields)
     assert Agreement(**fields | {"bounds": agreement.bounds.model_copy(update={"features": 2.0})})
