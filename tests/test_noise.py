@@ -183,7 +183,7 @@ LABELS = ("a", "b", "c")
 def metrics_of(task: Task, logits: np.ndarray, targets: object, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     monkeypatch.setattr("client.measurement.evaluation.predict_logits", lambda *_: logits.astype(np.float32))
     rows = Rows(features=np.zeros((len(targets), 1)), targets=targets)  # type: ignore[arg-type]
-    found = bounded_sums(torch.nn.Identity(), rows, 8, task)  # type: ignore[arg-type]  # its logits are given
+    found = bounded_sums(torch.nn.Identity(), rows, 8, task)  # its logits are given
     assert found.shape == (noised_size(task),)
     return found
 
