@@ -276,9 +276,8 @@ def what_is_bounded_has_noise(draft: DraftTables) -> None:
 
 def the_legs_are_within_the_budget(draft: DraftTables) -> None:
     shares = draft.budget_shares
-    if (
-        draft.privacy.epsilon is None or round(shares["training"], 9) >= LEAST_FOR_TRAINING
-    ):  # check: legs-fit-the-budget
+    is_enough = round(shares["training"], 9) >= LEAST_FOR_TRAINING
+    if draft.privacy.epsilon is None or is_enough:  # check: legs-fit-the-budget
         return
     spent = ", ".join(f"{name} {share:g}" for name, share in shares.items() if name != "training")
     raise RuleError(
