@@ -22,11 +22,11 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from benchmarks.emotion import OUT_OF_DOMAIN
 from benchmarks.machine import quiet_on_one_thread, this_machine
+from benchmarks.published import everything, publish, published
 from common.models.folders import base_labels
 from common.pool import in_one_form
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 WITH_WEIGHTS, WITHOUT = ("isear", "crowdflower", "emoevent"), ("dailydialog", "goemotions")
 RUNS = {  # name: what the agreement says of the student, and what it is compared with
     "from the base": ({"start": "base"}, ["average", "data_free"]),
@@ -179,12 +179,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()
-    path = RESULTS / "fusion.json"
-    results = json.loads(path.read_text()) if path.is_file() else {"machine": this_machine(), "runs": {}}
+    results = published("fusion") or {"machine": this_machine(), "runs": {}}
     for name in RUNS:
         results["runs"][f"{name}, seed {arguments.seed}"] = run(arguments.data, arguments.models, name, arguments.seed)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "fusion.md").write_text(as_markdown(results))
+        publish("fusion", results, as_markdown(results), everything)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 

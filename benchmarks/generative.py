@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.emotion import write_first_rows
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import publish
 from benchmarks.quality import candidates_kept, say, textbook_data_free
 from client.data.private_data import PrivateData
 from client.data.rows import IGNORED, Rows
@@ -33,7 +34,6 @@ from common.models.folders import load_tokenizer
 from common.models.loading import load_base
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = {"news": "topics/ag_news", "dialogue": "emotion/dailydialog", "life": "emotion/isear"}
 NOBODY = {"tweets": "emotion/emoevent"}
 TASK = Task(kind="causal-lm", max_tokens=40)
@@ -174,7 +174,6 @@ def run(work: Path, data: Path, rows: int) -> dict[str, Any]:
         for name, model in merged(work, Path(room) / "consortium"):
             say(f"judging {name}")
             found[name] = judged([model], tests)
-            keep({"rows": rows, "log-likelihood": found})
         for ridge, pull in PULLS:
             model = textbook_data_free(
                 load_base(work / "base", TASK, seed=0), own, dict.fromkeys(KINDS, 1), ridge, pull
@@ -183,10 +182,8 @@ def run(work: Path, data: Path, rows: int) -> dict[str, Any]:
     return {"rows": rows, "log-likelihood": found}
 
 
-def keep(results: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "generative.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "generative.md").write_text(as_markdown(results))
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"rows": results["rows"], "models": len(results["log-likelihood"])}
 
 
 def as_markdown(results: dict[str, Any]) -> str:
@@ -222,7 +219,7 @@ def main() -> None:
     if not (arguments.work / "base").exists():
         write_base(arguments.model, arguments.work / "base")
     results = run(arguments.work, arguments.data, arguments.rows)
-    keep(results)
+    publish("generative", results, as_markdown(results), size)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.emotion import IN_DOMAIN, write_consortium
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import everything, publish
 from benchmarks.quality import BATCH, Bench, say
 from client.holdings import Holdings
 from client.measurement.evaluation import predict_logits
@@ -28,7 +29,6 @@ from common.models.loading import load_base
 from common.settings_file import load_settings
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("own", "merged", "personal")
 
 
@@ -89,9 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_on_one_thread()
     found = measure(Bench(arguments.data, arguments.models))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "personal.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "personal.md").write_text(as_markdown(found))
+    publish("personal", found, as_markdown(found), everything)
     print(json.dumps(found, indent=1) if arguments.json else as_markdown(found))
 
 

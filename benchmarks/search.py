@@ -13,7 +13,7 @@ macro F1 over the labels that occur there. Writes benchmarks/results/search.{jso
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, write_consortium
 from benchmarks.machine import quiet_on_one_thread
+from benchmarks.published import publish
 from benchmarks.quality import BATCH, Bench, candidates_kept, mean_over, say
 from client.data.private_data import PrivateData
 from client.measurement.evaluation import evaluate
@@ -37,7 +38,6 @@ from common.models.folders import load_tokenizer
 from common.models.layers import block_names
 from deploy.simulation.simulate import simulate
 
-RESULTS = Path(__file__).parent / "results"
 TABLE = SearchTable(basis=("data_free", "average"), candidates=24, groups=3)
 SEARCH = '\n[search]\nbasis = ["data_free", "average"]\ncandidates = 24\ngroups = 3\n'
 VALIDATION_ROWS = 400
@@ -155,6 +155,10 @@ def _pair(values: Sequence[float], *, signed: bool = False) -> str:
     return " / ".join(f"{value:+.3f}" if signed else f"{value:.3f}" for value in values)
 
 
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"seeds": len(results["seeds"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -175,9 +179,7 @@ def main() -> None:
             "test": judge(bench, merges, tried[best][0]),
             "tried": tried,
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "search.json").write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "search.md").write_text(as_markdown(results))
+        publish("search", results, as_markdown(results), size)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 

@@ -219,7 +219,7 @@ MISTAKES = {
     ),
     "a misspelt method": (
         replace("agreement.toml", 'method = "regmean"', 'method = "regmeen"'),
-        "regmean_plus_plus\nhint: did you mean regmean?",
+        "lorm, search\nhint: did you mean regmean?",
     ),
     "a key in another table": (
         lambda home: (home / "agreement.toml").write_text((home / "agreement.toml").read_text() + "\nseed = 3\n"),

@@ -34,7 +34,7 @@ from common.messages import (
     Refusal,
 )
 from common.models.adapter import is_adapter
-from common.models.delta import delta_layout
+from common.models.delta import VectorDelta
 from common.schedule import Delivery, Round, schedule_of
 from common.settings_file import write_settings
 from common.tensor_layout import TensorLayout
@@ -170,12 +170,11 @@ def test_a_full_disk_is_one_line_and_not_the_end_of_the_process(parties: Parties
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on files stands for a full disk")
 def test_a_full_disk_is_one_line_where_a_model_is_written(parties: Parties, party: Path) -> None:
     answer(parties, "hotel", roll_call(parties))
-    workbench, layout = Owner(party).workbench, delta_layout(parties.plan)
-    zeros = np.zeros(layout.size, np.float32)
+    workbench, unchanged = Owner(party).workbench, VectorDelta(parties.plan)
     with file_size_limited(100_000), pytest.raises(DataError, match="what would be published cannot be written here"):
-        workbench.published_folder(layout, zeros)
+        workbench.published_folder(unchanged)
     assert not list((workbench.state.folder / "run").glob("scratch"))
-    assert set(workbench.published_folder(layout, zeros).files) >= {"config.json", "model.safetensors"}
+    assert set(workbench.published_folder(unchanged).files) >= {"config.json", "model.safetensors"}
 
 
 @contextmanager

@@ -349,6 +349,12 @@ def test_145_an_owner_brings_no_model_that_was_trained_without_noise(bounded: Pa
     assert "models/hotel, and the agreement asks for one that is trained with noise" in says
 
 
+def test_145_a_model_with_a_base_of_its_own_is_not_trained_with_noise(bounded: Path, tmp_path: Path) -> None:
+    settings = (bounded / "hotel.toml").read_text()
+    (bounded / "hotel.toml").write_text(settings.replace('name = "hotel"', 'name = "hotel"\nown_base = "base"'))
+    assert "has a base of its own (own_base), which is not trained with noise" in refused(bounded, tmp_path)
+
+
 def test_145_its_own_program_adds_the_noise_whatever_its_settings_say(
     bounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,6 +277,7 @@ TABLE = [
     Mutation(NOISE, "test_144_a_method", "bounded-merges-read-no-rows"),
     Mutation(NOISE, "test_144_labels", "bounded-merges-look-at-no-labels"),
     Mutation(NOISE, "test_145_an_owner", "bounded-models-are-made-here"),
+    Mutation(NOISE, "test_145_a_model", "own-bases-are-not-bounded"),
     Mutation(NOISE, "test_145_its_own", "bounded-models-are-trained-with-noise"),
     Mutation(NOISE, "test_146_a_row", "units-are-named"),
     # 171-186: noise on sums
