@@ -24,6 +24,7 @@ from common.text import shown
 from deploy.commands.audit import published_in
 from deploy.commands.verify import read_receipts
 from deploy.terminal import answer, shows_json
+from server.report.words import METRICS
 
 if TYPE_CHECKING:
     from client.personal import Personal
@@ -128,7 +129,7 @@ def _made(made: Personal) -> str:
 
 def _headings(agreement: Agreement) -> tuple[str, str]:
     main, metric = agreement.task.metrics
-    return main.replace("_", " "), metric.replace("_", " ")
+    return METRICS[main], METRICS[metric]
 
 
 def _said_of_elsewhere(made: Personal, agreement: Agreement, elsewhere: dict[str, SignedScore]) -> str:
@@ -152,7 +153,7 @@ def _card(made: Personal, agreement: Agreement, owner: str, elsewhere: dict[str,
         owner=owner,
         title=shown(agreement.title),
         made=_made(made),
-        measure=agreement.choose_by.replace("_", " "),
+        measure=METRICS[agreement.choose_by],
         validation_rows=made.validation["personal"].rows,
         tried=len(made.tried),
         test_rows=made.test["personal"].rows,
