@@ -97,6 +97,10 @@ class Ledger:
         """A session that something was offered to and that this owner never helped to unmask; empty if none is."""
         return next((offer.session for offer in self._page.offers if offer.session not in self._page.revealed), "")
 
+    def has_revealed(self, position: int) -> bool:
+        """Whether this owner helped to unmask the round at `position`."""
+        return any(offer.position == position and offer.session in self._page.revealed for offer in self._page.offers)
+
     @property
     def offered_deliveries(self) -> set[str]:
         """The `deliveries_digest` of every round that something was offered to."""

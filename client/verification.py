@@ -52,7 +52,6 @@ from common.settings_file import Hex
 from common.summation import fixed_point
 from common.summation.masked.opening import opened_total
 from common.summation.masked.owner import MaskedOwner
-from common.summation.masked.phases import Phase
 from common.summation.own_part import OwnPart
 from common.summation.pairwise import PairwiseSum, public_key, verify_nonce
 from common.summation.protocol import OwnerSide
@@ -189,13 +188,16 @@ def check_what_follows(owner: OwnerContext, delivery: Delivery, name: str, array
 
 
 def check_was_shown(owner: OwnerContext) -> None:
-    """Raise RemoteProtocolError if this owner helped to open a sum that is open to all, and was not shown it."""
-    run, kept = owner.state.run, owner.state.open_round
-    if not owner.agreement.is_verified or kept is None or kept.kind != "metrics" or run.is_complete:
+    """Raise RemoteProtocolError if this owner helped to open a sum that is open to all, and was not shown it.
+
+    The ledger knows it, because the coordinator can make an owner forget a session.
+    """
+    run = owner.state.run
+    if not owner.agreement.is_verified or run.begun is None or run.is_complete:
         return
-    if (
-        kept.open_sum.position == run.begun and kept.side.get("phase") == Phase.UNMASKING
-    ):  # check: opened-sums-are-shown-to-all
+    event = owner.schedule.events[run.begun]
+    is_open = isinstance(event, Round) and event.is_open
+    if is_open and owner.ledger.has_revealed(run.begun):  # check: opened-sums-are-shown-to-all
         raise RemoteProtocolError("the coordinator goes on without showing this owner the sum that it helped to open")
 
 

@@ -138,6 +138,7 @@ TABLE = [
     Mutation(LOW_RANK, "test_130_factors", "no-cut-is-closer", "return True"),
     Mutation(AGREEMENT, "test_a_wrong_draft", "the-coordinator-is-no-owner"),
     Mutation(VERIFYING, "test_126_totals_that", "opened-sums-are-shown-to-all"),
+    Mutation(VERIFYING, "test_126_totals_of", "opened-sums-are-shown-to-all"),
     Mutation(VERIFICATION, "test_the_tolerance", "sums-of-shares-are-zero"),
     Mutation(OPENING, "test_120_", "opened-uploads-are-those-signed", "is_signed = True"),
     Mutation(OPENING, "test_121_", "opened-seeds-fit"),

@@ -23,6 +23,8 @@ from common.errors import AmalgramError, ConsentError, LocalProtocolError, Remot
 from common.identity import Identity, verify
 from common.mapped import sha256_of
 from common.messages import (
+    Acknowledgements,
+    BurnSession,
     CandidatePart,
     CheckKeys,
     CheckShares,
@@ -39,7 +41,7 @@ from common.messages import (
 from common.publication import read_publication
 from common.schedule import Round, Schedule, schedule_of
 from common.summation.pairwise import public_key
-from common.summation.protocol import Total
+from common.summation.protocol import SessionOver, Total
 from common.summation.records import Nonce, Signed
 from server.coordinator import Coordinator
 from server.merge import run_merge
@@ -478,3 +480,44 @@ def test_126_totals_that_an_owner_is_not_shown_are_not_signed(
     with pytest.raises(RemoteProtocolError, match="without showing this owner the sum that it helped to open"):
         run_merge(trying.parties.coordinator, trying)
     assert not (trying.parties.output / "model").exists()
+
+
+def false_metrics(trying: TryingChannel, request: Result) -> Result:
+    """The result with an accuracy of 1.0 for every model, as the coordinator signs it."""
+    publication = read_publication(request.publication)
+    better = {name: mean.model_copy(update={"accuracy": 1.0}) for name, mean in publication.test.items()}
+    content = publication.model_copy(update={"test": better}).canonical_bytes()
+    digest = deliveries_digest(trying.owner.state.run.delivered)
+    body = result_body(trying.parties.agreement, request.model, request.model_digest, digest, content)
+    signature = trying.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(request.run), body)
+    return replace(request, publication=content, signature=signature)
+
+
+@pytest.mark.parametrize("by", ["another session is burned", "nobody signed the survivors"])
+def test_126_totals_of_a_sum_that_an_owner_was_made_to_forget_are_not_signed(
+    trying: TryingChannel, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """An owner wipes the secrets of a sum if it is told to burn a session, or if a message breaks the rules."""
+    relay = Coordinator._relay_uploads
+
+    def relay_no_metrics(self: Coordinator, round: Round, total: Total) -> None:
+        if round.kind != "metrics":
+            relay(self, round, total)
+
+    def forget(owner: Owner, request: Message) -> None:
+        assert isinstance(request, Result)
+        kept = owner.state.open_round
+        assert kept is not None
+        if by == "another session is burned":
+            owner.answer(BurnSession(run=request.run, session="ab" * 32))
+        else:
+            with pytest.raises(SessionOver):
+                owner.answer(Acknowledgements(session=kept.open_sum.session, signatures=b""))
+        trying.tried.append(by)
+
+    monkeypatch.setattr(Coordinator, "_relay_uploads", relay_no_metrics)
+    trying.checks = {Result: forget}
+    trying.falsify = lambda each: false_metrics(trying, each) if isinstance(each, Result) else each
+    with pytest.raises(RemoteProtocolError, match="without showing this owner the sum that it helped to open"):
+        run_merge(trying.parties.coordinator, trying)
+    assert trying.tried == [by]
