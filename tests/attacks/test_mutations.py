@@ -848,7 +848,7 @@ def names_match(expression: str, name: str) -> bool:
 
 
 def run_tests(forked: ForkedTests, tree: Path, file: str, which: str) -> subprocess.CompletedProcess[str]:
-    return forked.run(tree, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which, f"tests/{file}")
+    return forked.run(tree, "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which, f"tests/{file}")
 
 
 @pytest.fixture(scope="module")
