@@ -1,7 +1,7 @@
 """What an agreement must satisfy, one named function per rule. Each raises ValueError with the value and the bound."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 
 from common.agreement.tables import CLASSIFYING, DraftTables
@@ -147,7 +147,7 @@ def every_number_hides_its_owners(draft: DraftTables) -> None:
                 hint=f"with them, methods may be {', '.join(allowed)}",
             )
     may_drop_out = len(draft.owners) - draft.needed_owners
-    least = may_drop_out + draft.colluders + 3 if draft.summation.kind == "masked" else 1
+    least = _fewest_that_hide_each_other(draft)
     if methods and len(givers) < least:  # check: enough-owners-give-weights
         raise RuleError(
             f"owners: {len(givers)} give weights, which {methods[0]} sums, and at least {least} must: {may_drop_out} "
@@ -162,6 +162,46 @@ def every_number_hides_its_owners(draft: DraftTables) -> None:
                 "nearly alone with it would be read",
                 hint="leave the label out of task.labels, or agree on fewer [summation] colluders",
             )
+
+
+def differences_of_labels_hide_their_owners(draft: DraftTables) -> None:
+    """Sums over labels of the totals must not be about fewer owners than a total is.
+
+    An owner's logits add up to zero over the labels of its model. So if others know either all of some labels or none,
+    the sum over these labels is without them. If every owner's labels are connected by label sets that enough owners
+    share each, any sum that is not without everybody is about all owners of one such set. What owners add to the
+    closeness is the same for each label that they know: there the difference of two labels is about the owners that
+    know one of them alone, so all label sets must be shared.
+    """
+    if DISTILL.name not in draft.methods or not draft.unknown_labels:
+        return
+    least, every = _fewest_that_hide_each_other(draft), frozenset(range(len(draft.task.labels)))
+    label_sets = {owner.name: every - draft.unknown_labels.get(owner.name, frozenset()) for owner in draft.owners}
+    shared = [each for each, count in Counter(label_sets.values()).items() if count >= least]
+    connected, by_density = _connected(shared), DISTILL.of(draft.tables).weights == "density"
+    for name, known in label_sets.items():
+        is_hidden = known in shared if by_density else any(known <= each for each in connected)
+        if not is_hidden:  # check: label-sets-hide-their-owners
+            raise RuleError(
+                f"owners: which labels the model of {name} knows tells its predictions apart from the others': at "
+                f"least {least} owners must know the same labels",
+                hint="leave out its labels or its owner, or agree on fewer [summation] colluders"
+                + (', or on [distill] weights = "alike"' if by_density else ""),
+            )
+
+
+def _fewest_that_hide_each_other(draft: DraftTables) -> int:
+    """The fewest owners that a total must be about, so that three honest ones are in it."""
+    return len(draft.owners) - draft.needed_owners + draft.colluders + 3 if draft.summation.kind == "masked" else 1
+
+
+def _connected(label_sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    """The unions of those that have labels in common, directly or through others."""
+    found: list[frozenset[int]] = []
+    for each in label_sets:
+        joined = [other for other in found if other & each]
+        found = [other for other in found if not other & each] + [each.union(*joined)]
+    return found
 
 
 def an_owner_knows_agreed_labels(draft: DraftTables) -> None:
@@ -428,6 +468,7 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     predictions_are_of_one_label_a_text,
     an_owner_knows_agreed_labels,
     every_number_hides_its_owners,
+    differences_of_labels_hide_their_owners,
     multi_round_methods_need_all_owners,
     thirty_two_bits_are_enough,
     verified_merges_can_be_verified,

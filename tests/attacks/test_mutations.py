@@ -93,6 +93,7 @@ TABLE = [
     Mutation(POOL, "test_151_", "pool-is-the-agreed-one"),
     Mutation(POOL, "test_152_", "pool-rows-are-said-once"),
     Mutation(POOL, "test_153_", "enough-owners-know-a-label"),
+    Mutation(POOL, "test_153_an_owner_whose", "label-sets-hide-their-owners"),
     Mutation(POOL, "test_154_", "enough-owners-give-weights"),
     Mutation(POOL, "test_155_a_model_of_another", "other-bases-give-no-weights"),
     Mutation(POOL, "test_155_a_model_with", "labels-are-those-of-the-roster"),

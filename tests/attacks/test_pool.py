@@ -1,7 +1,7 @@
 """Attacks 151 to 157: what a sum of predictions can be made to show, and who takes part in it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,59 @@ def test_153_an_owner_that_is_alone_with_a_label_is_not_read(teaching_folder: Pa
     with pytest.raises(SettingsError, match="the models of 2 know the label 'mixed', and at least 3 must"):
         draft_of(teaching_folder, labels, start, compared, *few)
     assert draft_of(teaching_folder, labels, start, compared, few[0]).unknown_labels == {"hotel": frozenset({2})}
+
+
+FOUR_LABELS = ("a", "b", "c", "d")
+
+
+def knowing(teaching_folder: Path, label_sets: Sequence[str], weights: str) -> AgreementDraft:
+    """Owners of these labels each, by their first letters, who give predictions alone."""
+    start, *_ = (teaching_folder / "agreement.toml").read_text().partition("[[owners]]")
+    text = start.replace("max_tokens = 32", f"max_tokens = 32\nlabels = {list(FOUR_LABELS)}")
+    text = text.replace('start = "data_free"', f'start = "base"\nweights = "{weights}"').replace('["data_free"]', "[]")
+    for number, known in enumerate(label_sets):
+        text += f'[[owners]]\nname = "owner{number}"\ngives = "predictions"\nlabels = {list(known)}\n'
+    return parse_settings(parse_toml(text.encode(), "agreement.toml"), AgreementDraft, "agreement.toml")
+
+
+@pytest.mark.parametrize(
+    ("label_sets", "weights"),
+    [(["ab"] * 3 + ["cd"] * 3 + ["abcd"], "alike"), (["abc"] * 3 + ["abcd"] * 3 + ["abd"], "density")],
+)
+def test_153_an_owner_whose_labels_tell_it_apart_is_not_read(
+    teaching_folder: Path, label_sets: list[str], weights: str
+) -> None:
+    """Every label is known by three or more. But logits add up to zero over an owner's labels, so the sum over a and b
+    is about the last owner alone; and the closeness for a less that for c is the last owner's.
+    """
+    random, total = np.random.default_rng(0), {"predictions": np.zeros((5, 4)), "closeness": np.zeros((5, 4))}
+    for known in label_sets:
+        knows = np.array([each in known for each in FOUR_LABELS])
+        logits = centred(random.standard_normal((5, 4)).astype(np.float32), knows, 16.0)
+        close = random.uniform(0.1, 1.0, (5, 1))
+        total["predictions"] += logits if weights == "alike" else close * logits
+        total["closeness"] += close * knows
+    if weights == "alike":
+        np.testing.assert_allclose(total["predictions"][:, :2].sum(1), logits[:, :2].sum(1), atol=1e-12)
+    else:
+        np.testing.assert_allclose(total["closeness"][:, [0]] - total["closeness"][:, [2]], close, atol=1e-12)
+    name = f"owner{len(label_sets) - 1}"
+    with pytest.raises(SettingsError, match=f"which labels the model of {name} knows tells its predictions apart"):
+        knowing(teaching_folder, label_sets, weights)
+
+
+@pytest.mark.parametrize(
+    ("label_sets", "weights"),
+    [
+        (["ab"] * 3 + ["cd"] * 3, "density"),
+        (["ab"] * 3 + ["bcd"] * 3 + ["abcd"], "alike"),
+        (["abcd"] * 3 + ["ab"], "alike"),
+    ],
+)
+def test_owners_with_the_same_labels_hide_each_other(
+    teaching_folder: Path, label_sets: list[str], weights: str
+) -> None:
+    assert len(knowing(teaching_folder, label_sets, weights).owners) == len(label_sets)
 
 
 @pytest.mark.parametrize(
