@@ -16,7 +16,7 @@ from client.context import OwnerContext
 from client.state import ArrivingRecord, ReceivedRecord, delivered_array, merged_step_array, score_record
 from common.certificates import nonces_digest
 from common.errors import ConsentError, RemoteProtocolError
-from common.mapped import is_finite, sha256_of
+from common.mapped import is_within, sha256_of
 from common.messages import (
     CandidatePart,
     CorrectionPart,
@@ -30,6 +30,7 @@ from common.messages import (
 from common.models.delta import published_delta
 from common.schedule import Delivery, DeliveryKind
 from common.tensor_layout import TensorLayout
+from common.verification import LARGEST_NUMBER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,8 +109,9 @@ def _start_arrival(owner: OwnerContext, message: DeliveryPart, layout: TensorLay
 
 def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: TensorLayout, array: NDArray) -> None:
     what = model or KINDS[type(message)].replace("_", " ")
-    if not is_finite(array):  # check: models-are-finite
-        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite ({what})")
+    # Larger ones would be refused by those owners alone whose terms in the check are too large, which tells them apart.
+    if not is_within(array, LARGEST_NUMBER):  # check: models-are-finite
+        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite, or beyond 2^40 ({what})")
     run = owner.state.run
     received = ReceivedRecord(position=message.position, model=model, digest=sha256_of(array))
     if _was_taken(owner, message.position):

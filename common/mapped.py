@@ -51,8 +51,9 @@ def copy_of(array: NDArray) -> NDArray:
     return copy.reshape(array.shape)
 
 
-def is_finite(array: NDArray) -> bool:
-    return all(bool(np.isfinite(piece).all()) for piece in pieces(array))
+def is_within(array: NDArray, bound: float) -> bool:
+    """Whether all numbers are at most `bound` in size; NaN is not."""
+    return all(bool((np.abs(piece) <= bound).all()) for piece in pieces(array))
 
 
 def sha256_of(array: NDArray) -> str:

@@ -95,6 +95,7 @@ ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are thos
 COLUMNS = 8  # an error is exactly zero in all of them with probability below 2^-100
 LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
 LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
+LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms reach 2^160, and none refuses by its size
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
 LARGEST_TEST = 2.0**15  # the largest number of rho and s

@@ -348,9 +348,10 @@ def test_a_part_continues_the_candidate_that_was_begun_last_and_no_other(
         Owner(ready).answer(replace(third, model="regmean@0.9", run=OTHER))
 
 
-def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, ready: Path) -> None:
+@pytest.mark.parametrize("number", [np.nan, -np.inf, 2.0**41])
+def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, ready: Path, number: float) -> None:
     broken = candidate(parties)
-    broken.payload[5] = np.nan
+    broken.payload[5] = number
     with pytest.raises(RemoteProtocolError, match="not finite"):
         Owner(ready).answer(broken)
 

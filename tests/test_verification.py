@@ -31,6 +31,7 @@ from common.summation.own_part import OwnPart
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 from common.verification import (
+    LARGEST_NUMBER,
     LIMBS,
     ROWS_AT_ONCE,
     UNIT,
@@ -398,6 +399,34 @@ def test_numbers_in_limbs_add_up_exactly(numbers: list[float]) -> None:
 def test_a_number_that_limbs_cannot_hold_does_not_leave(number: float) -> None:
     with pytest.raises(NumericalError, match="too large to be summed; nothing has left"):
         to_limbs(number)
+
+
+def test_128_no_owner_refuses_a_model_because_of_its_own_numbers() -> None:
+    """Whoever refuses a crafted one alone would tell that its rows reach an input. An owner takes none beyond the bound
+    (client/received_models.py).
+    """
+    plan, random, owners = plan_for(6, [4]), torch.Generator().manual_seed(0), {}
+    for number, name in enumerate(identities_of(3)):
+        rows = torch.randn(30, 6, generator=random, dtype=torch.float64)
+        rows[:, 2] *= number == 1
+        owners[name] = owner_for(plan, rows, number)
+    settings_ = verified(merge_settings(plan), 3)
+    check = check_of("regmean", settings_, contributions_of(["regmean"], settings_, owners))
+    check.sent[:] = 0
+
+    def refusing(size: float) -> list[str]:
+        check.delta["l0.weight"] = torch.zeros(4, 6)
+        check.delta["l0.weight"][:, 2] = size
+        found = []
+        for owner in owners:
+            try:
+                check.shares(owner)
+            except NumericalError:
+                found.append(owner)
+        return found
+
+    assert refusing(2.0**126) == ["o1"]
+    assert refusing(LARGEST_NUMBER) == []
 
 
 def test_projections_are_the_same_everywhere_and_uniform() -> None:

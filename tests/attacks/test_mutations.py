@@ -515,6 +515,9 @@ TABLE = [
     Mutation(OWNERS, "test_a_candidate_out_of_order", "parts-come-in-order", "False"),
     Mutation(OWNERS, "test_a_candidate_out_of_order", "part-has-its-shape", ""),
     Mutation(OWNERS, "test_a_candidate_that_is_not_finite", "models-are-finite"),
+    Mutation(
+        OWNERS, "test_a_candidate_that_is_not_finite", "models-are-finite", "if not is_within(array, float('inf')):"
+    ),
     Mutation(OWNERS, "test_a_delivery_is_repeated", "delivered-once-or-the-same"),
     # 49: packets
     Mutation(PACKETS, "test_49_a_packet_of_nothing", "packets-are-bounded"),
