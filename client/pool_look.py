@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,8 +34,8 @@ def look_at_pool(pool: Pool, own: Sequence[str]) -> PoolLook:
 
     Rows are drawn anew each time: whoever made the pool cannot know which ones are shown.
     """
-    texts = [in_one_form(row) for row in pool.texts]
-    mine = list(dict.fromkeys(in_one_form(text.split("\n")) for text in own))
+    texts = [_without_accents(in_one_form(row)) for row in pool.texts]
+    mine = list(dict.fromkeys(_without_accents(in_one_form(text.split("\n"))) for text in own))
     overlaps = overlap(texts, mine)
     nearest = np.argsort(-overlaps, kind="stable")[:SHOWN]
     drawn = secrets.SystemRandom().sample(range(len(pool)), min(SHOWN, len(pool)))
@@ -44,6 +45,14 @@ def look_at_pool(pool: Pool, own: Sequence[str]) -> PoolLook:
         nearest=tuple((" / ".join(pool.texts[row]), float(overlaps[row])) for row in nearest),
         own_rows=len(set(texts) & set(mine)),
     )
+
+
+def _without_accents(text: str) -> str:
+    """As tokenizers without case read it. A row in other accents would ask the same."""
+    if text.isascii():
+        return text
+    letters = (each for each in unicodedata.normalize("NFD", text) if unicodedata.category(each) != "Mn")
+    return "".join(letters)  # check: accents-hide-no-own-row
 
 
 def overlap(texts: Sequence[str], own: Sequence[str]) -> NDArray[np.float64]:

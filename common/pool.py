@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -47,8 +48,17 @@ class Pool:
 
 
 def in_one_form(texts: Sequence[str]) -> str:
-    """A row such that rows that say the same are equal: without regard to case, width and white space."""
-    return "\n".join(" ".join(alike(text).split()) for text in texts)
+    """A row such that rows that say the same are equal: without regard to case, width, white space, and characters that
+    nobody sees, which most tokenizers drop.
+    """
+    return "\n".join(" ".join(_seen(alike(text)).split()) for text in texts)
+
+
+def _seen(text: str) -> str:
+    if text.isprintable():
+        return text
+    kept = (each for each in text if each.isspace() or unicodedata.category(each)[0] != "C")
+    return "".join(kept)  # check: unseen-characters-do-not-count
 
 
 def pool_path(own_copy: Path | None, home: Path, table: DistillTable, agreement_path: Path) -> Path:

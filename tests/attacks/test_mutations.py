@@ -92,6 +92,9 @@ TABLE = [
     # 151 to 157: predictions on a pool
     Mutation(POOL, "test_151_", "pool-is-the-agreed-one"),
     Mutation(POOL, "test_152_", "pool-rows-are-said-once"),
+    Mutation(POOL, "test_152_", "unseen-characters-do-not-count", "return text"),
+    Mutation(POOL, "test_156_an_own_row", "unseen-characters-do-not-count", "return text"),
+    Mutation(POOL, "test_156_an_own_row", "accents-hide-no-own-row", "return text"),
     Mutation(POOL, "test_153_", "enough-owners-know-a-label"),
     Mutation(POOL, "test_153_an_owner_whose", "label-sets-hide-their-owners"),
     Mutation(POOL, "test_154_", "enough-owners-give-weights"),

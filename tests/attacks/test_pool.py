@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.normalizers import BertNormalizer
 
 from client.measurement.predictions import centred
 from client.owner import Owner
@@ -63,9 +64,11 @@ def test_151_a_row_that_was_not_agreed_on_is_asked_of_nobody(teaching: Parties, 
 
 def test_152_a_row_is_not_asked_twice_in_another_dress(teaching_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
-    path.write_text('{"text": "the lobby was rude"}\n{"text": "The  \\uff4cobby was rude "}\n')
-    with pytest.raises(DataError, match="row 2 says what row 1 says"):
-        pin_pool(path, DISTILL.of(draft_of(teaching_folder).tables))
+    table = DISTILL.of(draft_of(teaching_folder).tables)
+    for dressed in ("The  \uff4cobby was rude ", "the lob\u200bby was\u00ad rude\u0000"):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the lobby was rude", dressed)))
+        with pytest.raises(DataError, match="row 2 says what row 1 says"):
+            pin_pool(path, table)
 
 
 # --- 153, 154: whoever is alone in a number ---
@@ -219,6 +222,16 @@ def test_156_a_pool_that_holds_an_owner_s_own_rows_is_said_with_the_count(teachi
     texts = tuple((text,) for text in dict.fromkeys(own))
     owner.workbench.__dict__["pool_look"] = look_at_pool(Pool(texts), own)
     assert f"{len(texts):,} ROWS OF THE POOL ARE YOURS" in consent_text(owner).partition("BEFORE YOU SAY YES")[2]
+
+
+@pytest.mark.parametrize("joint", ["\u200b", "\u00ad", "\u0301", "\u0007"])
+def test_156_an_own_row_with_characters_that_a_tokenizer_drops_is_one_s_own(joint: str) -> None:
+    """With one in every word, it has no word in common with the row, and asks the model the same."""
+    asked = "the lobby was rude".replace("e", f"e{joint}").replace("a", f"a{joint}").replace("y", f"y{joint}")
+    assert BertNormalizer(lowercase=True).normalize_str(asked) == "the lobby was rude"
+    look = look_at_pool(Pool((("something else",), (asked,))), ["the lobby was rude"])
+    assert look.own_rows == 1
+    assert look.nearest[0] == (asked, 1.0)
 
 
 def test_156_a_row_that_would_forge_a_line_is_shown_behind_a_mark(teaching: Parties) -> None:
