@@ -165,10 +165,14 @@ class Student:
         if not (self.folder / LATEST).is_file():
             return 0
         state = self._read(self.folder / LATEST)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        log.info("  distillation: resuming after epoch %d", state["epoch"])
-        return int(state["epoch"])
+        try:
+            student.load_state_dict(state["student"])
+            optimizer.load_state_dict(state["optimizer"])
+            epoch = int(state["epoch"])
+        except Exception as error:  # it may hold anything
+            raise self._damaged(self.folder / LATEST, error) from None
+        log.info("  distillation: resuming after epoch %d", epoch)
+        return epoch
 
     def _kept(self, epochs: int) -> Path:
         return self.folder / f"after-{epochs}.pt"
@@ -177,10 +181,13 @@ class Student:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # what a broken file makes torch raise is not written down
-            raise SettingsError(
-                f"{path}: is damaged ({type(error).__name__})",
-                hint=f"remove the folder {self.folder}: the same command trains the student again",
-            ) from None
+            raise self._damaged(path, error) from None
+
+    def _damaged(self, path: Path, error: Exception) -> SettingsError:
+        return SettingsError(
+            f"{path}: is damaged ({type(error).__name__})",
+            hint=f"remove the folder {self.folder}: the same command trains the student again",
+        )
 
 
 @dataclass(frozen=True)

@@ -299,10 +299,15 @@ def test_a_coordinator_that_is_killed_while_it_trains_resumes_with_the_last_epoc
     assert not (teaching.output / CHECKPOINT).exists()
 
 
-def test_a_damaged_epoch_is_named(teaching: Parties, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, [1], {"epoch": 1, "student": {}, "optimizer": {}}])
+def test_a_damaged_epoch_is_named(teaching: Parties, tmp_path: Path, content: object) -> None:
     student, settings, total = student_in(tmp_path / "student", teaching)
     (tmp_path / "student").mkdir()
-    (tmp_path / "student" / LATEST).write_bytes(b"nothing")
+    path = tmp_path / "student" / LATEST
+    if content is None:
+        path.write_bytes(b"nothing")
+    else:
+        torch.save(content, path)
     with pytest.raises(SettingsError, match=r"latest\.pt: is damaged .*\nhint: remove the folder"):
         student.after(2, settings, total)
 
