@@ -108,7 +108,11 @@ class Distill(Method[DistillTable]):
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         table = self.of(tables)
         start = () if table.start == "base" else STARTS[table.start].disclosures(tables)
-        close = ("The totals also show how close each row of the pool is to the rows of all owners together.",)
+        close = (
+            "The totals also show how close each row of the pool is to the rows of all owners together. A row that is "
+            "like one owner's rows alone is answered by that owner's model alone, except for a thousandth of the "
+            "others': nobody is told whose it is, but whoever knows what the owners' rows are about can guess.",
+        )
         return (
             "The total shows what the owners' models together say of each row of the pool: a model that was trained "
             "on a row, or on rows like it, is surer of it. So a total about a row that only one owner has shows, "

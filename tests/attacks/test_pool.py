@@ -1,4 +1,4 @@
-"""Attacks 151 to 157: what a sum of predictions can be made to show, and who takes part in it."""
+"""Attacks 151 to 158: what a sum of predictions can be made to show, and who takes part in it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,13 @@ from client.owner import Owner
 from client.pool_look import look_at_pool, overlap
 from common.agreement import AgreementDraft
 from common.errors import DataError, ModelError, SettingsError
-from common.merge_methods.distill import DISTILL
+from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS, DistillTable
+from common.merge_methods.terms import Predictions
 from common.pool import Pool, in_one_form, pin_pool
 from common.settings_file import parse_settings, parse_toml
 from deploy.commands.agree import QUOTE, consent_text
 from server.merge import prepare
+from tests.support.merging import merge_settings, plan_for
 from tests.support.parties import OwnersChannel, Parties, parties_of
 
 
@@ -256,3 +258,25 @@ def test_156_the_nearest_row_is_the_one_with_most_words_in_common() -> None:
 def test_157_no_model_of_an_honest_owner_decides_alone_by_large_logits() -> None:
     loud = centred(np.array([[1e6, 0.0, -1e6]], np.float32), np.array([True] * 3), 16.0)
     assert np.abs(loud).max() == 16.0
+
+
+# --- 158: a row that is near one owner alone ---
+
+
+def test_158_by_closeness_a_row_near_one_owner_alone_is_answered_by_that_owner() -> None:
+    """A documented break: the sum over all owners is nearly its logits. Whose they are, it does not tell."""
+    random, table = np.random.default_rng(0), DistillTable(pool="pool.jsonl", rows=5, weights="density")
+    settings = merge_settings(plan_for(3, [2]), distill=table)
+    known, total = np.array([True] * 2), np.zeros((5, 2))
+    first, *others = (
+        Predictions(
+            logits=centred(random.standard_normal((5, 2)).astype(np.float32), known, table.largest_logit),
+            known=known,
+            closeness=np.full(5, closeness),
+        )
+        for closeness in (1.0, 0.0, 0.0)
+    )
+    for each in (first, *others):
+        total += dict(DISTILL.predicted(settings, each))["predictions"]
+    assert np.abs(total - first.logits).max() < len(others) * LEAST_CLOSENESS * table.largest_logit
+    assert any("by that owner's model alone" in line for line in DISTILL.disclosures(settings.tables))
