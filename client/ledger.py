@@ -84,7 +84,8 @@ class Ledger:
         for digest, page in self._book.pages.items():
             if digest == self._agreement_digest or not page.offers or page.terms is None:
                 continue
-            shares = [contributed.shares_with(earlier) for earlier in page.contributed]
+            is_bounded = page.terms.epsilon is not None or self._agreement.privacy.epsilon is not None
+            shares = [contributed.shares_with(earlier, is_bounded=is_bounded) for earlier in page.contributed]
             rows = max((share for share, _ in shares), default=0.0)
             changes = max((share for _, share in shares), default=0.0)
             repeat = Repeat(agreement_digest=digest, terms=page.terms, rows=rows, weight_changes=changes)

@@ -19,20 +19,22 @@ LEAST_SHARE = 0.1
 
 
 class Contributed(Record):
-    """Keyed sketches of an owner's training rows and of its changed tensors (Workbench.contributed); with
-    privacy.epsilon, of the rows that models are judged on, too, since their metrics are part of the budget.
+    """Keyed sketches of an owner's training rows, of its changed tensors, and of the rows that models are judged on
+    (Workbench.contributed). The last count if either agreement has privacy.epsilon: metrics are part of the budget.
     """
 
     rows: Sketch
     weight_changes: Sketch
     judged: Sketch = Sketch()
 
-    def shares_with(self, other: "Contributed") -> tuple[float, float]:
-        """Which share of the rows, and of the changed tensors, `other` has too."""
-        rows = max(
-            share_in_common(self.rows, other.rows),
-            share_in_common(self.judged, other.judged),  # check: judged-rows-are-counted-too
-        )
+    def shares_with(self, other: "Contributed", *, is_bounded: bool) -> tuple[float, float]:
+        """Which share of the rows, and of the changed tensors, `other` has too. A row that is judged by one and trained
+        on by the other spends both budgets if the agreements, or one of them, are `is_bounded`.
+        """
+        mine, theirs = (self.rows,), (other.rows,)
+        if is_bounded:  # check: judged-rows-are-counted-too
+            mine, theirs = (self.rows, self.judged), (other.rows, other.judged)
+        rows = max(share_in_common(one, another) for one in mine for another in theirs)
         return rows, share_in_common(self.weight_changes, other.weight_changes)
 
 
@@ -169,6 +171,11 @@ def what_the_difference_shows(before: Terms, now: Terms, repeat: Repeat) -> Iter
         yield (
             "Other methods or hyperparameters are used. Each further total of the same rows is one more equation about "
             "them."
+        )
+    if now.epsilon is None and before.epsilon is not None:
+        yield (
+            f"That agreement promised epsilon = {before.epsilon:g} for these rows. This one adds no noise, so nothing "
+            "of that promise is left."
         )
     if repeat.rows < 1:
         yield (

@@ -257,7 +257,7 @@ class Workbench(Holdings):
         return Contributed(
             rows=rows,
             weight_changes=sketch_of(key, self._changed_tensors()) if has_model else Sketch(),
-            judged=Sketch() if self.agreement.privacy.epsilon is None else sketch_of(key, self.data.judged_contents()),
+            judged=sketch_of(key, self.data.judged_contents()),
         )
 
     def _changed_tensors(self) -> Iterator[memoryview]:

@@ -338,7 +338,7 @@ TABLE = [
         "yield start_name, to_array(weighted.T @ features @ terms.start)",
     ),
     Mutation(ON_SUMS, "test_181_", "persons-count-once", "return rows"),
-    Mutation(ON_SUMS, "test_183_", "judged-rows-are-counted-too", "0.0,"),
+    Mutation(ON_SUMS, "test_183_", "judged-rows-are-counted-too"),
     Mutation(ON_SUMS, "test_no_metric_is_shown", "cut-texts-are-not-counted-exactly", "is_exact = True"),
     Mutation(ON_SUMS, "test_184_", "refusals-tell-nothing-of-rows"),
     Mutation(ON_SUMS, "test_185_", "noised-rows-weigh-alike"),

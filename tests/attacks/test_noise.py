@@ -12,8 +12,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from client.ledger import Ledger
 from client.owner import Owner
+from client.repeats import Contributed, what_the_difference_shows
+from client.repeats import terms_of as kept_of
 from client.settings import OwnerSettings
+from client.sketch import Sketch, sketch_of
 from common.agreement import Agreement, AgreementDraft, Privacy
 from common.errors import AmalgramError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.refit import REFIT, RefitTable
@@ -282,8 +286,34 @@ def test_183_rows_that_were_judged_under_another_agreement_are_recognised(folder
         train = folder / "data" / "hotel" / "train.jsonl"
         train.write_text(re.sub(r'("text": ")', r"\1other ", train.read_text()))
         again = Owner(parties.files["hotel"]).workbench.contributed(key, may_train=False)
-    assert again.shares_with(before)[0] == 1
-    assert again.model_copy(update={"judged": type(again.judged)()}).shares_with(before)[0] < 0.1
+    assert again.shares_with(before, is_bounded=True)[0] == 1
+    assert again.model_copy(update={"judged": Sketch()}).shares_with(before, is_bounded=True)[0] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_found"), [(4.0, 4.0, True), (None, 4.0, True), (4.0, None, True), (None, None, False)]
+)
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_183_rows_that_were_trained_on_and_are_judged_now_spend_both_budgets(
+    first: float | None, second: float | None, are_found: bool, exchanged: bool, agreement: Agreement, tmp_path: Path
+) -> None:
+    """Without noise in one of the two agreements, the other's promise about them is over."""
+    some, others, more = (sketch_of(bytes(32), [b"%d" % row for row in range(n, n + 50)]) for n in (0, 50, 100))
+    before = Contributed(rows=some, weight_changes=Sketch(), judged=others)
+    now = Contributed(rows=others, weight_changes=Sketch(), judged=more)
+    if exchanged:
+        before, now = now, before
+    terms, later = (
+        agreement.model_copy(update={"title": title, "privacy": Privacy(epsilon=epsilon)})
+        for title, epsilon in (("First", first), ("Second", second))
+    )
+    ledger = Ledger(tmp_path / "a.ledger", bytes(32), terms, must_exist=False)
+    ledger.begin(0, 64 * "a", 0, "contributions", before, set())
+    ledger.offer(0, 64 * "a", 64 * "b", set())
+    found = Ledger(tmp_path / "a.ledger", bytes(32), later, must_exist=True).repeats(now)
+    assert [each.rows for each in found] == ([1.0] if are_found else [])
+    ended = [text for each in found for text in what_the_difference_shows(each.terms, kept_of(later), each)]
+    assert any("nothing of that promise is left" in text for text in ended) == (are_found and second is None)
 
 
 def test_no_metric_is_shown_by_name_or_counted_exactly(folder: Path, tmp_path: Path) -> None:
