@@ -39,6 +39,7 @@ class Page(Record):
     """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
 
     `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
+    `is_given`: whether anything left for a plain sum, where nothing is offered to one session only.
     `noise`: the secret from which this owner's noise follows (common/privacy/noise.py), until the result is signed.
     """
 
@@ -49,6 +50,7 @@ class Page(Record):
     result: str | None = None
     contributed: tuple[Contributed, ...] = ()
     terms: Terms | None = None
+    is_given: bool = False
     noise: Digest | None = Field(default=None, repr=False)
 
 
@@ -82,9 +84,11 @@ class Ledger:
         """The other agreements under which most of the same rows or weight changes were offered."""
         found = []
         for digest, page in self._book.pages.items():
-            if digest == self._agreement_digest or not page.offers or page.terms is None:
+            if digest == self._agreement_digest or page.terms is None:
                 continue
             is_bounded = page.terms.epsilon is not None or self._agreement.privacy.epsilon is not None
+            if not page.offers and not (is_bounded and page.is_given):  # check: plain-sums-spend-budgets-too
+                continue
             shares = [contributed.shares_with(earlier, is_bounded=is_bounded) for earlier in page.contributed]
             rows = max((share for share, _ in shares), default=0.0)
             changes = max((share for _, share in shares), default=0.0)
@@ -106,6 +110,11 @@ class Ledger:
     def offered_deliveries(self) -> set[str]:
         """The `deliveries_digest` of every round that something was offered to."""
         return {offer.deliveries_digest for offer in self._page.offers}  # check: offers-count-from-the-first-part
+
+    @property
+    def has_given(self) -> bool:
+        """Whether anything may have left under this agreement."""
+        return bool(self._page.offers) or self._page.is_given
 
     @property
     def has_signed(self) -> bool:
@@ -153,6 +162,13 @@ class Ledger:
         if offer not in self._page.offers:
             others = tuple(each for each in self._page.offers if each.position != position)
             self._write(offers=(*others, offer))
+
+    def give(self, again: Set[str]) -> None:
+        """Something is about to leave for a plain sum. Raises ConsentError as `offer` does."""
+        for contributed in self._page.contributed:
+            check_repeats(terms_of(self._agreement), self.repeats(contributed), again)
+        if not self._page.is_given:
+            self._write(is_given=True)
 
     def reveal(self, session: str) -> None:
         """This owner is about to help unmask `session`. Raises ConsentError if it has burned it."""

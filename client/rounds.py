@@ -42,6 +42,8 @@ def open_round(owner: OwnerContext, message: OpenSum) -> Message:
         )
     verification.check_was_shown(owner)
     terms = _terms(owner, message, round_.layout, round_.kind)
+    # To look at what is contributed, a model that is missing would be trained.
+    _check_trained_once(owner)  # check: missing-models-are-noticed-first
     contributed = None if round_.kind == "metrics" else owner.contributed()
     again = owner.state.may_repeat(message.agreement_digest)
     owner.ledger.begin(message.round, message.session, message.position, round_.title, contributed, again)
@@ -68,7 +70,7 @@ def _measure(owner: OwnerContext, terms: SumTerms, round_: Round) -> None:
 
 def _check_trained_once(owner: OwnerContext) -> None:
     """Raise DataError if a bounded model would be trained again: two of them reveal twice as much as was agreed."""
-    if owner.agreement.privacy.epsilon is None or not owner.ledger.offered_deliveries:
+    if owner.agreement.privacy.epsilon is None or not owner.ledger.has_given:
         return
     if owner.settings.fine_tuned is not None:  # what it declares of a model that it brings is its own word
         return
@@ -134,9 +136,11 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
         owner.state.forget_round()  # check: broken-session-is-forgotten
         raise
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
+    again = owner.state.may_repeat(request.agreement_digest)
     if side.offers:  # check: offered-from-the-first-part
-        again = owner.state.may_repeat(request.agreement_digest)
         owner.ledger.offer(request.position, request.session, request.deliveries_digest, again)
+    if owner.agreement.summation.kind == "plain":  # check: plain-sums-are-noted
+        owner.ledger.give(again)
     if side.reveals:
         owner.ledger.reveal(request.session)
     owner.state.write_open_round(kept.kind, request, side.to_json())  # check: latch-is-written-first

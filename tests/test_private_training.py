@@ -5,6 +5,7 @@ SECURITY.md.
 import json
 import re
 import shutil
+from dataclasses import replace
 from math import comb, exp, inf, log
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from common.agreement import AgreementDraft
 from common.errors import AmalgramError, DataError, ModelError, SettingsError
 from common.merge_methods import METHODS
 from common.merge_methods.method import MultiRoundMethod
+from common.messages import PartRequest
 from common.privacy.budget import most_right_guesses, together
 from common.settings_file import parse_settings, parse_toml
 from deploy.commands.agree import consent_text
@@ -41,7 +43,7 @@ from deploy.simulation.simulate import simulate
 from tests.support.errors import in_two_lines
 from tests.support.fixtures import TRAIN
 from tests.support.models import tiny_bert
-from tests.support.owner_process import Process
+from tests.support.owner_process import OTHER, Process, opening_of
 from tests.support.parties import parties_of
 from tests.support.rows import rows_of
 
@@ -428,6 +430,24 @@ def test_150_no_second_model_is_trained_under_one_agreement(bounded: Path, tmp_p
             process.send("hotel", process.open_sum(1, metrics, delivered))
         train.write_text(kept)
         process.send("hotel", process.open_sum(2, metrics, delivered))
+
+
+def test_150_no_second_model_is_trained_for_a_plain_sum(bounded: Path, tmp_path: Path) -> None:
+    """Its coordinator would have both, each with a noise of its own."""
+    change(bounded / "agreement.toml", ('kind = "masked"', 'kind = "plain"'))
+    change(bounded / "hotel.toml", ("epochs = 6", "epochs = 1"), ("batch_size = 32", "batch_size = 200"))
+    (tmp_path / "out").mkdir()
+    with parties_of(bounded, tmp_path / "out") as parties:
+        alone = replace(parties, files={"hotel": parties.files["hotel"]})
+        process = Process(alone)
+        request = process.open_sum(0)
+        process.send("hotel", request)
+        process.send("hotel", PartRequest(session=request.session, part=0))
+        assert Owner(parties.files["hotel"]).ledger.pending == ""
+        shutil.rmtree(Owner(parties.files["hotel"]).workbench._kept_folder)
+        process.roll_call(OTHER)
+        with pytest.raises(DataError, match="no second one is trained under the same agreement"):
+            process.send("hotel", opening_of(alone, process.schedule.find("contribution"), 1, run=OTHER))
 
 
 def test_146_single_rows_of_a_person_are_not_set_aside(bounded: Path, tmp_path: Path) -> None:

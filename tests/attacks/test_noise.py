@@ -294,8 +294,15 @@ def test_183_rows_that_were_judged_under_another_agreement_are_recognised(folder
     ("first", "second", "are_found"), [(4.0, 4.0, True), (None, 4.0, True), (4.0, None, True), (None, None, False)]
 )
 @pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("is_plain", [False, True])
 def test_183_rows_that_were_trained_on_and_are_judged_now_spend_both_budgets(
-    first: float | None, second: float | None, are_found: bool, exchanged: bool, agreement: Agreement, tmp_path: Path
+    first: float | None,
+    second: float | None,
+    are_found: bool,
+    exchanged: bool,
+    is_plain: bool,
+    agreement: Agreement,
+    tmp_path: Path,
 ) -> None:
     """Without noise in one of the two agreements, the other's promise about them is over."""
     some, others, more = (sketch_of(bytes(32), [b"%d" % row for row in range(n, n + 50)]) for n in (0, 50, 100))
@@ -309,7 +316,10 @@ def test_183_rows_that_were_trained_on_and_are_judged_now_spend_both_budgets(
     )
     ledger = Ledger(tmp_path / "a.ledger", bytes(32), terms, must_exist=False)
     ledger.begin(0, 64 * "a", 0, "contributions", before, set())
-    ledger.offer(0, 64 * "a", 64 * "b", set())
+    if is_plain:
+        ledger.give(set())
+    else:
+        ledger.offer(0, 64 * "a", 64 * "b", set())
     found = Ledger(tmp_path / "a.ledger", bytes(32), later, must_exist=True).repeats(now)
     assert [each.rows for each in found] == ([1.0] if are_found else [])
     ended = [text for each in found for text in what_the_difference_shows(each.terms, kept_of(later), each)]
