@@ -248,7 +248,10 @@ class Refit(MultiRoundMethod[RefitTable]):
         terms, noise = owner.classifier, owner.noise
         assert terms is not None
         assert noise is not None  # there is one in every round with noise
-        features, (gram_name, start_name, targets_name) = terms.features, _noised_names()
+        gram_name, start_name, targets_name = _noised_names()
+        # A body may be crafted so that a row with some word overflows. An owner that refused would tell of that row.
+        is_finite = terms.features.isfinite().all(dim=1, keepdim=True)  # (rows, 1)
+        features = torch.where(is_finite, terms.features, 0.0)  # check: rows-without-numbers-add-nothing
         weighted = bounded.weights(features)[:, None] * features  # (rows, features) float64
         gram = torch.from_numpy(noise.added(gram_name, to_array(weighted.T @ features)))
         gram.diagonal().add_(bounded.ridge(settings.num_owners, len(gram)) / settings.num_owners)

@@ -150,6 +150,23 @@ def test_180_no_exact_gram_can_be_solved_for() -> None:
     assert sent["head_rows"] == [200]
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_185_a_row_that_overflows_adds_nothing_and_stops_nobody(value: float) -> None:
+    """A crafted body can have rows with some word overflow. A refusal would say that there are such rows."""
+    settings, owners, layout = refit_of(RefitNoise(features=2.0, target=1.0, own=5.0))
+    (step,) = REFIT.steps(settings)
+    sent = []
+    for each in (value, 0.0):
+        terms = owners["a"].classifier
+        assert terms is not None
+        terms.features[3, 1:] = each
+        terms.features[3, 0] = 0.0
+        vector = np.zeros(layout.size)
+        layout.flatten(REFIT.step_contribution(settings, step, owners["a"]), vector)
+        sent.append(fixed_point.encode(layout, vector, 3))
+    assert np.array_equal(*sent)
+
+
 def test_a_refit_with_noise_is_verified_like_any_other() -> None:
     settings, owners, layout = refit_of(RefitNoise(features=2.0, target=1.0, own=0.5))
     (step,) = REFIT.steps(settings)
