@@ -249,7 +249,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         assert terms is not None
         assert noise is not None  # there is one in every round with noise
         gram_name, start_name, targets_name = _noised_names()
-        # A body may be crafted so that a row with some word overflows. An owner that refused would tell of that row.
+        # A crafted body can make chosen rows overflow. A refusal would reveal that the owner has one.
         is_finite = terms.features.isfinite().all(dim=1, keepdim=True)  # (rows, 1)
         features = torch.where(is_finite, terms.features, 0.0)  # check: rows-without-numbers-add-nothing
         weighted = bounded.weights(features)[:, None] * features  # (rows, features) float64

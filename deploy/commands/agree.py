@@ -72,7 +72,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         disclosures=_disclosures(agreement),
         without_grams=agreement.tensors.data_free_in_short if owner.schedule.has_grams else "",
         pool=_pool(owner),
-        bounded=_bounded(agreement, repeats),
+        bounded=_bounded(owner, repeats),
         repeats=[
             {
                 "what": each.what,
@@ -114,9 +114,9 @@ def _pool(owner: Owner) -> dict[str, object] | None:
     }
 
 
-def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, object] | None:
+def _bounded(owner: Owner, repeats: Sequence[Repeat]) -> dict[str, object] | None:
     """What the consent text says of differential privacy; None if it was not agreed on."""
-    privacy = agreement.privacy
+    agreement, privacy = owner.agreement, owner.agreement.privacy
     if privacy.epsilon is None:
         return None
     before = [each.terms for each in repeats if each.rows >= LEAST_SHARE]
@@ -128,7 +128,10 @@ def _bounded(agreement: Agreement, repeats: Sequence[Repeat]) -> dict[str, objec
     is_row = privacy.unit == "row"
     return {
         "unit": "row" if is_row else "person",
-        "unit_of_rows": "a row" if is_row else "a person, with all rows that have one value in your column data.unit,",
+        "unit_of_rows": "a row of yours"
+        if is_row
+        else "a person, with all rows that have one value in your column data.unit,",
+        "is_declared": owner.settings.fine_tuned is not None,
         "guesses": f"{ceil(1e4 * most_right_guesses(privacy.epsilon, privacy.delta)) / 100:g} %",
         "epsilon": f"{privacy.epsilon:>10g}",
         "delta": f"{privacy.delta:>10g}",

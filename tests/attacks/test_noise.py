@@ -22,7 +22,7 @@ from common.agreement import Agreement, AgreementDraft, Privacy
 from common.errors import AmalgramError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.refit import REFIT, RefitTable
 from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms, RefitNoise
-from common.metrics import contribution, metrics_layout
+from common.metrics import Score, contribution, metrics_layout
 from common.privacy.noise import Noise, bound_with_noise, fresh_secret
 from common.settings_file import load_settings, parse_settings, parse_toml
 from common.summation import fixed_point
@@ -351,6 +351,23 @@ def test_no_metric_is_shown_by_name_or_counted_exactly(folder: Path, tmp_path: P
     assert exact == {"rows"}
 
 
+def test_187_whoever_knows_all_other_rows_sees_in_their_number_whether_one_more_is_there(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A documented limit. What the promise compares is a row that is used and one that is left blank."""
+    (tmp_path / "out").mkdir()
+    with parties_of(folder, tmp_path / "out") as parties:
+        agreement, consent = parties.agreement, consent_text(Owner(parties.files["hotel"]))
+    layout = metrics_layout(agreement, "test", ["base"])
+    counted = []
+    for rows in (40, 41):
+        score = Score(correct=0, rows=rows, metric=0.0, sums=((0.0,) * layout.entry("base/noised").size,))
+        noise = Noise(key=bytes(32), position=0, layout=layout, num_owners=3)
+        counted.append(dict(contribution(agreement, "hotel", "test", {"base": score}, noise))["base/rows"].item())
+    assert counted == [40, 41]
+    assert "whoever knows all the others of yours can see in their number whether one more is there" in consent
+
+
 REFIT_TABLES: dict[str, Any] = {"method": "refit", "compare_with": [], "refit": {"balances": [0.0]}}
 
 
@@ -434,6 +451,8 @@ def test_what_is_declared_of_a_brought_model_counts_and_is_called_unchecked(fold
         said = consent_text(owner)
     assert "hotel declares that it trained its model with epsilon = 5, delta = 5e-06. Nobody checks this." in said
     assert re.search(r"metrics +10% +\d\.\d\d +\d", said)
+    assert "Your model is trained here" not in said
+    assert "OF THESE BOUNDS HOLDS FOR YOU" in said
     draft.write_text(text)
     assert "asks for one that is trained with noise" in refused(folder, tmp_path)
 
