@@ -257,10 +257,13 @@ class Holdings:
         return np.arange(len(self.data.train())) if self.agreement.privacy.unit == "row" else self.data.units()
 
     def one_of_each_unit(self, rows: Rows, split: Literal["train", "validation", "test"]) -> Rows:
-        """Of a split's rows, the first of each person, if all rows of one are protected together: with noise, nobody
-        counts more than once.
+        """A split's rows as noise hides them: each in a batch of its own, and of each person only the first, if all
+        rows of one are protected together. Without noise, as they are.
         """
-        if self.agreement.privacy.epsilon is None or self.agreement.privacy.unit == "row":
+        if self.agreement.privacy.epsilon is None:
+            return rows
+        rows = replace(rows, are_apart=True)  # check: rows-to-judge-are-alone
+        if self.agreement.privacy.unit == "row":
             return rows
         units = self._units if split == "train" else self.data.units(split)
         first = np.sort(np.unique(units, return_index=True)[1])

@@ -8,7 +8,7 @@ with several labels has a vector of 0 and 1 as its one target, a regression a ve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,21 +31,21 @@ class Rows:
     """The examples of one split. Texts are tokenised but not padded; images are (n, channels, height, width) float32.
 
     `targets` is (n,) int64, or (n, labels or targets) float32, or for each example one array with a target for every
-    position of the model's output.
+    position of the model's output. `are_apart`: each is a batch of its own, so that none decides, by its length or by
+    what a crafted model makes of it, what the model says of another.
     """
 
     features: Features
     targets: Targets
     tokenizer: PreTrainedTokenizerBase | None = None
+    are_apart: bool = False
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, indices: NDArray[np.int64]) -> Rows:
         """The examples at `indices`, in that order."""
-        return Rows(
-            features=_take(self.features, indices), targets=_take(self.targets, indices), tokenizer=self.tokenizer
-        )
+        return replace(self, features=_take(self.features, indices), targets=_take(self.targets, indices))
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[Batch, Tensor]:
         """The model's inputs for these examples, padded to the longest, and the targets for its logits.
@@ -79,6 +79,9 @@ class Rows:
         A batch holds `batch_size` of the longest examples. Shorter ones fill the same padded size, because every
         forward pass has a fixed cost, and so does every measurement in it.
         """
+        if self.are_apart:  # check: noised-rows-are-alone
+            yield from np.arange(len(self))[:, None]
+            return
         if isinstance(self.features, np.ndarray):
             lengths = np.ones(len(self), np.int64)
         else:

@@ -11,26 +11,32 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import BertForSequenceClassification
 
+from client.data.rows import Rows
 from client.ledger import Ledger
+from client.measurement.evaluation import bounded_sums
 from client.owner import Owner
 from client.repeats import Contributed, what_the_difference_shows
 from client.repeats import terms_of as kept_of
 from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
-from common.agreement import Agreement, AgreementDraft, Privacy
+from common.agreement import Agreement, AgreementDraft, Privacy, Task
 from common.errors import AmalgramError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.refit import REFIT, RefitTable
 from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms, RefitNoise
 from common.metrics import Score, contribution, metrics_layout
+from common.privacy.legs import example_norm
 from common.privacy.noise import Noise, bound_with_noise, fresh_secret
 from common.settings_file import load_settings, parse_settings, parse_toml
 from common.summation import fixed_point
 from common.tensor_layout import TensorEntry, TensorLayout
 from deploy.commands.agree import consent_text
+from deploy.example.reviews import make_tokenizer
 from server.bounds import check_classifier
 from tests.support.errors import in_two_lines
 from tests.support.merging import merge_settings, plan_for
+from tests.support.models import tiny_bert
 from tests.support.owner_process import Process
 from tests.support.parties import parties_of
 from tests.support.sums import identities_of, run, terms_of
@@ -349,6 +355,50 @@ def test_no_metric_is_shown_by_name_or_counted_exactly(folder: Path, tmp_path: P
         layout = metrics_layout(parties.agreement, "test", ["base", "own_at_home"])
     exact = {entry.name.rpartition("/")[2] for entry in layout.entries if not entry.noise}
     assert exact == {"rows"}
+
+
+def overflowing_at_padding() -> BertForSequenceClassification:
+    """A crafted base: it says "b" of a text, and "a" if anything in the batch is longer, since its attention to padding
+    is infinite there.
+    """
+    model = tiny_bert()
+    embeddings, attention = model.bert.embeddings, model.bert.encoder.layer[0].attention.self
+    with torch.no_grad():
+        embeddings.position_embeddings.weight.zero_()
+        embeddings.token_type_embeddings.weight.zero_()
+        embeddings.word_embeddings.weight[:] = torch.linspace(-1, 1, 16)
+        embeddings.word_embeddings.weight[0] = torch.linspace(-1, 1, 16) ** 2
+        text, padding = embeddings.LayerNorm(embeddings.word_embeddings.weight[[1, 0]])
+        attention.query.weight.zero_()
+        attention.query.bias.fill_(1e20)
+        attention.key.weight[:] = 1e20 * (padding - padding @ text / (text @ text) * text)
+        attention.key.bias.zero_()
+        model.classifier.bias[:] = torch.tensor([0.0, 10.0, 0.0])
+    return model
+
+
+def test_188_no_row_decides_what_a_crafted_model_says_of_the_rows_in_its_batch() -> None:
+    model, task = overflowing_at_padding(), Task(labels=("a", "b", "c"))
+
+    def moved(are_apart: bool) -> float:
+        sums = []
+        for length in (5, 9):  # of the last row
+            features = tuple({"input_ids": [7] * n, "attention_mask": [1] * n} for n in (*[5] * 10, length))
+            rows = Rows(features=features, targets=np.ones(11, np.int64), tokenizer=make_tokenizer())
+            sums.append(bounded_sums(model, replace(rows, are_apart=are_apart), 32, task))
+        return float(np.linalg.norm(sums[1] - sums[0]))
+
+    assert moved(are_apart=False) > 5 * example_norm(task)
+    assert moved(are_apart=True) <= example_norm(task)
+
+
+def test_188_with_epsilon_rows_are_judged_and_fitted_to_one_by_one(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with parties_of(folder, tmp_path / "out") as parties:
+        bench = Owner(parties.files["hotel"]).workbench
+        for rows, split in ((bench.data.test(), "test"), (bench.data.train(), "train")):
+            kept = bench.one_of_each_unit(rows, split).take(np.arange(5))  # type: ignore[arg-type]
+            assert [len(indices) for indices in kept.batch_indices(32)] == [1] * 5
 
 
 def test_187_whoever_knows_all_other_rows_sees_in_their_number_whether_one_more_is_there(
