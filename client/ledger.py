@@ -198,8 +198,10 @@ class Ledger:
 
     def noise_secret(self) -> bytes:
         """The secret of this owner's noise under this agreement: drawn once, so that whoever asks for the same numbers
-        again, in whichever session, gets the same noise.
+        again, in whichever session, gets the same noise. Raises ConsentError once the result is signed, which forgets it.
         """
+        if self.has_signed:  # check: forgotten-noise-is-not-drawn-anew
+            raise ConsentError("the coordinator asked for sums with noise after the result")
         if self._page.noise is None:  # check: noise-is-drawn-once
             self._write(noise=fresh_secret().hex())
         assert self._page.noise is not None

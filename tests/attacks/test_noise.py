@@ -22,7 +22,7 @@ from client.repeats import terms_of as kept_of
 from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
 from common.agreement import Agreement, AgreementDraft, Privacy, Task
-from common.errors import AmalgramError, LocalProtocolError, NumericalError, SettingsError
+from common.errors import AmalgramError, ConsentError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.refit import REFIT, RefitTable
 from common.merge_methods.terms import ClassifierTerms, MergeSettings, OwnerTerms, RefitNoise
 from common.metrics import Score, contribution, metrics_layout
@@ -236,7 +236,28 @@ def test_177_an_owner_that_resumes_sends_the_same_noised_vector(folder: Path, tm
         secret = ledger.noise_secret()
         assert secret.hex() not in repr(ledger._page)
         ledger.sign_result("{}")
-        assert Owner(parties.files["hotel"]).ledger.noise_secret() != secret  # it was forgotten with the result
+        after = Owner(parties.files["hotel"]).ledger
+        assert after._page.noise is None  # it was forgotten with the result
+        with pytest.raises(ConsentError, match="sums with noise after the result"):
+            after.noise_secret()
+
+
+def test_177_after_the_result_nobody_gets_the_same_sums_with_other_noise(folder: Path, tmp_path: Path) -> None:
+    """A plain sum can be asked for again, and its secret is gone: the mean of many answers would have no noise."""
+    draft = folder / "agreement.toml"
+    draft.write_text(draft.read_text().replace('kind = "masked"', 'kind = "plain"'))
+    (tmp_path / "out").mkdir()
+    with parties_of(folder, tmp_path / "out") as parties:
+        process = Process(replace(parties, files={"hotel": parties.files["hotel"]}))
+        delivered = process.deliver_candidates("validation")
+        metrics = process.schedule.find("metrics", split="validation")
+        process.send("hotel", process.open_sum(1, metrics, delivered))
+        first = vector_of(process, "hotel")
+        process.send("hotel", process.open_sum(2, metrics, delivered))
+        assert np.array_equal(first, vector_of(process, "hotel"))
+        Owner(parties.files["hotel"]).ledger.sign_result("{}")
+        with pytest.raises(ConsentError, match="sums with noise after the result"):
+            process.send("hotel", process.open_sum(3, metrics, delivered))
 
 
 def test_176_a_program_that_forgets_the_noise_sends_nothing(
