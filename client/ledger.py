@@ -39,7 +39,7 @@ class Page(Record):
     """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
 
     `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
-    `is_given`: whether anything left for a plain sum, where nothing is offered to one session only.
+    `given`: of each round that was measured for a plain sum, the SHA-256 of the vector, empty without privacy.epsilon.
     `noise`: the secret from which this owner's noise follows (common/privacy/noise.py), until the result is signed.
     """
 
@@ -50,7 +50,7 @@ class Page(Record):
     result: str | None = None
     contributed: tuple[Contributed, ...] = ()
     terms: Terms | None = None
-    is_given: bool = False
+    given: dict[int, str] = Field(default_factory=dict)
     noise: Digest | None = Field(default=None, repr=False)
 
 
@@ -87,7 +87,7 @@ class Ledger:
             if digest == self._agreement_digest or page.terms is None:
                 continue
             is_bounded = page.terms.epsilon is not None or self._agreement.privacy.epsilon is not None
-            if not page.offers and not (is_bounded and page.is_given):  # check: plain-sums-spend-budgets-too
+            if not page.offers and not (is_bounded and page.given):  # check: plain-sums-spend-budgets-too
                 continue
             shares = [contributed.shares_with(earlier, is_bounded=is_bounded) for earlier in page.contributed]
             rows = max((share for share, _ in shares), default=0.0)
@@ -114,7 +114,7 @@ class Ledger:
     @property
     def has_given(self) -> bool:
         """Whether anything may have left under this agreement."""
-        return bool(self._page.offers) or self._page.is_given
+        return bool(self._page.offers or self._page.given)
 
     @property
     def has_signed(self) -> bool:
@@ -163,12 +163,17 @@ class Ledger:
             others = tuple(each for each in self._page.offers if each.position != position)
             self._write(offers=(*others, offer))
 
-    def give(self, again: Set[str]) -> None:
-        """Something is about to leave for a plain sum. Raises ConsentError as `offer` does."""
-        for contributed in self._page.contributed:
-            check_repeats(terms_of(self._agreement), self.repeats(contributed), again)
-        if not self._page.is_given:
-            self._write(is_given=True)
+    def give(self, position: int, vector_digest: str) -> None:
+        """The round at `position` was measured for a plain sum, which may be asked for again. Raises ConsentError if it
+        was measured before as another vector, about other models or rows: with noise, every answer costs the budget.
+        """
+        if self._page.given.get(position, vector_digest) != vector_digest:  # check: plain-sums-with-noise-stay-the-same
+            raise ConsentError(
+                "the coordinator asked again for a plain sum with noise, and it is another one now: a model that was "
+                "sent has changed, or a file",
+                hint="put the files back as they were; if they have not changed, a new run needs a new agreement",
+            )
+        self._write(given={**self._page.given, position: vector_digest})
 
     def reveal(self, session: str) -> None:
         """This owner is about to help unmask `session`. Raises ConsentError if it has burned it."""
@@ -198,7 +203,7 @@ class Ledger:
 
     def noise_secret(self) -> bytes:
         """The secret of this owner's noise under this agreement: drawn once, so that whoever asks for the same numbers
-        again, in whichever session, gets the same noise. Raises ConsentError once the result is signed, which forgets it.
+        again, in whichever session, gets the same noise. Raises ConsentError after the result, with which it is forgotten.
         """
         if self.has_signed:  # check: forgotten-noise-is-not-drawn-anew
             raise ConsentError("the coordinator asked for sums with noise after the result")

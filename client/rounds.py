@@ -13,7 +13,7 @@ from client.state import RoundKind, TestedRecord
 from common import scaling
 from common.certificates import deliveries_digest
 from common.errors import ConsentError, DataError, LocalProtocolError, RemoteProtocolError
-from common.mapped import releasing
+from common.mapped import releasing, sha256_of
 from common.messages import KeyShares, Message, OpeningChecked, OpenSum, UploadsOpened
 from common.metrics import BASE, OWN_AT_HOME, Score, counts_cut
 from common.metrics import contribution as metric_contribution
@@ -61,7 +61,9 @@ def _measure(owner: OwnerContext, terms: SumTerms, round_: Round) -> None:
     _check_trained_once(owner)
     try:
         noise = _noise(owner, round_)
-        _make_vector(owner, terms, _tensors(owner, round_, noise), noise)
+        digest = _make_vector(owner, terms, _tensors(owner, round_, noise), noise)
+        if owner.agreement.summation.kind == "plain":  # check: plain-sums-are-noted
+            owner.ledger.give(round_.position, digest)
     except BaseException:
         if round_.kind == "scales":  # check: nothing-measured-stays
             owner.state.delete_array(CONTRIBUTION)
@@ -88,13 +90,17 @@ def _noise(owner: OwnerContext, round_: Round) -> Noise:
     return Noise(key=key, position=round_.position, layout=round_.layout, num_owners=len(owner.agreement.owners))
 
 
-def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[str, NDArray]], noise: Noise) -> None:
-    """Write this owner's vector to the disk, in fixed point. Of one that cannot be made, nothing stays there."""
+def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[str, NDArray]], noise: Noise) -> str:
+    """Write this owner's vector to the disk, in fixed point. Of one that cannot be made, nothing stays there.
+
+    Returns its SHA-256 with privacy.epsilon, which makes it the same whenever it is made of the same; else nothing.
+    """
     vector = owner.state.create_array("vector", terms.layout.size, "<f8")
     try:
         terms.layout.flatten(releasing(tensors, vector), vector)
         noise.check_complete()
-        fixed_point.encode(terms.layout, vector, len(terms.roster))
+        encoded = fixed_point.encode(terms.layout, vector, len(terms.roster))
+        return "" if owner.agreement.privacy.epsilon is None else sha256_of(encoded)
     except BaseException:
         owner.state.delete_array("vector")
         raise
@@ -136,11 +142,9 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
         owner.state.forget_round()  # check: broken-session-is-forgotten
         raise
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
-    again = owner.state.may_repeat(request.agreement_digest)
     if side.offers:  # check: offered-from-the-first-part
+        again = owner.state.may_repeat(request.agreement_digest)
         owner.ledger.offer(request.position, request.session, request.deliveries_digest, again)
-    if owner.agreement.summation.kind == "plain":  # check: plain-sums-are-noted
-        owner.ledger.give(again)
     if side.reveals:
         owner.ledger.reveal(request.session)
     owner.state.write_open_round(kept.kind, request, side.to_json())  # check: latch-is-written-first

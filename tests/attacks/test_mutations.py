@@ -345,6 +345,7 @@ TABLE = [
     Mutation(ON_SUMS, "test_no_metric_is_shown", "cut-texts-are-not-counted-exactly", "is_exact = True"),
     Mutation(ON_SUMS, "test_184_", "refusals-tell-nothing-of-rows"),
     Mutation(ON_SUMS, "test_185_a_row", "rows-without-numbers-add-nothing", "features = terms.features"),
+    Mutation(ON_SUMS, "test_189_", "plain-sums-with-noise-stay-the-same"),
     Mutation(ON_SUMS, "test_177_after", "forgotten-noise-is-not-drawn-anew"),
     Mutation(ON_SUMS, "test_188_", "noised-rows-are-alone"),
     Mutation(ON_SUMS, "test_188_with", "rows-to-judge-are-alone", ""),

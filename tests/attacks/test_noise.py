@@ -37,7 +37,7 @@ from server.bounds import check_classifier
 from tests.support.errors import in_two_lines
 from tests.support.merging import merge_settings, plan_for
 from tests.support.models import tiny_bert
-from tests.support.owner_process import Process
+from tests.support.owner_process import NONCE, OTHER, Process, delivered_by, opening_of, part_of
 from tests.support.parties import parties_of
 from tests.support.sums import identities_of, run, terms_of
 from tests.support.verifying import Check, Contributions, verified
@@ -45,6 +45,7 @@ from tests.support.verifying import Check, Contributions, verified
 SIZE, OWN = 20_000, 3.0
 LAYOUT = TensorLayout((TensorEntry(name="counts", shape=(SIZE,), bound=bound_with_noise(1e4, OWN), noise=OWN),))
 EXACT = np.arange(float(SIZE)) % 100
+DECLARED = "declared = { epsilon = 5.0, delta = 5e-6 }"
 
 
 def noise_of(key: bytes, position: int = 0, layout: TensorLayout = LAYOUT) -> Noise:
@@ -209,6 +210,21 @@ def folder(little_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def in_a_plain_sum(folder: Path) -> None:
+    """The consortium with a plain sum, to which hotel brings a model."""
+    draft = folder / "agreement.toml"
+    text = draft.read_text().replace('kind = "masked"', 'kind = "plain"')
+    draft.write_text(text.replace('name = "hotel"', f'name = "hotel"\n{DECLARED}'))
+    bring_model(folder)
+
+
+def bring_model(folder: Path) -> None:
+    (folder / "models").mkdir()
+    shutil.copytree(folder / "base", folder / "models" / "hotel")
+    settings = (folder / "hotel.toml").read_text().replace("# fine_tuned", "fine_tuned")
+    (folder / "hotel.toml").write_text(re.sub(r"\[training\]\n(.+\n)+", "", settings))
+
+
 def vector_of(process: Process, owner: str) -> NDArray[np.int64]:
     layout = process.schedule.find("metrics", split="validation").layout
     kept = Owner(process.parties.files[owner]).state.open_array("vector", layout.size, "<u8")
@@ -244,8 +260,7 @@ def test_177_an_owner_that_resumes_sends_the_same_noised_vector(folder: Path, tm
 
 def test_177_after_the_result_nobody_gets_the_same_sums_with_other_noise(folder: Path, tmp_path: Path) -> None:
     """A plain sum can be asked for again, and its secret is gone: the mean of many answers would have no noise."""
-    draft = folder / "agreement.toml"
-    draft.write_text(draft.read_text().replace('kind = "masked"', 'kind = "plain"'))
+    in_a_plain_sum(folder)
     (tmp_path / "out").mkdir()
     with parties_of(folder, tmp_path / "out") as parties:
         process = Process(replace(parties, files={"hotel": parties.files["hotel"]}))
@@ -258,6 +273,32 @@ def test_177_after_the_result_nobody_gets_the_same_sums_with_other_noise(folder:
         Owner(parties.files["hotel"]).ledger.sign_result("{}")
         with pytest.raises(ConsentError, match="sums with noise after the result"):
             process.send("hotel", process.open_sum(3, metrics, delivered))
+
+
+def test_189_a_plain_sum_with_noise_is_no_second_question(folder: Path, tmp_path: Path) -> None:
+    """Runs can begin again. With other models, or files, each of them would be one more answer about the same rows."""
+    in_a_plain_sum(folder)
+    (tmp_path / "out").mkdir()
+    with parties_of(folder, tmp_path / "out") as parties:
+        alone = replace(parties, files={"hotel": parties.files["hotel"]})
+        process = Process(alone)
+        delivered = process.deliver_candidates("validation")
+        metrics = process.schedule.find("metrics", split="validation")
+        process.send("hotel", process.open_sum(1, metrics, delivered))
+
+        def asked_again(number: int, run: str, change: float) -> None:
+            process.roll_call(run)
+            slots = process.schedule.deliveries("candidate", method="task_arithmetic", split="validation")
+            process.fast_forward(slots[0].position)
+            vector = np.full(slots[0].layout.size, change, np.float32)
+            parts = [part_of(alone, slot, vector, run=run) for slot in slots]
+            for part in parts:
+                process.send("hotel", part)
+            process.send("hotel", opening_of(alone, metrics, number, [delivered_by(part) for part in parts], run=run))
+
+        asked_again(2, OTHER, 0.0)
+        with pytest.raises(ConsentError, match="it is another one now"):
+            asked_again(3, NONCE, 1.0)
 
 
 def test_176_a_program_that_forgets_the_noise_sends_nothing(
@@ -361,7 +402,7 @@ def test_183_rows_that_were_trained_on_and_are_judged_now_spend_both_budgets(
     ledger = Ledger(tmp_path / "a.ledger", bytes(32), terms, must_exist=False)
     ledger.begin(0, 64 * "a", 0, "contributions", before, set())
     if is_plain:
-        ledger.give(set())
+        ledger.give(0, "")
     else:
         ledger.offer(0, 64 * "a", 64 * "b", set())
     found = Ledger(tmp_path / "a.ledger", bytes(32), later, must_exist=True).repeats(now)
@@ -513,7 +554,7 @@ def test_what_is_declared_of_a_brought_model_counts_and_is_called_unchecked(fold
             parse_settings(declared(epsilon, privacy), AgreementDraft, "agreement.toml")
     draft = folder / "agreement.toml"
     text = draft.read_text()
-    draft.write_text(text.replace('name = "hotel"', 'name = "hotel"\ndeclared = { epsilon = 5.0, delta = 5e-6 }'))
+    draft.write_text(text.replace('name = "hotel"', f'name = "hotel"\n{DECLARED}'))
     bring_model(folder)
     (tmp_path / "out").mkdir()
     with parties_of(folder, tmp_path / "out", verified=True) as parties:
@@ -526,13 +567,6 @@ def test_what_is_declared_of_a_brought_model_counts_and_is_called_unchecked(fold
     assert "OF THESE BOUNDS HOLDS FOR YOU" in said
     draft.write_text(text)
     assert "asks for one that is trained with noise" in refused(folder, tmp_path)
-
-
-def bring_model(folder: Path) -> None:
-    (folder / "models").mkdir()
-    shutil.copytree(folder / "base", folder / "models" / "hotel")
-    settings = (folder / "hotel.toml").read_text().replace("# fine_tuned", "fine_tuned")
-    (folder / "hotel.toml").write_text(re.sub(r"\[training\]\n(.+\n)+", "", settings))
 
 
 def test_184_an_owner_whose_signature_tells_how_the_model_does_is_refused(folder: Path) -> None:
