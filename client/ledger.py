@@ -203,7 +203,7 @@ class Ledger:
 
     def noise_secret(self) -> bytes:
         """The secret of this owner's noise under this agreement: drawn once, so that whoever asks for the same numbers
-        again, in whichever session, gets the same noise. Raises ConsentError after the result, with which it is forgotten.
+        again, in whichever session, gets the same noise. With the result it is forgotten: then raises ConsentError.
         """
         if self.has_signed:  # check: forgotten-noise-is-not-drawn-anew
             raise ConsentError("the coordinator asked for sums with noise after the result")

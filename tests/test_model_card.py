@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from server.report.card import CARD, write_model_card
+from server.report.page import page_of
 from tests.support.reports import as_report, hand_written
 
 
@@ -82,3 +83,19 @@ def test_the_card_of_an_image_model_names_a_pipeline_if_the_folder_has_an_image_
     text = card_of(report, tmp_path).text
     assert ('pipeline("image-classification", model="this-folder")' in text) == has_processor
     assert ("without an image processor" in text) != has_processor
+
+
+def test_with_noise_no_card_and_page_says_that_there_is_none_and_what_is_declared_is_called_so(tmp_path: Path) -> None:
+    report = merged_whole()
+    without, before = page_of(as_report(report)), card_of(report, tmp_path / "without").text
+    agreement = report["agreement"]
+    owners = [owner | {"declared": [2.0, 1e-6] if owner["name"] == "bea" else None} for owner in agreement["owners"]]
+    privacy = agreement["privacy"] | {"epsilon": 4.0, "delta": 1e-5}
+    report["agreement"] = agreement | {"owners": owners, "privacy": privacy}
+    page, text = page_of(as_report(report)), card_of(report, tmp_path / "with").text
+    assert "No noise was added" in without
+    assert "No noise was added" in before
+    assert "No noise was added" not in page + text
+    assert "each owner except bea trained with DP-SGD, epsilon = 4" in text
+    assert "Nobody checked how bea trained the model brought" in text
+    assert "what is declared below is true" in page

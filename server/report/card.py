@@ -71,6 +71,7 @@ def write_model_card(report: Report, base_folder: Path, folder: Path) -> None:
         adapter=report.low_rank,
         # Not from report.dropped_out: the owners sign the card, so it must be the same after an interruption.
         dropped_out=[owner.name for owner in report.agreement.owners if owner.name not in report.owners],
+        declaring=[owner.name for owner in report.agreement.owners if owner.declared is not None],
         auto_class=AUTO_CLASSES[task.kind],
         pipeline=PIPELINES[task.kind],
         has_pipeline=_has_pipeline(task.kind, folder),
