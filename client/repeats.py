@@ -31,9 +31,9 @@ class Contributed(Record):
         """Which share of the rows, and of the changed tensors, `other` has too. A row that is judged by one and trained
         on by the other spends both budgets if the agreements, or one of them, are `is_bounded`.
         """
-        mine, theirs = (self.rows,), (other.rows,)
+        mine, theirs = [self.rows], [other.rows]
         if is_bounded:  # check: judged-rows-are-counted-too
-            mine, theirs = (self.rows, self.judged), (other.rows, other.judged)
+            mine, theirs = [self.rows, self.judged], [other.rows, other.judged]
         rows = max(share_in_common(one, another) for one in mine for another in theirs)
         return rows, share_in_common(self.weight_changes, other.weight_changes)
 
