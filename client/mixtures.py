@@ -23,7 +23,6 @@ from common.merge_methods.search import (
     next_mixtures,
 )
 from common.models.delta import MixedDelta, published_delta
-from common.publication import SignedMean
 from common.schedule import Delivery
 
 
@@ -55,28 +54,15 @@ def _check_best(owner: OwnerContext, name: str, mixture: Mixture, before: dict[s
     if before.get(name) != mixture:  # check: tested-mixture-was-scored
         raise ConsentError(f"the coordinator sent another mixture as {name} than the one that was scored")
     if owner.agreement.is_verified:
-        metrics = _metrics(owner)
-        best = max(before, key=lambda each: metrics[each])
-        if name != best:  # check: tested-mixture-is-the-best
-            raise ConsentError(f"the coordinator chose {name}; {best} was better on validation rows")
+        verification.check_is_best(owner, name, before)
 
 
 def _expected(owner: OwnerContext, name: str, before: dict[str, Mixture]) -> Mixture:
     """The mixture of this name, as the agreement's search makes it from what was scored before its generation."""
-    number, metrics = list(owner.agreement.agreed(SEARCH)).index(name), _metrics(owner)
+    number, metrics = list(owner.agreement.agreed(SEARCH)).index(name), verification.validation_metrics(owner)
     scored = [(mixture, metrics[each]) for each, mixture in before.items() if each in metrics]
     num_groups = len(groups_of(owner.workbench.plan, _table(owner)))
     return next_mixtures(scored, num_groups, _table(owner), owner.agreement.seed)[number - len(scored)]
-
-
-def _metrics(owner: OwnerContext) -> dict[str, float]:
-    """By mixture, the metric that decides, from the totals that this owner added up."""
-    mixtures = owner.agreement.agreed(SEARCH)
-    return {
-        each.model: SignedMean.model_validate_json(each.metrics).chosen_by(owner.agreement.choose_by)
-        for each in owner.state.run.totals
-        if each.split == "validation" and each.model in mixtures
-    }
 
 
 def received(owner: OwnerContext) -> dict[str, Mixture]:

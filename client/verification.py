@@ -7,7 +7,7 @@ model wrong keeps a record of it, forgets the run and answers nothing more under
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,7 +31,7 @@ from common import scaling
 from common.agreement import COORDINATOR
 from common.certificates import Delivered, deliveries_digest, nonce_body
 from common.domain_separation import Domain
-from common.errors import LocalProtocolError, RemoteProtocolError, WrongModel
+from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError, WrongModel
 from common.identity import verify
 from common.mapped import release
 from common.messages import (
@@ -167,14 +167,34 @@ def take_correction(owner: OwnerContext, message: CorrectionPart, received: Rece
 
 
 def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRecord) -> None:
-    """A candidate that no check will prove must be one that was proved before, bit for bit."""
+    """A candidate that no check will prove must be one that was proved before, bit for bit, and its sweep's best."""
     run = owner.state.run
     if owner.schedule.is_checked(delivery):
         return
     before = [(each.model, each.digest) for each in run.received if each.position in run.verified]
     if (received.model, received.digest) not in before:  # check: tested-is-the-validated-candidate
         _condemn(owner, [f"{received.model}, which is not the candidate that was validated"], {})
+    check_is_best(owner, received.model, delivery.names)
     owner.state.update_run(verified=(*run.verified, delivery.position))
+
+
+def check_is_best(owner: OwnerContext, name: str, candidates: Iterable[str]) -> None:
+    """Raise ConsentError if another candidate was better on validation rows, or as good and before it, by the totals
+    that this owner added up.
+    """
+    metrics = validation_metrics(owner)
+    best = max((each for each in candidates if each in metrics), key=metrics.__getitem__, default=name)
+    if name != best:  # check: tested-candidate-is-the-best
+        raise ConsentError(f"the coordinator chose {name}; {best} was better on validation rows")
+
+
+def validation_metrics(owner: OwnerContext) -> dict[str, float]:
+    """By candidate, the metric that decides, from the totals that this owner added up."""
+    return {
+        each.model: SignedMean.model_validate_json(each.metrics).chosen_by(owner.agreement.choose_by)
+        for each in owner.state.run.totals
+        if each.split == "validation"
+    }
 
 
 def check_what_follows(owner: OwnerContext, delivery: Delivery, name: str, array: NDArray[np.float32]) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import server.coordinator
 from client.owner import Owner
 from client.verification import Evidence
-from common.errors import OwnerRefused, WrongModel
+from common.errors import ConsentError, OwnerRefused, WrongModel
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.logit_adjusted import SHARES
 from common.merge_methods.method import MultiRoundMethod
@@ -323,6 +323,18 @@ def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(cheat: Call
     run = cheat("regmean", other)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check", "metrics"]
+
+
+def test_123_a_candidate_that_is_not_the_best_on_validation_rows_is_chosen(
+    cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is a merge. By choosing the worst, a coordinator would publish what nobody agreed to."""
+    honest = merge.MergeRun._validation_metric
+    monkeypatch.setattr(merge.MergeRun, "_validation_metric", lambda *about: -honest(*about))
+    run = cheat("regmean", lambda parties, delivery, vector: vector)
+    with pytest.raises(ConsentError, match="was better on validation rows"):
+        run.run()
+    assert run.given == ["contribution", "check", "metrics"]  # of the test, none
 
 
 def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callable[..., Cheat]) -> None:
