@@ -119,7 +119,7 @@ def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) ->
     task, shows = agreement.task, shows_single(agreement, split)
     for model in models:
         rows = float(agreement.bounds.examples * task.predictions_per_example)
-        if agreement.privacy.epsilon is not None:
+        if agreement.privacy.epsilon is not None:  # check: no-metric-is-exact
             entries += _noised_entries(agreement, model)
             continue
         shown = (len(agreement.shown_owners), 5 * len(task.labels) + 1 if task.is_regression else 3)
@@ -162,7 +162,7 @@ def noised_size(task: Task) -> int:
 
 def counts_cut(agreement: Agreement, split: Split, model: str) -> bool:
     """Whether an owner says with this model how many of its texts are cut: a count of rows, which has no noise."""
-    is_exact = agreement.privacy.epsilon is None  # check: cut-texts-are-not-counted-exactly
+    is_exact = agreement.privacy.epsilon is None
     return is_exact and agreement.task.is_text and split == "test" and model == OWN_AT_HOME
 
 
