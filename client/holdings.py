@@ -100,6 +100,14 @@ class Holdings:
             return self.load_base()
         return load_base(self.own_base_folder, self.own_task, self.agreement.seed)
 
+    def check_shares_base(self, command: str) -> None:
+        """Raise SettingsError, for a command that compares weights, if this owner has a base of its own."""
+        if self.settings.own_base is not None:
+            raise SettingsError(
+                f"{command}: {self.name}'s model has a base of its own (own_base), so no weights compare",
+                hint="it takes models of the agreed base",
+            )
+
     def read_by(self, other: "Holdings") -> PrivateData:
         """This owner's files, as the model of `other` reads them. Only a simulation has both in one place."""
         return replace(self.data, model=other.own_outline, tokenizer=other.data.tokenizer)

@@ -67,6 +67,7 @@ def personalise(holdings: Holdings, published: PreTrainedModel) -> Personal:
 
     `published`: a model of the agreed base; it becomes the personal one. Raises an AmalgramError.
     """
+    holdings.check_shares_base("amalgram personal")
     ingredients = Ingredients.of(holdings, published)
     search = _Search(holdings, ingredients)
     recipe = search.best()

@@ -10,9 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.audit.audit import audit
+from client.holdings import Holdings
 from client.measurement.closeness import closeness
 from client.measurement.predictions import centred
 from client.owner import Owner
+from client.personal import personalise
+from client.settings import OwnerSettings
+from common.agreement import load_agreement
 from common.errors import DataError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.data_free import DATA_FREE
 from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS, DistillTable, predictions_alone
@@ -20,7 +25,9 @@ from common.merge_methods.terms import MergeSettings, OwnerTerms, Predictions
 from common.models.loading import load_base
 from common.pool import pin_pool, read_pool
 from common.schedule import schedule_of
+from common.settings_file import load_settings
 from common.summation.protocol import Total
+from deploy.simulation.parties import PARTIES
 from server.bounds import check_contributions
 from server.merge import run_merge
 from server.output_folder import CHECKPOINT
@@ -55,6 +62,16 @@ def test_references_need_all_models_in_one_place(report: Report) -> None:
 def test_an_owner_with_another_base_is_judged_as_its_own_model_reads(report: Report) -> None:
     """Another vocabulary, and the labels in another order."""
     assert report.evaluation.by_owner["kiosk"]["own_at_home"].accuracy > 0.9
+
+
+def test_commands_that_compare_weights_say_that_an_owner_has_a_base_of_its_own(taught: Path) -> None:
+    home = taught / PARTIES
+    settings = load_settings(home / "kiosk.toml", OwnerSettings)
+    kiosk = Holdings(settings, home, load_agreement(home / settings.agreement))
+    with pytest.raises(SettingsError, match=r"amalgram personal: kiosk's model has a base of its own"):
+        personalise(kiosk, kiosk.load_base())
+    with pytest.raises(SettingsError, match=r"amalgram audit: kiosk's model has a base of its own"):
+        audit(kiosk, None, None, 10)
 
 
 def test_the_report_and_the_card_say_what_was_done(report: Report, taught: Path) -> None:

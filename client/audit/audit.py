@@ -65,11 +65,7 @@ def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | 
             "amalgram audit: models of several labels a row, and regressions, cannot be audited yet",
             hint="it takes models of one label a row, of words with tags, and language models",
         )
-    if holdings.settings.own_base is not None:
-        raise SettingsError(
-            "amalgram audit: a model with a base of its own (own_base) cannot be audited yet",
-            hint="it takes models of the agreed base",
-        )
+    holdings.check_shares_base("amalgram audit")
     rows = compared_rows(holdings, most_rows)
     auditor = _Auditor(holdings, rows, holdings.own_model(), candidates)
     models = [auditor.audit_base(), auditor.audit_model("own", auditor.own)]

@@ -80,11 +80,11 @@ def _bounded_likelihoods(model: PreTrainedModel, rows: Rows, batch_size: int, pa
     for _, batch, targets in rows.batches(batch_size):
         targets = passes.moved(targets)
         for logits, wanted in zip(model(**passes.inputs(batch)).logits.float(), targets, strict=True):
-            judged = wanted != IGNORED
-            if judged.any():
-                each = torch.nn.functional.cross_entropy(logits[judged], wanted[judged], reduction="none")
+            is_judged = judged(wanted)
+            if is_judged.any():
+                each = torch.nn.functional.cross_entropy(logits[is_judged], wanted[is_judged], reduction="none")
                 nats = each.nan_to_num(nan=MAX_NATS).clamp(0, MAX_NATS)
-                right = logits[judged].argmax(-1) == wanted[judged]
+                right = logits[is_judged].argmax(-1) == wanted[is_judged]
                 sums += [float(right.double().mean()), float(nats.double().mean()) / MAX_NATS]
     return sums
 
@@ -172,8 +172,8 @@ def _score_next_tokens(model: PreTrainedModel, rows: Rows, batch_size: int, pass
     correct, count, nats = 0, 0, 0.0
     for _, batch, targets in rows.batches(batch_size):
         targets = passes.moved(targets)
-        judged = targets != IGNORED
-        logits, wanted = model(**passes.inputs(batch)).logits[judged].float(), targets[judged]
+        is_judged = judged(targets)
+        logits, wanted = model(**passes.inputs(batch)).logits[is_judged].float(), targets[is_judged]
         correct += int((logits.argmax(-1) == wanted).sum())  # of (predictions, vocabulary)
         count += len(wanted)
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").nan_to_num(nan=MAX_NATS)

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from client.audit.result import Audit
-from common.models.folders import _tokenizer
 from deploy.cli import cli
 from tests.support.parties import Parties
 from tests.support.watch import changed_paths, watched
@@ -32,14 +30,9 @@ def test_an_audit_sends_nothing_and_leaves_only_its_output(
     parties: Parties,
     trained_folder: Path,
     tmp_path: Path,
+    temporary: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of modules that no process has imported before
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    _tokenizer.cache_clear()  # or whether its files are copied would hang on the tests before
     out = tmp_path / "audit"
     before = {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")}
     arguments = ["audit", str(parties.files["hotel"]), str(trained_folder / "models" / "cinema"), "--out", str(out)]

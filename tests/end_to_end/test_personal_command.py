@@ -1,8 +1,6 @@
 """`amalgram personal` as an owner runs it: nothing is sent, and nothing but the new model is left on the disk."""
 
 import json
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from client import personal
 from client.holdings import Holdings
 from common.errors import ModelError, SettingsError
-from common.models.folders import _tokenizer
 from deploy.cli import cli
 from deploy.commands.personal import make_and_show
 from tests.support.parties import Parties
@@ -23,14 +20,9 @@ def test_a_personal_model_is_made_here_alone_and_says_that_it_must_stay(
     parties: Parties,
     trained_folder: Path,
     tmp_path: Path,
+    temporary: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of modules that no process has imported before
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    _tokenizer.cache_clear()  # or whether its files are copied would hang on the tests before
     new = tmp_path / "new"
     before = {path: path.stat().st_mtime_ns for path in parties.folder.rglob("*")}
     published = trained_folder / "models" / "cinema"

@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import settings
 
 from client.measurement import fine_tuning
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
+from common.models.folders import _tokenizer
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
 from deploy.example import reviews
@@ -37,6 +40,17 @@ def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log = logging.getLogger("amalgram")
     for name in ("handlers", "propagate", "level"):
         monkeypatch.setattr(log, name, getattr(log, name))
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this process puts temporary files, whatever the tests before have left in memory or on the disk."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of modules that no process has imported before
+    _tokenizer.cache_clear()  # or whether its files are copied would hang on the tests before
+    return folder
 
 
 @pytest.fixture(scope="session")
