@@ -6,7 +6,8 @@ The workbench (workbench.py) measures on it for a merge, and the audit (audit/) 
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from client.data.canaries import canaries_of
@@ -30,7 +32,7 @@ from client.settings import OwnerSettings, Training
 from client.state import FINE_TUNED
 from common.agreement import Agreement, Task
 from common.device import find_device
-from common.errors import DataError, ModelError, SettingsError
+from common.errors import DataError, ModelError, SettingsError, first_line
 from common.metrics import Score, Split, noised_score
 from common.models.adapter import is_adapter
 from common.models.files import digest_of_file, weight_files
@@ -216,7 +218,8 @@ class Holdings:
     def write_whole(self, model: PreTrainedModel, folder: Path) -> None:
         """Write a new Hugging Face folder of a model for this owner alone: a private head stays on its body."""
         task = self.task.model_copy(update={"head": "shared"})
-        write_model(model, self._base_folder, self.agreement.model_copy(update={"task": task}), folder)
+        with needing_room("the model", folder.parent, "make room on this disk, or name a folder on another one"):
+            write_model(model, self._base_folder, self.agreement.model_copy(update={"task": task}), folder)
 
     @property
     def _kept_folder(self) -> Path:
@@ -356,6 +359,15 @@ class Holdings:
             return ()
         head = private_head(self._outline, self.task)
         return tuple(name for name in self.plan.left_alone if name not in head)
+
+
+@contextmanager
+def needing_room(what: str, folder: Path, hint: str) -> Iterator[None]:
+    """While open, `what` is written below `folder`. Raises DataError if the disk is full, or the like."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder}: {what} cannot be written here ({first_line(error)})", hint=hint) from None
 
 
 def give_head(own: PreTrainedModel, model: PreTrainedModel, task: Task) -> None:

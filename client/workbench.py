@@ -9,7 +9,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -17,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.data.rows import Rows
-from client.holdings import MADE_FROM, Holdings, Terms
+from client.holdings import MADE_FROM, Holdings, Terms, needing_room
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
 from client.measurement.closeness import closeness, mean_states
@@ -41,7 +39,7 @@ from client.state import OwnerState, merged_step_array
 from common import merge_methods
 from common.agreement import Agreement
 from common.domain_separation import Domain
-from common.errors import DataError, ModelError, SettingsError, first_line
+from common.errors import DataError, ModelError, SettingsError
 from common.merge_methods import METHODS
 from common.merge_methods.distill import DISTILL, predictions_alone
 from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
@@ -63,6 +61,7 @@ from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
 ROWS_OF_DENSITY = 2000  # that a Gaussian is made of, at most
+MOVE_STATE = "make room on this disk, or move the state folder"
 LABELS_TO_LOOK_AT = 200  # rows on which the order of a model's labels is judged
 log = logging.getLogger("amalgram.owner")
 
@@ -220,22 +219,11 @@ class Workbench(Holdings):
     def _on_disk(self, model: PreTrainedModel) -> DiskModel:
         return DiskModel(model, self.state.folder)
 
-    @contextmanager
-    def _needing_room(self, what: str) -> Iterator[None]:
-        """Raise DataError if `what` cannot be written to the state folder's disk."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"{self.state.folder}: {what} cannot be written here ({first_line(error)})",
-                hint="make room on this disk, or move the state folder",
-            ) from None
-
     def _make_own_model(self) -> None:
         model, folder = self._train(), self._kept_folder
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        with self._needing_room("the fine-tuned model"):
+        with needing_room("the fine-tuned model", self.state.folder, MOVE_STATE):
             model.save_pretrained(partial)
             if self.task.is_text:
                 load_tokenizer(self.own_base_folder).save_pretrained(partial)
@@ -455,7 +443,7 @@ class Workbench(Holdings):
         with self.state.scratch_folder() as scratch:
             folder, model = scratch / "published", self.load_base()  # a private head fits, and is not published
             add_delta(model, delta)
-            with self._needing_room("what would be published"):
+            with needing_room("what would be published", self.state.folder, MOVE_STATE):
                 if isinstance(delta, AdapterDelta):
                     write_adapter(model, delta, self._base_folder, self.agreement, folder)
                 else:

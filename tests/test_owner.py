@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import resource
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +37,7 @@ from common.settings_file import write_settings
 from common.tensor_layout import TensorLayout
 from common.wire import from_record, to_record
 from deploy.commands.agree import consent_text, give_consent
+from tests.support.full_disk import file_size_limited
 from tests.support.owner_process import (
     OTHER,
     RUN,
@@ -175,16 +173,6 @@ def test_a_full_disk_is_one_line_where_a_model_is_written(parties: Parties, part
         workbench.published_folder(unchanged)
     assert not list((workbench.state.folder / "run").glob("scratch"))
     assert set(workbench.published_folder(unchanged).files) >= {"config.json", "model.safetensors"}
-
-
-@contextmanager
-def file_size_limited(num_bytes: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_owner_without_consent_refuses_before_it_reads_a_row(

@@ -179,7 +179,7 @@ def _print(
         table.add_row(name, f"{score.main:.3f}", f"{score.metric:.3f}")
     console.print(table)
     say(f"made       {_made(made)}")
-    say(f"chosen by  {agreement.choose_by.replace('_', ' ')} on validation rows, among {len(made.tried)} models")
+    say(f"chosen by  {METRICS[agreement.choose_by]} on validation rows, among {len(made.tried)} models")
     say(f"elsewhere  {_said_of_elsewhere(made, agreement, elsewhere)}")
     say(f"model      {out}; it contains your own weights, so it must not leave the building", "yellow")
 

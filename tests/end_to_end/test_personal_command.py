@@ -1,6 +1,7 @@
 """`amalgram personal` as an owner runs it: nothing is sent, and nothing but the new model is left on the disk."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from client import personal
 from client.holdings import Holdings
-from common.errors import ModelError, SettingsError
+from common.errors import DataError, ModelError, SettingsError
 from deploy.cli import cli
 from deploy.commands.personal import make_and_show
+from tests.support.full_disk import file_size_limited
 from tests.support.parties import Parties
 from tests.support.watch import changed_paths, watched
 
@@ -74,6 +76,14 @@ def test_an_interrupted_one_leaves_nothing(
     out = tmp_path / "new" / "hotel"
     with pytest.raises(error):
         make_and_show(parties.files["hotel"], published, out)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on files stands for a full disk")
+def test_a_full_disk_is_one_line(parties: Parties, trained_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "hotel"
+    with file_size_limited(100_000), pytest.raises(DataError, match=r"new: the model cannot be written here"):
+        make_and_show(parties.files["hotel"], trained_folder / "models" / "cinema", out)
     assert list(out.parent.iterdir()) == []
 
 
