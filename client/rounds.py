@@ -184,7 +184,7 @@ def _tensors(owner: OwnerContext, round_: Round, noise: Noise) -> Iterator[tuple
     if round_.kind == "scales":
         return _measure_for_scales(owner)
     if round_.kind == "contribution":
-        return _scaled(owner) if owner.agreement.summation.has_scales else owner.workbench.contribution()
+        return _scaled(owner) if owner.agreement.summation.has_scales else owner.workbench.contribution(noise)
     if round_.kind == "step":
         assert round_.method is not None
         assert round_.step is not None

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from math import ceil, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from client.measurement.closeness import closeness, mean_states
 from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import predict_logits, score_logits
 from client.measurement.fisher import measure_fisher
+from client.measurement.gram import UNBOUNDED
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
 from client.measurement.passes import Halving
@@ -44,6 +46,7 @@ from common.merge_methods import METHODS
 from common.merge_methods.distill import DISTILL, predictions_alone
 from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.refit import REFIT, classifier
+from common.merge_methods.regmean import REGMEAN
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms, Predictions
 from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
@@ -96,7 +99,8 @@ class Workbench(Holdings):
         self._check_noise_leaves_something()
 
     def _check_noise_leaves_something(self) -> None:
-        """Raise DataError if this owner has so few rows that the noise of a refit would hide what all of them say."""
+        """Raise DataError if this owner has so few rows that noise would hide what all of them say."""
+        self._check_noise_leaves_grams()
         noise = self.merge_settings.refit_noise
         if noise is None:
             return
@@ -111,6 +115,36 @@ class Workbench(Holdings):
                 hint=f"agree on refit.measured_examples = {least} or more"
                 if most < least
                 else "bring more rows, agree on a larger privacy.epsilon or privacy.legs.refit, or leave refit out",
+            )
+
+    def _check_noise_leaves_grams(self) -> None:
+        """The same for Gram matrices: the noise must not exceed the smallest eigenvalue that a method keeps of one."""
+        noise, agreement = self.merge_settings.gram_noise, self.agreement
+        if noise is None:
+            return
+        owners, most = len(agreement.owners), REGMEAN.of(agreement.tables).measured_examples
+        rows = min(len(self.one_of_each_unit(self.data.train(), "train")), most)
+        needed = {
+            (name, shared.name): noise.examples_needed(
+                owners, shared.gram_size, METHODS[name].least_kept(agreement.tables, shared.gram_size)
+            )
+            for name in agreement.methods
+            for shared in self.plan.inputs
+        }
+        (name, layer), largest = max(needed.items(), key=lambda each: each[1], default=(("", ""), 0.0))
+        if rows < largest / owners:  # check: noise-leaves-grams
+            takes = (
+                f"it takes {ceil(largest):,} of all owners, {ceil(largest / owners):,} of each"
+                if isfinite(largest)
+                else "no number of them is enough at this alpha"
+            )
+            raise DataError(
+                f"{self.name}: brings {rows} examples to the Gram matrices, and with their noise (privacy.epsilon = "
+                f"{agreement.privacy.epsilon:g}, {len(noise.norms)} Gram matrices) {takes}: for {name}, at {layer}",
+                hint=f"agree on regmean.measured_examples = {ceil(largest / owners)} or more"
+                if rows == most and isfinite(largest)
+                else "bring more examples, agree on a larger privacy.epsilon or privacy.legs.grams, on a smaller "
+                'regmean.largest_gram, on fewer merge.layers, or on method = "anchored", which leans on weight changes',
             )
 
     def _check_what_it_gives(self) -> None:
@@ -266,13 +300,13 @@ class Workbench(Holdings):
                     hint="bring a model that changed nothing else than merge.layers, or agree on more of them",
                 )
 
-    def contribution(self) -> Iterator[tuple[str, NDArray]]:
-        """This owner's tensors of the contribution round, in the order of `contribution_layout`."""
+    def contribution(self, noise: Noise | None = None) -> Iterator[tuple[str, NDArray]]:
+        """This owner's tensors of the contribution round, in the order of `contribution_layout`, with its noise."""
         if self.name in self.agreement.without_weights:
             yield from predictions_alone(self.contribution_layout(), self.merge_settings, self._predictions())
             return
         with self.state.scratch_folder() as activations:
-            terms = self.measure(activations)
+            terms = replace(self.measure(activations), noise=noise)
             yield from merge_methods.contribution(self.agreement.methods, self.merge_settings, terms)
 
     def step_contribution(self, method_name: str, step: Step, noise: Noise) -> Iterator[tuple[str, NDArray]]:
@@ -294,9 +328,9 @@ class Workbench(Holdings):
         log.info("  %s: measuring", self.name)  # check: logs-hold-no-number-of-rows
         terms = OwnerTerms(examples=len(train), delta=self._delta(own, base))
         if Measurement.GRAMS in wanted:
-            rows = self.drawn(train, wanted[Measurement.GRAMS])
+            rows = self.drawn(self.one_of_each_unit(train, "train"), wanted[Measurement.GRAMS])
             batches = Batches(rows, self.passes.halving)
-            grams = GramStream(own, self.plan, batches, activations, self._checked, self.passes)
+            grams = GramStream(own, self.plan, batches, activations, self._checked, self.passes, self._norms)
             terms = replace(terms, grams=grams, gram_examples=len(rows))
         if Measurement.FISHER in wanted:
             rows = self.drawn(train, wanted[Measurement.FISHER])
@@ -380,7 +414,15 @@ class Workbench(Holdings):
     def _measure_inputs(self, model: PreTrainedModel, step: Step, rows: Rows) -> dict[str, Gram]:
         passes, inputs, block = self.passes, step.inputs, step.block
         batches, folder = Batches(rows, passes.halving), passes.halving.folder_in(self.state.activations_folder)
-        return measure_inputs(model, self.plan, inputs, block, batches, folder, keep=block, passes=passes)
+        return measure_inputs(
+            model, self.plan, inputs, block, batches, folder, keep=block, passes=passes, norms=self._norms
+        )
+
+    @property
+    def _norms(self) -> Mapping[str, float]:
+        """How far one example may move each Gram; empty if Grams have no noise."""
+        noise = self.merge_settings.gram_noise
+        return UNBOUNDED if noise is None else noise.norms
 
     def _merged_so_far(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""
@@ -398,8 +440,10 @@ class Workbench(Holdings):
 
         The owner stays out rather than hold one Gram back: if the others did so too, the sum would be the last one's.
         How many rows reach an expert is not in the owner's hands; whether experts have Grams is
-        privacy.merge_routed_inputs.
+        privacy.merge_routed_inputs. Noise hides rows however few they are, and a refusal would tell their number.
         """
+        if self._norms:  # check: noised-grams-refuse-nothing
+            return grams
         routed = {shared.name for shared in self.plan.inputs if shared.is_routed}
         dimensions = self.plan.dimensions()
         for name, gram in grams.items():

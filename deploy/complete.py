@@ -5,6 +5,7 @@ Everything is measured on the public base model with made-up inputs. No owner's 
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import ceil, hypot, inf, log2, sqrt
 from pathlib import Path
@@ -18,7 +19,7 @@ from client.data.readers import features
 from client.data.rows import Batch, Rows
 from client.measurement.blocks import check_blocks
 from client.measurement.fisher import measure_fisher
-from client.measurement.gram import BatchTokens, LayerInput, find_shared_inputs, layer_inputs
+from client.measurement.gram import BatchTokens, LayerInput, find_shared_inputs, layer_inputs, measure_grams
 from common.agreement import Agreement, AgreementDraft, Task
 from common.errors import ModelError, SettingsError, first_line
 from common.merge_methods import METHODS, contribution_layout, measurements
@@ -351,6 +352,7 @@ def _measured_bounds(
         "fisher": fisher,
         "changes": changes,
         "features": _feature_norm(draft, base, probe, plan),
+        "gram_norms": _gram_norms(draft, base, probe, plan),
     }
 
 
@@ -368,6 +370,18 @@ def _feature_norm(draft: AgreementDraft, base: PreTrainedModel, probe: Rows, pla
         base(**batch)
     largest = max(float(each.max()) for each in norms)
     return float(f"{hypot(largest, float(layer.bias is not None)):.2g}")
+
+
+def _gram_norms(draft: AgreementDraft, base: PreTrainedModel, probe: Rows, plan: MergePlan) -> tuple[float, ...]:
+    """The Frobenius norm of what one example adds to each Gram, in the mean; none if no Gram has noise."""
+    if draft.bounds.gram_norms or not draft.has_noised_grams:
+        return draft.bounds.gram_norms
+    norms = {shared.name: 0.0 for shared in plan.inputs}
+    for _, batch, _ in replace(probe, are_apart=True).batches(batch_size=1):
+        for name, gram in measure_grams(base, plan, [batch]).items():
+            norms[name] += float(gram.matrix.norm()) / len(probe)
+    everywhere = max(norms.values(), default=1.0)  # stands in for an expert that no example reached
+    return tuple(float(f"{norms[shared.name] or everywhere:.2g}") for shared in plan.inputs)
 
 
 def largest_changes(relative: float | None, base: PreTrainedModel, plan: MergePlan) -> tuple[float, ...]:

@@ -4,7 +4,7 @@ A total hides whose numbers are in it, so none of these names anybody. What they
 SECURITY.md (c): at most, what honest owners would need all of their bounds for.
 """
 
-from math import hypot, isclose
+from math import ceil, hypot, isclose
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from common.merge_methods.distill import CLOSENESS, COVERAGE, DISTILL, LEAST_CLO
 from common.merge_methods.logit_adjusted import SHARES, least_log_share
 from common.merge_methods.normal_equations import gram_room
 from common.merge_methods.refit import CLASSIFIER_RIDGE, classifier
+from common.merge_methods.regmean import REGMEAN
 from common.merge_methods.terms import MergeSettings
 from common.models.plan import MergePlan
 from common.summation.totals import SummedTensors
@@ -60,6 +61,8 @@ def _check_grams(total: SummedTensors, layout: TensorLayout, settings: MergeSett
         kind, _, name = entry.name.partition("/")
         if kind == "gram":
             size, most = float(total[entry.name].diagonal().max()), weight * settings.bounds.grams[name]
+            if settings.gram_noise is not None:  # check: noised-grams-fit-the-examples
+                most = _largest_noised(total, entry.name, settings)
         elif kind == "data_free_gram":
             size, most = float(np.trace(total[entry.name])), weight
         elif kind == "lorm_gram":
@@ -71,6 +74,15 @@ def _check_grams(total: SummedTensors, layout: TensorLayout, settings: MergeSett
                 f"merge: {entry.name} adds up to {size:.3g}; honest owners of the same weight reach at most {most:.3g}",
                 hint=HINT,
             )
+
+
+def _largest_noised(total: SummedTensors, name: str, settings: MergeSettings) -> float:
+    """Of as many examples as the owners have, of which each was measured once or not at all."""
+    assert settings.gram_noise is not None
+    examples, dimension, name = float(total["examples"][0]), len(total[name]), name.removeprefix("gram/")
+    largest = settings.gram_noise.bound(name, dimension, ceil(examples), len(total.owners))
+    ridge = REGMEAN.hyperparameters(settings).ridge * settings.gram_noise.norms[name] * examples
+    return (1 + TOLERANCE) * (largest + ridge)
 
 
 def _check_changes(total: SummedTensors, layout: TensorLayout, settings: MergeSettings) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from client.data.rows import Batch
 from client.measurement.blocks import BlockStream
-from client.measurement.gram import collecting
+from client.measurement.gram import UNBOUNDED, collecting
 from client.measurement.passes import ON_CPU, Passes
 from common.merge_methods.method import Step
 from common.merge_methods.terms import Gram
@@ -48,16 +48,18 @@ def measure_inputs(
     *,
     keep: int | None,
     passes: Passes = ON_CPU,
+    norms: Mapping[str, float] = UNBOUNDED,
 ) -> dict[str, Gram]:
     """The Grams of `inputs`, which are fed in `block` (None: after the last block).
 
     The run starts from the activations that `folder` keeps. What enters block `keep` is kept there for the next call.
+    `norms`: see GramCollector.
     """
     plan = replace(plan, inputs=inputs, data_free=(), averaged=(), left_alone=())
     with (
         passes.running(model),
         BlockStream(folder, plan.blocks).advancing(model, batches, block, keep=keep, passes=passes) as run,
-        collecting(model, plan, passes.device) as collector,
+        collecting(model, plan, passes.device, norms) as collector,
     ):
         for number, batch in enumerate(batches):
             collector.start_batch(passes.inputs(batch))

@@ -5,11 +5,20 @@ If biases are solved too, x ends with a constant 1, so the last row and column o
 their number. Layers that are fed the same tensor share one Gram. Which layers those are is seen at run time by the
 tensor's identity, never guessed from names. A layer that is called several times in a forward pass (ALBERT) has the
 token rows of all its calls.
+
+Where Grams are to have noise, each example moves one by at most an agreed norm C. With X its token rows, from all calls
+of a layer, what it adds is w X^T X with
+
+    w = min(1, C / |X X^T|_F)                                            |X X^T|_F = |X^T X|_F
+
+and nothing if X has a number that is not finite. An example is then a batch of its own, so no other decides what it
+adds.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -21,10 +30,12 @@ from client.data.rows import Batch
 from client.measurement.passes import CPU, ON_CPU, Passes
 from client.measurement.symmetric_product import add_upper, mirror_upper
 from common.device import has_float64
-from common.errors import ModelError
+from common.errors import LocalProtocolError, ModelError
 from common.merge_methods.terms import Gram
 from common.models.layers import expert_parameters, fused_experts, linear_layers, merge_layers, parameter_of
 from common.models.plan import MergePlan, SharedInput
+
+UNBOUNDED: Mapping[str, float] = MappingProxyType({})
 
 
 class FarEnough(Exception):  # noqa: N818 - not an error: the way out of a forward pass
@@ -108,15 +119,20 @@ def find_shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[tuple[str,
 
 @torch.inference_mode()
 def measure_grams(
-    model: PreTrainedModel, plan: MergePlan, batches: Iterable[Batch], passes: Passes = ON_CPU
+    model: PreTrainedModel,
+    plan: MergePlan,
+    batches: Iterable[Batch],
+    passes: Passes = ON_CPU,
+    norms: Mapping[str, float] = UNBOUNDED,
 ) -> dict[str, Gram]:
     """The Gram and the number of token rows of every distinct input of the plan, summed over `batches`.
 
     Each batch's product is float32, whatever type the pass computes in; the sums are float64. A head over a whole
-    vocabulary is not computed unless it is measured. Raises ModelError if layers that share an input in the plan are
-    fed different tensors, or if the shapes of a batch do not reveal its padding (`BatchTokens`).
+    vocabulary is not computed unless it is measured. `norms`: see GramCollector.
+    Raises ModelError if layers that share an input in the plan are fed different tensors, or if the shapes of a batch
+    do not reveal its padding (`BatchTokens`).
     """
-    with passes.running(model), collecting(model, plan, passes.device) as collector:
+    with passes.running(model), collecting(model, plan, passes.device, norms) as collector:
         for batch in map(passes.inputs, batches):
             collector.start_batch(batch)
             with suppress(FarEnough):
@@ -125,12 +141,14 @@ def measure_grams(
 
 
 @contextmanager
-def collecting(model: nn.Module, plan: MergePlan, device: torch.device) -> Iterator["GramCollector"]:
+def collecting(
+    model: nn.Module, plan: MergePlan, device: torch.device, norms: Mapping[str, float] = UNBOUNDED
+) -> Iterator["GramCollector"]:
     """While open, forward passes on `device` add to the Grams of the plan's inputs.
 
     A pass ends with FarEnough before a language model's head, unless the head is measured.
     """
-    collector = GramCollector(plan, device)
+    collector = GramCollector(plan, device, norms)
     weights = {layer.whole for layer in plan.layers()}
     with layer_inputs(model, collector.observe, weights), _ending_before_head(model, collector, weights):
         yield collector
@@ -204,9 +222,12 @@ def with_constant(rows: Tensor) -> Tensor:
 
 
 class GramCollector:
-    """Adds up Grams as the layers are called."""
+    """Adds up Grams as the layers are called.
 
-    def __init__(self, plan: MergePlan, device: torch.device = CPU) -> None:
+    `norms`: by the name of the shared input, the largest Frobenius norm of what one batch, an example, may add to each.
+    """
+
+    def __init__(self, plan: MergePlan, device: torch.device = CPU, norms: Mapping[str, float] = UNBOUNDED) -> None:
         sums = device if has_float64(device) else torch.device("cpu")
         self.matrices = {
             shared.name: torch.zeros(shared.gram_size, shared.gram_size, dtype=torch.float64, device=sums)
@@ -220,15 +241,21 @@ class GramCollector:
         self._tokens: BatchTokens
         self._calls: dict[str, int] = {}
         self._led: dict[str, list[ReferenceType[Any]]] = {}
+        self._norms = norms
+        self._of_example: dict[str, list[Tensor]] = {}  # with norms: its token rows, until all calls were seen
 
     def grams(self) -> dict[str, Gram]:
         """The finished sums, by the name of their shared input."""
+        self._add_example()
         for matrix in self.matrices.values():
             mirror_upper(matrix)
         return {name: Gram(matrix=matrix.cpu(), rows=self.rows[name]) for name, matrix in self.matrices.items()}
 
     def start_batch(self, batch: Batch) -> None:
+        self._add_example()
         self._tokens = BatchTokens(batch)
+        if self._norms and self._tokens.examples != 1:  # check: bounded-examples-are-alone
+            raise LocalProtocolError(f"gram: {self._tokens.examples} examples in a batch, and each is to be bounded")
         self._calls = dict.fromkeys(self._fed_by, 0)
         self._led = {name: [] for name in self.matrices}
 
@@ -258,10 +285,32 @@ class GramCollector:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # half precision would lose too much
         if shared.has_constant:
             rows = with_constant(rows)  # (rows, gram_size)
+        if self._norms:
+            self._of_example.setdefault(shared.name, []).append(rows.detach().cpu().double())
+            return
         times = self._tokens.times(fed)
         with _full_precision(rows.device.type):
             add_upper(self.matrices[shared.name], rows, times)
         self.rows[shared.name] += times * len(rows)
+
+    def _add_example(self) -> None:
+        """Add the last example to every Gram, each by no more than its norm."""
+        for name, parts in self._of_example.items():
+            rows = torch.cat(parts)  # (rows, gram_size) float64
+            add_upper(self.matrices[name], bounded_rows(rows, self._norms[name]).to(self.matrices[name].device))
+            self.rows[name] += len(rows)
+        self._of_example.clear()
+
+
+def bounded_rows(rows: Tensor, norm: float) -> Tensor:
+    """Rows (n, d) of which rows^T rows has at most this Frobenius norm: as they are, or all shorter by one factor."""
+    if not rows.isfinite().all():  # check: examples-without-numbers-add-nothing
+        return torch.zeros_like(rows)
+    narrow = rows if rows.shape[0] > rows.shape[1] else rows.T
+    largest = rows.abs().max() if rows.numel() else rows.new_zeros(())
+    scaled = narrow / largest.clamp(min=torch.finfo(rows.dtype).tiny)  # squares of squares could overflow
+    moved = float((scaled.T @ scaled).norm() * largest**2)  # |rows^T rows|_F
+    return rows * min(1.0, norm / moved) ** 0.5 if moved > 0 else rows  # check: examples-move-a-gram-by-so-much
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:

@@ -25,7 +25,7 @@ from client.data.rows import Batch, Rows
 from client.measurement.block_steps import measure_inputs
 from client.measurement.blocks import BlockShape, check_blocks, first_example, run_blocks
 from client.measurement.disk_model import DiskModel
-from client.measurement.gram import LayerInput, layer_inputs, measure_grams
+from client.measurement.gram import UNBOUNDED, LayerInput, layer_inputs, measure_grams
 from client.measurement.passes import ON_CPU, Halving, Passes
 from common.errors import ModelError, first_line
 from common.merge_methods.terms import Gram
@@ -76,7 +76,7 @@ class GramStream(Mapping[str, Gram]):
 
     If each is asked for once, in the order of the blocks, then each block is run once and the Grams of only one block
     are in memory. `folder` keeps the activations, which are private; the caller removes it. `check` sees the Grams of a
-    block before anybody else does, and raises if they must not leave.
+    block before anybody else does, and raises if they must not leave. `norms`: see GramCollector.
     """
 
     def __init__(
@@ -87,7 +87,9 @@ class GramStream(Mapping[str, Gram]):
         folder: Path,
         check: Callable[[Mapping[str, Gram]], object],
         passes: Passes = ON_CPU,
+        norms: Mapping[str, float] = UNBOUNDED,
     ) -> None:
+        self._norms = norms
         self._own, self._plan, self._batches, self._folder, self._check = own, plan, batches, folder, check
         self._passes = passes
         with passes.running(own.model):
@@ -115,7 +117,8 @@ class GramStream(Mapping[str, Gram]):
 
     def _run(self, step: BlockInputs) -> dict[str, Gram]:
         if step.in_one_piece:
-            return measure_grams(self._own.model, replace(self._plan, inputs=step.inputs), self._batches, self._passes)
+            plan = replace(self._plan, inputs=step.inputs)
+            return measure_grams(self._own.model, plan, self._batches, self._passes, self._norms)
         keep = None if step.block is None else step.block + 1
         folder = self._passes.halving.folder_in(self._folder)
         return measure_inputs(
@@ -127,6 +130,7 @@ class GramStream(Mapping[str, Gram]):
             folder,
             keep=keep,
             passes=self._passes,
+            norms=self._norms,
         )
 
 

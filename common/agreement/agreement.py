@@ -18,10 +18,10 @@ from common.agreement.rules import RULES
 from common.agreement.tables import CoordinatorEntry, DraftTables
 from common.errors import RuleError, SettingsError
 from common.merge_methods.distill import DISTILL
-from common.merge_methods.terms import MergeBounds, MergeSettings
+from common.merge_methods.terms import GramNoise, MergeBounds, MergeSettings
 from common.models.manifest import Manifest
 from common.models.plan import MergePlan, PlannedTensors
-from common.privacy.legs import refit_noise
+from common.privacy.legs import own_noise, refit_noise
 from common.settings_file import Digest, parse_settings, parse_toml, read_bytes
 
 CANONICAL_LABEL = b"amalgram agreement v4\n"
@@ -63,6 +63,12 @@ class Agreement(AgreementDraft):
         if self.privacy.epsilon is not None and "refit" in self.budget_shares and self.bounds.features is None:
             raise RuleError(  # check: noised-refits-know-their-length
                 "bounds.features is missing: by how much one row moves a refit depends on it",
+                hint="complete the draft again: amalgram draft",
+            )
+        if self.has_noised_grams and len(self.bounds.gram_norms) != len(self.bounds.grams):
+            raise RuleError(  # check: noised-grams-know-their-norms
+                f"bounds.gram_norms has {len(self.bounds.gram_norms)} values, and bounds.grams has "
+                f"{len(self.bounds.grams)}: by how much one example moves a Gram depends on it",
                 hint="complete the draft again: amalgram draft",
             )
         if DISTILL.name in self.methods and None in (DISTILL.of(self.tables).pool_sha256, DISTILL.of(self.tables).rows):
@@ -116,10 +122,17 @@ class Agreement(AgreementDraft):
             problem_type=self.task.problem_type,
             largest_target=max(map(abs, self.task.target_range or (1.0, 1.0))),
             refit_noise=refit_noise(self),
+            gram_noise=self._gram_noise(plan),
             num_labels=max(1, len(self.task.labels)),
             unknown_labels=self.unknown_labels,
             without_weights=self.without_weights,
         )
+
+    def _gram_noise(self, plan: MergePlan) -> GramNoise | None:
+        if not self.has_noised_grams:
+            return None
+        norms = {shared.name: norm for shared, norm in zip(plan.inputs, self.bounds.gram_norms, strict=True)}
+        return GramNoise(norms=norms, multiplier=own_noise(self, "grams"), owners=self.needed_owners)
 
     def canonical_bytes(self) -> bytes:
         """The same bytes at every party: labelled, sorted keys, shortest floats, UTF-8."""

@@ -6,8 +6,9 @@ from math import inf
 
 from common.agreement.tables import CLASSIFYING, DraftTables
 from common.errors import RuleError
-from common.merge_methods import METHODS, ORDERED
+from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.distill import DISTILL, STARTS
+from common.merge_methods.method import Method
 from common.merge_methods.search import SEARCH
 from common.names import TAKEN_NAMES
 from common.privacy.gaussian import epsilon_of
@@ -286,14 +287,20 @@ def what_is_bounded_has_noise(draft: DraftTables) -> None:
         return
     for name in draft.methods:
         method = METHODS[name]
-        if method.can_be_noised:
+        if method.noised_sums(draft.tables):
             problem = None if draft.task.judges_tokens else draft.task.problem_type
             method.check_noised(draft.tables, draft.weighting, problem)
         elif method.reads_rows(draft.tables):  # check: bounded-merges-read-no-rows
             raise RuleError(
                 f"privacy.epsilon = {epsilon:g}: {name} sums statistics of rows, to which no noise is added",
-                hint="merge by " + ", ".join(each.name for each in ORDERED if not each.reads_rows(draft.tables)),
+                hint="merge by " + ", ".join(each.name for each in ORDERED if _can_be_bounded(each, draft)),
             )
+    if "grams" in draft.budget_shares and draft.summation.has_scales:  # check: no-scales-of-exact-grams
+        raise RuleError(
+            f"privacy.epsilon = {epsilon:g}: with summation.ring_bits = 32, Gram matrices have scales, which are "
+            "made of them without noise",
+            hint="agree on summation.ring_bits = 64",
+        )
     if draft.task.has_labels and not draft.task.is_regression and draft.task.label_set == "own":
         raise RuleError(  # check: bounded-merges-look-at-no-labels
             f'privacy.epsilon = {epsilon:g}: with task.label_set = "own", metrics depend on which labels an owner\'s '
@@ -312,6 +319,10 @@ def what_is_bounded_has_noise(draft: DraftTables) -> None:
             "does on its own rows, to which no noise is added (privacy.epsilon)",
             hint="leave sign_above out",
         )
+
+
+def _can_be_bounded(method: Method[Hyperparameters], draft: DraftTables) -> bool:
+    return not method.reads_rows(draft.tables) or bool(method.noised_sums(draft.tables))
 
 
 def the_legs_are_within_the_budget(draft: DraftTables) -> None:

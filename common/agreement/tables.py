@@ -189,6 +189,9 @@ class Bounds(Settings):
     program scales larger changes down, and nothing is published if the total shows that one did not (server/bounds.py).
     `changes`, one for each changed tensor, are these norms; completing a draft computes them.
 
+    `gram_norms`, one for each Gram: with noise, an example that would move it by more, in Frobenius norm, weighs less.
+    Left out, they are measured on the base model with made-up inputs, without headroom.
+
     `features`: with noise, a row whose classifier input has a larger 2-norm weighs less in a refit. Left out, it is
     measured on the base model with made-up inputs, without headroom.
     """
@@ -201,17 +204,19 @@ class Bounds(Settings):
     change: Positive | None = None
     changes: tuple[Positive, ...] = ()
     features: Positive | None = None
+    gram_norms: tuple[Positive, ...] = ()
 
 
 class Legs(Settings):
     """Which share of the budget is spent on each kind of sum that holds statistics of rows; training has the rest.
 
-    Shares add up as squares of sensitivity over noise do (common/privacy/gaussian.py). `refit` counts if the agreement
-    makes that sum.
+    Shares add up as squares of sensitivity over noise do (common/privacy/gaussian.py). `refit` and `grams` count if the
+    agreement makes these sums.
     """
 
     metrics: Annotated[float, Field(gt=0, lt=1)] = 0.1
     refit: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    grams: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
 class Privacy(Settings):
@@ -418,15 +423,24 @@ class DraftTables(MethodTables):
         """Leg -> its share of the privacy budget."""
         legs = self.privacy.legs
         sums = {"metrics": legs.metrics}
-        if any(METHODS[name].can_be_noised for name in self.methods):
+        noised = frozenset[str]().union(*(METHODS[name].noised_sums(self.tables) for name in self.methods))
+        if "refit" in noised:
             sums["refit"] = legs.refit
+        if "grams" in noised:
+            sums["grams"] = legs.grams
         return {"training": 1 - sum(sums.values()), **sums}
+
+    @property
+    def has_noised_grams(self) -> bool:
+        """Whether Gram matrices of layers' inputs are summed with noise."""
+        return self.privacy.epsilon is not None and "grams" in self.budget_shares
 
     def disclosures(self) -> Iterator[str]:
         """What must be understood of the methods' totals before consent (Method.disclosures)."""
         for name in self.methods:
-            has_noise = self.privacy.epsilon is not None and METHODS[name].can_be_noised
-            yield from METHODS[name].noised_disclosures() if has_noise else METHODS[name].disclosures(self.tables)
+            method = METHODS[name]
+            has_noise = self.privacy.epsilon is not None and method.noised_sums(self.tables)
+            yield from method.noised_disclosures(self.tables) if has_noise else method.disclosures(self.tables)
 
     @property
     def is_verified(self) -> bool:

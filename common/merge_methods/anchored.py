@@ -27,9 +27,9 @@ from pydantic import Field
 from common.lazy import lazy_module
 from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
 from common.merge_methods.equations import Equation, MeanEquation
-from common.merge_methods.method import Measurement, SingleRoundMethod, register
+from common.merge_methods.method import Measurement, NoisedSum, SingleRoundMethod, register
 from common.merge_methods.normal_equations import System, SystemEquation, notes_on
-from common.merge_methods.regmean import GRAM_KINDS, REGMEAN
+from common.merge_methods.regmean import GRAM_KINDS, REGMEAN, check_weighting
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Hyperparameters,
@@ -37,6 +37,8 @@ from common.merge_methods.terms import (
     MergedDelta,
     MergeSettings,
     OwnerTerms,
+    ProblemType,
+    Weighting,
     rounded,
     with_unchanged,
 )
@@ -87,6 +89,22 @@ class Anchored(SingleRoundMethod[AnchoredTable]):
         alpha, alphas = self.of(tables).alpha, REGMEAN.swept(tables)
         if alpha is not None and alpha not in alphas:
             raise ValueError(f"anchored.alpha = {alpha}: must be one of regmean.alphas = {list(alphas)}")
+
+    def noised_sums(self, tables: Mapping[str, Hyperparameters]) -> frozenset[NoisedSum]:
+        return REGMEAN.noised_sums(tables)
+
+    def least_kept(self, tables: Mapping[str, Hyperparameters], dimension: int) -> float:
+        """The diagonal and the anchor, which is relative to the trace."""
+        alpha = self.of(tables).alpha
+        return (1 - (max(REGMEAN.swept(tables)) if alpha is None else alpha)) / dimension + max(self.of(tables).anchors)
+
+    def check_noised(
+        self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
+    ) -> None:
+        check_weighting(weighting)
+
+    def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        return REGMEAN.noised_disclosures(tables)
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return REGMEAN.disclosures(tables)

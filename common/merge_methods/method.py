@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import inf
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 H = TypeVar("H", bound=Hyperparameters)
+NoisedSum = Literal["refit", "grams"]
 
 
 class Measurement(StrEnum):
@@ -66,9 +68,7 @@ class Method(ABC, Generic[H]):
     fits_32_bits: ClassVar[bool] = False  # whether its numbers can be scaled so that 32 bits are enough (scaling.py)
     can_be_refitted: ClassVar[bool] = False  # whether its merged delta may be the body of `refit`
     needs_blocks: ClassVar[bool] = False  # whether the model must run block by block
-    can_be_noised: ClassVar[bool] = (
-        False  # whether the sums that it makes of rows have room for noise (privacy.epsilon)
-    )
+    measures_grams_again: ClassVar[bool] = False  # whether its steps sum every Gram, beside the round all methods share
     needs_classifier: ClassVar[bool] = False  # whether the model must end in a classifier that is merged as a whole
 
     def hyperparameters(self, settings: MergeSettings) -> H:
@@ -106,6 +106,18 @@ class Method(ABC, Generic[H]):
         """Whether the owners' weight changes are summed."""
         return True
 
+    def noised_sums(self, tables: Mapping[str, Hyperparameters]) -> frozenset[NoisedSum]:
+        """The kinds of sums of rows that it makes and that have noise with privacy.epsilon; if it reads rows and has
+        none, there is no noise that would hide one.
+        """
+        return frozenset()
+
+    def least_kept(self, tables: Mapping[str, Hyperparameters], dimension: int) -> float:
+        """The smallest eigenvalue that it keeps of any Gram of this dimension, relative to its trace, at the value of
+        its sweep that keeps most.
+        """
+        return inf
+
     def check_noised(
         self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
     ) -> None:
@@ -114,7 +126,7 @@ class Method(ABC, Generic[H]):
         `problem`: None if an example has many predictions.
         """
 
-    def noised_disclosures(self) -> tuple[str, ...]:
+    def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         """The same if the totals have noise."""
         return ()
 

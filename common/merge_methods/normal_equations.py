@@ -57,10 +57,13 @@ class System:
     layers: tuple[Layer, ...]
     alphas: tuple[float, ...]
 
-    def entries(self, bound: float, product_bound: float) -> Iterator[TensorEntry]:
-        """The tensors that are summed. The bounds hold for what one owner adds to an entry of Gram and products."""
+    def entries(self, bound: float, product_bound: float, noise: float = 0.0) -> Iterator[TensorEntry]:
+        """The tensors that are summed. The bounds hold for what one owner adds to an entry of Gram and products.
+
+        `noise`: of the Gram. Products are made of the noised Gram, so they need none (terms.GramNoise).
+        """
         square, gram = (self.gram_size, self.gram_size), f"{self.kind}gram/{self.name}"
-        yield TensorEntry(name=gram, shape=square, bound=bound, packing="symmetric")
+        yield TensorEntry(name=gram, shape=square, bound=bound, packing="symmetric", noise=noise)
         for layer in self.layers:
             shape = (self.gram_size, layer.d_out)
             for term in ("gram_delta", "diagonal_delta") if len(self.alphas) > 1 else ("gram_delta",):

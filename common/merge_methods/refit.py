@@ -44,7 +44,15 @@ from pydantic import Field
 from common.errors import RuleError
 from common.lazy import lazy_module
 from common.merge_methods.equations import LARGEST_FACTOR, LEAST_FACTOR, Equation
-from common.merge_methods.method import METHODS, Measurement, MultiRoundMethod, SingleRoundMethod, Step, register
+from common.merge_methods.method import (
+    METHODS,
+    Measurement,
+    MultiRoundMethod,
+    NoisedSum,
+    SingleRoundMethod,
+    Step,
+    register,
+)
 from common.merge_methods.normal_equations import add_ridge, solve_symmetric, spectrum
 from common.merge_methods.regmean import MAX_ROWS_PER_EXAMPLE
 from common.merge_methods.terms import (
@@ -116,7 +124,6 @@ class Refit(MultiRoundMethod[RefitTable]):
         }
     )
     needs_classifier = True
-    can_be_noised = True
 
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float | None, ...]:
         table = self.of(tables)
@@ -128,12 +135,21 @@ class Refit(MultiRoundMethod[RefitTable]):
             allowed = [alpha for alpha in alphas if alpha is not None]
             raise ValueError(f"refit.alpha = {table.alpha}: must be one of {table.body}.alphas = {allowed}")
 
+    def noised_sums(self, tables: Mapping[str, Hyperparameters]) -> frozenset[NoisedSum]:
+        own: frozenset[NoisedSum] = frozenset({"refit"})
+        return own | self._body(tables).noised_sums(tables)
+
+    def least_kept(self, tables: Mapping[str, Hyperparameters], dimension: int) -> float:
+        return self._body(tables).least_kept(tables, dimension)
+
     def check_noised(
         self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
     ) -> None:
         table = self.of(tables)
         why, hint = "", ""
-        if self._body(tables).reads_rows(tables):
+        body = self._body(tables)
+        body.check_noised(tables, weighting, problem)
+        if body.reads_rows(tables) and not body.noised_sums(tables):
             why, hint = f'refit.body = "{table.body}" sums statistics of rows, to which no noise is added', ""
         elif table.targets != "labels" or problem == "regression":
             why, hint = "what it is fitted to has no bound", 'agree on refit.targets = "labels", for labels'
@@ -163,8 +179,9 @@ class Refit(MultiRoundMethod[RefitTable]):
             "are that owner's alone. If the model predicts numbers, it shows the sum of the inputs times them.",
         )
 
-    def noised_disclosures(self) -> tuple[str, ...]:
+    def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return (
+            *self._body(tables).noised_disclosures(tables),
             "The classifier is fitted to {their} labels. The totals have noise, which hides any one row, and shows of "
             "many rows of one label about how many there are, and the sum of the classifier's inputs on them.",
         )

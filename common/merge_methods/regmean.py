@@ -8,6 +8,9 @@ is the linear system of `normal_equations.py`, which also says what is summed an
 There is one system per distinct input. All other parameters are averaged, and so are biases, unless the agreement
 treats a bias as the weight of one more input that is always 1: then X has a column of ones, and delta^T has the bias's
 change as its last row. Layers that the agreement names data-free have the Gram of `data_free.py` instead.
+
+With privacy.epsilon, an owner adds noise to its G_i before anything else, and products are made of what it then has
+(terms.GramNoise has the reason, and the proof). Its ridge is the agreed one of that noise.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from typing import TYPE_CHECKING, Annotated
 from numpy.typing import NDArray
 from pydantic import Field
 
-from common.errors import NumericalError
+from common.errors import NumericalError, RuleError
 from common.lazy import lazy_module
 from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
 from common.merge_methods.equations import Equation, mean_equations
-from common.merge_methods.method import Measurement, SingleRoundMethod, register
+from common.merge_methods.method import Measurement, NoisedSum, SingleRoundMethod, register
 from common.merge_methods.normal_equations import (
     ALPHA_SUMMARY,
     System,
@@ -35,10 +38,13 @@ from common.merge_methods.normal_equations import (
 )
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
+    Gram,
     Hyperparameters,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
+    ProblemType,
+    Weighting,
     means,
     owner_scale,
     owner_weight,
@@ -52,6 +58,7 @@ from common.merge_methods.terms import (
 )
 from common.models.layers import Layer, join_slices
 from common.models.plan import SharedInput
+from common.privacy.noise import bound_with_noise
 from common.settings_file import Line, Probability
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
@@ -108,9 +115,11 @@ class GramPart:
         most_rows = settings.bounds.examples * MAX_ROWS_PER_EXAMPLE
         for shared in self.inputs:
             # For the products too: fine-tuning changes a layer's outputs by less than the largest of its inputs.
-            bound = settings.weight_bound * settings.bounds.grams[shared.name]
+            bound, noise = _bound(settings, shared), 0.0
+            if settings.gram_noise is not None:
+                noise = settings.gram_noise.own(shared.name)  # check: grams-of-inputs-have-noise
             entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,), bound=most_rows))
-            entries += self._system_of(shared).entries(bound, bound)
+            entries += self._system_of(shared).entries(bound, bound, noise)
         for layer in self.data_free:
             entries += DATA_FREE.layer_entries(settings, layer)
         return TensorLayout((*entries, *weighted_delta_entries(settings, self.averaged)))
@@ -119,11 +128,15 @@ class GramPart:
         yield from weight_tensors(settings, owner)
         for shared in self.inputs:
             gram = owner.grams[shared.name]
-            yield f"rows/{shared.name}", to_array(torch.tensor([float(gram.rows)]))
-            weighted = add_ridge(owner_scale(settings, owner, gram) * gram.matrix, self.ridge)
-            bound = settings.weight_bound * settings.bounds.grams[shared.name]
+            bound, is_noised = _bound(settings, shared), settings.gram_noise is not None
+            rows = owner.gram_examples if is_noised else gram.rows  # check: noised-grams-count-no-tokens
+            yield f"rows/{shared.name}", to_array(torch.tensor([float(rows)]))
+            weighted = _noised(settings, owner, shared.name, gram, self.ridge) if is_noised else None
+            if weighted is None:
+                weighted = add_ridge(owner_scale(settings, owner, gram) * gram.matrix, self.ridge)
             add_floor(weighted, settings, bound, bound)
-            _check_size(settings, owner, shared.name, weighted)
+            if not is_noised:
+                _check_size(settings, owner, shared.name, weighted)
             yield from self._system_of(shared).tensors(weighted, owner.delta)
         for layer in self.data_free:
             yield from DATA_FREE.layer_tensors(settings, layer, owner)
@@ -160,6 +173,31 @@ class GramPart:
         return System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=self.alphas)
 
 
+def _bound(settings: MergeSettings, shared: SharedInput) -> float:
+    """The largest number that one owner may add to a Gram or its products."""
+    noise = settings.gram_noise
+    if noise is None:
+        return settings.weight_bound * settings.bounds.grams[shared.name]
+    measured = min(settings.bounds.examples, REGMEAN.hyperparameters(settings).measured_examples)
+    largest = noise.bound(shared.name, shared.gram_size, measured, 1)
+    ridge = REGMEAN.hyperparameters(settings).ridge * noise.norms[shared.name] * measured
+    return bound_with_noise(largest + ridge, noise.own(shared.name))
+
+
+def _noised(settings: MergeSettings, owner: OwnerTerms, name: str, gram: Gram, ridge: float) -> Tensor:
+    """One owner's Gram with its noise and ridge: nothing else is made of the Gram.
+
+    Every example that was measured counts alike. The ridge is relative to the agreed norm, not to what was measured.
+    """
+    noise = settings.gram_noise
+    assert noise is not None
+    assert owner.noise is not None  # there is one in every round with noise
+    noised = torch.from_numpy(owner.noise.added(f"gram/{name}", to_array(gram.matrix)))  # check: products-follow-noise
+    relative = ridge * noise.norms[name] * owner.gram_examples / len(noised)
+    noised.diagonal().add_(noise.ridge(name, len(noised)) + relative)
+    return noised
+
+
 def _check_size(settings: MergeSettings, owner: OwnerTerms, name: str, weighted: Tensor) -> None:
     """Raise NumericalError for a Gram that the others would take for a false one (server/bounds.py)."""
     largest, bound = float(weighted.diagonal().max()) / owner_weight(settings, owner), settings.bounds.grams[name]
@@ -167,6 +205,15 @@ def _check_size(settings: MergeSettings, owner: OwnerTerms, name: str, weighted:
         raise NumericalError(
             f"gram/{name}: {largest:g} for each example is outside the agreed bound {bound:g}; nothing has left",
             hint="a larger bound needs a new agreement: see headroom in its [bounds]",
+        )
+
+
+def check_weighting(weighting: Weighting) -> None:
+    """Raise RuleError for Grams whose sensitivity depends on how many examples an owner has."""
+    if weighting != "rows":  # check: noised-grams-weigh-by-rows
+        raise RuleError(
+            f'weighting = "{weighting}": how far one example moves a Gram would depend on how many the owner has',
+            hint='agree on weighting = "rows"',
         )
 
 
@@ -189,6 +236,24 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
 
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float, ...]:
         return self.of(tables).alphas
+
+    def noised_sums(self, tables: Mapping[str, Hyperparameters]) -> frozenset[NoisedSum]:
+        return frozenset({"grams"})
+
+    def least_kept(self, tables: Mapping[str, Hyperparameters], dimension: int) -> float:
+        """The diagonal, of which 1 - alpha is kept whatever the rows are."""
+        return (1 - min(self.of(tables).alphas)) / dimension
+
+    def check_noised(
+        self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
+    ) -> None:
+        check_weighting(weighting)
+
+    def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        return (
+            "Gram matrices have noise before anything is made of them, all of it added by {their} own program. It "
+            "hides any one example, with all of its tokens, and shows of many about what their inputs are in the mean.",
+        )
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         if not self.of(tables).bias_feature:

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from common.merge_methods.data_free import DATA_FREE_KINDS
 from common.merge_methods.equations import Equation
-from common.merge_methods.method import Measurement, MultiRoundMethod, Step, register
-from common.merge_methods.regmean import GRAM_KINDS, REGMEAN, GramPart
+from common.merge_methods.method import Measurement, MultiRoundMethod, NoisedSum, Step, register
+from common.merge_methods.regmean import GRAM_KINDS, REGMEAN, GramPart, check_weighting
 from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Hyperparameters,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
+    ProblemType,
+    Weighting,
     with_unchanged,
 )
 from common.models.layers import parameter_of
@@ -49,6 +51,21 @@ class RegMeanPlusPlus(MultiRoundMethod[RegMeanPlusPlusTable]):
     trust = "nobody"
     tensor_kinds = WEIGHT_KINDS | DATA_FREE_KINDS | GRAM_KINDS
     needs_blocks = True
+    measures_grams_again = True
+
+    def noised_sums(self, tables: Mapping[str, Hyperparameters]) -> frozenset[NoisedSum]:
+        return REGMEAN.noised_sums(tables)
+
+    def least_kept(self, tables: Mapping[str, Hyperparameters], dimension: int) -> float:
+        return (1 - self.of(tables).alpha) / dimension
+
+    def check_noised(
+        self, tables: Mapping[str, Hyperparameters], weighting: Weighting, problem: ProblemType | None
+    ) -> None:
+        check_weighting(weighting)
+
+    def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
+        return REGMEAN.noised_disclosures(tables)
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return REGMEAN.disclosures(tables)

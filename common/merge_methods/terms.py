@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from common.errors import NumericalError
 from common.lazy import lazy_module
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan
-from common.privacy.noise import Noise
+from common.privacy.noise import LARGEST, Noise
 from common.settings_file import Settings
 from common.summation.totals import SummedTensors
 from common.tensor_layout import RingBits, TensorEntry
@@ -100,6 +100,64 @@ class RefitNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GramNoise:
+    """What hides one example in the Gram matrices of layers' inputs: a text with all of its tokens, or an image.
+
+    `norms`: by the name of the shared input, the agreed Frobenius norm of what one example adds to its Gram.
+    `multiplier`: the standard deviation of the noise that each owner adds, in units of these norms. `owners`: how many
+    are summed, at least.
+
+    Each owner adds all of the noise, to its Gram alone, before anything is made of it. Shares of noise would not do,
+    and neither would noise on sums. A total holds sum H_i and, for each layer, sum H_i delta_i, with H_i = G_i + Z_i +
+    ridge. Weight changes are not secret here: what bounds them is their own training. Whoever knows them has d_in^2 +
+    d_in d_out equations per layer about the N d_in^2 unknowns of all H_i: with enough outputs, these have one solution,
+    and single H_i are known. So H_i must hide each of its owner's examples with the noise of this owner alone. It does:
+
+        An example, added or left out, moves (G_l / norm_l), over all L Grams l as one vector, by at most sqrt(L). With
+        Z_l of standard deviation multiplier * norm_l, all Grams are one Gaussian mechanism with mu = sqrt(L) /
+        multiplier. What a method sums is a function of the H_i, of the weight changes, and of agreed numbers. So are
+        totals, models, and what is measured on them. Processing what is private keeps it so, whatever else is known.
+
+    This asks nothing of the other owners, or of the masks. It costs a larger noise in the total, by the root of the
+    number of owners. Any two owners' Grams have independent noise.
+    """
+
+    norms: Mapping[str, float]
+    multiplier: float
+    owners: int
+
+    def own(self, name: str) -> float:
+        """The standard deviation of what each owner adds."""
+        return self.multiplier * self.norms[name]
+
+    def largest(self, dimension: int) -> float:
+        """The largest eigenvalue of one owner's noise, in its standard deviations, except once in 10^10: see
+        RefitNoise.ridge.
+        """
+        return float((2 * dimension) ** 0.5 + 7)
+
+    def ridge(self, name: str, dimension: int) -> float:
+        """What each owner adds to its diagonal, so that the total stays positive definite under the noise of all, if
+        no fewer than `owners` are in it: n of them add n / sqrt(owners) >= sqrt(n) times the eigenvalue of one's noise.
+        """
+        return float(
+            self.own(name) * self.largest(dimension) / self.owners**0.5
+        )  # check: noised-grams-have-their-ridge
+
+    def bound(self, name: str, dimension: int, examples: int, num_owners: int) -> float:
+        """The largest number of the noised Gram of so many examples, or of all owners' together, with its ridges."""
+        return self.norms[name] * examples + num_owners * (LARGEST * self.own(name) + self.ridge(name, dimension))
+
+    def examples_needed(self, num_owners: int, dimension: int, kept: float) -> float:
+        """How many examples all owners need together, so that the noise does not exceed the smallest eigenvalue of what
+        a method keeps of their Gram, if examples have the agreed norm. `kept`: that eigenvalue relative to the trace,
+        which is no smaller than the norm.
+        """
+        noise = num_owners**0.5 * self.multiplier * self.largest(dimension)
+        return float(noise / kept) if kept > 0 else inf
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeSettings:
     """All that an agreement says to a method. `tables`: every method's hyperparameters by the method's name.
 
@@ -107,7 +165,8 @@ class MergeSettings:
 
     `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
     normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
-    `device`: where a coordinator solves, which is its own choice. `refit_noise`: what hides single rows in a refit.
+    `device`: where a coordinator solves, which is its own choice. `refit_noise`, `gram_noise`: what hides single rows
+    in a refit, and single examples in Grams.
 
     `num_labels`: how many the task has. `unknown_labels`: the numbers of the labels that owners' models do not know, by
     owner, where there are any. `without_weights`: the owners that give predictions only. `num_owners` leaves them out.
@@ -124,6 +183,7 @@ class MergeSettings:
     problem_type: ProblemType = "single_label_classification"
     largest_target: float = 1.0
     refit_noise: RefitNoise | None = None
+    gram_noise: GramNoise | None = None
     num_labels: int = 2
     unknown_labels: Mapping[str, frozenset[int]] = field(default_factory=dict)
     without_weights: frozenset[str] = frozenset()
@@ -136,7 +196,10 @@ class MergeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """`matrix` = sum over token rows of x x^T, (gram_size, gram_size) float64; `rows` = how many token rows."""
+    """`matrix` = sum over token rows of x x^T, (gram_size, gram_size) float64; `rows` = how many token rows.
+
+    Where it is to have noise, the rows of an example that moves it too far weigh less (client/measurement/gram.py).
+    """
 
     matrix: Tensor
     rows: int
@@ -183,7 +246,7 @@ class OwnerTerms:
 class LayerNote:
     """How the solve of one Gram went. `status`: solved, singular, indefinite or empty (see normal_equations.py).
 
-    `rows`: how many token rows are behind the Gram; None for a Gram made of weight changes.
+    `rows`: how many token rows are behind the Gram, or examples if it has noise; None for one made of weight changes.
     """
 
     name: str

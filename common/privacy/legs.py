@@ -4,28 +4,34 @@ noise that hides this.
     training   DP-SGD at each owner (client/measurement/private_training.py). Models and their totals need no more
     metrics    what one judged example adds to the sums of every model that is judged on it (common/metrics.py)
     refit      what one example adds to the classifier's Gram and products (common/merge_methods/refit.py)
+    grams      what one example adds to the Grams of layers' inputs, each in units of its agreed norm
+               (common/merge_methods/terms.GramNoise)
 
 A unit is a row, or a person with several, of which only the first row is judged and fitted to: so it moves no sum by
 more than one row does. All legs are added up, as if the same unit were in every file.
 
-Owners add the noise together: each a share, so that those of `noise_shares` owners are enough.
+Owners add the noise together: each a share, so that those of `noise_shares` owners are enough. That of Grams each adds
+whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from common.merge_methods import METHODS
+from common.merge_methods.method import Measurement
 from common.merge_methods.terms import RefitNoise
 from common.privacy.gaussian import epsilon_of, mu_of
 
 if TYPE_CHECKING:
     from common.agreement.tables import DraftTables, Task
 
-LegName = Literal["training", "metrics", "refit"]
+SumName = Literal["metrics", "refit", "grams"]
+LegName = Literal["training", "metrics", "refit", "grams"]
 OF_TRAINING: LegName = "training"
+ROUNDING = 1e-4  # of the sensitivity of Grams: what rounding their numbers to fixed point moves, and much more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +53,18 @@ def legs_of(agreement: DraftTables) -> tuple[Leg, ...]:
     """The legs of a complete agreement; none without privacy.epsilon."""
     if agreement.privacy.epsilon is None:
         return ()
-    return tuple(_leg(agreement, name, share) for name, share in agreement.budget_shares.items())
+    shares = agreement.budget_shares
+    sums = (_leg(agreement, name, shares[name]) for name in _SENSITIVITIES if name in shares)
+    return (Leg(name=OF_TRAINING, share=shares[OF_TRAINING]), *sums)
 
 
-def _leg(agreement: DraftTables, name: str, share: float) -> Leg:
+def _leg(agreement: DraftTables, name: SumName, share: float) -> Leg:
     epsilon, delta = agreement.privacy.epsilon, agreement.privacy.delta
     assert epsilon is not None
-    if name == OF_TRAINING:
-        return Leg(name=OF_TRAINING, share=share)
     mu = share**0.5 * mu_of(epsilon, delta)
     sensitivity = _SENSITIVITIES[name](agreement)
     return Leg(
-        name="metrics" if name == "metrics" else "refit",
+        name=name,
         share=share,
         epsilon=epsilon_of(delta, mu),
         sensitivity=sensitivity,
@@ -67,11 +73,16 @@ def _leg(agreement: DraftTables, name: str, share: float) -> Leg:
 
 
 def own_noise(agreement: DraftTables, name: LegName) -> float:
-    """The standard deviation of the share that each owner adds; 0 without privacy.epsilon."""
+    """The standard deviation of what each owner adds: its share, or of Grams all; 0 without privacy.epsilon."""
     for leg in legs_of(agreement):
         if leg.name == name and leg.sigma is not None:
-            return float(leg.sigma / agreement.noise_shares**0.5)  # check: shares-add-up
+            return float(leg.sigma / shares_of(agreement, name) ** 0.5)  # check: shares-add-up
     return 0.0
+
+
+def shares_of(agreement: DraftTables, name: LegName) -> int:
+    """The noise of how many owners must be enough. A Gram can be told from the others' by its products."""
+    return 1 if name == "grams" else agreement.noise_shares  # check: each-owner-hides-its-own-gram
 
 
 def spent_beside_training(agreement: DraftTables) -> float:
@@ -131,9 +142,29 @@ def _of_refit(agreement: DraftTables) -> float:
     return noise.sensitivity
 
 
-_SENSITIVITIES = {"metrics": _of_metrics, "refit": _of_refit}
+def _of_grams(agreement: DraftTables) -> float:
+    """All Grams as one vector, each number in units of its Gram's agreed norm: an example moves every one by up to 1,
+    as often as it is summed.
+    """
+    grams = len(agreement.bounds.gram_norms) * times_measured(agreement)
+    return float((1 + ROUNDING) * grams**0.5)  # check: examples-move-every-gram
+
+
+def times_measured(agreement: DraftTables) -> int:
+    """How often each Gram is summed: in the round that all methods share, and in the steps of a method."""
+    methods = [METHODS[name] for name in agreement.methods]
+    at_first = any(Measurement.GRAMS in each.measurements(agreement.tables) for each in methods)
+    return at_first + sum(each.measures_grams_again for each in methods)  # check: every-sum-of-grams-counts
+
+
+_SENSITIVITIES: Mapping[SumName, Callable[[DraftTables], float]] = {
+    "metrics": _of_metrics,
+    "refit": _of_refit,
+    "grams": _of_grams,
+}
 SENSITIVE: Mapping[str, str] = {
     "training": "the gradients of your training rows, at every step",
     "metrics": "how models do on your validation and test rows",
     "refit": "what the classifier is fitted to, on your training rows",
+    "grams": "inputs of layers on your training rows, in agreed lengths",
 }

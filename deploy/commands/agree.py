@@ -141,6 +141,7 @@ def _bounded(owner: Owner, repeats: Sequence[Repeat]) -> dict[str, object] | Non
         "has_unbounded_before": len(bounded) < len(before),
         "legs": [_leg_in_words(leg) for leg in legs_of(agreement)],
         "has_refit": "refit" in agreement.budget_shares,
+        "has_grams": "grams" in agreement.budget_shares,
         "is_plain": agreement.summation.kind == "plain",
         "noise_shares": agreement.noise_shares,
     }

@@ -26,7 +26,7 @@ from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
 from common.models.plan import MergePlan
-from common.privacy.legs import legs_of, own_noise
+from common.privacy.legs import Leg, legs_of, own_noise, shares_of
 from server.report.chance import are_apart, estimate_of
 from server.report.report import (
     AdapterLayer,
@@ -247,7 +247,10 @@ def _shown(agreement: Agreement, owner: str) -> Literal["shown", "summed"]:
 
 
 def _legs(agreement: Agreement) -> tuple[AgreedLeg, ...]:
-    more = (len(agreement.owners) / agreement.noise_shares) ** 0.5
+    def added(leg: Leg) -> float | None:
+        of_all = (len(agreement.owners) / shares_of(agreement, leg.name)) ** 0.5
+        return None if leg.sigma is None else of_all * leg.sigma
+
     return tuple(
         AgreedLeg(
             name=leg.name,
@@ -255,7 +258,7 @@ def _legs(agreement: Agreement) -> tuple[AgreedLeg, ...]:
             epsilon=leg.epsilon,
             sensitivity=leg.sensitivity,
             sigma=leg.sigma,
-            added=None if leg.sigma is None else more * leg.sigma,
+            added=added(leg),
         )
         for leg in legs_of(agreement)
     )

@@ -86,7 +86,9 @@ class AgreedTask(Table):
 class AgreedLeg(Table):
     """One part of the privacy budget, and the noise that it pays for."""
 
-    name: Literal["training", "metrics", "refit"] = Field(description="Training, or a kind of sum with noise.")
+    name: Literal["training", "metrics", "refit", "grams"] = Field(
+        description="Training, or a kind of sum with noise; Grams are in units of their agreed norms."
+    )
     share: Share = Field(description="Its share of the budget, in squares of sensitivity / sigma.")
     epsilon: Size | None = Field(description="Of this part alone, at the agreed delta; null for training.")
     sensitivity: Size | None = Field(

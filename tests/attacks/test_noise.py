@@ -488,7 +488,7 @@ REFIT_TABLES: dict[str, Any] = {"method": "refit", "compare_with": [], "refit": 
     [
         ({"refit": {"balances": [0.5]}}, "unless all rows weigh the same"),
         ({"refit": {"balances": [0.0], "targets": "scores"}}, "what it is fitted to has no bound"),
-        ({"refit": {"balances": [0.0], "body": "regmean"}}, "sums statistics of rows, to which no noise is added"),
+        ({"refit": {"balances": [0.0], "body": "fisher"}}, "sums statistics of rows, to which no noise is added"),
         ({"weighting": "owners"}, "would depend on how many the owner has"),
         ({"task": {"kind": "token-classification", "label_set": "all"}}, "an example has many rows"),
         ({"privacy": {"epsilon": 8.0, "legs": {"refit": 0.85}}}, r"add up to 0\.95 of the budget"),
