@@ -241,6 +241,39 @@ def test_without_noise_or_bound_it_is_training_as_usual(monkeypatch: pytest.Monk
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def classifier_only() -> BertForSequenceClassification:
+    model = quiet(tiny_bert())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier"))
+    return model
+
+
+def test_a_classifier_alone_is_trained_on_inputs_that_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends where training the whole model with a frozen body ends, with the same draws and noise."""
+    bodies, training = [], TRAINING.model_copy(update={"epochs": 9, "batch_size": 6})
+    for is_alone in (True, False):
+        if not is_alone:
+            monkeypatch.setattr(private_training, "_classifier_alone", lambda model, rows: None)
+        drawn = np.random.default_rng(0)
+        monkeypatch.setattr(private_training.noise, "uniform", drawn.random)
+        monkeypatch.setattr(private_training.noise, "gaussian", lambda size, scale: drawn.normal(0, scale, size))  # noqa: B023
+        model, calls = classifier_only(), []
+        model.bert.register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        fine_tune_privately(model, ROWS, np.arange(12), training, 8.0, 1e-5, seed=0, description="")
+        assert (len(calls) == len(ROWS)) == is_alone
+        bodies.append(model)
+    for one, other in zip(bodies[0].parameters(), bodies[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_more_than_a_classifier_passes_through_the_model_at_every_step() -> None:
+    assert private_training._classifier_alone(bert(), ROWS) is None
+    pooler = quiet(tiny_bert())
+    for name, parameter in pooler.named_parameters():
+        parameter.requires_grad_("pooler.dense" in name)
+    assert private_training._classifier_alone(pooler, ROWS) is None  # its output is not the model's
+
+
 # --- the accountant, against an independent one ---
 
 
@@ -328,12 +361,14 @@ def test_144_a_method_that_reads_rows_is_not_bounded_by_training(bounded: Path) 
         draft = tables | {"method": method.name, "compare_with": ["data_free"] if method.name == "search" else []}
         if method.name == "distill":  # predictions alone reveal no more of a row than the model that makes them
             draft |= {"distill": {"pool": "pool.jsonl", "weights": "density"}, "verification": {"required": False}}
-        if isinstance(method, MultiRoundMethod) or method.measurements(agreed):
+        reads = isinstance(method, MultiRoundMethod) or bool(method.measurements(agreed))
+        if reads and not (method.noised_sums(agreed) and method.name != "refit"):  # whose balances are not 0
             with pytest.raises(SettingsError, match="sums statistics of rows, to which no noise is added"):
                 parse_settings(draft, AgreementDraft, "agreement.toml")
         else:
             read_none.append(parse_settings(draft, AgreementDraft, "agreement.toml").method)
     assert {"average", "task_arithmetic", "data_free"} <= set(read_none)
+    assert not {"fisher", "lorm", "logit_adjusted", "refit"} & set(read_none)
 
 
 def test_144_labels_that_occur_in_training_rows_have_no_part_in_metrics(bounded: Path) -> None:

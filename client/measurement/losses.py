@@ -5,17 +5,22 @@ sigmoid of each output and binary cross entropy, so that each label is a draw of
 is -2 log p up to a constant, for a normal distribution of variance 1 around each output. These are transformers' own.
 """
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def loss_of(
-    model: PreTrainedModel, logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+class Configured(Protocol):
+    """What says how its outputs are to be read."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+
+def loss_of(model: Configured, logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """The loss of `logits` (predictions, outputs), as a scalar: a sum over predictions, or their mean.
 
     `targets`: (predictions,) int64 for one label, otherwise (predictions, outputs) float32. As in transformers, a

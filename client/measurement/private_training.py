@@ -13,14 +13,21 @@ randomness, never from a seed (common/privacy/noise.py), and noise is added in f
 A unit's gradient is hidden, and how many units there are is not: the claim compares a unit with one that has no
 gradient. Embeddings are not trained: their noise would fall on every word of the vocabulary, each of which few rows
 hold.
+
+The noise of a step is about sigma C sqrt(parameters) long, and the sum that it hides at most C * q * units. So with few
+rows, few parameters should be trained. Where the agreement merges the classifier alone, its inputs never change: each
+row passes through the body once, alone, and what is trained is a linear layer.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,8 +49,10 @@ from common.privacy import noise
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleHooks
 
+log = logging.getLogger("amalgram.owner")
 LARGEST_SIGMA = 2.0**20
 MAX_NORM = 1.0  # C, if the owner's settings name none
+MUCH_NOISE = 2.0  # times the longest sum of gradients: with more, little is learned
 CLOSE = 1e-3  # how near Opacus' gradient of a row must be to the row's own, relative to its norm
 
 
@@ -53,22 +62,22 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
     `beside` the model, too: Gaussian sums with this mu together. Raises SettingsError if no noise is enough.
     """
     low, high = 0.0, 1.0
-    while _epsilon_of(high, delta, sample_rate, steps, beside) > epsilon:
+    while epsilon_of_training(high, delta, sample_rate, steps, beside) > epsilon:
         low, high = high, 2 * high
         if high > LARGEST_SIGMA:
             raise SettingsError(
                 f"training: epsilon = {epsilon:g} cannot be kept over {steps} steps, with "
-                f"{_epsilon_of(high, delta, sample_rate, steps, beside):.3g} of it for sums with noise",
+                f"{epsilon_of_training(high, delta, sample_rate, steps, beside):.3g} of it for sums with noise",
                 hint="train fewer epochs, lower a share in [privacy.legs], or agree on a larger privacy.epsilon",
             )
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        within = middle > 0 and _epsilon_of(middle, delta, sample_rate, steps, beside) <= epsilon
+        within = middle > 0 and epsilon_of_training(middle, delta, sample_rate, steps, beside) <= epsilon
         low, high = (low, middle) if within else (middle, high)
     return high
 
 
-def _epsilon_of(sigma: float, delta: float, sample_rate: float, steps: int, beside: float) -> float:
+def epsilon_of_training(sigma: float, delta: float, sample_rate: float, steps: int, beside: float) -> float:
     """By Opacus' accountant. A Gaussian sum is one step over all units with a noise multiplier of 1 / mu."""
     from opacus.accountants import RDPAccountant
 
@@ -106,8 +115,12 @@ def fine_tune_privately(
         parameter.requires_grad_(parameter.requires_grad and name in trainable)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with low_rank(model, training):
-            _train(model, rows, members, training, steps, sample_rate, sigma, description)
+        alone = _classifier_alone(model, rows)
+        if alone is not None:
+            _train(*alone, members, training, steps, sample_rate, sigma, description)
+        else:
+            with low_rank(model, training):
+                _train(model, rows, members, training, steps, sample_rate, sigma, description)
     model.eval()
     return sigma
 
@@ -130,8 +143,43 @@ def _trainable(model: nn.Module) -> set[str]:
     }
 
 
+class Classifier(nn.Module):
+    """A model's last layer as a model of its own. `pixel_values`: the layer's inputs, as `Rows` of arrays call them."""
+
+    def __init__(self, layer: nn.Linear, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.layer, self.config = layer, model.config
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.layer(pixel_values))
+
+
+@torch.no_grad()
+def _classifier_alone(model: PreTrainedModel, rows: Rows) -> tuple[Classifier, Rows] | None:
+    """The classifier and its inputs, if it is all that is trained and gives one prediction a row; else None."""
+    trained = {id(each) for each in model.parameters() if each.requires_grad}
+    layers = [each for each in model.modules() if isinstance(each, nn.Linear) and id(each.weight) in trained]
+    if len(layers) != 1 or trained != {id(each) for each in layers[0].parameters()} or not len(rows):
+        return None
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.eval()
+    hook = layers[0].register_forward_hook(lambda _, fed, given: seen.append((fed[0], given)))
+    inputs = []
+    try:
+        for _, batch, _ in replace(rows, are_apart=True).batches(1):
+            seen.clear()
+            logits = model(**batch).logits
+            (fed, given), *more = seen or [(logits, logits)]
+            if more or fed.shape != (1, layers[0].in_features) or not torch.equal(given, logits):
+                return None  # it is called otherwise, or is not the last
+            inputs.append(fed.float().numpy())
+    finally:
+        hook.remove()
+    return Classifier(layers[0], model), Rows(features=np.concatenate(inputs), targets=rows.targets)
+
+
 def _train(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Classifier,
     rows: Rows,
     members: Sequence[NDArray[np.int64]],
     training: Training,
@@ -145,6 +193,7 @@ def _train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     rates = rates_of(optimizer, training, steps)
+    _say_how_long_noise_is(sum(each.numel() for each in trained), sigma, sample_rate * len(members))
     with gradients_by_row(model, rows):
         for _ in with_bar(range(steps), description, steps):
             total = noised_sum(model, rows, drawn_units(members, sample_rate), trained, bound, sigma, at_once)
@@ -156,6 +205,18 @@ def _train(
         raise NumericalError("fine-tuning: the weights are not finite", hint="lower training.learning_rate")
 
 
+def _say_how_long_noise_is(parameters: int, sigma: float, drawn: float) -> None:
+    times = sigma * parameters**0.5 / drawn
+    log.log(
+        logging.WARNING if times > MUCH_NOISE else logging.INFO,
+        "  noise: in each step, %.2g times as long as the gradients of all rows in it together can be%s",
+        times,
+        "; train on more rows, in larger batches, or agree on fewer merge.layers, such as the classifier alone"
+        if times > MUCH_NOISE
+        else "",
+    )
+
+
 def drawn_units(members: Sequence[NDArray[np.int64]], sample_rate: float) -> list[NDArray[np.int64]]:
     """The rows of each unit that is drawn: every unit by itself, with this probability, which nobody can foresee."""
     drawn = noise.uniform(len(members)) < sample_rate  # check: units-are-drawn-at-their-rate
@@ -163,7 +224,7 @@ def drawn_units(members: Sequence[NDArray[np.int64]], sample_rate: float) -> lis
 
 
 def noised_sum(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Classifier,
     rows: Rows,
     units: Sequence[NDArray[np.int64]],
     trained: Sequence[nn.Parameter],
@@ -195,7 +256,7 @@ def _parts(units: Sequence[NDArray[np.int64]], at_once: int) -> Iterator[list[ND
 
 
 def clipped_sum(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Classifier,
     rows: Rows,
     units: Sequence[NDArray[np.int64]],
     trained: Sequence[nn.Parameter],
@@ -219,7 +280,7 @@ def clipped_sum(
 
 
 @contextmanager
-def gradients_by_row(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
+def gradients_by_row(model: PreTrainedModel | Classifier, rows: Rows) -> Iterator[None]:
     """Within, `row_gradients` works on a model.
 
     Raises ModelError if Opacus cannot tell rows apart, or finds another gradient than that of a row alone, as where
@@ -239,7 +300,7 @@ def gradients_by_row(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
         hooks.cleanup()
 
 
-def _without_dropout(model: PreTrainedModel) -> None:
+def _without_dropout(model: nn.Module) -> None:
     """Put into training mode only what is trained, since Opacus looks at nothing else, and batch normalisation, which
     mixes rows in this mode alone.
 
@@ -259,7 +320,7 @@ def _shortest_and_longest(rows: Rows) -> NDArray[np.int64]:
     return np.unique(order[[0, -1]])
 
 
-def _check_rows_apart(model: PreTrainedModel, rows: Rows, hooks: GradSampleHooks) -> None:
+def _check_rows_apart(model: PreTrainedModel | Classifier, rows: Rows, hooks: GradSampleHooks) -> None:
     """Compare the gradients of a short and a long row, which is padding for the other, with those of each alone."""
     two = _shortest_and_longest(rows)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -288,7 +349,7 @@ def _not_apart(reason: str) -> ModelError:
 
 
 def row_gradients(
-    model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64], trained: Sequence[nn.Parameter]
+    model: PreTrainedModel | Classifier, rows: Rows, indices: NDArray[np.int64], trained: Sequence[nn.Parameter]
 ) -> list[Tensor]:
     """The gradient of each of these rows' loss, by parameter: (rows, *shape) float32."""
     _add_gradients(model, rows, indices)
@@ -300,7 +361,7 @@ def row_gradients(
     return found
 
 
-def _add_gradients(model: PreTrainedModel, rows: Rows, indices: NDArray[np.int64]) -> None:
+def _add_gradients(model: PreTrainedModel | Classifier, rows: Rows, indices: NDArray[np.int64]) -> None:
     """The gradients of the sum over rows of a row's mean loss of a prediction."""
     batch, targets = rows.batch(indices)
     logits = model(**batch).logits
