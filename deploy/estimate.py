@@ -52,7 +52,10 @@ NETWORKS = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}  # bytes a second
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What this machine takes, in seconds. An image counts as one token."""
+    """What this machine takes, in seconds. An image counts as one token.
+
+    `times_alone`: how many times as long a token takes if its example is a batch of its own.
+    """
 
     forward_of_token: float
     gram_pass_of_token: float
@@ -61,6 +64,7 @@ class Rates:
     mask_of_number: float  # made and added, for one peer
     solve_of_flop: float
     spectrum_of_flop: float
+    times_alone: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,11 @@ class OwnerRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a merge asks of every owner and of the coordinator, in numbers that do not depend on the machine."""
+    """What a merge asks of every owner and of the coordinator, in numbers that do not depend on the machine.
+
+    `are_apart`: with privacy.epsilon, examples are judged and measured in passes of their own. `trains_one_layer`: with
+    it, each example passes through the body once, whatever the number of epochs (client/measurement/private_training).
+    """
 
     gram_examples: int
     fisher_examples: int
@@ -111,6 +119,8 @@ class Work:
     parameters: int
     largest_sum: int  # numbers
     largest_gram: int  # inputs
+    are_apart: bool = False
+    trains_one_layer: bool = False
 
 
 def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
@@ -149,7 +159,14 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
         parameters=sum(prod(shape) for shape in plan.shapes.values()),
         largest_sum=max(layout.size for layout in sums),
         largest_gram=max((shared.gram_size for shared in plan.inputs), default=0),
+        are_apart=agreement.privacy.epsilon is not None,
+        trains_one_layer=agreement.privacy.epsilon is not None
+        and {name.rpartition(".")[0] for name in plan.changed} == {name_of(plan.linear_layers[-1].weight)},
     )
+
+
+def name_of(weight: str) -> str:
+    return weight.rpartition(".")[0]
 
 
 def systems_of(layout: TensorLayout) -> Iterator[System]:
@@ -183,7 +200,17 @@ def measure_rates(outline: PreTrainedModel, plan: MergePlan, tokens: int, work: 
         mask_of_number=mask,
         solve_of_flop=solve / square.solve_flops,
         spectrum_of_flop=eigenvalues / square.spectrum_flops,
+        times_alone=times_alone(outline, plan, tokens) if work.are_apart else 1.0,
     )
+
+
+def times_alone(outline: PreTrainedModel, plan: MergePlan, tokens: int) -> float:
+    """How many times as long a token takes in a batch of one example."""
+    model = _with_blocks(outline, min(2, len(plan.blocks)) if len(plan.blocks) > 2 else None)
+    count = max(1, BATCH_TOKENS // tokens) if model.main_input_name != "pixel_values" else BATCH_IMAGES
+    several, one = batch_of(model, count, tokens), batch_of(model, 1, tokens)
+    with torch.inference_mode():
+        return max(1.0, count * _seconds(lambda: model(**one)) / _seconds(lambda: model(**several)))
 
 
 def pass_seconds(
@@ -292,11 +319,15 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
     scored = work.validated_models * rows.validation + work.tested_models * rows.test
     looked_at = min(work.forward_examples, 2 * rows.train)
     loads = LOADS + work.validated_models + work.tested_models
+    apart = rates.times_alone if work.are_apart else 1.0
+    training = rows.epochs * (1 + BACKWARDS)
+    if work.trains_one_layer:
+        training = apart if rows.epochs else 0.0
     return {
-        "training": rows.epochs * rows.train * rows.tokens * (1 + BACKWARDS) * rates.forward_of_token,
-        "Gram passes": examples[work.gram_examples] * rows.tokens * rates.gram_pass_of_token,
+        "training": training * rows.train * rows.tokens * rates.forward_of_token,
+        "Gram passes": examples[work.gram_examples] * rows.tokens * apart * rates.gram_pass_of_token,
         "Fisher information": examples[work.fisher_examples] * rows.tokens * rates.gradients_of_token,
-        "scoring": (scored + looked_at) * rows.tokens * rates.forward_of_token,
+        "scoring": (scored + looked_at) * rows.tokens * apart * rates.forward_of_token,
         "loading models": loads * work.parameters * LOADING * rates.encoding_of_number,
         "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
         "packing and verifying": work.sent_numbers * HANDLING * rates.encoding_of_number,

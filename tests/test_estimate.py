@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.agreement import Agreement
+from common.agreement import Agreement, Privacy
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.regmean_plus_plus import REGMEAN_PLUS_PLUS
 from common.merge_methods.task_arithmetic import TaskArithmeticTable
@@ -14,6 +14,7 @@ from common.schedule import schedule_of
 from deploy import estimate
 from deploy.estimate import OwnerRows, Rates, System, Work, work_of
 from tests.support.architectures import ARCHITECTURES, made
+from tests.support.models import tiny_bert
 
 RATES = Rates(
     forward_of_token=1.0,
@@ -48,6 +49,22 @@ def test_every_gram_is_a_system_with_the_outputs_of_its_layers(plan: MergePlan, 
     assert [(system.inputs, system.outputs) for system in work.systems] == wanted
 
 
+def test_with_epsilon_examples_pass_one_at_a_time_and_a_classifier_alone_once(
+    agreement: Agreement, plan: MergePlan, work: Work
+) -> None:
+    assert not work.are_apart
+    private = agreement.model_copy(update={"privacy": Privacy(epsilon=8.0), "method": "average", "compare_with": ()})
+    found = work_of(private, plan, schedule_of(private, plan))
+    assert found.are_apart
+    assert not found.trains_one_layer
+    head = ("classifier.weight", "classifier.bias")
+    fixed = tuple(name for name in plan.shapes if name not in head)
+    alone = replace(plan, left_alone=fixed, averaged=head, inputs=(), blocks=plan.blocks)
+    frozen = private.model_copy(update={"bounds": private.bounds.model_copy(update={"grams": ()})})
+    assert work_of(frozen, alone, schedule_of(frozen, alone)).trains_one_layer
+    assert estimate.times_alone(tiny_bert(), plan, 4) >= 1
+
+
 def test_steps_of_a_multi_round_method_are_one_more_gram_pass(agreement: Agreement, plan: MergePlan) -> None:
     both = agreement.model_copy(update={"compare_with": (REGMEAN_PLUS_PLUS.name,)})
     assert work_of(both, plan, schedule_of(both, plan)).gram_examples == 2 * RegMeanTable().measured_examples
@@ -55,6 +72,12 @@ def test_steps_of_a_multi_round_method_are_one_more_gram_pass(agreement: Agreeme
 
 def test_an_owner_takes_its_examples_times_the_rates(work: Work) -> None:
     rows = OwnerRows(train=400, validation=10, test=20, epochs=2, tokens=5.0)
+    alone = estimate.owner_seconds(replace(work, are_apart=True), rows, replace(RATES, times_alone=3.0))
+    together = estimate.owner_seconds(work, rows, replace(RATES, times_alone=3.0))
+    assert alone["scoring"] == 3 * together["scoring"]
+    assert alone["Gram passes"] == 3 * together["Gram passes"]
+    assert alone["training"] == together["training"]
+    assert estimate.owner_seconds(replace(work, trains_one_layer=True), rows, RATES)["training"] == 400 * 5
     assert estimate.owner_seconds(work, rows, RATES) == {
         "training": 2 * 400 * 5 * 3,
         "Gram passes": 400 * 5 * 2,  # it has fewer examples than may be measured
