@@ -34,6 +34,7 @@ from common.privacy.noise import Noise
 from common.settings_file import parse_settings, parse_toml
 from common.tensor_layout import TensorLayout
 from deploy.commands.agree import consent_text
+from deploy.simulation.simulate import simulate
 from server.bounds import check_contributions
 from tests.support.errors import in_two_lines
 from tests.support.merging import merge_settings, owner_for, plan_for
@@ -350,6 +351,21 @@ def test_an_owner_with_too_few_examples_says_how_many_it_takes(folder: Path, tmp
     assert "The noise on Gram matrices is all added by your own program." in consent
     assert "Gram matrices have noise before anything is made of them" in consent
     assert "rows per dimension of a Gram matrix, you do not take part" not in consent
+
+
+@pytest.mark.slow
+def test_a_whole_merge_of_noised_grams(folder: Path) -> None:
+    draft = folder / "agreement.toml"
+    text = draft.read_text().replace('method = "regmean"', 'method = "anchored"')
+    draft.write_text(text.replace("[regmean]", "[anchored]\nanchors = [1.0]\n\n[regmean]"))
+    for path in folder.glob("[hcp]*.toml"):
+        path.write_text(path.read_text().replace("epochs = 6", "epochs = 1").replace("size = 32", "size = 200"))
+    report = simulate(folder, with_references=False)
+    assert report.verified
+    spent = {leg.name: leg for leg in report.agreement.privacy.legs}
+    assert spent["grams"].added == pytest.approx(sqrt(3) * (spent["grams"].sigma or 0))
+    card = (folder / "output" / "model" / "README.md").read_text()
+    assert "and the Gram matrices that were summed. Spent: training 60%, metrics 10%, grams 30%." in card
 
 
 def test_legs_have_room_for_all_sums() -> None:
