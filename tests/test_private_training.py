@@ -266,6 +266,15 @@ def test_a_classifier_alone_is_trained_on_inputs_that_are_computed_once(monkeypa
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("parameters", "is_warned"), [(100, False), (1_000_000, True)])
+def test_noise_that_drowns_everything_is_warned_of(
+    parameters: int, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    private_training._warn_of_much_noise(parameters, sigma=1.0, drawn=200.0)
+    assert ("such as the classifier alone" in caplog.text) == is_warned
+    assert "200" not in caplog.text  # nor any other number of rows
+
+
 def test_more_than_a_classifier_passes_through_the_model_at_every_step() -> None:
     assert private_training._classifier_alone(bert(), ROWS) is None
     pooler = quiet(tiny_bert())

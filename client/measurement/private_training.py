@@ -193,7 +193,7 @@ def _train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     rates = rates_of(optimizer, training, steps)
-    _say_how_long_noise_is(sum(each.numel() for each in trained), sigma, sample_rate * len(members))
+    _warn_of_much_noise(sum(each.numel() for each in trained), sigma, sample_rate * len(members))
     with gradients_by_row(model, rows):
         for _ in with_bar(range(steps), description, steps):
             total = noised_sum(model, rows, drawn_units(members, sample_rate), trained, bound, sigma, at_once)
@@ -205,16 +205,14 @@ def _train(
         raise NumericalError("fine-tuning: the weights are not finite", hint="lower training.learning_rate")
 
 
-def _say_how_long_noise_is(parameters: int, sigma: float, drawn: float) -> None:
-    times = sigma * parameters**0.5 / drawn
-    log.log(
-        logging.WARNING if times > MUCH_NOISE else logging.INFO,
-        "  noise: in each step, %.2g times as long as the gradients of all rows in it together can be%s",
-        times,
-        "; train on more rows, in larger batches, or agree on fewer merge.layers, such as the classifier alone"
-        if times > MUCH_NOISE
-        else "",
-    )
+def _warn_of_much_noise(parameters: int, sigma: float, drawn: float) -> None:
+    """`drawn`: units in a step, in the mean. Their number has no place in a log."""
+    if sigma * parameters**0.5 > MUCH_NOISE * drawn:
+        log.warning(
+            "  in each step, the noise is more than %g times as long as all gradients in it together can be: train on "
+            "more rows, in larger batches, or agree on fewer merge.layers, such as the classifier alone",
+            MUCH_NOISE,
+        )
 
 
 def drawn_units(members: Sequence[NDArray[np.int64]], sample_rate: float) -> list[NDArray[np.int64]]:
