@@ -253,7 +253,7 @@ def test_a_classifier_alone_is_trained_on_inputs_that_are_computed_once(monkeypa
     bodies, training = [], TRAINING.model_copy(update={"epochs": 9, "batch_size": 6})
     for is_alone in (True, False):
         if not is_alone:
-            monkeypatch.setattr(private_training, "_classifier_alone", lambda model, rows: None)
+            monkeypatch.setattr(private_training, "_classifier_alone", lambda *_: None)
         drawn = np.random.default_rng(0)
         monkeypatch.setattr(private_training.noise, "uniform", drawn.random)
         monkeypatch.setattr(private_training.noise, "gaussian", lambda size, scale: drawn.normal(0, scale, size))  # noqa: B023
@@ -276,11 +276,11 @@ def test_noise_that_drowns_everything_is_warned_of(
 
 
 def test_more_than_a_classifier_passes_through_the_model_at_every_step() -> None:
-    assert private_training._classifier_alone(bert(), ROWS) is None
+    assert private_training._classifier_alone(bert(), ROWS, "") is None
     pooler = quiet(tiny_bert())
     for name, parameter in pooler.named_parameters():
         parameter.requires_grad_("pooler.dense" in name)
-    assert private_training._classifier_alone(pooler, ROWS) is None  # its output is not the model's
+    assert private_training._classifier_alone(pooler, ROWS, "") is None  # its output is not the model's
 
 
 # --- the accountant, against an independent one ---

@@ -115,7 +115,7 @@ def fine_tune_privately(
         parameter.requires_grad_(parameter.requires_grad and name in trainable)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        alone = _classifier_alone(model, rows)
+        alone = _classifier_alone(model, rows, description)
         if alone is not None:
             _train(*alone, members, training, steps, sample_rate, sigma, description)
         else:
@@ -155,7 +155,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def _classifier_alone(model: PreTrainedModel, rows: Rows) -> tuple[Classifier, Rows] | None:
+def _classifier_alone(model: PreTrainedModel, rows: Rows, description: str) -> tuple[Classifier, Rows] | None:
     """The classifier and its inputs, if it is all that is trained and gives one prediction a row; else None."""
     trained = {id(each) for each in model.parameters() if each.requires_grad}
     layers = [each for each in model.modules() if isinstance(each, nn.Linear) and id(each.weight) in trained]
@@ -166,7 +166,7 @@ def _classifier_alone(model: PreTrainedModel, rows: Rows) -> tuple[Classifier, R
     hook = layers[0].register_forward_hook(lambda _, fed, given: seen.append((fed[0], given)))
     inputs = []
     try:
-        for _, batch, _ in replace(rows, are_apart=True).batches(1):
+        for _, batch, _ in with_bar(replace(rows, are_apart=True).batches(1), description, len(rows)):
             seen.clear()
             logits = model(**batch).logits
             (fed, given), *more = seen or [(logits, logits)]
