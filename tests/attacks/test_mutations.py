@@ -269,6 +269,22 @@ TABLE = [
     Mutation(NOISE, "test_140_a_unit", "gradients-are-bounded", "factors = (bound / norms).clamp(max=1.0)"),
     Mutation(NOISE, "test_141_the_noise", "noise-has-its-size"),
     Mutation(NOISE, "test_141_the_noise", "noise-has-its-size", "whole += drawn.reshape(whole.shape) / 2"),
+    Mutation(NOISE, "test_141_the_noise", "noise-has-its-size", "whole += drawn.reshape(whole.shape) * 2"),
+    *(
+        Mutation(
+            NOISE,
+            "test_the_sum_is_that",
+            "gradients-are-bounded",
+            f"factors = torch.where(norms.isfinite(), ({factor} * bound / norms).clamp(max=1.0), 0.0)",
+        )
+        for factor in (0.5, 2)
+    ),
+    Mutation(
+        NOISE,
+        "test_141_every_unit",
+        "units-are-drawn-at-their-rate",
+        "drawn = noise.uniform(len(members)) < sample_rate / 2",
+    ),
     Mutation(NOISE, "test_141_every", "units-are-drawn-at-their-rate", "drawn = np.arange(len(members)) % 7 < 2"),
     Mutation(
         NOISE,
@@ -298,6 +314,7 @@ TABLE = [
     Mutation(SUM_NOISE, "test_172_training", "training-leaves-room-for-the-legs"),
     Mutation(SUM_NOISE, "test_172_shares", "legs-add-up", "return 0.0"),
     Mutation(SUM_NOISE, "test_173_", "shares-add-up", "return float(leg.sigma / 2 / agreement.noise_shares**0.5)"),
+    Mutation(SUM_NOISE, "test_173_", "shares-add-up", "return float(2 * leg.sigma / agreement.noise_shares**0.5)"),
     Mutation(SUM_NOISE, "test_173_", "shares-add-up", "return float(leg.sigma / agreement.noise_shares)"),
     Mutation(SUM_NOISE, "test_173_", "known-noise-hides-nothing", "return self.needed_owners - self.colluders"),
     Mutation(SUM_NOISE, "test_172_shares", "every-judged-model-counts", "return float(example_norm(agreement.task))"),
