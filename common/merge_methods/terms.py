@@ -140,9 +140,8 @@ class GramNoise:
         """What each owner adds to its diagonal, so that the total stays positive definite under the noise of all, if
         no fewer than `owners` are in it: n of them add n / sqrt(owners) >= sqrt(n) times the eigenvalue of one's noise.
         """
-        return float(
-            self.own(name) * self.largest(dimension) / self.owners**0.5
-        )  # check: noised-grams-have-their-ridge
+        noise = self.own(name) * self.largest(dimension)
+        return float(noise / self.owners**0.5)  # check: noised-grams-have-their-ridge
 
     def bound(self, name: str, dimension: int, examples: int, num_owners: int) -> float:
         """The largest number of the noised Gram of so many examples, or of all owners' together, with its ridges."""

@@ -408,7 +408,7 @@ TABLE = [
         GRAMS,
         "test_165_",
         "noised-grams-have-their-ridge",
-        "return float(self.own(name) * self.largest(dimension) / self.owners)",
+        "return float(noise / self.owners)",
     ),
     Mutation(GRAMS, "test_166_", "noised-grams-fit-the-examples"),
     Mutation(GRAMS, "test_an_owner_with_too_few", "noise-leaves-grams"),
