@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from client import holdings
+from client.data.rows import Rows
 from client.measurement import private_training
 from client.measurement.private_training import (
     clipped_sum,
@@ -263,6 +264,30 @@ def test_a_classifier_alone_is_trained_on_inputs_that_are_computed_once(monkeypa
         assert (len(calls) == len(ROWS)) == is_alone
         bodies.append(model)
     for one, other in zip(bodies[0].parameters(), bodies[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=15)
+@given(st.floats(0.01, 10), st.booleans(), st.integers(0, 1000))
+def test_140_a_classifier_s_rows_are_cut_as_opacus_gradients_are(bound: float, has_bias: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(5, 3, bias=has_bias)
+    nn.init.normal_(layer.weight, generator=generator)
+    alone = private_training.Classifier(layer, tiny_bert())
+    features = 3 * torch.randn(8, 5, generator=generator).numpy()
+    features[3, 2] = inf  # adds nothing
+    rows, units = Rows(features=features, targets=np.arange(8) % 3), [np.array([row]) for row in range(8)]
+    trained = trained_of(alone)
+    found = clipped_sum(alone, rows, units, trained, bound)
+    with gradients_by_row(alone, rows.take(np.arange(3))):
+        by_row = private_training.row_gradients(alone, rows, np.array([0, 1, 2, 4, 5, 6, 7]), trained)
+    total = [torch.zeros_like(each) for each in found]
+    for row in range(7):
+        gradient = [each[row].double() for each in by_row]
+        norm = float(flat(gradient).norm())
+        for whole, each in zip(total, gradient, strict=True):
+            whole += each * min(1.0, bound / norm)
+    for one, other in zip(found, total, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -267,6 +267,15 @@ TABLE = [
     # 140-146: training with noise
     Mutation(NOISE, "test_140_no_unit", "gradients-are-bounded", "factors = torch.ones_like(norms)"),
     Mutation(NOISE, "test_140_a_unit", "gradients-are-bounded", "factors = (bound / norms).clamp(max=1.0)"),
+    *(
+        Mutation(NOISE, "test_140_a_classifier", "inputs-and-errors-are-bounded", becomes)
+        for becomes in (
+            "factors = torch.ones_like(norms)",
+            "factors = (bound / norms).clamp(max=1.0)",
+            "factors = torch.where(norms.isfinite(), (2 * bound / norms).clamp(max=1.0), 0.0)",
+            "factors = torch.where(norms.isfinite(), (bound / 2 / norms).clamp(max=1.0), 0.0)",
+        )
+    ),
     Mutation(NOISE, "test_141_the_noise", "noise-has-its-size"),
     Mutation(NOISE, "test_141_the_noise", "noise-has-its-size", "whole += drawn.reshape(whole.shape) / 2"),
     Mutation(NOISE, "test_141_the_noise", "noise-has-its-size", "whole += drawn.reshape(whole.shape) * 2"),
