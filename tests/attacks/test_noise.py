@@ -488,7 +488,6 @@ REFIT_TABLES: dict[str, Any] = {"method": "refit", "compare_with": [], "refit": 
     [
         ({"refit": {"balances": [0.5]}}, "unless all rows weigh the same"),
         ({"refit": {"balances": [0.0], "targets": "scores"}}, "what it is fitted to has no bound"),
-        ({"refit": {"balances": [0.0], "body": "fisher"}}, "sums statistics of rows, to which no noise is added"),
         ({"weighting": "owners"}, "would depend on how many the owner has"),
         ({"task": {"kind": "token-classification", "label_set": "all"}}, "an example has many rows"),
         ({"privacy": {"epsilon": 8.0, "legs": {"refit": 0.85}}}, r"add up to 0\.95 of the budget"),
@@ -497,6 +496,8 @@ REFIT_TABLES: dict[str, Any] = {"method": "refit", "compare_with": [], "refit": 
 def test_185_a_refit_that_one_row_could_move_further_is_refused(tables: dict[str, Any], why: str, folder: Path) -> None:
     agreed = parse_toml((folder / "agreement.toml").read_bytes(), "agreement.toml") | REFIT_TABLES
     assert parse_settings(agreed, AgreementDraft, "agreement.toml").method == "refit"
+    with_grams = parse_settings(agreed | {"refit": {"balances": [0.0], "body": "regmean"}}, AgreementDraft, "agreement")
+    assert set(with_grams.budget_shares) == {"training", "metrics", "refit", "grams"}
     with pytest.raises(SettingsError, match=why):
         parse_settings(agreed | tables, AgreementDraft, "agreement.toml")
 
