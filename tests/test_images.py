@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from client.data.images import ImageFile
 from client.data.private_data import PrivateData
 from client.settings import Data
 from common.agreement import Reading, Task
+from common.data.images import ImageFile
 from common.errors import DataError, ModelError
 from common.models.folders import load_image_processor
 

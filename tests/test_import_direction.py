@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"common", "client", "server", "deploy"}
 ALLOWED = {"common": {"common"}, "client": {"client", "common"}, "server": {"server", "common"}, "deploy": OURS}
+READ_PUBLIC_ROWS = {"common/pool.py", "common/pool_rows.py"}
 IMPORT_FLOWER = {"common/wire.py", "client/app.py", "server/app.py"}
 SOURCES = [path.relative_to(ROOT) for package in sorted(OURS) for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -75,8 +76,12 @@ def test_only_the_apps_the_records_and_deploy_import_flower(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
-    readers = {"pyarrow"} & imported_packages(path)
-    assert not readers or path.parts[0] == "client" or path.parts[:2] == ("deploy", "example")
+    """What reads files of rows is in common/data/. The coordinator has no other rows than those of a public pool."""
+    known = {module_name(each) for each in SOURCES}
+    reads = {each for each in imported_modules(path, known) if each.startswith("common.data.")}
+    reads |= {"pyarrow"} & imported_packages(path)
+    is_allowed = path.parts[0] == "client" or path.parts[:2] in (("common", "data"), ("deploy", "example"))
+    assert not reads or is_allowed or path.as_posix() in READ_PUBLIC_ROWS, reads
 
 
 def test_forward_hooks_are_in_three_places_layers_blocks_and_where_these_compute() -> None:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.data.files import Draw, read_arrays, read_columns
 from client.data.lengths import cut_in_words
 from client.data.private_data import PrivateData
 from client.settings import Data
 from common.agreement import Reading, Task
+from common.data.files import Draw, read_arrays, read_columns
 from common.errors import DataError
 from common.models.folders import load_tokenizer
 from common.models.loading import load_base

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.chat import chat_columns, content_of
-from client.data.files import ARRAYS, read_arrays, read_columns, side_by_side
-from client.data.images import find_images
 from client.data.labels import labels_that_occur, tag_numbers, targets_of
-from client.data.sources import find_sources
 from client.settings import Data
 from common.agreement import Task, TaskKind
 from common.agreement.tables import CLASSIFYING
+from common.data.files import ARRAYS, read_arrays, read_columns, side_by_side
+from common.data.images import find_images
+from common.data.sources import find_sources
 
 SAME_FILE = 0.9  # share of test rows that say what a training row says; short texts of few words often do
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from client.data.chat import chat_columns, write_out
 from client.data.columns import columns_of
-from client.data.files import read_columns
 from client.settings import Data
 from common.agreement import Task
+from common.data.files import read_columns
 from common.metrics import LOOK_TEXTS
 
 if TYPE_CHECKING:

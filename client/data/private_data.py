@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on, rows_without_labels
-from client.data.files import read_columns
-from client.data.images import files_left_out
 from client.data.lengths import count_cut, cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
 from common.agreement import Reading, Task
+from common.data.files import read_columns
+from common.data.images import files_left_out
 from common.errors import DataError
 from common.pool import Pool
 from common.text import as_line

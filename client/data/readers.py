@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from client.data.chat import Written, chat_columns, write_out
 from client.data.columns import columns_of, labels_of_arrays, text_columns
-from client.data.files import ARRAYS, Columns, read_arrays, read_columns, side_by_side
-from client.data.images import as_array, find_images, room_for
 from client.data.labels import tag_numbers, targets_of
 from client.data.reading import LostImages, check_texts
 from client.data.rows import IGNORED, Rows
 from client.settings import Data
 from common.agreement import Reading, Task, TaskKind
+from common.data.files import ARRAYS, Columns, read_arrays, read_columns, side_by_side
+from common.data.images import as_array, find_images, room_for
 from common.errors import DataError, ModelError, first_line
 from common.models.folders import image_shape
 from common.models.parameters import longest_text

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.images import as_array
 from common.agreement import Reading
+from common.data.images import as_array
 from common.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ import pytest
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from client.data import files, sources
-from client.data.files import read_arrays, read_columns
 from client.ledger import Ledger
 from client.sketch import Sketch
 from client.state import OwnerState
 from common.agreement import Agreement, AgreementDraft
+from common.data import files, sources
+from common.data.files import read_arrays, read_columns
 from common.errors import AmalgramError, DataError, RemoteProtocolError, SettingsError
 from common.identity import Identity, read_identity, write_identity
 from common.messages import Envelope, decode

@@ -18,15 +18,15 @@ from PIL import Image
 with atheris.instrument_imports(
     include=[
         "client.data.chat",
-        "client.data.files",
-        "client.data.images",
+        "common.data.files",
+        "common.data.images",
         "common.models.files",
         "common.settings_file",
     ]
 ):
     from client.data.chat import write_out
-    from client.data.files import read_arrays, read_columns
-    from client.data.images import ImageFile
+    from common.data.files import read_arrays, read_columns
+    from common.data.images import ImageFile
     from common.models.files import read_json, read_tensors, weight_files, without_code
     from common.settings_file import parse_settings, read_toml
 

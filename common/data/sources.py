@@ -5,12 +5,14 @@ be compressed with gzip, begin with a byte-order mark, and end its lines as Wind
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from glob import glob
+from math import inf
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -26,14 +28,24 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Source:
-    """One file, and what it holds by its name: ".csv", whether or not it is compressed."""
+    """One file, and what it holds by its name: ".csv", whether or not it is compressed.
+
+    `content`: its bytes, if they were read before; then nothing is read from the disk. `most_bytes`: what it may take
+    unpacked, if that is less than every file may.
+    """
 
     path: Path
     ending: str
     is_compressed: bool = False
+    content: bytes | None = None
+    most_bytes: float = inf
 
     def open(self) -> AbstractContextManager[BinaryIO]:
-        return cast("BinaryIO", gzip.open(self.path)) if self.is_compressed else self.path.open("rb")
+        """The file, unpacked."""
+        if self.content is None:
+            return cast("BinaryIO", gzip.open(self.path)) if self.is_compressed else self.path.open("rb")
+        file = io.BytesIO(self.content)
+        return cast("BinaryIO", gzip.open(file)) if self.is_compressed else file
 
 
 def find_sources(path: Path) -> list[Source]:
@@ -41,16 +53,17 @@ def find_sources(path: Path) -> list[Source]:
     if path.is_dir():
         return _saved_dataset(path)
     if path.is_file():
-        return [_source(path)]
+        return [source_of(path)]
     if not any(mark in path.name for mark in "*?["):
         raise DataError(f"{path}: no such file")
     found = sorted(map(Path, glob(str(path))))
     if not found:
         raise DataError(f"{path}: no file has such a name", hint="correct the pattern; * stands for any characters")
-    return [_source(each) for each in found]
+    return [source_of(each) for each in found]
 
 
-def _source(path: Path) -> Source:
+def source_of(path: Path) -> Source:
+    """One file, by its name."""
     endings = [ending.lower() for ending in path.suffixes]
     if endings[-1:] == [".gz"]:
         return Source(path, endings[-2] if len(endings) > 1 else "", is_compressed=True)
@@ -87,6 +100,7 @@ def _saved_dataset(folder: Path) -> list[Source]:
 
 def text_lines(source: Source) -> Iterator[str]:
     """The lines of a text file with their ends. Raises DataError if it is not UTF-8 text, or takes too much room."""
+    most = min(source.most_bytes, MAX_TEXT_BYTES)
     with _readable(source) as file:
         read = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -95,9 +109,9 @@ def text_lines(source: Source) -> Iterator[str]:
                     raise DataError(f"{source.path}: is UTF-16, not UTF-8", hint=SAVE_AS_UTF8)
                 line = line.removeprefix(BYTE_ORDER_MARK)
             read += len(line)
-            if len(line) > MAX_LINE_BYTES or read > MAX_TEXT_BYTES:  # check: unpacked-text-is-bounded
+            if len(line) > MAX_LINE_BYTES or read > most:  # check: unpacked-text-is-bounded
                 raise DataError(
-                    f"{source.path}: has a line of over {MAX_LINE_BYTES} bytes, or over {MAX_TEXT_BYTES} bytes in all",
+                    f"{source.path}: has a line of over {MAX_LINE_BYTES} bytes, or over {most} bytes in all",
                     hint="check for missing line breaks, or split the file",
                 )
             try:

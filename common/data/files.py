@@ -6,6 +6,7 @@ An error names the file and the row, and never quotes the row.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.sources import MAX_LINE_BYTES, Source, find_sources, text_lines
+from common.data.sources import MAX_LINE_BYTES, Source, find_sources, text_lines
 from common.errors import DataError
 from common.lazy import lazy_module
 
@@ -48,10 +49,7 @@ def read_columns(path: Path, columns: Sequence[str], max_rows: int | None) -> Co
     found: Columns = {column: [] for column in columns}
     draw = None if max_rows is None else Draw(max_rows)
     for source in find_sources(path):
-        reader = READERS.get(source.ending)
-        if reader is None:
-            raise DataError(f"{source.path}: unknown file type", hint=_types_hint(source.ending))
-        for batch in reader(source, columns, max_rows):
+        for batch in batches_of(source, columns, max_rows):
             count = len(batch[columns[0]])
             if draw is None:
                 for column in columns:
@@ -63,6 +61,14 @@ def read_columns(path: Path, columns: Sequence[str], max_rows: int | None) -> Co
     if not found[columns[0]]:
         raise DataError(f"{path}: holds no rows")
     return found
+
+
+def batches_of(source: Source, columns: Sequence[str], max_rows: int | None = None) -> Iterator[Columns]:
+    """The named columns of one file, some rows at a time. `max_rows`: how many of all will be kept."""
+    reader = READERS.get(source.ending)
+    if reader is None:
+        raise DataError(f"{source.path}: unknown file type", hint=_types_hint(source.ending))
+    return reader(source, columns, max_rows)
 
 
 def _types_hint(ending: str) -> str:
@@ -109,10 +115,20 @@ def read_arrays(path: Path, columns: Sequence[str], max_rows: int | None) -> lis
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    found = arrays_of(Source(path, ARRAYS), columns)
+    if max_rows is None or max_rows >= len(found[0]):
+        return found
+    drawn = np.sort(np.random.default_rng(0).choice(len(found[0]), max_rows, replace=False))
+    return [array[drawn] for array in found]
+
+
+def arrays_of(source: Source, columns: Sequence[str]) -> list[NDArray[Any]]:
+    """The named arrays of one .npz file, whole. All have the same number of rows."""
+    path, opened = source.path, source.path if source.content is None else io.BytesIO(source.content)
     try:
-        with ZipFile(path) as archive:
-            _check_size(path, sum(member.file_size for member in archive.infolist()))
-        with np.load(path, allow_pickle=False) as arrays:
+        with ZipFile(opened) as archive:
+            _check_size(source, sum(member.file_size for member in archive.infolist()))
+        with np.load(opened, allow_pickle=False) as arrays:
             _check_columns(path, columns, arrays.files)
             found = [arrays[column] for column in columns]
         if any(array.ndim == 0 for array in found):
@@ -127,10 +143,7 @@ def read_arrays(path: Path, columns: Sequence[str], max_rows: int | None) -> lis
         raise DataError(f"{path}: holds no rows")
     if len({len(array) for array in found}) > 1:
         raise DataError(f"{path}: its arrays have {' and '.join(str(len(array)) for array in found)} rows")
-    if max_rows is None or max_rows >= len(found[0]):
-        return found
-    drawn = np.sort(np.random.default_rng(0).choice(len(found[0]), max_rows, replace=False))
-    return [array[drawn] for array in found]
+    return found
 
 
 # --- one reader for each type of file; each gives batches of rows ---
@@ -251,15 +264,15 @@ def _say_delimiter(path: Path, delimiters: str) -> None:
 def _read_parquet(source: Source, columns: Sequence[str], max_rows: int | None) -> Iterator[Columns]:
     """Nothing but these columns is unpacked, a few rows at a time."""
     try:
-        with parquet.ParquetFile(source.path) as file:
+        with parquet.ParquetFile(source.path if source.content is None else pa.BufferReader(source.content)) as file:
             names = file.schema_arrow.names
             roots = _roots(source.path, columns, names)
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             declared = [_declared_bytes(group, roots) for group in groups]
             # A draw keeps few of the rows, but a group may be unpacked at once.
-            _check_size(source.path, sum(declared) if max_rows is None else max(declared, default=0))
+            _check_size(source, sum(declared) if max_rows is None else max(declared, default=0))
             batches = file.iter_batches(min(BATCH_ROWS, max_rows or BATCH_ROWS), columns=sorted(set(roots)))
-            yield from _record_batches(source.path, batches, columns, keeps_all=max_rows is None)
+            yield from _record_batches(source, batches, columns, keeps_all=max_rows is None)
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError):
@@ -269,13 +282,13 @@ def _read_parquet(source: Source, columns: Sequence[str], max_rows: int | None) 
 def _read_arrow(source: Source, columns: Sequence[str], max_rows: int | None) -> Iterator[Columns]:
     """Arrow's stream, which `datasets` saves, or its file."""
     try:
-        with pa.memory_map(str(source.path)) as file:
+        with pa.memory_map(str(source.path)) if source.content is None else pa.BufferReader(source.content) as file:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             opened = ipc.open_file(file) if is_file else ipc.open_stream(file)
             _roots(source.path, columns, opened.schema.names)
             batches = (opened.get_batch(index) for index in range(opened.num_record_batches)) if is_file else opened
-            yield from _record_batches(source.path, batches, columns, keeps_all=max_rows is None)
+            yield from _record_batches(source, batches, columns, keeps_all=max_rows is None)
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError):
@@ -283,13 +296,13 @@ def _read_arrow(source: Source, columns: Sequence[str], max_rows: int | None) ->
 
 
 def _record_batches(
-    path: Path, batches: Iterator[pa.RecordBatch], columns: Sequence[str], *, keeps_all: bool
+    source: Source, batches: Iterator[pa.RecordBatch], columns: Sequence[str], *, keeps_all: bool
 ) -> Iterator[Columns]:
     unpacked = 0
     for batch in batches:
         unpacked = batch.nbytes + (unpacked if keeps_all else 0)
-        _check_size(path, unpacked)
-        yield {column: _values(path, batch, column) for column in columns}
+        _check_size(source, unpacked)
+        yield {column: _values(source.path, batch, column) for column in columns}
 
 
 def _values(path: Path, batch: pa.RecordBatch, column: str) -> list[Any]:
@@ -350,10 +363,11 @@ READERS: dict[str, Callable[[Source, Sequence[str], int | None], Iterator[Column
 # --- checks ---
 
 
-def _check_size(path: Path, unpacked_bytes: int) -> None:
-    if unpacked_bytes > MAX_UNPACKED_BYTES:  # check: unpacked-files-are-bounded
+def _check_size(source: Source, unpacked_bytes: int) -> None:
+    most = min(source.most_bytes, MAX_UNPACKED_BYTES)
+    if unpacked_bytes > most:  # check: unpacked-files-are-bounded
         raise DataError(
-            f"{path}: would take {unpacked_bytes} bytes unpacked, at most {MAX_UNPACKED_BYTES} are allowed",
+            f"{source.path}: would take {unpacked_bytes} bytes unpacked, at most {most} are allowed",
             hint="split the file, and name the part to use",
         )
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.files import read_columns, side_by_side
-from client.data.sources import find_sources, is_saved_dataset
+from common.data.files import read_columns, side_by_side
+from common.data.sources import find_sources, is_saved_dataset
 from common.errors import DataError
 from common.lazy import lazy_module
 
