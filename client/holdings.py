@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -112,14 +112,16 @@ class Holdings:
 
     def read_by(self, other: "Holdings") -> PrivateData:
         """This owner's files, as the model of `other` reads them. Only a simulation has both in one place."""
-        return replace(self.data, model=other.own_outline, tokenizer=other.data.tokenizer)
+        return replace(
+            self.data, model=other.own_outline, tokenizer=other.data.tokenizer, processor=other.data.processor
+        )
 
     @cached_property
     def merged_data(self) -> PrivateData:
         """This owner's files, as a merged model reads them."""
         if self.settings.own_base is None:
             return self.data
-        return replace(self.data, model=self._outline, tokenizer=load_tokenizer(self._base_folder))
+        return replace(self.data, model=self._outline, **self._prepared_by(self._base_folder))
 
     def own_logits(self, model: PreTrainedModel, rows: Rows) -> NDArray[np.float32]:
         """What this owner's model says of rows: (predictions, agreed labels), -inf for labels that it lacks."""
@@ -156,12 +158,18 @@ class Holdings:
             data=self.settings.data,
             task=self.task,
             model=self.own_outline,
-            tokenizer=load_tokenizer(self.own_base_folder) if self.task.is_text else None,
-            processor=None if self.task.is_text else load_image_processor(self._base_folder),
+            **self._prepared_by(self.own_base_folder),
             folder=self._home,
             seed=self.agreement.seed,
             reading=self.agreement.reading,
         )
+
+    def _prepared_by(self, folder: Path) -> dict[str, Any]:
+        """What prepares rows for the model in a folder."""
+        return {
+            "tokenizer": load_tokenizer(folder) if self.task.is_text else None,
+            "processor": None if self.task.is_text else load_image_processor(folder),
+        }
 
     @cached_property
     def passes(self) -> Passes:

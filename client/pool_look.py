@@ -1,4 +1,9 @@
-"""A look at the public pool before consent: what it is, some of its rows, and how near they come to the owner's own."""
+"""A look at the public pool before consent: what it is, some of its rows, and how near they come to the owner's own.
+
+Texts and words are compared by the words that they share. Images are compared in 16 by 16 shades of grey: that finds an
+owner's own image although it was saved anew, in another size, or with a few pixels changed. It does not find one that
+was turned, mirrored or cropped. Nobody can see an image in a terminal, so those that are named lie in a sheet.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +11,48 @@ import secrets
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from common.pool import Pool, in_one_form
+from common.data.images import ImageFile
+from common.lazy import lazy_module
+from common.pool import ImagePool, Pool, in_one_form
+from common.private_file import create
+
+if TYPE_CHECKING:
+    from PIL import Image
+else:
+    Image = lazy_module("PIL.Image")
 
 SHOWN = 10
 BLOCK = 256  # pool rows that are compared with all own rows at once
+SAME_IMAGE = 0.85  # nearness of images that look the same
+LEAST_WORDS = 3  # of a row whose variants are counted: shorter ones are alike by chance
+TILE = 160  # pixels on a side, in a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolLook:
-    """`drawn`: some rows of the pool; `nearest`: those that share most words with an own row, and which share of the
-    words of both; `own_rows`: how many rows of the pool say what an own row says.
+    """`drawn`: some rows of the pool; `nearest`: those that are nearest to an own row, and how near, from 0 to 1.
+
+    `own_rows`: how many rows of the pool say what an own row says, or look like one; `near_own_rows`: how many differ
+    from an own row in one word at most, or look like one. `variants`: how many rows of the pool are nearly one and the
+    same, and `varied` one of these. `drawn_rows`, `nearest_rows`: their numbers, from 1.
     """
 
     rows: int
     drawn: tuple[str, ...]
     nearest: tuple[tuple[str, float], ...]
     own_rows: int
+    near_own_rows: int = 0
+    variants: int = 1
+    varied: str = ""
+    drawn_rows: tuple[int, ...] = ()
+    nearest_rows: tuple[int, ...] = ()
 
 
 def look_at_pool(pool: Pool, own: Sequence[str]) -> PoolLook:
@@ -34,17 +60,59 @@ def look_at_pool(pool: Pool, own: Sequence[str]) -> PoolLook:
 
     Rows are drawn anew each time: whoever made the pool cannot know which ones are shown.
     """
-    texts = [_without_accents(in_one_form(row)) for row in pool.texts]
+    texts, written = [_without_accents(str(each)) for each in pool.say()], pool.written()
     mine = list(dict.fromkeys(_without_accents(in_one_form(text.split("\n"))) for text in own))
-    overlaps = overlap(texts, mine)
-    nearest = np.argsort(-overlaps, kind="stable")[:SHOWN]
-    drawn = secrets.SystemRandom().sample(range(len(pool)), min(SHOWN, len(pool)))
-    return PoolLook(
-        rows=len(pool),
-        drawn=tuple(" / ".join(pool.texts[row]) for row in sorted(drawn)),
-        nearest=tuple((" / ".join(pool.texts[row]), float(overlaps[row])) for row in nearest),
+    variants, varied = most_varied(texts)
+    return _look(
+        overlap(texts, mine),
+        written,
         own_rows=len(set(texts) & set(mine)),
+        near_own_rows=count_variants(texts, mine),
+        variants=variants,
+        varied=written[varied],
     )
+
+
+def look_at_images(pool: ImagePool, own: Sequence[NDArray[np.float32]]) -> PoolLook:
+    """`own`: thumbnails of the owner's images, of all splits, (256,) each."""
+    near, alike = nearness(pool.thumbnails, np.stack(own)), _alike(pool.thumbnails)
+    named = [_name_of(pool, row) for row in range(len(pool))]
+    same = int((near >= SAME_IMAGE).sum())
+    return _look(
+        near,
+        named,
+        own_rows=same,
+        near_own_rows=same,
+        variants=int(alike.max()),
+        varied=named[int(alike.argmax())],
+    )
+
+
+def _look(
+    near: NDArray[np.float64],
+    written: Sequence[str],
+    *,
+    own_rows: int,
+    near_own_rows: int,
+    variants: int,
+    varied: str,
+) -> PoolLook:
+    nearest = [int(row) for row in np.argsort(-near, kind="stable")[:SHOWN]]
+    drawn = sorted(secrets.SystemRandom().sample(range(len(written)), min(SHOWN, len(written))))
+    return PoolLook(
+        rows=len(written),
+        drawn=tuple(written[row] for row in drawn),
+        nearest=tuple((written[row], float(near[row])) for row in nearest),
+        own_rows=own_rows,
+        near_own_rows=near_own_rows,
+        variants=variants,
+        varied=varied,
+        drawn_rows=tuple(row + 1 for row in drawn),
+        nearest_rows=tuple(row + 1 for row in nearest),
+    )
+
+
+# --- texts and words ---
 
 
 def _without_accents(text: str) -> str:
@@ -53,6 +121,35 @@ def _without_accents(text: str) -> str:
         return text
     letters = (each for each in unicodedata.normalize("NFD", text) if unicodedata.category(each) != "Mn")
     return "".join(letters)  # check: accents-hide-no-own-row
+
+
+def most_varied(texts: Sequence[str]) -> tuple[int, int]:
+    """How many of the texts are one text but for one word of it, at most; and the index of one of these."""
+    keys = [_keys(text) for text in texts]
+    found, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys]), return_counts=True)
+    if not len(found):
+        return 1, 0
+    most = found[counts.argmax()]
+    return int(counts.max()), next(index for index, each in enumerate(keys) if most in each)
+
+
+def count_variants(texts: Sequence[str], own: Sequence[str]) -> int:
+    """How many of the texts are one of `own` but for one word at most, changed, added or left out."""
+    mine = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_keys, own)]))
+    return sum(bool(np.isin(_keys(text), mine).any()) for text in texts)  # check: variants-of-own-rows-are-counted
+
+
+def _keys(text: str) -> NDArray[np.uint64]:
+    """What a text has in common with each text that differs from it in one word: its words, and all but one of them.
+
+    A key is the sum of the hashes of the words, in any order: those of a long text take no longer than its words.
+    """
+    words = text.split()
+    if len(words) < LEAST_WORDS:
+        return np.zeros(0, np.uint64)
+    hashes = np.array([hash(word) for word in words], np.int64).view(np.uint64)
+    whole = hashes.sum(dtype=np.uint64)
+    return np.unique(np.append(whole - hashes, whole))
 
 
 def overlap(texts: Sequence[str], own: Sequence[str]) -> NDArray[np.float64]:
@@ -79,3 +176,58 @@ def _as_matrix(words: list[list[int]], columns: int) -> csr_matrix:
     ends = np.cumsum([0, *map(len, words)])
     flat = np.fromiter((number for each in words for number in each), np.int64, int(ends[-1]))
     return csr_matrix((np.ones(len(flat), np.float32), flat, ends), shape=(len(words), columns))
+
+
+# --- images ---
+
+
+def nearness(theirs: NDArray[np.float32], mine: NDArray[np.float32]) -> NDArray[np.float64]:
+    """For each of their thumbnails, how near the nearest one of mine is, (theirs,): 1 is equal. See `_near`."""
+    blocks = range(0, len(mine), BLOCK)
+    return np.max([_near(theirs, mine[start : start + BLOCK]).max(axis=1) for start in blocks], axis=0)
+
+
+def _alike(thumbnails: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(rows,): of how many of the pool's images each is one that look the same, itself included."""
+    blocks = range(0, len(thumbnails), BLOCK)
+    counts = [(_near(thumbnails, thumbnails[start : start + BLOCK]) >= SAME_IMAGE).sum(axis=0) for start in blocks]
+    return np.concatenate(counts)
+
+
+def _near(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
+    """1 - |a - b| / (|a - mean of a| + |b - mean of b|), in 2-norms, for each pair: (one, other). At least 0."""
+    left, right = one.astype(np.float64), other.astype(np.float64)
+    squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1)[None] - 2 * left @ right.T
+    spreads = [np.linalg.norm(each - each.mean(axis=1, keepdims=True), axis=1) for each in (left, right)]
+    contrast = np.maximum(spreads[0][:, None] + spreads[1][None], np.finfo(np.float32).tiny)
+    return np.maximum(1 - np.sqrt(np.maximum(squares, 0)) / contrast, 0.0)
+
+
+def _name_of(pool: ImagePool, row: int) -> str:
+    image = pool.images[row]
+    size = "x".join(map(str, image.shape)) if isinstance(image, np.ndarray) else f"{image.count_pixels():,} pixels"
+    return f"image {row + 1}, {size}"
+
+
+def write_sheet(pool: ImagePool, rows: Sequence[int], path: Path) -> None:
+    """Write one PNG with these images of the pool, by number from 1: five to a line, each drawn anew from its pixels,
+    so that no byte of the pool's files is in it. Only this user can read it.
+    """
+    lines = -(-len(rows) // 5)
+    sheet = Image.new("RGB", (5 * TILE, lines * TILE), "white")
+    for place, row in enumerate(rows):
+        tile = _pixels(pool.images[row - 1]).convert("RGB")
+        tile.thumbnail((TILE - 4, TILE - 4))
+        sheet.paste(tile, (place % 5 * TILE + 2, place // 5 * TILE + 2))
+    path.unlink(missing_ok=True)
+    with create(path) as file:
+        sheet.save(file, "PNG")
+
+
+def _pixels(image: ImageFile | NDArray[np.generic]) -> Image.Image:
+    if isinstance(image, ImageFile):
+        return image.pixels()
+    numbers = np.asarray(image, np.float32)
+    span = float(numbers.max() - numbers.min()) or 1.0
+    grey = (255 * (numbers - numbers.min()) / span).astype(np.uint8)
+    return Image.fromarray(grey if grey.ndim == 2 else grey[0] if len(grey) != 3 else grey.transpose(1, 2, 0))

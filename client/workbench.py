@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.data.rows import Rows
+from client.data.rows import Rows, unlabelled
 from client.holdings import MADE_FROM, Holdings, Terms, needing_room
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
@@ -32,8 +32,8 @@ from client.measurement.gram import UNBOUNDED
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
 from client.measurement.passes import Halving
-from client.measurement.predictions import centred
-from client.pool_look import PoolLook, look_at_pool
+from client.measurement.predictions import as_summed
+from client.pool_look import PoolLook, look_at_images, look_at_pool, write_sheet
 from client.repeats import Contributed
 from client.settings import OwnerSettings
 from client.sketch import Sketch, sketch_of
@@ -43,7 +43,7 @@ from common.agreement import Agreement
 from common.domain_separation import Domain
 from common.errors import DataError, ModelError, SettingsError
 from common.merge_methods import METHODS
-from common.merge_methods.distill import DISTILL, predictions_alone
+from common.merge_methods.distill import DISTILL, DistillTable, predictions_alone
 from common.merge_methods.method import Measurement, MultiRoundMethod, SingleRoundMethod, Step
 from common.merge_methods.refit import REFIT, classifier
 from common.merge_methods.regmean import REGMEAN
@@ -53,10 +53,11 @@ from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
-from common.models.parameters import body_parameters, copy_parameters
+from common.models.parameters import body_parameters, copy_parameters, longest_text
 from common.models.plan import MergePlan
 from common.models.published_folder import published_folder, write_adapter, write_model
-from common.pool import Pool, pool_path, read_pool
+from common.pool import ImagePool, Pool, pool_path, read_pool, thumbnail
+from common.pool_rows import PoolRows, check_counts
 from common.privacy.noise import Noise
 from common.publication import PublishedFolder
 from common.schedule import Schedule, schedule_of
@@ -64,6 +65,7 @@ from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
 ROWS_OF_DENSITY = 2000  # that a Gaussian is made of, at most
+POOL_SHEET = "pool.png"  # in the state folder: the images of a pool that the consent text names
 MOVE_STATE = "make room on this disk, or move the state folder"
 LABELS_TO_LOOK_AT = 200  # rows on which the order of a model's labels is judged
 log = logging.getLogger("amalgram.owner")
@@ -163,7 +165,21 @@ class Workbench(Holdings):
                 f"{self.name}: its model knows the labels {list(self.own_task.labels)}, the agreement says {agreed}",
                 hint="correct labels in its [[owners]] entry, and agree anew",
             )
-        _ = self.pool
+        if not self.task.has_labels:
+            self._check_vocabulary()
+        _ = self._pool_rows()
+
+    def _check_vocabulary(self) -> None:
+        """Raise ModelError unless this owner's language model knows the tokens that are agreed on."""
+        if self.settings.own_base is not None:
+            check_tokenizer(self.own_base_folder, self._base_folder)
+        layers = (self.own_outline.get_input_embeddings(), self.own_outline.get_output_embeddings())
+        outputs, agreed = min(len(layer.weight) for layer in layers), self._pool_table.vocabulary or 0
+        if outputs < agreed:
+            raise ModelError(
+                f"{self.name}: its model knows {outputs} tokens, and {agreed} are agreed on",
+                hint="language models are distilled on one vocabulary: use a model with the agreed base's tokenizer",
+            )
 
     @property
     def _known_labels(self) -> frozenset[int]:
@@ -171,11 +187,33 @@ class Workbench(Holdings):
         unknown = self.agreement.unknown_labels.get(self.name, frozenset())
         return frozenset(range(len(self.task.labels))) - unknown
 
+    @property
+    def _pool_table(self) -> DistillTable:
+        return DISTILL.of(self.agreement.tables)
+
     @cached_property
-    def pool(self) -> Pool:
+    def pool(self) -> Pool | ImagePool:
         """The agreed pool. Raises DataError for another one."""
-        table = DISTILL.of(self.agreement.tables)
-        return read_pool(pool_path(self.settings.pool, self._home, table, self._home / self.settings.agreement), table)
+        path = pool_path(self.settings.pool, self._home, self._pool_table, self._home / self.settings.agreement)
+        return read_pool(path, self._pool_table, self.task.kind)
+
+    def _pool_rows(self) -> PoolRows:
+        """The pool as this owner's model reads it: of a language model, in the agreed base's tokens.
+
+        Raises DataError or ModelError unless it can predict everything that is asked.
+        """
+        data = self.data if self.task.has_labels else self.merged_data
+        rows = data.pool_rows(self.pool, self._pool_table)
+        check_counts(rows, self._pool_table)
+        if not self.task.has_labels and data is not self.data:
+            longest = max(len(row["input_ids"]) for row in rows.features)
+            most = longest_text(self.own_outline, longest)
+            if most < longest:
+                raise ModelError(
+                    f"{self.name}: its model reads at most {most} tokens, and a text of the pool has {longest}",
+                    hint=f"agree on task.max_tokens = {most}, or on a pool of shorter texts",
+                )
+        return rows
 
     def oddities(self) -> Iterator[str]:
         """What is odd about this owner's model and files, but no error. Never for the log of a run.
@@ -346,16 +384,22 @@ class Workbench(Holdings):
     def _predictions(self) -> Predictions:
         """What this owner's model says of the pool."""
         log.info("  %s: predicting the pool", self.name)
-        table = DISTILL.of(self.agreement.tables)
-        known = np.array([number in self._known_labels for number in range(len(self.task.labels))])
-        logits = self.own_logits(self.own_model(), self.data.pool_rows(self.pool))
+        table, task = self._pool_table, self.task
+        rows = unlabelled(self._pool_rows())
+        logits = self.own_logits(self.own_model(), rows)
+        if task.has_labels:
+            known = np.array([number in self._known_labels for number in range(len(task.labels))])
+        else:
+            known = np.ones(table.vocabulary or 0, bool)
+            logits = logits[:, : len(known)]
         close = self._closeness() if table.weights == "density" else None
-        return Predictions(logits=centred(logits, known, table.largest_logit), known=known, closeness=close)
+        return Predictions(logits=as_summed(logits, known, table.largest_logit, task), known=known, closeness=close)
 
     def _closeness(self) -> NDArray[np.float64]:
-        """How close each row of the pool is to this owner's, (rows,), as the agreed base reads both."""
-        pool = self.states_of(self.merged_data.pool_rows(self.pool))
-        return closeness(pool, self.own_states(), pool)
+        """How close each row of the pool is to this owner's, as the agreed base reads both: (predictions,)."""
+        rows = self.merged_data.pool_rows(self.pool, self._pool_table)
+        pool = self.states_of(unlabelled(rows))
+        return np.repeat(closeness(pool, self.own_states(), pool), rows.counts)
 
     def own_states(self) -> NDArray[np.float64]:
         """The base's states of this owner's training rows, of which closeness is measured, (rows, hidden size)."""
@@ -368,7 +412,17 @@ class Workbench(Holdings):
     @cached_property
     def pool_look(self) -> PoolLook:
         """The pool, for whoever consents."""
+        if isinstance(self.pool, ImagePool):
+            return look_at_images(self.pool, [thumbnail(image) for image in self.data.images()])
         return look_at_pool(self.pool, [content.decode(errors="replace") for content in self.data.contents()])
+
+    def write_pool_sheet(self) -> Path | None:
+        """Write the images that `pool_look` names into one file in the state folder, if the pool has images."""
+        if not isinstance(self.pool, ImagePool):
+            return None
+        path = self.state.folder / POOL_SHEET
+        write_sheet(self.pool, [*self.pool_look.drawn_rows, *self.pool_look.nearest_rows], path)
+        return path
 
     def drawn(self, rows: Rows, limit: int) -> Rows:
         """At most `limit` examples, drawn without replacement: the same ones whenever this agreement's run resumes.

@@ -1,50 +1,102 @@
 """The pool: public rows without labels on which owners' models predict (common/merge_methods/distill.py).
 
-One JSON Lines file, an object a row. The agreement pins its SHA-256, because whoever could choose the rows could ask
-about one person's. A party that holds another file refuses. Only the pinned bytes are ever parsed.
+One file, of any kind that an owner's rows may have: texts, words, or images that lie inside the file. The agreement
+pins its SHA-256, because whoever could choose the rows could ask about one person's. A party that holds another file
+refuses. Only the pinned bytes are ever parsed: no other file is opened, whatever a row names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.files import ARRAYS, Columns, arrays_of, batches_of
+from common.data.images import ImageFile
+from common.data.sources import source_of
 from common.errors import DataError
+from common.lazy import lazy_module
 from common.text import SURROGATE, alike
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from PIL import Image
 
+    from common.agreement.tables import TaskKind
     from common.merge_methods.distill import DistillTable
+else:
+    Image = lazy_module("PIL.Image")
 
-MAX_BYTES = 1_000_000_000
+MAX_BYTES = 1_000_000_000  # of the file, and of what is in it once it is unpacked
+MAX_ROWS = 1_000_000
 MAX_ROW_CHARACTERS = 100_000
+MAX_PIXELS = 20_000_000_000  # of all images of a pool together: decoding them takes minutes
+THUMBNAIL = 16  # pixels on a side, by which images are compared
 MAKE_IT_AGAIN = "correct the file, and complete the draft again: amalgram draft"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """`texts`: for each row its text, or its two texts if rows are pairs."""
+    """`texts`: for each row its text, or its two texts if rows are pairs; or its words if `has_words`."""
 
     texts: tuple[tuple[str, ...], ...]
+    has_words: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[dict[str, Any], ...]:
-        """What a model reads of each row, cut to `max_tokens`, not padded. Raises DataError if that is nothing."""
-        texts, *pairs = (list(column) for column in zip(*self.texts, strict=True))
-        encoded = tokenizer(texts, *pairs, truncation=True, max_length=min(max_tokens, tokenizer.model_max_length))
-        empty = next((number for number, tokens in enumerate(encoded["input_ids"], 1) if not tokens), None)
-        if empty is not None:
-            raise DataError(f"pool: row {empty} gives the model no token", hint=MAKE_IT_AGAIN)
-        return tuple({name: values[row] for name, values in encoded.items()} for row in range(len(self)))
+    def written(self) -> list[str]:
+        """What each row says, for whoever looks at it."""
+        return [(" " if self.has_words else " / ").join(row) for row in self.texts]
+
+    def say(self) -> Iterator[Hashable]:
+        """What each row says, the same for rows that say the same."""
+        for row in self.texts:
+            yield in_one_form([" ".join(row)] if self.has_words else row)
+
+
+@dataclass(frozen=True)
+class ImagePool:
+    """Images that lie inside the pool: files of their own, or one array, (rows, channels, height, width) or without
+    channels.
+    """
+
+    images: tuple[ImageFile, ...] | NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def say(self) -> Iterator[Hashable]:
+        """The digest of each image's pixels, whatever file they are packed in."""
+        for image in self.images:
+            yield hashlib.sha256(image.tobytes() if isinstance(image, np.ndarray) else _pixel_bytes(image)).digest()
+
+    @cached_property
+    def thumbnails(self) -> NDArray[np.float32]:
+        """(rows, 256): by which images are compared. See `thumbnail`."""
+        return np.stack([thumbnail(image) for image in self.images])
+
+
+def thumbnail(image: ImageFile | NDArray[Any]) -> NDArray[np.float32]:
+    """An image in 16 by 16 shades of grey, row by row, (256,): numbers from 0 to 1, or on the scale of an array."""
+    if isinstance(image, ImageFile):
+        grey = np.asarray(image.pixels().convert("L"), np.float32) / np.float32(255)
+    else:
+        scale = np.float32(1 / 255 if image.dtype == np.uint8 else 1)
+        grey = image.astype(np.float32).mean(axis=tuple(range(image.ndim - 2))) * scale
+    small = Image.fromarray(grey).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(-1)
+
+
+def _pixel_bytes(image: ImageFile) -> bytes:
+    pixels = image.pixels().convert("RGB")
+    return repr(pixels.size).encode() + pixels.tobytes()
 
 
 def in_one_form(texts: Sequence[str]) -> str:
@@ -66,7 +118,7 @@ def pool_path(own_copy: Path | None, home: Path, table: DistillTable, agreement_
     return agreement_path.parent / (table.pool or "") if own_copy is None else home / own_copy
 
 
-def read_pool(path: Path, table: DistillTable) -> Pool:
+def read_pool(path: Path, table: DistillTable, kind: TaskKind) -> Pool | ImagePool:
     """The agreed pool. Raises DataError for any other file, and for a row that is missing, empty or said twice."""
     content = _read(path)
     digest = hashlib.sha256(content).hexdigest()
@@ -75,22 +127,33 @@ def read_pool(path: Path, table: DistillTable) -> Pool:
             f"pool {path}: its SHA-256 is {digest[:16]}..., the agreement's is {(table.pool_sha256 or 'none')[:16]}...",
             hint="get the file that was agreed on; whoever chooses its rows chooses what is asked about",
         )
-    pool = _parsed(path, content, table)
+    pool = _parsed(path, content, table, kind)
     if len(pool) != table.rows:
         raise DataError(f"pool {path}: has {len(pool)} rows, the agreement says {table.rows}", hint=MAKE_IT_AGAIN)
     return pool
 
 
-def pin_pool(path: Path, table: DistillTable) -> DistillTable:
-    """The table with the SHA-256 and the number of rows of the file, where it left them out. Raises DataError."""
+def pin_pool(path: Path, table: DistillTable, kind: TaskKind) -> DistillTable:
+    """The table with what the file decides, where it left it out: its SHA-256, and how many rows and words it has.
+
+    Raises DataError.
+    """
     content = _read(path)
-    found = {"pool_sha256": hashlib.sha256(content).hexdigest(), "rows": len(_parsed(path, content, table))}
+    pool = _parsed(path, content, table, kind)
+    found: dict[str, Any] = {"pool_sha256": hashlib.sha256(content).hexdigest(), "rows": len(pool)}
+    if isinstance(pool, Pool) and pool.has_words:
+        found["predictions"] = sum(map(len, pool.texts))
     pinned = table.model_copy(update={name: getattr(table, name) or value for name, value in found.items()})
-    read_pool(path, pinned)
+    read_pool(path, pinned, kind)
     return pinned
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise DataError(
+            f"pool {path}: is a folder, and a pool is one file",
+            hint='save a data set of `datasets` as one: dataset.to_parquet("pool.parquet")',
+        )
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -104,37 +167,101 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _parsed(path: Path, content: bytes, table: DistillTable) -> Pool:
-    columns = [table.text, *filter(None, [table.text_pair])]
-    rows = tuple(_rows(path, content, columns))
-    if not rows:
+def _parsed(path: Path, content: bytes, table: DistillTable, kind: TaskKind) -> Pool | ImagePool:
+    pool: Pool | ImagePool
+    if kind == "image-classification":
+        pool = ImagePool(_images(path, content, table))
+    elif kind == "token-classification":
+        # A CoNLL file has a tag beside each word, which nobody reads.
+        columns = [table.tokens, "tags"] if path.suffix in (".conll", ".txt") else [table.tokens]
+        pool = Pool(tuple(_rows(path, content, columns, _words)), has_words=True)
+    else:
+        pool = Pool(tuple(_rows(path, content, [table.text, *filter(None, [table.text_pair])], _texts)))
+    if not len(pool):
         raise DataError(f"pool {path}: has no rows", hint=MAKE_IT_AGAIN)
-    first: dict[str, int] = {}
-    for number, texts in enumerate(rows, 1):
-        said = in_one_form(texts)
+    first: dict[Hashable, int] = {}
+    for number, said in enumerate(pool.say(), 1):
         if first.setdefault(said, number) != number:  # check: pool-rows-are-said-once
             raise DataError(
                 f"pool {path}: row {number} says what row {first[said]} says; what is asked twice counts twice",
                 hint=MAKE_IT_AGAIN,
             )
-    return Pool(rows)
+    return pool
 
 
-def _rows(path: Path, content: bytes, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for number, line in zip(count(1), content.splitlines()):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DataError(f"pool {path}: line {number} is not JSON", hint=MAKE_IT_AGAIN) from None
-        texts = [row.get(column) if isinstance(row, dict) else None for column in columns]
-        for column, text in zip(columns, texts, strict=True):
-            if not _is_text(text):
-                raise DataError(
-                    f"pool {path}: line {number}: {column!r} must be a text of 1 to {MAX_ROW_CHARACTERS} characters",
-                    hint=MAKE_IT_AGAIN,
-                )
-        yield tuple(map(str, texts))
+def _rows(path: Path, content: bytes, columns: Sequence[str], row_of: Any) -> Iterator[Any]:
+    """What `row_of` makes of each row's values."""
+    source = replace(source_of(path), content=content, most_bytes=MAX_BYTES)
+    number = 0
+    for batch in batches_of(source, columns):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            if number > MAX_ROWS:
+                raise DataError(f"pool {path}: a pool has at most {MAX_ROWS:,} rows", hint=MAKE_IT_AGAIN)
+            yield row_of(path, number, dict(zip(columns, values, strict=True)))
+
+
+def _texts(path: Path, number: int, row: Columns) -> tuple[str, ...]:
+    for column, text in row.items():
+        if not _is_text(text):
+            raise DataError(
+                f"pool {path}: row {number}: {column!r} must be a text of 1 to {MAX_ROW_CHARACTERS} characters",
+                hint=MAKE_IT_AGAIN,
+            )
+    return tuple(map(str, row.values()))
+
+
+def _words(path: Path, number: int, row: Columns) -> tuple[str, ...]:
+    column, words = next(iter(row.items()))
+    if not (isinstance(words, list) and words and all(map(_is_text, words))) or sum(map(len, words)) > (
+        MAX_ROW_CHARACTERS
+    ):
+        raise DataError(
+            f"pool {path}: row {number}: {column!r} must be a list of words, none of them empty, with at most "
+            f"{MAX_ROW_CHARACTERS} characters together",
+            hint=MAKE_IT_AGAIN,
+        )
+    unseen = next((place for place, word in enumerate(words, 1) if not in_one_form([word]).strip()), None)
+    if unseen is not None:  # check: words-are-seen
+        raise DataError(f"pool {path}: row {number}: word {unseen} is nothing that shows", hint=MAKE_IT_AGAIN)
+    return tuple(words)
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value.strip()) <= MAX_ROW_CHARACTERS and not SURROGATE.search(value)
+
+
+# --- images ---
+
+
+def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile, ...] | NDArray[Any]:
+    if path.suffix.lower() == ARRAYS:
+        source = replace(source_of(path), content=content, most_bytes=MAX_BYTES)
+        (images,) = arrays_of(source, [table.image])
+        if images.ndim not in (3, 4) or images.dtype.kind not in "uif" or not np.isfinite(images).all():
+            raise DataError(
+                f"pool {path}: {table.image!r} must be an array of images, (rows, height, width) or (rows, channels, "
+                "height, width), of finite numbers",
+                hint=MAKE_IT_AGAIN,
+            )
+        return images if images.dtype == np.uint8 else images.astype(np.float32)
+    images = tuple(_rows(path, content, [table.image], _image))
+    pixels = 0
+    for image in images:
+        pixels += image.count_pixels()
+        if pixels > MAX_PIXELS:  # check: pool-pixels-are-bounded
+            raise DataError(f"pool {path}: its images have more than {MAX_PIXELS:,} pixels", hint=MAKE_IT_AGAIN)
+    return images
+
+
+def _image(path: Path, number: int, row: Columns) -> ImageFile:
+    (value,) = row.values()
+    if isinstance(value, dict):  # as `datasets` saves an image
+        value = value.get("bytes")
+    if not isinstance(value, bytes) or not value:  # check: pool-images-are-inside
+        raise DataError(
+            f"pool {path}: row {number}: must hold the bytes of its image; a path is not followed, because only the "
+            "pool's own bytes are agreed on",
+            hint="save the images into the table, as `datasets` does, or as an .npz array",
+        )
+    return ImageFile(f"pool {path}: row {number}", value)

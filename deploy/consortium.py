@@ -62,7 +62,7 @@ def read_settings(folder: Path) -> Consortium:
     settings = {name: load_settings(path, OwnerSettings) for name, path in files.items()}
     base_folder = model_folder(draft.base, folder, draft.base_revision)
     pool = pool_of(draft, folder)
-    draft = with_pool(draft, pool)
+    draft = with_pool(draft, pool, base_folder)
     found = {name: own_folder(each, files[name].parent) for name, each in settings.items() if each.own_base is None}
     draft = with_labels(draft, base_folder, {name: each for name, each in found.items() if each is not None})
     if ADAPTER in draft.merge.layers:

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.agreement import COORDINATOR, AgreementDraft, CoordinatorEntry
-from common.agreement.tables import Merging
+from common.agreement.tables import Merging, Task
 from common.errors import SettingsError
-from common.merge_methods.distill import DISTILL
+from common.merge_methods.distill import DISTILL, DistillTable
 from common.models.adapter import changed_parameters
 from common.models.folders import base_labels, check_base_labels, how_to_match, named_labels
-from common.pool import pin_pool
+from common.pool import pin_pool, read_pool
+from common.pool_rows import PoolReader, pinned_for, vocabulary_of
 from common.settings_file import parse_settings
 
 ADAPTER = "adapter"  # in merge.layers: what the owners' adapters change
@@ -63,9 +64,23 @@ def _common(named: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     return labels
 
 
-def with_pool(draft: AgreementDraft, pool: Path | None) -> AgreementDraft:
-    """The draft with the SHA-256 and the rows of its pool, where it has one. Raises DataError."""
-    return draft if pool is None else draft.model_copy(update={DISTILL.name: pin_pool(pool, DISTILL.of(draft.tables))})
+def with_pool(draft: AgreementDraft, pool: Path | None, base_folder: Path) -> AgreementDraft:
+    """The draft with what its pool decides, where it has one: SHA-256, rows and predictions. Raises DataError."""
+    if pool is None:
+        return draft
+    pinned = pin_pool(pool, DISTILL.of(draft.tables), draft.task.kind)
+    if draft.task.kind == "causal-lm":
+        pinned = _with_vocabulary(pinned, pool, draft.task, base_folder)
+    return draft.model_copy(update={DISTILL.name: pinned})
+
+
+def _with_vocabulary(table: DistillTable, pool: Path, task: Task, base_folder: Path) -> DistillTable:
+    """The table of a language model, whose base decides how many tokens there are, and where a text has some."""
+    from common.models.loading import load_outline  # torch: not before the pool is read
+
+    outline = load_outline(base_folder, task)
+    reader = PoolReader.of_folder(base_folder, outline, task, table)
+    return pinned_for(table, read_pool(pool, table, task.kind), reader, vocabulary_of(base_folder, outline))
 
 
 def pool_of(draft: AgreementDraft, folder: Path) -> Path | None:

@@ -24,6 +24,7 @@ from client.data.rows import Batch
 from client.measurement.gram import measure_grams
 from common.agreement import Agreement
 from common.merge_methods import measurements
+from common.merge_methods.distill import DISTILL
 from common.merge_methods.method import Measurement
 from common.merge_methods.normal_equations import solve_symmetric, spectrum
 from common.models.folders import image_shape
@@ -107,6 +108,9 @@ class Work:
     gram_examples: int
     fisher_examples: int
     forward_examples: int
+    pool_tokens: int  # that every owner predicts
+    predicted_numbers: int
+    student_epochs: int  # over these rows
     validated_models: int
     tested_models: int
     sent_numbers: int
@@ -123,8 +127,11 @@ class Work:
     trains_one_layer: bool = False
 
 
-def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
-    """The work of one merge. A multi-round method's steps count as one more pass over the model."""
+def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule, pool_tokens: int = 0) -> Work:
+    """The work of one merge. A multi-round method's steps count as one more pass over the model.
+
+    `pool_tokens`: how many tokens the public pool has, if models predict one.
+    """
     wanted = dict(measurements(agreement.methods, agreement.tables))
     again = [each.step for each in schedule.rounds if each.step is not None]
     grams = wanted.get(Measurement.GRAMS, 0)
@@ -132,6 +139,8 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
         grams += max(stepped)
     forward = wanted.get(Measurement.CLASS_SHARES, 0) + (LOOKED_AT if agreement.task.has_labels else 0)
     forward += 2 * sum(each.max_examples for each in again if each.measurement is Measurement.CLASSIFIER)
+    distilled = DISTILL.name in agreement.methods
+    taught = DISTILL.of(agreement.tables)
     received = sum(event.layout.size * 4 for event in schedule.events if isinstance(event, Delivery))
     owners = len(agreement.owners)
     masks = 0
@@ -144,6 +153,9 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule) -> Work:
         gram_examples=grams,
         fisher_examples=wanted.get(Measurement.FISHER, 0),
         forward_examples=forward,
+        pool_tokens=pool_tokens,
+        predicted_numbers=taught.asked * (taught.vocabulary or len(agreement.task.labels)) if distilled else 0,
+        student_epochs=taught.epochs[-1] if distilled else 0,
         validated_models=metrics.get("validation", 0),
         tested_models=metrics.get("test", 0),
         sent_numbers=sum(layout.size for layout in sums),
@@ -327,6 +339,7 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
         "training": training * rows.train * rows.tokens * rates.forward_of_token,
         "Gram passes": examples[work.gram_examples] * rows.tokens * apart * rates.gram_pass_of_token,
         "Fisher information": examples[work.fisher_examples] * rows.tokens * rates.gradients_of_token,
+        "predicting the pool": work.pool_tokens * rates.forward_of_token,
         "scoring": (scored + looked_at) * rows.tokens * apart * rates.forward_of_token,
         "loading models": loads * work.parameters * LOADING * rates.encoding_of_number,
         "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
@@ -339,12 +352,20 @@ def coordinator_seconds(work: Work, rates: Rates) -> dict[str, float]:
     solves = sum(each.solve_flops for each in work.systems) * work.solves * rates.solve_of_flop
     spectra = sum(each.spectrum_flops for each in work.systems) * rates.spectrum_of_flop
     unmasking = work.owners * (rates.encoding_of_number + (rates.mask_of_number if work.masks else 0.0))
-    return {"solving": solves + spectra, "adding up": work.sent_numbers * unmasking}
+    taught = work.student_epochs * work.pool_tokens * (1 + BACKWARDS)
+    return {
+        "training the student": taught * rates.forward_of_token,
+        "solving": solves + spectra,
+        "adding up": work.sent_numbers * unmasking,
+    }
 
 
 def owner_bytes(work: Work) -> int:
-    """The most memory that an owner needs: benchmarks/results/memory.md."""
-    return FIXED_BYTES + 4 * work.parameters + int(1.3 * 8 * work.largest_gram**2) + PART_BYTES
+    """The most memory that an owner needs: benchmarks/results/memory.md. Predictions are in it twice, in 8 bytes and in
+    4 as the model gives them.
+    """
+    predicted = 12 * work.predicted_numbers
+    return FIXED_BYTES + 4 * work.parameters + int(1.3 * 8 * work.largest_gram**2) + PART_BYTES + predicted
 
 
 def coordinator_bytes(work: Work) -> int:

@@ -137,15 +137,17 @@ def _check_predictions(total: SummedTensors, settings: MergeSettings) -> None:
     """
     owners, largest = total.owners, DISTILL.hyperparameters(settings).largest_logit
     unknown = [settings.unknown_labels.get(owner, frozenset()) for owner in owners]
-    expected = np.array([float(sum(label not in each for each in unknown)) for label in range(settings.num_labels)])
-    room, known, said = TOLERANCE * len(owners), total[COVERAGE], total[PREDICTIONS]  # (labels,), (rows, labels)
+    labels = range(DISTILL.outputs(settings))
+    expected = np.array([float(sum(label not in each for each in unknown)) for label in labels])
+    room, known, said = TOLERANCE * len(owners), total[COVERAGE], total[PREDICTIONS]  # (labels,), (predictions, labels)
     is_dense = CLOSENESS in total
-    weight = total[CLOSENESS] if is_dense else expected  # (rows, labels), or (labels,)
+    weight = total[CLOSENESS] if is_dense else expected  # (predictions, labels), or (labels,)
     fits = [
         np.abs(known - expected) <= room,
         weight <= expected + room,
         weight >= LEAST_CLOSENESS * expected - room * LEAST_CLOSENESS,
-        np.abs(said) <= largest * (weight + room),
+        # A copy of what a vocabulary takes would be as large as the total.
+        (np.abs(said) if is_dense else np.maximum(said.max(axis=0), -said.min(axis=0))) <= largest * (weight + room),
     ]
     if not all(each.all() for each in fits):  # check: predictions-fit-the-owners
         raise NumericalError(

@@ -77,7 +77,7 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
     if DISTILL.name in agreement.methods:
         table = DISTILL.of(agreement.tables)
         pool = pool_path(settings.pool, home, table, home / settings.agreement)
-        read_pool(pool, table)  # raises, before an owner is asked anything
+        read_pool(pool, table, agreement.task.kind)  # raises, before an owner is asked anything
     claim_output(output)
     _clear_results(output, agreement)
     schedule = schedule_of(agreement, plan)

@@ -1,8 +1,9 @@
 """Trains the student of a distillation on the sum of the owners' predictions, and keeps it epoch by epoch.
 
-FedDF (arXiv 2006.07242, algorithm 1, lines 11 to 14): Adam under a cosine from the learning rate to zero, on
-KL(softmax(teacher / T) || softmax(student / T)). It runs at the coordinator, on its device, after the contributions
-are summed. One training gives a model after each number of epochs that is agreed; validation rows choose among them.
+FedDF (arXiv 2006.07242, algorithm 1, lines 11 to 14): Adam under a cosine from the learning rate to zero, on the
+divergence of the student from its teacher (lessons.py). It runs at the coordinator, on its device, after the
+contributions are summed. One training gives a model after each number of epochs that is agreed; validation rows choose
+among them.
 
 The same totals, seed, machine and number of threads give the same weights. Every epoch is on the disk before the next
 one begins, so a coordinator that was killed resumes with the last one. The files are in the checkpoint, and go with it.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from common.agreement import Agreement
 from common.errors import LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.distill import DISTILL, DistillTable
 from common.merge_methods.terms import MergedDelta, MergeSettings
 from common.models.delta import add_delta
-from common.models.folders import load_tokenizer
 from common.models.loading import load_base
-from common.models.parameters import longest_text
 from common.pool import read_pool
+from common.pool_rows import PoolReader, PoolRows, check_counts
 from common.private_file import create, make_private_folder
 from common.summation.totals import SummedTensors
+from server.lessons import Lessons, OfOneLabel, lessons_of
 
 STUDENT = "student"  # the folder of its files, in the checkpoint
 LATEST = "latest.pt"
 log = logging.getLogger("amalgram.coordinator")
-Batch = dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
@@ -81,13 +80,13 @@ class Student:
         student, rows = base, self._rows(base)
         add_delta(student, DISTILL.start(settings, total).delta)
         student.to(device)
-        targets = self._targets(student, rows, DISTILL.teacher(settings, total), device)  # (rows, labels)
+        lessons = self._lessons(student, rows, settings, total, device)
         changed = set(settings.plan.changed)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in changed)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=table.learning_rate)
-        steps_per_epoch = -(-len(rows.features) // table.batch_size)
+        steps_per_epoch = -(-len(rows) // table.batch_size)
         steps = table.epochs[-1] * steps_per_epoch
         make_private_folder(self.folder)
         for epoch in range(self._resumed(student, optimizer), table.epochs[-1]):
@@ -95,14 +94,21 @@ class Student:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(_seed(self.agreement.seed, epoch))  # dropout
                 student.train()
-                for step, indices in enumerate(self._order(epoch, len(rows.features)), epoch * steps_per_epoch):
+                for step, indices in enumerate(self._order(epoch, len(rows)), epoch * steps_per_epoch):
                     for group in optimizer.param_groups:
                         group["lr"] = table.learning_rate * (1 + cos(pi * step / steps)) / 2
-                    loss = self._loss(student, rows, indices, targets, device)
+                    numbers = rows.predictions_of(indices)
+                    said = _said(student, rows, indices, device)
+                    loss = lessons.divergence(said, torch.from_numpy(numbers).to(device))
+                    if not torch.isfinite(loss):
+                        raise NumericalError(
+                            f"distillation: the loss became {loss.item()}",
+                            hint="agree on a lower distill.learning_rate",
+                        )
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-                    divergence += float(loss.detach()) * len(indices) / len(rows.features)
+                    divergence += float(loss.detach()) * len(numbers) / self._table.asked
             log.info("  distillation: epoch %d of %d, divergence %.4f", epoch + 1, table.epochs[-1], divergence)
             if epoch + 1 in table.epochs:
                 delta = {name: parameter.detach().cpu() - start[name] for name, parameter in student.named_parameters()}
@@ -110,47 +116,32 @@ class Student:
             state = {"epoch": epoch + 1, "student": student.state_dict(), "optimizer": optimizer.state_dict()}
             _write(self.folder / LATEST, state)
 
-    def _loss(
+    @torch.inference_mode()
+    def _lessons(
         self,
         student: PreTrainedModel,
         rows: PoolRows,
-        indices: NDArray[np.int64],
-        targets: Tensor,
+        settings: MergeSettings,
+        total: SummedTensors,
         device: torch.device,
-    ) -> Tensor:
-        """Mean over the rows of KL(teacher || student) T^2: so gradients do not shrink with the temperature T."""
-        temperature = self._table.temperature
-        said = student(**rows.batch(indices, device)).logits.float()  # (rows, labels)
-        wanted = targets[torch.from_numpy(indices).to(device)] / temperature
-        loss = kl_div(
-            log_softmax(said / temperature, -1), log_softmax(wanted, -1), reduction="batchmean", log_target=True
-        )
-        if not torch.isfinite(loss):
-            raise NumericalError(
-                f"distillation: the loss became {loss.item()}", hint="agree on a lower distill.learning_rate"
-            )
-        return loss * temperature**2
-
-    @torch.inference_mode()
-    def _targets(
-        self, student: PreTrainedModel, rows: PoolRows, teacher: NDArray[np.float64], device: torch.device
-    ) -> Tensor:
-        """The logits that the student is taught, (rows, labels): the teacher's, or its own where it is surer."""
-        wanted = torch.from_numpy(teacher).float().to(device)
-        if self._table.keep == "nothing":
-            return wanted
+    ) -> Lessons:
+        """What the student is taught: what its teacher says, or what it says itself where it is surer."""
+        lessons = lessons_of(self.agreement.task, settings, total, device)
+        if self._table.keep == "nothing" or not isinstance(lessons, OfOneLabel):
+            return lessons
         student.eval()
-        every = np.arange(len(rows.features))
+        every = np.arange(len(rows))
         parts = np.array_split(every, -(-len(every) // self._table.batch_size))
-        own = torch.cat([student(**rows.batch(part, device)).logits.float() for part in parts])
-        is_surer = own.softmax(-1).amax(-1) > wanted.softmax(-1).amax(-1)  # (rows,)
-        return torch.where(is_surer[:, None], own, wanted)
+        own = torch.cat([_said(student, rows, part, device) for part in parts])
+        is_surer = own.softmax(-1).amax(-1) > lessons.logits.softmax(-1).amax(-1)  # (predictions,)
+        return replace(lessons, logits=torch.where(is_surer[:, None], own, lessons.logits))
 
     def _rows(self, base: PreTrainedModel) -> PoolRows:
         assert self.pool is not None  # read before the run began
-        tokenizer = load_tokenizer(self.base_folder)
-        longest = longest_text(base, self.agreement.task.max_tokens)
-        return PoolRows(features=read_pool(self.pool, self._table).tokens(tokenizer, longest), tokenizer=tokenizer)
+        pool = read_pool(self.pool, self._table, self.agreement.task.kind)
+        rows = PoolReader.of_folder(self.base_folder, base, self.agreement.task, self._table).read(pool)
+        check_counts(rows, self._table)
+        return rows
 
     def _order(self, epoch: int, count: int) -> Iterator[NDArray[np.int64]]:
         """The rows of each batch: every row once, in the epoch's own order."""
@@ -190,16 +181,11 @@ class Student:
         )
 
 
-@dataclass(frozen=True)
-class PoolRows:
-    """The pool, as the student reads it."""
-
-    features: tuple[dict[str, Any], ...]
-    tokenizer: PreTrainedTokenizerBase
-
-    def batch(self, indices: NDArray[np.int64], device: torch.device) -> Batch:
-        padded = self.tokenizer.pad([self.features[index] for index in indices], return_tensors="pt")
-        return {name: tensor.to(device) for name, tensor in padded.items()}
+def _said(student: PreTrainedModel, rows: PoolRows, indices: NDArray[np.int64], device: torch.device) -> Tensor:
+    """What the student says of some rows, in their order: (predictions, outputs)."""
+    inputs, places = rows.batch(indices)
+    logits: Tensor = student(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float()
+    return logits if places is None else logits[places.to(device)]
 
 
 def _seed(seed: int, epoch: int) -> int:

@@ -17,7 +17,7 @@ from client.measurement.predictions import centred
 from client.owner import Owner
 from client.personal import personalise
 from client.settings import OwnerSettings
-from common.agreement import load_agreement
+from common.agreement import TaskKind, load_agreement
 from common.errors import DataError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods.data_free import DATA_FREE
 from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS, DistillTable, predictions_alone
@@ -37,6 +37,7 @@ from tests.support.merging import merge_settings, owner_for, plan_for, total_of
 from tests.support.parties import OwnersChannel, Parties, parties_of
 
 ROWS, LABELS = 3, 2
+TEXTS: TaskKind = "text-classification"
 
 
 @pytest.fixture(scope="module")
@@ -205,18 +206,18 @@ def write_pool(folder: Path, *lines: str) -> tuple[Path, DistillTable]:
 
 def test_a_pool_is_pinned_and_read(tmp_path: Path) -> None:
     path, table = write_pool(tmp_path, '{"text": "good"}', '{"text": "bad", "label": 3}')
-    pinned = pin_pool(path, table)
+    pinned = pin_pool(path, table, TEXTS)
     assert pinned.rows == 2
-    assert read_pool(path, pinned).texts == (("good",), ("bad",))
-    assert pin_pool(path, pinned) == pinned
+    assert read_pool(path, pinned, TEXTS).texts == (("good",), ("bad",))
+    assert pin_pool(path, pinned, TEXTS) == pinned
 
 
 def test_another_pool_is_refused(tmp_path: Path) -> None:
     path, table = write_pool(tmp_path, '{"text": "good"}')
-    pinned = pin_pool(path, table)
+    pinned = pin_pool(path, table, TEXTS)
     write_pool(tmp_path, '{"text": "Good"}')
     with pytest.raises(DataError, match=r"its SHA-256 is .*, the agreement's is .*\nhint: get the file"):
-        read_pool(path, pinned)
+        read_pool(path, pinned, TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -224,18 +225,19 @@ def test_another_pool_is_refused(tmp_path: Path) -> None:
     [
         (['{"text": "good"}', '{"text": " GOOD"}'], "row 2 says what row 1 says"),
         ([], "has no rows"),
-        (['{"text": ""}'], "line 1: 'text' must be a text"),
-        (['{"text": 3}'], "line 1: 'text' must be a text"),
-        (['{"text": "\\ud800"}'], "line 1: 'text' must be a text"),
-        (["[1]"], "line 1: 'text' must be a text"),
-        (['{"text": "good"'], "line 1 is not JSON"),
-        (["[" * 100_000], "line 1 is not JSON"),
-        (['{"text": "good"}', ""], "line 2 is not JSON"),
+        (['{"text": "good"}', '{"text": " "}'], "row 2: 'text' must be a text"),
+        (['{"text": ""}'], "row 1: 'text' must be a text"),
+        (['{"text": 3}'], "row 1: 'text' must be a text"),
+        (['{"text": "\\ud800"}'], "row 1: 'text' must be a text"),
+        (["[1]"], "line 1 is list, not a JSON object"),
+        (['{"other": "good"}'], "line 1 has no column 'text'"),
+        (['{"text": "good"'], "line 1 is not one JSON object"),
+        (["[" * 100_000], "line 1 is not one JSON object"),
     ],
 )
 def test_a_malformed_pool_is_named(tmp_path: Path, lines: list[str], says: str) -> None:
     with pytest.raises(DataError, match=says):
-        pin_pool(*write_pool(tmp_path, *lines))
+        pin_pool(*write_pool(tmp_path, *lines), TEXTS)
 
 
 # --- the student ------------------------------------------------------------------------------------------------------

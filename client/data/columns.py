@@ -15,7 +15,7 @@ from client.settings import Data
 from common.agreement import Task, TaskKind
 from common.agreement.tables import CLASSIFYING
 from common.data.files import ARRAYS, read_arrays, read_columns, side_by_side
-from common.data.images import find_images
+from common.data.images import ImageFile, find_images
 from common.data.sources import find_sources
 
 SAME_FILE = 0.9  # share of test rows that say what a training row says; short texts of few words often do
@@ -99,12 +99,9 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
 
     White space counts as one blank, and an image is its file to the byte. Nothing is tokenised.
     """
-    if task.kind == "image-classification" and path.suffix.lower() == ARRAYS:
-        (images,) = read_arrays(path, [data.image], max_rows)
-        yield from (image.tobytes() for image in images)
-        return
     if task.kind == "image-classification":
-        yield from (image.read() for image in find_images(path, columns_of(data, task.kind), max_rows).images)
+        for image in images_of(data, task, path, max_rows):
+            yield image.read() if isinstance(image, ImageFile) else image.tobytes()
         return
     words = task.kind == "token-classification"
     # CoNLL files have both columns of a word.
@@ -115,6 +112,14 @@ def contents_of(data: Data, task: Task, path: Path, max_rows: int | None) -> Ite
     for values in zip(*(found[:1] if words else found), strict=True):
         texts = (content_of(value) if chat else " ".join(value) if words else str(value) for value in values)
         yield "\n".join(" ".join(text.split()) for text in texts).encode(errors="surrogatepass")
+
+
+def images_of(data: Data, task: Task, path: Path, max_rows: int | None = None) -> Iterator[ImageFile | NDArray[Any]]:
+    """The images of a file or a folder, none of which is opened yet, or its arrays."""
+    if path.suffix.lower() == ARRAYS:
+        yield from read_arrays(path, [data.image], max_rows)[0]
+    else:
+        yield from find_images(path, columns_of(data, task.kind), max_rows).images
 
 
 def digests_of(data: Data, task: Task, path: Path) -> Iterator[bytes]:

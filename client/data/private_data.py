@@ -7,25 +7,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import contents_of, digests_of, look_at_files, rows_trained_on, rows_without_labels
+from client.data.columns import contents_of, digests_of, images_of, look_at_files, rows_trained_on, rows_without_labels
 from client.data.lengths import count_cut, cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
 from common.agreement import Reading, Task
 from common.data.files import read_columns
-from common.data.images import files_left_out
+from common.data.images import ImageFile, files_left_out
 from common.errors import DataError
-from common.pool import Pool
+from common.pool import ImagePool, Pool
+from common.pool_rows import PoolReader, PoolRows
 from common.text import as_line
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.merge_methods.distill import DistillTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,12 @@ class PrivateData:
             if path is not None:
                 yield from contents_of(self.data, self.task, self.folder / path, max_rows=None)
 
+    def images(self) -> Iterator[ImageFile | NDArray[Any]]:
+        """The images of all files."""
+        for path in (self.data.train, self.data.validation, self.data.test):
+            if path is not None:
+                yield from images_of(self.data, self.task, self.folder / path)
+
     def oddities(self) -> Iterator[str]:
         """What is odd about the files but no error, in words with counts: for this owner's eyes alone."""
         data, task = self.data, self.task
@@ -135,11 +144,9 @@ class PrivateData:
         """Texts that may or may not be this owner's, without labels, in the columns that its own rows have."""
         return self._reader.read_unlabelled(path)
 
-    def pool_rows(self, pool: Pool) -> Rows:
-        """The rows of the public pool, as this owner's model reads them. Each target is 0."""
-        assert self.tokenizer is not None  # a pool holds texts
-        tokens = pool.tokens(self.tokenizer, self._reader.max_tokens)
-        return Rows(features=tokens, targets=np.zeros(len(tokens), np.int64), tokenizer=self.tokenizer)
+    def pool_rows(self, pool: Pool | ImagePool, table: DistillTable) -> PoolRows:
+        """The rows of the public pool, as this owner's model reads them. Raises DataError or ModelError."""
+        return PoolReader.of(self.model, self.task, table, self.tokenizer, self.processor).read(pool)
 
     def label_set(self) -> NDArray[np.int64]:
         """The labels among which this owner's examples are judged: all, or those that occur in its files."""

@@ -20,19 +20,15 @@ from client.data.rows import IGNORED, Rows
 from client.settings import Data
 from common.agreement import Reading, Task, TaskKind
 from common.data.files import ARRAYS, Columns, read_arrays, read_columns, side_by_side
-from common.data.images import as_array, find_images, room_for
-from common.errors import DataError, ModelError, first_line
+from common.data.images import find_images, prepared, room_for
+from common.errors import DataError
 from common.models.folders import image_shape
 from common.models.parameters import longest_text
 from common.text import SURROGATE
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import BaseImageProcessor, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-PREPARES_OTHERWISE = (
-    "agree on a base whose preprocessor_config.json belongs to it; without one, images are only resized"
-)
 log = logging.getLogger("amalgram.owner")
 MAX_ROW_CHARACTERS = 10_000_000  # a longer text means that a line break is missing
 
@@ -123,9 +119,8 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
     lost = LostImages()
     for index, image in enumerate(table.images):
         pixels = image.pixels()
-        prepared = as_array(pixels, *shape) if reader.processor is None else processed(reader.processor, pixels, shape)
-        lost.count(pixels, prepared)
-        features[index] = prepared
+        features[index] = prepared(pixels, shape, reader.processor)
+        lost.count(pixels, features[index])
     lost.check(path, reader.reading)
     return Rows(features=features, targets=targets)
 
@@ -133,23 +128,6 @@ def _read_images(reader: Reader, path: Path, max_rows: int | None) -> Rows:
 @cache
 def _say_fitted(path: Path, shape: tuple[int, int, int]) -> None:
     log.info("%s: the base has no preprocessor_config.json; images are fitted to %d by %d pixels", path, *shape[:0:-1])
-
-
-def processed(processor: BaseImageProcessor, pixels: Image, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """What the base's image processor makes of an image. Raises ModelError if that is not what its model takes."""
-    try:
-        given = processor(images=[pixels.convert("L" if shape[0] == 1 else "RGB")], return_tensors="np")
-        prepared: NDArray[np.float32] = np.asarray(given["pixel_values"], np.float32)[0]
-    except Exception as error:  # a configuration can ask the library for anything
-        raise ModelError(
-            f"the base's image processor cannot prepare an image: {first_line(error)}", hint=PREPARES_OTHERWISE
-        ) from None
-    if prepared.shape != shape:
-        raise ModelError(
-            f"the base's image processor makes images of {prepared.shape}, and its model takes {shape}",
-            hint=PREPARES_OTHERWISE,
-        )
-    return prepared
 
 
 def _read_arrays(reader: Reader, path: Path, max_rows: int | None) -> Rows:

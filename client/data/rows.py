@@ -19,6 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from common.pool_rows import PoolRows
+
 Batch = dict[str, Tensor]
 IGNORED = -100  # what torch's cross entropy ignores
 
@@ -96,6 +98,12 @@ class Rows:
             end = start + int(np.searchsorted(padded, room, side="right"))
             yield order[start:end]
             start = end
+
+
+def unlabelled(rows: PoolRows) -> Rows:
+    """The parts of a public pool. Each target is 0 where a model predicts."""
+    targets = np.zeros(len(rows), np.int64) if rows.marks is None else rows.marks
+    return Rows(features=rows.features, targets=targets, tokenizer=rows.tokenizer)
 
 
 def judged(targets: Tensor) -> Tensor:

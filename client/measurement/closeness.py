@@ -1,7 +1,7 @@
 """How close public rows are to an owner's own (Synthetic Model Combination, arXiv 2210.05320), by the agreed base.
 
-A feature is the base's last hidden state, averaged over a row's tokens, in the directions in which the pool varies
-most. Every owner finds the same directions. Its own rows are one Gaussian there.
+A feature is the base's last hidden state, averaged over a row's tokens or an image's patches, in the directions in
+which the pool varies most. Every owner finds the same directions. Its own rows are one Gaussian there.
 """
 
 import numpy as np
@@ -23,8 +23,9 @@ def mean_states(model: PreTrainedModel, rows: Rows, batch_size: int, passes: Pas
     found: list[NDArray[np.float64]] = [np.empty(0)] * len(rows)
     with passes.running(model):
         for indices, batch, _ in rows.batches(batch_size):
-            states = model.base_model(**passes.inputs(batch)).last_hidden_state.double().cpu()  # (batch, tokens, d)
-            mask = batch["attention_mask"].double()[..., None]
+            states = model.base_model(**passes.inputs(batch)).last_hidden_state.double().cpu()
+            states = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states  # (batch, d, height, width)
+            mask = batch.get("attention_mask", torch.ones(states.shape[:2])).double()[..., None]
             means = (states * mask).sum(1) / mask.sum(1)  # (batch, d)
             for index, mean in zip(indices, means.numpy(), strict=True):
                 found[index] = mean

@@ -75,6 +75,8 @@ class Agreement(AgreementDraft):
             raise RuleError(
                 "distill.pool_sha256 and distill.rows: an agreement must state them", hint="`amalgram draft` adds them"
             )
+        if DISTILL.name in self.methods and not self.task.has_labels and DISTILL.of(self.tables).vocabulary is None:
+            raise RuleError("distill.vocabulary: an agreement must state it", hint="`amalgram draft` adds it")
         names = list(self.tensors_by_name())
         if len(set(names)) != len(names):
             raise RuleError("tensors: duplicate parameter name")

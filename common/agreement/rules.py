@@ -7,7 +7,7 @@ from math import inf
 from common.agreement.tables import CLASSIFYING, DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
-from common.merge_methods.distill import DISTILL, STARTS
+from common.merge_methods.distill import DISTILL, MAX_NUMBERS, STARTS
 from common.merge_methods.method import Method
 from common.merge_methods.search import SEARCH
 from common.names import TAKEN_NAMES
@@ -107,8 +107,8 @@ def hidden_metrics_cannot_be_subtracted_out(draft: DraftTables) -> None:
         )
 
 
-def predictions_are_of_one_label_a_text(draft: DraftTables) -> None:
-    task = draft.task
+def predictions_can_be_summed(draft: DraftTables) -> None:
+    task, table = draft.task, DISTILL.of(draft.tables)
     if DISTILL.name not in draft.methods:
         for owner in draft.owners:
             if owner.gives == "predictions" or owner.labels:
@@ -118,13 +118,34 @@ def predictions_are_of_one_label_a_text(draft: DraftTables) -> None:
                     hint='agree on method = "distill"',
                 )
         return
-    if task.kind != "text-classification" or task.problem_type != "single_label_classification":
+    if task.kind == "sequence-to-sequence":
         raise RuleError(
-            f"distill: {task.kind} ({task.problem_type.replace('_', ' ')}) cannot be distilled yet",
-            hint="it takes text-classification with one label a row",
+            "distill: sequence-to-sequence cannot be distilled: what a model writes depends on what it wrote before",
+            hint="it takes classifiers and regressions of texts, images or words, and causal-lm",
         )
     if task.head == "private":
         raise RuleError('distill: task.head = "private", so predictions are of different labels', hint="leave it out")
+    if table.text_pair is not None and task.kind != "text-classification":
+        raise RuleError(f"distill.text_pair: a model of kind {task.kind} reads no pairs of texts", hint="leave it out")
+    if table.weights == "density" and task.kind == "causal-lm":
+        raise RuleError(
+            'distill.weights = "density": how close a text is says nothing of its single tokens',
+            hint='agree on weights = "alike"',
+        )
+    has_one = task.problem_type == "single_label_classification" and task.has_labels
+    if table.keep != "nothing" and not has_one:
+        raise RuleError(
+            f'distill.keep = "{table.keep}": only of one label among several is a model more confident',
+            hint="leave it out",
+        )
+    outputs = table.vocabulary or max(1, len(task.labels))
+    if table.asked * outputs > MAX_NUMBERS:  # check: predictions-are-bounded
+        raise RuleError(
+            f"distill: {table.asked:,} predictions of {outputs:,} numbers each are more than {MAX_NUMBERS:,}, which "
+            "every owner would send",
+            hint="agree on a pool of fewer rows"
+            + (" or a smaller distill.positions" if task.kind == "causal-lm" else ""),
+        )
 
 
 def every_number_hides_its_owners(draft: DraftTables) -> None:
@@ -476,7 +497,7 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     a_masked_total_has_three_honest_owners,
     the_same_rows_are_weighted_in_few_ways,
     hidden_metrics_cannot_be_subtracted_out,
-    predictions_are_of_one_label_a_text,
+    predictions_can_be_summed,
     an_owner_knows_agreed_labels,
     every_number_hides_its_owners,
     differences_of_labels_hide_their_owners,

@@ -12,6 +12,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,14 +24,18 @@ from numpy.typing import NDArray
 
 from common.data.files import read_columns, side_by_side
 from common.data.sources import find_sources, is_saved_dataset
-from common.errors import DataError
+from common.errors import DataError, ModelError, first_line
 from common.lazy import lazy_module
 
 if TYPE_CHECKING:
     from PIL import Image, ImageOps
+    from transformers import BaseImageProcessor
 else:
     Image, ImageOps = lazy_module("PIL.Image"), lazy_module("PIL.ImageOps")
 
+PREPARES_OTHERWISE = (
+    "agree on a base whose preprocessor_config.json belongs to it; without one, images are only resized"
+)
 FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
@@ -65,10 +70,21 @@ class ImageFile:
         except OSError as error:
             raise DataError(f"{self.where}: cannot be read ({error.strerror})") from None
 
+    def count_pixels(self) -> int:
+        """How many pixels it says that it has; nothing is unpacked. Raises DataError."""
+        with self._refusing():
+            image = self._opened()
+            return image.width * image.height
+
     def pixels(self) -> "Image.Image":
         """The image in 8 bits a channel, grey ("L") or colour ("RGB"). Raises DataError."""
-        try:
+        with self._refusing():
             return _in_eight_bits(ImageOps.exif_transpose(self._opened()))
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
         except DataError:
             raise
         except Exception:  # a broken file can make the decoder raise anything
@@ -187,6 +203,32 @@ def _in_eight_bits(image: "Image.Image") -> "Image.Image":
     if image.mode == "F":
         raise ValueError("has no range that all its readers agree on")
     return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+
+
+def prepared(
+    image: "Image.Image", shape: tuple[int, int, int], processor: "BaseImageProcessor | None"
+) -> NDArray[np.float32]:
+    """An image for a model that takes `shape`, (channels, height, width): by the base's image processor, or fitted."""
+    return as_array(image, *shape) if processor is None else processed(processor, image, shape)
+
+
+def processed(
+    processor: "BaseImageProcessor", pixels: "Image.Image", shape: tuple[int, int, int]
+) -> NDArray[np.float32]:
+    """What the base's image processor makes of an image. Raises ModelError if that is not what its model takes."""
+    try:
+        given = processor(images=[pixels.convert("L" if shape[0] == 1 else "RGB")], return_tensors="np")
+        found: NDArray[np.float32] = np.asarray(given["pixel_values"], np.float32)[0]
+    except Exception as error:  # a configuration can ask the library for anything
+        raise ModelError(
+            f"the base's image processor cannot prepare an image: {first_line(error)}", hint=PREPARES_OTHERWISE
+        ) from None
+    if found.shape != shape:
+        raise ModelError(
+            f"the base's image processor makes images of {found.shape}, and its model takes {shape}",
+            hint=PREPARES_OTHERWISE,
+        )
+    return found
 
 
 def as_array(image: "Image.Image", channels: int, height: int, width: int) -> NDArray[np.float32]:

@@ -1,15 +1,19 @@
 """Ensemble distillation (FedDF, Lin et al., NeurIPS 2020, arXiv 2006.07242): owners teach a student by predictions.
 
 Owners whose models have nothing in common but labels cannot merge weights. Each scores the rows of a public pool with
-its own model instead. Logits z_i(x) are centred over the labels that the model knows, because a softmax ignores what
-all of them share, and clipped to `largest_logit` L. The coordinator learns, per row and label,
+its own model instead: a text or an image once, tagged words one by one, and in a language model some tokens of each
+text. Logits z_i(x) are centred over the labels that the model knows, because a softmax ignores what all of them share,
+and clipped to `largest_logit` L. The coordinator learns, per prediction x and label c,
 
     teacher(x, c) = sum_i w_i(x) k_i(c) z_i(x, c) / sum_i w_i(x) k_i(c)
 
 where k_i(c) is 1 if owner i's model has label c, and w_i is 1 ("alike") or how close the row is to the owner's own rows
 ("density": Synthetic Model Combination, Chan and van der Schaar, NeurIPS 2022, arXiv 2210.05320). The student, the
 agreed base, is trained on softmax(teacher) by the coordinator (server/student.py). It starts at the base, or at what
-the owners that share the base have merged.
+the owners that share the base have merged. Where a row has several labels, logits are clipped and not centred, because
+each has a sigmoid of its own. A regression's numbers are put on the scale from -L to L over the agreed range. The c of
+a language model are all tokens of its vocabulary: the sum carries each of them, because the most likely ones of one
+owner are not those of another.
 
 No equation defines a trained model, so no owner can verify it: it rests on the coordinator.
 """
@@ -47,13 +51,18 @@ KINDS = {
     COVERAGE: "which labels {their} own model knows",
     CLOSENESS: "how close each row of the public pool is to {their} own rows, for each label of {their} model",
 }
+MAX_NUMBERS = 100_000_000  # that predict: 800 MB of an owner's vector, and in memory about twice that
 LEAST_CLOSENESS = 1e-3  # so that every owner has a part in every number
 STARTS: dict[str, SingleRoundMethod] = {"average": AVERAGE, "data_free": DATA_FREE}
 
 
 class DistillTable(Hyperparameters):
-    """`pool`: a JSON Lines file beside the agreement, of which `text` (and `text_pair`) name the columns. Completing a
-    draft adds `pool_sha256` and `rows`, if they are left out.
+    """`pool`: a file beside the agreement, of any type that an owner's rows may have. Of its columns, texts are read
+    from `text` (and `text_pair`), words from `tokens`, images from `image`.
+
+    Completing a draft adds what the pool decides, if it is left out: `pool_sha256`; `rows`; `predictions`, if they are
+    not one a row; and of a language model `vocabulary`, how many tokens it has. It is asked about up to `positions`
+    tokens of each text. The student is taught the `most_likely` tokens of each teacher by name, and all others as one.
 
     `epochs`: how often the student sees the pool, in ascending order. Several are a sweep: it is trained once, for the
     last of them, and judged on validation rows after each; the best is published. `keep`: with "more confident", the
@@ -63,8 +72,14 @@ class DistillTable(Hyperparameters):
     pool: FileName | None = None
     pool_sha256: Digest | None = None
     rows: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    predictions: Annotated[int, Field(ge=1, le=MAX_NUMBERS)] | None = None
+    vocabulary: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
     text: Line = "text"
     text_pair: Line | None = None
+    tokens: Line = "tokens"
+    image: Line = "image"
+    positions: Annotated[int, Field(ge=1, le=10_000)] = 8
+    most_likely: Annotated[int, Field(ge=1, le=10_000)] = 64
     start: Literal["base", "average", "data_free"] = "base"
     weights: Literal["alike", "density"] = "alike"
     keep: Literal["nothing", "more confident"] = "nothing"
@@ -73,6 +88,11 @@ class DistillTable(Hyperparameters):
     epochs: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=20)] = (3,)
     learning_rate: Positive = 1e-4
     batch_size: Annotated[int, Field(ge=1, le=10_000)] = 32
+
+    @property
+    def asked(self) -> int:
+        """How many predictions an owner makes."""
+        return self.predictions or self.rows or 1
 
 
 class Distill(Method[DistillTable]):
@@ -97,7 +117,7 @@ class Distill(Method[DistillTable]):
         if table.pool is None:
             raise RuleError(
                 "distill.pool is missing: owners predict on public rows",
-                hint='name a JSON Lines file beside the agreement: [distill] pool = "pool.jsonl"',
+                hint='name a file beside the agreement: [distill] pool = "pool.jsonl"',
             )
         if list(table.epochs) != sorted(table.epochs):
             raise RuleError(f"distill.epochs = {list(table.epochs)}: must ascend, since the student is trained once")
@@ -113,21 +133,27 @@ class Distill(Method[DistillTable]):
             "like one owner's rows alone is answered by that owner's model alone, except for a thousandth of the "
             "others': nobody is told whose it is, but whoever knows what the owners' rows are about can guess.",
         )
+        continued = (
+            "The totals show how the owners' models together would continue each text of the pool, token by token. A "
+            "text that begins like a text of one owner can bring out how that one goes on, if its model learned it by "
+            "heart.",
+        )
         return (
             "The total shows what the owners' models together say of each row of the pool: a model that was trained "
             "on a row, or on rows like it, is surer of it. So a total about a row that only one owner has shows, "
             "among the others' predictions, that somebody has it. Look at the pool.",
+            *(continued if table.vocabulary else ()),
             *(close if table.weights == "density" else ()),
             *start,
         )
 
     def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:
         start = self._start(tables)
-        return {**(start.measurements(tables) if start else {}), Measurement.PREDICTIONS: self.of(tables).rows or 0}
+        return {**(start.measurements(tables) if start else {}), Measurement.PREDICTIONS: self.of(tables).asked}
 
     def layout(self, settings: MergeSettings) -> TensorLayout:
         table, start = self.hyperparameters(settings), self._start(settings.tables)
-        shape = (table.rows or 1, settings.num_labels)
+        shape = (table.asked, self.outputs(settings))
         entries = [
             TensorEntry(name=PREDICTIONS, shape=shape, bound=table.largest_logit),
             TensorEntry(name=COVERAGE, shape=shape[1:], bound=1.0),
@@ -144,22 +170,26 @@ class Distill(Method[DistillTable]):
         assert owner.predictions is not None  # measured, as this method asked for
         yield from self.predicted(settings, owner.predictions)
 
+    def outputs(self, settings: MergeSettings) -> int:
+        """How many numbers a prediction has: one for each label, or for each token of a vocabulary."""
+        return self.hyperparameters(settings).vocabulary or settings.num_labels
+
     def predicted(self, settings: MergeSettings, said: Predictions) -> Iterator[tuple[str, NDArray]]:
         """What an owner adds that has no weights to give: its predictions alone."""
         known = said.known.astype(np.float64)  # (labels,)
-        logits = np.where(said.known, said.logits, 0.0)  # (rows, labels)
+        logits = said.logits if said.known.all() else np.where(said.known, said.logits, 0.0)  # (predictions, labels)
         if self.hyperparameters(settings).weights == "alike":
             yield PREDICTIONS, logits
             yield COVERAGE, known
             return
         assert said.closeness is not None
-        closeness = np.clip(said.closeness, LEAST_CLOSENESS, 1.0)[:, None]  # (rows, 1)
+        closeness = np.clip(said.closeness, LEAST_CLOSENESS, 1.0)[:, None]  # (predictions, 1)
         yield PREDICTIONS, closeness * logits
         yield COVERAGE, known
         yield CLOSENESS, closeness * known
 
     def teacher(self, settings: MergeSettings, total: SummedTensors) -> NDArray[np.float64]:
-        """The mean logits of all owners, (rows, labels). Nobody's labels are never among the agreed ones."""
+        """The mean logits of all owners, (predictions, labels). Nobody's labels are never among the agreed ones."""
         alike = self.hyperparameters(settings).weights == "alike"
         return total[PREDICTIONS] / (total[COVERAGE] if alike else total[CLOSENESS])
 

@@ -216,8 +216,8 @@ class ClassifierTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What an owner's model says of the pool: `logits` (rows, labels), centred and clipped; `known` (labels,), which of
-    the labels it has; `closeness` (rows,) to the owner's own rows, if that was asked for.
+    """What an owner's model says of the pool: `logits` (predictions, labels), as they are summed; `known` (labels,),
+    which of the labels it has; `closeness` (predictions,) to the owner's own rows, if that was asked for.
     """
 
     logits: NDArray[np.float64]

@@ -90,14 +90,28 @@ def _pool(owner: Owner) -> dict[str, object] | None:
     agreement, table = owner.agreement, DISTILL.of(owner.agreement.tables)
     if DISTILL.name not in agreement.methods:
         return None
-    look, labels = owner.workbench.pool_look, agreement.task.labels
-    unknown = agreement.unknown_labels
+    look, labels, task = owner.workbench.pool_look, agreement.task.labels, agreement.task
+    unknown, sheet = agreement.unknown_labels, owner.workbench.write_pool_sheet()
+    outputs = table.vocabulary or max(1, len(labels))
+    of_images = task.kind == "image-classification"
     return {
         "look": look,
         "file": table.pool,
         "sha256": table.pool_sha256,
-        "labels": len(labels),
-        "numbers": look.rows * len(labels) * (1 if table.weights == "alike" else 2),
+        "asked": _asked(agreement),
+        "outputs": f"{outputs:,} tokens of the vocabulary"
+        if table.vocabulary
+        else f"{outputs} {'targets' if task.is_regression else 'labels'}",
+        "numbers": table.asked * outputs * (1 if table.weights == "alike" else 2),
+        "nearest_by": "by their shades of grey" if of_images else "by the share of words in common",
+        "nothing_near": "None of them resembles an image of yours."
+        if of_images
+        else "None of them has a word in common with a row of yours.",
+        "differ_in": "look the same" if of_images else "differ from one another in one word at most",
+        "of_yours": "LOOK LIKE IMAGES OF YOURS" if of_images else "SAY WHAT ROWS OF YOURS SAY",
+        "varied": quoted(look.varied),
+        "of_images": of_images,
+        "sheet": sheet,
         "largest_logit": table.largest_logit,
         "start": table.start,
         "sums_weights": agreement.sums_weights,
@@ -112,6 +126,15 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         "drawn": [quoted(text) for text in look.drawn],
         "nearest": [(overlap, quoted(text)) for text, overlap in look.nearest if overlap > 0],
     }
+
+
+def _asked(agreement: Agreement) -> str:
+    """What a model predicts of the pool, in words."""
+    table, task = DISTILL.of(agreement.tables), agreement.task
+    rows = f"{table.rows:,} public {'images' if task.kind == 'image-classification' else 'rows'}"
+    if task.kind == "token-classification":
+        return f"the {table.asked:,} words of {rows}"
+    return rows if task.has_labels else f"{table.asked:,} next tokens in {rows}"
 
 
 def _bounded(owner: Owner, repeats: Sequence[Repeat]) -> dict[str, object] | None:
@@ -183,9 +206,15 @@ def _warnings(owner: Owner, same_bundle: bool, repeats: Sequence[Repeat]) -> Ite
     if agreement.multi_round_methods and not agreement.is_verified:
         yield "BETWEEN TWO ROUNDS, A MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL YOURS ALONE."
     if DISTILL.name in agreement.methods:
-        own_rows = owner.workbench.pool_look.own_rows
-        if own_rows:
-            yield f"{own_rows:,} ROWS OF THE POOL ARE YOURS: WHAT YOUR MODEL SAYS OF ROWS THAT IT KNOWS IS SUMMED."
+        look, of_images = owner.workbench.pool_look, agreement.task.kind == "image-classification"
+        if look.own_rows:
+            are = "IMAGES OF THE POOL LOOK LIKE YOURS" if of_images else "ROWS OF THE POOL ARE YOURS"
+            yield f"{look.own_rows:,} {are}: WHAT YOUR MODEL SAYS OF ROWS THAT IT KNOWS IS SUMMED."
+        if look.near_own_rows > look.own_rows:
+            yield (
+                f"{look.near_own_rows:,} ROWS OF THE POOL DIFFER FROM ROWS OF YOURS IN ONE WORD AT MOST: SUCH ROWS "
+                "ASK WHETHER YOUR MODEL KNOWS YOURS."
+            )
     if agreement.privacy.merge_routed_inputs:
         yield "GRAM MATRICES OF EXPERTS LEAVE, HOWEVER FEW ROWS REACHED THEM."
     if agreement.privacy.merge_token_inputs:

@@ -156,7 +156,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         _check_lengths(checks, consortium.draft.task, consortium.base_folder, seen)
         if agreement and schedule:
             _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
-            _estimate(checks, agreement, consortium.base_folder, schedule, seen, coordinates=True)
+            _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
     return following
 
 
@@ -206,7 +206,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             check_same_architecture(look.fine_tuned, own_base(settings, home, base_folder))
         item.found = "; ".join((_look_in_words(look), *oddities(settings, home, agreement.task)))
     agreed_at, table = home / settings.agreement, DISTILL.of(agreement.tables)
-    _check_pool(checks, agreement, pool_path(settings.pool, home, table, agreed_at))
+    pool = pool_path(settings.pool, home, table, agreed_at)
+    _check_pool(checks, agreement, pool)
     if settings.network is not None:
         with checks.item("network") as item:
             network, key, root = owner_network(owner, path)
@@ -223,7 +224,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         _check_tokenizers(checks, agreement, models)
         _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
         _check_room(checks, home / settings.state, schedule, parties=1)
-        _estimate(checks, agreement, base_folder, schedule, [(settings, look)], coordinates=False)
+        _estimate(checks, agreement, base_folder, schedule, [(settings, look)], pool, coordinates=False)
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
     return following
@@ -248,7 +249,8 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
         )
         item.found = _task_in_words(place.agreement, base_folder)
     agreed_at, table = place.home / place.settings.agreement, DISTILL.of(place.agreement.tables)
-    _check_pool(checks, place.agreement, pool_path(place.settings.pool, place.home, table, agreed_at))
+    pool = pool_path(place.settings.pool, place.home, table, agreed_at)
+    _check_pool(checks, place.agreement, pool)
     port = place.host_and_port[1]
     with checks.item("port") as item:
         is_running = listens(port)
@@ -261,7 +263,7 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
             item.found = _device_in_words(find_solver(place.settings.device, str(path)))
     if checks.is_ready:
         _check_room(checks, place.output, schedule, parties=len(place.agreement.owners))
-        _estimate(checks, place.agreement, base_folder, schedule, [], coordinates=True)
+        _estimate(checks, place.agreement, base_folder, schedule, [], pool, coordinates=True)
     return f"amalgram {'merge' if is_running else 'server'} {path}"
 
 
@@ -280,7 +282,28 @@ def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence
 def _check_pool(checks: Checklist, draft: AgreementDraft, pool: Path) -> None:
     if DISTILL.name in draft.methods:
         with checks.item("pool") as item:
-            item.found = f"{len(read_pool(pool, DISTILL.of(draft.tables))):,} rows, as agreed"
+            table = DISTILL.of(draft.tables)
+            rows = len(read_pool(pool, table, draft.task.kind))
+            outputs = table.vocabulary or max(1, len(draft.task.labels))
+            numbers = table.asked * outputs * (1 if table.weights == "alike" else 2)
+            item.found = (
+                f"{rows:,} rows, as agreed: {table.asked:,} predictions of {outputs:,} numbers, "
+                f"{byte_count(8 * numbers)} of what every owner sends"
+            )
+
+
+def _pool_lengths(agreement: Agreement, base_folder: Path, pool: Path | None) -> list[int]:
+    """How many tokens each part of the pool has, as the base reads it; 1 for an image."""
+    if DISTILL.name not in agreement.methods or pool is None:
+        return []
+    from common.models.loading import load_outline
+    from common.pool_rows import PoolReader
+
+    task, table = agreement.task, DISTILL.of(agreement.tables)
+    if not task.is_text:
+        return [1] * (table.rows or 0)
+    reader = PoolReader.of_folder(base_folder, load_outline(base_folder, task), task, table)
+    return [len(row["input_ids"]) for row in reader.read(read_pool(pool, table, task.kind)).features]
 
 
 def _check_lengths(
@@ -324,6 +347,7 @@ def _estimate(
     base_folder: Path,
     schedule: Schedule,
     owners: Sequence[tuple[OwnerSettings, OwnerLook]],
+    pool: Path | None,
     *,
     coordinates: bool,
 ) -> None:
@@ -335,9 +359,11 @@ def _estimate(
     with checks.item("time") as item:
         outline = load_outline(base_folder, agreement.task)
         plan = agreed_plan(outline, base_folder, agreement)
-        work = estimate.work_of(agreement, plan, schedule)
+        asked = _pool_lengths(agreement, base_folder, pool)
+        work = estimate.work_of(agreement, plan, schedule, sum(asked))
         rows = [_owner_rows(agreement.task, base_folder, settings, look) for settings, look in owners]
-        tokens = round(sum(each.tokens for each in rows) / len(rows)) if rows else 1
+        lengths = [each.tokens for each in rows] or asked or [1]
+        tokens = round(sum(lengths) / len(lengths))
         try:
             rates = estimate.measure_rates(outline, plan, tokens, work)
         except TRIAL_ERRORS as error:

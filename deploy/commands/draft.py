@@ -36,10 +36,10 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
             raise SettingsError(f"{path}: exists already", hint="move it away, or name another file with --out")
     door = read_door(address, out.with_name("ca.pem")) if address else None
     written = with_layers(load_settings(short, AgreementDraft), adapters)
-    pool = pool_of(written, short.resolve().parent)
-    written = with_pool(written, pool)
-    identities = _by_name(public)
     base_folder = model_folder(written.base, short.resolve().parent, written.base_revision)
+    pool = pool_of(written, short.resolve().parent)
+    written = with_pool(written, pool, base_folder)
+    identities = _by_name(public)
     public_keys = {name: each.public_key for name, each in identities.items()}
     node_keys = {name: each.node_key for name, each in identities.items() if each.node_key is not None}
     with_keys(with_labels(written, base_folder, models={}), public_keys, node_keys)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.data.rows import pool
+from client.data.rows import pool, unlabelled
 from client.measurement.closeness import closeness
 from client.measurement.evaluation import evaluate, score_logits
 from client.owner import Owner
@@ -46,7 +46,7 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     own: dict[str, list[Score]] = {name: [] for name in tests}
     votes: dict[str, NDArray[np.float32]] = {}
     close: dict[str, NDArray[np.float32]] = {}
-    how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods else {}
+    how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods and not task.judges_tokens else {}
     one_tokenizer = all(owner.settings.own_base is None for owner in owners)
     for owner in owners:
         bench = owner.workbench
@@ -77,7 +77,7 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
 def _closeness(owners: Sequence[Owner]) -> dict[str, dict[str, NDArray[np.float32]]]:
     """By owner, and by the owner of the test rows: how close these are to the first one's own, (rows, 1)."""
     first = owners[0].workbench
-    pool = first.states_of(first.merged_data.pool_rows(first.pool))
+    pool = first.states_of(unlabelled(first.merged_data.pool_rows(first.pool, DISTILL.of(first.agreement.tables))))
     tests = {owner.name: owner.workbench.states_of(owner.workbench.merged_data.test()) for owner in owners}
     found = {}
     for owner in owners:

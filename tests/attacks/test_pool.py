@@ -70,7 +70,7 @@ def test_152_a_row_is_not_asked_twice_in_another_dress(teaching_folder: Path, tm
     for dressed in ("The  \uff4cobby was rude ", "the lob\u200bby was\u00ad rude\u0000"):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the lobby was rude", dressed)))
         with pytest.raises(DataError, match="row 2 says what row 1 says"):
-            pin_pool(path, table)
+            pin_pool(path, table, "text-classification")
 
 
 # --- 153, 154: whoever is alone in a number ---
@@ -162,7 +162,10 @@ def test_owners_with_the_same_labels_hide_each_other(
         ([('pool = "pool.jsonl"\n', "")], r"distill\.pool is missing"),
         ([('pool = "pool.jsonl"', 'pool = "../pool.jsonl"')], r"distill\.pool = .* must be a file's name"),
         ([("epochs = [2, 6]", "epochs = [6, 2]")], "must ascend"),
-        ([('kind = "text-classification"', 'kind = "token-classification"')], "cannot be distilled yet"),
+        (
+            [('kind = "text-classification"', 'kind = "sequence-to-sequence"')],
+            "sequence-to-sequence cannot be distilled",
+        ),
         ([("max_tokens = 32", 'max_tokens = 32\nhead = "private"')], "so predictions are of different labels"),
     ],
 )

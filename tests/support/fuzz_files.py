@@ -26,11 +26,10 @@ with atheris.instrument_imports(
 ):
     from client.data.chat import write_out
     from common.data.files import read_arrays, read_columns
-    from common.data.images import ImageFile
+    from common.data.images import ImageFile, processed
     from common.models.files import read_json, read_tensors, weight_files, without_code
     from common.settings_file import parse_settings, read_toml
 
-from client.data.readers import processed
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.errors import AmalgramError

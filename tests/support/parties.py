@@ -96,7 +96,7 @@ def parties_of(consortium: Path, output: Path, *, verified: bool = False) -> Ite
     if not verified:
         draft = draft.model_copy(update={"verification": Verification(required=False)})
     base, pool = consortium / "base", pool_of(draft, consortium)
-    draft = with_pool(draft, pool)
+    draft = with_pool(draft, pool, base)
     identities = identities_of((*draft.owner_names, COORDINATOR))
     agreement, plan = completed(draft, base)
     files = find_owner_files(consortium, draft)
