@@ -46,7 +46,8 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     own: dict[str, list[Score]] = {name: [] for name in tests}
     votes: dict[str, NDArray[np.float32]] = {}
     close: dict[str, NDArray[np.float32]] = {}
-    how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods and not task.judges_tokens else {}
+    one_vote = not task.judges_tokens and not task.is_regression  # an example, whose weights need not add up to 1
+    how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods and one_vote else {}
     one_tokenizer = all(owner.settings.own_base is None for owner in owners)
     for owner in owners:
         bench = owner.workbench
