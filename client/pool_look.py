@@ -184,7 +184,8 @@ def _as_matrix(words: list[list[int]], columns: int) -> csr_matrix:
 def nearness(theirs: NDArray[np.float32], mine: NDArray[np.float32]) -> NDArray[np.float64]:
     """For each of their thumbnails, how near the nearest one of mine is, (theirs,): 1 is equal. See `_near`."""
     blocks = range(0, len(mine), BLOCK)
-    return np.max([_near(theirs, mine[start : start + BLOCK]).max(axis=1) for start in blocks], axis=0)
+    found = [_near(theirs, mine[start : start + BLOCK]).max(axis=1) for start in blocks]
+    return np.stack(found).max(axis=0)  # check: own-images-are-recognised
 
 
 def _alike(thumbnails: NDArray[np.float32]) -> NDArray[np.int64]:

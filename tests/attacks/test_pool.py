@@ -1,24 +1,36 @@
-"""Attacks 151 to 158: what a sum of predictions can be made to show, and who takes part in it."""
+"""Attacks 151 to 163: what a sum of predictions can be made to show, and who takes part in it."""
 
+import gzip
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+from PIL import Image
+from tokenizers import normalizers
 from tokenizers.normalizers import BertNormalizer
 
-from client.measurement.predictions import centred
+import common.pool
+from client.measurement.predictions import as_summed, centred
 from client.owner import Owner
-from client.pool_look import look_at_pool, overlap
-from common.agreement import AgreementDraft
+from client.pool_look import look_at_images, look_at_pool, overlap, write_sheet
+from common.agreement import AgreementDraft, Task, TaskKind
+from common.data.images import ImageFile
 from common.errors import DataError, ModelError, SettingsError
 from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS, DistillTable
 from common.merge_methods.terms import Predictions
-from common.pool import Pool, in_one_form, pin_pool
+from common.pool import ImagePool, Pool, in_one_form, pin_pool, thumbnail
+from common.pool_rows import PoolReader
 from common.settings_file import parse_settings, parse_toml
 from deploy.commands.agree import QUOTE, consent_text
+from deploy.example.reviews import make_tokenizer
 from server.merge import prepare
+from tests.support import lessons
 from tests.support.merging import merge_settings, plan_for
 from tests.support.parties import OwnersChannel, Parties, parties_of
 
@@ -73,6 +85,28 @@ def test_152_a_row_is_not_asked_twice_in_another_dress(teaching_folder: Path, tm
             pin_pool(path, table, "text-classification")
 
 
+def images_of(path: Path, *images: object) -> Path:
+    """A pool of images, as `datasets` saves them, or whatever else its cells hold."""
+    pyarrow.parquet.write_table(pa.table({"image": list(images)}), path)
+    return path
+
+
+def test_152_an_image_is_not_asked_twice_in_another_file(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
+    twice = [saved(noise, "PNG"), saved(noise, "BMP")]
+    path = images_of(tmp_path / "pool.parquet", *({"bytes": each, "path": "a.png"} for each in twice))
+    with pytest.raises(DataError, match="row 2 says what row 1 says"):
+        pin_pool(path, DistillTable(pool="pool.parquet"), "image-classification")
+
+
+def test_152_a_row_of_words_is_not_asked_twice_as_other_words(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    rows = [["New", "York", "is", "far"], ["new york", "is", "f\u00adar"]]
+    path.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
+    with pytest.raises(DataError, match="row 2 says what row 1 says"):
+        pin_pool(path, DistillTable(pool="pool.jsonl"), "token-classification")
+
+
 # --- 153, 154: whoever is alone in a number ---
 
 
@@ -87,6 +121,23 @@ def test_153_an_owner_that_is_alone_with_a_label_is_not_read(teaching_folder: Pa
     with pytest.raises(SettingsError, match="the models of 2 know the label 'mixed', and at least 3 must"):
         draft_of(teaching_folder, labels, start, compared, *few)
     assert draft_of(teaching_folder, labels, start, compared, few[0]).unknown_labels == {"hotel": frozenset({2})}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        'kind = "token-classification"',
+        'kind = "image-classification"',
+        'problem_type = "multi_label_classification"',
+        'problem_type = "regression"\ntarget_range = [0, 1]',
+    ],
+)
+def test_153_nobody_is_alone_with_a_label_whatever_is_predicted(tmp_path: Path, task: str) -> None:
+    few = 'gives = "predictions"\nlabels = ["a", "b"]'
+    owners = {"ada": few, "bea": few, "cyd": 'gives = "predictions"'}
+    lessons.write_consortium(tmp_path, f'{task}\nlabels = ["a", "b", "c"]', "pool.parquet", owners)
+    with pytest.raises(SettingsError, match="the models of 1 know the label 'c', and at least 3 must"):
+        draft_of(tmp_path)
 
 
 FOUR_LABELS = ("a", "b", "c", "d")
@@ -188,6 +239,33 @@ def test_154_predictions_of_models_that_are_trained_with_noise_reveal_no_more_th
         draft_of(teaching_folder, *bounded, ('start = "data_free"', 'start = "data_free"\nweights = "density"'))
 
 
+@pytest.mark.parametrize(
+    ("task", "table", "says"),
+    [
+        ('kind = "sequence-to-sequence"', "", "what a model writes depends on what it wrote before"),
+        ('kind = "causal-lm"', 'weights = "density"', "how close a text is says nothing of its single tokens"),
+        ('kind = "causal-lm"', 'keep = "more confident"', "only of one label among several"),
+        ('kind = "causal-lm"', 'text_pair = "other"', "reads no pairs of texts"),
+        ('kind = "image-classification"', 'text_pair = "other"', "reads no pairs of texts"),
+        ('problem_type = "multi_label_classification"', 'keep = "more confident"', "only of one label among several"),
+    ],
+)
+def test_154_what_cannot_be_distilled_is_refused_when_it_is_drafted(
+    tmp_path: Path, task: str, table: str, says: str
+) -> None:
+    lessons.write_consortium(tmp_path, task, "pool.jsonl", dict.fromkeys(lessons.THINGS, ""), table=table)
+    with pytest.raises(SettingsError, match=says):
+        draft_of(tmp_path)
+
+
+def test_163_a_sum_that_no_owner_s_memory_holds_is_refused(tmp_path: Path) -> None:
+    """Ten thousand texts at eight tokens each, of a vocabulary of fifty thousand."""
+    table = "rows = 10_000\npredictions = 80_000\nvocabulary = 50_000"
+    lessons.write_consortium(tmp_path, 'kind = "causal-lm"', "pool.csv", dict.fromkeys(lessons.THINGS, ""), table=table)
+    with pytest.raises(SettingsError, match=r"80,000 predictions of 50,000 numbers each are more than 100,000,000"):
+        draft_of(tmp_path)
+
+
 # --- 155: an owner that brings something else than was agreed ---
 
 
@@ -255,12 +333,65 @@ def test_156_the_nearest_row_is_the_one_with_most_words_in_common() -> None:
     assert not overlap(["a"], []).any()
 
 
+def test_156_rows_that_ask_around_an_own_row_are_counted() -> None:
+    """One word changed, added or left out: what a model says of these beside its own row shows whether it knows it."""
+    own = "the lobby was rude to us"
+    changed = [f"the lobby was {word} to us" for word in ("kind", "nice", "loud")]
+    around = [*changed, "the lobby was very rude to us", "the lobby was rude to", "nothing like it"]
+    look = look_at_pool(Pool(tuple((text,) for text in around)), [own, "a b c d e f"])
+    assert (look.own_rows, look.near_own_rows, look.variants) == (0, 5, 3)
+    assert look.varied in changed
+    words = Pool(tuple(tuple(text.split()) for text in around), has_words=True)
+    assert look_at_pool(words, [own]).near_own_rows == 5
+    assert look_at_pool(words, [around[-1]]).nearest[0] == (around[-1], 1.0)
+
+
+def test_156_who_consents_reads_how_many_rows_ask_around_its_own(teaching: Parties) -> None:
+    owner = Owner(teaching.files["hotel"])
+    own = [content.decode() for content in owner.workbench.data.contents()]
+    asked = tuple((f"{text} today",) for text in dict.fromkeys(own))
+    owner.workbench.__dict__["pool_look"] = look_at_pool(Pool(asked), own)
+    warnings = consent_text(owner).partition("BEFORE YOU SAY YES")[2]
+    assert f"{len(asked):,} ROWS OF THE POOL DIFFER FROM ROWS OF YOURS IN ONE WORD AT MOST" in warnings
+
+
+def test_156_an_own_image_that_was_changed_a_little_is_one_s_own(tmp_path: Path) -> None:
+    """Saved anew, in another size, with one pixel changed; another image is not."""
+    chance = np.random.default_rng(0)
+    fields = [chance.integers(0, 256, (6, 6, 3)) for _ in range(2)]
+    own, other = (Image.fromarray(np.kron(each, np.ones((8, 8, 1))).astype(np.uint8)) for each in fields)
+    dotted = own.copy()
+    dotted.putpixel((3, 3), (255, 255, 255))
+    asked = [saved(own, "JPEG"), saved(own.resize((91, 91)), "PNG"), saved(dotted, "PNG"), saved(other, "PNG")]
+    pool = ImagePool(tuple(ImageFile(f"row {number}", each) for number, each in enumerate(asked)))
+    look = look_at_images(pool, [thumbnail(ImageFile("own", saved(own, "PNG")))])
+    assert (look.own_rows, look.variants) == (3, 3)
+    assert set(look.nearest_rows[:3]) == {1, 2, 3}
+    write_sheet(pool, look.nearest_rows, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_mode & 0o077 == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (800, 160)
+
+
 # --- 157: an owner that shouts ---
 
 
 def test_157_no_model_of_an_honest_owner_decides_alone_by_large_logits() -> None:
     loud = centred(np.array([[1e6, 0.0, -1e6]], np.float32), np.array([True] * 3), 16.0)
     assert np.abs(loud).max() == 16.0
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(problem_type="multi_label_classification", labels=("a", "b")),
+        Task(problem_type="regression", labels=("a", "b"), target_range=(0.0, 1.0)),
+    ],
+)
+def test_157_nor_by_large_outputs_of_another_kind(task: Task) -> None:
+    loud = as_summed(np.array([[1e6, -np.inf], [-1e6, 0.5]], np.float32), np.array([True, False]), 16.0, task)
+    assert np.abs(loud).max() == 16.0
+    assert not loud[:, 1].any()
 
 
 # --- 158: a row that is near one owner alone ---
@@ -283,3 +414,88 @@ def test_158_by_closeness_a_row_near_one_owner_alone_is_answered_by_that_owner()
         total += dict(DISTILL.predicted(settings, each))["predictions"]
     assert np.abs(total - first.logits).max() < len(others) * LEAST_CLOSENESS * table.largest_logit
     assert any("by that owner's model alone" in line for line in DISTILL.disclosures(settings.tables))
+
+
+# --- 159 to 162: words and images that are no honest question ---
+
+
+def test_159_a_word_that_others_do_not_read_is_asked_of_nobody(tmp_path: Path) -> None:
+    """If two of three tokenizers drop a word, what is summed of it is the third owner's alone."""
+    words = make_tokenizer()
+    words.backend_tokenizer.normalizer = normalizers.Replace("\u25cb", "")
+    reader = PoolReader(
+        task=Task(kind="token-classification", labels=("a", "b")),
+        table=DistillTable(pool="pool.jsonl"),
+        tokenizer=words,
+        max_tokens=16,
+        embeddings=1000,
+    )
+    with pytest.raises(
+        DataError, match=r"row 2: this model's tokenizer reads nothing in .* other owners would be alone"
+    ):
+        reader.read(Pool((("the", "room"), ("the", "\u25cb", "room")), has_words=True))
+    path = tmp_path / "pool.jsonl"
+    path.write_text(json.dumps({"tokens": ["the", "\u200b", "room"]}) + "\n")
+    with pytest.raises(DataError, match="row 1: word 2 is nothing that shows"):
+        pin_pool(path, DistillTable(pool="pool.jsonl"), "token-classification")
+
+
+def test_160_a_pool_reads_no_other_file(tmp_path: Path) -> None:
+    """An owner's own image beside the pool, or anywhere, is not shown to its model because a row names it."""
+    (tmp_path / "own.png").write_bytes(saved(Image.new("RGB", (8, 8)), "PNG"))
+    table = DistillTable(pool="pool.parquet")
+    for cells in (["own.png"], [{"bytes": None, "path": "own.png"}], [{"path": str(tmp_path / "own.png")}]):
+        with pytest.raises(DataError, match="row 1: must hold the bytes of its image; a path is not followed"):
+            pin_pool(images_of(tmp_path / "pool.parquet", *cells), table, "image-classification")
+    (tmp_path / "pool.csv").write_text("image\nown.png\n")
+    with pytest.raises(DataError, match="a path is not followed"):
+        pin_pool(tmp_path / "pool.csv", table, "image-classification")
+
+
+def test_161_images_that_unpack_to_much_are_refused_before_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = saved(Image.new("L", (8, 8)), "PNG")
+    header = small[12:16] + (60_000).to_bytes(4) * 2 + small[24:29]
+    huge = small[:12] + header + crc32(header).to_bytes(4) + small[33:]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was unpacked"))
+    table = DistillTable(pool="pool.parquet")
+    with pytest.raises(DataError, match="has more than 100,000,000 pixels"):
+        pin_pool(images_of(tmp_path / "pool.parquet", huge), table, "image-classification")
+    monkeypatch.setattr(common.pool, "MAX_PIXELS", 100)
+    with pytest.raises(DataError, match="its images have more than 100 pixels"):
+        pin_pool(images_of(tmp_path / "pool.parquet", small, small), table, "image-classification")
+
+
+def test_161_images_that_a_model_reads_large_are_refused_before_there_is_room_for_them() -> None:
+    reader = PoolReader(
+        task=Task(kind="image-classification", labels=("a", "b")),
+        table=DistillTable(pool="pool.npz"),
+        shape=(3, 10_000, 10_000),
+    )
+    with pytest.raises(DataError, match="its 20 images take 24000000000 bytes as this model reads them"):
+        reader.read(ImagePool(tuple(ImageFile("row", b"") for _ in range(20))))
+
+
+def test_162_a_small_pool_that_unpacks_to_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.pool, "MAX_BYTES", 10_000)
+    rows = "".join(json.dumps({"text": f"row {number} " + "x" * 90}) + "\n" for number in range(1000))
+    (tmp_path / "pool.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    np.savez_compressed(tmp_path / "pool.npz", image=np.zeros((1000, 8, 8), np.uint8))
+    repeated = pa.table({"text": ["x" * 90_000] * 10})
+    pyarrow.parquet.write_table(repeated, tmp_path / "pool.parquet", use_dictionary=False, compression="zstd")
+    kinds: dict[str, TaskKind] = {
+        "pool.jsonl.gz": "text-classification",
+        "pool.npz": "image-classification",
+        "pool.parquet": "text-classification",
+    }
+    for name, kind in kinds.items():
+        assert (tmp_path / name).stat().st_size < 10_000
+        with pytest.raises(DataError, match=r"over 10000 bytes in all|bytes unpacked, at most 10000 are allowed"):
+            pin_pool(tmp_path / name, DistillTable(pool="pool"), kind)
+
+
+def saved(image: Image.Image, form: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
