@@ -86,7 +86,7 @@ class ImagePool:
 def thumbnail(image: ImageFile | NDArray[Any]) -> NDArray[np.float32]:
     """An image in 16 by 16 shades of grey, row by row, (256,): numbers from 0 to 1, or on the scale of an array."""
     if isinstance(image, ImageFile):
-        grey = np.asarray(image.pixels().convert("L"), np.float32) / np.float32(255)
+        grey = np.asarray(image.pixels().convert("RGB"), np.float32).mean(axis=2) / np.float32(255)
     else:
         scale = np.float32(1 / 255 if image.dtype == np.uint8 else 1)
         grey = image.astype(np.float32).mean(axis=tuple(range(image.ndim - 2))) * scale
