@@ -124,7 +124,7 @@ def _without_accents(text: str) -> str:
 
 
 def most_varied(texts: Sequence[str]) -> tuple[int, int]:
-    """How many of the texts are one text but for one word of it, at most; and the index of one of these."""
+    """How many of the texts are one text with at most one word changed; and the index of one of these."""
     keys = [_keys(text) for text in texts]
     found, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *keys]), return_counts=True)
     if not len(found):
@@ -134,7 +134,7 @@ def most_varied(texts: Sequence[str]) -> tuple[int, int]:
 
 
 def count_variants(texts: Sequence[str], own: Sequence[str]) -> int:
-    """How many of the texts are one of `own` but for one word at most, changed, added or left out."""
+    """How many of the texts are one of `own` with at most one word changed, added or left out."""
     mine = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_keys, own)]))
     return sum(bool(np.isin(_keys(text), mine).any()) for text in texts)  # check: variants-of-own-rows-are-counted
 

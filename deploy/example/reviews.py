@@ -63,7 +63,7 @@ base = "base"
 # search tries mixtures of methods in compare_with, which [search] names, on the owners' validation rows.
 # Multi-round methods, for which every owner must stay to the end: regmean_plus_plus, and refit, which fits the
 # classifier anew and reveals how many rows have each label.
-# distill, for owners whose models differ: they predict a public pool of texts (docs/how-it-works.md).
+# distill, for owners whose models differ: they predict a public pool of rows (docs/distillation.md).
 method = "regmean"
 compare_with = ["average", "task_arithmetic", "fisher"]
 
