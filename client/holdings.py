@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from client.data.canaries import canaries_of
+from client.data.groups import group_sums, reported_groups
 from client.data.private_data import PrivateData
 from client.data.rows import Rows, pool
 from client.look import own_base, own_labels, own_task
 from client.measurement import fine_tuning as finetune
-from client.measurement.evaluation import bounded_sums, evaluate, predict_logits
+from client.measurement.evaluation import bounded_sums, evaluate, predict_logits, right_rows, score_logits
 from client.measurement.passes import Halving, Passes
 from client.measurement.private_training import fine_tune_privately
 from client.settings import OwnerSettings, Training
@@ -209,7 +210,30 @@ class Holdings:
         if self.agreement.privacy.epsilon is not None:
             return self._bounded_score(model, self.one_of_each_unit(rows, split))
         labels = self.merged_data.label_set()
-        return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
+        if not self.agreement.evaluation.groups:
+            return self.in_batches(lambda size: evaluate(model, rows, size, self.task, labels, self.passes))
+        logits = self.in_batches(partial(predict_logits, model, rows, passes=self.passes))
+        return self.score_said(logits, rows, split)
+
+    def score_said(self, logits: NDArray[np.float32], rows: Rows, split: Split) -> Score:
+        """The score of what a model says of all rows of a split, (predictions, labels), by agreed group too."""
+        labels, agreed = self.merged_data.label_set(), self.agreement.evaluation.groups
+        score = score_logits(logits, rows, self.task, labels)
+        if not agreed:
+            return score
+        sums = group_sums(right_rows(logits, rows, self.task, labels), self.groups(split), len(agreed))
+        return replace(score, groups=tuple(tuple(map(float, each)) for each in sums))
+
+    def groups(self, split: Split) -> NDArray[np.int64]:
+        """For each row of a split, the agreed group that it counts in, as far as it is reported (groups.py)."""
+        if split not in self._groups:
+            evaluation, said = self.agreement.evaluation, self.merged_data.groups(split)
+            self._groups[split] = reported_groups(said, evaluation.groups, evaluation.least_group_rows)
+        return self._groups[split]
+
+    @cached_property
+    def _groups(self) -> dict[Split, NDArray[np.int64]]:
+        return {}
 
     def _bounded_score(self, model: PreTrainedModel, rows: Rows) -> Score:
         """Sums over examples that none moves far. The noise is added when they leave (rounds.py)."""

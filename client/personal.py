@@ -160,7 +160,7 @@ class _Search:
 
     def __init__(self, holdings: Holdings, ingredients: Ingredients) -> None:
         self._holdings, self._ingredients = holdings, ingredients
-        self._measure = holdings.agreement.choose_by
+        self._measure = holdings.agreement.judge_by
         self.scores: dict[Recipe, Score] = {}
 
     def best(self) -> Recipe:

@@ -159,7 +159,7 @@ def _is_in_last_total(owner: OwnerContext) -> bool:
 def _check_is_good_enough(owner: OwnerContext) -> None:
     """If the agreement says so, the model is as good as it demands on this owner's rows, and as good as the base."""
     agreement, measured = owner.agreement, {each.model: each for each in owner.state.run.tested}
-    least, metric = agreement.evaluation.sign_above, agreement.choose_by
+    least, metric = agreement.evaluation.sign_above, agreement.judge_by
     if least is None:
         return
     if not measured:

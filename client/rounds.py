@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from common.summation.masked.owner import MaskedOwner
 from common.summation.protocol import SessionOver, SumTerms
 from common.tensor_layout import TensorLayout
 
+SCORED = {each.name for each in fields(Score)}
 CONTRIBUTION = "contribution"  # the array that is measured once, in the scales round, and contributed in the next one
 
 
@@ -232,9 +233,7 @@ def _scores(owner: OwnerContext, round_: Round) -> dict[str, Score]:
             kept = owner.state.run.score_at(delivery.position)
             if kept is None:  # the schedule lets no metrics round begin before its candidates are complete
                 raise LocalProtocolError(f"no score was kept for {model} on {split} examples")
-            scores[model] = Score(
-                correct=kept.correct, rows=kept.rows, metric=kept.metric, pearson_r=kept.pearson_r, sums=kept.sums
-            )
+            scores[model] = Score(**kept.model_dump(include=SCORED))
     if split == "test":
         tested = tuple(TestedRecord(model=model, **asdict(score)) for model, score in scores.items())
         owner.state.update_run(tested=tested)

@@ -84,6 +84,8 @@ class Data(Settings):
     target: Column = "target"
     # Rows with the same value here are of one person, or whatever else is protected as a whole (privacy.unit).
     unit: Column | None = None
+    # Which agreed group a row is judged in, such as its site (evaluation.groups). Other values belong to no group.
+    group: Column | None = None
     messages: Column | None = None
     prompt: Column | None = None
     completion: Column = "completion"

@@ -66,6 +66,7 @@ class ScoreRecord(Record):
     pearson_r: float | None = None
     sums: Sums = ()
     cut: tuple[int, int] | None = None
+    groups: Sums = ()
 
 
 class TestedRecord(Record):
@@ -78,6 +79,7 @@ class TestedRecord(Record):
     pearson_r: float | None = None
     sums: Sums = ()
     cut: tuple[int, int] | None = None
+    groups: Sums = ()
 
 
 class ArrivingRecord(Record):

@@ -26,7 +26,7 @@ from client.measurement.block_steps import load_merged_so_far, measure_inputs, m
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
 from client.measurement.closeness import closeness, mean_states
 from client.measurement.disk_model import DiskModel
-from client.measurement.evaluation import predict_logits, score_logits
+from client.measurement.evaluation import predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram import UNBOUNDED
 from client.measurement.gram_stream import Batches, GramStream
@@ -98,7 +98,17 @@ class Workbench(Holdings):
             data.train()
             self.one_of_each_unit(data.validation(), "validation")
             self.one_of_each_unit(data.test(), "test")
+        _ = self.reported_rows()  # raises for a column that is not there
         self._check_noise_leaves_something()
+
+    def reported_rows(self) -> dict[str, tuple[int, int]]:
+        """By agreed group, how many validation and test rows this owner reports; 0 if it reports none."""
+        agreed, found = self.agreement.evaluation.groups, {}
+        if agreed:
+            validation, test = self.groups("validation"), self.groups("test")
+            for number, group in enumerate(agreed):
+                found[group] = (int((validation == number).sum()), int((test == number).sum()))
+        return found
 
     def _check_noise_leaves_something(self) -> None:
         """Raise DataError if this owner has so few rows that noise would hide what all of them say."""
@@ -569,7 +579,7 @@ class Workbench(Holdings):
         if self.settings.own_base is None:
             return self.score(self.own_model(), split)
         rows = self.data.validation() if split == "validation" else self.data.test()
-        return score_logits(self.own_logits(self.own_model(), rows), rows, self.task, self.data.label_set())
+        return self.score_said(self.own_logits(self.own_model(), rows), rows, split)
 
 
 @lru_cache(maxsize=16)

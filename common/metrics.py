@@ -15,6 +15,10 @@ With several labels a row, a prediction is correct if it names exactly the row's
     labels    (L, 3)    by label: rows that have it and are given it, that have it, and that are given it. The total
                         gives F1 by label, and micro F1. Owners with private heads have no labels in common
 
+If groups of rows are agreed on, there is also
+    groups    (G, 3)    by group: correct, rows, and 1 from an owner that reports it; zeros from one that does not,
+                        because it has too few rows of the group (client/data/groups.py)
+
 Of texts, an owner adds once, on test examples, with its own model at home:
     cut       (2,)      how many of its test texts are cut to max_tokens, of how many it looked at
 
@@ -46,7 +50,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.agreement import Agreement, Task
+from common.agreement import WORST_GROUP, Agreement, Task
 from common.errors import FalseTotal
 from common.privacy.legs import own_noise
 from common.privacy.noise import Noise, bound_with_noise
@@ -63,6 +67,7 @@ METRIC_KINDS = {
     "mean": "a model's accuracy and metric on {their} examples, in thousandths",
     "pooled": "the number of {their} predictions by a model, and how many are right",
     "labels": "how many of {their} rows have each label, how many a model gives it, and both",
+    "groups": "of {their} rows, by agreed group: how many a model gets right, how many there are, and if there are any",
     "targets": "sums of a model's predictions, of {their} targets, and of their squares, on a scale from 0 to 1",
     "rows": "the number of {their} rows that a model predicts",
     "noised": "sums over {their} examples of how a model does on each, with noise",
@@ -79,7 +84,7 @@ class Score:
 
     `correct`: predictions, None for a regression, which has `pearson_r` instead. `sums`: by label or target, as they
     travel; empty if the task has none. `cut`: of how many texts how many were cut, (cut, texts); None where that is not
-    counted.
+    counted. `groups`: by agreed group, as they travel.
     """
 
     correct: int | None
@@ -88,6 +93,7 @@ class Score:
     pearson_r: float | None = None
     sums: Sums = ()
     cut: tuple[int, int] | None = None
+    groups: Sums = ()
 
     @property
     def main(self) -> float:
@@ -96,7 +102,7 @@ class Score:
 
     def chosen_by(self, measure: str) -> float:
         """The number that decides a choice; more is better."""
-        return decisive(self.main, self.metric, measure)
+        return decisive(self.main, self.metric, measure, self.groups)
 
 
 def compared_by(accuracy: float | None, pearson_r: float | None) -> float:
@@ -106,11 +112,18 @@ def compared_by(accuracy: float | None, pearson_r: float | None) -> float:
     return value
 
 
-def decisive(main: float, metric: float, measure: str) -> float:
-    """The one of a model's two metrics that `measure` names, so that more is better."""
+def decisive(main: float, metric: float, measure: str, groups: Sums = ()) -> float:
+    """The one of a model's metrics that `measure` names, so that more is better."""
+    if measure == WORST_GROUP:
+        return worst_accuracy(groups)
     if measure in LOWER_IS_BETTER:
         return -metric
     return main if measure in ("accuracy", "pearson_r") else metric
+
+
+def worst_accuracy(groups: Sums) -> float:
+    """The least share of right rows in any group that somebody reports; 0 if nobody reports any."""
+    return min((correct / rows for correct, rows, _ in groups if rows > 0), default=0.0)
 
 
 def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) -> TensorLayout:
@@ -131,6 +144,9 @@ def metrics_layout(agreement: Agreement, split: Split, models: Sequence[str]) ->
             entries.append(TensorEntry(name=f"{model}/pooled", shape=(2,), bound=rows))
         if _counts_labels(task, split):
             entries.append(TensorEntry(name=f"{model}/labels", shape=(len(task.labels), 3), bound=rows))
+        if agreement.evaluation.groups:
+            shape = (len(agreement.evaluation.groups), 3)
+            entries.append(TensorEntry(name=f"{model}/groups", shape=shape, bound=rows))
         if counts_cut(agreement, split, model):
             entries.append(TensorEntry(name=f"{model}/cut", shape=(2,), bound=LOOK_TEXTS))
         if shows:
@@ -195,6 +211,8 @@ def contribution(
             yield f"{model}/pooled", np.array([score.correct, score.rows], dtype=np.float64)
         if _counts_labels(agreement.task, split):
             yield f"{model}/labels", np.array(score.sums)
+        if agreement.evaluation.groups:
+            yield f"{model}/groups", np.array(score.groups)
         if counts_cut(agreement, split, model):
             yield f"{model}/cut", np.array(score.cut, dtype=np.float64)
         if shows_single(agreement, split):
@@ -209,7 +227,8 @@ class MeanScore:
     """A model's metrics over all owners, and by owner where an owner agreed.
 
     Those of a regression are over the rows of all owners together, and it has `pearson_r` instead of accuracy. `sums`:
-    by label or target, over all owners; empty if the task has none. `cut`: as of a Score.
+    by label or target, over all owners; empty if the task has none. `cut`: as of a Score. `groups`: by agreed group,
+    over the owners that report it: correct, rows, and how many owners these are.
     """
 
     accuracy: float | None
@@ -220,6 +239,7 @@ class MeanScore:
     pearson_r: float | None = None
     sums: Sums = ()
     cut: tuple[int, int] | None = None
+    groups: Sums = ()
 
     @property
     def main(self) -> float:
@@ -228,7 +248,7 @@ class MeanScore:
 
     def chosen_by(self, measure: str) -> float:
         """The number that decides a sweep; more is better."""
-        return decisive(self.main, self.metric, measure)
+        return decisive(self.main, self.metric, measure, self.groups)
 
 
 def thousandths(share: float) -> float:
@@ -281,6 +301,7 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
             labels = layout.read(total, f"{model}/labels")
             _check_counts(model, labels, rows)
             counts = _as_sums(labels.round())
+        groups = _read_groups(agreement, layout, total, model) if agreement.evaluation.groups else ()
         scores[model] = MeanScore(
             accuracy=float(accuracy / owners),
             metric=float(metric / owners),
@@ -292,8 +313,24 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
             },
             sums=counts,
             cut=cut,
+            groups=groups,
         )
     return scores
+
+
+def _read_groups(agreement: Agreement, layout: TensorLayout, total: NDArray, model: str) -> Sums:
+    """Raises FalseTotal unless the groups are parts of the model's rows, and no owner reports too few of one."""
+    groups = layout.read(total, f"{model}/groups").round()
+    correct, rows, owners = groups.T
+    whole_correct, whole = layout.read(total, f"{model}/pooled").round()
+    least = agreement.evaluation.least_group_rows
+    fits = (correct >= 0).all() and (correct <= rows).all() and ((rows > 0) == (owners > 0)).all()
+    fits = fits and (owners <= len(agreement.owners)).all() and (rows >= least * owners).all()
+    fits = fits and rows.sum() <= whole and correct.sum() <= whole_correct
+    fits = fits and (rows - correct).sum() <= whole - whole_correct
+    if not fits:  # check: groups-are-parts-of-the-rows
+        raise _false_total(model, "groups")
+    return _as_sums(groups)
 
 
 def _read_cut(layout: TensorLayout, total: NDArray, model: str) -> tuple[int, int]:

@@ -51,11 +51,12 @@ class SignedMean(Settings):
     pearson_r: Correlation | None = None
     sums: tuple[tuple[Finite, ...], ...] = ()
     cut: tuple[Count, Count] | None = None
+    groups: tuple[tuple[Count, Count, Count], ...] = ()
     by_owner: dict[Name, SignedScore]
 
     def chosen_by(self, measure: str) -> float:
         """The number that decides a sweep; more is better."""
-        return decisive(compared_by(self.accuracy, self.pearson_r), self.metric, measure)
+        return decisive(compared_by(self.accuracy, self.pearson_r), self.metric, measure, self.groups)
 
     @classmethod
     def of(cls, score: MeanScore) -> "SignedMean":
@@ -68,6 +69,7 @@ class SignedMean(Settings):
             pearson_r=score.pearson_r,
             sums=score.sums,
             cut=score.cut,
+            groups=tuple((round(correct), round(rows), round(owners)) for correct, rows, owners in score.groups),
             by_owner={
                 owner: SignedScore(
                     correct=each.correct, predictions=each.rows, metric=each.metric, pearson_r=each.pearson_r

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import metrics, scaling
-from common.agreement import Agreement, load_agreement
+from common.agreement import WORST_GROUP, Agreement, load_agreement
 from common.certificates import deliveries_digest
 from common.device import find_solver
 from common.errors import FalseTotal, LocalProtocolError, NumericalError, SettingsError
@@ -273,9 +273,18 @@ class MergeRun:
                 if candidate in self._validated and value is not None
             }
             if sweep and len(sweep) == len(self._candidates(name)):
+                self._check_groups_are_judged(sweep[min(sweep)].score)
                 best = max(sweep, key=self._validation_metric)
                 chosen = sweep[best].hyperparameter
                 self._choices[name] = MethodChoice(candidate=best, hyperparameter=chosen, sweep=sweep)
+
+    def _check_groups_are_judged(self, score: MeanScore) -> None:
+        if self.agreement.choose_by == WORST_GROUP and not any(rows for _, rows, _ in score.groups):
+            least = self.agreement.evaluation.least_group_rows
+            raise NumericalError(
+                f"evaluation.choose_by = 'worst_group': no owner has {least} validation rows of any agreed group",
+                hint="owners name their column (data.group); agree on the values that it has, or choose by accuracy",
+            )
 
     def _validation_metric(self, candidate: str) -> float:
         """The number that decides, as all parties sign it; more is better."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from common.merge_methods.distill import DistillTable
 
+AnySplit = Literal["train", "validation", "test"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateData:
@@ -47,37 +49,56 @@ class PrivateData:
     def train(self) -> Rows:
         """The examples that are measured, and trained on."""
         rows = self._read(self.data.train, self.data.max_train_rows)
-        return rows if self.data.validation is not None else rows.take(self._set_aside(rows)[1])
+        return rows if self.data.validation is not None else rows.take(self._set_aside(len(rows))[1])
 
-    def units(self, split: Literal["train", "validation", "test"] = "train") -> NDArray[np.int64]:
+    def units(self, split: AnySplit = "train") -> NDArray[np.int64]:
         """For each row of a split's file, the number of its unit: rows with one value in the column `data.unit`."""
-        file, max_rows = {
-            "train": (self.data.train, self.data.max_train_rows),
-            "validation": (self.data.validation, self.data.max_validation_rows),
-            "test": (self.data.test, self.data.max_test_rows),
-        }[split]
+        file, column = self._file_of(split)[0], self.data.unit
         assert file is not None  # refused before: single rows of a person would be set aside
-        path, column = self.folder / file, self.data.unit
+        path = self.folder / file
         if column is None:
             raise DataError(
                 "owner's settings: no data.unit, and the agreement protects all rows of a unit together",
                 hint="name the column that tells whose a row is, such as the patient's number",
             )
-        values = read_columns(path, [column], max_rows)[column]
+        values = self._values(split, "unit", column)
         for number, value in enumerate(values, 1):
-            if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
+            if not _is_name(value):
                 raise DataError(
                     f"{path}: row {number}: column {column!r} does not say whose the row is",  # check: units-are-named
                     hint="fill it in, or leave the row out",
                 )
-        rows = self._read(file, max_rows)
+        return np.unique([as_line(str(value)) for value in values], return_inverse=True)[1]
+
+    def groups(self, split: Literal["validation", "test"]) -> list[str]:
+        """For each row of a split, what the column `data.group` says; "" where it says nothing."""
+        column, is_set_aside = self.data.group, split == "validation" and self.data.validation is None
+        if column is None:
+            return [""] * len(self.validation() if split == "validation" else self.test())
+        values = self._values("train" if is_set_aside else split, "group", column)
+        named = [as_line(str(value)) if _is_name(value) else "" for value in values]
+        return [named[index] for index in self._set_aside(len(named))[0]] if is_set_aside else named
+
+    def _file_of(self, split: AnySplit) -> tuple[Path | None, int | None]:
+        """The file that a split names, and of how many of its rows."""
+        return {
+            "train": (self.data.train, self.data.max_train_rows),
+            "validation": (self.data.validation, self.data.max_validation_rows),
+            "test": (self.data.test, self.data.max_test_rows),
+        }[split]
+
+    def _values(self, split: AnySplit, setting: str, column: str) -> list[object]:
+        """What a column that `setting` names says of each row of a split's file."""
+        file, max_rows = self._file_of(split)
+        assert file is not None
+        values, rows = list(read_columns(self.folder / file, [column], max_rows)[column]), self._read(file, max_rows)
         if len(rows) != len(values):
             raise DataError(
-                f"{path}: {len(values) - len(rows)} of {len(values)} rows are cut before the model says anything, so "
-                "what is left cannot be matched with data.unit",
+                f"{self.folder / file}: {len(values) - len(rows)} of {len(values)} rows are cut before the model says "
+                f"anything, so what is left cannot be matched with data.{setting}",
                 hint="agree on a larger task.max_tokens, or leave these rows out",
             )
-        return np.unique([as_line(str(value)) for value in values], return_inverse=True)[1]
+        return values
 
     def training_contents(self) -> Iterator[bytes]:
         """What every example of the training file says, without its label, none set aside."""
@@ -134,7 +155,7 @@ class PrivateData:
         if self.data.validation is not None:
             return self._read(self.data.validation, self.data.max_validation_rows)
         rows = self._read(self.data.train, self.data.max_train_rows)
-        return rows.take(self._set_aside(rows)[0])
+        return rows.take(self._set_aside(len(rows))[0])
 
     def test(self) -> Rows:
         """The examples behind the reported metrics."""
@@ -154,16 +175,16 @@ class PrivateData:
             return np.arange(len(self.task.labels))
         return self._labels_found
 
-    def _set_aside(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _set_aside(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """A tenth of the training examples for validation, and the rest, as indices."""
-        if len(rows) < 10:
+        if rows < 10:
             raise DataError(
-                f"{self.folder / self.data.train}: {len(rows)} rows; without a validation file at least 10 are needed, "
+                f"{self.folder / self.data.train}: {rows} rows; without a validation file at least 10 are needed, "
                 "because a tenth is set aside",
                 hint="add rows, or name a validation file",
             )
-        order = np.random.default_rng(self.seed).permutation(len(rows))
-        return order[: len(rows) // 10], order[len(rows) // 10 :]
+        order = np.random.default_rng(self.seed).permutation(rows)
+        return order[: rows // 10], order[rows // 10 :]
 
     def _read(self, path: Path, max_rows: int | None) -> Rows:
         """The examples of a file. The last ones that were read are kept: a sweep scores each candidate on the same."""
@@ -191,3 +212,8 @@ class PrivateData:
             processor=self.processor,
             reading=self.reading,
         )
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value of a column says whose a row is, or of which group."""
+    return isinstance(value, str | int) and not isinstance(value, bool) and bool(str(value).strip())

@@ -119,12 +119,25 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
     return Score(correct=int((predicted == targets).sum()), rows=len(targets), metric=metric)
 
 
+def right_rows(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows a classifier of whole rows gets right, (rows,): those that `score_logits` counts as correct."""
+    targets = np.asarray(rows.targets)
+    if task.has_several_labels:
+        right: NDArray[np.bool_] = (_given(logits, allowed) == (targets > 0)).all(axis=1)
+        return right
+    return np.asarray(allowed[logits[:, allowed].argmax(axis=1)] == targets)
+
+
+def _given(logits: NDArray[np.float32], allowed: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Several labels a row: those whose output is above 0, where a sigmoid is a half; (rows, labels)."""
+    return np.asarray((logits > 0) & np.isin(np.arange(logits.shape[1]), allowed))
+
+
 def _score_label_sets(
     logits: NDArray[np.float32], targets: NDArray[np.float32], task: Task, allowed: NDArray[np.int64]
 ) -> Score:
-    """Several labels a row: those whose output is above 0, where a sigmoid is a half. Both arrays: (rows, labels)."""
-    is_allowed = np.isin(np.arange(targets.shape[1]), allowed)
-    found, wanted = (logits > 0) & is_allowed, targets > 0
+    """Several labels a row. Both arrays: (rows, labels)."""
+    found, wanted = _given(logits, allowed), targets > 0
     counts = np.stack([(found & wanted).sum(axis=0), wanted.sum(axis=0), found.sum(axis=0)], axis=1)  # (labels, 3)
     occurs = counts[counts[:, 1] > 0]
     return Score(

@@ -3,9 +3,11 @@
 from common.agreement.agreement import Agreement, AgreementDraft, load_agreement
 from common.agreement.tables import (
     COORDINATOR,
+    WORST_GROUP,
     Bounds,
     CoordinatorEntry,
     Evaluation,
+    Measure,
     OwnerEntry,
     Privacy,
     Publish,
@@ -17,11 +19,13 @@ from common.agreement.tables import (
 
 __all__ = [
     "COORDINATOR",
+    "WORST_GROUP",
     "Agreement",
     "AgreementDraft",
     "Bounds",
     "CoordinatorEntry",
     "Evaluation",
+    "Measure",
     "OwnerEntry",
     "Privacy",
     "Publish",

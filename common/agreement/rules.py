@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from math import inf
 
-from common.agreement.tables import CLASSIFYING, DraftTables
+from common.agreement.tables import CLASSIFYING, WORST_GROUP, DraftTables
 from common.errors import RuleError
 from common.merge_methods import METHODS, ORDERED, Hyperparameters
 from common.merge_methods.distill import DISTILL, MAX_NUMBERS, STARTS
@@ -414,9 +414,40 @@ def the_task_is_consistent(draft: DraftTables) -> None:
                 "the same",
                 hint="rename one of them, in the files too",
             )
-    if draft.choose_by not in task.metrics:
+    if draft.choose_by not in (*task.metrics, WORST_GROUP):
         kind = "regression" if task.is_regression else task.kind
         raise RuleError(f"evaluation.choose_by = {draft.choose_by!r}: must be {' or '.join(task.metrics)} for {kind}")
+
+
+def groups_are_of_classified_rows(draft: DraftTables) -> None:
+    """A group's metric is the share of its rows that are right; without noise, which nothing adds to it."""
+    task, groups = draft.task, draft.evaluation.groups
+    if not groups:
+        if draft.choose_by == WORST_GROUP:
+            raise RuleError(
+                "evaluation.choose_by = 'worst_group': no groups are agreed on",
+                hint='name them: groups = ["north", "south"], values of the column that owners name as data.group',
+            )
+        return
+    if task.kind not in CLASSIFYING or task.is_regression:
+        raise RuleError(
+            f"evaluation.groups: a row of {'a regression' if task.is_regression else task.kind} is not right or wrong",
+            hint=f"groups are judged for {' and '.join(CLASSIFYING)}: leave them out",
+        )
+    if draft.privacy.epsilon is not None:  # check: no-group-is-counted-without-noise
+        raise RuleError(
+            f"privacy.epsilon = {draft.privacy.epsilon:g}: metrics of groups are counts of rows, to which no noise is "
+            "added",
+            hint="leave evaluation.groups out",
+        )
+    by_look = {alike(group): group for group in groups}
+    for group in groups:
+        if groups.count(group) > 1 or by_look[alike(group)] != group:
+            raise RuleError(
+                f"evaluation.groups: {group!r} is named twice, or differs from {by_look[alike(group)]!r} only in case "
+                "or in characters that look the same",
+                hint="name each once",
+            )
 
 
 def the_problem_is_consistent(draft: DraftTables) -> None:
@@ -510,6 +541,7 @@ RULES: tuple[Callable[[DraftTables], None], ...] = (
     methods_fit_together,
     the_task_is_consistent,
     the_problem_is_consistent,
+    groups_are_of_classified_rows,
     a_refit_weighs_rows_by_a_single_label,
     a_sweep_tries_each_value_once,
     a_search_has_its_basis,

@@ -23,6 +23,8 @@ TaskKind = Literal[
     "text-classification", "token-classification", "causal-lm", "sequence-to-sequence", "image-classification"
 ]
 Metric = Literal["accuracy", "macro_f1", "entity_f1", "log_likelihood", "pearson_r", "mean_squared_error"]
+WORST_GROUP: Literal["worst_group"] = "worst_group"  # the least accuracy among the agreed groups of rows
+Measure = Metric | Literal["worst_group"]
 METRICS: dict[TaskKind, Metric] = {
     "text-classification": "macro_f1",
     "image-classification": "macro_f1",
@@ -259,12 +261,18 @@ class Evaluation(Settings):
     """The metric by which a sweep is decided, on validation examples.
 
     Left out, it is accuracy; of a regression, the mean squared error, since a correlation misses a constant offset.
+    "worst_group" is the accuracy in that group where it is lowest.
+
+    `groups`: values of the column that each owner's settings name (data.group), such as its sites. Rows of each are
+    judged apart, over all owners. An owner reports no group of which it has fewer than `least_group_rows`.
 
     `sign_above`: with it, an owner signs no model whose metric on its own test examples is lower, or lower than that of
     the base. One refusal stops the publication, unless owners may drop out.
     """
 
-    choose_by: Metric | None = None
+    choose_by: Measure | None = None
+    groups: Annotated[tuple[Line, ...], Field(max_length=100)] = ()
+    least_group_rows: Annotated[int, Field(ge=2, le=1_000_000)] = 10
     sign_above: Finite | None = None
 
 
@@ -391,9 +399,14 @@ class DraftTables(MethodTables):
         return method.candidates(self.tables)
 
     @property
-    def choose_by(self) -> Metric:
+    def choose_by(self) -> Measure:
         """The metric by which a sweep is decided."""
         return self.evaluation.choose_by or ("mean_squared_error" if self.task.is_regression else "accuracy")
+
+    @property
+    def judge_by(self) -> Metric:
+        """The metric by which an owner judges a model on its own rows alone: groups are judged over all owners."""
+        return "accuracy" if self.choose_by == WORST_GROUP else self.choose_by
 
     @property
     def needed_owners(self) -> int:

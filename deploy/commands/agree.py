@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from client.owner import Owner
 from client.repeats import LEAST_SHARE, Repeat, check_repeats, terms_of, what_the_difference_shows
 from client.state import Consent
-from common.agreement import Agreement
+from common.agreement import WORST_GROUP, Agreement
 from common.errors import ConsentError, SettingsError
 from common.identity import fingerprint
 from common.merge_methods import METHODS
@@ -72,6 +72,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         disclosures=_disclosures(agreement),
         without_grams=agreement.tensors.data_free_in_short if owner.schedule.has_grams else "",
         pool=_pool(owner),
+        groups=_groups(owner),
         bounded=_bounded(owner, repeats),
         repeats=[
             {
@@ -135,6 +136,22 @@ def _asked(agreement: Agreement) -> str:
     if task.kind == "token-classification":
         return f"the {table.asked:,} words of {rows}"
     return rows if task.has_labels else f"{table.asked:,} next tokens in {rows}"
+
+
+def _groups(owner: Owner) -> dict[str, object] | None:
+    """What the consent text says of groups of rows; None if none are agreed on."""
+    evaluation, column = owner.agreement.evaluation, owner.settings.data.group
+    if not evaluation.groups:
+        return None
+    counts = owner.workbench.reported_rows()
+    return {
+        "names": [quoted(group) for group in evaluation.groups],
+        "column": column and shown(column),
+        "least": evaluation.least_group_rows,
+        "rows": [(quoted(group), *rows) for group, rows in counts.items() if any(rows)],
+        "kept": [quoted(group) for group, rows in counts.items() if not all(rows)],
+        "judge": owner.agreement.choose_by == WORST_GROUP,
+    }
 
 
 def _bounded(owner: Owner, repeats: Sequence[Repeat]) -> dict[str, object] | None:
@@ -215,6 +232,8 @@ def _warnings(owner: Owner, same_bundle: bool, repeats: Sequence[Repeat]) -> Ite
                 f"{look.near_own_rows:,} ROWS OF THE POOL DIFFER FROM ROWS OF YOURS IN ONE WORD AT MOST: SUCH ROWS "
                 "ASK WHETHER YOUR MODEL KNOWS YOURS."
             )
+    if any(map(any, owner.workbench.reported_rows().values())):
+        yield "IN A GROUP THAT NO OTHER OWNER HAS, EVERYBODY SEES HOW MODELS DO ON YOUR ROWS, AND HOW MANY YOU HAVE."
     if agreement.privacy.merge_routed_inputs:
         yield "GRAM MATRICES OF EXPERTS LEAVE, HOWEVER FEW ROWS REACHED THEM."
     if agreement.privacy.merge_token_inputs:

@@ -153,7 +153,7 @@ def _card(made: Personal, agreement: Agreement, owner: str, elsewhere: dict[str,
         owner=owner,
         title=shown(agreement.title),
         made=_made(made),
-        measure=METRICS[agreement.choose_by],
+        measure=METRICS[agreement.judge_by],
         validation_rows=made.validation["personal"].rows,
         tried=len(made.tried),
         test_rows=made.test["personal"].rows,
@@ -179,7 +179,7 @@ def _print(
         table.add_row(name, f"{score.main:.3f}", f"{score.metric:.3f}")
     console.print(table)
     say(f"made       {_made(made)}")
-    say(f"chosen by  {METRICS[agreement.choose_by]} on validation rows, among {len(made.tried)} models")
+    say(f"chosen by  {METRICS[agreement.judge_by]} on validation rows, among {len(made.tried)} models")
     say(f"elsewhere  {_said_of_elsewhere(made, agreement, elsewhere)}")
     say(f"model      {out}; it contains your own weights, so it must not leave the building", "yellow")
 
@@ -191,7 +191,7 @@ def _as_json(
         "owner": owner,
         "kind": made.recipe.kind,
         "shares": dict(zip(made.groups, made.recipe.shares, strict=False)),
-        "chosen_by": agreement.choose_by,
+        "chosen_by": agreement.judge_by,
         "tried": len(made.tried),
         "validation": {name: {"main": score.main, "metric": score.metric} for name, score in made.validation.items()},
         "test": {name: {"main": score.main, "metric": score.metric} for name, score in made.test.items()},

@@ -16,6 +16,7 @@ from server.report.words import (
     LABELLED,
     METRICS,
     cut_in_words,
+    groups_in_words,
     is_over_all_rows,
     is_regression,
     main_heading,
@@ -95,6 +96,8 @@ def _notes(report: Report) -> Iterator[str]:
         yield "own at home: each owner's model on its own rows"
     if evaluation.sweep:
         yield f"chosen on validation rows: {', '.join(report.chosen[method].candidate for method in evaluation.sweep)}"
+    if groups := groups_in_words(report):
+        yield groups.replace("It is", f"{PUBLISHED_MARK.strip()} is", 1)
     if cut := cut_in_words(report):
         yield cut
     if noise := noise_in_words(report):

@@ -110,6 +110,7 @@ max_unknown = 0.05            # mostly unknown, or of one repeated token
 
 [evaluation]
 choose_by = "accuracy"        # or "macro_f1"; of a regression, "mean_squared_error" or "pearson_r"
+# groups = ["north", "south"] # judge rows of each apart (owners: data.group); then also choose_by = "worst_group"
 # sign_above = 0.7            # no owner signs a model that is worse than this, or than the base, on its test rows
 
 # [verification]

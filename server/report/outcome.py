@@ -5,7 +5,7 @@ coordinator nor how a merge is driven. They import it.
 """
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
@@ -21,7 +21,7 @@ from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.method import Method
 from common.merge_methods.search import SEARCH, Mixture
 from common.merge_methods.terms import LayerNote, MergedDelta
-from common.metrics import LOWER_IS_BETTER, OWN_AT_HOME, MeanScore, Score
+from common.metrics import LOWER_IS_BETTER, OWN_AT_HOME, MeanScore, Score, worst_accuracy
 from common.models import low_rank
 from common.models.layers import Layer as LinearLayer
 from common.models.loading import digest_of
@@ -40,6 +40,7 @@ from server.report.report import (
     Content,
     Digests,
     Evaluation,
+    GroupMetrics,
     Layer,
     LowRank,
     MeanMetrics,
@@ -285,7 +286,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
         metric=agreement.task.metrics[1],
         label_set=agreement.task.label_set,
         cut=outcome.test[OWN_AT_HOME].cut,
-        mean={model: _mean_metrics(score) for model, score in outcome.test.items()},
+        mean={model: _mean_metrics(score, agreement.evaluation.groups) for model, score in outcome.test.items()},
         by_owner={
             owner: {model: _owner_metrics(score.by_owner[owner]) for model, score in outcome.test.items()}
             for owner in agreement.shown_owners
@@ -299,6 +300,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
                     accuracy=tried.score.accuracy,
                     metric=tried.score.metric,
                     pearson_r=tried.score.pearson_r,
+                    worst_group=worst_accuracy(tried.score.groups) if agreement.evaluation.groups else None,
                     scales=outcome.mixtures.get(candidate),
                 )
                 for candidate, tried in choice.sweep.items()
@@ -309,7 +311,7 @@ def _evaluation(outcome: Outcome) -> Evaluation:
     )
 
 
-def _mean_metrics(score: MeanScore) -> MeanMetrics:
+def _mean_metrics(score: MeanScore, groups: Sequence[str] = ()) -> MeanMetrics:
     return MeanMetrics(
         accuracy=score.accuracy,
         metric=score.metric,
@@ -317,6 +319,11 @@ def _mean_metrics(score: MeanScore) -> MeanMetrics:
         predictions=score.rows,
         pearson_r=score.pearson_r,
         sums=score.sums,
+        groups={
+            group: GroupMetrics(accuracy=correct / rows, rows=round(rows), owners=round(owners))
+            for group, (correct, rows, owners) in zip(groups, score.groups, strict=False)
+            if rows > 0
+        },
     )
 
 

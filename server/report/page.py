@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from common.agreement import WORST_GROUP
 from common.page.templates import page_environment
 from common.page.words import capitalised
 from server.report import plots
@@ -33,6 +34,7 @@ from server.report.words import (
     METRICS,
     TOKEN_TASKS,
     cut_in_words,
+    groups_in_words,
     is_over_all_rows,
     is_regression,
     judges_of,
@@ -113,6 +115,7 @@ def metrics_section(report: Report) -> dict[str, Any]:
         "main_heading": main_heading(report),
         "cut": cut_in_words(report),
         "by_output": by_output(report),
+        "groups": groups_in_words(report),
         "difference": difference,
         "summary_of": summary_of,
         "plot": _models_plot(report),
@@ -192,6 +195,8 @@ def _sweep_plots(report: Report) -> dict[str, Markup]:
         curves = {main_metric(report): [trial.main for trial in tried], METRICS[report.evaluation.metric]: metrics}
         if report.evaluation.metric in ("log_likelihood", "mean_squared_error"):  # of another scale: what decided
             curves = {name: curves[name] for name in curves if name == METRICS[report.evaluation.choose_by]}
+        if report.evaluation.choose_by == WORST_GROUP:
+            curves[METRICS[WORST_GROUP]] = [trial.worst_group or 0.0 for trial in tried]
         values = [trial.hyperparameter for trial in tried]
         made[method] = Markup(plots.sweep_plot(str(number), values, curves, chosen))
     return made

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
-from common.agreement.tables import Dtype, Metric, TaskKind
+from common.agreement.tables import Dtype, Measure, Metric, TaskKind
 from common.errors import SettingsError
 from common.merge_methods.terms import ProblemType, Weighting
 from common.metrics import Split, compared_by
@@ -28,7 +28,8 @@ from server.output_folder import CHECKPOINT, last_step
 REPORT_VERSION: Literal[5] = 5
 MAX_REPORT_BYTES = 64_000_000
 MAX_QUOTED_CHARACTERS = 120  # of what an error message quotes from a file
-FIXED_MODELS = ("base", "own_at_home", "own", "ensemble", "close_ensemble", "multi_task")
+REFERENCES = ("own", "ensemble", "close_ensemble", "multi_task")
+FIXED_MODELS = ("base", "own_at_home", *REFERENCES)
 
 Correlation = Annotated[float, Field(ge=-1, le=1)]
 Sums = tuple[tuple[float, ...], ...]
@@ -143,6 +144,14 @@ class Choice(Table):
     hyperparameter: float | None = Field(description="The value of its hyperparameter, or null if it has none.")
 
 
+class GroupMetrics(Table):
+    """How one model did on the test rows of one group, over the owners that report it."""
+
+    accuracy: Share = Field(description="The share of rows that it got right.")
+    rows: int = Field(ge=1, description="How many rows were judged.")
+    owners: int = Field(ge=1, description="How many owners report the group. If it is one, these are its own metrics.")
+
+
 class MeanMetrics(Table):
     """How one model did over all owners' test rows."""
 
@@ -166,6 +175,14 @@ class MeanMetrics(Table):
         "are given it. Of a regression, by target, on a scale from 0 to 1 over target_range: sums of predictions, "
         "targets, predictions^2, targets^2 and squared differences.",
     )
+    groups: dict[Line, GroupMetrics] = Field(
+        default={}, description="By agreed group that some owner reports (evaluation.groups), in the agreed order."
+    )
+
+    @property
+    def worst_group(self) -> str | None:
+        """The group in which the model is right least often; None without groups."""
+        return min(self.groups, key=lambda group: self.groups[group].accuracy, default=None)
 
     @property
     def main(self) -> float:
@@ -195,6 +212,9 @@ class Trial(Table):
     accuracy: Share | None = Field(description="Mean accuracy over owners; null for a regression.")
     metric: float = Field(description="Mean of `evaluation.metric` over owners; of a regression, over all rows.")
     pearson_r: Correlation | None = Field(description="Pearson's r; null unless a regression.")
+    worst_group: Share | None = Field(
+        default=None, description="Accuracy in the agreed group where it is lowest; null without groups."
+    )
     scales: tuple[Size, ...] | None = Field(
         default=None,
         description="Of a search, how much of each merged delta each group of blocks takes: first that of the first "
@@ -210,7 +230,7 @@ class Trial(Table):
 class Evaluation(Table):
     """What the owners measured."""
 
-    choose_by: Metric = Field(description="The metric that decides a sweep.")
+    choose_by: Measure = Field(description="The metric that decides a sweep.")
     metric: Metric = Field(description="The metric beside accuracy, or beside Pearson's r.")
     label_set: Literal["own", "all"] = Field(description="Whether predictions are judged among the owner's labels.")
     mean: dict[Line, MeanMetrics] = Field(description="By model, on test rows.")
@@ -437,7 +457,11 @@ class Report(Table):
         return self
 
     def _check_sums(self) -> None:
-        """Readers take them apart by label or target."""
+        """Readers take them apart by label or target, and compare models group by group."""
+        published = self.evaluation.mean[self.method].groups
+        for model, each in self.evaluation.mean.items():
+            if model not in REFERENCES and each.groups.keys() != published.keys():
+                raise ValueError("evaluation.mean: models are judged on other groups than the published one")
         task = self.agreement.task
         width = {"regression": 5, "multi_label_classification": 3}.get(task.problem_type, 0)
         for each in self.evaluation.mean.values():

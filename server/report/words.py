@@ -66,6 +66,7 @@ METRICS = {
     "log_likelihood": "log likelihood",
     "pearson_r": "Pearson's r",
     "mean_squared_error": "mean squared error",
+    "worst_group": "accuracy in the worst group",
 }
 
 
@@ -136,6 +137,17 @@ def cut_in_words(report: Report) -> str:
     if not cut:
         return ""
     return f"{percent(cut / texts)} of the owners' test texts are longer than task.max_tokens, and were cut."
+
+
+def groups_in_words(report: Report) -> str:
+    """How the published model does in the group where it does worst, in a sentence; empty without groups."""
+    groups, group = report.evaluation.mean[report.method].groups, report.evaluation.mean[report.method].worst_group
+    if group is None:
+        return ""
+    worst, others = groups[group], len(groups) - 1
+    whose = "one owner" if worst.owners == 1 else f"{worst.owners} owners"
+    beside = f", the lowest of {len(groups)} groups" if others else ""
+    return f"It is right on {percent(worst.accuracy)} of the {worst.rows} test rows of {group} at {whose}{beside}."
 
 
 def as_main(report: Report, value: float) -> str:

@@ -87,6 +87,7 @@ SEARCH, SEARCHED = "test_search.py", "end_to_end/test_search.py"
 SEARCH_ATTACKS = "attacks/test_search.py"
 
 DISTILLED, POOL = "test_distill.py", "attacks/test_pool.py"
+GROUPS = "attacks/test_groups.py"
 
 TABLE = [
     # 151 to 157: predictions on a pool
@@ -128,6 +129,11 @@ TABLE = [
     Mutation(POOL, "test_162_", "unpacked-text-is-bounded"),
     Mutation(POOL, "test_162_", "unpacked-files-are-bounded"),
     Mutation(POOL, "test_163_", "predictions-are-bounded"),
+    # 221 to 223: metrics of groups of rows
+    Mutation(GROUPS, "test_221_", "small-groups-stay-here", ""),
+    Mutation(GROUPS, "test_222_", "the-rest-is-not-small"),
+    Mutation(GROUPS, "test_223_", "groups-are-parts-of-the-rows"),
+    Mutation(GROUPS, "test_what_cannot_be_agreed_on_groups", "no-group-is-counted-without-noise"),
     # 191 to 197: a search among mixtures
     Mutation(SEARCH_ATTACKS, "test_191_", "mixtures-are-within-bounds"),
     Mutation(SEARCH_ATTACKS, "test_192_", "mixtures-are-not-repeated"),

@@ -87,7 +87,7 @@ _REPORT: dict[str, Any] = {
         "label_set": "own",
         "cut": None,
         "mean": {
-            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[])
+            model: _scores(accuracy, 800, pooled_accuracy=accuracy - 0.01, sums=[], groups={})
             for model, accuracy in ACCURACIES.items()
         },
         "by_owner": {"ada": {model: _scores(accuracy + 0.0625, 400) for model, accuracy in ACCURACIES.items()}},
@@ -99,6 +99,7 @@ _REPORT: dict[str, Any] = {
                     "accuracy": 0.6,
                     "metric": 0.5,
                     "pearson_r": None,
+                    "worst_group": None,
                     "scales": None,
                 },
                 {
@@ -107,6 +108,7 @@ _REPORT: dict[str, Any] = {
                     "accuracy": 0.7,
                     "metric": 0.6,
                     "pearson_r": None,
+                    "worst_group": None,
                     "scales": None,
                 },
             ]
