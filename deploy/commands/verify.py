@@ -27,7 +27,7 @@ from common.certificates import Delivered, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
 from common.identity import fingerprint, verify
-from common.metrics import OWN_AT_HOME
+from common.metrics import OWN_AT_HOME, worst_accuracy
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
@@ -36,7 +36,7 @@ from common.settings_file import parse_settings
 from common.summation.records import Signed, name_at
 from deploy.terminal import answer, shows_json
 from server import evidence
-from server.report.report import Report, read_report
+from server.report.report import Report, group_metrics, read_report
 
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
 CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".h5", ".keras", ".ipynb", ".sh"}
@@ -225,6 +225,8 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
             getattr(mean, each) != getattr(signed, each) for each in SIGNED
         ):  # check: verify-compares-metrics
             yield f"evaluation.mean.{model}"
+        elif mean.groups != group_metrics(agreement.evaluation.groups, signed.groups):  # check: verify-compares-groups
+            yield f"evaluation.mean.{model}.groups"
         shown = {owner: each[model] for owner, each in evaluation.by_owner.items() if model in each}
         if {
             owner: (each.accuracy, each.pearson_r, each.metric, each.predictions) for owner, each in shown.items()
@@ -235,6 +237,9 @@ def _differences(report: Report, agreement: Agreement, receipts: PublishedReceip
         name: (each.accuracy, each.pearson_r, each.metric) for name, each in publication.validation.items()
     }:
         yield "evaluation.sweep"
+    worst = {name: worst_accuracy(each.groups) for name, each in publication.validation.items() if each.groups}
+    if {name: each.worst_group for name, each in tried.items() if each.worst_group is not None} != worst:
+        yield "evaluation.sweep: worst_group"
     mixtures = {name: each.scales for name, each in tried.items() if each.scales is not None}
     if mixtures != publication.mixtures:  # check: verify-compares-mixtures
         yield "evaluation.sweep: scales"

@@ -40,7 +40,6 @@ from server.report.report import (
     Content,
     Digests,
     Evaluation,
-    GroupMetrics,
     Layer,
     LowRank,
     MeanMetrics,
@@ -52,6 +51,7 @@ from server.report.report import (
     Step,
     Tensors,
     Trial,
+    group_metrics,
 )
 
 MIN_SWEEP = 3  # candidates; of two, each is at an end
@@ -319,11 +319,7 @@ def _mean_metrics(score: MeanScore, groups: Sequence[str] = ()) -> MeanMetrics:
         predictions=score.rows,
         pearson_r=score.pearson_r,
         sums=score.sums,
-        groups={
-            group: GroupMetrics(accuracy=correct / rows, rows=round(rows), owners=round(owners))
-            for group, (correct, rows, owners) in zip(groups, score.groups, strict=False)
-            if rows > 0
-        },
+        groups=group_metrics(groups, score.groups),
     )
 
 

@@ -10,7 +10,7 @@ the own models' probabilities), `multi_task` (the base fine-tuned on the pooled 
 `close_ensemble` (that mean, weighted by how close a row is to each owner's own).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,6 +150,15 @@ class GroupMetrics(Table):
     accuracy: Share = Field(description="The share of rows that it got right.")
     rows: int = Field(ge=1, description="How many rows were judged.")
     owners: int = Field(ge=1, description="How many owners report the group. If it is one, these are its own metrics.")
+
+
+def group_metrics(groups: Sequence[str], sums: Sequence[Sequence[float]]) -> dict[str, GroupMetrics]:
+    """Of the agreed groups that some owner reports; `sums`: as metrics.MeanScore has them."""
+    return {
+        group: GroupMetrics(accuracy=correct / rows, rows=round(rows), owners=round(owners))
+        for group, (correct, rows, owners) in zip(groups, sums, strict=bool(sums))
+        if rows > 0
+    }
 
 
 class MeanMetrics(Table):

@@ -176,6 +176,15 @@ def test_the_report_shows_each_group_and_the_worst_decides(grouped: Parties, tmp
     receipts = json.loads((tmp_path / "output" / "model" / "receipts.json").read_text())
     assert receipts["publication"]["test"]["own_at_home"]["groups"] == [[int(n) for n in each] for each in own]
     assert check_folder(tmp_path / "output").is_signed
+    for forge in (
+        lambda evaluation: evaluation["mean"]["data_free"]["groups"]["south"].update(accuracy=0.125),
+        lambda evaluation: evaluation["sweep"]["data_free"][0].update(worst_group=0.125),
+    ):
+        forged = json.loads((tmp_path / "output" / "report.json").read_text())
+        forge(forged["evaluation"])
+        shutil.copytree(tmp_path / "output", tmp_path / "forged", dirs_exist_ok=True)
+        (tmp_path / "forged" / "report.json").write_text(json.dumps(forged))
+        assert not check_folder(tmp_path / "forged").is_signed
     render_report(tmp_path / "output")
     page = (tmp_path / "output" / "report.html").read_text()
     assert "By group" in page

@@ -133,6 +133,7 @@ TABLE = [
     Mutation(GROUPS, "test_221_", "small-groups-stay-here", ""),
     Mutation(GROUPS, "test_222_", "the-rest-is-not-small"),
     Mutation(GROUPS, "test_223_", "groups-are-parts-of-the-rows"),
+    Mutation(GROUPS, "test_the_report_shows", "verify-compares-groups"),
     Mutation(GROUPS, "test_what_cannot_be_agreed_on_groups", "no-group-is-counted-without-noise"),
     # 191 to 197: a search among mixtures
     Mutation(SEARCH_ATTACKS, "test_191_", "mixtures-are-within-bounds"),
