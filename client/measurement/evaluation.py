@@ -121,11 +121,10 @@ def score_logits(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: N
 
 def right_rows(logits: NDArray[np.float32], rows: Rows, task: Task, allowed: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which rows a classifier of whole rows gets right, (rows,): those that `score_logits` counts as correct."""
-    targets = np.asarray(rows.targets)
     if task.has_several_labels:
-        right: NDArray[np.bool_] = (_given(logits, allowed) == (targets > 0)).all(axis=1)
-        return right
-    return np.asarray(allowed[logits[:, allowed].argmax(axis=1)] == targets)
+        wanted = np.asarray(rows.targets, np.float32) > 0
+        return np.asarray((_given(logits, allowed) == wanted).all(axis=1))
+    return np.asarray(allowed[logits[:, allowed].argmax(axis=1)] == np.asarray(rows.targets))
 
 
 def _given(logits: NDArray[np.float32], allowed: NDArray[np.int64]) -> NDArray[np.bool_]:
