@@ -1,20 +1,29 @@
 """Can owners whose models share nothing but labels teach one model together, and is it any good?
 
-python -m benchmarks.fusion --data DATA --models MODELS [--seed SEED] [--json]
+python -m benchmarks.fusion --data DATA --models MODELS [--seeds 0,1,2] [--starts base,data_free] [--json]
 
 DATA and MODELS are as in benchmarks/emotion.py. Three owners bring the MiniLM models of their emotion domains, and give
 weights and predictions. Two train a small BERT of their own from nothing, with a vocabulary of their own words, and
 give predictions alone. The pool is unlabelled texts of five domains that no owner has. Everything runs through the
-product, masked. All models are judged on all five owners' test rows. Writes benchmarks/results/fusion.{json,md}.
+product, masked. All models are judged on all five owners' test rows, each owner's own model too. Adds what it measured
+to benchmarks/results/fusion.{json,md} after each run.
+
+A seed decides the small models, the order of the pool and the draw of rows. References come with the start from the
+base.
 """
 
 import argparse
 import json
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import tomli_w
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -23,17 +32,22 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from benchmarks.emotion import OUT_OF_DOMAIN
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.published import everything, publish, published
+from common.agreement import Task
+from common.metrics import Score
 from common.models.folders import base_labels
 from common.pool import in_one_form
+from deploy.simulation import references
 from deploy.simulation.simulate import simulate
 
 WITH_WEIGHTS, WITHOUT = ("isear", "crowdflower", "emoevent"), ("dailydialog", "goemotions")
-RUNS = {  # name: what the agreement says of the student, and what it is compared with
-    "from the base": ({"start": "base"}, ["average", "data_free"]),
-    "from data-free": ({"start": "data_free"}, []),
-    "from the base, by density": ({"start": "base", "weights": "density"}, []),
-}
-POOL_ROWS_PER_DOMAIN, TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 400, 4000, 100, 200
+OWNERS = (*WITH_WEIGHTS, *WITHOUT)
+STARTS = {"base": "the base", "average": "the average", "data_free": "data-free"}
+COMPARED = ("average", "data_free")  # over those who give weights; no seed changes them
+EPOCHS, RATES = (
+    [1, 3],
+    {"base": 5e-4, "average": 1e-4, "data_free": 1e-4},
+)  # what a new head needs is too fast for a merge
+POOL_ROWS_PER_DOMAIN, TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 200, 4000, 100, 200
 WORDS, MAX_TOKENS = 8000, 64
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
@@ -86,7 +100,7 @@ def write_other_base(folder: Path, texts: list[str], labels: tuple[str, ...], se
 
 
 def write_consortium(
-    folder: Path, data: Path, models_folder: Path, student: dict[str, str], compared: list[str], seed: int
+    folder: Path, data: Path, models_folder: Path, start: str, compared: Sequence[str], seed: int
 ) -> None:
     base = (models_folder / "base").resolve()
     labels = base_labels(base)
@@ -94,12 +108,12 @@ def write_consortium(
         "title": "Five emotion domains, two architectures",
         "base": str(base),
         "method": "distill",
-        "compare_with": compared,
+        "compare_with": list(compared),
         "seed": seed,
         "owners": [{"name": name} for name in WITH_WEIGHTS]
         + [{"name": name, "gives": "predictions"} for name in WITHOUT],
         "task": {"kind": "text-classification", "labels": list(labels), "max_tokens": MAX_TOKENS},
-        "distill": {"pool": "pool.jsonl", "epochs": [1, 3], **student},
+        "distill": {"pool": "pool.jsonl", "start": start, "epochs": EPOCHS, "learning_rate": RATES[start]},
         "summation": {"colluders": 0},
         "evaluation": {"choose_by": "macro_f1"},
         "verification": {"required": False},
@@ -107,7 +121,7 @@ def write_consortium(
     }
     (folder / "agreement.toml").write_text(tomli_w.dumps(agreement))
     write_pool(folder / "pool.jsonl", data)
-    for name in (*WITH_WEIGHTS, *WITHOUT):
+    for name in OWNERS:
         rows = (data / name).resolve()
         files = {split: str(rows / f"{file}.jsonl") for split, file in (("train", "train"), ("validation", "dev"))}
         settings: dict[str, Any] = {"name": name}
@@ -126,48 +140,94 @@ def write_consortium(
         (folder / f"{name}.toml").write_text(tomli_w.dumps(settings))
 
 
-def run(data: Path, models_folder: Path, name: str, seed: int) -> dict[str, Any]:
-    student, compared = RUNS[name]
-    with tempfile.TemporaryDirectory() as room:
+@contextmanager
+def own_models_kept() -> Iterator[list[list[Score]]]:
+    """Of each owner's test rows, in the order of the owners, how each owner's own model does on them."""
+    kept: list[list[Score]] = []
+    mean = references._mean
+
+    def keep(scores: Sequence[Score], task: Task) -> Score:
+        kept.append(list(scores))
+        return mean(scores, task)
+
+    with patch.object(references, "_mean", keep):
+        yield kept
+
+
+def run(data: Path, models_folder: Path, start: str, seed: int, compared: Sequence[str]) -> dict[str, Any]:
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as room, own_models_kept() as own:
         folder = Path(room) / "consortium"
         folder.mkdir()
-        write_consortium(folder, data, models_folder, student, compared, seed)
-        report = simulate(folder, Path(room) / "output", with_references=bool(compared))
-    return {
-        "mean": {model: scores.model_dump() for model, scores in report.evaluation.mean.items()},
+        write_consortium(folder, data, models_folder, start, compared, seed)
+        report = simulate(folder, Path(room) / "output", with_references=start == "base")
+    found: dict[str, Any] = {
+        "chosen": report.chosen["distill"].hyperparameter,
+        "mean": {model: [each.accuracy, each.metric] for model, each in report.evaluation.mean.items()},
         "by_owner": {
-            owner: {model: scores.metric for model, scores in found.items()}
-            for owner, found in report.evaluation.by_owner.items()
+            owner: {model: [each.accuracy, each.metric] for model, each in by_model.items()}
+            for owner, by_model in report.evaluation.by_owner.items()
         },
-        "chosen": {method: choice.hyperparameter for method, choice in report.chosen.items()},
-        "seconds": report.seconds,
+        "processor_seconds": round(time.process_time() - began),
     }
+    if own:
+        found["own_models"] = {
+            owner: [float(np.mean([getattr(rows[number], key) for rows in own])) for key in ("main", "metric")]
+            for number, owner in enumerate(OWNERS)
+        }
+    return found
+
+
+# --- the page ---
+
+
+def over_seeds(runs: Mapping[str, Any], key: str, of: Callable[[Any], list[float] | None]) -> str:
+    """Accuracy and macro F1 in the mean over seeds, and in the worst and the best of several."""
+    found = [of(each) for name, each in runs.items() if name.startswith(key)]
+    values = np.array([each for each in found if each is not None])
+    if not len(values):
+        return "not run | not run | 0"
+    cells = [
+        f"{column.mean():.3f}" + (f" ({column.min():.3f} to {column.max():.3f})" if len(column) > 1 else "")
+        for column in values.T
+    ]
+    return " | ".join([*cells, str(len(values))])
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    owners = (*WITH_WEIGHTS, *WITHOUT)
+    runs = results["runs"]
     lines = [
         "# Five owners, two architectures",
         "",
-        f"Macro F1 on {TEST_ROWS} test rows of each owner. {', '.join(WITH_WEIGHTS)} bring MiniLM models;",
-        f"{' and '.join(WITHOUT)} trained a small BERT from nothing, on a vocabulary of their own. The pool is up to",
-        f"{POOL_ROWS_PER_DOMAIN} unlabelled texts of each of {', '.join(OUT_OF_DOMAIN)}. `*` needs all models in one",
-        "place. Made by",
+        f"Accuracy and macro F1 on {TEST_ROWS} test rows of each of five owners, in the mean over the owners.",
+        f"{', '.join(WITH_WEIGHTS)} bring MiniLM models; {' and '.join(WITHOUT)} trained a small BERT from nothing, on",
+        f"a vocabulary of their own. The pool is up to {POOL_ROWS_PER_DOMAIN} unlabelled texts of each of",
+        f"{', '.join(OUT_OF_DOMAIN)}. Students see it up to {EPOCHS[-1]} times, with learning",
+        f"rates {', '.join(f'{rate:g} from {STARTS[start]}' for start, rate in RATES.items())}.",
+        "Where there are several seeds: the mean, and in brackets the lowest and the highest. `*` needs all models in",
+        "one place. Made by",
         "",
         "    python -m benchmarks.fusion --data DATA --models MODELS",
         "",
-        "| model | seed | accuracy | macro F1 | " + " | ".join(owners) + " |",
-        "|---" * (4 + len(owners)) + "|",
+        "| model | accuracy | macro F1 | seeds |",
+        "|---|---|---|---|",
     ]
-    for key, result in results["runs"].items():
-        name, seed = key.rsplit(", seed ", 1)
-        for model, scores in result["mean"].items():
-            if name != next(iter(RUNS)) and model != "distill":
-                continue
-            title = f"student {name}" if model == "distill" else model.replace("_", " ")
-            title += " *" if "ensemble" in model else ""
-            by_owner = " | ".join(f"{result['by_owner'][owner][model]:.3f}" for owner in owners)
-            lines.append(f"| {title} | {seed} | {scores['accuracy']:.3f} | {scores['metric']:.3f} | {by_owner} |")
+    for start, name in STARTS.items():
+        title = f"**student, from {name}**"
+        lines.append(f"| {title} | {over_seeds(runs, f'{start}, ', lambda each: each['mean']['distill'])} |")
+    for owner in OWNERS:
+        cells = over_seeds(runs, "", lambda each: each.get("own_models", {}).get(owner))  # noqa: B023
+        lines.append(f"| {owner}'s own model * | {cells} |")
+    for model, title in {
+        "own": "an own model, in the mean *",
+        "ensemble": "ensemble *",
+        "close_ensemble": "ensemble, each weighted by closeness (SMC) *",
+        "average": "average of the three MiniLM models",
+        "data_free": "data-free merge of the three",
+        "base": "base",
+    }.items():
+        key = "base, " if model == "base" else ""
+        lines.append(f"| {title} | {over_seeds(runs, key, lambda each: each['mean'].get(model))} |")  # noqa: B023
     return "\n".join(lines) + "\n"
 
 
@@ -175,14 +235,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--starts", default="base,data_free,average")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()
-    results = published("fusion") or {"machine": this_machine(), "runs": {}}
-    for name in RUNS:
-        results["runs"][f"{name}, seed {arguments.seed}"] = run(arguments.data, arguments.models, name, arguments.seed)
-        publish("fusion", results, as_markdown(results), everything)
+    starts = arguments.starts.split(",")
+    for seed in map(int, arguments.seeds.split(",")):
+        for start in starts:
+            compared = COMPARED if (start, seed) == ("base", 0) else ()
+            found = run(arguments.data, arguments.models, start, seed, compared)
+            results = published("fusion")  # another process may have added to it
+            if results.get("rates") != RATES:
+                results = {"machine": this_machine(), "rates": RATES, "runs": {}}
+            results["runs"][f"{start}, seed {seed}"] = found
+            publish("fusion", results, as_markdown(results), everything)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 
