@@ -1,18 +1,20 @@
 """Does merging still pay if the owners of one task see its labels in different shares?
 
-python -m benchmarks.label_skew --data DATA --base BASE [--concentrations 0.1,0.5,100] [--json]
+python -m benchmarks.label_skew --data DATA --base BASE [--concentrations 0.1,0.3,1.0] [--rows 1600] [--json]
 
 DATA is a folder with {train,dev,test}.jsonl (`text`, `label`). BASE is a Hugging Face encoder; its head, if it has
-one, is ignored. Each label's training rows are divided among four owners in shares drawn from a Dirichlet distribution,
-as in Hsu et al. 2019 (arXiv 1909.06335). A small concentration gives owners with one or two labels. Each owner
-fine-tunes the base on its own rows. All are judged on the same test rows, over all labels. Everything runs through the
-product, masked. Writes benchmarks/results/label_skew.{json,md}.
+one, is ignored. Each label's share of the first ROWS training rows is divided among four owners in shares drawn from a
+Dirichlet distribution, as in Hsu et al. 2019 (arXiv 1909.06335). A small concentration gives owners with one or two
+labels. Each owner fine-tunes the base on its own rows. The first 400 validation and 600 test rows have all labels, and
+each owner judges a quarter of them: so a mean over owners is the accuracy on all. Everything runs through the product,
+masked. Writes benchmarks/results/label_skew.{json,md}.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from benchmarks.published import everything, publish, published
 from deploy.simulation.simulate import simulate
 
 OWNERS = ("north", "east", "south", "west")
-METHODS = ("regmean", "average", "task_arithmetic", "fisher", "regmean_plus_plus", "refit")
-MODELS = ("base", "own_at_home", *METHODS[1:4], METHODS[0], *METHODS[4:], "ensemble", "multi_task")
+METHODS = ("average", "data_free", "logit_adjusted", "regmean", "regmean_plus_plus", "refit")
+MODELS = ("base", "own_at_home", *METHODS)
+JUDGED = {"dev": 400, "test": 600}  # rows, of all owners together
 SEED = 0
 
 Row = dict[str, str]
@@ -47,6 +50,11 @@ def split_by_label(rows: list[Row], concentration: float, seed: int) -> dict[str
     return parts
 
 
+def first_rows(file: Path, count: int) -> list[Row]:
+    with file.open() as lines:
+        return [json.loads(line) for line in islice(lines, count)]
+
+
 def write_consortium(folder: Path, data: Path, base: Path, parts: Mapping[str, list[Row]], labels: list[str]) -> None:
     AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
@@ -58,36 +66,37 @@ def write_consortium(folder: Path, data: Path, base: Path, parts: Mapping[str, l
         "seed": SEED,
         "owners": [{"name": owner} for owner in OWNERS],
         "task": {"kind": "text-classification", "labels": labels, "max_tokens": 64, "label_set": "all"},
-        "regmean": {"alphas": [0.1, 0.5, 0.9, 1.0], "measured_examples": 500},
+        "regmean": {"alphas": [0.1, 0.9], "measured_examples": 500},
         "evaluation": {"choose_by": "macro_f1"},
         "bounds": {"headroom": 1e7},
     }
     (folder / "agreement.toml").write_text(tomli_w.dumps(agreement))
-    for owner, rows in parts.items():
-        (folder / f"{owner}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = {split: first_rows(data / f"{split}.jsonl", count) for split, count in JUDGED.items()}
+    for number, (owner, rows) in enumerate(parts.items()):
+        quarters = {split: each[number :: len(OWNERS)] for split, each in judged.items()}
+        for split, part in {"train": rows, **quarters}.items():
+            (folder / f"{owner}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         settings = {
             "name": owner,
             "training": {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32},
             "data": {
-                "train": f"{owner}.jsonl",
-                "validation": str(data / "dev.jsonl"),
-                "test": str(data / "test.jsonl"),
-                "max_validation_rows": 400,
-                "max_test_rows": 600,
+                "train": f"{owner}-train.jsonl",
+                "validation": f"{owner}-dev.jsonl",
+                "test": f"{owner}-test.jsonl",
             },
         }
         (folder / f"{owner}.toml").write_text(tomli_w.dumps(settings))
 
 
-def run(data: Path, base: Path, concentration: float) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+def run(data: Path, base: Path, concentration: float, count: int) -> dict[str, Any]:
+    rows = first_rows(data / "train.jsonl", count)
     labels = sorted({row["label"] for row in rows})
     parts = split_by_label(rows, concentration, SEED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "consortium"
         folder.mkdir()
         write_consortium(folder, data, base, parts, labels)
-        report = simulate(folder, Path(name) / "output")
+        report = simulate(folder, Path(name) / "output", with_references=False)
     return {
         "rows": {
             owner: [sum(row["label"] == label for row in part) for label in labels] for owner, part in parts.items()
@@ -100,7 +109,7 @@ def run(data: Path, base: Path, concentration: float) -> dict[str, Any]:
 
 def as_markdown(results: dict[str, Any]) -> str:
     lines = ["# Four owners of one task who see its labels in different shares", ""]
-    lines += ["Accuracy on the same 600 test rows, over all labels. Made by", ""]
+    lines += ["Accuracy on 600 test rows, over all labels. Made by", ""]
     lines += ["    python -m benchmarks.label_skew --data DATA --base BASE", ""]
     lines += ["| concentration | " + " | ".join(model.replace("_", " ") for model in MODELS) + " |"]
     lines += ["|---" * (len(MODELS) + 1) + "|"]
@@ -118,13 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--concentrations", default="0.1,0.5,100")
+    parser.add_argument("--concentrations", default="0.1,0.3,1.0")
+    parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()
     results = published("label_skew")
     for concentration in arguments.concentrations.split(","):
-        results[concentration] = run(arguments.data, arguments.base, float(concentration))
+        results[concentration] = run(arguments.data, arguments.base, float(concentration), arguments.rows)
         publish("label_skew", results, as_markdown(results), everything)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
