@@ -1,8 +1,9 @@
-"""The demo over several seeds: how far its accuracies spread. Writes benchmarks/results/demo_seeds.{json,md}.
+"""The demo over several seeds: how far its accuracies spread.
 
 python -m benchmarks.demo_seeds [--seeds 10] [--json]
 
-Beside the demo's own methods: `data_free` by its ridge and what it pulls to, from the formula alone.
+Beside the demo's own methods: `data_free` by its ridge and what it pulls to, from the formula alone. Writes
+benchmarks/results/demo_seeds.{json,md} after each seed that no published run has.
 """
 
 import argparse
@@ -41,8 +42,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # as the command does
-    results = summarise([run_seed(seed) for seed in range(arguments.seeds)])
-    publish("demo_seeds", results, as_markdown(results), size)
+    runs: list[Seed] = []
+    for seed in range(arguments.seeds):
+        runs.append(run_seed(seed))
+        results = summarise(runs)
+        publish("demo_seeds", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 
@@ -106,7 +110,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"# The demo over {results['seeds']} seeds",
         "",
         f"Mean accuracy over the five domains. RegMean beat the average in {results['regmean_beats_average']} of "
-        f"{results['seeds']} runs. Made by `make bench`.",
+        f"{results['seeds']} runs. Made by `python -m benchmarks.demo_seeds`.",
         "",
         "| model | mean | standard deviation | by seed |",
         "|---|---|---|---|",
