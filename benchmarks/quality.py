@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks import formulas
 from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, write_consortium, write_first_rows
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import RESULTS, everything, publish, published
@@ -52,6 +54,10 @@ BATCH = 32
 METHODS = ("regmean", "average", "task_arithmetic", "fisher", "data_free", "regmean_plus_plus")
 PULLS = ((0.1, None), (0.1, 1.0), (1.0, 1.0))  # ridge and pull of data_free
 MEASURED = 500  # rows of each owner, for draws
+FEATCALS = (  # name, how it is fitted, what it is held to, draws
+    ("FeatCal", formulas.FEATCAL, "data_free", 1),
+    ("RegMean++ with FeatCal's targets", formulas.Stepwise(own=0.25), "average", 1),
+)
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
 
@@ -402,6 +408,98 @@ def run_draws(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def run_without_rows(bench: Bench) -> dict[str, Any]:
+    """Methods that read no row: the formulas alone. Each with its gain over data_free, as in `difference`."""
+    models, shares, base = _owners(bench)
+    found: dict[str, Any] = {}
+    first: Logits = {}
+    for name, deltas in {
+        "data_free": partial(formulas.data_free_deltas, models, shares, base),
+        **{f"isotropic@{scale}": partial(formulas.isotropic_deltas, models, base, scale) for scale in (3.0, 6.0)},
+        "model_stock": partial(formulas.model_stock_deltas, models, base),
+    }.items():
+        logits = bench.logits(formulas.at_deltas(bench.load("base"), deltas()))
+        first = first or logits
+        found[name] = _judged(bench, name, logits, first)
+    return found
+
+
+def run_drawn(bench: Bench) -> dict[str, Any]:
+    """Three draws of the rows that are measured, for the methods that are solved with Gram matrices: formulas alone.
+
+    By method: macro F1 in and out, accuracy in and out, and the gain over data_free, for each draw.
+    """
+    models, shares, base = _owners(bench)
+    mean, data_free = (make(models, shares, base) for make in (formulas.mean_deltas, formulas.data_free_deltas))
+    # The pooler and the classifier see one row an example, so the product merges them data-free, too.
+    start = mean | {name: data_free[name] for name in mean if name in ("bert.pooler.dense.weight", "classifier.weight")}
+    first = bench.logits(formulas.at_deltas(bench.load("base"), data_free))
+    found: dict[str, Any] = {"data_free": [_judged(bench, "data_free", first, first)]}
+    for seed in range(3):
+        rows = {name: _measured(bench, name, number, seed) for number, name in enumerate(models)}
+        grams = {name: formulas.grams(models[name], rows[name]) for name in models}
+        for name, (held_to, anchor) in {"regmean@0.9": (start, 0.0), "anchored@0.5": (data_free, 0.5)}.items():
+            deltas = formulas.regmean_deltas(models, shares, base, grams, 0.9, held_to, anchor)
+            logits = bench.logits(formulas.at_deltas(bench.load("base"), deltas))
+            found.setdefault(name, []).append(_judged(bench, f"{name}, draw {seed}", logits, first))
+        found.setdefault("regmean_plus_plus", []).append(
+            _stepwise(bench, f"regmean_plus_plus, draw {seed}", rows, start, mean, formulas.Stepwise(), first)
+        )
+    return found
+
+
+def run_featcal(bench: Bench) -> dict[str, Any]:
+    """FeatCal's targets and anchor in RegMean++: the formulas alone, each for draws of the measured rows."""
+    models, shares, base = _owners(bench)
+    mean, data_free = (make(models, shares, base) for make in (formulas.mean_deltas, formulas.data_free_deltas))
+    first = bench.logits(formulas.at_deltas(bench.load("base"), data_free))
+    found: dict[str, Any] = {}
+    for name, how, held_to, seeds in FEATCALS:
+        for seed in range(seeds):
+            rows = {each: _measured(bench, each, number, seed) for number, each in enumerate(models)}
+            target = data_free if held_to == "data_free" else mean
+            each = _stepwise(bench, f"{name}, draw {seed}", rows, data_free, target, how, first)
+            found.setdefault(name, []).append(each)
+    return found
+
+
+def _stepwise(
+    bench: Bench,
+    name: str,
+    rows: Mapping[str, Rows],
+    start: Mapping[str, Tensor],
+    held_to: Mapping[str, Tensor],
+    how: formulas.Stepwise,
+    first: Logits,
+) -> list[Any]:
+    models, shares, base = _owners(bench)
+    measured = {f"{layer}.weight" for layer in formulas.measured_layers(base)}
+    others = {each: delta for each, delta in start.items() if each not in measured}
+    merged = formulas.at_deltas(bench.load("base"), others)
+    formulas.stepwise_deltas(models, shares, base, merged, rows, held_to, how)
+    return _judged(bench, name, bench.logits(merged), first)
+
+
+def _owners(bench: Bench) -> tuple[dict[str, PreTrainedModel], dict[str, float], PreTrainedModel]:
+    """The owners' models, their shares of all examples, and the base."""
+    examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
+    shares = {name: count / sum(examples.values()) for name, count in examples.items()}
+    return {name: bench.load(name) for name in IN_DOMAIN}, shares, bench.load("base")
+
+
+def _measured(bench: Bench, owner: str, number: int, seed: int) -> Rows:
+    rows = bench.train_rows(owner)
+    return rows.take(np.random.default_rng([seed, number]).permutation(len(rows))[:MEASURED])
+
+
+def _judged(bench: Bench, name: str, logits: Logits, first: Logits) -> list[Any]:
+    """Macro F1 in and out, accuracy in and out, gain over `first` in and out."""
+    gains = [difference(bench, logits, first, domains) for domains in (IN_DOMAIN, OUT_OF_DOMAIN)]
+    found = [*_four(bench.judge(logits)), *gains]
+    say(f"{name}: {found}")
+    return found
+
+
 def _refit_sums(features: NDArray[np.float32], rows: Rows, labels: int) -> tuple[Tensor, Tensor]:
     """What one owner's rows add to the system of common/merge_methods/refit.py, per row, with balance 0.5."""
     fed = torch.from_numpy(np.c_[features, np.ones(len(features))])  # (rows, features and 1) float64
@@ -461,6 +559,9 @@ PARTS = {
     "blocks": run_blocks,
     "pulls": run_pulls,
     "draws": run_draws,
+    "without_rows": run_without_rows,
+    "drawn": run_drawn,
+    "featcal": run_featcal,
 }
 
 
