@@ -64,8 +64,8 @@ def outcome_of(method: str, change: Change, sign_above: float | None) -> str:
         consortium = Path(folder) / "consortium"
         reviews.write_consortium(consortium)
         path = consortium / "agreement.toml"
-        text = path.read_text().replace('method = "regmean"', f'method = "{method}"')
-        text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
+        text = path.read_text().replace('method = "data_free"', f'method = "{method}"')
+        text = text.replace('["average", "task_arithmetic", "regmean"]', "[]")
         text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9]")
         if sign_above is not None:
             text = text.replace("[evaluation]\n", f"[evaluation]\nsign_above = {sign_above}\n")

@@ -58,6 +58,8 @@ FEATCALS = (  # name, how it is fitted, what it is held to, draws
     ("FeatCal", formulas.FEATCAL, "data_free", 1),
     ("RegMean++ with FeatCal's targets", formulas.Stepwise(own=0.25), "average", 1),
 )
+LIMITS = (50, 100, 200, 500, 1000, 2000)  # rows of each owner that a refit is fitted to
+AT_HOME = 1000  # rows that an owner's own classifier is fitted to
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
 
@@ -487,9 +489,9 @@ def _owners(bench: Bench) -> tuple[dict[str, PreTrainedModel], dict[str, float],
     return {name: bench.load(name) for name in IN_DOMAIN}, shares, bench.load("base")
 
 
-def _measured(bench: Bench, owner: str, number: int, seed: int) -> Rows:
+def _measured(bench: Bench, owner: str, number: int, seed: int, count: int = MEASURED) -> Rows:
     rows = bench.train_rows(owner)
-    return rows.take(np.random.default_rng([seed, number]).permutation(len(rows))[:MEASURED])
+    return rows.take(np.random.default_rng([seed, number]).permutation(len(rows))[:count])
 
 
 def _judged(bench: Bench, name: str, logits: Logits, first: Logits) -> list[Any]:
@@ -498,6 +500,53 @@ def _judged(bench: Bench, name: str, logits: Logits, first: Logits) -> list[Any]
     found = [*_four(bench.judge(logits)), *gains]
     say(f"{name}: {found}")
     return found
+
+
+def run_limits(bench: Bench) -> dict[str, Any]:
+    """What limits a merge: its classifier, its encoder or its rows? The formulas alone, on the body of data_free.
+
+    `refit`: the classifier fitted to LIMITS rows of each owner, three draws. `at home`: a classifier for each owner,
+    fitted to AT_HOME rows, on the merged body and on the owner's own; macro F1 and accuracy on its own test rows.
+    """
+    models, shares, base = _owners(bench)
+    body = formulas.at_deltas(bench.load("base"), formulas.data_free_deltas(models, shares, base))
+    tests, labels = _features(bench, body, bench.tests), len(bench.task.labels)
+    rows = {name: _measured(bench, name, number, 0, max(LIMITS)) for number, name in enumerate(models)}
+    features = _features(bench, body, rows)
+    found: dict[str, Any] = {"refit": {}, "at home": {}}
+    for count in LIMITS:
+        for seed in range(3 if 2 * count <= max(LIMITS) else 1):
+            left, right = torch.zeros(()), torch.zeros(())
+            for number, name in enumerate(models):
+                chosen = np.random.default_rng([seed, number]).permutation(len(rows[name]))[:count]
+                gram, products = _refit_sums(features[name][chosen], rows[name].take(chosen), labels)
+                left, right = left + shares[name] * gram, right + shares[name] * products
+            judged = _four(bench.judge(_fitted(left, right, tests)))
+            say(f"refit on {count} rows: {judged}")
+            found["refit"].setdefault(str(count), []).append(judged)
+    for name in models:
+        few = rows[name].take(np.arange(AT_HOME))
+        own = _features(bench, models[name], {"train": few, name: bench.tests[name]})
+        judged = {
+            of: bench.judge(_fitted(*_refit_sums(train, few, labels), {name: test}))[name]
+            for of, (train, test) in {
+                "merged": (features[name][:AT_HOME], tests[name]),
+                "own": (own["train"], own[name]),
+            }.items()
+        }
+        say(f"{name}: {judged}")
+        found["at home"][name] = judged
+    return found
+
+
+def _features(bench: Bench, model: PreTrainedModel, rows: Mapping[str, Rows]) -> dict[str, NDArray[np.float32]]:
+    return {name: bench.classifier_inputs(model, each) for name, each in rows.items()}
+
+
+def _fitted(left: Tensor, right: Tensor, features: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Logits of the classifier that solves this system, on the features of each domain."""
+    weights = torch.linalg.solve(left, right).numpy()  # (features and 1, labels)
+    return {name: (each @ weights[:-1] + weights[-1]).astype(np.float32) for name, each in features.items()}
 
 
 def _refit_sums(features: NDArray[np.float32], rows: Rows, labels: int) -> tuple[Tensor, Tensor]:
@@ -562,6 +611,7 @@ PARTS = {
     "without_rows": run_without_rows,
     "drawn": run_drawn,
     "featcal": run_featcal,
+    "limits": run_limits,
 }
 
 

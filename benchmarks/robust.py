@@ -283,7 +283,8 @@ def consortium(folder: Path) -> Iterator[Consortium]:
         patch.setattr(reviews, "AGREEMENT", reviews.AGREEMENT[: reviews.AGREEMENT.index("[[owners]]")] + roster)
         reviews.write_consortium(folder)
     path = folder / "agreement.toml"
-    text = path.read_text().replace('["average", "task_arithmetic", "fisher"]', '["average", "refit"]')
+    text = path.read_text().replace('method = "data_free"', 'method = "regmean"')
+    text = text.replace('["average", "task_arithmetic", "regmean"]', '["average", "refit"]')
     path.write_text(text + "\n[refit]\nbalances = [0.0]\n")
     draft = load_settings(path, AgreementDraft)
     keys = party_keys(draft, folder / "output" / "parties", with_nodes=False)

@@ -124,8 +124,9 @@ def write(merge: str, folder: Path, data: Path | None, models: Path | None) -> N
     elif merge in ("reviews", "sum"):
         reviews.write_consortium(folder)
         path = folder / "agreement.toml"
-        text = path.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]")
-        path.write_text(text.replace('method = "regmean"', 'method = "average"') if merge == "sum" else text)
+        text = path.read_text().replace('["average", "task_arithmetic", "regmean"]', "[]")
+        method = "average" if merge == "sum" else "regmean"
+        path.write_text(text.replace('method = "data_free"', f'method = "{method}"'))
     elif merge == "bert-base":
         _write_bert_base(folder)
     else:

@@ -64,8 +64,8 @@ base = "base"
 # Multi-round methods, for which every owner must stay to the end: regmean_plus_plus, and refit, which fits the
 # classifier anew and reveals how many rows have each label.
 # distill, for owners whose models differ: they predict a public pool of rows (docs/distillation.md).
-method = "regmean"
-compare_with = ["average", "task_arithmetic", "fisher"]
+method = "data_free"
+compare_with = ["average", "task_arithmetic", "regmean"]
 
 # "rows": an owner counts by its training examples. "owners": every owner counts alike.
 weighting = "rows"

@@ -84,15 +84,17 @@ def trained_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def reviews_folder(shared: Path) -> Path:
-    """The consortium that `amalgram simulate --init` writes, with Fisher information of few examples, which is dear.
+    """The consortium that `amalgram simulate --init` writes, merged by RegMean, which has more to measure.
 
-    Tests copy it before they change it.
+    Fisher information is of few examples, because it is dear. Tests copy the folder before they change it.
     """
 
     def write(folder: Path) -> None:
         reviews.write_consortium(folder)
         agreement = folder / "agreement.toml"
-        agreement.write_text(agreement.read_text() + "\n[fisher]\nmeasured_examples = 16\n")
+        text = agreement.read_text().replace('method = "data_free"', 'method = "regmean"')
+        text = text.replace('["average", "task_arithmetic", "regmean"]', '["average", "task_arithmetic", "fisher"]')
+        agreement.write_text(text + "\n[fisher]\nmeasured_examples = 16\n")
 
     return made_once(shared / "reviews", write)
 
