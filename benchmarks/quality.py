@@ -59,6 +59,7 @@ FEATCALS = (  # name, how it is fitted, what it is held to, draws
     ("RegMean++ with FeatCal's targets", formulas.Stepwise(own=0.25), "average", 1),
 )
 LIMITS = (50, 100, 200, 500, 1000, 2000)  # rows of each owner that a refit is fitted to
+AIM = (0.48, 0.35)  # macro F1 in and out that we hoped for from a refit
 AT_HOME = 1000  # rows that an owner's own classifier is fitted to
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=1, learning_rate=1e-4, batch_size=32)  # as for the five models, which had three epochs
@@ -632,6 +633,8 @@ def main() -> None:
         results = published("quality") | {part: PARTS[part](bench)}  # because the parts may be run one by one
         publish("quality", results, as_markdown(results), everything)
     draw(results, RESULTS / "quality.svg")
+    if "limits" in results:
+        draw_limits(results, RESULTS / "limits.svg")
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 
@@ -672,6 +675,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         for name, draws in results["draws"].items():
             shown = name.replace("None", "mean")
             lines.append(f"| {shown} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
+    lines += drawn_as_markdown(results) + limits_as_markdown(results)
     if "owners" in results:
         lines += ["", "The first N owners, on their own domains (macro F1):", ""]
         models = list(next(iter(results["owners"].values())))
@@ -714,6 +718,48 @@ def as_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def drawn_as_markdown(results: dict[str, Any]) -> list[str]:
+    """The methods that were tried by their formulas, one row each."""
+    found = {name: [judged] for name, judged in results.get("without_rows", {}).items()}
+    found |= results.get("drawn", {}) | results.get("featcal", {})
+    if not found:
+        return []
+    lines = [
+        "",
+        f"Other methods, from the formulas alone, on {MEASURED} rows of each owner: mean and range over the draws of "
+        "these rows, and the gain over data_free in macro F1, in / out, with its standard error over bootstraps of the "
+        "test rows:",
+        "",
+        "| model | draws | macro F1 in | out | accuracy in | out | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, draws in found.items():
+        *values, inside, outside = zip(*draws, strict=True)
+        gain = " / ".join("{:+.3f} ± {:.3f}".format(*np.mean(each, axis=0)) for each in (inside, outside))
+        lines.append(f"| {name} | {len(draws)} | " + " | ".join(map(spread, values)) + f" | {gain} |")
+    return lines
+
+
+def limits_as_markdown(results: dict[str, Any]) -> list[str]:
+    """How far labels take the merged body, and what a classifier of its own makes of it at each owner."""
+    if "limits" not in results:
+        return []
+    lines = ["", "A classifier refitted on the body of `data_free`, by the rows that each owner measures:", ""]
+    lines += ["| rows | draws | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|---|"]
+    for rows, draws in results["limits"]["refit"].items():
+        lines.append(f"| {rows} | {len(draws)} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
+    lines += ["", f"A classifier for each owner, fitted to {AT_HOME} of its own rows, on its own test rows:", ""]
+    lines += ["| owner | macro F1 on the merged body | on its own | accuracy on the merged body | on its own |"]
+    lines += ["|---|---|---|---|---|"]
+    rows_of = {
+        owner: [each[body][metric] for metric in ("macro_f1", "accuracy") for body in ("merged", "own")]
+        for owner, each in results["limits"]["at home"].items()
+    }
+    for owner, values in (*rows_of.items(), ("mean", np.mean(list(rows_of.values()), axis=0))):
+        lines.append(f"| {owner} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return lines
+
+
 def named(setting: str) -> str:
     """The ridge and pull of a row."""
     return setting.replace(" ", " | ").replace("None", "the mean")
@@ -743,6 +789,29 @@ def draw(results: dict[str, Any], path: Path) -> None:
         )
     axes.margins(x=0.2, y=0.08)
     axes.set(xlabel="macro F1 on the owners' domains", ylabel="macro F1 on five other domains")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw_limits(results: dict[str, Any], path: Path) -> None:
+    """Macro F1 of a refit by the rows that it is fitted to, beside what needs no label or all models or data."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    judged = {name.strip("*"): values for name, values in rows_of_table(results)}
+    lines = {"data-free": "data_free@1.0", "multi-task": "multi-task, one epoch", "ensemble": "ensemble"}
+    adjusted = results["pulls"]["1.0 1.0"]["0.5"]
+    for side, (axes, place) in enumerate(zip(panels, ("the owners' domains", "five other domains"), strict=True)):
+        rows = [int(count) for count in results["limits"]["refit"]]
+        draws = [[draw[side] for draw in each] for each in results["limits"]["refit"].values()]
+        means = [float(np.mean(each)) for each in draws]
+        axes.plot(rows, means, color="#0b6fb8", marker="o", label="refit")
+        axes.fill_between(
+            rows, [min(each) for each in draws], [max(each) for each in draws], color="#0b6fb8", alpha=0.2
+        )
+        levels = {name: judged[model][side] for name, model in lines.items()} | {"logit-adjusted": adjusted[side]}
+        for style, (name, level) in zip((":", "-", "--", "-."), levels.items(), strict=True):
+            axes.axhline(level, color="#666666", linestyle=style, linewidth=1, label=name)
+        axes.axhline(AIM[side], color="#c0392b", linewidth=1, label="aim of a refit")
+        axes.set(xscale="log", xlabel="rows with labels, for each owner", ylabel=f"macro F1 on {place}")
+    panels[0].legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 
