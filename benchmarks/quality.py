@@ -506,25 +506,34 @@ def _judged(bench: Bench, name: str, logits: Logits, first: Logits) -> list[Any]
 def run_limits(bench: Bench) -> dict[str, Any]:
     """What limits a merge: its classifier, its encoder or its rows? The formulas alone, on the body of data_free.
 
-    `refit`: the classifier fitted to LIMITS rows of each owner, three draws. `at home`: a classifier for each owner,
-    fitted to AT_HOME rows, on the merged body and on the owner's own; macro F1 and accuracy on its own test rows.
+    `refit`: the classifier fitted to LIMITS rows of each owner, three draws; `balance`: to MEASURED rows. `at home`: a
+    classifier for each owner, fitted to AT_HOME rows, on the merged body and on the owner's own; macro F1 and accuracy
+    on its own test rows.
     """
     models, shares, base = _owners(bench)
     body = formulas.at_deltas(bench.load("base"), formulas.data_free_deltas(models, shares, base))
     tests, labels = _features(bench, body, bench.tests), len(bench.task.labels)
     rows = {name: _measured(bench, name, number, 0, max(LIMITS)) for number, name in enumerate(models)}
     features = _features(bench, body, rows)
-    found: dict[str, Any] = {"refit": {}, "at home": {}}
-    for count in LIMITS:
-        for seed in range(3 if 2 * count <= max(LIMITS) else 1):
-            left, right = torch.zeros(()), torch.zeros(())
-            for number, name in enumerate(models):
-                chosen = np.random.default_rng([seed, number]).permutation(len(rows[name]))[:count]
-                gram, products = _refit_sums(features[name][chosen], rows[name].take(chosen), labels)
-                left, right = left + shares[name] * gram, right + shares[name] * products
-            judged = _four(bench.judge(_fitted(left, right, tests)))
-            say(f"refit on {count} rows: {judged}")
-            found["refit"].setdefault(str(count), []).append(judged)
+
+    def refitted(count: int, balance: float, seed: int) -> list[float | None]:
+        left, right = torch.zeros(()), torch.zeros(())
+        for number, name in enumerate(models):
+            chosen = np.random.default_rng([seed, number]).permutation(len(rows[name]))[:count]
+            gram, products = _refit_sums(features[name][chosen], rows[name].take(chosen), labels, balance)
+            left, right = left + shares[name] * gram, right + shares[name] * products
+        judged = _four(bench.judge(_fitted(left, right, tests)))
+        say(f"refit on {count} rows, balance {balance}: {judged}")
+        return judged
+
+    found: dict[str, Any] = {
+        "refit": {
+            str(count): [refitted(count, 0.5, seed) for seed in range(3 if 2 * count <= max(LIMITS) else 1)]
+            for count in LIMITS
+        },
+        "balance": {str(each): [refitted(MEASURED, each, seed) for seed in range(3)] for each in (0.0, 0.5, 1.0)},
+        "at home": {},
+    }
     for name in models:
         few = rows[name].take(np.arange(AT_HOME))
         own = _features(bench, models[name], {"train": few, name: bench.tests[name]})
@@ -550,11 +559,11 @@ def _fitted(left: Tensor, right: Tensor, features: Mapping[str, NDArray[np.float
     return {name: (each @ weights[:-1] + weights[-1]).astype(np.float32) for name, each in features.items()}
 
 
-def _refit_sums(features: NDArray[np.float32], rows: Rows, labels: int) -> tuple[Tensor, Tensor]:
-    """What one owner's rows add to the system of common/merge_methods/refit.py, per row, with balance 0.5."""
+def _refit_sums(features: NDArray[np.float32], rows: Rows, labels: int, balance: float = 0.5) -> tuple[Tensor, Tensor]:
+    """What one owner's rows add to the system of common/merge_methods/refit.py, per row."""
     fed = torch.from_numpy(np.c_[features, np.ones(len(features))])  # (rows, features and 1) float64
     targets = torch.tensor(np.array(rows.targets))
-    weights = class_weights(targets, 0.5)[:, None] / len(targets)
+    weights = class_weights(targets, balance)[:, None] / len(targets)
     gram = (weights * fed).T @ fed
     gram.diagonal().add_(1e-2 * gram.diagonal().mean())
     return gram, (weights * fed).T @ (torch.nn.functional.one_hot(targets, labels).double() - 1 / labels)
@@ -748,6 +757,10 @@ def limits_as_markdown(results: dict[str, Any]) -> list[str]:
     lines += ["| rows | draws | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|---|"]
     for rows, draws in results["limits"]["refit"].items():
         lines.append(f"| {rows} | {len(draws)} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
+    lines += ["", f"The same on {MEASURED} rows, by `refit.balances`:", ""]
+    lines += ["| balance | draws | macro F1 in | out | accuracy in | out |", "|---|---|---|---|---|---|"]
+    for balance, draws in results["limits"]["balance"].items():
+        lines.append(f"| {balance} | {len(draws)} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
     lines += ["", f"A classifier for each owner, fitted to {AT_HOME} of its own rows, on its own test rows:", ""]
     lines += ["| owner | macro F1 on the merged body | on its own | accuracy on the merged body | on its own |"]
     lines += ["|---|---|---|---|---|"]

@@ -62,7 +62,7 @@ class AnchoredTable(Hyperparameters):
     solved is as [regmean] and [data_free] say.
     """
 
-    anchors: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=20)] = (0.1,)
+    anchors: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=20)] = (0.5,)
     alpha: Probability | None = None
 
 

@@ -52,9 +52,9 @@ FADE = 2.0**-8
 
 
 class IsotropicTable(Hyperparameters):
-    """Several scales are a sweep."""
+    """Several scales are a sweep. The best depends on how many directions the owners need (docs/which-method.md)."""
 
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=20)] = (1.0,)
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=20)] = (1.0, 3.0)
 
 
 class Isotropic(SingleRoundMethod[IsotropicTable]):
