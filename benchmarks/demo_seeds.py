@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from benchmarks.formulas import data_free
 from benchmarks.published import publish, say
-from benchmarks.quality import textbook_data_free
 from client.holdings import Holdings
 from client.measurement.evaluation import evaluate
 from client.settings import OwnerSettings
@@ -62,7 +62,7 @@ def run_seed(seed: int) -> Seed:
         models, examples = {name: each.own_model() for name, each in owners.items()}, dict.fromkeys(SCANNERS, TRAIN)
         found = {}
         for ridge, pull in PULLS:
-            merged = textbook_data_free(owners["centre"].load_base(), models, examples, ridge, pull)
+            merged = data_free(owners["centre"].load_base(), models, examples, ridge, pull)
             accuracies = [_accuracy(each, merged) for each in owners.values()]
             found[f"data_free, ridge {ridge}, pull {pull or 'the mean'}"] = mean(accuracies)
     accuracies_of = {model: metrics.main for model, metrics in report.evaluation.mean.items()} | found

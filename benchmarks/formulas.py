@@ -104,7 +104,7 @@ def data_free_deltas(
     """common/merge_methods/data_free.py."""
     found = mean_deltas(models, shares, base)
     linear = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Linear)}
-    for name in linear:
+    for name in linear & found.keys():
         deltas = deltas_of(models, base, name)
         if any(delta.any() for delta in deltas.values()):
             size, times = base.get_parameter(name).shape[1], 1.0 if pull is None else pull * len(models)
@@ -115,6 +115,14 @@ def data_free_deltas(
                 left, right = left + gram, right + gram @ delta.T
             found[name] = torch.linalg.solve(left, right).T
     return found
+
+
+def data_free(
+    merged: PreTrainedModel, models: Models, examples: Mapping[str, int], ridge: float, pull: float | None
+) -> PreTrainedModel:
+    """The data-free merge of models with so many examples each; `merged` is the base, and becomes it."""
+    shares = {owner: count / sum(examples.values()) for owner, count in examples.items()}
+    return at_deltas(merged, data_free_deltas(models, shares, merged, ridge, pull))
 
 
 def regmean_deltas(

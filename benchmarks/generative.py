@@ -21,9 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.emotion import write_first_rows
+from benchmarks.formulas import data_free
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import publish
-from benchmarks.quality import candidates_kept, say, textbook_data_free
+from benchmarks.quality import candidates_kept, say
 from client.data.private_data import PrivateData
 from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import fine_tune
@@ -175,9 +176,7 @@ def run(work: Path, data: Path, rows: int) -> dict[str, Any]:
             say(f"judging {name}")
             found[name] = judged([model], tests)
         for ridge, pull in PULLS:
-            model = textbook_data_free(
-                load_base(work / "base", TASK, seed=0), own, dict.fromkeys(KINDS, 1), ridge, pull
-            )
+            model = data_free(load_base(work / "base", TASK, seed=0), own, dict.fromkeys(KINDS, 1), ridge, pull)
             found[f"data_free, ridge {ridge}, pull {pull or 'the mean'}"] = judged([model], tests)
     return {"rows": rows, "log-likelihood": found}
 

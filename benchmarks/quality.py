@@ -310,7 +310,7 @@ def run_pulls(bench: Bench) -> dict[str, Any]:
     first: dict[str, NDArray[np.float32]] = {}
     for ridge, pull in PULLS:
         say(f"judging data_free with ridge {ridge} and pull {pull}")
-        logits_of = bench.logits(textbook_data_free(bench.load("base"), models, examples, ridge, pull))
+        logits_of = bench.logits(formulas.data_free(bench.load("base"), models, examples, ridge, pull))
         first = first or logits_of
         found[f"{ridge} {pull}"] = {}
         for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -353,41 +353,13 @@ def macro_f1(targets: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
     return float(np.mean(2 * right[occurs] / (wanted + found)[occurs]))
 
 
-@torch.no_grad()
-def textbook_data_free(
-    merged: PreTrainedModel,
-    models: Mapping[str, PreTrainedModel],
-    examples: Mapping[str, int],
-    ridge: float,
-    pull: float | None,
-) -> PreTrainedModel:
-    """The formula of common/merge_methods/data_free.py, with the base in `merged`. Uses nothing of the product's
-    methods.
-    """
-    weights = {name: count / sum(examples.values()) for name, count in examples.items()}
-    linear = {f"{key}.weight" for key, module in merged.named_modules() if isinstance(module, torch.nn.Linear)}
-    parameters = {name: dict(model.named_parameters()) for name, model in models.items()}
-    for key, base in merged.named_parameters():
-        deltas = {name: (parameters[name][key] - base).double() for name in models}
-        mean = sum(weights[name] * delta for name, delta in deltas.items())
-        if key in linear and any(delta.any() for delta in deltas.values()):
-            size, times = base.shape[1], 1.0 if pull is None else pull * len(models)
-            grams = {name: weights[name] * each.T @ each / each.square().sum() for name, each in deltas.items()}
-            level = ridge / size
-            left = sum(grams.values()) + level * torch.eye(size, dtype=torch.float64)
-            right = sum(grams[name] @ each.T for name, each in deltas.items()) + level * times * mean.T
-            mean = torch.linalg.solve(left, right).T
-        base += mean
-    return merged
-
-
 def run_draws(bench: Bench) -> dict[str, Any]:
     """Three draws of the rows that logit adjustment and refit measure, on two data-free bodies: the formulas alone."""
     models = {name: bench.load(name) for name in IN_DOMAIN}
     examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
     found: dict[str, list[list[float | None]]] = {}
     for ridge, pull in (PULLS[0], PULLS[-1]):
-        body = textbook_data_free(bench.load("base"), models, examples, ridge, pull)
+        body = formulas.data_free(bench.load("base"), models, examples, ridge, pull)
         logits_of = bench.logits(body)
         for seed in range(3):
             say(f"drawing rows for ridge {ridge} and pull {pull}: seed {seed}")
