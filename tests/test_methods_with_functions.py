@@ -265,7 +265,7 @@ def test_only_a_body_that_solves_linear_equations_can_be_adjusted() -> None:
 
 def candidate(name: str, agreed: MergeSettings) -> tuple[SingleRoundMethod[Hyperparameters], float | None, dict]:
     method = single_round(name)
-    (value,) = method.swept(agreed.tables)
+    value, *_ = method.swept(agreed.tables)
     owners = three_owners(agreed)
     result = method.solve(agreed, total_of([name], agreed, owners), value, with_spectra=False)
     applied = {APPLIED + each: tensor for each, tensor in result.applied.items()}
