@@ -140,7 +140,7 @@ def searching(consortium: Path, folder: Path, basis: Sequence[str], **settings: 
     text = path.read_text().replace('method = "regmean"', 'method = "search"')
     text = text.replace('["average", "task_arithmetic", "fisher"]', named)
     lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
-    path.write_text(f"{text}\n[search]\nbasis = {named}\n{lines}")
+    path.write_text(f"{text}\n[isotropic]\nscales = [1.0]\n\n[search]\nbasis = {named}\n{lines}")
     return folder
 
 
