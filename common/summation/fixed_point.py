@@ -70,7 +70,7 @@ def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -
             # Negated, so that NaN fails too.
             if not np.abs(chunk).max(initial=0.0) <= entry.bound:  # check: values-are-within-bounds
                 raise _out_of_bound(entry, chunk)
-            signed[start : start + len(chunk)] = np.rint(np.ldexp(chunk, bits))
+            signed[start : start + len(chunk)] = np.rint(chunk * 2.0**bits)
         release(vector)
     return encoded
 
@@ -93,7 +93,7 @@ def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num
                     hint="owners contribute once: find out together, then make a new agreement; if this machine may be "
                     "at fault, run the same command again",
                 )
-            decoded[start : start + len(chunk)] = np.ldexp(chunk.astype(np.float64), -bits)
+            decoded[start : start + len(chunk)] = chunk.astype(np.float64) * 0.5**bits
         release(words)
     return decoded
 
