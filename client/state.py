@@ -457,16 +457,17 @@ class OwnerState:
     def write_evidence(self, agreement_digest: str, evidence: Record) -> Path:
         """Keep, for good, what is known of a model that is not the merge."""
         make_private_folder(self.folder / "evidence")
-        path = self._evidence_path(agreement_digest)
+        path = self.evidence_path(agreement_digest)
         write_whole(path, evidence.model_dump_json(indent=1).encode() + b"\n")
         return path
 
     def evidence(self, agreement_digest: str) -> Path | None:
         """Where the record of a wrong model sent under this agreement is; None if there is none."""
-        path = self._evidence_path(agreement_digest)
+        path = self.evidence_path(agreement_digest)
         return path if path.is_file() else None
 
-    def _evidence_path(self, agreement_digest: str) -> Path:
+    def evidence_path(self, agreement_digest: str) -> Path:
+        """Where the record of a wrong model would be."""
         return self.folder / "evidence" / f"{agreement_digest}.json"
 
     @property

@@ -384,7 +384,7 @@ def check_no_evidence(owner: OwnerContext) -> None:
     """Raise WrongModel if a model that was sent under this agreement was not the merge."""
     path = owner.state.evidence(owner.agreement.digest())
     if path is not None:  # check: nothing-after-a-wrong-model
-        raise _wrong_model(path)
+        raise wrong_model(path)
 
 
 def _condemn(owner: OwnerContext, wrong: list[str], opened: Mapping[str, object]) -> None:
@@ -400,10 +400,11 @@ def _condemn(owner: OwnerContext, wrong: list[str], opened: Mapping[str, object]
     )
     path = owner.state.write_evidence(run.agreement_digest, evidence)
     owner.state.end_run()
-    raise _wrong_model(path, wrong[0])
+    raise wrong_model(path, wrong[0])
 
 
-def _wrong_model(path: Path, wrong: str = "") -> WrongModel:
+def wrong_model(path: Path, wrong: str = "") -> WrongModel:
+    """What an owner says of a model that is not the merge; `path` is its record."""
     about = f" ({wrong})" if wrong else ""
     return WrongModel(
         f"the model that the coordinator sent is not the merge of what was contributed{about}; nothing was measured on "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from client.owner import Owner
 from client.settings import OwnerNetwork
+from client.verification import check_no_evidence, wrong_model
 from common.errors import ConsentError, EngineError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from deploy.launch.flower import flower_environment
@@ -25,6 +26,7 @@ from deploy.reach import check_reachable
 from deploy.terminal import answer
 
 RETRY_SECONDS = 5.0
+LAST_ANSWER_SECONDS = 10.0  # for the refusal of a wrong model to leave, before the node stops
 NO_CONNECTION = "Failed to initialize the connection"  # from the SuperNode's log; its next line has the reason
 # From the owner's app, which logs no reason, because that may quote a row. The rest of a line may be somebody else's.
 REFUSED = re.compile(r"owner [\w.-]+ refused; its error\.txt says why|refused: this node's settings cannot be used")
@@ -43,12 +45,14 @@ class Node:
     key: Path
     bundle_digest: str
     threads: int | None
+    evidence: Path  # is there once a model was wrong
 
 
 def run_client(settings_file: Path) -> None:
     """Check an owner's node, print where it connects, and run it until stopped.
 
-    Raises EngineError if the server cannot be reached at the start: then a person is there to correct what is wrong.
+    Raises EngineError if the server cannot be reached at the start: then a person is there to correct what is wrong;
+    and WrongModel once the coordinator has sent a model that is not the merge, after which nothing is answered.
     """
     node = find_node(settings_file)
     check_reachable(node.address, node.root_certificate)
@@ -58,9 +62,10 @@ def run_client(settings_file: Path) -> None:
 
 def find_node(settings_file: Path) -> Node:
     """Check an owner's settings. Raises ConsentError unless the owner consented to the agreement that they name, and
-    SettingsError unless its keys are the agreed ones.
+    SettingsError unless its keys are the agreed ones, and WrongModel if a model that was sent under it was wrong.
     """
     owner = Owner(settings_file)
+    check_no_evidence(owner)
     network, key, root = owner_network(owner, settings_file)
     agreement = owner.agreement
     if agreement.digest() not in owner.state.consents():  # check: consent-comes-before-connecting
@@ -73,6 +78,7 @@ def find_node(settings_file: Path) -> Node:
         key=key,
         bundle_digest=agreement.bundle_digest,
         threads=owner.settings.threads,
+        evidence=owner.state.evidence_path(agreement.digest()).resolve(),
     )
 
 
@@ -96,7 +102,7 @@ def _key_file(network: OwnerNetwork, name: str, home: Path) -> Path:
 
 def keep_connected(node: Node) -> None:
     """Run until stopped, and connect again whenever the network or the coordinator fails. Raises an AmalgramError if
-    this machine cannot run the node.
+    this machine cannot run the node, and WrongModel if a model is wrong.
     """
     check_internals()
     make_private_folder(node.state)
@@ -108,7 +114,7 @@ def keep_connected(node: Node) -> None:
         while True:
             log.info("connecting to %s", node.address)
             with supernode(node) as parts:
-                ended = _watch(parts, said, told, answered, receipts)
+                ended = _watch(node, parts, said, told, answered, receipts)
             log.warning("%s; trying again", ended)
             time.sleep(RETRY_SECONDS)
             _wait_until_reachable(node)
@@ -128,13 +134,15 @@ def _wait_until_reachable(node: Node) -> None:
 
 
 def _watch(
+    node: Node,
     parts: Mapping[str, Process],
     said: FollowedFile,
     told: FollowedFile,
     answered: FollowedFile,
     receipts: NewFiles,
 ) -> str:
-    """Log what the node reports, each refusal of the owner's app, and each receipt. Returns which part ended, and why.
+    """Log what the node reports, each refusal of the owner's app, and each receipt. Returns which part ended, and why;
+    raises WrongModel if a model is wrong.
 
     `said` and `answered` are Flower's logs, where a line may be part of an error that the coordinator wrote.
     """
@@ -152,6 +160,9 @@ def _watch(
                 log.warning("%s", refusal[0])
         for path in receipts.since_last_time():
             log.info("a merge is over; the receipt is %s", path)
+        if node.evidence.is_file():  # check: client-ends-after-a-wrong-model
+            time.sleep(LAST_ANSWER_SECONDS)
+            raise wrong_model(node.evidence)
         if ended:
             return f"{ended[0]} ended: {reason}"
         time.sleep(POLL_SECONDS)

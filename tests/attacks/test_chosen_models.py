@@ -29,7 +29,10 @@ from common.models.folders import load_tokenizer
 from common.schedule import Delivery, Schedule, schedule_of
 from common.tensor_layout import TensorLayout
 from common.verification import Claim, corrections
+from deploy.commands import client
+from deploy.commands.client import Node, find_node
 from deploy.commands.verify import explain_evidence
+from deploy.launch.processes import FollowedFile, NewFiles
 from server import merge
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
@@ -314,6 +317,36 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
     assert "1/mean/classifier.weight" in printed
     assert "its signature is valid" in printed
     assert "Those who checked it: hotel, cinema, phones." in printed
+    with pytest.raises(WrongModel, match="not the merge"):
+        find_node(run.parties.files[first])  # `amalgram client` does not begin again
+
+
+def test_122_a_running_client_ends_once_a_model_was_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(client, "LAST_ANSWER_SECONDS", 0.0)
+    node = Node(
+        settings_file=tmp_path / "owner.toml",
+        state=tmp_path / "node",
+        address="localhost:1",
+        root_certificate=tmp_path / "root.pem",
+        key=tmp_path / "owner.node",
+        bundle_digest="",
+        threads=None,
+        evidence=tmp_path / "evidence.json",
+    )
+    logs = [FollowedFile(tmp_path / name) for name in ("supernode.log", "told", "superexec.log")]
+
+    def watch() -> str:
+        return client._watch(node, {"supernode": Ended()}, *logs, NewFiles(tmp_path / "receipts"))  # type: ignore[dict-item]
+
+    assert watch() == "supernode ended: it logged nothing"
+    node.evidence.write_text("{}")
+    with pytest.raises(WrongModel, match="not the merge") as error:
+        watch()
+    assert error.value.exit_code == 6
 
 
 def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(cheat: Callable[..., Cheat]) -> None:
