@@ -3,17 +3,20 @@
 python -m benchmarks.verification [--json] [--merges reviews demo emotion bert-base] [--repeats 3]
                                   [--data DATA --models MODELS]     for `emotion`, see benchmarks/emotion.py
 
-Whole masked merges in the in-process engine, on one thread, in turns: unverified, verified. Each has its own process.
-Messages are those to one owner; bytes are everything that grows with the model, to and from all owners. Seconds are of
-the processor, all parties together, since others may use the machine. Models are fine-tuned beforehand, except for the
-demo's, which are trained within the merge.
+Whole masked merges on one thread, in turns: unverified, verified. Each has its own process. `bert-base` is carried by
+the network engine: a server and a client for each owner, over TLS, which start a process for every message. The others
+are in the in-process engine. Messages are those to one owner; bytes are everything that grows with the model, to and
+from all owners. Seconds are of the processor, all parties together, since others may use the machine. Models are
+fine-tuned beforehand, except for the demo's, which are trained within the merge.
 
     reviews     three owners, a tiny BERT, RegMean with a sweep of five alphas
     sum         the same owners, the plain average: the least that a merge can be
-    demo        `amalgram simulate --demo`: three owners of digits, several methods
+    demo        `amalgram simulate --demo`: five owners of digits, six methods, a tiny model
     emotion     five MiniLM (22.7 million weights) fine-tuned on five domains, RegMean with one alpha
     fisher      the same five, Fisher averaging: the method whose check is largest
-    bert-base   three owners, BERT-base's shape (109 million weights) with random weights, RegMean with one alpha
+    bert-base   three owners, a BERT of the base's width and vocabulary, but with 2 of its 12 layers (39 million random
+                weights), RegMean with one alpha; `--layers 12` is the whole one, which takes a gigabyte and a half an
+                owner to send
 
 Writes benchmarks/results/verification.{json,md}.
 """
@@ -28,6 +31,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any
 
@@ -35,6 +39,7 @@ from benchmarks.emotion import write_consortium as write_emotion
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.published import publish, published
+from deploy.simulation.engine import Engine
 
 OFF = "\n[verification]\nrequired = false\n"
 BERT_BASE = """
@@ -48,6 +53,8 @@ alphas = [0.9]
 [privacy]
 min_rows_per_dimension = 0.0
 """
+ENGINES: Mapping[str, Engine] = {"bert-base": "network"}  # all others: in-process
+LAYERS = 2  # of bert-base
 MERGES = ("reviews", "sum", "demo", "emotion", "fisher", "bert-base")
 
 
@@ -55,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--merges", nargs="+", choices=MERGES, default=list(MERGES))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of bert-base")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--models", type=Path)
     parser.add_argument("--json", action="store_true")
@@ -66,10 +74,12 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for verified in (False, True):
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    run = process.submit(measure, merge, arguments.data, arguments.models, verified=verified).result()
+                    run = process.submit(measure, merge, arguments, verified=verified).result()
                 runs.append(run)
                 print(merge, run, file=sys.stderr)
         results["runs"][merge] = runs
+        if merge == "bert-base":
+            results["layers"] = arguments.layers
         publish("verification", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
@@ -78,20 +88,20 @@ def size(results: Mapping[str, Any]) -> dict[str, float]:
     return {f"runs of {merge}": len(runs) for merge, runs in results["runs"].items()}
 
 
-def measure(merge: str, data: Path | None, models: Path | None, *, verified: bool) -> dict[str, Any]:
+def measure(merge: str, arguments: argparse.Namespace, *, verified: bool) -> dict[str, Any]:
     """The costs of one merge."""
     from deploy.simulation.simulate import simulate
 
     quiet_on_one_thread()
     with tempfile.TemporaryDirectory(prefix="amalgram-") as name:
         folder = Path(name) / "consortium"
-        write(merge, folder, data, models)
+        write(merge, folder, arguments)
         agreement = folder / "agreement.toml"
         if not verified:
             agreement.write_text(_with_table(agreement.read_text(), OFF))
-        started, used = time.perf_counter(), time.process_time()
-        report = simulate(folder, Path(name) / "output", with_references=False)
-        seconds, processor = time.perf_counter() - started, time.process_time() - used
+        started, used, engine = time.perf_counter(), _processor_seconds(), ENGINES.get(merge, "in-process")
+        report = simulate(folder, Path(name) / "output", engine=engine, with_references=False)
+        seconds, processor = time.perf_counter() - started, _processor_seconds() - used
     if report.verified != verified:
         sys.exit(f"{merge}: asked for verified = {verified}, but the report says {report.verified}")
     first = report.owners[0]
@@ -99,8 +109,12 @@ def measure(merge: str, data: Path | None, models: Path | None, *, verified: boo
     for step in report.steps:
         messages = step.by_owner[first].messages if first in step.by_owner else 0
         phases[step.title] = phases.get(step.title, 0) + messages
+    tested = report.evaluation.mean[report.method]
     return {
         "verified": verified,
+        "accuracy": tested.accuracy,
+        "macro_f1": tested.metric,
+        "engine": engine,
         "owners": len(report.owners),
         "messages": sum(step.by_owner[first].messages for step in report.steps if first in step.by_owner),
         "by_step": phases,
@@ -114,7 +128,12 @@ def measure(merge: str, data: Path | None, models: Path | None, *, verified: boo
     }
 
 
-def write(merge: str, folder: Path, data: Path | None, models: Path | None) -> None:
+def _processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(each.ru_utime + each.ru_stime for each in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
+
+
+def write(merge: str, folder: Path, arguments: argparse.Namespace) -> None:
     """A consortium for `simulate`."""
     from deploy.demo import digits
     from deploy.example import reviews
@@ -128,22 +147,23 @@ def write(merge: str, folder: Path, data: Path | None, models: Path | None) -> N
         method = "average" if merge == "sum" else "regmean"
         path.write_text(text.replace('method = "data_free"', f'method = "{method}"'))
     elif merge == "bert-base":
-        _write_bert_base(folder)
+        _write_bert_base(folder, arguments.layers)
     else:
-        if data is None or models is None:
+        if arguments.data is None or arguments.models is None:
             sys.exit(f"{merge}: needs --data and --models")
-        write_emotion(folder, data, models, methods=("fisher" if merge == "fisher" else "regmean",), alphas=(0.9,))
+        methods = ("fisher" if merge == "fisher" else "regmean",)
+        write_emotion(folder, arguments.data, arguments.models, methods=methods, alphas=(0.9,))
         path = folder / "agreement.toml"
         path.write_text(_with_table(path.read_text(), "\n[fisher]\nmeasured_examples = 48\n"))
 
 
-def _write_bert_base(folder: Path) -> None:
+def _write_bert_base(folder: Path, layers: int) -> None:
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     from deploy.example import reviews
 
     reviews.write_consortium(folder / "example")
-    config = BertConfig(num_labels=2, id2label={0: "negative", 1: "positive"})
+    config = BertConfig(num_hidden_layers=layers, num_labels=2, id2label={0: "negative", 1: "positive"})
     model = BertForSequenceClassification(config)
     tokenizer = AutoTokenizer.from_pretrained(folder / "example" / "base")
     for name in ("base", "model"):
@@ -176,28 +196,41 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# What verification costs",
         "",
-        "Whole masked merges in one process, on one thread, in turns without and with verification. Messages are those "
-        "to one owner, bytes to and from all; seconds are of the processor, of all parties together, medians. Wall "
-        "times are of a machine that others use too. Over a network, every message starts a process at the owner. "
+        "Whole masked merges on one thread, in turns without and with verification. `bert-base` is a server and a "
+        "client for each owner over TLS, where every message starts a process. It has the base's width and vocabulary, "
+        f"but {results.get('layers', LAYERS)} of its 12 layers. The others are in one process. Messages are those to "
+        "one owner, bytes to and from all; seconds are of the processor, of all parties together, medians. "
+        "Accuracy and macro F1 are the published model's: where merges are verified, sums have floors. "
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
-        "| merge | owners | messages | more | MB | more | seconds | more | wall, s | peak, MB | runs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| merge | owners | messages | more | MB | more | seconds | more | wall, s | more | peak, MB "
+        "| accuracy | macro F1 | runs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for merge, runs in results["runs"].items():
         off, on = ([run for run in runs if run["verified"] == verified] for verified in (False, True))
         before, after = ({key: median(run[key] for run in each) for key in COSTS} for each in (off, on))
-        lines.append(
-            f"| {merge} | {on[0]['owners']} | {before['messages']} -> {after['messages']} | "
-            f"{after['messages'] - before['messages']} | {before['bytes'] / 1e6:.1f} -> {after['bytes'] / 1e6:.1f} | "
-            f"{after['bytes'] / before['bytes'] - 1:.1%} | {before['seconds']:.1f} -> {after['seconds']:.1f} | "
-            f"{after['seconds'] / before['seconds'] - 1:.0%} | {before['wall_seconds']:.0f} -> "
-            f"{after['wall_seconds']:.0f} | {before['peak_megabytes']:.0f} -> "
-            f"{after['peak_megabytes']:.0f} | {len(on)} |"
-        )
+        more = {key: after[key] / before[key] - 1 for key in COSTS}
+        cells = [
+            merge,
+            on[0]["owners"],
+            f"{before['messages']} -> {after['messages']}",
+            after["messages"] - before["messages"],
+            f"{before['bytes'] / 1e6:.1f} -> {after['bytes'] / 1e6:.1f}",
+            f"{more['bytes']:.1%}",
+            f"{before['seconds']:.1f} -> {after['seconds']:.1f}",
+            f"{more['seconds']:.0%}",
+            f"{before['wall_seconds']:.0f} -> {after['wall_seconds']:.0f}",
+            f"{more['wall_seconds']:.0%}",
+            f"{before['peak_megabytes']:.0f} -> {after['peak_megabytes']:.0f}",
+            *(" -> ".join(f"{each[0][key]:.4f}" for each in (off, on) if key in each[0]) for key in METRICS),
+            len(on),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
+METRICS = ("accuracy", "macro_f1")  # the same in every run
 COSTS = ("messages", "bytes", "seconds", "wall_seconds", "peak_megabytes")
 
 
