@@ -1,5 +1,7 @@
 """The part of a delta that an adapter holds, against the singular value decomposition, and how much is lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,17 @@ from hypothesis import strategies as st
 from transformers import T5Config, T5ForConditionalGeneration
 
 from common.errors import RemoteProtocolError
-from common.models.low_rank import AdapterDelta, Factors, adapter_plan, check_cut, cut, factorise, is_closest, multiply
+from common.models.low_rank import (
+    UNIT,
+    AdapterDelta,
+    Factors,
+    adapter_plan,
+    check_cut,
+    cut,
+    factorise,
+    is_closest,
+    multiply,
+)
 from common.models.parameters import parameter_shapes
 from tests.support.models import tiny_bert, tiny_gpt2
 
@@ -89,6 +101,23 @@ def test_130_factors_of_another_matrix_are_found_however_well_they_fit_each_othe
 
 
 @given(st.integers(1, 9), st.integers(1, 130), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def one_direction(turned: float = 0.0, longer: float = 1.0) -> Factors:
+    """The cut of diag(1, 0) to rank 1, with its direction turned, and with another length."""
+    up = torch.tensor([[longer], [turned]])
+    return Factors(up=up, down=torch.tensor([[longer, 0.0]]))
+
+
+def test_130_each_tolerance_of_a_cut_is_met_on_both_sides_of_its_edge() -> None:
+    matrix, least = torch.diag(torch.tensor([1.0, 0.0])), 2.0**-47 + 4 * (2 + 2 * 2) * UNIT
+    assert is_closest(matrix, one_direction(turned=0.999 * least**0.5))
+    assert not is_closest(matrix, one_direction(turned=1.001 * least**0.5))
+    assert is_closest(matrix, one_direction(longer=1 - 2.0**-23))  # its square is 2^-22 - 2^-46 too short
+    assert not is_closest(matrix, one_direction(longer=1 + 2.0**-23))
+    honest = one_direction()
+    assert is_closest(matrix, replace(honest, down=honest.down * (1 + 2.0**-23)))
+    assert not is_closest(matrix, replace(honest, down=honest.down * (1 + 2.0**-22)))
+
+
 def test_a_product_of_factors_is_the_same_in_whatever_order_a_machine_would_add(
     rank: int, d_out: int, d_in: int, seed: int
 ) -> None:

@@ -307,6 +307,15 @@ def test_rounding_passes_and_ten_times_as_much_does_not(seed: int, size: float) 
     assert not is_rounded(wrong.float(), expected)
 
 
+def test_147_what_passes_as_rounded_is_met_on_both_sides_of_its_edge() -> None:
+    expected = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    edge = np.float32(2.0**-22 * 0.5**0.5)  # of the root mean square
+    below, beyond = (float(np.nextafter(edge, np.float32(to))) for to in (0, 1))
+    for sign in (1, -1):
+        assert is_rounded(torch.tensor([sign * below, 1.0]), expected)
+        assert not is_rounded(torch.tensor([sign * beyond, 1.0]), expected)
+
+
 def test_the_function_of_rounded_tensors_is_the_same_in_another_order_of_arithmetic() -> None:
     """Another machine adds up in another order; here rows and columns are swapped, which does as much."""
     random = torch.Generator().manual_seed(0)

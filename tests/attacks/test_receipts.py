@@ -110,6 +110,7 @@ def test_an_owner_signs_the_files_that_it_would_have_written(process: Process, r
         ("id2label", {"0": "positive", "1": "negative"}),
         ("auto_map", {"AutoModel": "modeling.Evil"}),
         ("num_attention_heads", 1),
+        ("dtype", "float16"),
         ("custom_pipelines", {"text-classification": {"impl": "evil.Pipeline"}}),
     ],
 )
@@ -134,7 +135,7 @@ def test_81_an_additional_file_such_as_code(process: Process, result: Result, na
         process.send("hotel", evil)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_81_weights_or_a_tokenizer_of_the_coordinator_s_own(process: Process, result: Result, name: str) -> None:
     evil = changed(process, result, files={**of(result).files, name: OTHER})
     with pytest.raises(ConsentError, match=f"{name} is not the file that this owner would have written"):
