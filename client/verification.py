@@ -434,15 +434,13 @@ def _array(owner: OwnerContext, delivery: Delivery) -> tuple[TensorLayout, NDArr
 
 
 def _check_known(owner: OwnerContext, claim: Claim) -> None:
-    """Raise NotTheMerge unless a candidate has everything that was merged before it, bit for bit."""
-    if not claim.known:
-        return
-    candidate, method = _delta(owner, claim.delivery), owner.schedule.events[claim.delivery].method
-    steps = owner.schedule.deliveries("merged_step", method=method)
-    before = VectorDelta(owner.workbench.plan, *(_array(owner, each) for each in steps if each.layout.size))
-    for name in claim.known:
-        if not _are_same_bits(candidate[name], before[name]):  # check: known-parts-are-the-same
-            raise NotTheMerge(f"the coordinator sent a candidate whose {name} is not what was merged before")
+    """Raise NotTheMerge unless a model has every number that is proved of another one, bit for bit."""
+    model = _delta(owner, claim.delivery)
+    proved = {position: _delta(owner, position) for _, position in claim.known}
+    for name, position in claim.known:
+        if not _are_same_bits(model[name], proved[position][name]):  # check: known-parts-are-the-same
+            sent = owner.schedule.events[position].name
+            raise NotTheMerge(f"the coordinator sent a model whose {name} is not that of the {sent}")
 
 
 def _are_same_bits(first: "Tensor", second: "Tensor") -> bool:

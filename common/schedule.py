@@ -37,7 +37,7 @@ from common.models.delta import candidate_layout, delta_layout, solved_layout
 from common.models.plan import MergePlan
 from common.scaling import SCALE_KINDS
 from common.tensor_layout import PART_BYTES, TensorLayout
-from common.verification import CHECK_KINDS, Claim, check_layout, correction_layout
+from common.verification import CHECK_KINDS, Claim, Shortener, check_layout, correction_layout
 
 VERIFICATION = "verification"
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]
@@ -280,6 +280,7 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
     """The schedule that an agreement makes of a base model's merge plan."""
     settings = agreement.merge_settings(plan)
     events: list[Event] = []
+    shortener = Shortener()
 
     def add_round(kind: RoundKind, layout: TensorLayout, **what: object) -> None:
         events.append(Round(position=len(events), kind=kind, layout=layout, **what))  # type: ignore[arg-type]
@@ -296,10 +297,14 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
         add_open_round("metrics", metrics_layout(agreement, split, models), split=split, models=models)
 
     def add_check(claims: list[Claim]) -> None:
-        proved = tuple(claim for claim in claims if claim.equations)
-        for claim in proved:
+        given = [claim for claim in claims if claim.equations]
+        for claim in given:
             _check_covers(claim, events, plan)
-        if agreement.is_verified and proved:
+        if agreement.is_verified and given:
+            proved = shortener.shorten(given)
+            for claim in given:
+                if isinstance(sent := events[claim.delivery], Delivery) and sent.kind == "merged_step":
+                    shortener.keep(claim)
             add_delivery("correction", correction_layout(proved), claims=proved)
             add_open_round("check", check_layout(proved), claims=proved)
 
@@ -334,11 +339,15 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
             return Claim(delivery=position, source=contributed, equations=equations)
         *_, last = method.steps(settings)
         new = method.step_names(settings, last)
+        steps = [each for each in events if isinstance(each, Delivery) and each.kind == "merged_step"]
+        sent = {
+            entry.name: each.position for each in steps if each.method == method_name for entry in each.layout.entries
+        }
         return Claim(
             delivery=position,
             source=last_steps[method_name],
             equations=method.step_equations(settings, last, hyperparameter),
-            known=tuple(name for name in plan.changed if name not in new),
+            known=tuple((name, sent[name]) for name in plan.changed if name not in new),
         )
 
     candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods if name != SEARCH.name}
@@ -405,7 +414,7 @@ def _check_can_be_relayed(layout: TensorLayout, num_owners: int) -> None:
 def _check_covers(claim: Claim, events: list[Event], plan: MergePlan) -> None:
     """Raise LocalProtocolError unless every number of a delivery is in an equation, or known: a method's mistake."""
     numbers = sum(rows * columns for rows, columns in (each.shape for each in claim.equations))
-    numbers += sum(prod(plan.shapes[name]) for name in claim.known)
+    numbers += sum(prod(plan.shapes[name]) for name, _ in claim.known)
     sent = solved_layout(events[claim.delivery].layout).size
     if numbers != sent:
         raise LocalProtocolError(

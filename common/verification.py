@@ -4,9 +4,13 @@ Who runs it: owners and coordinator. A merge D solves (sum A_i) D = sum B_i (mer
 their shares A_i D - B_i in one more masked sum that everybody opens. It is zero if D is the merge, so it
 reveals nothing then; what does is S below, about as large as the terms are.
 
-What it shows: errors of D above a few roundings of float32, which the correction may hide in any row, and above a
-tolerance that is relative to a whole equation. In rows of A that are small beside the others, larger errors pass.
-Ridges and floors keep the rows from being too small (SECURITY.md, attack 129).
+What it shows: errors of D above a tolerance that is relative to a whole equation, and above the rounding of float32,
+for which a bent correction can take them: in one number of a row of m, up to m roundings of the row's mean. In rows of
+A that are small beside the others, larger errors pass. Ridges and floors keep the rows from being too small
+(SECURITY.md, attack 129).
+
+A mean that several models of one check share is proved of the first alone: the others must have the same bits of it
+(`Shortener`). Vectors of one length are the rows of one equation.
 
 The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
 s (n, 8), owner i sends for each equation, for every column k,
@@ -29,7 +33,8 @@ nearest leaves |R| <= 2^-24 |D| + 2^-150, so an owner accepts only
 where 1 + 2^-20 covers that R, c and this bound are computed in floating point, and 2^-149 what R loses when it becomes
 float32.
 
-The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation,
+The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation, or for
+each group of its rows if it is about single entries (`group_rows`),
 
     v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 8), the size of the terms; if B_i is a difference,
                                                              of both its terms
@@ -48,7 +53,7 @@ So the sum of shares is at most
 
     (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u) sum S_i
 
-and `tolerance` is twice as much, and at least 2^-140, because shares travel in multiples of 2^-160. Products are summed
+and `tolerance` is twice as much, and at least 2^-140, because shares travel in multiples of 2^-155. Products are summed
 in blocks, so that a number is rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth,
 column_depth). Where A is diagonal, d(n) is that of one term.
 
@@ -60,7 +65,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -71,14 +76,16 @@ from common.domain_separation import Domain
 from common.errors import NumericalError, RemoteProtocolError
 from common.lazy import lazy_module
 from common.merge_methods.equations import (
-    BLOCK,
     LARGEST_FACTOR,
     LEAST_FACTOR,
+    ROWS_AT_ONCE,
     Equation,
+    MeanEquation,
     column_depth,
     column_sums,
     depth,
     product,
+    stacked,
     times,
 )
 from common.summation import mask_stream
@@ -91,10 +98,9 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 COLUMNS = 8  # an error is exactly zero in all of them with probability below 2^-100
-LIMBS, LIMB_BITS = 10, 32  # shares travel exactly, as 10 numbers of 32 bits ...
-LOWEST_BIT = -160  # ... in multiples of 2^-160, up to 2^160
+LIMBS, LIMB_BITS = 7, 45  # shares travel exactly, as 7 numbers of 45 bits: float64 holds a sum of 150 of them ...
+LOWEST_BIT = -155  # ... in multiples of 2^-155, up to 2^160
 LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms reach 2^160, and none refuses by its size
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
@@ -111,18 +117,49 @@ class NotTheMerge(RemoteProtocolError):  # noqa: N818 - the name says it
 class Claim:
     """What a check proves of one delivery: that its model solves `equations` over the total of round `source`.
 
-    `known`: the parameters that an earlier check has proved, which must be the same numbers again.
+    `known`: the parameters that have the same numbers, bit for bit, as in another delivery, whose position is beside
+    each. An earlier check has proved that one, or this check does.
     """
 
     delivery: int
     source: int
     equations: tuple[Equation, ...]
-    known: tuple[str, ...] = ()
+    known: tuple[tuple[str, int], ...] = ()
 
     def named(self) -> Iterator[tuple[str, Equation]]:
         """Each equation with a name that no other claim of a check has."""
         for equation in self.equations:
             yield f"{self.delivery}/{equation.name}", equation
+
+
+class Shortener:
+    """Makes claims shorter, so that a mean which several models share is proved once, and vectors together.
+
+    A mean is one division, which gives every party the same bits. What needs a solver is proved of each model.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, Equation], int] = {}  # source and equation -> delivery, which owners keep
+
+    def keep(self, claim: Claim) -> None:
+        """Note that owners keep what this claim is about until the end, so later claims can refer to it."""
+        self._kept |= self._means(claim)
+
+    def shorten(self, claims: Sequence[Claim]) -> tuple[Claim, ...]:
+        """The claims of one check. One of them keeps its equations even if all are proved elsewhere."""
+        proved, shorter = dict(self._kept), list[Claim]()
+        for claim in claims:
+            known = {key: proved[key] for key in self._means(claim) if key in proved}
+            rest = tuple(each for each in claim.equations if (claim.source, each) not in known)
+            same = tuple((each.parameter, at) for (_, each), at in known.items() if isinstance(each, MeanEquation))
+            shorter.append(replace(claim, equations=stacked(rest), known=(*claim.known, *same)))
+            proved = self._means(claim) | proved
+        if any(claim.equations for claim in shorter):
+            return tuple(shorter)
+        return (replace(claims[0], equations=stacked(claims[0].equations)), *shorter[1:])
+
+    def _means(self, claim: Claim) -> dict[tuple[int, Equation], int]:
+        return {(claim.source, each): claim.delivery for each in claim.equations if type(each) is MeanEquation}
 
 
 def columns_of(equation: Equation) -> int:
@@ -142,10 +179,12 @@ def correction_layout(claims: Sequence[Claim]) -> TensorLayout:
 
 
 def check_layout(claims: Sequence[Claim]) -> TensorLayout:
-    """What an owner adds to a check: for each equation, eight shares and their scale, in limbs."""
-    names = (name for claim in claims for name, _ in claim.named())
-    shape, bound = (COLUMNS + 1, LIMBS), 2.0**LIMB_BITS
-    return TensorLayout(tuple(TensorEntry(name=f"check/{name}", shape=shape, bound=bound) for name in names))
+    """What an owner adds to a check: for each group of an equation's rows, eight shares and their scale, in limbs."""
+    entries, bound = list[TensorEntry](), 2.0**LIMB_BITS
+    for name, equation in (each for claim in claims for each in claim.named()):
+        shape = (equation.groups, COLUMNS + 1, LIMBS)
+        entries.append(TensorEntry(name=f"check/{name}", shape=shape, bound=bound))
+    return TensorLayout(tuple(entries))
 
 
 def projection_seed(delivered: str, nonces: bytes) -> bytes:
@@ -223,16 +262,21 @@ class Challenge:
                 raise NotTheMerge(f"the coordinator sent a factor of {factor} for {name}")
             part = equation.part_of(delta)  # (n, m) float32
             rho = rho_of(self.rho_seed, name, equation)  # (m, columns)
-            sums = []
-            for rows in _blocks(equation):
-                some, correction = part[rows].double(), sent[rows].double()
-                check_correction(name, some, rho, correction)
-                test = projection(self.combination_seed, name, len(some), COLUMNS, first=rows.start)
-                sums.append(_sums_of(equation, some, rho, correction, test, own, factor, rows))
-            numbers = _shares(equation, sums)
-            # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
-            numbers[-1] *= blinding(self.blind, self.combination_seed, name)  # check: scales-are-coarse
-            yield f"check/{name}", np.array([to_limbs(float(number)) for number in numbers])
+            limbs = list[list[list[float]]]()  # (groups, 9, LIMBS)
+            for group in range(equation.groups):
+                sums = []
+                for rows in _blocks(equation, group):
+                    some, correction = part[rows].double(), sent[rows].double()
+                    check_correction(name, some, rho, correction)
+                    test = projection(self.combination_seed, name, len(some), COLUMNS, first=rows.start)
+                    sums.append(_sums_of(equation, some, rho, correction, test, own, factor, rows))
+                numbers = _shares(equation, sums)
+                # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
+                numbers[-1] *= blinding(
+                    self.blind, self.combination_seed, f"{name}/{group}"
+                )  # check: scales-are-coarse
+                limbs.append([to_limbs(float(number)) for number in numbers])
+            yield f"check/{name}", np.array(limbs)
 
 
 def check_correction(name: str, part: Tensor, rho: Tensor, sent: Tensor) -> None:
@@ -247,11 +291,12 @@ def largest_correction(part: Tensor, rho: Tensor) -> Tensor:
     return (1 + 2.0**-20) * (2.0**-24 * (part.abs() @ size) + SUBNORMAL * size.sum(dim=0))
 
 
-def _blocks(equation: Equation) -> Iterator[slice]:
-    """The rows of an equation, all at once unless it is about each entry alone."""
-    rows, size = equation.shape[0], ROWS_AT_ONCE if equation.by_entry else equation.shape[0]
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+def _blocks(equation: Equation, group: int) -> Iterator[slice]:
+    """The rows of a group, all at once unless the equation is about each entry alone."""
+    start, size = group * equation.group_rows, ROWS_AT_ONCE if equation.by_entry else equation.group_rows
+    stop = min(start + equation.group_rows, equation.shape[0])
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
 def _sums_of(
@@ -280,7 +325,7 @@ def _sums_of(
 def _shares(equation: Equation, sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """e_i for every column, then S_i: (9,) float64. `sums`: see `_sums_of`, of all rows."""
     shares, sizes, residuals = (torch.stack(each) for each in zip(*sums, strict=True))
-    spread = min(equation.shape[0] ** 0.5, SPREAD)
+    spread = min(equation.group_rows**0.5, SPREAD)
     scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + residuals.sum(dim=0)).max()
     return torch.cat([column_sums(shares), scale[None]])
 
@@ -292,8 +337,8 @@ def blinding(secret: bytes, combination_seed: bytes, name: str) -> float:
 
 
 def tolerance(equation: Equation, scale: float) -> float:
-    """The most by which an honest sum of an equation's shares is off, if its scales add up to S."""
-    rows, columns = equation.shape
+    """The most by which an honest sum of shares of one group is off, if its scales add up to S."""
+    rows, columns = equation.group_rows, equation.shape[1]
     times_rounded = 2 * depth(equation.terms_in_a_row) + 2 * depth(columns) + column_depth(rows) + 18
     return 2 * (2.0**-47 + times_rounded * UNIT) * scale + 2.0**-140
 
@@ -302,18 +347,19 @@ def wrong_claims(claims: Sequence[Claim], total: SummedTensors) -> list[str]:
     """The equations that do not hold, by name. `total`: the check's, as every owner adds it up by itself."""
     found = []
     for name, equation in (each for claim in claims for each in claim.named()):
-        *shares, scale = (from_limbs(limbs) for limbs in total[f"check/{name}"])
-        largest = max(abs(share) for share in shares)
-        if not largest <= tolerance(equation, scale):  # check: sums-of-shares-are-zero
-            found.append(name)
-    return found
+        for group in total[f"check/{name}"]:
+            *shares, scale = (from_limbs(limbs) for limbs in group)
+            largest = max(abs(share) for share in shares)
+            if not largest <= tolerance(equation, scale):  # check: sums-of-shares-are-zero
+                found.append(name)
+    return list(dict.fromkeys(found))
 
 
 # --- exact numbers ---
 
 
 def to_limbs(number: float) -> list[float]:
-    """A float64 in multiples of 2^-160 (the rest is cut off), as whole numbers below 2^32 with the number's own sign.
+    """A float64 in multiples of 2^-155 (the rest is cut off), as whole numbers below 2^45 with the number's own sign.
 
     Raises NumericalError for a number of 2^160 or more.
     """

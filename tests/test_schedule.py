@@ -12,7 +12,9 @@ from common.agreement.tables import Verification
 from common.errors import LocalProtocolError, RemoteProtocolError, SettingsError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.data_free import DataFreeTable
+from common.merge_methods.equations import MeanEquation, VectorsEquation
 from common.merge_methods.method import MultiRoundMethod
+from common.merge_methods.normal_equations import SystemEquation
 from common.merge_methods.refit import RefitTable
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.search import SearchTable
@@ -21,7 +23,7 @@ from common.metrics import BASE, OWN_AT_HOME
 from common.models.plan import MergePlan
 from common.schedule import Delivery, Event, Round, Schedule, schedule_of
 from common.settings_file import load_settings
-from common.tensor_layout import PART_BYTES
+from common.verification import Claim, Shortener
 from tests.support.scripted_owners import DELIVERY, ROUND, TEST_ROUND
 
 UNSWEPT = RegMeanTable(alphas=(0.9,))
@@ -361,20 +363,58 @@ def test_every_model_is_verified_before_anything_is_measured_on_it(
             assert claim.source < claim.delivery < event.position
 
 
-def test_what_every_owner_is_to_open_must_fit_in_one_message(agreement: Agreement, plan: MergePlan) -> None:
+def test_what_every_owner_is_to_open_must_fit_in_one_message(
+    agreement: Agreement, plan: MergePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     swept = agreement.model_copy(update={"regmean": RegMeanTable(alphas=tuple(n / 20 for n in range(20)))})
-    largest = max(each.layout.num_bytes for each in schedule_of(swept, plan).rounds if each.kind == "check")
+    largest, most = max(each.layout.num_bytes for each in schedule_of(swept, plan).rounds if each.kind == "check"), 40
+    monkeypatch.setattr("common.schedule.PART_BYTES", most * largest)
 
     def schedule_for(num_owners: int) -> Schedule:
         owners = tuple(OwnerEntry(name=f"o{number}") for number in range(num_owners))
         return schedule_of(swept.model_copy(update={"owners": owners}), plan)
 
-    most = PART_BYTES // largest
     assert schedule_for(most)
-    with pytest.raises(
-        SettingsError, match=f"each of {most + 1} owners is sent 64 MB; one message holds at most 64 MB"
-    ):
+    with pytest.raises(SettingsError, match=f"each of {most + 1} owners is sent .* MB; one message holds at most"):
         schedule_for(most + 1)
+
+
+def means_of(claim: Claim) -> set[str]:
+    """The parameters whose means a claim's equations are about."""
+    vectors = [each for group in claim.equations if isinstance(group, VectorsEquation) for each in group.vectors]
+    return {each.parameter for each in (*claim.equations, *vectors) if isinstance(each, MeanEquation)}
+
+
+def test_a_mean_that_several_models_share_is_proved_of_the_first(agreement: Agreement, plan: MergePlan) -> None:
+    """The models of a sweep, and those of other methods; what needs a solver is proved of each."""
+    agreement = agreement.model_copy(update={"method": "regmean", "compare_with": ("refit", "average")})
+    checks = [each.claims for each in schedule_of(agreement, plan).rounds if each.kind == "check"]
+    ((start,), sweep, tested) = checks
+    assert means_of(start)
+    known = {(name, start.delivery) for name in means_of(start)}
+    first, *others = (each for each in sweep if any(isinstance(one, SystemEquation) for one in each.equations))
+    assert set(first.known) == known
+    assert means_of(first)  # what only this method averages
+    for claim in others:
+        assert not means_of(claim)
+        assert {name for name, _ in claim.known} == means_of(first) | {name for name, _ in first.known}
+        assert len(claim.equations) == len([one for one in first.equations if isinstance(one, SystemEquation)])
+    (average,) = (each for each in tested if means_of(each))
+    assert known <= set(average.known)
+    assert means_of(average) == set(plan.changed) - means_of(start)
+
+
+def test_a_claim_keeps_its_equations_if_nothing_else_is_to_be_proved() -> None:
+    mean = MeanEquation.of("l.weight", (3, 4))
+    shortener, claims = Shortener(), [Claim(delivery=n, source=0, equations=(mean,)) for n in (1, 2)]
+    first, second = shortener.shorten(claims)
+    assert (first.equations, first.known) == ((mean,), ())
+    assert (second.equations, second.known) == ((), (("l.weight", 1),))
+    shortener.keep(claims[0])
+    (again,) = shortener.shorten(claims[1:])
+    assert again.equations == (mean,)
+    other = Claim(delivery=3, source=2, equations=(mean,))
+    assert shortener.shorten([other])[0].known == ()  # of another sum
 
 
 def test_owners_may_drop_out_only_if_the_agreement_needs_fewer(agreement: Agreement, plan: MergePlan) -> None:

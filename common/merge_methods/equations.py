@@ -32,6 +32,8 @@ else:
 # and whoever chooses these chooses the decisions: they do not depend on how large the scores are.
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**12
 BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
+ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
+MOST_GROUPS = 64  # of such rows; each has shares of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,16 @@ class Equation(ABC):
     is_diagonal: bool = False
     by_entry: bool = False
     is_scaled: bool = False
+
+    @property
+    def group_rows(self) -> int:
+        """How many rows share a sum of shares, and so a tolerance: all, unless the equation is `by_entry`."""
+        rows = self.shape[0]
+        return rows if not self.by_entry else ROWS_AT_ONCE * -(-rows // (ROWS_AT_ONCE * MOST_GROUPS))
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shape[0] // self.group_rows)
 
     @property
     def terms_in_a_row(self) -> int:
@@ -158,6 +170,42 @@ class MeanEquation(Equation):
         right = torch.from_numpy(summed[self.weighted]).reshape(self.shape)
         scale = self.scale * (summed.num_owners if self.per_owner else 1)
         return weight, right if scale == 1 else scale * right
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorsEquation(Equation):
+    """The same of several vectors of one length, each of them a row: fewer shares to send than one equation each.
+
+    The tolerance is relative to all of them together. With a hundred vectors it still is below the rounding of float32,
+    where their numbers are alike.
+    """
+
+    vectors: tuple[MeanEquation, ...]
+
+    @classmethod
+    def of(cls, vectors: tuple[MeanEquation, ...]) -> VectorsEquation:
+        length = vectors[0].shape[1]
+        shape = (len(vectors), length)
+        return cls(name=f"means/{vectors[0].parameter} and others", shape=shape, is_diagonal=True, vectors=vectors)
+
+    def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([each.part_of(delta) for each in self.vectors])
+
+    def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
+        left, right = zip(*(each.sides(summed, factor) for each in self.vectors), strict=True)
+        return torch.cat(left), torch.cat(right)
+
+
+def stacked(equations: Iterable[Equation]) -> tuple[Equation, ...]:
+    """The same equations, with those about means of vectors of one length as one, after all others."""
+    others, by_length = list[Equation](), dict[int, list[MeanEquation]]()
+    for each in equations:
+        if type(each) is MeanEquation and each.shape[0] == 1 < each.shape[1]:
+            by_length.setdefault(each.shape[1], []).append(each)
+        else:
+            others.append(each)
+    groups = (group[0] if len(group) == 1 else VectorsEquation.of(tuple(group)) for group in by_length.values())
+    return (*others, *groups)
 
 
 @dataclass(frozen=True, kw_only=True)

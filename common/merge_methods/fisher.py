@@ -8,7 +8,8 @@ does so, too, where sum F_i is so small that the sum's fixed point would show in
 
 Where owners verify the merge, every entry must solve the equation above, and none may be so light that an error in it
 is lost beside the others. So each owner raises its F_i, before it is summed, to the larger of both floors and
-LEAST_SHARE times its tensor's mean. Where nobody's loss depends on a parameter, it takes about the owners' mean change.
+LEAST_SHARE times the mean of its group (equations.Equation.group_rows). Where nobody's loss depends on a parameter, it
+takes about the owners' mean change.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ else:
     torch = lazy_module("torch")
 
 QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
-LEAST_SHARE = 2.0**-16  # of its tensor's mean; with less, an error in an entry could be lost beside the others
-FLOOR = 2.0**22  # times the rounding of a sum, so that even where nobody's loss depends on a parameter it is exact
+LEAST_SHARE = 2.0**-16  # of its group's mean; with less, an error in an entry could be lost beside the others
+FLOOR = 2.0**18  # times the rounding of a sum, so where nobody's loss depends on a parameter it is exact to 2^-19
 
 
 class FisherTable(Hyperparameters):
@@ -100,9 +101,9 @@ class Fisher(SingleRoundMethod[FisherTable]):
         yield from weighted_delta_tensors(settings, owner, settings.plan.changed)
         scale = owner_weight(settings, owner) / owner.fisher_examples
         for name in settings.plan.changed:
-            fisher = scale * to_array(owner.fisher[name])
+            fisher = np.ascontiguousarray(scale * to_array(owner.fisher[name]))
             if settings.has_floors:
-                fisher = np.maximum(fisher, self._least(settings, name, fisher))
+                self._raise(settings, name, fisher.reshape(-1))
             yield f"fisher/{name}", fisher
             yield f"fisher_delta/{name}", fisher * to_array(owner.delta[name])
 
@@ -128,13 +129,16 @@ class Fisher(SingleRoundMethod[FisherTable]):
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
         return tuple(FisherEquation.of(name, settings.plan.shapes[name]) for name in settings.plan.changed)
 
-    def _least(self, settings: MergeSettings, name: str, fisher: NDArray[np.float64]) -> float:
-        """The least that an owner contributes of any entry of a tensor."""
+    def _raise(self, settings: MergeSettings, name: str, fisher: NDArray[np.float64]) -> None:
+        """Raise what an owner contributes of each entry of a tensor, (entries,), to the least, in place."""
         bound = settings.weight_bound * settings.bounds.fisher[name] * settings.bounds.delta
         rounding = 0.5 ** fraction_bits(bound, settings.num_owners)
         floor = self.hyperparameters(settings).floor
         least = max(floor * float(fisher.max()), FLOOR * rounding)
-        return max(least, LEAST_SHARE * float(fisher.mean()))  # check: no-entry-is-too-light
+        size = FisherEquation.of(name, settings.plan.shapes[name]).group_rows
+        for start in range(0, len(fisher), size):
+            group = fisher[start : start + size]  # whose check has one tolerance
+            group.clip(max(least, LEAST_SHARE * float(group.mean())), out=group)  # check: no-entry-is-too-light
 
 
 FISHER = register(Fisher())

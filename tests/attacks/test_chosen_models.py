@@ -384,6 +384,24 @@ def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callabl
     assert run.given == ["contribution", "check", "step"]  # no part of the second check
 
 
+def test_123_a_candidate_of_a_sweep_with_another_mean_than_the_first(cheat: Callable[..., Cheat]) -> None:
+    """What all candidates share is proved of the first, so the others must have the same numbers, to the last bit."""
+    name = "bert.embeddings.LayerNorm.bias"
+
+    def other_mean(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        changed = vector.copy()
+        if delivery.names == ("regmean@0.95",):
+            bias = delivery.layout.read(changed, name)
+            bias[0] = np.nextafter(bias[0], np.float32(1))
+        return changed
+
+    run = cheat("regmean", other_mean)
+    assert run.run().code == "wrong-model"
+    assert run.given == ["contribution"]  # no part of the check
+    (says,) = evidence_of(run.parties, next(iter(run.parties.files))).wrong
+    assert says == f"the coordinator sent a model whose {name} is not that of the regmean candidate for validation"
+
+
 def test_124_corrections_beyond_the_rounding_of_float32(
     cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common import scaling
-from common.merge_methods.equations import Equation
+from common.merge_methods.equations import Equation, stacked
 from common.merge_methods.terms import MergedDelta, MergeSettings
 from common.scaling import RescaledTotal, Scales
 from common.summation import fixed_point
@@ -92,7 +92,7 @@ class Check:
 
     @property
     def claim(self) -> Claim:
-        return Claim(delivery=0, source=0, equations=tuple(self.equations))
+        return Claim(delivery=0, source=0, equations=stacked(self.equations))
 
     @property
     def rho_seed(self) -> bytes:
