@@ -100,7 +100,6 @@ def test_130_factors_of_another_matrix_are_found_however_well_they_fit_each_othe
     assert not is_closest(delta, padded)
 
 
-@given(st.integers(1, 9), st.integers(1, 130), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def one_direction(turned: float = 0.0, longer: float = 1.0) -> Factors:
     """The cut of diag(1, 0) to rank 1, with its direction turned, and with another length."""
     up = torch.tensor([[longer], [turned]])
@@ -109,8 +108,8 @@ def one_direction(turned: float = 0.0, longer: float = 1.0) -> Factors:
 
 def test_130_each_tolerance_of_a_cut_is_met_on_both_sides_of_its_edge() -> None:
     matrix, least = torch.diag(torch.tensor([1.0, 0.0])), 2.0**-47 + 4 * (2 + 2 * 2) * UNIT
-    assert is_closest(matrix, one_direction(turned=0.999 * least**0.5))
-    assert not is_closest(matrix, one_direction(turned=1.001 * least**0.5))
+    assert is_closest(matrix, one_direction(turned=0.8 * least**0.5))
+    assert not is_closest(matrix, one_direction(turned=1.2 * least**0.5))  # rounding is a quarter of it
     assert is_closest(matrix, one_direction(longer=1 - 2.0**-23))  # its square is 2^-22 - 2^-46 too short
     assert not is_closest(matrix, one_direction(longer=1 + 2.0**-23))
     honest = one_direction()
@@ -118,6 +117,7 @@ def test_130_each_tolerance_of_a_cut_is_met_on_both_sides_of_its_edge() -> None:
     assert not is_closest(matrix, replace(honest, down=honest.down * (1 + 2.0**-22)))
 
 
+@given(st.integers(1, 9), st.integers(1, 130), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_a_product_of_factors_is_the_same_in_whatever_order_a_machine_would_add(
     rank: int, d_out: int, d_in: int, seed: int
 ) -> None:
