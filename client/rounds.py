@@ -98,9 +98,8 @@ def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[s
     """
     vector = owner.state.create_array("vector", terms.layout.size, "<f8")
     try:
-        terms.layout.flatten(releasing(tensors, vector), vector)
+        encoded = fixed_point.flatten_encoded(terms.layout, tensors, vector, len(terms.roster))
         noise.check_complete()
-        encoded = fixed_point.encode(terms.layout, vector, len(terms.roster))
         return "" if owner.agreement.privacy.epsilon is None else sha256_of(encoded)
     except BaseException:
         owner.state.delete_array("vector")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import LocalProtocolError
+from common.summation import fixed_point
 from common.tensor_layout import TensorEntry, TensorLayout, union
 
 
@@ -52,6 +53,16 @@ def test_adding_vectors_adds_tensors(layout: TensorLayout, seed: int) -> None:
     total = flatten(layout, one) + flatten(layout, other)
     for name, tensor in layout.unflatten(total):
         np.testing.assert_array_equal(tensor, one[name] + other[name])
+
+
+@given(layouts(), st.integers(0, 2**32 - 1))
+def test_tensors_are_encoded_one_by_one_as_a_whole_vector_is(layout: TensorLayout, seed: int) -> None:
+    tensors = random_tensors(layout, seed)
+    vector = np.empty(layout.size)
+    encoded = fixed_point.flatten_encoded(layout, iter(tensors.items()), vector, 3)
+    np.testing.assert_array_equal(encoded, fixed_point.encode(layout, flatten(layout, tensors), 3))
+    with pytest.raises(LocalProtocolError, match="unexpected tensor"):
+        fixed_point.flatten_encoded(layout, [*tensors.items(), ("more", np.zeros(1))], vector, 3)
 
 
 @given(layouts())

@@ -9,6 +9,7 @@ The agreement and the layout fix the bounds and the ring, so every party compute
 decoded in place, in 64-bit words; 32-bit integers take the first half of them.
 """
 
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from math import inf
@@ -60,19 +61,42 @@ def encode(layout: TensorLayout, vector: NDArray[np.float64], num_owners: int) -
     Raises NumericalError, naming the tensor, at the first value that is not finite or is outside its bound. The vector
     is then partly overwritten, and nothing has left.
     """
-    encoded = numbers(layout, vector)
-    signed = encoded.view(f"<i{encoded.itemsize}")
     for entry, position in layout.positions():
-        bits = fraction_bits(entry.bound, num_owners, layout.ring_bits)
-        # In ascending order: an integer is never longer than the number that it overwrites.
-        for start in range(position.start, position.stop, CHUNK_NUMBERS):
-            chunk = vector[start : min(start + CHUNK_NUMBERS, position.stop)]
-            # Negated, so that NaN fails too.
-            if not np.abs(chunk).max(initial=0.0) <= entry.bound:  # check: values-are-within-bounds
-                raise _out_of_bound(entry, chunk)
-            signed[start : start + len(chunk)] = np.rint(chunk * 2.0**bits)
-        release(vector)
-    return encoded
+        _encode_tensor(layout, vector, entry, position, num_owners)
+    return numbers(layout, vector)
+
+
+def flatten_encoded(
+    layout: TensorLayout, tensors: Iterable[tuple[str, NDArray]], vector: NDArray[np.float64], num_owners: int
+) -> NDArray:
+    """`layout.flatten`, then `encode`, of a vector that lies on the disk: each tensor is encoded as soon as it is
+    written, so that no number is written to the disk and read again in between.
+    """
+
+    def encoding() -> Iterator[tuple[str, NDArray]]:
+        positions = iter(layout.positions())
+        for each in tensors:
+            yield each
+            _encode_tensor(layout, vector, *next(positions), num_owners)  # `flatten` has written it where it belongs
+
+    layout.flatten(encoding(), vector)
+    return numbers(layout, vector)
+
+
+def _encode_tensor(
+    layout: TensorLayout, vector: NDArray[np.float64], entry: TensorEntry, position: slice, num_owners: int
+) -> None:
+    """Encode one tensor of a vector, after all before it: an integer is never longer than the number it overwrites."""
+    signed = numbers(layout, vector).view(f"<i{layout.dtype.itemsize}")
+    unit = 2.0 ** fraction_bits(entry.bound, num_owners, layout.ring_bits)
+    for start in range(position.start, position.stop, CHUNK_NUMBERS):
+        chunk = vector[start : min(start + CHUNK_NUMBERS, position.stop)]
+        # Negated, so that NaN fails too.
+        if not max(chunk.max(initial=0.0), -chunk.min(initial=0.0)) <= entry.bound:  # check: values-are-within-bounds
+            raise _out_of_bound(entry, chunk)
+        scaled = chunk * unit  # exact, by a power of two
+        signed[start : start + len(chunk)] = np.rint(scaled, out=scaled)
+    release(vector)
 
 
 def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num_summed: int) -> NDArray[np.float64]:

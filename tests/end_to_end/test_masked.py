@@ -1,6 +1,7 @@
 """Masked against plain, and against a plain sum of real numbers, on real models and the example's rows."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from common.tensor_layout import TensorLayout
 from deploy.simulation.simulate import simulate
 from server.coordinator import Coordinator
 
+Tensor = tuple[str, np.ndarray]
+
 
 @pytest.fixture(scope="module")
 def runs(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -34,11 +37,13 @@ def runs(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         text = path.read_text().replace("[0.1, 0.5, 0.9, 0.95, 0.99]", "[0.5, 0.9]")
         path.write_text(text.replace('kind = "masked"', f'kind = "{kind}"'))
     seen: dict[str, Any] = {"vectors": [], "folder": folder}
-    encode, coordinator_sum = fixed_point.encode, Coordinator.sum
+    flatten_encoded, coordinator_sum = fixed_point.flatten_encoded, Coordinator.sum
 
-    def keep_vector(layout: TensorLayout, vector: np.ndarray, num_owners: int) -> np.ndarray:
-        seen["vectors"].append((layout, vector.copy()))
-        return encode(layout, vector, num_owners)
+    def keep_vector(layout: TensorLayout, tensors: Iterable[Tensor], vector: np.ndarray, n: int) -> np.ndarray:
+        real = np.zeros(layout.size)
+        layout.flatten(tensors, real)
+        seen["vectors"].append((layout, real))
+        return flatten_encoded(layout, layout.unflatten(real), vector, n)
 
     def keep_total(self: Coordinator, round: Round) -> Total:
         total = coordinator_sum(self, round)
@@ -48,7 +53,7 @@ def runs(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         return total
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fixed_point, "encode", keep_vector)
+        patch.setattr(fixed_point, "flatten_encoded", keep_vector)
         patch.setattr(Coordinator, "sum", keep_total)
         seen["masked"] = simulate(folder / "masked-consortium", folder / "masked", with_references=False)
     seen["plain"] = simulate(folder / "plain-consortium", folder / "plain", with_references=False)
