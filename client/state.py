@@ -16,9 +16,7 @@ Nothing is kept in Flower's own context, which outlives a run and which other pr
 """
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -374,16 +372,14 @@ class OwnerState:
             return np.empty(0, dtype)
         num_bytes = size * np.dtype(dtype).itemsize
         with private_file.create(path) as file:
-            # Elsewhere, writing to a mapped file ends the process when the disk is full.
-            if sys.platform == "linux":  # check: room-is-taken-in-advance
-                try:
-                    os.posix_fallocate(file.fileno(), 0, num_bytes)
-                except OSError as error:
-                    path.unlink()
-                    raise DataError(
-                        f"{path}: cannot write {num_bytes / 1e6:.0f} MB here ({error.strerror}); nothing has left",
-                        hint="make room, or move the whole state folder to where there is some",
-                    ) from None
+            try:
+                private_file.take_room(file, num_bytes)
+            except OSError as error:
+                path.unlink()
+                raise DataError(
+                    f"{path}: cannot write {num_bytes / 1e6:.0f} MB here ({error.strerror}); nothing has left",
+                    hint="make room, or move the whole state folder to where there is some",
+                ) from None
         return np.memmap(path, dtype=dtype, mode="r+", shape=(size,))
 
     def open_array(self, name: str, size: int, dtype: str, *, writable: bool = False) -> NDArray:

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import BinaryIO
 from common.errors import AmalgramError, SettingsError
 
 MAX_SECRET_BYTES = 100_000
+PIECE_BYTES = 1 << 23
 POLL_SECONDS = 0.3
 PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 
@@ -35,12 +36,31 @@ def create(path: Path, mode: int = 0o600) -> BinaryIO:  # check: files-are-priva
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+def take_room(file: BinaryIO, num_bytes: int) -> None:
+    """Fill an empty file with so many zeros. Raises OSError if the disk has no room for them.
+
+    Whoever maps a file takes its room in advance: writing to the mapping ends the process when the disk is full.
+    """
+    if sys.platform == "linux":
+        os.posix_fallocate(file.fileno(), 0, num_bytes)  # check: room-is-taken-in-advance
+        return
+    for start in range(0, num_bytes, PIECE_BYTES):
+        file.write(bytes(min(PIECE_BYTES, num_bytes - start)))
+    file.flush()
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Replace `path` by `content`. After a crash at any point it holds either the old content or the new."""
+    write_pieces_whole(path, (content,))
+
+
+def write_pieces_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """The same for a content that is too large to be in memory at once."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     with create(partial) as file:
-        file.write(content)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

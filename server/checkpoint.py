@@ -30,8 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from common import saved_state
 from common.certificates import Delivered
 from common.errors import ProtocolError, SettingsError
+from common.mapped import pieces
 from common.messages import Envelope, OpenSum, UploadsOpened, decode, encode
-from common.private_file import make_private_folder, write_whole
+from common.private_file import make_private_folder, take_room, write_pieces_whole, write_whole
 from common.schedule import Round
 from common.settings_file import Count, Digest, Hex
 from common.summation.accumulator import zeros_in_memory
@@ -41,7 +42,6 @@ from common.text import shown
 VERSION: Final = 6  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
-PIECE_WORDS = 1 << 20
 WORD_BYTES = 8
 EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 log = logging.getLogger("amalgram.coordinator")
@@ -222,8 +222,8 @@ class Checkpoint:
         `uploads`: what all owners must still be given to open it themselves.
         """
         if uploads is not None:
-            write_whole(self._uploads_file(len(self.sums)), np.ascontiguousarray(uploads.payload).data.cast("B"))
-        write_whole(self._total_file(len(self.sums)), np.ascontiguousarray(total.vector).data.cast("B"))
+            _write_array(self._uploads_file(len(self.sums)), uploads.payload)
+        _write_array(self._total_file(len(self.sums)), total.vector)
         self.sums.append(
             SavedSum(
                 position=round.position,
@@ -285,7 +285,7 @@ class Checkpoint:
 
     def save_opening(self, request: OpenSum, opening: Opening) -> None:
         """Save a session before the owners open it. They do so only once, so the result must not be lost."""
-        write_whole(self.folder / OPENING, np.ascontiguousarray(opening.words).data.cast("B"))
+        _write_array(self.folder / OPENING, opening.words)
         state = saved_state.to_json(SavedOpening, opening.state)
         self._opening = OpenedSession(request=_fields(request), state=state, size=len(opening.words))
         self.save()
@@ -328,8 +328,7 @@ class Checkpoint:
         if size * WORD_BYTES <= MAX_BYTES_IN_MEMORY:
             return zeros_in_memory(size)
         with TemporaryFile(dir=self.folder) as file:
-            for start in range(0, size, PIECE_WORDS):  # written, so that a full disk is an error here or never
-                file.write(bytes(WORD_BYTES * min(PIECE_WORDS, size - start)))
+            take_room(file, size * WORD_BYTES)
             return np.memmap(file, dtype="<u8", shape=(size,))
 
     def _total_file(self, number: int) -> Path:
@@ -345,8 +344,14 @@ class Checkpoint:
             raise SettingsError(f"{path}: holds {found} of {size} numbers", hint=_start_anew(self.folder))
         vector = self.zeros(size)
         with path.open("rb") as file:
-            file.readinto(vector.data.cast("B"))
+            for piece in pieces(vector):
+                file.readinto(piece.data.cast("B"))
         return vector
+
+
+def _write_array(path: Path, array: NDArray) -> None:
+    """Write a flat array, whole or not at all, and never more than a piece of one that is mapped from a file."""
+    write_pieces_whole(path, (piece.data.cast("B") for piece in pieces(np.ascontiguousarray(array))))
 
 
 def is_checkpoint_of(folder: Path, agreement_digest: str) -> bool:

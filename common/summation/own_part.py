@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.mapped import release
 from common.summation import fixed_point
 from common.tensor_layout import TensorLayout
 
@@ -35,9 +36,11 @@ class OwnPart:
         return self._decoded(name, self.layout.read(self.encoded, name).reshape(-1)[numbers])
 
     def _decoded(self, name: str, encoded: NDArray) -> NDArray[np.float64]:
-        signed = encoded.view(f"<i{encoded.itemsize}").astype(np.float64)
-        signed *= 0.5 ** self._bits(name)  # exact, as ldexp is, and ten times as fast
-        return signed
+        """A copy, after which what was read of a vector on the disk takes no memory."""
+        decoded: NDArray[np.float64] = encoded.view(f"<i{encoded.itemsize}").astype(np.float64)
+        release(self.encoded)
+        decoded *= 0.5 ** self._bits(name)  # exact, by a power of two
+        return decoded
 
     def rounding_error(self, name: str) -> float:
         return float(0.5 ** (self._bits(name) + 1))

@@ -11,6 +11,7 @@ import numpy as np
 
 from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, TooFewOwners
+from common.mapped import release
 from common.messages import (
     Acknowledgements,
     KeyBook,
@@ -327,7 +328,10 @@ class MaskedCoordinator(CoordinatorSide):
             else OpenedSeed(owner, MASK, self._rebuild_mask_seed(owner))
             for owner in self._sealed
         ]
-        mask_stream.add_masks(self._accumulator.vector, self._book.remaining_masks(self._seeds, survivors), 0)
+        masks, vector = self._book.remaining_masks(self._seeds, survivors), self._accumulator.vector
+        for position in self._accumulator.slices:
+            mask_stream.add_masks(vector[position], masks, position.start)
+            release(vector)
 
     def uploads_opened(self) -> UploadsOpened | None:
         if not self._terms.is_open:
