@@ -160,11 +160,10 @@ def _judged(owner: OwnerContext, delivery: Delivery, model: str, array: NDArray)
     else:
         verification.check_what_follows(owner, delivery, model, array)  # check: candidates-are-cut
         delta = published_delta(owner.workbench.plan, delivery.layout, array)
-    digest, score = owner.workbench.score_candidate(split, delta)
+    may_be_published = (split, delivery.method) == ("test", owner.agreement.method)
+    digest, score, published = owner.workbench.judge_candidate(split, delta, may_be_published=may_be_published)
     judged: dict[str, object] = {"scores": (*run.scores, score_record(delivery.position, model, digest, score))}
-    if (split, delivery.method) == ("test", owner.agreement.method):
-        judged["published"] = owner.workbench.published_folder(delta)
-    return judged
+    return judged if published is None else judged | {"published": published}
 
 
 def _name_of(message: DeliveryPart) -> str:

@@ -33,6 +33,7 @@ from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
 from client.measurement.passes import Halving
 from client.measurement.predictions import as_summed
+from client.measurement.stored_tensors import StoredTensors
 from client.pool_look import PoolLook, look_at_images, look_at_pool, write_sheet
 from client.repeats import Contributed
 from client.settings import OwnerSettings
@@ -50,6 +51,7 @@ from common.merge_methods.regmean import REGMEAN
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms, Predictions
 from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
+from common.models.files import weight_files
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
@@ -85,12 +87,12 @@ class Workbench(Holdings):
         if self.agreement.privacy.epsilon is not None:
             self.check_private_training()
         self._check_what_it_gives()
-        base = self._on_disk(self.load_own_base())
+        base = self._own_base
         if self.settings.fine_tuned is not None:
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
             own = dict(self.own_model().named_parameters())
             if self.settings.own_base is None:
-                check_change(own, base, body_parameters(base.model), folder)
+                check_change(own, base, body_parameters(self._outline), folder)
                 self._check_fixed(own, base)
             if self.task.is_text:
                 check_tokenizer(folder, self.own_base_folder)
@@ -231,21 +233,30 @@ class Workbench(Holdings):
         Raises ModelError if the model's outputs are in another order than the agreed labels.
         """
         if self.settings.fine_tuned is not None:
-            own, base = self._on_disk(self.own_model()), self._on_disk(self.load_own_base())
-            if all(torch.equal(own[name], base[name]) for name in base):
+            own = self.own_model()
+            if self._is_unchanged(own):
                 yield f"{self.settings.fine_tuned}: is the base model, unchanged, and brings nothing to the merge"
             elif self.own_task.labels != self.task.labels:
                 pass  # its labels have names, and are not in the agreed order
             elif self.task.has_labels and not self.task.judges_tokens and self.task.head == "shared":
-                yield from self._look_at_labels(own.model, base.model)
+                rows = self._labels_to_look_at()
+                outputs = self._outputs(own, rows)
+                del own  # one model is in memory
+                yield from self._look_at_labels(rows, outputs, self._outputs(self.load_own_base(), rows))
         yield from self.data.oddities()
 
-    def _look_at_labels(self, own: PreTrainedModel, base: PreTrainedModel) -> Iterator[str]:
+    def _is_unchanged(self, own: PreTrainedModel) -> bool:
+        base = self._own_base
+        return all(torch.equal(parameter, base[name]) for name, parameter in own.named_parameters())
+
+    def _labels_to_look_at(self) -> Rows:
         rows = self.data.validation()
-        rows = rows.take(np.random.default_rng(0).permutation(len(rows))[:LABELS_TO_LOOK_AT])
-        outputs, of_base = (
-            self.in_batches(partial(predict_logits, model, rows, passes=self.passes)) for model in (own, base)
-        )
+        return rows.take(np.random.default_rng(0).permutation(len(rows))[:LABELS_TO_LOOK_AT])
+
+    def _outputs(self, model: PreTrainedModel, rows: Rows) -> NDArray[np.float32]:
+        return self.in_batches(partial(predict_logits, model, rows, passes=self.passes))
+
+    def _look_at_labels(self, rows: Rows, outputs: NDArray[np.float32], of_base: NDArray[np.float32]) -> Iterator[str]:
         labels = self.task.labels
         if self.task.problem_type != "single_label_classification":
             targets = np.asarray(rows.targets, np.float32)
@@ -295,8 +306,15 @@ class Workbench(Holdings):
         return self._on_disk(self.own_model())
 
     @cached_property
-    def _base(self) -> DiskModel:
-        return self._on_disk(self.load_base())
+    def _base(self) -> StoredTensors:
+        return StoredTensors(self.load_base(), weight_files(self._base_folder), self.state.folder)
+
+    @cached_property
+    def _own_base(self) -> StoredTensors:
+        """What this owner's model was made from."""
+        if self.settings.own_base is None:
+            return self._base
+        return StoredTensors(self.load_own_base(), weight_files(self.own_base_folder), self.state.folder)
 
     def _on_disk(self, model: PreTrainedModel) -> DiskModel:
         return DiskModel(model, self.state.folder)
@@ -333,7 +351,7 @@ class Workbench(Holdings):
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""
         own = self._own
-        base = self._base if self.settings.own_base is None else self._on_disk(self.load_own_base())
+        base = self._own_base
         for name in sorted(set(own) - set(private_head(self._outline, self.task))):
             tensor = own[name]
             if not torch.equal(tensor, base[name]):
@@ -448,7 +466,7 @@ class Workbench(Holdings):
         order = np.random.default_rng(int.from_bytes(seed)).permutation(len(rows))  # check: each-agreement-draws-anew
         return rows.take(order[:limit])
 
-    def _delta(self, own: DiskModel, base: DiskModel) -> Mapping[str, Tensor]:
+    def _delta(self, own: DiskModel, base: StoredTensors) -> Mapping[str, Tensor]:
         """What fine-tuning changed, scaled down where it is more than the agreement allows."""
         return ClippedDelta(Delta(own, base), self.merge_settings.bounds.changes)  # check: owners-clip-their-changes
 
@@ -527,13 +545,18 @@ class Workbench(Holdings):
 
     # --- scoring ---
 
-    def score_candidate(self, split: Split, delta: Mapping[str, Tensor]) -> tuple[str, Score]:
-        """The digest of the merged model with this delta, and how it does on the examples of a split."""
+    def judge_candidate(
+        self, split: Split, delta: Mapping[str, Tensor], *, may_be_published: bool
+    ) -> tuple[str, Score, PublishedFolder | None]:
+        """The digest of the merged model with this delta, how it does on the examples of a split, and what this owner
+        would publish of it, if it may be the result.
+        """
         head, model = self._own_head(), self.load_base()
         add_delta(model, delta)
         digest = digest_of(model, self.task)
+        published = self._published(model, delta) if may_be_published else None  # before it has a private head
         copy_parameters(head, head, model)
-        return digest, self.score(model, split)
+        return digest, self.score(model, split), published
 
     def function(self, method_name: str | None, candidate: str) -> Function:
         """What makes a candidate's applied parameters of its solved ones (Method.apply); of most methods' nothing."""
@@ -543,14 +566,13 @@ class Workbench(Holdings):
         hyperparameter = self.agreement.agreed(method)[candidate]
         return lambda solved: method.apply(self.merge_settings, solved, hyperparameter)
 
-    def published_folder(self, delta: Mapping[str, Tensor]) -> PublishedFolder:
-        """What this owner would publish, were the merged model with this delta the result.
+    def _published(self, model: PreTrainedModel, delta: Mapping[str, Tensor]) -> PublishedFolder:
+        """What this owner would publish, were `model`, the base with this delta, the result.
 
         It is written to a private folder for a moment.
         """
         with self.state.scratch_folder() as scratch:
-            folder, model = scratch / "published", self.load_base()  # a private head fits, and is not published
-            add_delta(model, delta)
+            folder = scratch / "published"
             with needing_room("what would be published", self.state.folder, MOVE_STATE):
                 if isinstance(delta, AdapterDelta):
                     write_adapter(model, delta, self._base_folder, self.agreement, folder)

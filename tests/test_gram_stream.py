@@ -14,10 +14,12 @@ from client.measurement.blocks import BlockStream
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import GramCollector, measure_grams
 from client.measurement.gram_stream import GramStream
+from client.measurement.stored_tensors import StoredTensors
 from client.owner import Owner
 from common.errors import DataError
 from common.merge_methods.terms import Gram
 from common.models.delta import Delta
+from common.models.files import weight_files
 from common.models.plan import MergePlan
 from tests.support.architectures import ARCHITECTURES, made, shake
 from tests.support.models import delta_of, tiny_bert
@@ -156,6 +158,21 @@ def test_a_model_on_the_disk_runs_and_is_changed_as_one_in_memory(tmp_path: Path
     disk.release()
     assert torch.equal(model(**batch).logits, twin(**batch).logits)
     assert torch.equal(disk["classifier.bias"], twin.classifier.bias)
+
+
+def test_a_base_is_read_again_from_its_own_files_except_what_they_lack(tmp_path: Path) -> None:
+    state, folder = tmp_path / "state", tmp_path / "base"
+    state.mkdir()
+    model = tiny_bert().bfloat16()
+    model.base_model.save_pretrained(folder)  # without the model's prefix, and without a head
+    model = model.float()
+    stored = StoredTensors(model, weight_files(folder), state)
+    parameters = dict(model.named_parameters())
+    assert list(stored) == list(parameters)
+    assert all(torch.equal(stored[name], parameters[name]) for name in parameters)
+    assert set(stored._others) == {"classifier.weight", "classifier.bias"}
+    stored["bert.pooler.dense.bias"].add_(1)  # a copy
+    assert torch.equal(stored["bert.pooler.dense.bias"], parameters["bert.pooler.dense.bias"])
 
 
 def test_weights_that_do_not_fit_on_the_disk_are_refused(tmp_path: Path) -> None:

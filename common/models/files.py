@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from common.errors import ModelError, first_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -135,6 +136,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with _opened(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
             yield name, file.get_tensor(name)
+
+
+def read_tensor(path: Path, name: str, dtype: torch.dtype) -> Tensor:
+    """A copy of one tensor of a safetensors file. Raises ModelError."""
+    with _opened(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.to(dtype, copy=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from math import sqrt
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ else:
 # MiniLM fine-tuned on five domains is at 0.03 or below, tiny models trained at a rate of 1e-3 are below 0.4.
 MOST_MEDIAN_CHANGE = 0.8
 FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
+PIECE_NUMBERS = 1 << 22  # of a parameter, that are compared at once
 SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
@@ -245,7 +247,11 @@ def check_change(
 
 def _relative_change(parameter: Tensor, start: Tensor) -> float | None:
     """|W_i - W_0| / |W_0|. None if the parameter is not a matrix, or if the base's is zero."""
-    return float((parameter - start).norm() / start.norm()) if parameter.ndim > 1 and start.any() else None
+    moved, whole = 0.0, 0.0
+    if parameter.ndim > 1:
+        for one, other in zip(*(each.reshape(-1).split(PIECE_NUMBERS) for each in (parameter, start)), strict=True):
+            moved, whole = moved + float((one - other).norm()) ** 2, whole + float(other.norm()) ** 2
+    return sqrt(moved / whole) if whole else None
 
 
 # --- loading and its checks ---

@@ -1,0 +1,48 @@
+"""The weights of a model that was loaded, read again from its own files: nothing is copied, and no model is held."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.models.disk_tensors import DiskTensors
+from common.models.files import read_tensor, tensor_names
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The parameters of `model`, float32, by name. Each is read from one of `files` when it is asked for.
+
+    What the files do not hold under its name, bit for bit, such as a head that was made here, is kept in a nameless
+    file in `folder` instead. Raises DataError if the disk has no room for that.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: list[Path], folder: Path) -> None:
+        parameters = dict(model.named_parameters())
+        self._names = tuple(parameters)
+        self._stored = dict(_found(parameters, files, f"{model.base_model_prefix}."))
+        self._others = DiskTensors(
+            {name: each for name, each in parameters.items() if name not in self._stored}, folder
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._stored:
+            return self._others[name]
+        path, stored_as = self._stored[name]
+        return read_tensor(path, stored_as, torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _found(parameters: Mapping[str, Tensor], files: list[Path], prefix: str) -> Iterator[tuple[str, tuple[Path, str]]]:
+    """By parameter, where the same numbers are stored. A base without a head names them without the model's prefix."""
+    for path in files:
+        for stored_as in tensor_names(path):
+            for name in {stored_as, prefix + stored_as} & parameters.keys():
+                if torch.equal(parameters[name], read_tensor(path, stored_as, torch.float32)):
+                    yield name, (path, stored_as)
