@@ -29,7 +29,8 @@ class OwnerContext:
     """One owner's side, read from its settings file when it is needed."""
 
     def __init__(self, settings_path: Path) -> None:
-        self.home = settings_path.resolve().parent
+        self.settings_path = settings_path.resolve()
+        self.home = self.settings_path.parent
         self.settings = load_settings(settings_path, OwnerSettings)
         self.name = self.settings.name
 

@@ -11,11 +11,12 @@ which agreed step comes next; a step that was not agreed is refused before anyth
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from client import receipts, received_models, rounds, verification
 from client.context import OwnerContext
-from client.look import OwnerLook, look_at_owner
+from client.look import OwnerLook, look_at_owner, own_base
 from common.certificates import check_burned, presence_body, sign_burned
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
@@ -44,7 +45,11 @@ from common.messages import (
     UploadsOpened,
 )
 from common.metrics import BASE, metrics_layout
+from common.models.folders import base_model_folder
 from common.summation.fixed_point import check_layout
+
+FilesState = frozenset[tuple[Path, int, int, int]]
+_in_order: dict[Path, FilesState] = {}  # by settings file: what this process has checked
 
 
 class Owner(OwnerContext):
@@ -57,9 +62,24 @@ class Owner(OwnerContext):
             return ANSWERS.get(type(message), rounds.continue_round)(self, message)
 
     def check(self) -> None:
-        """Look at everything this owner brings. Raises the error that a run would meet; nothing is computed."""
-        self.look()
-        self.workbench.check()
+        """Look at everything this owner brings. Raises the error that a run would meet; nothing is computed.
+
+        A simulation looks before its run, in the process that answers the roll call: what has not changed since is not
+        looked at again.
+        """
+        found = self._files_as_they_are(self.look())
+        if _in_order.get(self.settings_path) != found:
+            self.workbench.check()
+            _in_order[self.settings_path] = found
+
+    def _files_as_they_are(self, look: OwnerLook) -> FilesState:
+        """The state of everything that a check reads, as far as it takes no reading."""
+        settings, home, agreed_at = self.settings, self.home, self.home / self.settings.agreement
+        base = base_model_folder(settings.base, home, self.agreement, agreed_at)
+        models = {base, own_base(settings, home, base), *([] if look.fine_tuned is None else [look.fine_tuned])}
+        rows = (home / each for each in (settings.data.train, settings.data.validation, settings.data.test) if each)
+        paths = (self.settings_path, agreed_at, *rows, *(path for folder in models for path in folder.rglob("*")))
+        return frozenset(map(_file_as_it_is, paths))
 
     def look(self) -> OwnerLook:
         """The part of `check` that takes no torch, whose import takes seconds."""
@@ -114,6 +134,13 @@ class Owner(OwnerContext):
                 f"nobody has consented to agreement {digest[:16]}... for {self.name}",
                 hint="read it and consent: amalgram agree OWNER.toml",
             )
+
+
+def _file_as_it_is(path: Path) -> tuple[Path, int, int, int]:
+    if not path.exists():  # a pattern for several files, which are read again in any case
+        return path, 0, 0, 0
+    status = path.stat()
+    return path, status.st_ino, status.st_size, status.st_ctime_ns  # which nothing can set
 
 
 def _answer_roll_call(owner: Owner, message: RollCall) -> Message:

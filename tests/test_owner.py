@@ -170,9 +170,26 @@ def test_a_full_disk_is_one_line_where_a_model_is_written(parties: Parties, part
     answer(parties, "hotel", roll_call(parties))
     workbench, unchanged = Owner(party).workbench, VectorDelta(parties.plan)
     with file_size_limited(100_000), pytest.raises(DataError, match="what would be published cannot be written here"):
-        workbench.published_folder(unchanged)
+        workbench.judge_candidate("test", unchanged, may_be_published=True)
     assert not list((workbench.state.folder / "run").glob("scratch"))
-    assert set(workbench.published_folder(unchanged).files) >= {"config.json", "model.safetensors"}
+    _, _, published = workbench.judge_candidate("test", unchanged, may_be_published=True)
+    assert published is not None
+    assert set(published.files) >= {"config.json", "model.safetensors"}
+
+
+def test_what_was_in_order_is_checked_again_once_a_file_has_changed(
+    parties: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[str] = []
+    monkeypatch.setattr(Workbench, "check", lambda bench: checks.append(bench.name))
+    monkeypatch.setattr("client.owner._in_order", {})
+    owner = Owner(parties.files["hotel"])
+    rows = owner.home / owner.settings.data.train
+    for changed, count in ((None, 1), (None, 1), (rows, 2), (owner.settings_path, 3), (None, 3)):
+        if changed is not None:
+            changed.touch()
+        Owner(parties.files["hotel"]).check()
+        assert len(checks) == count
 
 
 def test_an_owner_without_consent_refuses_before_it_reads_a_row(
