@@ -210,6 +210,11 @@ class RescaledTotal:
         return self.scales.up(name, self.scaled[name]) if name in self.scaled else self.measured[name]
 
     def some_of(self, name: str, numbers: slice) -> NDArray[np.float64]:
+        if name not in self.scaled:
+            return self.measured[name].reshape(-1)[numbers]
+        rows, columns = self.scales[name]
+        if rows.size == columns.size == 1:  # one scale for the whole tensor, which need not be read
+            return self.scales.up(name, self.scaled.some_of(name, numbers).reshape(1, -1)).reshape(-1)
         return self[name].reshape(-1)[numbers]
 
     def rounding_error(self, name: str) -> float:

@@ -78,7 +78,6 @@ from common.lazy import lazy_module
 from common.merge_methods.equations import (
     LARGEST_FACTOR,
     LEAST_FACTOR,
-    ROWS_AT_ONCE,
     Equation,
     MeanEquation,
     column_depth,
@@ -98,6 +97,7 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
+CACHED_NUMBERS = 1 << 20  # of a matrix in float64, which the processor's cache holds
 COLUMNS = 8  # an error is exactly zero in all of them with probability below 2^-100
 LIMBS, LIMB_BITS = 7, 45  # shares travel exactly, as 7 numbers of 45 bits: float64 holds a sum of 150 of them ...
 LOWEST_BIT = -155  # ... in multiples of 2^-155, up to 2^160
@@ -223,7 +223,7 @@ def corrections(
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """What the coordinator sends for one claim, in the order of `correction_layout`; `rest` is MergedDelta's."""
     for name, equation in claim.named():
-        correction = product(equation.part_of(rest).double(), rho_of(seed, name, equation))
+        correction, _ = _projected(equation.part_of(rest), rho_of(seed, name, equation))
         yield name, correction.float().numpy()
         if equation.is_scaled:
             yield f"{name}/factor", np.array([factor], dtype=np.float32)
@@ -266,10 +266,11 @@ class Challenge:
             for group in range(equation.groups):
                 sums = []
                 for rows in _blocks(equation, group):
-                    some, correction = part[rows].double(), sent[rows].double()
-                    check_correction(name, some, rho, correction)
-                    test = projection(self.combination_seed, name, len(some), COLUMNS, first=rows.start)
-                    sums.append(_sums_of(equation, some, rho, correction, test, own, factor, rows))
+                    moved, reach = _projected(part[rows], rho)
+                    correction = sent[rows].double()
+                    check_correction(name, reach, rho, correction)
+                    test = projection(self.combination_seed, name, len(moved), COLUMNS, first=rows.start)
+                    sums.append(_sums_of(equation, moved + correction, reach, rho, test, own, factor, rows))
                 numbers = _shares(equation, sums)
                 # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
                 numbers[-1] *= blinding(
@@ -279,21 +280,32 @@ class Challenge:
             yield f"check/{name}", np.array(limbs)
 
 
-def check_correction(name: str, part: Tensor, rho: Tensor, sent: Tensor) -> None:
-    """Raise NotTheMerge unless every number of a correction is within the rounding of float32."""
-    if not (sent.abs() <= largest_correction(part, rho)).all():  # check: corrections-are-bounded
+def check_correction(name: str, reach: Tensor, rho: Tensor, sent: Tensor) -> None:
+    """Raise NotTheMerge unless every number of a correction is within the rounding of float32. `reach`: |D| |rho|."""
+    if not (sent.abs() <= largest_correction(reach, rho)).all():  # check: corrections-are-bounded
         raise NotTheMerge(f"the coordinator sent a correction of {name} beyond the rounding of float32")
 
 
-def largest_correction(part: Tensor, rho: Tensor) -> Tensor:
+def largest_correction(reach: Tensor, rho: Tensor) -> Tensor:
     """The bound at the top of this file, (n, columns) float64."""
-    size = rho.abs()
-    return (1 + 2.0**-20) * (2.0**-24 * (part.abs() @ size) + SUBNORMAL * size.sum(dim=0))
+    return (1 + 2.0**-20) * (2.0**-24 * reach + SUBNORMAL * rho.abs().sum(dim=0))
+
+
+def _projected(matrix: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    """M rho and |M| |rho|, (n, columns) float64 each, a few rows at a time: copies of all would be made in memory."""
+    moved, reach = (torch.empty(len(matrix), rho.shape[1], dtype=torch.float64) for _ in range(2))
+    size, step = rho.abs(), max(1, CACHED_NUMBERS // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        some = matrix[rows].double()
+        moved[rows] = product(some, rho)
+        torch.matmul(some.abs(), size, out=reach[rows])
+    return moved, reach
 
 
 def _blocks(equation: Equation, group: int) -> Iterator[slice]:
-    """The rows of a group, all at once unless the equation is about each entry alone."""
-    start, size = group * equation.group_rows, ROWS_AT_ONCE if equation.by_entry else equation.group_rows
+    """The rows of a group that are looked at together. Sums over blocks are then those of `column_sums`."""
+    start, size = group * equation.group_rows, equation.rows_at_once or equation.group_rows
     stop = min(start + equation.group_rows, equation.shape[0])
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
@@ -301,24 +313,27 @@ def _blocks(equation: Equation, group: int) -> Iterator[slice]:
 
 def _sums_of(
     equation: Equation,
-    part: Tensor,
+    corrected: Tensor,
+    reach: Tensor,
     rho: Tensor,
-    sent: Tensor,
     test: Tensor,
     own: SummedTensors,
     factor: float,
     rows: slice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over some rows: s^T of the residual for every column, (8,); |v|_2 and the residual's |.|_1, (columns,) each."""
-    if equation.by_entry:
+    """Over some rows: s^T of the residual for every column, (8,); |v|_2 and the residual's |.|_1, (columns,) each.
+
+    `corrected`: D rho + c. `reach`: |D| |rho|.
+    """
+    if equation.rows_at_once is not None:
         left, right = equation.some_of_sides(own, rows)
-        right_size = right.abs()
     else:
         left, right = equation.sides(own, factor)
-        right_size = equation.right_size(right, own, factor)
-    residual = times(left, product(part, rho) + sent) - product(right, rho)  # (n, columns)
-    reach = part.abs() @ rho.abs() + SUBNORMAL * rho.abs().sum(dim=0)
-    sizes = times(left.abs(), reach) + right_size @ rho.abs()  # v_i, (n, columns)
+    moved, right_reach = _projected(right, rho)
+    if (size := equation.right_size(right, own, factor)) is not None:
+        right_reach = size @ rho.abs()
+    residual = times(left, corrected) - moved  # (n, columns)
+    sizes = times(left.abs(), reach + SUBNORMAL * rho.abs().sum(dim=0)) + right_reach  # v_i, (n, columns)
     return column_sums(test * residual), sizes.norm(dim=0), residual.norm(p=1, dim=0)
 
 

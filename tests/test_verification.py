@@ -370,17 +370,18 @@ def test_a_lie_of_one_part_in_a_million_about_one_entry_is_found() -> None:
 
 def test_124_a_correction_is_accepted_up_to_the_rounding_of_float32_and_no_further() -> None:
     part, rho = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=torch.float64), projection(bytes(32), "", 2, 8)
-    bound = largest_correction(part, rho)
-    check_correction("l", part, rho, bound)
-    check_correction("l", part, rho, -bound)
+    reach = part.abs() @ rho.abs()
+    bound = largest_correction(reach, rho)
+    check_correction("l", reach, rho, bound)
+    check_correction("l", reach, rho, -bound)
     for row, column in ((0, 0), (1, 7)):
         sent = bound.clone()
         sent[row, column] *= 1 + 2.0**-50
         with pytest.raises(RemoteProtocolError, match="correction of l beyond the rounding of float32"):
-            check_correction("l", part, rho, sent)
+            check_correction("l", reach, rho, sent)
     nothing = torch.full_like(bound, float("nan"))
     with pytest.raises(RemoteProtocolError, match="beyond the rounding"):
-        check_correction("l", part, rho, nothing)
+        check_correction("l", reach, rho, nothing)
 
 
 @given(
@@ -392,7 +393,7 @@ def test_what_rounding_takes_is_always_within_the_bound(values: list[float], exp
     exact = torch.tensor([values], dtype=torch.float64) * 2.0**exponent
     part, rho = exact.float().double(), projection(bytes([seed]), "", len(values), 8)
     rest = (exact - part).float()
-    check_correction("l", part, rho, (rest.double() @ rho).float().double())
+    check_correction("l", part.abs() @ rho.abs(), rho, (rest.double() @ rho).float().double())
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.25, False), (4.0, True)])
@@ -547,6 +548,35 @@ def test_an_equation_by_entry_has_shares_for_each_group_of_rows() -> None:
     sent[ROWS_AT_ONCE + 4] = 1e-6  # in the second block
     with pytest.raises(NotTheMerge, match="beyond the rounding of float32"):
         list(challenge.shares(claim, {"l0.weight": delta.reshape(plan.shapes["l0.weight"])}, own))
+
+
+class WholeMean(MeanEquation):
+    """The oracle: all rows at once."""
+
+    rows_at_once = None
+
+
+def test_the_mean_of_a_large_embedding_has_the_same_shares_in_blocks_of_rows() -> None:
+    rows, random = 2 * 64**2 + 100, np.random.default_rng(0)
+    name, shape = "l0.weight", (rows, 3)
+    entries = (
+        TensorEntry(name="weight", shape=(1,), bound=8.0),
+        TensorEntry(name=f"weighted_delta/{name}", shape=shape, bound=8.0),
+    )
+    layout = TensorLayout(entries)
+    encoded = fixed_point.encode(layout, random.uniform(0, 1, layout.size), 3)
+    own = OwnPart(layout=layout, encoded=encoded, owners=("o0", "o1", "o2"), roster_size=3)
+    delta = {name: torch.from_numpy(random.uniform(0.25, 1, shape)).float()}
+    sent = np.full(8 * rows, 2.0**-40, dtype=np.float32)
+    found = []
+    for kind in (MeanEquation, WholeMean):
+        claim = Claim(delivery=0, source=0, equations=(kind.of(name, shape, scale=0.5),))
+        challenge = Challenge(
+            claims=(claim,), rho_seed=bytes(32), combination_seed=bytes(32), blind=bytes(32), sent=sent
+        )
+        ((_, (limbs,)),) = challenge.shares(claim, delta, own)
+        found.append([from_limbs(each) for each in limbs])
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 # --- a classifier whose scale the coordinator names -------------------------------------------------------------------

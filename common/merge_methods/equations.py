@@ -78,14 +78,21 @@ class Equation(ABC):
         """This equation, where `sides` need what was sent beside its own part of `delta`."""
         return self
 
+    @property
+    def rows_at_once(self) -> int | None:
+        """How many rows are looked at together where A is diagonal, a power of BLOCK: an embedding in float64 is too
+        large for most memories. None for all.
+        """
+        return None
+
     def some_of_sides(self, summed: SummedTensors, rows: slice) -> tuple[Tensor, Tensor]:
-        """Some rows of A and B, if the equation is `by_entry`: of an embedding, both together can be too large."""
+        """Some rows of A and B, if there are `rows_at_once`."""
         left, right = self.sides(summed, 1.0)
         return left[rows], right[rows]
 
-    def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor:
-        """How large the terms of B, `right`, are, (n, m): |B|, unless it is a difference, which can be far smaller."""
-        return right.abs()
+    def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor | None:
+        """How large the terms of B, `right`, are, (n, m); None for |B|. A difference can be far smaller."""
+        return None
 
 
 def times(left: Tensor, right: Tensor) -> Tensor:
@@ -162,12 +169,23 @@ class MeanEquation(Equation):
             per_owner=per_owner,
         )
 
+    @property
+    def rows_at_once(self) -> int | None:
+        return BLOCK**2 if self.weighted else None
+
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
         return delta[self.parameter].reshape(self.shape)
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
-        weight = torch.from_numpy(summed["weight"]).expand(self.shape[0])[:, None]
-        right = torch.from_numpy(summed[self.weighted]).reshape(self.shape)
+        return self._sides(summed, torch.from_numpy(summed[self.weighted]).reshape(self.shape))
+
+    def some_of_sides(self, summed: SummedTensors, rows: slice) -> tuple[Tensor, Tensor]:
+        columns = self.shape[1]
+        numbers = summed.some_of(self.weighted, slice(rows.start * columns, rows.stop * columns))
+        return self._sides(summed, torch.from_numpy(numbers).reshape(-1, columns))
+
+    def _sides(self, summed: SummedTensors, right: Tensor) -> tuple[Tensor, Tensor]:
+        weight = torch.from_numpy(summed["weight"]).expand(len(right))[:, None]
         scale = self.scale * (summed.num_owners if self.per_owner else 1)
         return weight, right if scale == 1 else scale * right
 
@@ -213,6 +231,10 @@ class FisherEquation(Equation):
     """F D = (F delta), entry by entry, of one parameter."""
 
     parameter: str
+
+    @property
+    def rows_at_once(self) -> int | None:
+        return ROWS_AT_ONCE
 
     @classmethod
     def of(cls, parameter: str, shape: tuple[int, ...]) -> FisherEquation:
