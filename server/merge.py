@@ -28,7 +28,7 @@ from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Ste
 from common.merge_methods.search import SEARCH, Mixture, groups_of, next_mixtures
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
-from common.models.delta import APPLIED, MixedDelta, VectorDelta, add_delta, published_delta, solved_layout
+from common.models.delta import APPLIED, MixedDelta, add_delta, published_delta
 from common.models.folders import base_model_folder
 from common.models.loading import agreed_plan, check_base, load_base
 from common.models.low_rank import AdapterDelta, cut
@@ -129,7 +129,9 @@ class MergeRun:
     _scores: Mapping[str, MeanScore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._settings = replace(self.agreement.merge_settings(self.plan), device=self.device)
+        self._settings = replace(
+            self.agreement.merge_settings(self.plan), device=self.device, scratch=self.coordinator.checkpoint.folder
+        )
 
     def run(self) -> None:
         """Roll call, the whole schedule, result. Raises an AmalgramError, and then publishes nothing."""
@@ -219,9 +221,7 @@ class MergeRun:
             )
         if not self.schedule.is_checked(delivery):
             return
-        layout = solved_layout(delivery.layout)
-        vector = self._vector_of(layout, merged.rest)
-        self._rest[delivery.position] = VectorDelta(self.plan, (layout, vector)), merged.factor
+        self._rest[delivery.position] = merged.rest, merged.factor
 
     def _send_corrections(self, delivery: Delivery) -> None:
         nonces = self.coordinator.draw(delivery)

@@ -14,7 +14,7 @@ from common.merge_methods.terms import (
     MergedDelta,
     MergeSettings,
     OwnerTerms,
-    means,
+    mean_delta,
     rounded,
     weight_entries,
     weight_tensors,
@@ -58,7 +58,9 @@ class Average(SingleRoundMethod[AverageTable]):
     def solve(
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
     ) -> MergedDelta:
-        return with_unchanged(settings, rounded(settings, means(total, settings.plan.changed)))
+        return with_unchanged(
+            settings, rounded(settings, ((name, mean_delta(total, name)) for name in settings.plan.changed))
+        )
 
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:
         return mean_equations(settings, settings.plan.changed)

@@ -78,16 +78,15 @@ class System:
         yield f"{self.kind}gram/{self.name}", to_array(gram)
         if pull:
             gram.diagonal().add_(pull)
+        if len(self.alphas) == 1:
+            gram = gram.clone()  # what was given is read by whoever takes the tensors
+            _keep_of_off_diagonal(gram, *self.alphas)
         diagonal = gram.diagonal()[:, None]  # (gram_size, 1)
         for layer in self.layers:
             own = layer.take(delta).double()  # (gram_size, d_out)
+            yield f"{self.kind}gram_delta/{layer.weight}", to_array(gram @ own)
             if len(self.alphas) > 1:
-                yield f"{self.kind}gram_delta/{layer.weight}", to_array(gram @ own)
                 yield f"{self.kind}diagonal_delta/{layer.weight}", to_array(diagonal * own)
-            else:
-                (alpha,) = self.alphas
-                product = alpha * (gram @ own) + (1 - alpha) * diagonal * own
-                yield f"{self.kind}gram_delta/{layer.weight}", to_array(product)
 
     def solve(
         self, total: SummedTensors, alpha: float, rows: int | None, with_spectrum: bool = True, device: str = "cpu"
@@ -131,9 +130,7 @@ class System:
     def sides(self, summed: SummedTensors, alpha: float) -> tuple[Tensor, Tensor]:
         """H, (gram_size, gram_size), and H delta^T, (gram_size, sum of d_out), float64: of a total or of one owner."""
         gram = torch.from_numpy(summed[f"{self.kind}gram/{self.name}"])
-        diagonal = gram.diagonal().clone()
-        gram.mul_(alpha)
-        gram.diagonal().copy_(diagonal)
+        _keep_of_off_diagonal(gram, alpha)
         return gram, torch.cat([self._product(summed, layer, alpha) for layer in self.layers], dim=1)
 
     def _product(self, total: SummedTensors, layer: Layer, alpha: float) -> Tensor:
@@ -160,6 +157,13 @@ class SystemEquation(Equation):
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         return self.system.sides(summed, self.alpha)
+
+
+def _keep_of_off_diagonal(gram: Tensor, alpha: float) -> None:
+    """alpha G + (1 - alpha) diag(G), in place."""
+    diagonal = gram.diagonal().clone()
+    gram.mul_(alpha)
+    gram.diagonal().copy_(diagonal)
 
 
 def add_floor(gram: Tensor, settings: MergeSettings, bound: float, product_bound: float) -> Tensor:

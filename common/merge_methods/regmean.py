@@ -16,7 +16,8 @@ With privacy.epsilon, an owner adds noise to its G_i before anything else, and p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 from numpy.typing import NDArray
@@ -40,11 +41,13 @@ from common.merge_methods.terms import (
     WEIGHT_KINDS,
     Gram,
     Hyperparameters,
+    LayerNote,
     MergedDelta,
     MergeSettings,
     OwnerTerms,
     ProblemType,
     Weighting,
+    mean_delta,
     means,
     owner_scale,
     owner_weight,
@@ -56,7 +59,7 @@ from common.merge_methods.terms import (
     weighted_delta_tensors,
     with_unchanged,
 )
-from common.models.layers import Layer, join_slices
+from common.models.layers import Layer, joined
 from common.models.plan import SharedInput
 from common.privacy.noise import bound_with_noise
 from common.settings_file import Line, Probability
@@ -143,20 +146,24 @@ class GramPart:
         yield from weighted_delta_tensors(settings, owner, self.averaged)
 
     def solve(self, settings: MergeSettings, total: SummedTensors, alpha: float, *, with_spectra: bool) -> MergedDelta:
-        merged, layers = dict[str, "Tensor"](), []
-        for shared in self.inputs:
-            rows = round(total[f"rows/{shared.name}"][0])
-            solved, note = self._system_of(shared).solve(total, alpha, rows, with_spectra, settings.device)
-            merged |= solved
-            layers.append(note)
-        for layer in self.data_free:
-            system = DATA_FREE.system_of(settings, layer)
-            solved, note = system.solve(total, max(system.alphas), None, with_spectra, settings.device)
-            merged |= solved
-            layers.append(note)
-        solved_layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)
-        exact = means(total, self.averaged) | join_slices(merged, solved_layers, settings.plan.shapes)
-        return rounded(settings, exact, tuple(layers), notes_on(layers))
+        notes: list[LayerNote] = []
+
+        def solved() -> Iterator[tuple[str, Tensor]]:
+            for shared in self.inputs:
+                rows = round(total[f"rows/{shared.name}"][0])
+                merged, note = self._system_of(shared).solve(total, alpha, rows, with_spectra, settings.device)
+                notes.append(note)
+                yield from merged.items()
+            for layer in self.data_free:
+                system = DATA_FREE.system_of(settings, layer)
+                merged, note = system.solve(total, max(system.alphas), None, with_spectra, settings.device)
+                notes.append(note)
+                yield from merged.items()
+
+        layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)
+        averaged = ((name, mean_delta(total, name)) for name in self.averaged)
+        merged = rounded(settings, chain(averaged, joined(solved(), layers, settings.plan.shapes)))
+        return replace(merged, layers=tuple(notes), notes=notes_on(notes))
 
     def equations(self, settings: MergeSettings, alpha: float) -> tuple[Equation, ...]:
         systems = [SystemEquation.of(each, alpha) for each in self.systems()]

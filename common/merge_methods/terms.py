@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.lazy import lazy_module
+from common.models.disk_tensors import on_disk_if_large
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan
 from common.privacy.noise import LARGEST, Noise
@@ -164,8 +166,8 @@ class MergeSettings:
 
     `has_floors`: a merge must have exactly one value, so that owners can verify it: contributions have floors (see
     normal_equations.py and fisher.py), which follow from the rounding of a sum over `num_owners` in `ring_bits`.
-    `device`: where a coordinator solves, which is its own choice. `refit_noise`, `gram_noise`: what hides single rows
-    in a refit, and single examples in Grams.
+    `device`: where a coordinator solves, and `scratch`: a folder where it keeps what is too large for memory, both its
+    own choice. `refit_noise`, `gram_noise`: what hides single rows in a refit, and single examples in Grams.
 
     `num_labels`: how many the task has. `unknown_labels`: the numbers of the labels that owners' models do not know, by
     owner, where there are any. `without_weights`: the owners that give predictions only. `num_owners` leaves them out.
@@ -179,6 +181,7 @@ class MergeSettings:
     num_owners: int = 2
     ring_bits: RingBits = 64
     device: str = "cpu"
+    scratch: Path | None = None
     problem_type: ProblemType = "single_label_classification"
     largest_target: float = 1.0
     refit_noise: RefitNoise | None = None
@@ -305,22 +308,27 @@ class MergedDelta:
 
 def rounded(
     settings: MergeSettings,
-    exact: dict[str, Tensor],
+    exact: dict[str, Tensor] | Iterator[tuple[str, Tensor]],
     layers: tuple[LayerNote, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> MergedDelta:
-    """A merged delta as it travels, from float64 tensors by name. Empties `exact`, to need less memory.
+    """A merged delta as it travels, from float64 tensors with their names. It empties a dict and overwrites all, and
+    takes one tensor at a time, to need less memory.
 
     What is not a parameter of the plan was solved beside it.
     """
     delta, beside, rest = dict[str, "Tensor"](), dict[str, "Tensor"](), dict[str, "Tensor"]()
-    for name in list(exact):
-        tensor = exact.pop(name)
+    for name, tensor in _taken_out(exact) if isinstance(exact, dict) else exact:
         sent = tensor.float()
         (delta if name in settings.plan.shapes else beside)[name] = sent
         if settings.has_floors:
-            rest[name] = tensor.sub_(sent).float()
+            rest[name] = on_disk_if_large(tensor.sub_(sent).float(), settings.scratch)
     return MergedDelta(delta=delta, beside=beside, rest=rest, layers=layers, notes=notes)
+
+
+def _taken_out(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name in list(tensors):
+        yield name, tensors.pop(name)
 
 
 def owner_weight(settings: MergeSettings, owner: OwnerTerms) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -155,15 +155,28 @@ def join_slices(
     tensors: Mapping[str, Tensor], layers: Iterable[Layer], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Tensors by layer name -> tensors by parameter name. Joins experts, and blocks of a layer's inputs."""
+    return dict(joined(tensors.items(), layers, shapes))
+
+
+def joined(
+    tensors: Iterable[tuple[str, Tensor]], layers: Iterable[Layer], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same, where each parameter is given as soon as all of its slices are there."""
     index_of = {layer.weight: layer.index for layer in layers}
-    joined: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    missing = Counter(map(parameter_of, index_of))
+    incomplete: dict[str, Tensor] = {}
+    for name, tensor in tensors:
         parameter = parameter_of(name)
         if name == parameter:
-            joined[name] = tensor
-        else:
-            joined.setdefault(parameter, tensor.new_zeros(shapes[parameter]))[index_of[name]] = tensor
-    return joined
+            yield name, tensor
+            continue
+        if parameter not in incomplete:
+            incomplete[parameter] = tensor.new_zeros(shapes[parameter])
+        incomplete[parameter][index_of[name]] = tensor
+        missing[parameter] -= 1
+        if not missing[parameter]:
+            yield parameter, incomplete.pop(parameter)
+    yield from incomplete.items()  # slices that nobody solved are zero
 
 
 def block_names(model: nn.Module) -> tuple[str, ...]:
