@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from client.data.lengths import cut_in_words
 from client.data.private_data import PrivateData
+from client.data.readers import features
+from client.data.rows import padded
 from client.settings import Data
 from common.agreement import Reading, Task
 from common.data.files import Draw, read_arrays, read_columns
@@ -21,7 +24,7 @@ from common.errors import DataError
 from common.models.folders import load_tokenizer
 from common.models.loading import load_base
 from deploy.demo.digits import train_base
-from deploy.example.reviews import LABELS
+from deploy.example.reviews import LABELS, make_tokenizer
 
 TASK = Task(labels=LABELS, max_tokens=8)
 ANYTHING = Reading(max_empty=1, max_equal=1, max_unknown=1)  # few rows, of few words
@@ -407,3 +410,16 @@ def test_a_label_s_decomposed_characters_and_wider_spaces_are_the_same_label(
     task = Task(labels=("très bien", "mal"), max_tokens=8)
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "the room", "label": "tre\u0300s\u00a0 bien "}] * 3)
     assert data_of(tmp_path, reviews_folder, "rows.jsonl", task=task).train().targets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_padded_as_the_tokenizer_pads_them(side: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    rows = features(tokenizer(["a fine room", "no", "the film was long and the end was not good"]))
+    for names in (set(rows[0]), {"input_ids", "attention_mask"}, {"input_ids"}):
+        given = [{name: values for name, values in row.items() if name in names} for row in rows]
+        expected = tokenizer.pad(given, return_tensors="pt")
+        found = padded(given, tokenizer)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -60,7 +60,7 @@ class Rows:
             return {"pixel_values": torch.from_numpy(rows.features)}, _single(rows.targets)
         assert self.tokenizer is not None
         encoder = [{name: row[name] for name in row if name != "decoder_input_ids"} for row in rows.features]
-        inputs = dict(self.tokenizer.pad(encoder, return_tensors="pt"))
+        inputs = padded(encoder, self.tokenizer)
         if "decoder_input_ids" in rows.features[0]:
             inputs |= _decoder_inputs(rows.features, self.tokenizer, other_than=inputs["input_ids"].shape[1])
         if isinstance(rows.targets, np.ndarray):
@@ -104,6 +104,28 @@ def unlabelled(rows: PoolRows) -> Rows:
     """The parts of a public pool. Each target is 0 where a model predicts."""
     targets = np.zeros(len(rows), np.int64) if rows.marks is None else rows.marks
     return Rows(features=rows.features, targets=targets, tokenizer=rows.tokenizer)
+
+
+def padded(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """The inputs of some examples as tensors, (examples, tokens) int64, as `tokenizer.pad` makes them, which takes as
+    long as a small model's pass. It is asked for what it may pad in a way of its own.
+    """
+    fill = {
+        "input_ids": tokenizer.pad_token_id,
+        "token_type_ids": tokenizer.pad_token_type_id,
+        "attention_mask": 0,
+    }
+    is_usual = type(tokenizer)._pad.__module__ == "transformers.tokenization_utils_base"
+    if not is_usual or not {"input_ids", "attention_mask"} <= set(rows[0]) <= set(fill):
+        return dict(tokenizer.pad(rows, return_tensors="pt"))
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {name: np.full((len(rows), longest), fill[name]) for name in rows[0]}
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        tokens = slice(longest - length, longest) if tokenizer.padding_side == "left" else slice(length)
+        for name, values in row.items():
+            batch[name][number, tokens] = values
+    return {name: torch.from_numpy(each) for name, each in batch.items()}
 
 
 def judged(targets: Tensor) -> Tensor:

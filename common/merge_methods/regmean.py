@@ -48,7 +48,6 @@ from common.merge_methods.terms import (
     ProblemType,
     Weighting,
     mean_delta,
-    means,
     owner_scale,
     owner_weight,
     rounded,
