@@ -1,17 +1,20 @@
 """What a merge takes of a party, before anything is run: seconds, bytes and memory.
 
 What is to be done follows from the agreement, its schedule and the number of rows. How fast this machine does it is
-measured in a few seconds: a pass over a model of the base's shape, the masks, and a solve. A large model
-stands on two of its blocks, and a large solve on a smaller one: its time grows with the third power of its inputs.
-Waiting for others and starting processes are not in it.
+measured in a few seconds: a pass over a model of the base's shape, loading it, reading rows, hashing and copying, the
+masks, and a solve. A large model stands on two of its blocks, and a large solve on a smaller one: its time grows with
+the third power of its inputs. How often each is done was counted in the code, and in the profile of a merge of five
+MiniLM models; `python -m benchmarks.estimate` compares the result with whole merges. Waiting for others, starting
+processes and disks are not in it.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -42,11 +45,16 @@ LONG_SECONDS = 1.0  # what takes longer is measured once
 MASKED_NUMBERS = 1 << 20
 LARGEST_SOLVE = 768
 BACKWARDS = 2.0  # forward passes that a backward pass takes
-# Counted in the profile of a merge of five MiniLM models, in units of encoding one number in fixed point: what a number
-# of a vector takes beside its masks (products, packing, hashes, messages, verification), and a loaded parameter.
-HANDLING, LOADING = 23.0, 0.6
-LOADS = 10  # of models, beside one for each that is scored
+LOADS = 6  # of models, beside one for each that is scored: two each to look at them, to judge labels and to measure
+COORDINATOR_LOADS = 3  # to complete the agreement, to begin, and to publish
 LOOKED_AT = 400  # examples on which the order of labels is judged
+READS = 8.0  # of an owner's files, in units of tokenising each row once
+HASHES, COPIES = 3.0, 16.0  # of each byte of a vector: packed, sent, added up, verified
+LOAD_HASHES, LOAD_COPIES = 1.0, 5.0  # of each byte of a large model that is loaded
+PIECE_BYTES = 1 << 25  # that is hashed and copied to see how fast that is
+PACKETS = 18  # to an owner, beside those that vectors and models fill
+SIMULATION_SECONDS = 5.0
+PACKET_SECONDS = 0.04  # of Python, for the settings, the agreement and the state
 FIXED_BYTES = 500_000_000  # a process that has imported the libraries, loaded a model and released it
 NETWORKS = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}  # bytes a second
 
@@ -63,6 +71,9 @@ class Rates:
     gradients_of_token: float  # of one example at a time
     encoding_of_number: float
     mask_of_number: float  # made and added, for one peer
+    hashing_of_byte: float
+    copying_of_byte: float  # to memory that is new
+    loading_of_parameter: float
     solve_of_flop: float
     spectrum_of_flop: float
     times_alone: float = 1.0
@@ -81,6 +92,11 @@ class System:
         return self.inputs**3 / 3 + 6 * self.inputs**2 * self.outputs
 
     @property
+    def product_flops(self) -> float:
+        """An owner's Gram times its own changes."""
+        return 2 * self.inputs**2 * self.outputs
+
+    @property
     def spectrum_flops(self) -> float:
         """Eigenvalues of a symmetric matrix (Golub and Van Loan, 2013, section 8.3)."""
         return 4 / 3 * self.inputs**3
@@ -88,13 +104,16 @@ class System:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerRows:
-    """The examples of one owner. `epochs`: 0 if it brings its model. `tokens`: of an example, on average."""
+    """The examples of one owner. `epochs`: 0 if it brings its model. `tokens`: of an example, on average.
+    `reading_seconds`: what reading and tokenising an example once takes.
+    """
 
     train: int
     validation: int
     test: int
     epochs: int = 0
     tokens: float = 1.0
+    reading_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,21 +214,31 @@ def systems_of(layout: TensorLayout) -> Iterator[System]:
 # --- rates ---
 
 
-def measure_rates(outline: PreTrainedModel, plan: MergePlan, tokens: int, work: Work) -> Rates:
+def measure_rates(
+    outline: PreTrainedModel, plan: MergePlan, tokens: int, work: Work, load: Callable[[], object] | None = None
+) -> Rates:
     """What this machine takes, with as many threads as torch has now. `outline`: the base without weights. `tokens`: of
-    an example.
+    an example. `load` loads the base as an owner does, and is timed unless the base is large.
     """
     forward, grams, gradients = pass_seconds(outline, plan, tokens, with_gradients=work.fisher_examples > 0)
     inputs = min(LARGEST_SOLVE, max((each.inputs for each in work.systems), default=1))
     solve, eigenvalues = solve_seconds(inputs)
     square = System(inputs=inputs, outputs=inputs)
     encoding, mask = sum_seconds(MASKED_NUMBERS)
+    hashing, copying = byte_seconds(PIECE_BYTES)
+    if load is not None and work.parameters <= WHOLE_PARAMETERS:
+        loading = _seconds(load) / work.parameters
+    else:
+        loading = 4 * (LOAD_HASHES * hashing + LOAD_COPIES * copying)
     return Rates(
         forward_of_token=forward,
         gram_pass_of_token=grams,
         gradients_of_token=gradients,
         encoding_of_number=encoding,
         mask_of_number=mask,
+        hashing_of_byte=hashing,
+        copying_of_byte=copying,
+        loading_of_parameter=loading,
         solve_of_flop=solve / square.solve_flops,
         spectrum_of_flop=eigenvalues / square.spectrum_flops,
         times_alone=times_alone(outline, plan, tokens) if work.are_apart else 1.0,
@@ -311,6 +340,13 @@ def sum_seconds(numbers: int) -> tuple[float, float]:
     return encoding / numbers, masking / numbers
 
 
+def byte_seconds(num_bytes: int) -> tuple[float, float]:
+    """Seconds a byte takes: to be hashed, and to be copied."""
+    content = np.ones(num_bytes, np.uint8)
+    hashing = _seconds(lambda: hashlib.sha256(content.data).digest())
+    return hashing / num_bytes, _seconds(content.copy) / num_bytes
+
+
 def _seconds(work: Callable[[], object]) -> float:
     """The best of a few turns. With one thread, other users of the machine do not count."""
     turns: list[float] = []
@@ -331,19 +367,24 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
     scored = work.validated_models * rows.validation + work.tested_models * rows.test
     looked_at = min(work.forward_examples, 2 * rows.train)
     loads = LOADS + work.validated_models + work.tested_models
+    packets = PACKETS + (work.sent_bytes + work.received_bytes) // PART_BYTES
+    handling = work.sent_bytes * (HASHES * rates.hashing_of_byte + COPIES * rates.copying_of_byte)
+    products = sum(each.product_flops for each in work.systems) * rates.solve_of_flop
     apart = rates.times_alone if work.are_apart else 1.0
     training = rows.epochs * (1 + BACKWARDS)
     if work.trains_one_layer:
         training = apart if rows.epochs else 0.0
     return {
+        "reading rows": READS * (rows.train + rows.validation + rows.test) * rows.reading_seconds,
         "training": training * rows.train * rows.tokens * rates.forward_of_token,
         "Gram passes": examples[work.gram_examples] * rows.tokens * apart * rates.gram_pass_of_token,
         "Fisher information": examples[work.fisher_examples] * rows.tokens * rates.gradients_of_token,
         "predicting the pool": work.pool_tokens * rates.forward_of_token,
         "scoring": (scored + looked_at) * rows.tokens * apart * rates.forward_of_token,
-        "loading models": loads * work.parameters * LOADING * rates.encoding_of_number,
+        "loading models": loads * work.parameters * rates.loading_of_parameter,
         "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
-        "packing and verifying": work.sent_numbers * HANDLING * rates.encoding_of_number,
+        "packing and verifying": handling + products,
+        "messages": packets * PACKET_SECONDS,
     }
 
 
@@ -357,7 +398,18 @@ def coordinator_seconds(work: Work, rates: Rates) -> dict[str, float]:
         "training the student": taught * rates.forward_of_token,
         "solving": solves + spectra,
         "adding up": work.sent_numbers * unmasking,
+        "loading models": COORDINATOR_LOADS * work.parameters * rates.loading_of_parameter,
     }
+
+
+def simulation_seconds(owners: Sequence[OwnerRows], rates: Rates) -> dict[str, float]:
+    """What a simulation does beside what its parties do: it completes the agreement, draws the page, and computes what
+    only somebody who holds all models and rows can know (deploy/simulation/references.py).
+    """
+    one_pass = rates.forward_of_token
+    own = sum(each.test * each.tokens for each in owners) * len(owners) * one_pass
+    pooled = min((each.epochs for each in owners), default=0) * sum(each.train * each.tokens for each in owners)
+    return {"references": own + pooled * (1 + BACKWARDS) * one_pass, "agreement and report": SIMULATION_SECONDS}
 
 
 def owner_bytes(work: Work) -> int:

@@ -24,6 +24,9 @@ RATES = Rates(
     mask_of_number=1.0,
     solve_of_flop=1.0,
     spectrum_of_flop=1.0,
+    hashing_of_byte=2.0,
+    copying_of_byte=1.0,
+    loading_of_parameter=5.0,
 )
 
 
@@ -71,21 +74,25 @@ def test_steps_of_a_multi_round_method_are_one_more_gram_pass(agreement: Agreeme
 
 
 def test_an_owner_takes_its_examples_times_the_rates(work: Work) -> None:
-    rows = OwnerRows(train=400, validation=10, test=20, epochs=2, tokens=5.0)
+    rows = OwnerRows(train=400, validation=10, test=20, epochs=2, tokens=5.0, reading_seconds=0.5)
     alone = estimate.owner_seconds(replace(work, are_apart=True), rows, replace(RATES, times_alone=3.0))
     together = estimate.owner_seconds(work, rows, replace(RATES, times_alone=3.0))
     assert alone["scoring"] == 3 * together["scoring"]
     assert alone["Gram passes"] == 3 * together["Gram passes"]
     assert alone["training"] == together["training"]
     assert estimate.owner_seconds(replace(work, trains_one_layer=True), rows, RATES)["training"] == 400 * 5
+    handling = estimate.HASHES * 2 + estimate.COPIES
     assert estimate.owner_seconds(work, rows, RATES) == {
+        "reading rows": estimate.READS * 430 * 0.5,
         "training": 2 * 400 * 5 * 3,
         "Gram passes": 400 * 5 * 2,  # it has fewer examples than may be measured
         "Fisher information": 256 * 5 * 3,
+        "predicting the pool": 0.0,
         "scoring": (work.validated_models * 10 + work.tested_models * 20 + estimate.LOOKED_AT) * 5,
-        "loading models": (estimate.LOADS + 8 + 6) * work.parameters * estimate.LOADING * 10,
+        "loading models": (estimate.LOADS + 8 + 6) * work.parameters * 5,
         "masking": work.sent_numbers * (10 + 3),
-        "packing and verifying": work.sent_numbers * estimate.HANDLING * 10,
+        "packing and verifying": work.sent_bytes * handling + sum(each.product_flops for each in work.systems),
+        "messages": estimate.PACKETS * estimate.PACKET_SECONDS,
     }
 
 
@@ -94,9 +101,21 @@ def test_the_coordinator_solves_each_system_once_for_each_candidate(work: Work) 
     assert system.solve_flops == 30**3 / 3 + 6 * 30**2 * 2
     few = replace(work, systems=(system, system), solves=4, owners=3, sent_numbers=7)
     assert estimate.coordinator_seconds(few, RATES) == {
+        "training the student": 0.0,
         "solving": 2 * 4 * system.solve_flops + 2 * system.spectrum_flops,
         "adding up": 7 * 3 * (10 + 1),
+        "loading models": estimate.COORDINATOR_LOADS * work.parameters * 5,
     }
+
+
+def test_a_simulation_judges_every_owner_s_model_on_all_rows_and_trains_one_on_all() -> None:
+    owners = [OwnerRows(train=100, validation=10, test=test, epochs=2, tokens=5.0) for test in (20, 40)]
+    assert estimate.simulation_seconds(owners, RATES) == {
+        "references": 2 * (20 + 40) * 5 + 2 * 200 * 5 * 3,
+        "agreement and report": estimate.SIMULATION_SECONDS,
+    }
+    brought = [replace(each, epochs=0) for each in owners]
+    assert estimate.simulation_seconds(brought, RATES)["references"] == 2 * (20 + 40) * 5
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from time import process_time
 from typing import TYPE_CHECKING, Any
 
 from client.data.lengths import cut_texts, token_lengths
@@ -48,7 +49,7 @@ from server.settings import read_coordinator_identity
 if TYPE_CHECKING:
     import torch
 
-    from deploy.estimate import OwnerRows
+    from deploy.estimate import OwnerRows, Work
 
 LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
 NOT_READY = 1
@@ -353,26 +354,14 @@ def _estimate(
 ) -> None:
     """Say what these parties, all of whom run on this machine, take together: time, network and memory."""
     from client.measurement.gram_stream import TRIAL_ERRORS
-    from common.models.loading import agreed_plan, load_outline
     from deploy import estimate
 
     with checks.item("time") as item:
-        outline = load_outline(base_folder, agreement.task)
-        plan = agreed_plan(outline, base_folder, agreement)
-        asked = _pool_lengths(agreement, base_folder, pool)
-        work = estimate.work_of(agreement, plan, schedule, sum(asked))
-        rows = [_owner_rows(agreement.task, base_folder, settings, look) for settings, look in owners]
-        lengths = [each.tokens for each in rows] or asked or [1]
-        tokens = round(sum(lengths) / len(lengths))
         try:
-            rates = estimate.measure_rates(outline, plan, tokens, work)
+            work, parts = estimated_seconds(agreement, base_folder, schedule, owners, pool, coordinates=coordinates)
         except TRIAL_ERRORS as error:
-            item.found = f"unknown: {type(outline).__name__} cannot be timed without its weights ({first_line(error)})"
+            item.found = f"unknown: the base cannot be timed without its weights ({first_line(error)})"
             return
-        found = [estimate.owner_seconds(work, each, rates) for each in rows]
-        if coordinates:
-            found.append(estimate.coordinator_seconds(work, rates))
-        parts = {name: sum(each.get(name, 0.0) for each in found) for name in chain.from_iterable(found)}
         traffic = (work.sent_bytes + work.received_bytes) * (1 if owners else work.owners)
         is_simulated = bool(owners) and coordinates
         network = "" if is_simulated else f". The network takes {estimate.transfer_in_words(traffic)}"
@@ -380,6 +369,41 @@ def _estimate(
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
         item.found = f"about {byte_count(most)} at the most"
+
+
+def estimated_seconds(
+    agreement: Agreement,
+    base_folder: Path,
+    schedule: Schedule,
+    owners: Sequence[tuple[OwnerSettings, OwnerLook]],
+    pool: Path | None,
+    *,
+    coordinates: bool,
+) -> "tuple[Work, dict[str, float]]":
+    """What a merge asks of one owner, and the processor seconds that it takes of all these parties together, by part.
+
+    Whatever the model's own code raises if it cannot run without its weights passes through.
+    """
+    from common.models.loading import agreed_plan, digest_of, load_base, load_outline
+    from deploy import estimate
+
+    task = agreement.task
+    outline = load_outline(base_folder, task)
+    plan = agreed_plan(outline, base_folder, agreement)
+    asked = _pool_lengths(agreement, base_folder, pool)
+    work = estimate.work_of(agreement, plan, schedule, sum(asked))
+    rows = [_owner_rows(task, base_folder, settings, look) for settings, look in owners]
+    lengths = [each.tokens for each in rows] or asked or [1]
+    tokens = round(sum(lengths) / len(lengths))
+    rates = estimate.measure_rates(
+        outline, plan, tokens, work, load=lambda: digest_of(load_base(base_folder, task, agreement.seed), task)
+    )
+    found = [estimate.owner_seconds(work, each, rates) for each in rows]
+    if coordinates:
+        found.append(estimate.coordinator_seconds(work, rates))
+    if coordinates and rows:
+        found.append(estimate.simulation_seconds(rows, rates))
+    return work, {name: sum(each.get(name, 0.0) for each in found) for name in chain.from_iterable(found)}
 
 
 def _owner_rows(task: Task, base_folder: Path, settings: OwnerSettings, look: OwnerLook) -> "OwnerRows":
@@ -392,12 +416,14 @@ def _owner_rows(task: Task, base_folder: Path, settings: OwnerSettings, look: Ow
     if data.validation is None:
         rows["validation"] = rows["train"] // 10
         rows["train"] -= rows["validation"]
-    tokens = 1.0
+    tokens, reading = 1.0, 0.0
     if task.is_text:
-        lengths = token_lengths(data, task, look.files["train"].path, load_tokenizer(base_folder))
+        tokenizer, started = load_tokenizer(base_folder), process_time()
+        lengths = token_lengths(data, task, look.files["train"].path, tokenizer)
+        reading = (process_time() - started) / len(lengths)
         tokens = float(lengths.clip(1, task.max_tokens).mean())
     epochs = (settings.training or Training()).epochs if look.fine_tuned is None else 0
-    return OwnerRows(**rows, epochs=epochs, tokens=tokens)
+    return OwnerRows(**rows, epochs=epochs, tokens=tokens, reading_seconds=reading)
 
 
 def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
