@@ -78,6 +78,12 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _check_whole_bytes(text: str) -> str:
+    if len(text) % 2:
+        raise RuleError("must be bytes in hexadecimal")
+    return text
+
+
 # Every string that another party writes is one of these, a name, or a choice.
 Line = Annotated[str, one_line(MAX_LINE)]
 Paragraph = Annotated[str, one_line(MAX_PARAGRAPH)]
@@ -85,7 +91,8 @@ Name = Annotated[str, AfterValidator(_check_name)]
 FileName = Annotated[str, matching(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", "a file's name")]
 HEX_64 = matching("[0-9a-f]{64}", "64 hexadecimal digits")
 Digest = Annotated[str, HEX_64]
-Hex = Annotated[str, matching("([0-9a-f]{2})*", "bytes in hexadecimal")]
+# Not "([0-9a-f]{2})*", which notes where each of thousands of groups begins.
+Hex = Annotated[str, matching("[0-9a-f]*", "bytes in hexadecimal"), AfterValidator(_check_whole_bytes)]
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -94,7 +101,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Settings(BaseModel):
     """Base of every settings object: frozen, strict, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 S = TypeVar("S", bound=Settings)

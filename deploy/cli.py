@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from common.errors import SettingsError
 from deploy.commands.errors import run_command, run_until_stopped
 from deploy.terminal import set_up_output
 
@@ -27,8 +28,21 @@ amalgram simulate my-consortium          merge it; then put your own models and 
 amalgram check my-consortium             look at all of them in seconds, before anything is computed
 amalgram --help                          all commands; each has an example: amalgram simulate --help"""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; log lines become JSON too.")]
-OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")]
-CoordinatorFile = Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")]
+
+
+def _readable(path: Path) -> Path:
+    """Refuse a settings file that is not there, in the words of whoever would read it, and without their libraries."""
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.", callback=_readable)]
+CoordinatorFile = Annotated[
+    Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.", callback=_readable)
+]
 
 
 class EngineName(StrEnum):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -26,9 +27,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.agreement import Agreement
 from common.errors import SettingsError
 from common.private_file import read_secret, write_key
+
+if TYPE_CHECKING:
+    from common.agreement import Agreement
 
 LOCAL_NAMES = ("localhost", "127.0.0.1")  # where the coordinator's own programs connect
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -70,7 +73,7 @@ def read_node_key(path: Path) -> str:
     return _public_part(key)
 
 
-def check_node_key(path: Path, name: str, agreement: Agreement) -> None:
+def check_node_key(path: Path, name: str, agreement: "Agreement") -> None:
     """Raise SettingsError unless `path` holds the node key that the agreement names for this owner."""
     agreed = {entry.name: entry.node_key for entry in agreement.owners}
     if read_node_key(path) != agreed.get(name):  # check: node-key-is-agreed

@@ -9,13 +9,19 @@ import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
 from cryptography import x509
 
 from common.errors import EngineError
+from common.lazy import lazy_module
 from common.text import shown
 from deploy.network_keys import names_in
+
+if TYPE_CHECKING:
+    import httpx
+else:
+    httpx = lazy_module("httpx")
 
 ANSWER_SECONDS, LONGEST_SECONDS = 8.0, 15.0
 HEALTH = "/health"  # what the SuperLink itself answers

@@ -1,15 +1,18 @@
 """The coordinator's settings file: where it finds the agreement and the base, where it writes, where it listens."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from common.agreement import COORDINATOR, Agreement
 from common.device import DeviceName
 from common.errors import SettingsError
 from common.identity import Identity, read_identity
+from common.names import COORDINATOR
 from common.settings_file import Settings, matching
+
+if TYPE_CHECKING:
+    from common.agreement import Agreement
 
 LISTEN_FORM = "0.0.0.0:PORT, [::]:PORT or 127.0.0.1:PORT"
 Listen = Annotated[str, matching(r"(0\.0\.0\.0|127\.0\.0\.1|\[::\]):[0-9]{1,5}", LISTEN_FORM)]
@@ -47,7 +50,7 @@ class CoordinatorSettings(Settings):
     network: ServerNetwork | None = None
 
 
-def read_coordinator_identity(path: Path, agreement: Agreement) -> Identity:
+def read_coordinator_identity(path: Path, agreement: "Agreement") -> Identity:
     """The coordinator's identity. Raises SettingsError unless it is the agreed one."""
     identity = read_identity(path)
     if identity.name != COORDINATOR or identity.public_key.hex() != agreement.coordinator.public_key:

@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -105,3 +106,47 @@ def test_common_and_an_owner_s_app_start_without_the_libraries_that_few_processe
     program = f"import sys, {', '.join(modules)}; print([name for name in {slow} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
+
+
+HEAVY = frozenset(
+    {
+        *("torch", "transformers", "peft", "huggingface_hub", "sklearn", "scipy", "pyarrow", "matplotlib"),
+        *("flwr", "grpc", "ray", "httpx", "numpy", "pydantic", "cryptography"),
+    }
+)
+NOT_THERE = "none.toml"
+
+
+@pytest.mark.parametrize(
+    ("command", "may_import", "says"),
+    [
+        ("--help", set(), "Usage"),
+        (f"client {NOT_THERE}", set(), "cannot be read"),  # refused by whoever reads the arguments
+        ("keys show not-there.pub", {"cryptography", "pydantic"}, "cannot be read"),
+        ("health coordinator.toml", {"cryptography", "pydantic"}, "has no [network] table"),
+        ("client owner.toml", {"cryptography", "pydantic", "numpy"}, "has no [network] table"),
+        ("merge coordinator.toml", {"cryptography", "pydantic", "numpy"}, "has no [network] table"),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(command: str, may_import: set[str], says: str, tmp_path: Path) -> None:
+    """How long a command takes to start is how much it imports; seconds would depend on the machine."""
+    (tmp_path / "coordinator.toml").write_text(f'agreement = "{NOT_THERE}"\noutput = "output"\nbase = "base"\n')
+    (tmp_path / "owner.toml").write_text(
+        f'name = "owner"\nagreement = "{NOT_THERE}"\nfine_tuned = "model"\n[data]\ntrain = "a"\ntest = "b"\n'
+    )
+    program = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('imported:', *sorted({set(HEAVY)} & sys.modules.keys())))\n"
+        "import amalgram; amalgram.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert says in done.stdout + done.stderr
+    imported = set(done.stdout.splitlines()[-1].removeprefix("imported:").split())
+    assert imported <= may_import

@@ -328,7 +328,7 @@ def test_a_changed_or_missing_file_of_flower_is_refused(
     for each in internals.TRIED:
         (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(flwr.__file__).parent / each, tmp_path / each)
-    monkeypatch.setattr(flwr, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(flwr.__spec__, "origin", str(tmp_path / "__init__.py"))
     check_internals()
     (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
     with pytest.raises(EngineError, match="is not the file that flwr"):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from client.data.rows import Rows, judged
 from client.measurement.losses import loss_of
@@ -102,6 +102,8 @@ def _train(
 
 def rates_of(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate of each step."""
+    from transformers import get_scheduler  # imports peft: not in a process that trains nothing
+
     kind = "linear" if training.schedule == "linear" else "constant_with_warmup"
     warm_up = round(training.warmup * steps)
     rates: torch.optim.lr_scheduler.LRScheduler = get_scheduler(

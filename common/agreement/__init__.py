@@ -2,7 +2,6 @@
 
 from common.agreement.agreement import Agreement, AgreementDraft, load_agreement
 from common.agreement.tables import (
-    COORDINATOR,
     WORST_GROUP,
     Bounds,
     CoordinatorEntry,
@@ -16,6 +15,7 @@ from common.agreement.tables import (
     Task,
     TaskKind,
 )
+from common.names import COORDINATOR
 
 __all__ = [
     "COORDINATOR",

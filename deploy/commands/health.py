@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from httpx import codes
-
 from common.errors import EngineError, SettingsError
 from common.settings_file import load_settings
 from deploy.reach import HEALTH, ask
@@ -33,7 +31,7 @@ def check_health(settings_file: Path) -> str:
         status = ask(address, root, HEALTH)
     except EngineError as error:
         raise EngineError(error.message, hint="is `amalgram server` running?") from None
-    if not codes.is_success(status):
+    if not 200 <= status < 300:
         raise EngineError(
             f"{address} answers with HTTP status {status}", hint="is it `amalgram server` that runs there?"
         )

@@ -6,10 +6,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import TypeAdapter, ValidationError
 
-from common.agreement import COORDINATOR
 from common.errors import SettingsError
 from common.identity import Identity, fingerprint, read_identity, read_public_identity, write_identity
-from common.names import NAME_RULE, TAKEN_NAMES
+from common.names import COORDINATOR, NAME_RULE, TAKEN_NAMES
 from common.settings_file import Name
 from deploy.network_keys import read_certificate, write_certificate, write_node_key
 from deploy.terminal import answer, as_lines

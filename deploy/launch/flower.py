@@ -41,6 +41,8 @@ def flower_environment(home: Path, threads: int | None = None) -> dict[str, str]
         for name, value in os.environ.items()
         if not name.startswith("FLWR_") and name != "FORWARDED_ALLOW_IPS"  # check: peers-do-not-say-who-they-are
     }
+    # An app is a new process for every message, which must not compile the whole bundle each time.
+    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
     if threads is not None:
         inherited["OMP_NUM_THREADS"] = str(threads)
     return inherited | {

@@ -3,9 +3,8 @@
 import hashlib
 import os
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-
-import flwr
 
 from common.errors import EngineError
 from common.text import shown
@@ -60,7 +59,10 @@ def check_internals(version: str = VERSION, tried: dict[str, str] = TRIED) -> No
         raise EngineError(
             f"flwr {installed} is installed; guard and pin were made for {version}", hint=f"install flwr=={version}"
         )
-    folder = Path(flwr.__file__).parent
+    found = find_spec("flwr")  # where it is, without importing it
+    if found is None or found.origin is None:
+        raise EngineError("flwr cannot be found", hint=f"install flwr=={version}")
+    folder = Path(found.origin).parent
     for name, digest in tried.items():
         path = folder / name
         if (
