@@ -47,6 +47,7 @@ from common.messages import (
 from common.metrics import BASE, metrics_layout
 from common.models.folders import base_model_folder
 from common.summation.fixed_point import check_layout
+from common.text import some_of
 
 FilesState = frozenset[tuple[Path, int, int, int]]
 _in_order: dict[Path, FilesState] = {}  # by settings file: what this process has checked
@@ -85,7 +86,7 @@ class Owner(OwnerContext):
         """The part of `check` that takes no torch, whose import takes seconds."""
         if self.name not in self.agreement.owner_names:
             raise ConsentError(
-                f"owner {self.name} is not on the agreement's roster: {', '.join(self.agreement.owner_names)}"
+                f"owner {self.name} is not on the agreement's roster: {some_of(self.agreement.owner_names)}"
             )
         if (
             self.identity.name != self.name or self.identity.public_key != self.agreement.roster[self.name]

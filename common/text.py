@@ -8,10 +8,12 @@ text escapes it once more (`shown`).
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from itertools import groupby
 from urllib.parse import urlsplit
 
 MAX_LINE, MAX_PARAGRAPH = 200, 2000  # characters
+MAX_NAMES = 12  # in a sentence
 MAX_MARKS = 4  # on one letter; a taller pile covers the lines above and below
 # Shown as nothing, or as a blank, although Unicode counts them among letters, marks and symbols: what has the property
 # Default_Ignorable_Code_Point (UAX #44) and is not a control, and the empty Braille pattern.
@@ -67,6 +69,13 @@ def shown(text: str) -> str:
     return "".join(
         each if _shows(each) or each == "\u00a0" else each.encode("unicode_escape").decode() for each in text
     )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names for a sentence: of many, the first few, and how many more there are."""
+    if len(names) <= MAX_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES:,} more"
 
 
 def shown_lines(text: str) -> str:

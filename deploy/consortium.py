@@ -14,6 +14,7 @@ from common.errors import SettingsError
 from common.models.adapter import is_adapter
 from common.models.folders import check_same_architecture, model_folder
 from common.settings_file import load_settings
+from common.text import some_of
 from deploy.drafting import ADAPTER, pool_of, with_labels, with_layers, with_pool
 
 AGREEMENT = "agreement.toml"
@@ -79,7 +80,7 @@ def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:
         name = load_settings(path, OwnerSettings).name
         if name not in draft.owner_names:
             raise SettingsError(
-                f"{path}: owner {name!r} is not on the roster of {AGREEMENT}: {', '.join(draft.owner_names)}",
+                f"{path}: owner {name!r} is not on the roster of {AGREEMENT}: {some_of(draft.owner_names)}",
                 hint=f'give the owner a name of the roster, or add it there: [[owners]] name = "{name}"',
             )
         if name in files:

@@ -13,6 +13,7 @@ from common.models.folders import base_labels, check_base_labels, how_to_match, 
 from common.pool import pin_pool, read_pool
 from common.pool_rows import PoolReader, pinned_for, vocabulary_of
 from common.settings_file import parse_settings
+from common.text import some_of
 
 ADAPTER = "adapter"  # in merge.layers: what the owners' adapters change
 NAME_THE_TARGETS = 'name the targets under [task], in the order of the models\' outputs: labels = ["score"]'
@@ -116,7 +117,7 @@ def with_keys(draft: AgreementDraft, public_keys: Mapping[str, bytes], node_keys
     for name in public_keys:
         if name not in (*draft.owner_names, COORDINATOR):
             raise SettingsError(
-                f"a public key of {name}, who is not on the roster: {', '.join(draft.owner_names)}",
+                f"a public key of {name}, who is not on the roster: {some_of(draft.owner_names)}",
                 hint="remove the key, or add the owner to the draft",
             )
     owners = tuple(

@@ -59,6 +59,7 @@ from common.summation.pairwise import PairwiseSum, verify_nonce
 from common.summation.protocol import CoordinatorSide, SumAbandoned, SumKind, SumTerms, Total, drive
 from common.summation.records import Nonce, Signed
 from common.summation.totals import SummedTensors
+from common.text import some_of
 from common.verification import wrong_claims
 from server import evidence
 from server.checkpoint import Checkpoint, SavedDelivery, Step
@@ -180,7 +181,7 @@ class Coordinator:
                 hint=f"make a new agreement without {', '.join(self.excluded)}",
             )
         if refusals and len(self.owners) < self.agreement.needed_owners:
-            raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {', '.join(missing)}", refusals[0])
+            raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {some_of(missing)}", refusals[0])
         self.exchange.check_enough()
 
     def _choose_next_round(self, present: list[Present]) -> None:
@@ -384,7 +385,7 @@ class Coordinator:
         missing = [owner for owner in self._contributors if owner not in self.owners]
         if round.kind == "check" and missing:
             raise TooFewOwners(
-                f"{', '.join(missing)} did not verify the merge; it can only be verified by all who contributed",
+                f"{some_of(missing)} did not verify the merge; it can only be verified by all who contributed",
                 hint=f"bring them back, then {RESUME_HINT}",
             )
 

@@ -14,8 +14,10 @@ from common.agreement import Agreement
 from common.errors import OwnerRefused, RemoteProtocolError, TooFewOwners, WrongModel
 from common.messages import Message, Packet, Refusal, encode, payload_bytes
 from common.tensor_layout import PART_BYTES
+from common.text import MAX_NAMES, some_of
 from server.checkpoint import OwnerCost, Step
 
+SHOWN_TIMES = 50  # about so often the progress of a step is logged: each time, every owner is in it
 RESUME_HINT = "run the same command again to resume"
 log = logging.getLogger("amalgram.coordinator")
 
@@ -88,7 +90,7 @@ class Exchange:
     def check_enough(self) -> None:
         """Raise TooFewOwners if fewer owners take part than the agreement needs."""
         if len(self._nodes) < self.agreement.needed_owners:
-            dropped = ", ".join(f"{owner} at {step}" for owner, step in self.dropped_out.items())
+            dropped = some_of([f"{owner} at {step}" for owner, step in self.dropped_out.items()])
             raise TooFewOwners(
                 f"{len(self._nodes)} owners take part, the agreement needs {self.agreement.needed_owners} "
                 f"(dropped out: {dropped})",
@@ -174,11 +176,15 @@ class Exchange:
         """Send each owner its packet, which begins with `ahead`; note what it costs and who drops out."""
         step, started = self.steps[-1], time.monotonic()
         owner_of = {self._nodes[owner]: owner for owner in packets}
+        sizes: dict[int, int] = {}  # what all are sent is one packet
         for owner, packet in packets.items():
+            if id(packet) not in sizes:
+                sizes[id(packet)] = packet_bytes(packet)
             cost = step.by_owner.setdefault(owner, OwnerCost())
             cost.messages += 1
-            cost.bytes_sent += packet_bytes(packet)
-        waiting, waiting_since = list(packets), started
+            cost.bytes_sent += sizes[id(packet)]
+        waiting, waiting_since = dict.fromkeys(packets), started
+        every = max(1, len(packets) // SHOWN_TIMES)
         self._show_progress([], waiting)
         by_node = {self._nodes[owner]: packet for owner, packet in packets.items()}
         for node, answer in self._send(by_node, self.reply_timeout_seconds):
@@ -188,8 +194,9 @@ class Exchange:
             if taken is not None:
                 step.by_owner[owner].bytes_received += packet_bytes(taken)
                 self._payload_bytes[owner] += sum(map(payload_bytes, (*packets[owner], *taken)))
-            waiting.remove(owner)
-            self._show_progress([each for each in packets if each in self._nodes and each not in waiting], waiting)
+            del waiting[owner]
+            if len(waiting) % every == 0 or len(waiting) <= MAX_NAMES:
+                self._show_progress([each for each in packets if each in self._nodes and each not in waiting], waiting)
             yield owner, taken
             waiting_since = time.monotonic()
         self._note_arrival(ahead)
@@ -228,9 +235,10 @@ class Exchange:
         log.debug("to %d owners: %s", len(packets), ", ".join(kinds), extra={"about": {"sent": kinds}})
         return self.channel.exchange(packets, timeout_seconds)
 
-    def _show_progress(self, done: list[str], waiting: list[str]) -> None:
+    def _show_progress(self, done: list[str], waiting: Iterable[str]) -> None:
+        waiting = list(waiting)
         step, count = self.steps[-1].name, len(done) + len(waiting)
-        about = {"step": step, "done": done, "waiting_for": list(waiting), "payload_bytes": dict(self._payload_bytes)}
+        about = {"step": step, "done": done, "waiting_for": waiting, "payload_bytes": dict(self._payload_bytes)}
         log.debug("%s: %d of %d owners have answered", step, len(done), count, extra={"about": about})
 
 

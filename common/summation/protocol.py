@@ -25,6 +25,7 @@ from common.summation.accumulator import Accumulator, Zeros, zeros_in_memory
 from common.summation.records import name_at
 from common.summation.secret_sharing import RandomBytes
 from common.tensor_layout import TensorLayout
+from common.text import some_of
 from common.thresholds import Neighbourhood, neighbourhood, quorum
 
 DONE = "done"  # the coordinator's last phase, in every kind of sum: the total is ready
@@ -358,7 +359,7 @@ class CoordinatorSide(ABC):
 def check_enough(remaining: int, terms: SumTerms, step: str, last_heard: Mapping[str, str]) -> None:
     """Raise TooFewOwners, saying at which step each of the others last answered, unless enough remain."""
     if remaining < terms.needed_owners:
-        dropped = ", ".join(f"{owner} (last heard: {where})" for owner, where in last_heard.items())
+        dropped = some_of([f"{owner} (last heard: {where})" for owner, where in last_heard.items()])
         raise TooFewOwners(
             f"{remaining} owners are left at step {step}, the agreement needs {terms.needed_owners}; "
             f"dropped out: {dropped or 'none'}. No total was computed",

@@ -25,7 +25,7 @@ from common.metrics import metrics_layout
 from common.privacy.budget import most_right_guesses, together
 from common.privacy.legs import SENSITIVE, Leg, legs_of
 from common.schedule import Content, Round, method_layout
-from common.text import shown
+from common.text import MAX_NAMES, shown, some_of
 from deploy.launch.flower import bundle_digest
 from deploy.terminal import answer, byte_count, shows_json
 
@@ -44,10 +44,13 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["some_of"] = some_of
     same_bundle = bundle_digest() == agreement.bundle_digest
     return environment.get_template("consent.txt.jinja").render(
         agreement=agreement,
         owner=owner.name,
+        many=MAX_NAMES,
+        agreement_file=owner.home / owner.settings.agreement,
         title=quoted(agreement.title),
         base=quoted(owner.settings.base or agreement.base),
         is_agreed_revision=agreement.base_revision and owner.settings.base in (None, agreement.base),

@@ -14,6 +14,7 @@ from common.agreement.tables import CLASSIFYING
 from common.errors import AmalgramError, SettingsError
 from common.identity import fingerprint, read_identity
 from common.settings_file import write_settings
+from common.text import some_of
 from deploy.invitation import Invitation, read_invitation
 from deploy.network_keys import check_node_key
 from deploy.terminal import answer, as_lines
@@ -101,7 +102,7 @@ def _who_am_i(agreement: Agreement) -> str:
             f"this folder has the keys of {len(mine)} owners: {', '.join(mine)}", hint=f"say which: --owner {mine[0]}"
         )
     raise SettingsError(
-        f"this folder has no key of an owner of this agreement: {', '.join(agreement.owner_names)}",
+        f"this folder has no key of an owner of this agreement: {some_of(agreement.owner_names)}",
         hint="run this where `amalgram keys new NAME` wrote NAME.key",
     )
 
@@ -110,7 +111,7 @@ def _check_keys(name: str, agreement: Agreement) -> None:
     entry = next((owner for owner in agreement.owners if owner.name == name), None)
     if entry is None:
         raise SettingsError(
-            f"{name!r} is not an owner of this agreement", hint=f"its owners: {', '.join(agreement.owner_names)}"
+            f"{name!r} is not an owner of this agreement", hint=f"its owners: {some_of(agreement.owner_names)}"
         )
     key = Path(f"{name}.key")
     if read_identity(key).public_key.hex() != entry.public_key:

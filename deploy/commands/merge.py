@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import AmalgramError, EngineError, TooFewOwners
+from common.text import some_of
 from deploy.commands.report import show_report
 from deploy.commands.server import Place, find_place
 from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
@@ -86,7 +87,7 @@ class Progress:
             level = logging.getLevelNamesMapping()[told["level"].upper()]
             log.log(level, "%s", told["message"], extra={"about": about})
             if "waiting_for" in told:
-                self._waiting_for = f"{told['step']}: waiting for {', '.join(told['waiting_for'])}"
+                self._waiting_for = f"{told['step']}: waiting for {some_of(told['waiting_for'])}"
                 self._say_at = time.monotonic() + PATIENCE_SECONDS if told["waiting_for"] else math.inf
         if time.monotonic() > self._say_at:
             self._say(self._waiting_for)
@@ -122,14 +123,14 @@ def _wait_for_owners(place: Place) -> None:
         answer = flwr(place.environment, "supernode", "list", CONNECTION)
         online = {owner_of.get(node["node-id"]) for node in answer.get("nodes", ()) if node["status"] == "online"}
         missing = [name for name in agreement.owner_names if name not in online]
-        say(f"waiting for {', '.join(missing)}" if missing else "all owners are connected")
+        say(f"waiting for {some_of(missing)}" if missing else "all owners are connected")
         if len(agreement.owners) - len(missing) >= agreement.needed_owners:
             return
         if time.monotonic() > deadline:
             raise TooFewOwners(
                 f"{len(agreement.owners) - len(missing)} owners are connected, the agreement needs at least "
                 f"{agreement.needed_owners}",
-                hint=f"`amalgram client` must run at: {', '.join(missing)}",
+                hint=f"`amalgram client` must run at: {some_of(missing)}",
             )
         time.sleep(POLL_SECONDS)
 

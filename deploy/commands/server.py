@@ -18,6 +18,7 @@ from common.agreement import Agreement, load_agreement
 from common.errors import EngineError, SettingsError
 from common.private_file import make_private_folder, write_whole
 from common.settings_file import load_settings
+from common.text import some_of
 from deploy.launch.flower import CONNECTION, check_bundle, flower_environment, flwr, write_connection
 from deploy.launch.internals import check_internals
 from deploy.launch.processes import POLL_SECONDS, Process, alone, last_line, listens, started, wait_for_port
@@ -104,7 +105,7 @@ def serve(place: Place) -> None:
         make_private_folder(folder)
     with alone(place.state, "server"), _superlink(place, certificate, key, root) as parts:
         _register_owners(place)
-        log.info("listening on %s port %d for %s", host, port, ", ".join(place.agreement.owner_names))
+        log.info("listening on %s port %d for %s", host, port, some_of(place.agreement.owner_names))
         while True:
             for name, process in parts.items():
                 if process.poll() is not None:
