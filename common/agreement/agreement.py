@@ -7,10 +7,10 @@ it is ever taken from a message.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -151,12 +151,6 @@ class Agreement(AgreementDraft):
     @cached_property  # an owner asks for it several times a message, and it takes as long as there are owners
     def digest_once(self) -> str:
         return hashlib.sha256(self.canonical_bytes()).hexdigest()
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy has a digest of its own: pydantic would copy this one's."""
-        copied = super().model_copy(update=update, deep=deep)
-        vars(copied).pop("digest_once", None)
-        return copied
 
 
 def load_agreement(path: Path) -> Agreement:

@@ -1,7 +1,8 @@
 """What people write in an agreement, table by table. A method's own table is in its file (common/merge_methods/)."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, create_model
 
@@ -15,8 +16,6 @@ from common.settings_file import HEX_64, Line, Name, Paragraph, Positive, Probab
 from common.summation.records import MAX_OWNERS
 from common.tensor_layout import RingBits
 from common.thresholds import MAX_COMPLETE, quorum
-
-COORDINATOR = "coordinator"  # the name of the party that no owner may have
 
 Dtype = Literal["float32", "bfloat16"]
 TaskKind = Literal[
@@ -343,7 +342,14 @@ class DraftTables(MethodTables):
     merge: Merging = Merging()
     publish: Publish = Publish()
 
-    @property
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy finds out anew what is only found out once: pydantic would copy what this one found."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in vars(copied).keys() - type(self).model_fields.keys():
+            del vars(copied)[name]
+        return copied
+
+    @cached_property  # like the roster, it is asked for again and again, and takes as long as there are owners
     def owner_names(self) -> tuple[str, ...]:
         return tuple(owner.name for owner in self.owners)
 
@@ -466,7 +472,7 @@ class DraftTables(MethodTables):
         """How many owners must sign a survivor list before anything is unmasked."""
         return quorum(len(self.owners), self.colluders)
 
-    @property
-    def roster(self) -> dict[str, bytes]:
+    @cached_property
+    def roster(self) -> Mapping[str, bytes]:
         """Every owner's public key, in the agreed order."""
         return {owner.name: bytes.fromhex(owner.public_key or "") for owner in self.owners}

@@ -22,7 +22,8 @@ refuses to continue.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,11 @@ def verify_nonce(key: bytes, owner: str, run: str, position: int, delivered: str
     verify(key, Domain.SIGN_NONCE, bytes.fromhex(run), owner, body, nonce.signature)
 
 
+@lru_cache(maxsize=4)  # in a simulation, all owners read the same keys
+def _entries(names: tuple[str, ...], keys: bytes) -> Mapping[str, Nonce]:
+    return MappingProxyType({name_at(names, each.owner): each for each in Nonce.unpack_all(keys)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairwiseSum:
     """One such sum, once all keys are there. `delivered`: the digest of everything that was delivered before.
@@ -63,10 +69,9 @@ class PairwiseSum:
     keys: bytes
 
     @cached_property
-    def entries(self) -> dict[str, Nonce]:
+    def entries(self) -> Mapping[str, Nonce]:
         """Owner -> its key."""
-        names = tuple(self.roster)
-        return {name_at(names, each.owner): each for each in Nonce.unpack_all(self.keys)}
+        return _entries(tuple(self.roster), self.keys)
 
     @cached_property
     def digest(self) -> bytes:

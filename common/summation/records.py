@@ -6,7 +6,7 @@ when their bytes are, and no owner is in one twice.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from struct import Struct
 from typing import ClassVar, Self
@@ -26,7 +26,9 @@ class Record:
 
     @classmethod
     def pack_all(cls, records: Iterable[Self]) -> bytes:
-        return b"".join(cls.FORMAT.pack(*astuple(record)) for record in sorted(records, key=lambda each: each.owner))
+        return b"".join(
+            cls.FORMAT.pack(*vars(record).values()) for record in sorted(records, key=lambda each: each.owner)
+        )
 
     @classmethod
     def unpack_all(cls, data: bytes) -> list[Self]:

@@ -46,7 +46,7 @@ def colluder_seals(
     book, seed = evil.side._book, evil.owners["o1"].channel_seed
     honest = next(m for m in evil.received["o1"] if isinstance(m, SharesSealed))
     shares = {share.owner: share for share in SealedShare.unpack_all(honest.shares)}
-    key = book.seal_key(seed, 1, 0, 1)
+    key = book.seal_key(book.channel_private_key(seed), 1, 0, 1)
     opened = key_agreement.open_sealed(key, shares[0].sealed, book.associated_data(1, 0))
     sealed = key_agreement.seal(key, plain(opened), book.associated_data(*direction))
     shares[0] = replace(shares[0], sealed=sealed)

@@ -1,10 +1,13 @@
 """What both sides of a masked sum compute alike: the key book, its keys and masks, and what is hashed and signed."""
 
 import hashlib
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from common.domain_separation import Domain
 from common.errors import RemoteProtocolError
@@ -28,8 +31,8 @@ class Book:
     data: bytes  # KeyEntry.pack_all
 
     @cached_property
-    def entries(self) -> dict[int, KeyEntry]:
-        return {entry.owner: entry for entry in KeyEntry.unpack_all(self.data)}
+    def entries(self) -> Mapping[int, KeyEntry]:
+        return _entries(self.data)
 
     @cached_property
     def digest(self) -> bytes:
@@ -37,7 +40,7 @@ class Book:
 
     @cached_property
     def neighbours(self) -> NeighbourGraph:
-        return NeighbourGraph(self.digest, list(self.entries), self.terms.neighbourhood.degree)
+        return _graph(self.digest, tuple(self.entries), self.terms.neighbourhood.degree)
 
     def check(self) -> None:
         """Raise RemoteProtocolError unless all entries are signed under the pinned keys, and all keys are distinct."""
@@ -48,10 +51,13 @@ class Book:
         for entry in self.entries.values():
             check_entry(self.terms, entry)  # check: key-entries-are-signed
 
-    def seal_key(self, private_seed: bytes, sender: int, recipient: int, me: int) -> bytes:
-        """The key that seals from `sender` to `recipient`. `me` is one of them, `private_seed` its channel seed."""
+    def channel_private_key(self, channel_seed: bytes) -> X25519PrivateKey:
+        """What `seal_key` takes: made once for all neighbours, since making it takes as long as using it."""
+        return key_agreement.private_key(channel_seed, Domain.CHANNEL_KEY, self.terms.session)
+
+    def seal_key(self, private: X25519PrivateKey, sender: int, recipient: int, me: int) -> bytes:
+        """The key that seals from `sender` to `recipient`. `me` is one of them, and `private` is its channel key."""
         other = self.entries[recipient if me == sender else sender].channel_key
-        private = key_agreement.private_key(private_seed, Domain.CHANNEL_KEY, self.terms.session)
         shared = key_agreement.agree(private, other)
         return key_agreement.derive(shared, Domain.SEAL_KEY, self.digest, _direction(sender, recipient))
 
@@ -99,6 +105,17 @@ class Book:
 
     def associated_data(self, sender: int, recipient: int) -> bytes:
         return self.digest + _direction(sender, recipient)  # check: seals-name-their-direction
+
+
+# In a simulation, all owners are in one process and read the same book again and again.
+@lru_cache(maxsize=4)
+def _entries(data: bytes) -> Mapping[int, KeyEntry]:
+    return MappingProxyType({entry.owner: entry for entry in KeyEntry.unpack_all(data)})
+
+
+@lru_cache(maxsize=4)
+def _graph(digest: bytes, owners: tuple[int, ...], degree: int) -> NeighbourGraph:
+    return NeighbourGraph(digest, owners, degree)
 
 
 def check_entry(terms: SumTerms, entry: KeyEntry) -> None:

@@ -12,15 +12,21 @@ from common.domain_separation import Domain
 
 
 class NeighbourGraph(Mapping[int, tuple[int, ...]]):
-    """Owner index -> its neighbours' indices in ascending order, computed on access."""
+    """Owner index -> its neighbours' indices in ascending order, computed once when it is asked for."""
 
     def __init__(self, book_digest: bytes, owners: Sequence[int], degree: int) -> None:
         self._is_complete = degree >= len(owners) - 1
         self._reach = degree // 2
         self._ring = sorted(owners) if self._is_complete else sorted(owners, key=lambda each: _rank(book_digest, each))
         self._position = {owner: position for position, owner in enumerate(self._ring)}
+        self._found: dict[int, tuple[int, ...]] = {}
 
     def __getitem__(self, owner: int) -> tuple[int, ...]:
+        if owner not in self._found:
+            self._found[owner] = self._neighbours_of(owner)
+        return self._found[owner]
+
+    def _neighbours_of(self, owner: int) -> tuple[int, ...]:
         position, size = self._position[owner], len(self._ring)
         if self._is_complete:
             return (*self._ring[:position], *self._ring[position + 1 :])

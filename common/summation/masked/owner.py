@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from common import saved_state
@@ -121,9 +122,9 @@ class MaskedOwner(SavedMaskedOwner):
         points = [owner + 1 for owner in neighbourhood]
         self_shares = secret_sharing.split(self.self_seed, threshold, points, inputs.random_bytes)
         mask_shares = secret_sharing.split(self.mask_seed, threshold, points, inputs.random_bytes)
-        sealed = []
+        sealed, private = [], book.channel_private_key(self.channel_seed)
         for other in book.neighbours[self._me]:
-            key = book.seal_key(self.channel_seed, self._me, other, self._me)
+            key = book.seal_key(private, self._me, other, self._me)
             self_share, mask_share = self_shares[other + 1], mask_shares[other + 1]
             plain = index_bytes(other) + self_share + mask_share
             sealed.append(
@@ -157,12 +158,12 @@ class MaskedOwner(SavedMaskedOwner):
         self._check_neighbourhood(len(senders) + 1)  # check: enough-senders-of-shares
         held, disputed = {self._me: self.own_shares}, []
         opened = {each.owner: (each.self_share, each.mask_share) for each in OpenedShare.unpack_all(request.opened)}
-        rest = request.manifests
+        rest, private = request.manifests, book.channel_private_key(self.channel_seed)
         for delivery in deliveries:
             length = DIGEST_BYTES * len(book.neighbours[delivery.owner])
             manifest, rest = rest[:length], rest[length:]
             self._check_is_as_sent(book, delivery, manifest)
-            found = (self._sealed_shares(book, delivery), opened.get(delivery.owner))
+            found = (self._sealed_shares(book, private, delivery), opened.get(delivery.owner))
             good = [shares for shares in found if shares is not None and self._are_committed(book, delivery, shares)]
             if good:
                 held[delivery.owner] = b"".join(good[0])
@@ -201,10 +202,10 @@ class MaskedOwner(SavedMaskedOwner):
         body = shares_body(book, delivery.commitment, manifest)
         verify_owner(self.terms, sender, Domain.SIGN_SHARES, body, delivery.signature)  # check: shares-are-signed
 
-    def _sealed_shares(self, book: Book, delivery: ShareDelivery) -> Shares | None:
+    def _sealed_shares(self, book: Book, private: X25519PrivateKey, delivery: ShareDelivery) -> Shares | None:
         """The two shares in `delivery`; None if its sender sealed something else."""
         sender = delivery.owner
-        key = book.seal_key(self.channel_seed, sender, self._me, self._me)
+        key = book.seal_key(private, sender, self._me, self._me)
         try:
             plain = key_agreement.open_sealed(key, delivery.sealed, book.associated_data(sender, self._me))
             shares = _two_shares(plain[2:])
