@@ -231,6 +231,15 @@ def test_any_change_changes_the_digest(agreement: Agreement, update: dict[str, o
     assert agreement.model_copy(update=update).digest() != agreement.digest()
 
 
+def test_a_copy_with_other_owners_has_their_names_and_keys(agreement: Agreement) -> None:
+    before = (agreement.owner_names, dict(agreement.roster), agreement.digest())
+    fewer = agreement.model_copy(update={"owners": agreement.owners[1:]})
+    assert fewer.owner_names == before[0][1:]
+    assert list(fewer.roster) == list(fewer.owner_names)
+    assert fewer.digest() != before[2]
+    assert (agreement.owner_names, dict(agreement.roster), agreement.digest()) == before
+
+
 def test_hidden_metrics_stay_hidden_after_every_dropout_the_agreement_allows() -> None:
     def draft(hidden: int, shown: int, needed: int) -> AgreementDraft:
         kinds = ["summed"] * hidden + ["shown"] * shown
