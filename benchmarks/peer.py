@@ -52,6 +52,16 @@ from common.tensor_layout import TensorLayout, union
 
 LAYERS, EXAMPLES, ALPHA, TURNS = 4, 320, 0.9, 3
 SHAPE = SHAPES[0]
+ABOVE_THE_FLOOR = """\
+What is left above the floor is little. A pass is a forward pass and half of each product of inputs, in float32
+([gram.md](gram.md)). A solve with 3072 inputs takes 1.9 seconds: a Cholesky factor (0.5), two triangular solves (0.5),
+the residual (0.4) and the two solves of its refinement (0.5), where matrix products with as many operations would take
+1.3; an LU factor with its solves takes 1.1 before any refinement. Refinement is what lets the owners verify a merge to
+rounding. Products and solves stay in float64: in float32, no merge could be verified beyond seven digits.
+
+Fewer token rows would not make it six times as fast. A tenth of the rows leaves 1.19 of 2.01 forward passes, because
+every example still needs one, and measuring fewer examples loses as little and saves all of it
+([how many rows](../README.md#how-many-rows-a-gram-matrix-needs)). So both sides get the same rows here."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +103,9 @@ def measure(lengths: np.ndarray) -> dict[str, Any]:
     for _ in range(TURNS):
         started = process_time()
         theirs(owners, rows)
-        between = process_time()
-        ours(base, owners, plan, rows)
-        turns.append({"fusion_bench": between - started, "amalgram": process_time() - between})
+        between, parts = process_time(), Parts()
+        ours(base, owners, plan, rows, parts)
+        turns.append({"fusion_bench": between - started, "amalgram": process_time() - between, **vars(parts)})
     alike = rows_of(np.full(2 * BATCH_SIZE, int(np.median(lengths))), SHAPE.config.vocab_size)
     return {
         "machine": this_machine() | {"fusion_bench": version("fusion-bench")},
@@ -103,7 +113,7 @@ def measure(lengths: np.ndarray) -> dict[str, Any]:
         "rows_an_owner": tokens(in_order_of_the_file(rows)),
         "seconds": {way: median(turn[way] for turn in turns) for way in turns[0]},
         "speedup": median(turn["fusion_bench"] / turn["amalgram"] for turn in turns),
-        "relative_difference": relative_difference(theirs(owners, alike), ours(base, owners, plan, alike)),
+        "relative_difference": relative_difference(theirs(owners, alike), ours(base, owners, plan, alike, Parts())),
         "turns": turns,
     }
 
@@ -115,6 +125,15 @@ def changed(base: PreTrainedModel, seed: int) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=random) if parameter.ndim > 1 else 0
     return model
+
+
+@dataclass
+class Parts:
+    """Seconds of our merge: both owners' passes, their products and vectors, and the solves."""
+
+    passes: float = 0.0
+    vectors: float = 0.0
+    solves: float = 0.0
 
 
 def theirs(owners: list[PreTrainedModel], rows: Rows) -> dict[str, Tensor]:
@@ -130,8 +149,10 @@ def theirs(owners: list[PreTrainedModel], rows: Rows) -> dict[str, Tensor]:
     return merged
 
 
-def ours(base: PreTrainedModel, owners: list[PreTrainedModel], plan: MergePlan, rows: Rows) -> dict[str, Tensor]:
-    """Merged weights by name, from each owner's vector, their sum, and the solve."""
+def ours(
+    base: PreTrainedModel, owners: list[PreTrainedModel], plan: MergePlan, rows: Rows, parts: Parts
+) -> dict[str, Tensor]:
+    """Merged weights by name, from each owner's vector, their sum, and the solve. `parts` learns how long each took."""
     systems = [
         System(name=shared.name, kind="", gram_size=shared.gram_size, layers=shared.layers, alphas=(ALPHA,))
         for shared in plan.inputs
@@ -140,18 +161,24 @@ def ours(base: PreTrainedModel, owners: list[PreTrainedModel], plan: MergePlan, 
     before = dict(base.named_parameters())
     total = np.zeros(layout.size)
     for model in owners:
+        started = process_time()
         grams = measure_grams(model, plan, (batch for _, batch, _ in rows.batches(BATCH_SIZE)))
+        measured = process_time()
         delta = {name: parameter.detach() - before[name].detach() for name, parameter in model.named_parameters()}
         vector = np.empty(layout.size)
         layout.flatten(
             (each for system in systems for each in system.tensors(grams[system.name].matrix, delta)), vector
         )
         total += vector
+        parts.passes += measured - started
+        parts.vectors += process_time() - measured
+    started = process_time()
     summed = Total(layout=layout, vector=total, owners=("o0", "o1"), roster_size=2)
     merged: dict[str, Tensor] = {}
     for system in systems:
         solved, _ = system.solve(summed, ALPHA, None, with_spectrum=False)
         merged |= {name: before[name].detach() + delta for name, delta in solved.items()}
+    parts.solves = process_time() - started
     return merged
 
 
@@ -181,6 +208,14 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
         f"| {seconds['fusion_bench']:.1f} | {seconds['amalgram']:.1f} | {results['speedup']:.1f} | "
         f"{results['relative_difference']:.0e} |"
     )
+    yield ""
+    if "passes" in seconds:
+        yield (
+            f"Of ours, the owners' passes take {seconds['passes']:.1f} seconds, products and vectors "
+            f"{seconds['vectors']:.1f}, solves {seconds['solves']:.1f}."
+        )
+        yield ""
+    yield ABOVE_THE_FLOOR
 
 
 if __name__ == "__main__":
