@@ -29,7 +29,7 @@ from common.messages import (
     SurvivorList,
     SurvivorsSigned,
 )
-from common.saved_state import SavedState
+from common.saved_state import LongBytes, SavedState
 from common.summation import key_agreement, mask_stream, secret_sharing
 from common.summation.masked.book import (
     DIGEST_BYTES,
@@ -68,7 +68,7 @@ class SavedMaskedOwner(SavedState):
     channel_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
     mask_seed: bytes = field(default=b"", repr=False)  # until MaskedInput
     self_seed: bytes = field(default=b"", repr=False)  # until MaskedInput  # check: secrets-do-not-show
-    book_data: bytes = b""
+    book_data: LongBytes = b""
     own_shares: bytes = field(default=b"", repr=False)  # until MaskedInput, then among `held`
     dealt: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # recipient -> two shares, until the survivors
     disputes: bytes = b""  # those that this owner opened shares for
@@ -76,7 +76,7 @@ class SavedMaskedOwner(SavedState):
     held: Mapping[int, bytes] = field(default_factory=dict, repr=False)  # owner index -> two shares, until Unmasking
     commitments: Mapping[int, bytes] = field(default_factory=dict)  # owner index -> commitment to its self-mask seed
     part_digests: tuple[bytes, ...] = ()
-    survivors: bytes = b""
+    survivors: LongBytes = b""
     revealed: bytes = b""
 
 
