@@ -5,18 +5,21 @@ python -m benchmarks.large [--json] [--layers 16] [--folder FOLDER]
 The base has the shape of Llama-3.2-1B, random weights and a classifier on top. Each owner's model differs from it a
 little. Layers with more than 2048 inputs are merged in blocks of that many (`regmean.largest_gram`), each seen with
 one or two token rows per input. All parties run in one process, one after the other, so the peak (VmHWM) is that of the
-largest. The merge needs about 60 GB of disk, in FOLDER if it is given. Writes benchmarks/results/large.{json,md}.
+largest. Beside it stands what the merge cannot do without: its matrix products, and what must be on the disk, at the
+speed of one large product and one large file, measured afterwards. The merge needs about 60 GB of disk, in FOLDER if it
+is given. Writes benchmarks/results/large.{json,md}.
 """
 
 import argparse
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,10 @@ from deploy.example import reviews
 from deploy.simulation.simulate import simulate
 
 OWNERS = "ada", "bea", "cyd"
+HIDDEN, WIDE, KEYS, VOCABULARY = 2048, 8192, 512, 128_256
+# The linear systems of one block, as (inputs, outputs): attention's inputs and outputs, then the wide layers'.
+SYSTEMS = ((HIDDEN, HIDDEN + 2 * KEYS), (HIDDEN, HIDDEN), (HIDDEN, 2 * WIDE), *[(HIDDEN, HIDDEN)] * (WIDE // HIDDEN))
+SCORED = 3  # models: the base, the owner's own, the merge
 REVIEWS_A_ROW, ROWS = 8, {"train": 100, "test": 20}
 LABELS = "negative", "positive"
 AGREEMENT = """
@@ -80,6 +87,7 @@ def main() -> None:
                 "layers": arguments.layers,
                 "parameters": parameters,
                 **fresh.submit(merge, Path(folder)).result(),
+                "floor_seconds": fresh.submit(floor_seconds, Path(folder), arguments.layers, parameters).result(),
             }
     publish("large", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
@@ -94,12 +102,12 @@ def write_consortium(folder: Path, layers: int) -> int:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = reviews.make_tokenizer()
     config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDE,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        num_key_value_heads=8,
+        num_key_value_heads=KEYS // 64,
         pad_token_id=tokenizer.pad_token_id,
         id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},
@@ -150,6 +158,59 @@ def merge(folder: Path) -> dict[str, Any]:
     }
 
 
+def floor_seconds(folder: Path, layers: int, parameters: int) -> dict[str, float]:
+    """What the products of all parties together, and the bytes that they write, take at this machine's speed."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    tokens = {split: _tokens(folder / f"{split}.jsonl", tokenizer) for split in ROWS}
+    single, double = (_flops_a_second(dtype) for dtype in (torch.float32, torch.float64))
+    forward = 2 * layers * sum(inputs * outputs for inputs, outputs in SYSTEMS)  # of a token
+    grams = layers * sum(inputs**2 for inputs, _ in SYSTEMS)  # of a token, half of each
+    products = layers * sum(2 * inputs**2 * outputs for inputs, outputs in SYSTEMS)
+    solves = layers * sum(inputs**3 / 3 + 6 * inputs**2 * outputs for inputs, outputs in SYSTEMS)
+    vector = 8 * (parameters + layers * sum(inputs**2 / 2 for inputs, _ in SYSTEMS))
+    model = 4 * parameters
+    # An owner: its model, its vector, what it is sent and what it would publish. The coordinator: the sum as it grows,
+    # masked and unmasked; the merge, what rounding took from it, and what it publishes.
+    written = len(OWNERS) * (vector + 3 * model) + 3 * vector + 3 * model
+    return {
+        "Gram passes": len(OWNERS) * tokens["train"] * (forward + grams) / single,
+        "scoring": len(OWNERS) * SCORED * tokens["test"] * forward / single,
+        "Grams times changes": len(OWNERS) * products / double,
+        "solving": solves / double,
+        "writing to the disk": written / _bytes_written_a_second(folder),
+    }
+
+
+def _tokens(path: Path, tokenizer: Any) -> int:
+    texts = [json.loads(line)["text"] for line in path.open()]
+    return sum(map(len, tokenizer(texts, truncation=True, max_length=64)["input_ids"]))
+
+
+def _flops_a_second(dtype: torch.dtype) -> float:
+    """Of the better of two products of 2048 by 2048 with 2048 by 8192 numbers, on all cores."""
+    left, right = torch.ones(HIDDEN, HIDDEN, dtype=dtype), torch.ones(HIDDEN, WIDE, dtype=dtype)
+    return max(2 * HIDDEN * HIDDEN * WIDE / _seconds(lambda: left @ right) for _ in range(2))
+
+
+def _bytes_written_a_second(folder: Path) -> float:
+    piece, count = bytes(1 << 24), 128
+
+    def write() -> None:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(count):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return len(piece) * count / _seconds(write)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     lines = [
@@ -168,6 +229,17 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "|---|---:|",
         *(f"| {name} | {seconds / 60:.1f} |" for name, seconds in results["steps"].items()),
     ]
+    if "floor_seconds" in results:
+        lines += [
+            "",
+            "What all parties together cannot do without: their matrix products at the speed of one large product on "
+            "all cores, float32 for passes and float64 for the rest; and what they write, at the speed of one large "
+            "file. Writing goes on beside computing, except where a party must wait for it.",
+            "",
+            "| | minutes |",
+            "|---|---:|",
+            *(f"| {name} | {seconds / 60:.1f} |" for name, seconds in results["floor_seconds"].items()),
+        ]
     return "\n".join(lines) + "\n"
 
 
