@@ -6,7 +6,7 @@ Each merge has its own process, on one thread. It is estimated first, as `amalgr
 `amalgram simulate FOLDER` does, with references. Seconds are of the processor, all parties together, without importing
 the libraries. `emotion` needs --data and --models (benchmarks/emotion.py).
 
-    reviews     12 owners, a tiny BERT that each fine-tunes, RegMean with a sweep of five alphas
+    reviews     12 owners, a tiny BERT that each fine-tunes, RegMean with a sweep of five alphas, and three more methods
     texts       three owners, a causal language model of 11 million weights, RegMean with one alpha
     emotion     five MiniLM (22.7 million weights) fine-tuned on five domains, RegMean with one alpha
 

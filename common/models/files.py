@@ -139,10 +139,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_tensor(path: Path, name: str, dtype: torch.dtype) -> Tensor:
-    """A copy of one tensor of a safetensors file. Raises ModelError."""
+    """One tensor of a safetensors file, mapped from it unless it has another type there. Raises ModelError."""
     with _opened(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
-        return tensor.to(dtype, copy=True)
+        return tensor.to(dtype)
 
 
 @contextmanager
