@@ -4,8 +4,8 @@ python -m benchmarks.memory [--json] [--hidden 384] [--owners 3 6 12] [--owner-h
 
 First, the merge of benchmarks/network.py without the network: RegMean of a BERT with 12 blocks, masked. The coordinator
 has its own process, and another one answers for all owners. Then one owner alone, on a BERT with BERT-base's shape. It
-answers each message in a fresh process, as with Flower: the roll call, its measurement, a candidate to score. Peaks are
-the kernel's VmHWM, which also counts what is mapped from files, such as PyTorch's libraries.
+answers each message in a fresh process, as with Flower: the roll call, its measurement, a candidate, which it then
+scores. Peaks are the kernel's VmHWM, which also counts what is mapped from files, such as PyTorch's libraries.
 
     fixed         what is resident in a process that has imported the libraries, loaded the base and released it
     bound         for an owner: fixed + its model + 1.3 x the largest Gram + one part of a message;
@@ -107,6 +107,7 @@ def measure_owner(hidden: int) -> dict[str, Any]:
                     f"the owner refused {kind}: {[path.read_text() for path in network.folder.rglob('error.txt')]}"
                 )
             peaks[kind] = max(peaks.get(kind, 0.0), peak)
+        peaks["judging a candidate"] = in_a_process(judge, network.owner("owner1"))
     parts = {"fixed": fixed, "model": sizes["model"], "grams": GRAMS * sizes["largest_gram"], "part": sizes["part"]}
     return {"hidden": hidden, **sizes, "peak_mb": peaks, "bound_mb": {**parts, "total": sum(parts.values())}}
 
@@ -228,6 +229,16 @@ def answer(content: RecordDict, node_config: dict[str, Any]) -> tuple[RecordDict
     context = Context(run_id=1, node_id=2, node_config=node_config, state=RecordDict(), run_config={})
     reply = app(message, context)
     return reply.content, peak_megabytes()
+
+
+def judge(settings: Path) -> float:
+    """The peak memory of scoring a candidate that changes nothing, and of what would be published of it, MB."""
+    from client.owner import Owner
+    from common.models.delta import VectorDelta
+
+    workbench = Owner(settings).workbench
+    workbench.judge_candidate("test", VectorDelta(workbench.plan), may_be_published=True)
+    return peak_megabytes()
 
 
 def skip_to(settings: Path, position: int) -> None:
