@@ -31,6 +31,7 @@ else:
 SHOWN = 10
 BLOCK = 256  # pool rows that are compared with all own rows at once
 SAME_IMAGE = 0.85  # nearness of images that look the same
+LEAST_CONTRAST = 1e-3  # so that what rounding leaves of two blank images does not make them differ
 LEAST_WORDS = 3  # of a row whose variants are counted: shorter ones are alike by chance
 TILE = 160  # pixels on a side, in a sheet
 
@@ -184,8 +185,9 @@ def _as_matrix(words: list[list[int]], columns: int) -> csr_matrix:
 def nearness(theirs: NDArray[np.float32], mine: NDArray[np.float32]) -> NDArray[np.float64]:
     """For each of their thumbnails, how near the nearest one of mine is, (theirs,): 1 is equal. See `_near`."""
     blocks = range(0, len(mine), BLOCK)
-    found = [_near(theirs, mine[start : start + BLOCK]).max(axis=1) for start in blocks]
-    return np.stack(found).max(axis=0)  # check: own-images-are-recognised
+    found = np.stack([_near(theirs, mine[start : start + BLOCK]).max(axis=1) for start in blocks])
+    nearest: NDArray[np.float64] = found.max(axis=0)  # check: own-images-are-recognised
+    return nearest
 
 
 def _alike(thumbnails: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -200,8 +202,9 @@ def _near(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.fl
     left, right = one.astype(np.float64), other.astype(np.float64)
     squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1)[None] - 2 * left @ right.T
     spreads = [np.linalg.norm(each - each.mean(axis=1, keepdims=True), axis=1) for each in (left, right)]
-    contrast = np.maximum(spreads[0][:, None] + spreads[1][None], np.finfo(np.float32).tiny)
-    return np.maximum(1 - np.sqrt(np.maximum(squares, 0)) / contrast, 0.0)
+    contrast = np.maximum(spreads[0][:, None] + spreads[1][None], LEAST_CONTRAST)
+    near: NDArray[np.float64] = np.maximum(1 - np.sqrt(np.maximum(squares, 0)) / contrast, 0.0)
+    return near
 
 
 def _name_of(pool: ImagePool, row: int) -> str:

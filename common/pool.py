@@ -245,13 +245,13 @@ def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile,
                 hint=MAKE_IT_AGAIN,
             )
         return images if images.dtype == np.uint8 else images.astype(np.float32)
-    images = tuple(_rows(path, content, [table.image], _image))
+    files = tuple(_rows(path, content, [table.image], _image))
     pixels = 0
-    for image in images:
+    for image in files:
         pixels += image.count_pixels()
         if pixels > MAX_PIXELS:  # check: pool-pixels-are-bounded
             raise DataError(f"pool {path}: its images have more than {MAX_PIXELS:,} pixels", hint=MAKE_IT_AGAIN)
-    return images
+    return files
 
 
 def _image(path: Path, number: int, row: Columns) -> ImageFile:

@@ -239,7 +239,7 @@ def pinned_for(table: DistillTable, pool: Pool | ImagePool, reader: PoolReader, 
 
 def vocabulary_of(folder: Path, outline: PreTrainedModel) -> int:
     """How many tokens a language model's tokenizer has; its outputs may be padded to more. Raises ModelError."""
-    tokens = max(load_tokenizer(folder).get_vocab().values()) + 1
+    tokens: int = max(load_tokenizer(folder).get_vocab().values()) + 1
     layer = outline.get_output_embeddings()
     outputs = 0 if layer is None else int(layer.weight.shape[0])
     if outputs < tokens:

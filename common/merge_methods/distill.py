@@ -47,7 +47,7 @@ from common.tensor_layout import TensorEntry, TensorLayout, union
 
 PREDICTIONS, COVERAGE, CLOSENESS = "predictions", "coverage", "closeness"
 KINDS = {
-    PREDICTIONS: "what {their} own model says of each row of the public pool, as clipped logits, label by label",
+    PREDICTIONS: "what {their} own model says of the public pool: for each prediction and each label, a clipped number",
     COVERAGE: "which labels {their} own model knows",
     CLOSENESS: "how close each row of the public pool is to {their} own rows, for each label of {their} model",
 }

@@ -129,6 +129,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         return following
     with checks.item("base") as item:
         item.found = _task_in_words(consortium.draft, consortium.base_folder)
+    if consortium.pool is not None:
+        _check_pool(checks, consortium.draft, consortium.pool)
     looks = []
     for owner in consortium.owner_files:
         with checks.item(owner) as item:

@@ -456,7 +456,7 @@ def test_161_images_that_unpack_to_much_are_refused_before_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = saved(Image.new("L", (8, 8)), "PNG")
-    header = small[12:16] + (60_000).to_bytes(4) * 2 + small[24:29]
+    header = small[12:16] + (12_000).to_bytes(4) * 2 + small[24:29]
     huge = small[:12] + header + crc32(header).to_bytes(4) + small[33:]
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was unpacked"))
     table = DistillTable(pool="pool.parquet")
