@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data.files import ARRAYS, Columns, arrays_of, batches_of
+from common.data.files import ARRAYS, arrays_of, batches_of
 from common.data.images import ImageFile
-from common.data.sources import source_of
+from common.data.sources import Source, source_of
 from common.errors import DataError
 from common.lazy import lazy_module
 from common.text import SURROGATE, alike
@@ -37,8 +37,10 @@ MAX_BYTES = 1_000_000_000  # of the file, and of what is in it once it is unpack
 MAX_ROWS = 1_000_000
 MAX_ROW_CHARACTERS = 100_000
 MAX_PIXELS = 20_000_000_000  # of all images of a pool together: decoding them takes minutes
+CONLL = (".conll", ".txt")
 THUMBNAIL = 16  # pixels on a side, by which images are compared
 MAKE_IT_AGAIN = "correct the file, and complete the draft again: amalgram draft"
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,12 @@ def _parsed(path: Path, content: bytes, table: DistillTable, kind: TaskKind) -> 
         pool = ImagePool(_images(path, content, table))
     elif kind == "token-classification":
         # A CoNLL file has a tag beside each word, which nobody reads.
-        columns = [table.tokens, "tags"] if path.suffix in (".conll", ".txt") else [table.tokens]
-        pool = Pool(tuple(_rows(path, content, columns, _words)), has_words=True)
+        source = _source(path, content, table)
+        columns = [table.tokens, "tags"] if source.ending in CONLL else [table.tokens]
+        pool = Pool(tuple(_rows(source, columns, _words)), has_words=True)
     else:
-        pool = Pool(tuple(_rows(path, content, [table.text, *filter(None, [table.text_pair])], _texts)))
+        columns = [table.text, *filter(None, [table.text_pair])]
+        pool = Pool(tuple(_rows(_source(path, content, table), columns, _texts)))
     if not len(pool):
         raise DataError(f"pool {path}: has no rows", hint=MAKE_IT_AGAIN)
     first: dict[Hashable, int] = {}
@@ -189,19 +193,24 @@ def _parsed(path: Path, content: bytes, table: DistillTable, kind: TaskKind) -> 
     return pool
 
 
-def _rows(path: Path, content: bytes, columns: Sequence[str], row_of: Any) -> Iterator[Any]:
+def _source(path: Path, content: bytes, table: DistillTable) -> Source:
+    """The bytes, as a file of the type that the agreed name says: a party may have its copy under another one."""
+    named = source_of(Path(table.pool or path))
+    return replace(named, path=path, content=content, most_bytes=MAX_BYTES)
+
+
+def _rows(source: Source, columns: Sequence[str], row_of: Callable[[Path, int, dict[str, Any]], R]) -> Iterator[R]:
     """What `row_of` makes of each row's values."""
-    source = replace(source_of(path), content=content, most_bytes=MAX_BYTES)
     number = 0
     for batch in batches_of(source, columns):
         for values in zip(*batch.values(), strict=True):
             number += 1
             if number > MAX_ROWS:
-                raise DataError(f"pool {path}: a pool has at most {MAX_ROWS:,} rows", hint=MAKE_IT_AGAIN)
-            yield row_of(path, number, dict(zip(columns, values, strict=True)))
+                raise DataError(f"pool {source.path}: a pool has at most {MAX_ROWS:,} rows", hint=MAKE_IT_AGAIN)
+            yield row_of(source.path, number, dict(zip(columns, values, strict=True)))
 
 
-def _texts(path: Path, number: int, row: Columns) -> tuple[str, ...]:
+def _texts(path: Path, number: int, row: dict[str, Any]) -> tuple[str, ...]:
     for column, text in row.items():
         if not _is_text(text):
             raise DataError(
@@ -211,7 +220,7 @@ def _texts(path: Path, number: int, row: Columns) -> tuple[str, ...]:
     return tuple(map(str, row.values()))
 
 
-def _words(path: Path, number: int, row: Columns) -> tuple[str, ...]:
+def _words(path: Path, number: int, row: dict[str, Any]) -> tuple[str, ...]:
     column, words = next(iter(row.items()))
     if not (isinstance(words, list) and words and all(map(_is_text, words))) or sum(map(len, words)) > (
         MAX_ROW_CHARACTERS
@@ -235,8 +244,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile, ...] | NDArray[Any]:
-    if path.suffix.lower() == ARRAYS:
-        source = replace(source_of(path), content=content, most_bytes=MAX_BYTES)
+    source = _source(path, content, table)
+    if source.ending == ARRAYS:
         (images,) = arrays_of(source, [table.image])
         if images.ndim not in (3, 4) or images.dtype.kind not in "uif" or not np.isfinite(images).all():
             raise DataError(
@@ -245,7 +254,7 @@ def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile,
                 hint=MAKE_IT_AGAIN,
             )
         return images if images.dtype == np.uint8 else images.astype(np.float32)
-    files = tuple(_rows(path, content, [table.image], _image))
+    files = tuple(_rows(source, [table.image], _image))
     pixels = 0
     for image in files:
         pixels += image.count_pixels()
@@ -254,7 +263,7 @@ def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile,
     return files
 
 
-def _image(path: Path, number: int, row: Columns) -> ImageFile:
+def _image(path: Path, number: int, row: dict[str, Any]) -> ImageFile:
     (value,) = row.values()
     if isinstance(value, dict):  # as `datasets` saves an image
         value = value.get("bytes")

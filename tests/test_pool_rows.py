@@ -97,6 +97,16 @@ def test_a_pool_of_texts_may_be_csv_and_one_of_words_conll(tmp_path: Path) -> No
     assert (pinned.rows, pinned.asked) == (2, 3)
 
 
+def test_a_copy_under_another_name_is_read_as_the_agreed_file(tmp_path: Path) -> None:
+    """The same bytes would otherwise be other rows at one owner."""
+    (tmp_path / "pool.jsonl").write_text('{"tokens": ["a", "b"]}\n')
+    pinned = pin_pool(tmp_path / "pool.jsonl", DistillTable(pool="pool.jsonl"), "token-classification")
+    (tmp_path / "pool.jsonl").rename(tmp_path / "copy.conll")
+    pool = read_pool(tmp_path / "copy.conll", pinned, "token-classification")
+    assert isinstance(pool, Pool)
+    assert pool.texts == (("a", "b"),)
+
+
 @pytest.mark.parametrize(
     ("rows", "says"),
     [

@@ -46,6 +46,7 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
     own: dict[str, list[Score]] = {name: [] for name in tests}
     votes: dict[str, NDArray[np.float32]] = {}
     close: dict[str, NDArray[np.float32]] = {}
+    uneven = set[str]()  # owners on whose rows models make different numbers of predictions
     one_vote = not task.judges_tokens and not task.is_regression  # an example, whose weights need not add up to 1
     how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods and one_vote else {}
     one_tokenizer = all(owner.settings.own_base is None for owner in owners)
@@ -59,6 +60,9 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
                 logits = bench.own_logits(model, rows)
                 own[name].append(score_logits(logits, rows, task, labels[name]))
                 vote = _votes(logits, task, len(owners))
+                if len(vote) != len(votes.get(name, vote)):
+                    uneven.add(name)  # another tokenizer cut other words off
+                    continue
                 votes[name] = votes.get(name, 0) + vote
                 if owner.name in how_close:
                     close[name] = close.get(name, 0) + how_close[owner.name][name] * vote
@@ -66,7 +70,7 @@ def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
                 judge = partial(evaluate, model, rows, task=task, allowed=labels[name], passes=bench.passes)
                 own[name].append(bench.in_batches(judge))
     scores = {"own": {name: _mean(own[name], task) for name in tests}}
-    if votes:
+    if votes and not uneven:
         scores["ensemble"] = {name: score_logits(votes[name], rows, task, labels[name]) for name, rows in tests.items()}
     if close:
         scores["close_ensemble"] = {

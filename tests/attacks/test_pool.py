@@ -449,7 +449,7 @@ def test_160_a_pool_reads_no_other_file(tmp_path: Path) -> None:
             pin_pool(images_of(tmp_path / "pool.parquet", *cells), table, "image-classification")
     (tmp_path / "pool.csv").write_text("image\nown.png\n")
     with pytest.raises(DataError, match="a path is not followed"):
-        pin_pool(tmp_path / "pool.csv", table, "image-classification")
+        pin_pool(tmp_path / "pool.csv", DistillTable(pool="pool.csv"), "image-classification")
 
 
 def test_161_images_that_unpack_to_much_are_refused_before_they_are(
@@ -492,7 +492,7 @@ def test_162_a_small_pool_that_unpacks_to_much_is_refused(tmp_path: Path, monkey
     for name, kind in kinds.items():
         assert (tmp_path / name).stat().st_size < 10_000
         with pytest.raises(DataError, match=r"over 10000 bytes in all|bytes unpacked, at most 10000 are allowed"):
-            pin_pool(tmp_path / name, DistillTable(pool="pool"), kind)
+            pin_pool(tmp_path / name, DistillTable(pool=name), kind)
 
 
 def saved(image: Image.Image, form: str) -> bytes:
