@@ -24,16 +24,16 @@ from common.pool import ImagePool, Pool, in_one_form
 from common.private_file import create
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw
 else:
-    Image = lazy_module("PIL.Image")
+    Image, ImageDraw = lazy_module("PIL.Image"), lazy_module("PIL.ImageDraw")
 
 SHOWN = 10
 BLOCK = 256  # pool rows that are compared with all own rows at once
 SAME_IMAGE = 0.85  # nearness of images that look the same
 LEAST_CONTRAST = 1e-3  # so that what rounding leaves of two blank images does not make them differ
 LEAST_WORDS = 3  # of a row whose variants are counted: shorter ones are alike by chance
-TILE = 160  # pixels on a side, in a sheet
+TILES, TILE, CAPTION = 5, 160, 12  # images in a line of a sheet; pixels on a side of each, and below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,20 +209,23 @@ def _near(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.fl
 
 def _name_of(pool: ImagePool, row: int) -> str:
     image = pool.images[row]
-    size = "x".join(map(str, image.shape)) if isinstance(image, np.ndarray) else f"{image.count_pixels():,} pixels"
-    return f"image {row + 1}, {size}"
+    size = image.shape if isinstance(image, np.ndarray) else image.size()
+    return f"image {row + 1}, {' by '.join(map(str, size))}"
 
 
 def write_sheet(pool: ImagePool, rows: Sequence[int], path: Path) -> None:
     """Write one PNG with these images of the pool, by number from 1: five to a line, each drawn anew from its pixels,
     so that no byte of the pool's files is in it. Only this user can read it.
     """
-    lines = -(-len(rows) // 5)
-    sheet = Image.new("RGB", (5 * TILE, lines * TILE), "white")
+    lines = -(-len(rows) // TILES)
+    sheet = Image.new("RGB", (TILES * TILE, lines * (TILE + CAPTION)), "white")
     for place, row in enumerate(rows):
-        tile = _pixels(pool.images[row - 1]).convert("RGB")
-        tile.thumbnail((TILE - 4, TILE - 4))
-        sheet.paste(tile, (place % 5 * TILE + 2, place // 5 * TILE + 2))
+        left, top = place % TILES * TILE, place // TILES * (TILE + CAPTION)
+        image = _pixels(pool.images[row - 1]).convert("RGB")
+        scale = (TILE - 8) / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        sheet.paste(image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX), (left, top))
+        ImageDraw.Draw(sheet).text((left, top + TILE - 6), f"image {row}", fill="black")
     path.unlink(missing_ok=True)
     with create(path) as file:
         sheet.save(file, "PNG")

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -257,7 +258,7 @@ def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile,
     files = tuple(_rows(source, [table.image], _image))
     pixels = 0
     for image in files:
-        pixels += image.count_pixels()
+        pixels += prod(image.size())
         if pixels > MAX_PIXELS:  # check: pool-pixels-are-bounded
             raise DataError(f"pool {path}: its images have more than {MAX_PIXELS:,} pixels", hint=MAKE_IT_AGAIN)
     return files

@@ -70,11 +70,11 @@ class ImageFile:
         except OSError as error:
             raise DataError(f"{self.where}: cannot be read ({error.strerror})") from None
 
-    def count_pixels(self) -> int:
-        """How many pixels it says that it has; nothing is unpacked. Raises DataError."""
+    def size(self) -> tuple[int, int]:
+        """The width and height that it says it has; nothing is unpacked. Raises DataError."""
         with self._refusing():
-            image = self._opened()
-            return image.width * image.height
+            width, height = self._opened().size
+            return width, height
 
     def pixels(self) -> "Image.Image":
         """The image in 8 bits a channel, grey ("L") or colour ("RGB"). Raises DataError."""

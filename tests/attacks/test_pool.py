@@ -370,7 +370,7 @@ def test_156_an_own_image_that_was_changed_a_little_is_one_s_own(tmp_path: Path)
     write_sheet(pool, look.nearest_rows, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_mode & 0o077 == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (800, 160)
+        assert sheet.size == (800, 172)
 
 
 # --- 157: an owner that shouts ---
