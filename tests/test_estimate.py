@@ -87,7 +87,7 @@ def test_an_owner_takes_its_examples_times_the_rates(work: Work) -> None:
         "training": 2 * 400 * 5 * 3,
         "Gram passes": 400 * 5 * 2,  # it has fewer examples than may be measured
         "Fisher information": 256 * 5 * 3,
-        "predicting the pool": 0.0,
+        "predicting the pool": 0,
         "scoring": (work.validated_models * 10 + work.tested_models * 20 + estimate.LOOKED_AT) * 5,
         "loading models": (estimate.LOADS + 8 + 6) * work.parameters * 5,
         "masking": work.sent_numbers * (10 + 3),
@@ -101,7 +101,7 @@ def test_the_coordinator_solves_each_system_once_for_each_candidate(work: Work) 
     assert system.solve_flops == 30**3 / 3 + 6 * 30**2 * 2
     few = replace(work, systems=(system, system), solves=4, owners=3, sent_numbers=7)
     assert estimate.coordinator_seconds(few, RATES) == {
-        "training the student": 0.0,
+        "training the student": 0,
         "solving": 2 * 4 * system.solve_flops + 2 * system.spectrum_flops,
         "adding up": 7 * 3 * (10 + 1),
         "loading models": estimate.COORDINATOR_LOADS * work.parameters * 5,
@@ -116,6 +116,14 @@ def test_a_simulation_judges_every_owner_s_model_on_all_rows_and_trains_one_on_a
     }
     brought = [replace(each, epochs=0) for each in owners]
     assert estimate.simulation_seconds(brought, RATES)["references"] == 2 * (20 + 40) * 5
+
+
+def test_a_pool_is_predicted_by_every_owner_and_trained_on_by_the_coordinator(work: Work) -> None:
+    distilled = replace(work, pool_tokens=900, predicted_numbers=1_000_000, student_epochs=3)
+    rows = OwnerRows(train=400, validation=10, test=20)
+    assert estimate.owner_seconds(distilled, rows, RATES)["predicting the pool"] == 900
+    assert estimate.coordinator_seconds(distilled, RATES)["training the student"] == 3 * 900 * 3
+    assert estimate.owner_bytes(distilled) - estimate.owner_bytes(work) == 12_000_000
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
