@@ -6,6 +6,7 @@ accept every message, and every total is over all of them, but all the other own
 SECURITY.md, b4 and g, says so.
 """
 
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,11 +323,9 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
 
 
 def test_122_a_running_client_ends_once_a_model_was_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ended:
-        def poll(self) -> int:
-            return 0
-
     monkeypatch.setattr(client, "LAST_ANSWER_SECONDS", 0.0)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     node = Node(
         settings_file=tmp_path / "owner.toml",
         state=tmp_path / "node",
@@ -337,10 +336,10 @@ def test_122_a_running_client_ends_once_a_model_was_wrong(tmp_path: Path, monkey
         threads=None,
         evidence=tmp_path / "evidence.json",
     )
-    logs = [FollowedFile(tmp_path / name) for name in ("supernode.log", "told", "superexec.log")]
+    said, told, answered = (FollowedFile(tmp_path / name) for name in ("supernode.log", "told", "superexec.log"))
 
     def watch() -> str:
-        return client._watch(node, {"supernode": Ended()}, *logs, NewFiles(tmp_path / "receipts"))  # type: ignore[dict-item]
+        return client._watch(node, {"supernode": ended}, said, told, answered, NewFiles(tmp_path / "receipts"))
 
     assert watch() == "supernode ended: it logged nothing"
     node.evidence.write_text("{}")
