@@ -171,13 +171,12 @@ def _write_bert_base(folder: Path, layers: int) -> None:
             model.classifier.bias.data += 0.1
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    owners = ("hotel", "cinema", "phones")
-    roster = "".join(f'[[owners]]\nname = "{name}"\n' for name in owners)
+    roster = "".join(f'[[owners]]\nname = "{name}"\n' for name in reviews.OWNERS)
     (folder / "agreement.toml").write_text(BERT_BASE + roster)
-    for name in owners:
+    for name, (suffix, *_) in reviews.OWNERS.items():
         (folder / f"{name}.toml").write_text(
-            f'name = "{name}"\nfine_tuned = "model"\n[data]\ntrain = "example/data/{name}/train.jsonl"\n'
-            f'test = "example/data/{name}/test.jsonl"\nmax_train_rows = 100\nmax_test_rows = 100\n'
+            f'name = "{name}"\nfine_tuned = "model"\n[data]\ntrain = "example/data/{name}/train.{suffix}"\n'
+            f'test = "example/data/{name}/test.{suffix}"\nmax_train_rows = 100\nmax_test_rows = 100\n'
         )
 
 
