@@ -199,6 +199,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "client for each owner over TLS, where every message starts a process. It has the base's width and vocabulary, "
         f"but {results.get('layers', LAYERS)} of its 12 layers. The others are in one process. Messages are those to "
         "one owner, bytes to and from all; seconds are of the processor, of all parties together, medians. "
+        "Wall times are of a machine that others may have used meanwhile. "
         "Accuracy and macro F1 are the published model's: where merges are verified, sums have floors. "
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
