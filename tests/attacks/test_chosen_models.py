@@ -384,7 +384,7 @@ def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callabl
 
 
 def test_123_a_candidate_of_a_sweep_with_another_mean_than_the_first(cheat: Callable[..., Cheat]) -> None:
-    """What all candidates share is proved of the first, so the others must have the same numbers, to the last bit."""
+    """What all candidates share is proved of the first, so the others must be bit-identical there."""
     name = "bert.embeddings.LayerNorm.bias"
 
     def other_mean(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
