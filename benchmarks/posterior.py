@@ -155,7 +155,7 @@ class Judged:
         self.validation: dict[str, list[NDArray[np.float32]]] = {}
         self.test: dict[str, float] = {}
         for method in methods:
-            for name in [f"{method}@{value:g}" for value in ALPHAS.get(method, ())] or [method]:
+            for name in [f"{method}@{value}" for value in ALPHAS.get(method, ())] or [method]:
                 path = cache / f"{name}.npz"
                 if not path.exists():
                     self._judge_method(data, models, method, cache)
@@ -206,7 +206,7 @@ def measure(judged: Judged) -> dict[str, Any]:
         "posterior of the label (for comparison)": judged.by_groups(judged.labels),
         "confidence": judged.by_confidence,
     }
-    sweeps = {method: [f"{method}@{value:g}" for value in values] for method, values in ALPHAS.items()}
+    sweeps = {method: [f"{method}@{value}" for value in values] for method, values in ALPHAS.items()}
     sweeps["all candidates"] = list(judged.test)
     random, draws = np.random.default_rng(0), []
     for _ in range(DRAWS):
