@@ -244,11 +244,13 @@ def noised_sum(
 def _parts(units: Sequence[NDArray[np.int64]], at_once: int) -> Iterator[list[NDArray[np.int64]]]:
     """Some units after the other, each whole: as many as have at most `at_once` rows, but at least one."""
     part: list[NDArray[np.int64]] = []
+    rows = 0
     for unit in units:
-        if part and sum(map(len, part)) + len(unit) > at_once:
+        if part and rows + len(unit) > at_once:
             yield part
-            part = []
+            part, rows = [], 0
         part.append(unit)
+        rows += len(unit)
     if part:
         yield part
 
