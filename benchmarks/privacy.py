@@ -83,7 +83,8 @@ def inputs_of(base: Path, texts: Sequence[str]) -> NDArray[np.float32]:
     order = np.argsort([len(text) for text in texts], kind="stable")
     with torch.inference_mode():
         for start in range(0, len(order), 32):
-            some, _ = order[start : start + 32], fed.clear()
+            some = order[start : start + 32]
+            fed.clear()
             batch = tokenizer(
                 [texts[index] for index in some],
                 truncation=True,
@@ -129,11 +130,11 @@ def classifier_of(base: Path) -> Classifier:
 def copy_of(base: Classifier, delta: Mapping[str, Tensor] | None = None) -> Classifier:
     layer = nn.Linear(base.layer.in_features, base.layer.out_features)
     layer.load_state_dict(base.layer.state_dict())
-    model = Classifier(layer, SimpleNamespace(config=base.config))  # type: ignore[arg-type]
+    model = Classifier(layer, SimpleNamespace(config=base.config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if delta is not None:
-                parameter += delta[name].reshape(parameter.shape)
+                parameter.add_(delta[name].reshape(parameter.shape))
     return model
 
 
