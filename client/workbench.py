@@ -503,8 +503,11 @@ class Workbench(Holdings):
     @property
     def _norms(self) -> Mapping[str, float]:
         """How far one example may move each Gram; empty if Grams have no noise."""
+        if not self.agreement.has_noised_grams:
+            return UNBOUNDED
         noise = self.merge_settings.gram_noise
-        return UNBOUNDED if noise is None else noise.norms
+        assert noise is not None  # the agreement has it
+        return noise.norms
 
     def _merged_so_far(self, method: MultiRoundMethod[Hyperparameters], step: Step) -> DiskModel:
         """The base model with everything that the steps before this one merged."""
