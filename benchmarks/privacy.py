@@ -99,12 +99,12 @@ def inputs_of(base: Path, texts: Sequence[str]) -> NDArray[np.float32]:
 
 def read(data: Path, base: Path, most: int) -> dict[str, Rows]:
     """`isear/train`, `isear/test`, ...: rows whose features are the classifier's inputs."""
-    labels, found = json.loads((data / "labels.json").read_text()), {}
+    numbers, found = json.loads((base / "config.json").read_text())["label2id"], {}
     for owner in OWNERS:
         for split, limit in (("train", most), ("test", TEST_ROWS)):
             lines = (data / owner / f"{split}.jsonl").read_text().splitlines()[:limit]
             rows = [json.loads(line) for line in lines]
-            targets = np.array([labels.index(row["label"]) for row in rows])
+            targets = np.array([numbers[row["label"]] for row in rows])
             found[f"{owner}/{split}"] = Rows(features=inputs_of(base, [row["text"] for row in rows]), targets=targets)
             say(f"{owner}/{split}: {len(rows)} rows")
     return found
