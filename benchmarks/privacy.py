@@ -412,7 +412,8 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         all_axes[1, column].set_xlabel("epsilon")
     all_axes[0, 0].set_ylabel("accuracy")
     all_axes[1, 0].set_ylabel("best attack, area")
-    all_axes[0, 0].legend(fontsize="small")
+    handles, names = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
