@@ -53,7 +53,7 @@ ROWS = 4000
 
 @settings(max_examples=30)
 @given(st.integers(1, 12), st.integers(1, 9), st.floats(1e-3, 1e3), st.floats(0.1, 10), st.integers(0, 10**6))
-def test_161_an_example_moves_a_gram_by_at_most_the_agreed_norm(
+def test_231_an_example_moves_a_gram_by_at_most_the_agreed_norm(
     tokens: int, dimension: int, length: float, norm: float, seed: int
 ) -> None:
     rows = length * torch.randn(tokens, dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_161_an_example_moves_a_gram_by_at_most_the_agreed_norm(
 
 
 @pytest.mark.parametrize("value", [inf, float("nan")])
-def test_161_an_example_with_numbers_that_are_none_adds_nothing(value: float) -> None:
+def test_231_an_example_with_numbers_that_are_none_adds_nothing(value: float) -> None:
     rows = torch.ones(3, 2, dtype=torch.float64)
     rows[1, 1] = value
     assert not bounded_rows(rows, 1.0).any()
@@ -81,7 +81,7 @@ class Twice(nn.Module):
         return self.l0(input[:, :5]).sum() + self.l0(input[:, 5:]).sum()  # type: ignore[no-any-return]
 
 
-def test_161_all_calls_of_a_layer_together_count_as_one_example() -> None:
+def test_231_all_calls_of_a_layer_together_count_as_one_example() -> None:
     rows = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
     batches = [{"input": each[None]} for each in rows]
     found = measure_grams(Twice(), plan_for(4, [2]), batches, norms={"l0": 0.1})["l0"]  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_161_all_calls_of_a_layer_together_count_as_one_example() -> None:
     torch.testing.assert_close(loose.matrix, sum(exact), rtol=1e-5, atol=1e-5)
 
 
-def test_161_examples_that_share_a_batch_are_not_bounded_one_by_one(plan: MergePlan) -> None:
+def test_231_examples_that_share_a_batch_are_not_bounded_one_by_one(plan: MergePlan) -> None:
     norms = dict.fromkeys((shared.name for shared in plan.inputs), 1.0)
     with pytest.raises(LocalProtocolError, match="2 examples in a batch"):
         measure_grams(tiny_bert(), plan, [batch_of([3, 4], 4)], norms=norms)
@@ -115,7 +115,7 @@ def bounded(agreement: Agreement) -> Agreement:
     )
 
 
-def test_162_every_gram_counts_and_each_owner_adds_all_of_the_noise(bounded: Agreement) -> None:
+def test_232_every_gram_counts_and_each_owner_adds_all_of_the_noise(bounded: Agreement) -> None:
     leg = next(each for each in legs_of(bounded) if each.name == "grams")
     count = len(bounded.bounds.grams)
     assert leg.sensitivity is not None
@@ -128,7 +128,7 @@ def test_162_every_gram_counts_and_each_owner_adds_all_of_the_noise(bounded: Agr
     assert own_noise(bounded, "metrics") < next(each.sigma or 0 for each in legs_of(bounded) if each.name == "metrics")
 
 
-def test_162_a_gram_that_is_summed_twice_counts_twice(bounded: Agreement) -> None:
+def test_232_a_gram_that_is_summed_twice_counts_twice(bounded: Agreement) -> None:
     assert times_measured(bounded) == 1
     both = bounded.model_copy(update={"compare_with": ("regmean_plus_plus", "anchored", "average")})
     assert times_measured(both) == 2  # anchored sums what regmean sums
@@ -148,7 +148,7 @@ def test_162_a_gram_that_is_summed_twice_counts_twice(bounded: Agreement) -> Non
         ({"privacy": {"epsilon": 8.0, "legs": {"grams": 0.75}}}, r"add up to 0\.85 of the budget"),
     ],
 )
-def test_163_grams_that_one_example_could_move_further_are_refused(
+def test_233_grams_that_one_example_could_move_further_are_refused(
     tables: dict[str, Any], why: str, little_folder: Path
 ) -> None:
     agreed = parse_toml((little_folder / "agreement.toml").read_bytes(), "agreement.toml")
@@ -159,7 +159,7 @@ def test_163_grams_that_one_example_could_move_further_are_refused(
         parse_settings(agreed | tables, AgreementDraft, "agreement.toml")
 
 
-def test_163_grams_whose_norms_are_not_agreed_are_no_agreement(bounded: Agreement) -> None:
+def test_233_grams_whose_norms_are_not_agreed_are_no_agreement(bounded: Agreement) -> None:
     task = bounded.task.model_copy(update={"label_set": "all"})
     fields = dict(bounded) | {"task": task}
     assert Agreement(**fields).has_noised_grams
@@ -197,7 +197,7 @@ def vectors_of(
     return layout, vectors
 
 
-def test_164_whoever_knows_all_weight_changes_gets_single_grams_and_each_has_its_owner_s_noise() -> None:
+def test_234_whoever_knows_all_weight_changes_gets_single_grams_and_each_has_its_owner_s_noise() -> None:
     """The trap. With as many outputs as the others have inputs, the products are equations about every single Gram."""
     d_in, d_out = 20, 45
     agreed, owners = consortium(d_in, d_out, regmean=RegMeanTable(alphas=(1.0,), ridge=0.0, measured_examples=10_000))
@@ -217,7 +217,7 @@ def test_164_whoever_knows_all_weight_changes_gets_single_grams_and_each_has_its
 
 
 @pytest.mark.parametrize("alphas", [(0.5,), (0.3, 0.9)])
-def test_164_nothing_leaves_that_was_made_of_an_exact_gram(alphas: tuple[float, ...]) -> None:
+def test_234_nothing_leaves_that_was_made_of_an_exact_gram(alphas: tuple[float, ...]) -> None:
     """Another Gram with the same noised one: all tensors are the same, bit for bit."""
     table = RegMeanTable(alphas=alphas, measured_examples=10_000)
     agreed, owners = consortium(6, 4, regmean=table)
@@ -238,7 +238,7 @@ def test_164_nothing_leaves_that_was_made_of_an_exact_gram(alphas: tuple[float, 
         assert np.array_equal(tensor, sent[1][name]), name
 
 
-def test_164_every_gram_of_inputs_has_noise_in_its_layout() -> None:
+def test_234_every_gram_of_inputs_has_noise_in_its_layout() -> None:
     agreed, owners = consortium(6, 4)
     layout, vectors = vectors_of(["regmean"], agreed, owners)
     assert layout.entry("gram/l0").noise == MULTIPLIER * NORM
@@ -250,7 +250,7 @@ def test_164_every_gram_of_inputs_has_noise_in_its_layout() -> None:
         dict(contribution(["regmean"], agreed, owners["a"]))  # without noise, nothing is made
 
 
-def test_165_who_drops_out_takes_no_ridge_with_them_that_the_others_noise_needs() -> None:
+def test_235_who_drops_out_takes_no_ridge_with_them_that_the_others_noise_needs() -> None:
     """Three of five are enough: whoever is left, their ridges outweigh their noise."""
     dimension = 40
     noise = GramNoise(norms={"l0": NORM}, multiplier=MULTIPLIER, owners=3)
@@ -269,7 +269,7 @@ def test_165_who_drops_out_takes_no_ridge_with_them_that_the_others_noise_needs(
         assert np.linalg.eigvalsh(sent[0])[0] < 0.5 * noise.ridge("l0", dimension)  # and no more than that
 
 
-def test_166_grams_of_more_examples_than_the_owners_have() -> None:
+def test_236_grams_of_more_examples_than_the_owners_have() -> None:
     agreed, owners = consortium(6, 4)
     layout, vectors = vectors_of(["regmean"], agreed, owners)
     check_contributions(Contributions.of(layout, vectors).total, layout, agreed)

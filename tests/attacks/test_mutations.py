@@ -421,42 +421,42 @@ TABLE = [
     Mutation(ON_SUMS, "test_a_refit_of_too_few", "noise-leaves-something"),
     Mutation(ON_SUMS, "test_186_", "noised-rows-are-rows"),
     *(
-        Mutation(GRAMS, "test_161_an_example_moves", "examples-move-a-gram-by-so-much", becomes)
+        Mutation(GRAMS, "test_231_an_example_moves", "examples-move-a-gram-by-so-much", becomes)
         for becomes in (
             "return rows",
             "return rows * min(1.0, norm / moved / 2) ** 0.5 if moved > 0 else rows",
             "return rows * min(1.0, norm / moved * 2) ** 0.5 if moved > 0 else rows",
         )
     ),
-    Mutation(GRAMS, "test_161_an_example_with", "examples-without-numbers-add-nothing"),
-    Mutation(GRAMS, "test_161_examples_that", "bounded-examples-are-alone"),
+    Mutation(GRAMS, "test_231_an_example_with", "examples-without-numbers-add-nothing"),
+    Mutation(GRAMS, "test_231_examples_that", "bounded-examples-are-alone"),
     *(
         Mutation(
-            GRAMS, "test_162_", "examples-move-every-gram", f"return float({factor} * (1 + ROUNDING) * grams**0.5)"
+            GRAMS, "test_232_", "examples-move-every-gram", f"return float({factor} * (1 + ROUNDING) * grams**0.5)"
         )
         for factor in (0.5, 2)
     ),
-    Mutation(GRAMS, "test_162_every", "each-owner-hides-its-own-gram", "return agreement.noise_shares"),
-    Mutation(GRAMS, "test_162_a_gram", "every-sum-of-grams-counts", "return 1"),
-    Mutation(GRAMS, "test_163_", "noised-grams-weigh-by-rows"),
-    Mutation(GRAMS, "test_163_", "no-scales-of-exact-grams"),
-    Mutation(GRAMS, "test_163_grams_whose", "noised-grams-know-their-norms"),
-    Mutation(GRAMS, "test_164_", "grams-of-inputs-have-noise", "noise = 0.0"),
-    Mutation(GRAMS, "test_164_nothing", "noised-grams-count-no-tokens", "rows = gram.rows"),
+    Mutation(GRAMS, "test_232_every", "each-owner-hides-its-own-gram", "return agreement.noise_shares"),
+    Mutation(GRAMS, "test_232_a_gram", "every-sum-of-grams-counts", "return 1"),
+    Mutation(GRAMS, "test_233_", "noised-grams-weigh-by-rows"),
+    Mutation(GRAMS, "test_233_", "no-scales-of-exact-grams"),
+    Mutation(GRAMS, "test_233_grams_whose", "noised-grams-know-their-norms"),
+    Mutation(GRAMS, "test_234_", "grams-of-inputs-have-noise", "noise = 0.0"),
+    Mutation(GRAMS, "test_234_nothing", "noised-grams-count-no-tokens", "rows = gram.rows"),
     Mutation(
         GRAMS,
-        "test_164_nothing",
+        "test_234_nothing",
         "products-follow-noise",
         'owner.noise.added(f"gram/{name}", to_array(gram.matrix))\nnoised = gram.matrix.clone()',
     ),
-    Mutation(GRAMS, "test_165_", "noised-grams-have-their-ridge", "return 0.0"),
+    Mutation(GRAMS, "test_235_", "noised-grams-have-their-ridge", "return 0.0"),
     Mutation(
         GRAMS,
-        "test_165_",
+        "test_235_",
         "noised-grams-have-their-ridge",
         "return float(noise / self.owners)",
     ),
-    Mutation(GRAMS, "test_166_", "noised-grams-fit-the-examples"),
+    Mutation(GRAMS, "test_236_", "noised-grams-fit-the-examples"),
     Mutation(GRAMS, "test_an_owner_with_too_few", "noise-leaves-grams"),
     Mutation(GRAMS, "test_an_owner_with_too_few", "noised-grams-refuse-nothing"),
     Mutation(ON_SUMS, "test_what_is_declared", "declared-budgets-are-counted"),
