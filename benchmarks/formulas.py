@@ -49,7 +49,7 @@ def mean_delta(models: Models, shares: Shares, base: PreTrainedModel, name: str)
 
 
 @contextmanager
-def inputs_of(layers: Mapping[str, Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def inputs_of(layers: Mapping[str, Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `see` with what each layer is given, (examples, positions, inputs), inside the `with` block."""
     hooks = [
         layer.register_forward_pre_hook(lambda _, arguments, name=name: see(name, arguments[0]))
@@ -283,11 +283,12 @@ def _embedded(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _through(block: Module, hidden: Tensor, mask: Tensor) -> Tensor:
     hides = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None, None, :]
     found = block(hidden, attention_mask=hides)
-    return found[0] if isinstance(found, tuple) else found
+    after: Tensor = found[0] if isinstance(found, tuple) else found
+    return after
 
 
 def _seen(
-    block: Module, layers: Mapping[str, Linear], hidden: Tensor, mask: Tensor
+    block: Module, layers: Mapping[str, Module], hidden: Tensor, mask: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What each layer of a block is given on unmasked positions, (rows, inputs), and what leaves the block."""
     found: dict[str, Tensor] = {}
