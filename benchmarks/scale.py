@@ -1,6 +1,6 @@
 """What a whole masked merge costs with more owners, in the in-process engine.
 
-python -m benchmarks.scale [--json] [--owners 3 10 30 100]
+python -m benchmarks.scale [--json] [--owners 3 10 30 100 300 1000]
 
 Every owner brings the same fine-tuned tiny BERT and the same 120 rows, so only the number of owners differs. Messages
 are really serialised and go through the real apps, one owner after the other. Each number of owners has its own
@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.published import RESULTS, publish, say
+from common.thresholds import MAX_COMPLETE
 
 AGREEMENT = """
 title = "Scale"
@@ -43,12 +44,12 @@ colluders = {colluders}
 [privacy]
 min_rows_per_dimension = 0.0
 """
-COSTS = ("seconds", "coordinator_megabytes_received", "peak_megabytes")
+COSTS = ("processor_seconds", "coordinator_megabytes_received", "peak_megabytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--owners", type=int, nargs="+", default=[3, 10, 30, 100])
+    parser.add_argument("--owners", type=int, nargs="+", default=[3, 10, 30, 100, 300, 1000])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     runs = []
@@ -73,13 +74,14 @@ def measure(folder: Path, count: int) -> dict[str, float]:
 
     quiet_on_one_thread()
     write_consortium(folder, count)
-    started = time.perf_counter()
+    started, started_process = time.perf_counter(), time.process_time()
     report = simulate(folder / "consortium", folder / "output", with_references=False)
-    seconds = time.perf_counter() - started
+    seconds, processor_seconds = time.perf_counter() - started, time.process_time() - started_process
     shutil.rmtree(folder / "output")
     return {
         "owners": count,
         "seconds": seconds,
+        "processor_seconds": processor_seconds,
         "coordinator_megabytes_received": sum(step.bytes_received for step in report.steps) / 1e6,
         "peak_megabytes": peak_megabytes(),
     }
@@ -121,20 +123,22 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# What a merge costs with more owners",
         "",
-        "All parties run in one process, one after the other. A tiny BERT, RegMean, masked; a tenth may collude. "
+        "All parties run in one process, one after the other. A tiny BERT, RegMean, masked; a tenth may collude. Up to "
+        f"{MAX_COMPLETE} owners, all of them verify the merge. "
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
-        "| owners | seconds | seconds per owner | MB received by the coordinator | peak of the process, MB |",
-        "|---:|---:|---:|---:|---:|",
+        "| owners | seconds | processor seconds | per owner | MB to the coordinator | peak of the process, MB |",
+        "|---:|---:|---:|---:|---:|---:|",
     ]
     for run in results["runs"]:
         lines.append(
-            f"| {run['owners']} | {run['seconds']:.1f} | {run['seconds'] / run['owners']:.2f} | "
+            f"| {run['owners']:,} | {run['seconds']:.1f} | {run['processor_seconds']:.1f} | "
+            f"{run['processor_seconds'] / run['owners']:.2f} | "
             f"{run['coordinator_megabytes_received']:.1f} | {run['peak_megabytes']:.0f} |"
         )
     fitted = results["exponents"]
     if fitted:
-        lines.append("| exponent | {:.2f} | | {:.2f} | {:.2f} |".format(*(fitted[cost] for cost in COSTS)))
+        lines.append("| exponent | | {:.2f} | | {:.2f} | {:.2f} |".format(*(fitted[cost] for cost in COSTS)))
     return "\n".join([*lines, "", "![cost by number of owners](scale.svg)"]) + "\n"
 
 

@@ -1,11 +1,12 @@
-"""Flower's SecAgg+ workflow and our masked sum, end to end on the same vectors.
+"""Flower's SecAgg+ workflow and our masked sum, end to end on the same vectors; and what a sum costs without masks.
 
-python -m benchmarks.secagg [--json] [--numbers 10000000] [--owners 5]
+python -m benchmarks.secagg [--json] [--numbers 10000000] [--owners 5] [--nvflare PYTHON] [--openfl PYTHON]
 
 Each way runs in a process of its own, all parties one after the other: from the owners' float64 vectors to their sum.
 flwr's part is its `SecAggPlusWorkflow` and its `secaggplus_mod` as published, with all owners as neighbours and its own
 precision; ours is `MaskedOwner` and `MaskedCoordinator`. Every message of both is really serialised. They take turns,
-and the median turn is reported.
+and the median turn is reported. NVFlare and OpenFL, which mask nothing here, are measured too if PYTHON is that of an
+environment with them (plain_sums.py).
 
     seconds     processor seconds of one thread, all parties together
     bytes       of the messages of one owner, both ways
@@ -20,9 +21,12 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from pathlib import Path
 from secrets import token_bytes
 from statistics import median
 from time import process_time
@@ -35,6 +39,16 @@ from benchmarks.machine import this_machine
 from benchmarks.published import publish, say
 
 TURNS = 3
+PROMISES = """\
+The four do not promise the same. SecAgg+ hides single vectors from a coordinator that follows the protocol, and is not
+signed. Amalgram also withstands one that does not, and tells its owners apart by their signatures (SECURITY.md). The
+NVFlare and OpenFL rows are plain means: their server reads every vector, and a mean goes back to each owner, which the
+two masked sums do not send. What they offer instead was not measured: NVFlare's homomorphic encryption needs TenSEAL
+and hides vectors from the server, but not from owners, who share one key; both can run in trusted hardware; and
+OpenFL 1.9's secure aggregation adds the same random number to all entries of an owner's tensor
+(`utilities/secagg/crypto.py`), so the differences between entries stay readable. OpenFL sends float32."""
+COSTS = ("seconds", "bytes", "peak", "error")
+PLAIN = {"nvflare": "NVFlare", "openfl": "OpenFL"}  # peers that need an environment of their own
 LARGEST = 4.0  # of a vector's numbers; flwr clips at 8
 
 
@@ -43,30 +57,59 @@ def main() -> None:
     parser.add_argument("--numbers", type=int, default=10_000_000)
     parser.add_argument("--owners", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    for peer in PLAIN:
+        parser.add_argument(f"--{peer}", type=Path, metavar="PYTHON")
     arguments = parser.parse_args()
-    results = measure(arguments.numbers, arguments.owners)
-    publish("secagg", results, as_markdown(results), size)
+    pythons = {peer: vars(arguments)[peer] for peer in PLAIN if vars(arguments)[peer] is not None}
+    for results in after_each_turn(arguments.numbers, arguments.owners, pythons):
+        publish("secagg", results, as_markdown(results), size)
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
 
 
 def size(results: Mapping[str, Any]) -> dict[str, float]:
-    return {"numbers": results["numbers"], "owners": results["owners"]}
+    peers = sum(peer in results for peer in PLAIN)
+    return {
+        "numbers": results["numbers"],
+        "owners": results["owners"],
+        "turns": len(results["turns"]["flwr"]),
+        "other peers": peers,
+    }
 
 
-def measure(numbers: int, owners: int) -> dict[str, Any]:
-    turns: dict[str, list[dict[str, float]]] = {"flwr": [], "amalgram": []}
+def after_each_turn(numbers: int, owners: int, pythons: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """The results of all turns so far: one takes minutes."""
+    turns: dict[str, list[dict[str, Any]]] = {way: [] for way in ("flwr", "amalgram", *pythons)}
     for number in range(TURNS):
         for way, run in (("flwr", by_flwr), ("amalgram", by_amalgram)):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 turns[way].append(process.submit(run, numbers, owners).result())
             say(f"{way}, turn {number + 1}: {turns[way][-1]}")
+        for way, python in pythons.items():
+            turns[way].append(without_masks(way, python, numbers, owners))
+            say(f"{way}, turn {number + 1}: {turns[way][-1]}")
+        yield results_of(numbers, owners, turns)
+
+
+def results_of(numbers: int, owners: int, turns: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    versions = {way: each[0]["version"] for way, each in turns.items() if way in PLAIN}
     return {
-        "machine": this_machine() | {"flwr": version("flwr")},
+        "machine": this_machine() | {"flwr": version("flwr")} | versions,
         "numbers": numbers,
         "owners": owners,
-        **{way: {key: median(turn[key] for turn in each) for key in each[0]} for way, each in turns.items()},
+        **{way: {cost: median(turn[cost] for turn in each) for cost in COSTS} for way, each in turns.items()},
         "speedup": median(a["seconds"] / b["seconds"] for a, b in zip(turns["flwr"], turns["amalgram"], strict=True)),
+        "turns": turns,
     }
+
+
+def without_masks(way: str, python: Path, numbers: int, owners: int) -> dict[str, Any]:
+    """The costs of one sum by NVFlare or OpenFL, in a process of its own environment and on one thread."""
+    script = Path(__file__).with_name("plain_sums.py")
+    command = [str(python), str(script), way, str(numbers), str(owners)]
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def vectors_of(numbers: int, owners: int) -> list[NDArray[np.float64]]:
@@ -206,24 +249,31 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     machine = results["machine"]
+    peers = {peer: name for peer, name in PLAIN.items() if peer in results}
+    turns = len(results["turns"]["flwr"])
+    versions = ", ".join(f"{peer} {machine[peer]}" for peer in ("flwr", *peers))
     yield "# A masked sum by Flower's SecAgg+ and by Amalgram"
     yield ""
     yield (
-        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, flwr {machine['flwr']}; "
-        f"processor seconds of one thread, all parties in one process, medians of {TURNS} turns. {results['owners']} "
-        f"owners, {results['numbers']:,} numbers each, every message serialised."
+        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, {versions}; processor seconds "
+        f"of one thread, all parties in one process, {f'medians of {turns} turns' if turns > 1 else 'one turn'}. "
+        f"{results['owners']} owners, "
+        f"{results['numbers']:,} numbers each, every message serialised."
     )
     yield ""
-    yield "| | seconds | MB per owner, both ways | peak of the process, MB | largest error of the sum |"
-    yield "|---|---:|---:|---:|---:|"
-    for way, name in (("flwr", "flwr's SecAgg+"), ("amalgram", "Amalgram")):
+    yield "| | masked | seconds | MB per owner, both ways | peak of the process, MB | largest error of the sum |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for way, name in {"flwr": "flwr's SecAgg+", "amalgram": "Amalgram", **peers}.items():
         each = results[way]
         yield (
-            f"| {name} | {each['seconds']:.1f} | {each['bytes'] / 1e6:.1f} | {each['peak']:,.0f} | "
-            f"{each['error']:.0e} |"
+            f"| {name} | {'no' if way in PLAIN else 'yes'} | {each['seconds']:.1f} | {each['bytes'] / 1e6:.1f} | "
+            f"{each['peak']:,.0f} | {each['error']:.0e} |"
         )
     yield ""
-    yield f"Amalgram is {results['speedup']:.1f} times as fast."
+    yield f"Amalgram is {results['speedup']:.1f} times as fast as SecAgg+."
+    if peers:
+        yield ""
+        yield PROMISES
 
 
 if __name__ == "__main__":
