@@ -85,7 +85,8 @@ def by_openfl(vectors: list) -> tuple:
     def sent(vector: np.ndarray, name: str) -> bytes:
         content, metadata = pipeline.forward(vector)
         key = ("vector", name, 0, False, ("trained",))
-        return construct_named_tensor(key, content, metadata, lossless=True).SerializeToString()
+        message: bytes = construct_named_tensor(key, content, metadata, lossless=True).SerializeToString()
+        return message
 
     def arrived(message: bytes) -> np.ndarray:
         tensor = base_pb2.NamedTensor.FromString(message)
@@ -97,7 +98,8 @@ def by_openfl(vectors: list) -> tuple:
             }
             for each in tensor.transformer_metadata
         ]
-        return pipeline.backward(data=tensor.data_bytes, transformer_metadata=metadata)
+        vector: np.ndarray = pipeline.backward(data=tensor.data_bytes, transformer_metadata=metadata)
+        return vector
 
     num_bytes, local, started = 0, [], process_time()
     for number, vector in enumerate(vectors):
