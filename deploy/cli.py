@@ -30,19 +30,8 @@ amalgram --help                          all commands; each has an example: amal
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; log lines become JSON too.")]
 
 
-def _readable(path: Path) -> Path:
-    """Refuse a settings file that is not there, in the words of whoever would read it, and without their libraries."""
-    try:
-        with path.open("rb"):
-            return path
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.", callback=_readable)]
-CoordinatorFile = Annotated[
-    Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.", callback=_readable)
-]
+OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")]
+CoordinatorFile = Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")]
 
 
 class EngineName(StrEnum):
@@ -238,6 +227,7 @@ def agree(
     Example: amalgram agree hotel.toml
     """
     set_up_output(as_json)
+    _check_readable(owner_file)
     from deploy.commands.agree import ask_for_consent
 
     ask_for_consent(owner_file, yes, again)
@@ -262,6 +252,7 @@ def audit(
     Example: amalgram audit hotel.toml output
     """
     set_up_output(as_json)
+    _check_readable(owner_file)
     from deploy.commands.audit import audit_and_show
 
     audit_and_show(owner_file, model, candidates, out, rows)
@@ -279,6 +270,7 @@ def personal(
     Example: amalgram personal hotel.toml output personal
     """
     set_up_output(as_json)
+    _check_readable(owner_file)
     from deploy.commands.personal import make_and_show
 
     make_and_show(owner_file, model, out)
@@ -291,6 +283,7 @@ def client(owner_file: OwnerFile, as_json: Json = False) -> None:
     Example: amalgram client hotel.toml
     """
     set_up_output(as_json)
+    _check_readable(owner_file)
     from deploy.commands.client import run_client
 
     run_until_stopped(lambda: run_client(owner_file))
@@ -303,6 +296,7 @@ def server(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
     Example: amalgram server coordinator.toml
     """
     set_up_output(as_json)
+    _check_readable(coordinator_file)
     from deploy.commands.server import run_server
 
     run_until_stopped(lambda: run_server(coordinator_file))
@@ -315,6 +309,7 @@ def health(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
     Example: amalgram health coordinator.toml
     """
     set_up_output(as_json)
+    _check_readable(coordinator_file)
     from deploy.commands.health import show_health
 
     show_health(coordinator_file)
@@ -327,6 +322,7 @@ def merge(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
     Example: amalgram merge coordinator.toml
     """
     set_up_output(as_json)
+    _check_readable(coordinator_file)
     from deploy.commands.merge import merge_and_show
 
     merge_and_show(coordinator_file)
@@ -375,3 +371,11 @@ def report(
     from deploy.commands.report import report_again
 
     report_again(out)
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse a settings file that is not there, in the words of whoever would read it, and without their libraries."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None

@@ -32,6 +32,7 @@ from common import device as devices
 from common.agreement import Agreement, Task
 from common.device import find_device, find_solver
 from common.errors import DataError, SettingsError
+from common.identity import Identity
 from common.merge_methods.normal_equations import solve_symmetric, spectrum
 from common.merge_methods.terms import MergedDelta, MergeSettings, OwnerTerms
 from common.models.layers import block_names
@@ -40,6 +41,8 @@ from common.models.plan import MergePlan, merge_plan
 from common.schedule import schedule_of
 from common.settings_file import parse_settings
 from deploy.example.reviews import make_tokenizer
+from server.checkpoint import Checkpoint
+from server.coordinator import Coordinator
 from server.merge import MergeRun
 from tests.support.architectures import ARCHITECTURES, batch_of, made, planned_tensors_of, shake
 from tests.support.documents import ROOT
@@ -453,7 +456,13 @@ def test_a_coordinator_whose_device_is_out_of_memory_solves_on_the_cpu(
         agreement=agreement,
         plan=plan,
         schedule=schedule_of(agreement, plan),
-        coordinator=None,  # type: ignore[arg-type]  # which has no part in a solve
+        coordinator=Coordinator(
+            channel=None,  # type: ignore[arg-type]  # a solve sends nothing
+            agreement=agreement,
+            identity=Identity(name="coordinator", seed=bytes(32)),
+            checkpoint=Checkpoint.open(tmp_path / "checkpoint", agreement.digest()),
+            schedule=schedule_of(agreement, plan),
+        ),
         base_folder=tmp_path,
         output=tmp_path,
         device="cuda:0",

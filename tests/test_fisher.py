@@ -6,20 +6,14 @@ import torch
 
 from client.data.rows import Rows
 from client.measurement.fisher import measure_fisher
+from deploy.example.reviews import make_tokenizer
 from tests.support.models import tiny_bert
-
-
-class Padder:
-    """Rows of one length need no padding."""
-
-    def pad(self, rows: list[dict[str, list[int]]], return_tensors: str) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
 def rows_of(count: int) -> Rows:
     random = np.random.default_rng(0)
     features = tuple({"input_ids": random.integers(1, 50, 6).tolist(), "attention_mask": [1] * 6} for _ in range(count))
-    return Rows(features=features, targets=np.zeros(count, np.int64), tokenizer=Padder())  # type: ignore[arg-type]
+    return Rows(features=features, targets=np.zeros(count, np.int64), tokenizer=make_tokenizer())
 
 
 def test_the_head_s_fisher_is_the_squared_error_times_the_squared_features() -> None:

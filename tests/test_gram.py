@@ -23,13 +23,7 @@ from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, SharedInput, merge_plan
 from tests.support.architectures import made
 from tests.support.models import tiny_bert
-
-
-def batch_of(lengths: list[int], padded_to: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, 50, (len(lengths), padded_to), generator=random)
-    mask = torch.arange(padded_to) < torch.tensor(lengths)[:, None]
-    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
+from tests.support.rows import batch_of
 
 
 def plan_for(model: nn.Module, batch: dict[str, torch.Tensor], within: str = "") -> MergePlan:

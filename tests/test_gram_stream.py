@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import pytest
@@ -61,9 +62,9 @@ def test_there_are_never_grams_of_more_than_one_block(tmp_path: Path, monkeypatc
     alive: WeakSet[Tensor] = WeakSet()
     most = 0
 
-    def collect(collector: GramCollector, plan: MergePlan, device: torch.device) -> None:
+    def collect(collector: GramCollector, *given: Any) -> None:
         nonlocal most
-        begin(collector, plan, device)
+        begin(collector, *given)
         alive.update(collector.matrices.values())
         most = max(most, len(alive))
 
@@ -124,9 +125,9 @@ def test_a_model_in_one_piece_never_has_grams_larger_than_itself(
     passes: list[int] = []
     collect = GramCollector.__init__
 
-    def counted(self: GramCollector, measured: MergePlan, device: torch.device) -> None:
+    def counted(self: GramCollector, measured: MergePlan, *given: Any) -> None:
         passes.append(sum(shared.gram_size**2 for shared in measured.inputs))
-        collect(self, measured, device)
+        collect(self, measured, *given)
 
     monkeypatch.setattr(GramCollector, "__init__", counted)
     stream = GramStream(DiskModel(model, tmp_path), plan, batches, tmp_path / "activations", accept)

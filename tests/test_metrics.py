@@ -13,12 +13,7 @@ from client.measurement.evaluation import score_logits
 from common.agreement import Agreement, OwnerEntry, Task
 from common.errors import FalseTotal
 from common.metrics import STEP, Score, Split, contribution, metrics_layout, micro_f1, read_total
-
-SCORES = {
-    "ada": Score(correct=8, rows=10, metric=0.5),
-    "bea": Score(correct=30, rows=60, metric=0.25),
-    "cyd": Score(correct=1, rows=4, metric=0.75),
-}
+from tests.support.rows import SCORES
 
 
 def total_for(agreement: Agreement, owners: dict[str, Score], split: Split = "test") -> np.ndarray:

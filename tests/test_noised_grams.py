@@ -40,8 +40,8 @@ from tests.support.errors import in_two_lines
 from tests.support.merging import merge_settings, owner_for, plan_for
 from tests.support.models import tiny_bert
 from tests.support.parties import parties_of
+from tests.support.rows import batch_of
 from tests.support.verifying import Check, Contributions, verified
-from tests.test_gram import batch_of
 
 NORM, MULTIPLIER = 3.0, 2.0
 NOISE = GramNoise(norms={"l0": NORM}, multiplier=MULTIPLIER, owners=3)

@@ -39,6 +39,7 @@ from common.merge_methods.regmean_plus_plus import REGMEAN_PLUS_PLUS
 from common.merge_methods.terms import MergeSettings, OwnerTerms
 from common.models.layers import block_names
 from common.models.plan import MergePlan
+from deploy.example.reviews import make_tokenizer
 from tests.support.errors import refused
 from tests.support.models import tiny_bert
 from tests.support.sums import run, terms_of
@@ -191,18 +192,10 @@ def test_the_steps_of_a_model_name_every_merged_input_once(merge_settings: Merge
     assert [step.inputs[0].name for step in REFIT.steps(merge_settings)] == ["classifier"]
 
 
-class Padded:
-    """A tokenizer that pads nothing: all rows are equally long."""
-
-    @staticmethod
-    def pad(rows: list[dict[str, list[int]]], return_tensors: str) -> dict[str, Tensor]:
-        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-
-
 def labelled(count: int, seed: int) -> Rows:
     random = np.random.default_rng(seed)
     features = tuple({"input_ids": random.integers(1, 50, 6).tolist(), "attention_mask": [1] * 6} for _ in range(count))
-    return Rows(features=features, targets=random.integers(0, 3, count), tokenizer=Padded())  # type: ignore[arg-type]
+    return Rows(features=features, targets=random.integers(0, 3, count), tokenizer=make_tokenizer())
 
 
 @pytest.mark.parametrize("targets", ["labels", "scores"])

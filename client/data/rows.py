@@ -27,6 +27,8 @@ IGNORED = -100  # what torch's cross entropy ignores
 Features = tuple[Mapping[str, Any], ...] | NDArray[np.float32]
 Targets = NDArray[np.int64] | NDArray[np.float32] | tuple[NDArray[np.int64], ...]
 
+PADDED = {"input_ids", "attention_mask", "token_type_ids"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -110,14 +112,14 @@ def padded(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Ba
     """The inputs of some examples as tensors, (examples, tokens) int64, as `tokenizer.pad` makes them, which takes as
     long as a small model's pass. It is asked for what it may pad in a way of its own.
     """
+    is_usual = type(tokenizer)._pad.__module__ == "transformers.tokenization_utils_base"
+    if not is_usual or not {"input_ids", "attention_mask"} <= set(rows[0]) <= PADDED:
+        return dict(tokenizer.pad(rows, return_tensors="pt"))
     fill = {
         "input_ids": tokenizer.pad_token_id,
         "token_type_ids": tokenizer.pad_token_type_id,
         "attention_mask": 0,
     }
-    is_usual = type(tokenizer)._pad.__module__ == "transformers.tokenization_utils_base"
-    if not is_usual or not {"input_ids", "attention_mask"} <= set(rows[0]) <= set(fill):
-        return dict(tokenizer.pad(rows, return_tensors="pt"))
     longest = max(len(row["input_ids"]) for row in rows)
     batch = {name: np.full((len(rows), longest), fill[name]) for name in rows[0]}
     for number, row in enumerate(rows):

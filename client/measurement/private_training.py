@@ -40,10 +40,12 @@ from transformers.pytorch_utils import Conv1D
 
 from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import low_rank, rates_of
+from client.measurement.gram import layer_inputs
 from client.measurement.losses import loss_of
 from client.progress import with_bar
 from client.settings import Training
 from common.errors import ModelError, NumericalError, SettingsError, first_line
+from common.models.layers import linear_layers
 from common.privacy import noise
 
 if TYPE_CHECKING:
@@ -158,24 +160,28 @@ class Classifier(nn.Module):
 def _classifier_alone(model: PreTrainedModel, rows: Rows, description: str) -> tuple[Classifier, Rows] | None:
     """The classifier and its inputs, if it is all that is trained and gives one prediction a row; else None."""
     trained = {id(each) for each in model.parameters() if each.requires_grad}
-    layers = [each for each in model.modules() if isinstance(each, nn.Linear) and id(each.weight) in trained]
-    if len(layers) != 1 or trained != {id(each) for each in layers[0].parameters()} or not len(rows):
+    layers = {
+        name: each
+        for name, each in linear_layers(model).items()
+        if isinstance(each, nn.Linear) and id(each.weight) in trained
+    }
+    if len(layers) != 1 or not len(rows):
         return None
-    seen: list[tuple[Tensor, Tensor]] = []
-    model.eval()
-    hook = layers[0].register_forward_hook(lambda _, fed, given: seen.append((fed[0], given)))
+    ((name, layer),) = layers.items()
+    if trained != {id(each) for each in layer.parameters()}:
+        return None
+    seen: list[Tensor] = []
     inputs = []
-    try:
+    model.eval()
+    with layer_inputs(model, lambda _, fed: seen.append(fed.rows), {f"{name}.weight"}):
         for _, batch, _ in with_bar(replace(rows, are_apart=True).batches(1), description, len(rows)):
-            seen.clear()
             logits = model(**batch).logits
-            (fed, given), *more = seen or [(logits, logits)]
-            if more or fed.shape != (1, layers[0].in_features) or not torch.equal(given, logits):
-                return None  # it is called otherwise, or is not the last
-            inputs.append(fed.float().numpy())
-    finally:
-        hook.remove()
-    return Classifier(layers[0], model), Rows(features=np.concatenate(inputs), targets=rows.targets)
+            if len(seen) != 1 or seen[0].shape != (1, layer.weight.shape[1]):
+                return None  # it is called otherwise
+            if not torch.equal(nn.functional.linear(seen[0], layer.weight, layer.bias), logits):
+                return None  # it is not the last
+            inputs.append(seen.pop().float().numpy())
+    return Classifier(layer, model), Rows(features=np.concatenate(inputs), targets=rows.targets)
 
 
 def _train(

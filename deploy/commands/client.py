@@ -65,8 +65,8 @@ def find_node(settings_file: Path) -> Node:
     SettingsError unless its keys are the agreed ones, and WrongModel if a model that was sent under it was wrong.
     """
     owner = Owner(settings_file)
-    check_no_evidence(owner)
     network, key, root = owner_network(owner, settings_file)
+    check_no_evidence(owner)
     agreement = owner.agreement
     if agreement.digest() not in owner.state.consents():  # check: consent-comes-before-connecting
         raise ConsentError(f"{owner.name} has not consented to this agreement", hint=f"amalgram agree {settings_file}")
@@ -114,7 +114,7 @@ def keep_connected(node: Node) -> None:
         while True:
             log.info("connecting to %s", node.address)
             with supernode(node) as parts:
-                ended = _watch(node, parts, said, told, answered, receipts)
+                ended = _watch(node.evidence, parts, said, told, answered, receipts)
             log.warning("%s; trying again", ended)
             time.sleep(RETRY_SECONDS)
             _wait_until_reachable(node)
@@ -134,7 +134,7 @@ def _wait_until_reachable(node: Node) -> None:
 
 
 def _watch(
-    node: Node,
+    evidence: Path,
     parts: Mapping[str, Process],
     said: FollowedFile,
     told: FollowedFile,
@@ -160,9 +160,9 @@ def _watch(
                 log.warning("%s", refusal[0])
         for path in receipts.since_last_time():
             log.info("a merge is over; the receipt is %s", path)
-        if node.evidence.is_file():  # check: client-ends-after-a-wrong-model
+        if evidence.is_file():  # check: client-ends-after-a-wrong-model
             time.sleep(LAST_ANSWER_SECONDS)
-            raise wrong_model(node.evidence)
+            raise wrong_model(evidence)
         if ended:
             return f"{ended[0]} ended: {reason}"
         time.sleep(POLL_SECONDS)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import server.coordinator
 from client.owner import Owner
-from client.verification import Evidence
+from client.verification import Evidence, check_no_evidence
 from common.errors import ConsentError, OwnerRefused, WrongModel
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.logit_adjusted import SHARES
@@ -31,7 +31,6 @@ from common.schedule import Delivery, Schedule, schedule_of
 from common.tensor_layout import TensorLayout
 from common.verification import Claim, corrections
 from deploy.commands import client
-from deploy.commands.client import Node, find_node
 from deploy.commands.verify import explain_evidence
 from deploy.launch.processes import FollowedFile, NewFiles
 from server import merge
@@ -295,7 +294,7 @@ def test_43_a_candidate_that_is_not_the_merge_is_never_judged(cheat: Callable[..
 
     run = cheat("regmean", detector)
     assert run.run().code == "wrong-model"
-    assert run.given == ["contribution", "check"]
+    assert run.given == ["contribution"]  # its means are not those of the candidates before it
 
 
 def test_122_a_published_model_with_a_backdoor_in_one_entry(
@@ -319,30 +318,21 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
     assert "its signature is valid" in printed
     assert "Those who checked it: hotel, cinema, phones." in printed
     with pytest.raises(WrongModel, match="not the merge"):
-        find_node(run.parties.files[first])  # `amalgram client` does not begin again
+        check_no_evidence(Owner(run.parties.files[first]))  # `amalgram client` does not begin again
 
 
 def test_122_a_running_client_ends_once_a_model_was_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LAST_ANSWER_SECONDS", 0.0)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    node = Node(
-        settings_file=tmp_path / "owner.toml",
-        state=tmp_path / "node",
-        address="localhost:1",
-        root_certificate=tmp_path / "root.pem",
-        key=tmp_path / "owner.node",
-        bundle_digest="",
-        threads=None,
-        evidence=tmp_path / "evidence.json",
-    )
+    evidence = tmp_path / "evidence.json"
     said, told, answered = (FollowedFile(tmp_path / name) for name in ("supernode.log", "told", "superexec.log"))
 
     def watch() -> str:
-        return client._watch(node, {"supernode": ended}, said, told, answered, NewFiles(tmp_path / "receipts"))
+        return client._watch(evidence, {"supernode": ended}, said, told, answered, NewFiles(tmp_path / "receipts"))
 
     assert watch() == "supernode ended: it logged nothing"
-    node.evidence.write_text("{}")
+    evidence.write_text("{}")
     with pytest.raises(WrongModel, match="not the merge") as error:
         watch()
     assert error.value.exit_code == 6

@@ -24,7 +24,7 @@ from server.output_folder import claim_output
 from server.report.page import render_report
 from server.report.report import read_report
 from tests.support.parties import OwnersChannel, Parties, parties_of
-from tests.test_metrics import SCORES
+from tests.support.rows import SCORES
 
 SITES = ("north", "south")
 AGREED = '[evaluation]\ngroups = ["north", "south"]\nleast_group_rows = 5\nchoose_by = "worst_group"\n'

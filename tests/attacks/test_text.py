@@ -232,7 +232,7 @@ def test_102_an_error_of_flower_s_forges_no_line_of_the_owner_s_client(
     tell(tmp_path, "connected to 127.0.0.1")
     with subprocess.Popen(["true"]) as process:
         process.wait()
-        ended = _watch({"supernode": process}, said, told, answered, NewFiles(tmp_path / "receipts"))
+        ended = _watch(tmp_path / "none", {"supernode": process}, said, told, answered, NewFiles(tmp_path / "receipts"))
     assert ended == "supernode ended: it logged nothing"
     lines = [line.partition(" ")[2].strip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["connected to 127.0.0.1", "owner hotel refused; its error.txt says why"]
