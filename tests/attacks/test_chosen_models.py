@@ -284,13 +284,21 @@ def test_42_layers_that_are_not_the_merge_are_found_before_anything_is_measured(
 
 
 def test_43_a_candidate_that_is_not_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
-    """The last of five candidates is crafted; on none of them anything is measured."""
+    """The last of five candidates is crafted, except for what it shares with the first; on none of them anything is
+    measured.
+    """
 
     def detector(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
-        is_last = delivery.names == ("regmean@0.99",)
         if delivery.kind == "correction":
             return np.zeros_like(vector)
-        return vector_of(parties, delivery.layout, word_detector(parties)) if is_last else vector
+        if delivery.names != ("regmean@0.99",):
+            return vector
+        claims = [claim for each in schedule_for(parties).rounds for claim in each.claims]
+        (claim,) = (each for each in claims if each.delivery == delivery.position)
+        crafted = vector_of(parties, delivery.layout, word_detector(parties))
+        for name, _ in claim.known:
+            delivery.layout.read(crafted, name)[...] = delivery.layout.read(vector, name)
+        return crafted
 
     run = cheat("regmean", detector)
     assert run.run().code == "wrong-model"
