@@ -10,7 +10,7 @@ A that are small beside the others, larger errors pass. Ridges and floors keep t
 (SECURITY.md, attack 129).
 
 A mean that several models of one check share is proved of the first alone: the others must have the same bits of it
-(`Shortener`). Vectors of one length are the rows of one equation.
+(`Shortener`). Vectors of one length are the rows of one equation, each enlarged to the size of the largest.
 
 The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
 s (n, 8), owner i sends for each equation, for every column k,

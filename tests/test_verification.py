@@ -268,6 +268,18 @@ def test_methods_that_share_a_mean_have_the_same_bits_of_it() -> None:
     assert shared >= 8
 
 
+@pytest.mark.parametrize("method", ["average", "fisher"])
+def test_a_parameter_that_is_one_number_is_verified(method: str) -> None:
+    plan = plan_for(5, [4])
+    plan = replace(plan, averaged=(*plan.averaged, "scale"), shapes={**plan.shapes, "scale": ()})
+    settings_ = verified(merge_settings(plan), 3)
+    owners = owners_for(settings_, 3, 0, 1.0, reaches_half=False)
+    check = check_of(method, settings_, contributions_of([method], settings_, owners))
+    assert check.wrong() == []
+    check.delta["scale"] *= 1 + 2.0**-20
+    assert check.wrong() == [f"0/{'mean' if method == 'average' else method}/scale"]
+
+
 def test_vectors_of_one_length_are_verified_together_and_each_of_them() -> None:
     plan = plan_for(5, [4, 4, 4], has_constant=True)
     settings_ = verified(merge_settings(plan), 3)
@@ -281,6 +293,52 @@ def test_vectors_of_one_length_are_verified_together_and_each_of_them() -> None:
         check.delta[vector.parameter][1] *= 1 + 2.0**-18
         assert check.wrong() == [f"0/{group.name}"]
         check.delta[vector.parameter] = right
+
+
+def vectors_check(sizes: Sequence[float], length: int = 64) -> Check:
+    """The means of vectors of one length, each entry of which is about as large as `sizes` say."""
+    random, plan = np.random.default_rng(0), plan_for(1, [1])
+    names = [f"v{number}.bias" for number in range(len(sizes))]
+    plan = replace(plan, shapes=dict.fromkeys(names, (length,)))
+    entries = (TensorEntry(name=f"weighted_delta/{name}", shape=(length,), bound=100.0) for name in names)
+    layout = TensorLayout((TensorEntry(name="weight", shape=(1,), bound=100.0), *entries))
+    vectors = {}
+    for owner in identities_of(3):
+        changes = [size * random.uniform(0.5, 1, length) for size in sizes]
+        vectors[owner] = np.concatenate([[1.0], *changes])
+    contributions = Contributions.of(layout, vectors)
+    means = {
+        name: torch.from_numpy(contributions.total[f"weighted_delta/{name}"] / contributions.total["weight"])
+        for name in names
+    }
+    equations = [MeanEquation.of(name, (length,)) for name in names]
+    merged = rounded(verified(merge_settings(plan), 3), means)
+    return Check(equations=equations, contributions=contributions, merged=merged)
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-10, 2.0**-20, 2.0**-30])
+def test_122_a_vector_beside_a_far_larger_one_is_off_by_a_little_more_than_its_rounding(size: float) -> None:
+    check = vectors_check([1.0, size, 1.0])
+    assert [type(each) for each in check.claim.equations] == [VectorsEquation]
+    assert check.wrong() == []
+    check.delta["v1.bias"][3] *= 1 + 2.0**-21
+    assert check.wrong() == ["0/means/v0.bias and others"]
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 0.0), (0.0, 0.0), (1e-35, 0.0, 1e-3), (90.0, 1e-12, 0.0)])
+def test_vectors_of_very_different_sizes_raise_no_false_alarm(sizes: tuple[float, ...]) -> None:
+    check = vectors_check(sizes)
+    assert check.wrong() == []
+    if any(sizes):
+        check.delta[f"v{sizes.index(0.0)}.bias"][0] = 1e-15
+        assert check.wrong() == ["0/means/v0.bias and others"]
+
+
+def test_122_a_small_vector_is_left_out_of_a_model() -> None:
+    check = vectors_check([1.0, 2.0**-40])
+    check.delta["v1.bias"].zero_()
+    check.sent.reshape(-1)[8:] = 0
+    assert check.wrong() == ["0/means/v0.bias and others"]
 
 
 # --- what nobody's rows reach, and what a coordinator would like to hide ----------------------------------------------

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from common.lazy import lazy_module
 from common.merge_methods.terms import MergeSettings
@@ -34,6 +36,8 @@ LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**12
 BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 MOST_GROUPS = 64  # of such rows; each has shares of its own
+MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what limbs hold
+LEAST_ENLARGED = 2.0**-64  # smaller numbers are rounded as subnormal ones, which enlarging would show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +198,14 @@ class MeanEquation(Equation):
 class VectorsEquation(Equation):
     """The same of several vectors of one length, each of them a row: fewer shares to send than one equation each.
 
-    The tolerance is relative to all of them together. With a hundred vectors it still is below the rounding of float32,
-    where their numbers are alike.
+    The tolerance is relative to all of them together. So each is enlarged, by the power of two that makes it as large
+    as the largest: otherwise an error far above its own rounding would pass. Powers of two add no rounding, and all
+    owners find the same ones in what they were sent. With a hundred vectors the tolerance still is below the rounding
+    of float32.
     """
 
     vectors: tuple[MeanEquation, ...]
+    exponents: tuple[int, ...] = ()  # of these powers, by vector; known once a model was sent
 
     @classmethod
     def of(cls, vectors: tuple[MeanEquation, ...]) -> VectorsEquation:
@@ -209,9 +216,16 @@ class VectorsEquation(Equation):
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([each.part_of(delta) for each in self.vectors])
 
+    def given(self, delta: Mapping[str, Tensor]) -> VectorsEquation:
+        sizes = self.part_of(delta).abs().amax(dim=1)  # (n,)
+        sizes = sizes.clamp(min=max(float(sizes.max()) / MOST_ENLARGED, LEAST_ENLARGED))
+        exponents = torch.frexp(sizes).exponent
+        return replace(self, exponents=tuple((exponents.max() - exponents).tolist()))  # check: vectors-are-as-large
+
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         left, right = zip(*(each.sides(summed, factor) for each in self.vectors), strict=True)
-        return torch.cat(left), torch.cat(right)
+        powers = torch.from_numpy(np.ldexp(1.0, self.exponents or (0,)))[:, None]  # (n, 1), or (1, 1)
+        return powers * torch.cat(left), powers * torch.cat(right)
 
 
 def stacked(equations: Iterable[Equation]) -> tuple[Equation, ...]:
