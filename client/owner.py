@@ -45,11 +45,12 @@ from common.messages import (
     UploadsOpened,
 )
 from common.metrics import BASE, metrics_layout
+from common.models.files import file_state
 from common.models.folders import base_model_folder
 from common.summation.fixed_point import check_layout
 from common.text import some_of
 
-FilesState = frozenset[tuple[Path, int, int, int]]
+FilesState = frozenset[tuple[Path, tuple[int, ...]]]
 _in_order: dict[Path, FilesState] = {}  # by settings file: what this process has checked
 
 
@@ -137,11 +138,8 @@ class Owner(OwnerContext):
             )
 
 
-def _file_as_it_is(path: Path) -> tuple[Path, int, int, int]:
-    if not path.exists():  # a pattern for several files, which are read again in any case
-        return path, 0, 0, 0
-    status = path.stat()
-    return path, status.st_ino, status.st_size, status.st_ctime_ns  # which nothing can set
+def _file_as_it_is(path: Path) -> tuple[Path, tuple[int, ...]]:
+    return path, file_state(path) if path.exists() else ()  # a pattern for several files, which are read anew anyway
 
 
 def _answer_roll_call(owner: Owner, message: RollCall) -> Message:

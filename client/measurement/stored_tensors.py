@@ -7,18 +7,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.errors import DataError
 from common.models.disk_tensors import DiskTensors
-from common.models.files import read_tensor, tensor_names
+from common.models.files import file_state, read_tensor, tensor_names
 
 
 class StoredTensors(Mapping[str, Tensor]):
     """The parameters of `model`, float32, by name. Each is read from one of `files` when it is asked for.
 
     What the files do not hold under its name, bit for bit, such as a head that was made here, is kept in a nameless
-    file in `folder` instead. Raises DataError if the disk has no room for that.
+    file in `folder` instead. Raises DataError if the disk has no room for that, and once a file has changed: its
+    numbers may not be those of the model that was checked.
     """
 
     def __init__(self, model: PreTrainedModel, files: list[Path], folder: Path) -> None:
+        self._states = {path: file_state(path) for path in files}
         parameters = dict(model.named_parameters())
         self._names = tuple(parameters)
         self._stored = dict(_found(parameters, files, f"{model.base_model_prefix}."))
@@ -30,7 +33,13 @@ class StoredTensors(Mapping[str, Tensor]):
         if name not in self._stored:
             return self._others[name]
         path, stored_as = self._stored[name]
-        return read_tensor(path, stored_as, torch.float32)
+        tensor = read_tensor(path, stored_as, torch.float32)
+        if file_state(path) != self._states[path]:  # check: stored-tensors-are-those-checked
+            raise DataError(
+                f"model {path}: was changed while it was in use; nothing that follows from it has left",
+                hint="restore the agreed base, and leave it as it is until the merge is over",
+            )
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -145,6 +145,14 @@ def read_tensor(path: Path, name: str, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype)
 
 
+def file_state(path: Path) -> tuple[int, ...]:
+    """What tells whether a file, or what a link leads to, is still the same, as far as it takes no reading. Anybody can
+    set its times except the last one, which the system notes with every change.
+    """
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+
+
 @contextmanager
 def _opened(path: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
     try:

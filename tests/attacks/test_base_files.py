@@ -1,9 +1,12 @@
 """Bases crafted so that rows are read in another way than the owners think: refused before a roll call is answered."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -148,6 +151,51 @@ def test_59_a_file_beside_the_agreed_ones_that_loading_would_read(name: str, par
     says = refusal(parties, "hotel", ModelError)
     assert f"{name} is not the agreed file" in says
     assert "the agreement's is none (there is no such file)" in says
+
+
+def overwrite(weights: Path, other: bytes) -> None:
+    weights.write_bytes(other)
+
+
+def replace_file(weights: Path, other: bytes) -> None:
+    new = weights.with_name("new")
+    new.write_bytes(other)
+    new.replace(weights)
+
+
+def lead_elsewhere(weights: Path, other: bytes) -> None:
+    elsewhere = weights.with_name("elsewhere")
+    elsewhere.write_bytes(other)
+    weights.unlink()
+    weights.symlink_to(elsewhere)
+
+
+def write_through_a_second_name(weights: Path, other: bytes) -> None:
+    second = weights.with_name("second")
+    second.hardlink_to(weights)
+    mapped = np.memmap(second, np.uint8, "r+")
+    mapped[:] = np.frombuffer(other, np.uint8)
+    mapped.flush()
+
+
+@pytest.mark.parametrize("swap", [overwrite, replace_file, lead_elsewhere, write_through_a_second_name])
+def test_59_the_base_s_weights_change_once_they_were_checked(
+    swap: Callable[[Path, bytes], None], parties: Parties, tmp_path: Path
+) -> None:
+    """Whoever can write to a shared copy of the base would choose what is subtracted from an owner's weights. The file
+    keeps its name, size and times.
+    """
+    folder = give_base(parties, "hotel", tmp_path / "hotel")
+    weights, name = folder / "model.safetensors", "classifier.weight"
+    base = Owner(parties.files["hotel"]).workbench._base
+    honest, before = base[name].clone(), weights.stat()
+    content = weights.read_bytes()
+    swap(weights, content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    assert honest.any()
+    with pytest.raises(DataError, match=r"model\.safetensors: was changed while it was in use"):
+        _ = base["bert.pooler.dense.weight"]
 
 
 def test_59_an_agreed_file_is_taken_away(parties: Parties, tmp_path: Path) -> None:
