@@ -101,7 +101,7 @@ class Fisher(SingleRoundMethod[FisherTable]):
         yield from weighted_delta_tensors(settings, owner, settings.plan.changed)
         scale = owner_weight(settings, owner) / owner.fisher_examples
         for name in settings.plan.changed:
-            fisher = np.ascontiguousarray(scale * to_array(owner.fisher[name]))
+            fisher = np.asarray(scale * to_array(owner.fisher[name]), order="C")  # of any shape, also of none
             if settings.has_floors:
                 self._raise(settings, name, fisher.reshape(-1))
             yield f"fisher/{name}", fisher

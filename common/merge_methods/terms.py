@@ -372,7 +372,7 @@ def weighted_delta_tensors(
 
 def mean_delta(total: SummedTensors, name: str) -> Tensor:
     """sum n_i delta_i / sum n_i, float64."""
-    return torch.from_numpy(total[f"weighted_delta/{name}"] / total["weight"][0])
+    return torch.from_numpy(np.asarray(total[f"weighted_delta/{name}"] / total["weight"][0]))
 
 
 def means(total: SummedTensors, names: Iterable[str]) -> dict[str, Tensor]:
