@@ -319,6 +319,7 @@ class OwnerState:
 
     def end_run(self) -> None:
         """Forget the run, whole or not at all: from half a run, another could be begun that resumes from the rest."""
+        self._parsed.clear()  # check: forgotten-runs-leave-memory
         forgotten = self.folder / "run.forgotten"
         shutil.rmtree(forgotten, ignore_errors=True)
         if self._run_folder.exists():
@@ -334,6 +335,7 @@ class OwnerState:
 
     def forget_round(self) -> None:
         """Wipe the secrets and the vector of the round in progress."""
+        self._parsed.pop("round", None)  # check: forgotten-rounds-leave-memory
         (self._run_folder / "round.json").unlink(missing_ok=True)
         self.delete_array("vector")
 
@@ -352,6 +354,7 @@ class OwnerState:
 
     def _write(self, name: str, record: Record) -> None:
         """Write a record, whole or not at all; it is on the disk before this returns."""
+        self._parsed.pop(name, None)  # check: replaced-records-leave-memory
         write_whole(self._run_folder / f"{name}.json", record.model_dump_json().encode())
 
     def _read(self, name: str, kind: type[R]) -> R | None:

@@ -238,6 +238,9 @@ TABLE = [
     Mutation(KEYS, "test_74_another_owner_s", "key-has-one-encoding"),
     Mutation(KEYS, "test_74_a_weak_identity", "identity-key-is-strong"),
     # 8-11, 37: rounds and agreements
+    Mutation(PROCESS, "test_secrets_of_a_round", "replaced-records-leave-memory"),
+    Mutation(PROCESS, "test_secrets_of_a_round", "forgotten-rounds-leave-memory"),
+    Mutation(PROCESS, "test_secrets_of_a_round", "forgotten-runs-leave-memory"),
     Mutation(PROCESS, "test_8_9_", "rounds-only-go-up"),
     Mutation(PROCESS, "test_9_an_old", "rounds-only-go-up"),
     Mutation(PROCESS, "test_10_any_field", "agreement-is-mine"),

@@ -26,6 +26,7 @@ from common.messages import (
     Finish,
     KeyShares,
     Message,
+    OpenSum,
     Receipts,
     ReceiptsKept,
     Result,
@@ -43,7 +44,7 @@ from common.settings_file import write_settings
 from common.summation.records import Signed
 from common.thresholds import burn_quorum
 from deploy.commands.agree import give_consent
-from tests.support.owner_process import OTHER, RUN, Process, delivered_by, part_of
+from tests.support.owner_process import NONCE, OTHER, RUN, Process, delivered_by, part_of
 from tests.support.parties import Parties
 from tests.support.results import publication_of, sign_result, signed_anew
 
@@ -682,3 +683,22 @@ def test_33_a_result_of_a_method_that_was_not_agreed_on(process: Process) -> Non
     changed = signed_anew(process, result, model="average")
     with pytest.raises(ConsentError, match="'average', which does not belong to the agreed method"):
         process.send("hotel", changed)
+
+
+@pytest.mark.parametrize("wipe", ["replaced", "forgotten with its round", "forgotten with the run"])
+def test_secrets_of_a_round_that_was_wiped_are_not_kept_in_memory(tmp_path: Path, wipe: str) -> None:
+    """What was read of a file is kept, to be parsed once. Secrets must go when the file does."""
+    state = OwnerState(tmp_path / "state", bytes(32))
+    digests = dict.fromkeys(("agreement_digest", "deliveries_digest", "layout_digest"), "1" * 64)
+    request = OpenSum(run=RUN, round=1, nonce=NONCE, position=0, **digests)
+    state.start_run(RUN, request.agreement_digest)
+    state.write_open_round("contribution", request, {"mask_seed": "a secret"})
+    assert state.open_round is not None
+    assert "a secret" in repr(vars(state))
+    if wipe == "replaced":
+        state.write_open_round("contribution", request, {"mask_seed": ""})
+    elif wipe == "forgotten with its round":
+        state.forget_round()
+    else:
+        state.end_run()
+    assert "a secret" not in repr(vars(state))
