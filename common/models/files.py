@@ -150,7 +150,7 @@ def file_state(path: Path) -> tuple[int, ...]:
     set its times except the last one, which the system notes with every change.
     """
     status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns  # check: changes-show
 
 
 @contextmanager
