@@ -302,7 +302,7 @@ def test_43_a_candidate_that_is_not_the_merge_is_never_judged(cheat: Callable[..
 
     run = cheat("regmean", detector)
     assert run.run().code == "wrong-model"
-    assert run.given == ["contribution"]  # its means are not those of the candidates before it
+    assert run.given == ["contribution", "check"]
 
 
 def test_122_a_published_model_with_a_backdoor_in_one_entry(
