@@ -85,9 +85,9 @@ def test_only_the_client_and_simulations_open_private_rows(path: Path) -> None:
     assert not reads or is_allowed or path.as_posix() in READ_PUBLIC_ROWS, reads
 
 
-def test_forward_hooks_are_in_three_places_layers_blocks_and_where_these_compute() -> None:
+def test_forward_hooks_are_in_four_places() -> None:
     users = [str(path) for path in SOURCES if "register_forward" in (ROOT / path).read_text()]
-    assert users == ["client/measurement/blocks.py", "client/measurement/gram.py", "client/measurement/placement.py"]
+    assert users == [f"client/measurement/{name}.py" for name in ("blocks", "forgetting", "gram", "placement")]
 
 
 def test_no_test_module_imports_another() -> None:

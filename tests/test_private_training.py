@@ -291,6 +291,33 @@ def test_140_a_classifier_s_rows_are_cut_as_opacus_gradients_are(bound: float, h
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_143_no_row_rounds_what_a_classifier_says_of_another() -> None:
+    """Inputs that nearly cancel, of length 1e10: the product of one row rounds otherwise than that of two rows."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 3, bias=False)
+    nn.init.normal_(layer.weight, generator=generator)
+    weight = layer.weight.detach().double()
+    long = 1e9 * torch.randn(20, 64, generator=generator).double()
+    long -= long @ weight.T @ torch.linalg.pinv(weight).T
+    features = torch.cat([long, torch.zeros(1, 64)]).float().numpy()  # the last adds nothing of its own
+    alone, rows = private_training.Classifier(layer, tiny_bert()), Rows(features=features, targets=np.zeros(21, int))
+
+    def moved(row: int) -> float:
+        sums = [clipped_sum(alone, rows, [np.array([each]) for each in units], [], 1.0) for units in ([row], [row, 20])]
+        return float((sums[1][0] - sums[0][0]).norm())
+
+    assert max(map(moved, range(20))) < 1e-9
+
+
+def test_143_no_row_without_numbers_decides_how_the_others_are_trained_on() -> None:
+    model = classifier_only()
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[ROWS.features[3]["input_ids"][1]] = 1e38  # of a crafted base
+    alone = private_training._classifier_alone(model, ROWS, "")
+    assert alone is not None
+    assert not np.isfinite(alone[1].features).all()
+
+
 @pytest.mark.parametrize(("parameters", "is_warned"), [(100, False), (1_000_000, True)])
 def test_noise_that_drowns_everything_is_warned_of(
     parameters: int, is_warned: bool, caplog: pytest.LogCaptureFixture

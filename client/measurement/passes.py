@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from client.data.rows import Batch
+from client.measurement.forgetting import FoundModel
 from client.measurement.placement import placed
 from common.errors import DataError, first_line
 
@@ -91,8 +92,14 @@ class Passes:
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """While open, `model` runs on the device, in `dtype`, for passes without gradients."""
-        with placed(model, self.device), self.computing(), _without_cache(model):
+        """While open, `model` runs on the device, in `dtype`, for passes without gradients. None changes the next."""
+        found = FoundModel(model)
+        with (
+            placed(model, self.device) as where,
+            self.computing(),
+            _without_cache(model),
+            found.at_every_pass(where),  # check: passes-leave-nothing-behind
+        ):
             yield
 
 

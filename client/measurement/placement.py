@@ -5,7 +5,7 @@ their own parameters: those outside the blocks from the start, those of a block 
 that is passed over (blocks.py) is never copied.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,25 +16,27 @@ from torch import Tensor, nn
 from common.device import memory_of
 from common.models.layers import block_names
 
+Where = Callable[[Tensor], Tensor]
 ROOM = 0.5  # the share of a device's free memory that parameters may fill; the rest is for what passes compute
 
 
 @contextmanager
-def placed(model: nn.Module, device: torch.device, *, whole: bool = False, trains: bool = False) -> Iterator[None]:
-    """While open, `model` computes on `device`; on the CPU, it is left as it is.
+def placed(model: nn.Module, device: torch.device, *, whole: bool = False, trains: bool = False) -> Iterator[Where]:
+    """While open, `model` computes on `device`; on the CPU, it is left as it is. Yields a function that tells where a
+    tensor of the model is at the moment: its copy on the device, or itself.
 
     `whole`: the whole model is copied at once and stays, for passes with gradients. `trains`: what the parameters
     become is written back in the end.
     """
     if device.type == "cpu":
-        yield
+        yield lambda tensor: tensor
         return
     memory = memory_of(device)
     placement = Placement(
         model, device, whole=whole or trains, room_bytes=None if memory is None else int(ROOM * memory[0])
     )
     with placement.hooked():
-        yield
+        yield placement.where
         if trains:
             placement.write_back()
 
@@ -78,6 +80,10 @@ class Placement:
                         hook = module.register_forward_pre_hook(lambda *_, number=number: self._need(number))
                         stack.callback(hook.remove)
             yield
+
+    def where(self, tensor: Tensor) -> Tensor:
+        """The copy of a tensor of the model, or the tensor itself if it has none now."""
+        return self._copies.get(id(tensor), tensor)
 
     def write_back(self) -> None:
         """Give the model the values of its parameters on the device."""

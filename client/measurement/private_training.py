@@ -40,6 +40,7 @@ from transformers.pytorch_utils import Conv1D
 
 from client.data.rows import IGNORED, Rows
 from client.measurement.fine_tuning import low_rank, rates_of
+from client.measurement.forgetting import FoundModel
 from client.measurement.gram import layer_inputs
 from client.measurement.losses import loss_of
 from client.progress import with_bar
@@ -173,14 +174,18 @@ def _classifier_alone(model: PreTrainedModel, rows: Rows, description: str) -> t
     seen: list[Tensor] = []
     inputs = []
     model.eval()
-    with layer_inputs(model, lambda _, fed: seen.append(fed.rows), {f"{name}.weight"}):
+    inputs_of_layer = layer_inputs(model, lambda _, fed: seen.append(fed.rows), {f"{name}.weight"})
+    with inputs_of_layer, FoundModel(model).at_every_pass():  # check: cached-rows-leave-nothing-behind
         for _, batch, _ in with_bar(replace(rows, are_apart=True).batches(1), description, len(rows)):
             logits = model(**batch).logits
             if len(seen) != 1 or seen[0].shape != (1, layer.weight.shape[1]):
                 return None  # it is called otherwise
-            if not torch.equal(nn.functional.linear(seen[0], layer.weight, layer.bias), logits):
-                return None  # it is not the last
-            inputs.append(seen.pop().float().numpy())
+            fed = seen.pop()
+            given = nn.functional.linear(fed, layer.weight, layer.bias)
+            is_last = torch.equal(given.nan_to_num(), logits.nan_to_num())  # check: no-row-decides-what-is-trained
+            if not is_last:
+                return None
+            inputs.append(fed.float().numpy())
     return Classifier(layer, model), Rows(features=np.concatenate(inputs), targets=rows.targets)
 
 
@@ -291,8 +296,9 @@ def _clipped_sum_of_classifier(model: Classifier, rows: Rows, indices: NDArray[n
     """
     batch, targets = rows.batch(indices)
     inputs, layer = batch["pixel_values"], model.layer
-    with torch.no_grad():
-        logits = nn.functional.linear(inputs, layer.weight, layer.bias)
+    with torch.no_grad():  # row by row: a product of several rounds otherwise, which crafted inputs make much of
+        products = [nn.functional.linear(row[None], layer.weight, layer.bias) for row in inputs]
+        logits = torch.cat(products)  # check: rows-are-multiplied-alone
     logits.requires_grad_()
     (errors,) = torch.autograd.grad(loss_of(model, logits, targets, reduction="sum"), logits)  # (rows, outputs)
     inputs, errors = inputs.double(), errors.double()
@@ -321,8 +327,9 @@ def gradients_by_row(model: PreTrainedModel | Classifier, rows: Rows) -> Iterato
     except NotImplementedError as error:
         raise _not_apart(first_line(error)) from None
     try:
-        _check_rows_apart(model, rows, hooks)
-        yield
+        with FoundModel(model).at_every_pass():  # check: training-passes-leave-nothing-behind
+            _check_rows_apart(model, rows, hooks)
+            yield
     finally:
         hooks.cleanup()
 

@@ -344,6 +344,15 @@ TABLE = [
     ),
     Mutation(NOISE, "test_142_", "noise-is-never-foreseen", "return bytes(mask_stream.KEY_BYTES)"),
     Mutation(NOISE, "test_143_", "rows-are-told-apart"),
+    Mutation(
+        NOISE,
+        "test_143_no_row_rounds",
+        "rows-are-multiplied-alone",
+        "logits = nn.functional.linear(inputs, layer.weight, layer.bias)",
+    ),
+    Mutation(
+        NOISE, "test_143_no_row_without", "no-row-decides-what-is-trained", "is_last = torch.equal(given, logits)"
+    ),
     Mutation(NOISE, "test_149_", "no-row-draws-for-another", "module.training = True"),
     Mutation(NOISE, "test_150_", "bounded-models-are-trained-once"),
     Mutation(NOISE, "test_144_a_method", "bounded-merges-read-no-rows"),
@@ -417,6 +426,9 @@ TABLE = [
     Mutation(ON_SUMS, "test_177_after", "forgotten-noise-is-not-drawn-anew"),
     Mutation(ON_SUMS, "test_188_", "noised-rows-are-alone"),
     Mutation(ON_SUMS, "test_188_with", "rows-to-judge-are-alone", ""),
+    Mutation(ON_SUMS, "test_188_no_row_decides", "passes-leave-nothing-behind", ""),
+    Mutation(ON_SUMS, "test_188_no_row_decides", "cached-rows-leave-nothing-behind", "with inputs_of_layer:"),
+    Mutation(ON_SUMS, "test_188_no_row_decides", "training-passes-leave-nothing-behind", "if True:"),
     Mutation(ON_SUMS, "test_185_", "noised-rows-weigh-alike"),
     Mutation(ON_SUMS, "test_185_", "noised-owners-weigh-by-rows"),
     Mutation(ON_SUMS, "test_185_", "noised-examples-are-one-row"),

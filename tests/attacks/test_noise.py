@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import BertForSequenceClassification
+from torch import Tensor
+from transformers import BertForSequenceClassification, BigBirdConfig, BigBirdForSequenceClassification
 
 from client.data.rows import Rows
 from client.ledger import Ledger
-from client.measurement.evaluation import bounded_sums
+from client.measurement.evaluation import bounded_sums, predict_logits
+from client.measurement.gram import measure_grams
+from client.measurement.private_training import _classifier_alone, gradients_by_row, row_gradients
 from client.owner import Owner
 from client.repeats import Contributed, what_the_difference_shows
 from client.repeats import terms_of as kept_of
@@ -41,6 +45,7 @@ from tests.support.owner_process import NONCE, OTHER, Process, delivered_by, ope
 from tests.support.parties import parties_of
 from tests.support.sums import identities_of, run, terms_of
 from tests.support.verifying import Check, Contributions, verified
+from tests.test_gram import plan_for as gram_plan
 
 SIZE, OWN = 20_000, 3.0
 LAYOUT = TensorLayout((TensorEntry(name="counts", shape=(SIZE,), bound=bound_with_noise(1e4, OWN), noise=OWN),))
@@ -452,6 +457,63 @@ def test_188_no_row_decides_what_a_crafted_model_says_of_the_rows_in_its_batch()
 
     assert moved(are_apart=False) > 5 * example_norm(task)
     assert moved(are_apart=True) <= example_norm(task)
+
+
+def dense_after_a_short_text() -> BigBirdForSequenceClassification:
+    """An honest architecture: once it has read a text of at most 14 tokens, it drops its sparse attention for good."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 128}
+    config = BigBirdConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=2, block_size=2, num_random_blocks=1, sep_token_id=3,
+        num_labels=2, initializer_range=0.6, attention_type="block_sparse",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BigBirdForSequenceClassification(config).eval()
+
+
+def texts_of(lengths: list[int]) -> Rows:
+    random = np.random.default_rng(0)
+    texts = [random.integers(4, 50, 40)[:length].tolist() for length in lengths]
+    features = tuple({"input_ids": text, "attention_mask": [1] * len(text)} for text in texts)
+    targets = np.zeros(len(texts), np.int64)
+    return Rows(features=features, targets=targets, tokenizer=make_tokenizer(), are_apart=True)
+
+
+def predictions(model: BigBirdForSequenceClassification, rows: Rows) -> Tensor:
+    return torch.from_numpy(predict_logits(model, rows, 1))
+
+
+def gram(model: BigBirdForSequenceClassification, rows: Rows) -> Tensor:
+    batches = [batch for _, batch, _ in rows.batches(1)]
+    plan = gram_plan(dense_after_a_short_text(), batches[-1], "pooler")
+    (found,) = measure_grams(model, plan, batches, norms={plan.inputs[0].name: 100.0}).values()
+    return found.matrix
+
+
+def inputs_to_train_on(model: BigBirdForSequenceClassification, rows: Rows) -> Tensor:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier.out_proj"))
+    alone = _classifier_alone(model, rows, "")
+    assert alone is not None
+    return torch.from_numpy(alone[1].features)
+
+
+def gradients(model: BigBirdForSequenceClassification, rows: Rows) -> Tensor:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier.dense"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with gradients_by_row(model, rows.take(np.array([0]))):
+        by_row = [row_gradients(model, rows, np.array([row]), trained) for row in range(len(rows))]
+    return torch.stack([weight[0] for weight, _ in by_row])
+
+
+@pytest.mark.parametrize("measured", [predictions, gram, inputs_to_train_on, gradients])
+def test_188_no_row_decides_what_is_said_of_the_rows_after_it(measured: Callable[..., Tensor]) -> None:
+    model, rows = dense_after_a_short_text(), texts_of([5, *[40] * 9])
+    found = measured(model, rows)
+    one_by_one = [measured(dense_after_a_short_text(), rows.take(np.array([row]))) for row in range(10)]
+    expected = sum(one_by_one) if measured is gram else torch.cat(one_by_one)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert model.bert.attention_type == "block_sparse"  # as it was found: the next pass has the same model
 
 
 def test_188_with_epsilon_rows_are_judged_and_fitted_to_one_by_one(folder: Path, tmp_path: Path) -> None:
