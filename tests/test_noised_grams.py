@@ -26,12 +26,13 @@ from common.merge_methods import contribution, contribution_layout
 from common.merge_methods.anchored import ANCHORED, AnchoredTable
 from common.merge_methods.regmean import REGMEAN, RegMeanTable
 from common.merge_methods.regmean_plus_plus import REGMEAN_PLUS_PLUS
-from common.merge_methods.terms import Gram, GramNoise, MergeSettings, OwnerTerms
+from common.merge_methods.terms import ROUNDING, Gram, GramNoise, MergeSettings, OwnerTerms
 from common.models.plan import MergePlan
 from common.privacy.gaussian import mu_of
 from common.privacy.legs import legs_of, own_noise, times_measured
 from common.privacy.noise import Noise
 from common.settings_file import parse_settings, parse_toml
+from common.summation.fixed_point import fraction_bits
 from common.tensor_layout import TensorLayout
 from deploy.commands.agree import consent_text
 from deploy.simulation.simulate import simulate
@@ -248,6 +249,28 @@ def test_234_every_gram_of_inputs_has_noise_in_its_layout() -> None:
     assert REGMEAN_PLUS_PLUS.step_layout(agreed, step).entry("gram/l0").noise == MULTIPLIER * NORM
     with pytest.raises(AssertionError):
         dict(contribution(["regmean"], agreed, owners["a"]))  # without noise, nothing is made
+
+
+def test_232_rounding_moves_a_gram_by_no_more_than_is_accounted_for() -> None:
+    """Numbers that an example, however small, lifts from one whole unit to the next: by so many that it shows."""
+    dimension, examples = 1536, 10**13
+    plan = plan_for(dimension, [2])
+    agreed = replace(merge_settings(plan), gram_noise=replace(NOISE, multiplier=33.0), num_owners=3)
+    entry = REGMEAN.layout(agreed).entry("gram/l0")
+    bits = fraction_bits(entry.bound, 3)
+    units = NOISE.norms["l0"] * 33.0 * 2.0**bits
+    before = np.full((dimension, dimension), 0.49)
+    moved = np.rint(before + 0.02) - np.rint(before)  # in units, by next to nothing
+    shown = np.linalg.norm(moved) / units  # in standard deviations of the noise
+    assert shown == pytest.approx(replace(NOISE, multiplier=33.0).rounding(dimension, units) / 33.0)
+    assert shown < ROUNDING / 33.0
+    coarse = replace(
+        agreed,
+        bounds=replace(agreed.bounds, examples=examples),
+        tables={**agreed.tables, "regmean": RegMeanTable(measured_examples=examples)},
+    )
+    with pytest.raises(SettingsError, match="rounding to fixed point would let one example"):
+        REGMEAN.layout(coarse)
 
 
 def test_235_who_drops_out_takes_no_ridge_with_them_that_the_others_noise_needs() -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 from numpy.typing import NDArray
 from pydantic import Field
 
-from common.errors import NumericalError, RuleError
+from common.errors import NumericalError, RuleError, SettingsError
 from common.lazy import lazy_module
 from common.merge_methods.data_free import DATA_FREE, DATA_FREE_KINDS
 from common.merge_methods.equations import Equation, mean_equations
@@ -38,8 +38,10 @@ from common.merge_methods.normal_equations import (
     notes_on,
 )
 from common.merge_methods.terms import (
+    ROUNDING,
     WEIGHT_KINDS,
     Gram,
+    GramNoise,
     Hyperparameters,
     LayerNote,
     MergedDelta,
@@ -62,6 +64,7 @@ from common.models.layers import Layer, joined
 from common.models.plan import SharedInput
 from common.privacy.noise import bound_with_noise
 from common.settings_file import Line, Probability
+from common.summation.fixed_point import fraction_bits
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
@@ -120,6 +123,7 @@ class GramPart:
             bound, noise = _bound(settings, shared), 0.0
             if settings.gram_noise is not None:
                 noise = settings.gram_noise.own(shared.name)  # check: grams-of-inputs-have-noise
+                _check_rounding(settings, settings.gram_noise, shared)
             entries.append(TensorEntry(name=f"rows/{shared.name}", shape=(1,), bound=most_rows))
             entries += self._system_of(shared).entries(bound, bound, noise)
         for layer in self.data_free:
@@ -202,6 +206,18 @@ def _noised(settings: MergeSettings, owner: OwnerTerms, name: str, gram: Gram, r
     relative = ridge * noise.norms[name] * owner.gram_examples / len(noised)
     noised.diagonal().add_(noise.ridge(name, len(noised)) + relative)
     return noised
+
+
+def _check_rounding(settings: MergeSettings, noise: GramNoise, shared: SharedInput) -> None:
+    """Raise SettingsError if fixed point is so coarse that one example moves a Gram by more than is accounted for."""
+    bits = fraction_bits(_bound(settings, shared), settings.num_owners + len(settings.without_weights))
+    moved = noise.rounding(shared.gram_size, noise.own(shared.name) * 2.0**bits)
+    if moved > ROUNDING:  # check: noised-grams-are-rounded-finely
+        raise SettingsError(
+            f"gram/{shared.name}: rounding to fixed point would let one example move it by {moved:.2g} of its norm of "
+            f"{noise.norms[shared.name]:g} more, at most {ROUNDING:g} is accounted for",
+            hint="agree on larger bounds.gram_norms, fewer owners, fewer merge.layers or a larger privacy.epsilon",
+        )
 
 
 def _check_size(settings: MergeSettings, owner: OwnerTerms, name: str, weighted: Tensor) -> None:

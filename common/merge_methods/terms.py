@@ -37,6 +37,8 @@ Weighting = Literal["rows", "owners"]
 # What a head puts out, in the words of transformers' configurations.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
+ROUNDING = 5e-4  # of the norm of a Gram with noise: by how much more an example may move it when it is rounded
+
 WEIGHT_KINDS = {
     "weight": "{their} weight in the mean",
     "examples": "{their} number of training examples",
@@ -131,6 +133,13 @@ class GramNoise:
     def own(self, name: str) -> float:
         """The standard deviation of what each owner adds."""
         return self.multiplier * self.norms[name]
+
+    def rounding(self, dimension: int, units: float) -> float:
+        """By how much more than the norm, and relative to it, an example moves a Gram that is rounded to fixed point.
+        `units`: in a standard deviation of the noise. Each number can move by one more: dimension in 2-norm, since the
+        noise off the diagonal is smaller by sqrt(2).
+        """
+        return dimension * self.multiplier / units
 
     def largest(self, dimension: int) -> float:
         """The largest eigenvalue of one owner's noise, in its standard deviations, except once in 10^10: see

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from common.merge_methods import METHODS
 from common.merge_methods.method import Measurement
-from common.merge_methods.terms import RefitNoise
+from common.merge_methods.terms import ROUNDING, RefitNoise
 from common.privacy.gaussian import epsilon_of, mu_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 SumName = Literal["metrics", "refit", "grams"]
 LegName = Literal["training", "metrics", "refit", "grams"]
 OF_TRAINING: LegName = "training"
-ROUNDING = 1e-4  # of the sensitivity of Grams: what rounding their numbers to fixed point moves, and much more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +143,7 @@ def _of_refit(agreement: DraftTables) -> float:
 
 def _of_grams(agreement: DraftTables) -> float:
     """All Grams as one vector, each number in units of its Gram's agreed norm: an example moves every one by up to 1,
-    as often as it is summed.
+    as often as it is summed, and what rounding to fixed point adds to that.
     """
     grams = len(agreement.bounds.gram_norms) * times_measured(agreement)
     return float((1 + ROUNDING) * grams**0.5)  # check: examples-move-every-gram

@@ -454,6 +454,7 @@ TABLE = [
     ),
     Mutation(GRAMS, "test_232_every", "each-owner-hides-its-own-gram", "return agreement.noise_shares"),
     Mutation(GRAMS, "test_232_a_gram", "every-sum-of-grams-counts", "return 1"),
+    Mutation(GRAMS, "test_232_rounding", "noised-grams-are-rounded-finely"),
     Mutation(GRAMS, "test_233_", "noised-grams-weigh-by-rows"),
     Mutation(GRAMS, "test_233_", "no-scales-of-exact-grams"),
     Mutation(GRAMS, "test_233_grams_whose", "noised-grams-know-their-norms"),
