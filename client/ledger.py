@@ -10,7 +10,7 @@ folder, and is in a file of its own beside the key. repeats.py decides what may 
 """
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -39,7 +39,8 @@ class Page(Record):
     """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
 
     `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
-    `given`: of each round that was measured for a plain sum, the SHA-256 of the vector, empty without privacy.epsilon.
+    `given`: of each round that was measured for a plain sum, the SHA-256 of the vector, empty without privacy.epsilon;
+    of a masked one, where it holds Grams with noise, or a refit's, once a part of it was about to leave.
     `noise`: the secret from which this owner's noise follows (common/privacy/noise.py), until the result is signed.
     """
 
@@ -163,13 +164,21 @@ class Ledger:
             others = tuple(each for each in self._page.offers if each.position != position)
             self._write(offers=(*others, offer))
 
+    def answer(self, position: int, session: str, vector_digest: Callable[[], str]) -> None:
+        """Something of the round at `position` is about to leave for a masked sum, and holds statistics of rows with
+        noise. Raises ConsentError if another vector of it left before, even for a session that was burned: whoever
+        colludes with enough owners can have opened that one.
+        """
+        if all((offer.position, offer.session) != (position, session) for offer in self._page.offers):
+            self.give(position, vector_digest())  # check: masked-sums-with-noise-stay-the-same
+
     def give(self, position: int, vector_digest: str) -> None:
-        """The round at `position` was measured for a plain sum, which may be asked for again. Raises ConsentError if it
-        was measured before as another vector, about other models or rows: with noise, every answer costs the budget.
+        """The round at `position` was measured for a sum that may be asked for again. Raises ConsentError if it was
+        measured before as another vector, about other models or rows: with noise, every answer costs the budget.
         """
         if self._page.given.get(position, vector_digest) != vector_digest:  # check: plain-sums-with-noise-stay-the-same
             raise ConsentError(
-                "the coordinator asked again for a plain sum with noise, and it is another one now: a model that was "
+                "the coordinator asked again for a sum with noise, and it is another one now: a model that was "
                 "sent has changed, or a file",
                 hint="put the files back as they were; if they have not changed, a new run needs a new agreement",
             )

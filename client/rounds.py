@@ -143,6 +143,8 @@ def continue_round(owner: OwnerContext, message: Message) -> Message:
         raise
     # All of this is on the disk before the reply leaves, so a process that is started again finds the same latch.
     if side.offers:  # check: offered-from-the-first-part
+        if has_vector and kept.kind != "metrics" and any(entry.noise for entry in terms.layout.entries):
+            owner.ledger.answer(request.position, request.session, lambda: sha256_of(words))
         again = owner.state.may_repeat(request.agreement_digest)
         owner.ledger.offer(request.position, request.session, request.deliveries_digest, again)
     if side.reveals:

@@ -2,6 +2,7 @@
 SECURITY.md.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,22 +18,26 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
+from client.measurement import gram
 from client.measurement.gram import bounded_rows, measure_grams
 from client.owner import Owner
 from common.agreement import Agreement, AgreementDraft, Privacy
 from common.agreement.tables import Legs
-from common.errors import LocalProtocolError, NumericalError, SettingsError
+from common.certificates import sign_burned
+from common.errors import ConsentError, LocalProtocolError, NumericalError, SettingsError
 from common.merge_methods import contribution, contribution_layout
 from common.merge_methods.anchored import ANCHORED, AnchoredTable
 from common.merge_methods.regmean import REGMEAN, RegMeanTable
 from common.merge_methods.regmean_plus_plus import REGMEAN_PLUS_PLUS
 from common.merge_methods.terms import ROUNDING, Gram, GramNoise, MergeSettings, OwnerTerms
+from common.messages import BurnCertificate, BurnSession, SurvivorList
 from common.models.plan import MergePlan
 from common.privacy.gaussian import mu_of
 from common.privacy.legs import legs_of, own_noise, times_measured
 from common.privacy.noise import Noise
 from common.settings_file import parse_settings, parse_toml
 from common.summation.fixed_point import fraction_bits
+from common.summation.records import Signed
 from common.tensor_layout import TensorLayout
 from deploy.commands.agree import consent_text
 from deploy.simulation.simulate import simulate
@@ -40,6 +45,7 @@ from server.bounds import check_contributions
 from tests.support.errors import in_two_lines
 from tests.support.merging import merge_settings, owner_for, plan_for
 from tests.support.models import tiny_bert
+from tests.support.owner_process import RUN, Process
 from tests.support.parties import parties_of
 from tests.support.rows import batch_of
 from tests.support.verifying import Check, Contributions, verified
@@ -376,11 +382,63 @@ def test_an_owner_with_too_few_examples_says_how_many_it_takes(folder: Path, tmp
     assert "rows per dimension of a Gram matrix, you do not take part" not in consent
 
 
-@pytest.mark.slow
-def test_a_whole_merge_of_noised_grams(folder: Path) -> None:
+def anchor(folder: Path) -> None:
+    """Merge by a method that few examples are enough for."""
     draft = folder / "agreement.toml"
     text = draft.read_text().replace('method = "regmean"', 'method = "anchored"')
     draft.write_text(text.replace("[regmean]", "[anchored]\nanchors = [1.0]\n\n[regmean]"))
+
+
+def burn(process: Process) -> None:
+    session = process.terms.request.session
+    process.roll_call()
+    process.send_all(BurnSession(run=RUN, session=session))
+    digest, names = process.parties.agreement.digest(), process.parties.agreement.owner_names
+    identities = process.parties.identities
+    signed = [Signed(place, sign_burned(identities[name], digest, session)) for place, name in enumerate(names)]
+    process.send_all(BurnCertificate(run=RUN, session=session, signatures=Signed.pack_all(signed)))
+
+
+def bring_models(folder: Path) -> None:
+    """Every owner brings a model, the base, so that none is trained."""
+    draft = (folder / "agreement.toml").read_text()
+    for path in folder.glob("[hcp]*.toml"):
+        declared = "declared = { epsilon = 1.0, delta = 1e-6 }"
+        draft = draft.replace(f'name = "{path.stem}"', f'name = "{path.stem}"\n{declared}')
+        shutil.copytree(folder / "base", folder / "models" / path.stem)
+        settings = path.read_text().replace("# fine_tuned", "fine_tuned")
+        path.write_text(re.sub(r"\[training\]\n(.+\n)+", "", settings))
+    (folder / "agreement.toml").write_text(draft)
+
+
+def test_237_a_sum_that_was_aborted_gets_no_second_noise(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever colludes with all other owners opens sums that were burned. New noise for each of them, as where a device
+    rounds otherwise or another model was sent, would average away.
+    """
+    anchor(folder)
+    bring_models(folder)
+    draft = folder / "agreement.toml"
+    draft.write_text(re.sub(r"(?m)^(# )?measured_examples = .*$", "", draft.read_text()))
+    draft.write_text(draft.read_text().replace("\n[regmean]", "\n[regmean]\nmeasured_examples = 10", 1))
+    (tmp_path / "out").mkdir()
+    with parties_of(folder, tmp_path / "out") as parties:
+        process = Process(parties)
+        for number, rounded in ((1, 1.0), (2, 1.0), (3, 1 + 1e-6)):
+            monkeypatch.setattr(gram, "bounded_rows", lambda rows, norm, by=rounded: by * bounded_rows(rows, norm))
+            process.begin(process.open_sum(number))
+            if rounded != 1:
+                with pytest.raises(ConsentError, match="it is another one now"):
+                    process.until(SurvivorList)
+                return
+            process.until(SurvivorList)
+            burn(process)
+
+
+@pytest.mark.slow
+def test_a_whole_merge_of_noised_grams(folder: Path) -> None:
+    anchor(folder)
     for path in folder.glob("[hcp]*.toml"):
         path.write_text(path.read_text().replace("epochs = 6", "epochs = 1").replace("size = 32", "size = 200"))
     report = simulate(folder, with_references=False)

@@ -474,6 +474,7 @@ TABLE = [
         "return float(noise / self.owners)",
     ),
     Mutation(GRAMS, "test_236_", "noised-grams-fit-the-examples"),
+    Mutation(GRAMS, "test_237_", "masked-sums-with-noise-stay-the-same"),
     Mutation(GRAMS, "test_an_owner_with_too_few", "noise-leaves-grams"),
     Mutation(GRAMS, "test_an_owner_with_too_few", "noised-grams-refuse-nothing"),
     Mutation(ON_SUMS, "test_what_is_declared", "declared-budgets-are-counted"),
