@@ -7,6 +7,7 @@ was turned, mirrored or cropped. Nobody can see an image in a terminal, so those
 
 from __future__ import annotations
 
+import re
 import secrets
 import unicodedata
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ BLOCK = 256  # pool rows that are compared with all own rows at once
 SAME_IMAGE = 0.85  # nearness of images that look the same
 LEAST_CONTRAST = 1e-3  # so that what rounding leaves of two blank images does not make them differ
 LEAST_WORDS = 3  # of a row whose variants are counted: shorter ones are alike by chance
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")  # scripts without blanks: Thai to Khmer, kana, Han
 TILES, TILE, CAPTION = 5, 160, 12  # images in a line of a sheet; pixels on a side of each, and below it
 
 
@@ -61,14 +64,16 @@ def look_at_pool(pool: Pool, own: Sequence[str]) -> PoolLook:
 
     Rows are drawn anew each time: whoever made the pool cannot know which ones are shown.
     """
-    texts, written = [_without_accents(str(each)) for each in pool.say()], pool.written()
-    mine = list(dict.fromkeys(_without_accents(in_one_form(text.split("\n"))) for text in own))
-    variants, varied = most_varied(texts)
+    rows = [_as_read([" ".join(row)] if pool.has_words else row) for row in pool.texts]
+    mine = list(dict.fromkeys(form for text in own for form in _as_read(text.split("\n"))))
+    forms, starts = [form for row in rows for form in row], np.cumsum([0, *map(len, rows)])[:-1]
+    variants, varied = most_varied([row[0] for row in rows])
+    written, known = pool.written(), set(mine)
     return _look(
-        overlap(texts, mine),
+        np.maximum.reduceat(overlap(forms, mine), starts),
         written,
-        own_rows=len(set(texts) & set(mine)),
-        near_own_rows=count_variants(texts, mine),
+        own_rows=sum(not known.isdisjoint(row) for row in rows),
+        near_own_rows=int(np.logical_or.reduceat(are_variants(forms, mine), starts).sum()),
         variants=variants,
         varied=written[varied],
     )
@@ -116,12 +121,23 @@ def _look(
 # --- texts and words ---
 
 
+def _as_read(texts: Sequence[str]) -> tuple[str, ...]:
+    """The words of a row as tokenizers read it: those of BERT drop what does not show, SentencePiece makes it a blank."""
+    dropped, blank = in_one_form(texts), in_one_form(texts, unseen=" ")  # check: unseen-blanks-hide-no-own-row
+    return tuple(dict.fromkeys(_words_alone(_without_accents(form)) for form in (dropped, blank)))
+
+
 def _without_accents(text: str) -> str:
     """As tokenizers without case read it. A row in other accents would ask the same."""
     if text.isascii():
         return text
     letters = (each for each in unicodedata.normalize("NFD", text) if unicodedata.category(each) != "Mn")
     return "".join(letters)  # check: accents-hide-no-own-row
+
+
+def _words_alone(text: str) -> str:
+    """Without punctuation, which says little. Where a script has no blanks, each character is a word."""
+    return " ".join(WORD.findall(text)) or text  # check: punctuation-hides-no-own-row
 
 
 def most_varied(texts: Sequence[str]) -> tuple[int, int]:
@@ -134,10 +150,11 @@ def most_varied(texts: Sequence[str]) -> tuple[int, int]:
     return int(counts.max()), next(index for index, each in enumerate(keys) if most in each)
 
 
-def count_variants(texts: Sequence[str], own: Sequence[str]) -> int:
-    """How many of the texts are one of `own` with at most one word changed, added or left out."""
+def are_variants(texts: Sequence[str], own: Sequence[str]) -> NDArray[np.bool_]:
+    """Which of the texts are one of `own` with at most one word changed, added or left out; (texts,)."""
     mine = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_keys, own)]))
-    return sum(bool(np.isin(_keys(text), mine).any()) for text in texts)  # check: variants-of-own-rows-are-counted
+    found = [np.isin(_keys(text), mine).any() for text in texts]  # check: variants-of-own-rows-are-counted
+    return np.array(found, bool)
 
 
 def _keys(text: str) -> NDArray[np.uint64]:
@@ -198,13 +215,28 @@ def _alike(thumbnails: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def _near(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """1 - |a - b| / (|a - mean of a| + |b - mean of b|), in 2-norms, for each pair: (one, other). At least 0."""
+    """1 - |a - b| / (|a - mean of a| + |b - mean of b|), in 2-norms, for each pair: (one, other). At least 0.
+
+    The same again after each is brought to one brightness and contrast, which models hardly see; the larger counts.
+    """
     left, right = one.astype(np.float64), other.astype(np.float64)
+    in_one_light = _nearness_of(_in_one_light(left), _in_one_light(right))
+    return np.maximum(_nearness_of(left, right), in_one_light)  # check: brightness-hides-no-own-image
+
+
+def _in_one_light(thumbnails: NDArray[np.float64]) -> NDArray[np.float64]:
+    """With mean 0 and norm 1; NaN for blank ones, which have no other contrast."""
+    centred = thumbnails - thumbnails.mean(axis=1, keepdims=True)
+    spread = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.divide(centred, spread, out=np.full_like(centred, np.nan), where=spread > LEAST_CONTRAST)
+
+
+def _nearness_of(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
     squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1)[None] - 2 * left @ right.T
     spreads = [np.linalg.norm(each - each.mean(axis=1, keepdims=True), axis=1) for each in (left, right)]
     contrast = np.maximum(spreads[0][:, None] + spreads[1][None], LEAST_CONTRAST)
-    near: NDArray[np.float64] = np.maximum(1 - np.sqrt(np.maximum(squares, 0)) / contrast, 0.0)
-    return near
+    near = 1 - np.sqrt(np.maximum(squares, 0)) / contrast
+    return np.maximum(np.nan_to_num(near), 0.0)
 
 
 def _name_of(pool: ImagePool, row: int) -> str:

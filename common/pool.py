@@ -39,6 +39,7 @@ MAX_ROWS = 1_000_000
 MAX_ROW_CHARACTERS = 100_000
 MAX_PIXELS = 20_000_000_000  # of all images of a pool together: decoding them takes minutes
 CONLL = (".conll", ".txt")
+LOST = "\ufffd"
 THUMBNAIL = 16  # pixels on a side, by which images are compared
 MAKE_IT_AGAIN = "correct the file, and complete the draft again: amalgram draft"
 R = TypeVar("R")
@@ -102,17 +103,20 @@ def _pixel_bytes(image: ImageFile) -> bytes:
     return repr(pixels.size).encode() + pixels.tobytes()
 
 
-def in_one_form(texts: Sequence[str]) -> str:
+def in_one_form(texts: Sequence[str], unseen: str = "") -> str:
     """A row such that rows that say the same are equal: without regard to case, width, white space, and characters that
-    nobody sees, which most tokenizers drop.
+    nobody sees. Most tokenizers drop these; `unseen` is what stands for them.
     """
-    return "\n".join(" ".join(_seen(alike(text)).split()) for text in texts)
+    return "\n".join(" ".join(_seen(alike(text), unseen).split()) for text in texts)
 
 
-def _seen(text: str) -> str:
-    if text.isprintable():
+def _seen(text: str, unseen: str) -> str:
+    """BERT's tokenizer drops all control characters but three, and U+FFFD, which is shown where a byte was lost."""
+    if text.isprintable() and LOST not in text:
         return text
-    kept = (each for each in text if each.isspace() or unicodedata.category(each)[0] != "C")
+    kept = (
+        each if each in "\t\n\r" or (unicodedata.category(each)[0] != "C" and each != LOST) else unseen for each in text
+    )
     return "".join(kept)  # check: unseen-characters-do-not-count
 
 
@@ -158,6 +162,8 @@ def _read(path: Path) -> bytes:
             hint='save a data set of `datasets` as one: dataset.to_parquet("pool.parquet")',
         )
     try:
+        if path.exists() and not path.is_file():  # check: pools-are-files
+            raise DataError(f"pool {path}: is a pipe or a device, and a pool is a file", hint=MAKE_IT_AGAIN)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
@@ -248,13 +254,19 @@ def _images(path: Path, content: bytes, table: DistillTable) -> tuple[ImageFile,
     source = _source(path, content, table)
     if source.ending == ARRAYS:
         (images,) = arrays_of(source, [table.image])
-        if images.ndim not in (3, 4) or images.dtype.kind not in "uif" or not np.isfinite(images).all():
+        if len(images) > MAX_ROWS:  # check: arrays-have-not-too-many-rows
+            raise DataError(f"pool {path}: a pool has at most {MAX_ROWS:,} rows", hint=MAKE_IT_AGAIN)
+        is_of_numbers = images.ndim in (3, 4) and images.size > 0 and images.dtype.kind in "uif"
+        if is_of_numbers and images.dtype != np.uint8:
+            with np.errstate(over="ignore"):
+                images = images.astype(np.float32)
+        if not is_of_numbers or not np.isfinite(images).all():  # check: as-models-read-them-arrays-are-finite
             raise DataError(
                 f"pool {path}: {table.image!r} must be an array of images, (rows, height, width) or (rows, channels, "
-                "height, width), of finite numbers",
+                "height, width), of numbers that are finite in 32 bits",
                 hint=MAKE_IT_AGAIN,
             )
-        return images if images.dtype == np.uint8 else images.astype(np.float32)
+        return images
     files = tuple(_rows(source, [table.image], _image))
     pixels = 0
     for image in files:

@@ -19,6 +19,7 @@ from zipfile import ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from common.data.foreign import WRITE_IT_PLAIN, check_types, plain_stream, unpacked_bytes
 from common.data.sources import MAX_LINE_BYTES, Source, find_sources, text_lines
 from common.errors import DataError
 from common.lazy import lazy_module
@@ -267,11 +268,15 @@ def _read_parquet(source: Source, columns: Sequence[str], max_rows: int | None) 
         with parquet.ParquetFile(source.path if source.content is None else pa.BufferReader(source.content)) as file:
             names = file.schema_arrow.names
             roots = _roots(source.path, columns, names)
+            if source.content is not None:
+                check_types(source.path, [file.schema_arrow.field(root) for root in roots])
             groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             declared = [_declared_bytes(group, roots) for group in groups]
             # A draw keeps few of the rows, but a group may be unpacked at once.
             _check_size(source, sum(declared) if max_rows is None else max(declared, default=0))
-            batches = file.iter_batches(min(BATCH_ROWS, max_rows or BATCH_ROWS), columns=sorted(set(roots)))
+            batches = file.iter_batches(
+                min(_rows_at_once(source, declared), max_rows or BATCH_ROWS), columns=sorted(set(roots))
+            )
             yield from _record_batches(source, batches, columns, keeps_all=max_rows is None)
     except DataError:
         raise
@@ -279,20 +284,38 @@ def _read_parquet(source: Source, columns: Sequence[str], max_rows: int | None) 
         raise DataError(f"{source.path}: cannot be read as Parquet", hint=INCOMPLETE) from None
 
 
+def _rows_at_once(source: Source, declared: Sequence[int]) -> int:
+    """Of another party's file so few that they are no more than a few times what is allowed, although each may hold
+    all that its group says once: a group's dictionary can name one large value in every row.
+    """
+    if source.content is None:
+        return BATCH_ROWS
+    at_once = 4 * int(source.most_bytes) // max([1, *declared])
+    return max(1, min(BATCH_ROWS, at_once))  # check: what-is-said-once-is-not-unpacked-often
+
+
 def _read_arrow(source: Source, columns: Sequence[str], max_rows: int | None) -> Iterator[Columns]:
     """Arrow's stream, which `datasets` saves, or its file."""
     try:
-        with pa.memory_map(str(source.path)) if source.content is None else pa.BufferReader(source.content) as file:
+        content = None if source.content is None else plain_stream(source.content)
+        with pa.memory_map(str(source.path)) if content is None else pa.BufferReader(content) as file:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             opened = ipc.open_file(file) if is_file else ipc.open_stream(file)
-            _roots(source.path, columns, opened.schema.names)
+            roots = _roots(source.path, columns, opened.schema.names)
+            if content is not None:
+                check_types(source.path, [opened.schema.field(root) for root in roots])
             batches = (opened.get_batch(index) for index in range(opened.num_record_batches)) if is_file else opened
             yield from _record_batches(source, batches, columns, keeps_all=max_rows is None)
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError):
-        raise DataError(f"{source.path}: cannot be read as Arrow", hint=INCOMPLETE) from None
+        raise DataError(
+            f"{source.path}: cannot be read as Arrow",
+            hint=INCOMPLETE
+            if source.content is None
+            else f"check that it is complete and not compressed; or {WRITE_IT_PLAIN}",
+        ) from None
 
 
 def _record_batches(
@@ -300,7 +323,11 @@ def _record_batches(
 ) -> Iterator[Columns]:
     unpacked = 0
     for batch in batches:
-        unpacked = batch.nbytes + (unpacked if keeps_all else 0)
+        taken = batch.nbytes
+        if source.content is not None:  # another party's
+            roots = set(_roots(source.path, columns, batch.schema.names))
+            taken = sum(unpacked_bytes(batch.column(root)) for root in roots)
+        unpacked = taken + (unpacked if keeps_all else 0)
         _check_size(source, unpacked)
         yield {column: _values(source.path, batch, column) for column in columns}
 
