@@ -122,7 +122,7 @@ def _look(
 
 
 def _as_read(texts: Sequence[str]) -> tuple[str, ...]:
-    """The words of a row as tokenizers read it: those of BERT drop what does not show, SentencePiece makes it a blank."""
+    """The words of a row as tokenizers read it: BERT's drop what does not show, SentencePiece makes it a blank."""
     dropped, blank = in_one_form(texts), in_one_form(texts, unseen=" ")  # check: unseen-blanks-hide-no-own-row
     return tuple(dict.fromkeys(_words_alone(_without_accents(form)) for form in (dropped, blank)))
 

@@ -315,7 +315,19 @@ def read_total(agreement: Agreement, split: Split, models: Sequence[str], total:
             cut=cut,
             groups=groups,
         )
+    _check_same_groups(scores)
     return scores
+
+
+def _check_same_groups(scores: Mapping[str, MeanScore]) -> None:
+    """Raise FalseTotal unless all models are judged on the same rows of each group.
+
+    Whoever gave rows of a group to some of them alone would choose among them, and no report could compare them.
+    """
+    judged = [(model, [row[1:] for row in score.groups]) for model, score in scores.items()]
+    for model, rows in judged:
+        if rows != judged[0][1]:  # check: models-have-the-same-groups
+            raise _false_total(model, "groups")
 
 
 def _read_groups(agreement: Agreement, layout: TensorLayout, total: NDArray, model: str) -> Sums:

@@ -30,6 +30,7 @@ from deploy.launch.flower import bundle_digest
 from deploy.terminal import answer, byte_count, shows_json
 
 MAX_COLUMNS, MIN_COLUMNS = 100, 40  # of a terminal, for words that are not ours
+SHOWN_CHARACTERS = 1000  # of a row of the pool
 QUOTE = "  | "
 DIGITS_TO_TYPE = 5
 log = logging.getLogger("amalgram.agree")
@@ -113,7 +114,7 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         else "None of them has a word in common with a row of yours.",
         "differ_in": "look the same" if of_images else "differ from one another in one word at most",
         "of_yours": "LOOK LIKE IMAGES OF YOURS" if of_images else "SAY WHAT ROWS OF YOURS SAY",
-        "varied": quoted(look.varied),
+        "varied": quoted(_in_short(look.varied)),
         "of_images": of_images,
         "sheet": sheet,
         "largest_logit": table.largest_logit,
@@ -127,9 +128,17 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         }
         if unknown
         else {},
-        "drawn": [quoted(text) for text in look.drawn],
-        "nearest": [(overlap, quoted(text)) for text, overlap in look.nearest if overlap > 0],
+        "drawn": [quoted(_in_short(text)) for text in look.drawn],
+        "nearest": [(overlap, quoted(_in_short(text))) for text, overlap in look.nearest if overlap > 0],
     }
+
+
+def _in_short(text: str) -> str:
+    """The beginning of a long row of the pool: twenty whole ones could push everything else off the screen."""
+    more = len(text) - SHOWN_CHARACTERS
+    if more > 0:  # check: long-rows-push-nothing-away
+        text = f"{text[:SHOWN_CHARACTERS]} ... ({more:,} more characters)"
+    return text
 
 
 def _asked(agreement: Agreement) -> str:

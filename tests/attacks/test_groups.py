@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_223_groups_that_are_no_parts_of_the_rows(agreement: Agreement, groups: 
         total += vector
     with pytest.raises(FalseTotal, match="m/groups is of no rows"):
         read_total(agreement, "validation", ["m"], np.asarray(total))
+
+
+def test_223_a_group_that_only_some_candidates_are_judged_on(agreement: Agreement) -> None:
+    """Whoever reports ten wrong rows for the candidates that it does not like would choose, and no report fits both."""
+    agreement = agreement.model_copy(update={"evaluation": Evaluation(groups=SITES, least_group_rows=10)})
+    layout, total = metrics_layout(agreement, "validation", ["liked", "other"]), 0.0
+    for number, (owner, score) in enumerate(SCORES.items()):
+        groups = {"liked": ((0, 0, 0),) * 2, "other": ((0, 10, 1) if number == 0 else (0, 0, 0), (0, 0, 0))}
+        vector = np.empty(layout.size)
+        scores = {model: replace(score, groups=sums) for model, sums in groups.items()}
+        layout.flatten(contribution(agreement, owner, "validation", scores), vector)
+        total += vector
+    with pytest.raises(FalseTotal, match="other/groups is of no rows"):
+        read_total(agreement, "validation", ["liked", "other"], np.asarray(total))
 
 
 def test_224_a_candidate_is_judged_by_its_worst_group_as_it_is_signed() -> None:

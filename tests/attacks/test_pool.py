@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Timer
 from zlib import crc32
 
 import numpy as np
@@ -307,7 +309,7 @@ def test_156_a_pool_that_holds_an_owner_s_own_rows_is_said_with_the_count(teachi
     assert f"{len(texts):,} ROWS OF THE POOL ARE YOURS" in consent_text(owner).partition("BEFORE YOU SAY YES")[2]
 
 
-@pytest.mark.parametrize("joint", ["\u200b", "\u00ad", "\u0301", "\u0007"])
+@pytest.mark.parametrize("joint", ["\u200b", "\u00ad", "\u0301", "\u0007", "\u000b", "\u001c", "\u0085", "\ufffd"])
 def test_156_an_own_row_with_characters_that_a_tokenizer_drops_is_one_s_own(joint: str) -> None:
     """With one in every word, it has no word in common with the row, and asks the model the same."""
     asked = "the lobby was rude".replace("e", f"e{joint}").replace("a", f"a{joint}").replace("y", f"y{joint}")
@@ -315,6 +317,40 @@ def test_156_an_own_row_with_characters_that_a_tokenizer_drops_is_one_s_own(join
     look = look_at_pool(Pool((("something else",), (asked,))), ["the lobby was rude"])
     assert look.own_rows == 1
     assert look.nearest[0] == (asked, 1.0)
+
+
+def test_156_an_own_row_with_blanks_that_do_not_show_is_one_s_own() -> None:
+    """SentencePiece makes a zero-width space a blank, where BERT drops it."""
+    asked = "the\u200blobby\u200bwas\u200brude"
+    assert normalizers.Replace("\u200b", " ").normalize_str(asked) == "the lobby was rude"
+    assert look_at_pool(Pool((("something else",), (asked,))), ["the lobby was rude"]).own_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ("the lobby was rude to us", "The lobby, was (rude) -- to us!"),
+        ("the lobby\nwas rude to us", "the lobby was rude to us"),
+    ],
+)
+def test_156_an_own_row_in_other_punctuation_or_lines_is_one_s_own(own: str, asked: str) -> None:
+    look = look_at_pool(Pool((("something else",), (asked,))), [own])
+    assert (look.own_rows, look.nearest[0]) == (1, (asked, 1.0))
+
+
+def test_156_rows_that_ask_around_an_own_row_are_counted_where_no_blanks_are_written() -> None:
+    own = "\u5927\u5802\u7684\u670d\u52a1\u5f88\u7c97\u9c81"
+    changed = [own.replace("\u5f88", "\u975e"), own + "\u4e86", "\u623f\u95f4\u5e72\u51c0"]
+    look = look_at_pool(Pool(tuple((text,) for text in changed)), [own])
+    assert (look.own_rows, look.near_own_rows) == (0, 2)
+
+
+def test_156_long_rows_push_nothing_off_the_screen(teaching: Parties) -> None:
+    owner = Owner(teaching.files["hotel"])
+    owner.workbench.__dict__["pool_look"] = look_at_pool(Pool((("word " * 20_000,),)), ["word"])
+    text = consent_text(owner)
+    assert "... (99,000 more characters)" in " ".join(text.replace(QUOTE, " ").split())
+    assert len(text) < 20_000
 
 
 def test_156_a_row_that_would_forge_a_line_is_shown_behind_a_mark(teaching: Parties) -> None:
@@ -356,17 +392,19 @@ def test_156_who_consents_reads_how_many_rows_ask_around_its_own(teaching: Parti
 
 
 def test_156_an_own_image_that_was_changed_a_little_is_one_s_own(tmp_path: Path) -> None:
-    """Saved anew, in another size, with one pixel changed; another image is not."""
+    """Saved anew, in another size, with one pixel changed, or pale; another image is not."""
     chance = np.random.default_rng(0)
     fields = [chance.integers(0, 256, (6, 6, 3)) for _ in range(2)]
     own, other = (Image.fromarray(np.kron(each, np.ones((8, 8, 1))).astype(np.uint8)) for each in fields)
     dotted = own.copy()
     dotted.putpixel((3, 3), (255, 255, 255))
-    asked = [saved(own, "JPEG"), saved(own.resize((91, 91)), "PNG"), saved(dotted, "PNG"), saved(other, "PNG")]
+    dimmed = own.point(lambda shade: 60 + shade // 4)
+    asked = [saved(own, "JPEG"), saved(own.resize((91, 91)), "PNG"), saved(dotted, "PNG"), saved(dimmed, "PNG")]
+    asked.append(saved(other, "PNG"))
     pool = ImagePool(tuple(ImageFile(f"row {number}", each) for number, each in enumerate(asked)))
     look = look_at_images(pool, [thumbnail(ImageFile("own", saved(own, "PNG")))])
-    assert (look.own_rows, look.variants) == (3, 3)
-    assert set(look.nearest_rows[:3]) == {1, 2, 3}
+    assert (look.own_rows, look.variants) == (4, 4)
+    assert set(look.nearest_rows[:4]) == {1, 2, 3, 4}
     write_sheet(pool, look.nearest_rows, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_mode & 0o077 == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -493,6 +531,84 @@ def test_162_a_small_pool_that_unpacks_to_much_is_refused(tmp_path: Path, monkey
         assert (tmp_path / name).stat().st_size < 10_000
         with pytest.raises(DataError, match=r"over 10000 bytes in all|bytes unpacked, at most 10000 are allowed"):
             pin_pool(tmp_path / name, DistillTable(pool=name), kind)
+
+
+def written_as(path: Path, table: pa.Table, compression: str | None = None) -> Path:
+    with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as file:
+        file.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("end", [200, -9, 200_000_000])
+def test_162_an_arrow_file_does_not_read_the_memory_beside_it(tmp_path: Path, end: int) -> None:
+    """Arrow trusts the offsets in its files: with these, a row is what lies behind the file, or the process dies."""
+    path = written_as(tmp_path / "pool.arrow", pa.table({"text": ["hello", "world-12345"]}))
+    honest, forged = (np.array(offsets, np.int32).tobytes() for offsets in ([0, 5, 16], [0, 5, end]))
+    assert path.read_bytes().count(honest) == 1
+    path.write_bytes(path.read_bytes().replace(honest, forged))
+    with pytest.raises(DataError, match="cannot be read as Arrow"):
+        pin_pool(path, DistillTable(pool="pool.arrow"), "text-classification")
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_162_a_compressed_arrow_file_is_refused_before_it_is_unpacked(tmp_path: Path, compression: str) -> None:
+    """Arrow unpacks a whole batch, also of columns that nobody asks for, before it can be measured."""
+    rows = pa.table({"text": [f"row {number}" for number in range(5)], "other": ["x" * 100_000] * 5})
+    path = written_as(tmp_path / "pool.arrow", rows, compression)
+    with pytest.raises(DataError, match="cannot be read as Arrow\nhint: check that it is complete and not compressed"):
+        pin_pool(path, DistillTable(pool="pool.arrow"), "text-classification")
+    assert pin_pool(written_as(path, rows), DistillTable(pool="pool.arrow"), "text-classification").rows == 5
+
+
+def test_162_what_a_table_says_once_counts_in_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.pool, "MAX_BYTES", 500_000)
+    once = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["x" * 90_000]))
+    written_as(tmp_path / "pool.arrow", pa.table({"text": once}))
+    with pytest.raises(DataError, match="would take 9000800 bytes unpacked, at most 500000 are allowed"):
+        pin_pool(tmp_path / "pool.arrow", DistillTable(pool="pool.arrow"), "text-classification")
+    pyarrow.parquet.write_table(pa.table({"text": ["x" * 90_000] * 1000}), tmp_path / "pool.parquet")
+    with pytest.raises(DataError, match=r"would take (\d+) bytes unpacked, at most 500000 are allowed") as refused:
+        pin_pool(tmp_path / "pool.parquet", DistillTable(pool="pool.parquet"), "text-classification")
+    assert int(str(refused.value).partition("would take ")[2].split()[0]) < 5 * 500_000
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([[None] * 50], pa.list_(pa.null(), 50)),
+        pa.array([["a", "b"]], pa.list_view(pa.string())),
+        pa.RunEndEncodedArray.from_arrays(pa.array([50], pa.int32()), pa.array(["a"])),
+    ],
+    ids=["fixed lists", "views", "runs"],
+)
+def test_162_columns_of_which_little_is_stored_are_refused(tmp_path: Path, values: pa.Array) -> None:
+    path = written_as(tmp_path / "pool.arrow", pa.table({"tokens": values}))
+    with pytest.raises(DataError, match="column 'tokens' is not text, bytes or lists"):
+        pin_pool(path, DistillTable(pool="pool.arrow"), "token-classification")
+
+
+@pytest.mark.parametrize("images", [np.full((1, 2, 2), 1e300), np.zeros((1, 0, 8)), np.full((2, 2), 1.0)])
+def test_162_arrays_that_are_no_images_for_a_model_are_refused(tmp_path: Path, images: np.ndarray) -> None:
+    np.savez(tmp_path / "pool.npz", image=images)
+    with pytest.raises(DataError, match="of numbers that are finite in 32 bits"):
+        pin_pool(tmp_path / "pool.npz", DistillTable(pool="pool.npz"), "image-classification")
+
+
+def test_162_an_array_has_no_more_rows_than_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.pool, "MAX_ROWS", 99)
+    np.savez(tmp_path / "pool.npz", image=np.arange(100).reshape(100, 1, 1))
+    with pytest.raises(DataError, match="a pool has at most 99 rows"):
+        pin_pool(tmp_path / "pool.npz", DistillTable(pool="pool.npz"), "image-classification")
+
+
+def test_162_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pool.jsonl")
+    writer = os.open(tmp_path / "pool.jsonl", os.O_RDWR)
+    end_of_file = Timer(2, os.close, [writer])  # so that this test ends, too, where the check is gone
+    end_of_file.start()
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        pin_pool(tmp_path / "pool.jsonl", DistillTable(pool="pool.jsonl"), "text-classification")
+    end_of_file.cancel()
 
 
 def saved(image: Image.Image, form: str) -> bytes:
