@@ -1,8 +1,9 @@
 """A look at the public pool before consent: what it is, some of its rows, and how near they come to the owner's own.
 
-Texts and words are compared by the words that they share. Images are compared in 16 by 16 shades of grey: that finds an
-owner's own image although it was saved anew, in another size, or with a few pixels changed. It does not find one that
-was turned, mirrored or cropped. Nobody can see an image in a terminal, so those that are named lie in a sheet.
+Texts and words are compared by the words that they share, in a script without blanks by characters. Images are compared
+in 16 by 16 shades of grey: that finds an owner's own image although it was saved anew, in another size or light, or
+with a few pixels changed. It does not find one that was turned, mirrored or cropped. Nobody can see an image in a
+terminal, so those that are named lie in a sheet.
 """
 
 from __future__ import annotations
