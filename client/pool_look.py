@@ -221,8 +221,9 @@ def _near(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.fl
     The same again after each is brought to one brightness and contrast, which models hardly see; the larger counts.
     """
     left, right = one.astype(np.float64), other.astype(np.float64)
-    in_one_light = _nearness_of(_in_one_light(left), _in_one_light(right))
-    return np.maximum(_nearness_of(left, right), in_one_light)  # check: brightness-hides-no-own-image
+    in_one_light = _nearness_of(_in_one_light(left), _in_one_light(right))  # check: brightness-hides-no-own-image
+    near: NDArray[np.float64] = np.maximum(_nearness_of(left, right), in_one_light)
+    return near
 
 
 def _in_one_light(thumbnails: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -237,7 +238,8 @@ def _nearness_of(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArr
     spreads = [np.linalg.norm(each - each.mean(axis=1, keepdims=True), axis=1) for each in (left, right)]
     contrast = np.maximum(spreads[0][:, None] + spreads[1][None], LEAST_CONTRAST)
     near = 1 - np.sqrt(np.maximum(squares, 0)) / contrast
-    return np.maximum(np.nan_to_num(near), 0.0)
+    found: NDArray[np.float64] = np.maximum(np.nan_to_num(near), 0.0)
+    return found
 
 
 def _name_of(pool: ImagePool, row: int) -> str:

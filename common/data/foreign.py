@@ -4,6 +4,8 @@ Arrow trusts a file of its own format: an offset may point anywhere in memory, a
 once. In both formats a value that is said once can stand in a million rows.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,7 +56,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def unpacked_bytes(array: pa.Array) -> int:
-    """What the values of a column take when each is written out. Raises pyarrow.ArrowInvalid if it is no column."""
+    """What the values of a column take when each is written out. Raises pyarrow.ArrowInvalid if it is broken."""
     array.validate(full=True)  # check: foreign-offsets-stay-inside
     return _unpacked(array)
 
@@ -78,7 +80,7 @@ def plain_stream(content: bytes) -> pa.Buffer:
     try:
         packed = any(_is_compressed(each.metadata.to_pybytes()) for each in ipc.MessageReader.open_stream(stream))
     except (struct.error, IndexError):
-        raise pa.ArrowInvalid("is no message") from None
+        raise pa.ArrowInvalid("is broken") from None
     if packed:  # check: foreign-batches-are-not-compressed
         raise pa.ArrowInvalid("is compressed")
     return stream

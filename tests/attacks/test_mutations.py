@@ -119,7 +119,7 @@ TABLE = [
     Mutation(POOL, "test_156_an_own_row_in", "punctuation-hides-no-own-row", "return text"),
     Mutation(POOL, "test_156_rows_that_ask_around_an", "punctuation-hides-no-own-row", "return text"),
     Mutation(POOL, "test_156_long", "long-rows-push-nothing-away"),
-    Mutation(POOL, "test_156_an_own_image", "brightness-hides-no-own-image", "return _nearness_of(left, right)"),
+    Mutation(POOL, "test_156_an_own_image", "brightness-hides-no-own-image", "in_one_light = 0.0"),
     Mutation(POOL, "test_156_an_own_image", "own-images-are-recognised", "nearest = np.zeros(len(theirs))"),
     Mutation(POOL, "test_157_nor", "outputs-are-clipped", "return np.where(known, numbers, 0.0)"),
     Mutation(POOL, "test_159_", "every-word-is-read"),
