@@ -230,7 +230,10 @@ def _in_one_light(thumbnails: NDArray[np.float64]) -> NDArray[np.float64]:
     """With mean 0 and norm 1; NaN for blank ones, which have no other contrast."""
     centred = thumbnails - thumbnails.mean(axis=1, keepdims=True)
     spread = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.divide(centred, spread, out=np.full_like(centred, np.nan), where=spread > LEAST_CONTRAST)
+    found: NDArray[np.float64] = np.divide(
+        centred, spread, out=np.full_like(centred, np.nan), where=spread > LEAST_CONTRAST
+    )
+    return found
 
 
 def _nearness_of(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
