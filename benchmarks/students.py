@@ -6,8 +6,8 @@ Owners, models, test rows and the domains of the pool are those of benchmarks/fu
 run here, in one process and without a sum, so that more can be tried: students by the loss and the schedule of
 server/student.py, in batches of rows of like length, without training embeddings. Two teachers are compared:
 
-    logits         the mean of the owners' centred, clipped logits: what the product sums
-    probabilities  the mean of each owner's softmax
+    logits         the mean of the owners' logits, as in FedDF
+    probabilities  the mean of each owner's softmax: what the product sums
 
 FOLDER keeps the small models, the merge, and what models say, so that another run trains students alone. Writes
 benchmarks/results/students.{json,md} after each student.
@@ -34,8 +34,6 @@ from benchmarks import fusion
 from benchmarks.fusion import MAX_TOKENS, OWNERS, TEST_ROWS, TRAIN_ROWS, WITH_WEIGHTS, texts_of, write_other_base
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.published import everything, publish, published
-from client.measurement.predictions import centred
-from common.merge_methods.distill import DistillTable
 from common.models.folders import base_labels
 from deploy.simulation.simulate import simulate
 
@@ -161,12 +159,10 @@ class Consortium:
 
     def taught(self, teacher: str, key: str) -> Logits:
         """The probabilities that a teacher gives to the pool, or to an owner's test rows; (rows, labels)."""
-        known, largest = np.ones(len(self.labels), bool), DistillTable().largest_logit
+        said = [self.said[name][key] for name in OWNERS]
         if teacher == "probabilities":
-            each = [_softmax(self.said[name][key]) for name in OWNERS]
-            return np.asarray(np.mean(each, axis=0))
-        said = [self.said[name][key].astype(np.float32) for name in OWNERS]
-        return _softmax(np.mean([centred(each, known, largest) for each in said], axis=0))
+            return np.asarray(np.mean([_softmax(each) for each in said], axis=0))
+        return _softmax(np.asarray(np.mean(said, axis=0)))
 
     def judge(self, said: dict[str, Logits]) -> tuple[float, float]:
         """Accuracy and macro F1, in the mean over the owners' test rows, each among the owner's labels."""

@@ -421,7 +421,7 @@ class Workbench(Holdings):
             known = np.ones(table.vocabulary or 0, bool)
             logits = logits[:, : len(known)]
         close = self._closeness() if table.weights == "density" else None
-        return Predictions(logits=as_summed(logits, known, table.largest_logit, task), known=known, closeness=close)
+        return Predictions(numbers=as_summed(logits, known, task), known=known, closeness=close)
 
     def _closeness(self) -> NDArray[np.float64]:
         """How close each row of the pool is to this owner's, as the agreed base reads both: (predictions,)."""

@@ -57,6 +57,13 @@ class PoolRows:
         return len(self.features)
 
     @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """(parts,): how many tokens each has; images are all of one size."""
+        if isinstance(self.features, np.ndarray):
+            return np.ones(len(self), np.int64)
+        return np.array([len(each["input_ids"]) for each in self.features], np.int64)
+
+    @cached_property
     def counts(self) -> NDArray[np.int64]:
         """(parts,): how many predictions each has."""
         if self.marks is None:

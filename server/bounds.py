@@ -131,11 +131,12 @@ def _check_class_shares(total: SummedTensors) -> None:
 
 
 def _check_predictions(total: SummedTensors, settings: MergeSettings) -> None:
-    """Each label is known by as many owners as agreed, no logit is larger than theirs can be, nobody is closer than 1.
+    """Each label is known by as many owners as agreed, nobody's number is outside 0 to 1, nobody is closer than 1, and
+    of one label among several, each owner's probabilities add up to 1.
 
     TOLERANCE: of what all owners together can reach, for what fixed point rounds.
     """
-    owners, largest = total.owners, DISTILL.hyperparameters(settings).largest_logit
+    owners = total.owners
     unknown = [settings.unknown_labels.get(owner, frozenset()) for owner in owners]
     labels = range(DISTILL.outputs(settings))
     expected = np.array([float(sum(label not in each for each in unknown)) for label in labels])
@@ -146,13 +147,20 @@ def _check_predictions(total: SummedTensors, settings: MergeSettings) -> None:
         np.abs(known - expected) <= room,
         weight <= expected + room,
         weight >= LEAST_CLOSENESS * expected - room * LEAST_CLOSENESS,
-        # A copy of what a vocabulary takes would be as large as the total.
-        (np.abs(said) if is_dense else np.maximum(said.max(axis=0), -said.min(axis=0))) <= largest * (weight + room),
+        said.min(axis=0) >= -room,
+        (said if is_dense else said.max(axis=0)) <= weight + room,  # no copy of what a vocabulary takes
     ]
+    if settings.problem_type == "single_label_classification":  # check: probabilities-add-up-to-one
+        rows, room = said.sum(axis=1), room + len(labels) * total.rounding_error(PREDICTIONS)  # (predictions,)
+        fewest = len(labels) - max(map(len, unknown))  # labels that a model knows
+        fits += (
+            [rows >= weight.max(axis=1) - room, rows <= weight.sum(axis=1) / fewest + room]
+            if is_dense
+            else [np.abs(rows - len(owners)) <= room]
+        )
     if not all(each.all() for each in fits):  # check: predictions-fit-the-owners
         raise NumericalError(
-            f"merge: the predictions of {len(owners)} owners add up to what no models with the agreed labels and "
-            f"logits of at most {largest:g} can say",
+            f"merge: the predictions of {len(owners)} owners add up to what no models with the agreed labels can say",
             hint=HINT,
         )
 

@@ -1,7 +1,6 @@
 """What a student is taught about the pool, and how far it is from that: one kind of lesson for each kind of output.
 
-A divergence is a mean over predictions, from the teacher to the student, times the square of the temperature T, so that
-gradients do not shrink with T (Hinton et al., arXiv 1503.02531).
+A divergence is a mean over predictions, from the teacher to the student.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
+from torch.special import entr
 
 from common.agreement import Task
-from common.merge_methods.distill import COVERAGE, DISTILL, PREDICTIONS
+from common.merge_methods.distill import DISTILL, PREDICTIONS
 from common.merge_methods.terms import MergeSettings
 from common.summation.totals import SummedTensors
 
@@ -33,30 +33,25 @@ class Lessons(ABC):
 
 @dataclass(frozen=True)
 class OfOneLabel(Lessons):
-    """KL(softmax(teacher / T) || softmax(student / T)). `logits`: (predictions, labels)."""
+    """KL(teacher || softmax(student)). `probabilities`: (predictions, labels)."""
 
-    logits: Tensor
-    temperature: float
+    probabilities: Tensor
 
     def divergence(self, said: Tensor, numbers: Tensor) -> Tensor:
-        wanted = log_softmax(self.logits[numbers] / self.temperature, -1)
-        found = log_softmax(said / self.temperature, -1)
-        return kl_div(found, wanted, reduction="batchmean", log_target=True) * self.temperature**2
+        return kl_div(log_softmax(said, -1), self.probabilities[numbers], reduction="batchmean")
 
 
 @dataclass(frozen=True)
 class OfSeveralLabels(Lessons):
     """The same of sigmoids, added up over the labels, each of which applies or does not."""
 
-    logits: Tensor  # (predictions, labels)
-    temperature: float
+    probabilities: Tensor  # (predictions, labels)
 
     def divergence(self, said: Tensor, numbers: Tensor) -> Tensor:
-        given = self.logits[numbers] / self.temperature
-        wanted = given.sigmoid()
-        cross = binary_cross_entropy_with_logits(said / self.temperature, wanted, reduction="none")
-        entropy = binary_cross_entropy_with_logits(given, wanted, reduction="none")
-        return (cross - entropy).sum(-1).mean() * self.temperature**2
+        wanted = self.probabilities[numbers]
+        cross = binary_cross_entropy_with_logits(said, wanted, reduction="none")
+        entropy: Tensor = entr(wanted) + entr(1 - wanted)
+        return (cross - entropy).sum(-1).mean()
 
 
 @dataclass(frozen=True)
@@ -74,55 +69,48 @@ class OfNumbers(Lessons):
 class OfNextTokens(Lessons):
     """KL over the teacher's most likely tokens and all others as one, which is at most that over all.
 
-    `tokens`: (predictions, kept) int64; `log_shares`: (predictions, kept + 1), the logarithms of their probabilities
-    and of that of the others, of which there is at least one. The student's outputs beyond the vocabulary are
-    ignored.
+    `tokens`: (predictions, kept) int64; `shares`: (predictions, kept + 1), their probabilities and that of the others,
+    of which there is at least one. The student's outputs beyond the vocabulary are ignored.
     """
 
     tokens: Tensor
-    log_shares: Tensor
-    temperature: float
+    shares: Tensor
     vocabulary: int
 
     def divergence(self, said: Tensor, numbers: Tensor) -> Tensor:
-        found = log_softmax(said[:, : self.vocabulary] / self.temperature, -1)  # (some, vocabulary)
+        found = log_softmax(said[:, : self.vocabulary], -1)  # (some, vocabulary)
         kept = self.tokens[numbers]
         rest = found.scatter(1, kept, -torch.inf).logsumexp(-1, keepdim=True)  # of the others together
         found = torch.cat([found.gather(1, kept), rest], dim=1)
-        wanted = self.log_shares[numbers]
-        return kl_div(found, wanted, reduction="batchmean", log_target=True) * self.temperature**2
+        return kl_div(found, self.shares[numbers], reduction="batchmean")
 
 
 def lessons_of(task: Task, settings: MergeSettings, total: SummedTensors, device: torch.device) -> Lessons:
     """What the owners' models say together."""
-    table = DISTILL.hyperparameters(settings)
     if not task.has_labels:
         return _of_next_tokens(settings, total, device)
     teacher = torch.from_numpy(DISTILL.teacher(settings, total)).float().to(device)  # (predictions, outputs)
     if task.is_regression:
         lowest, span = task.lowest_and_span
-        return OfNumbers(lowest + span * (teacher / table.largest_logit + 1) / 2, span)
+        return OfNumbers(lowest + span * teacher, span)
     if task.has_several_labels:
-        return OfSeveralLabels(teacher, table.temperature)
-    return OfOneLabel(teacher, table.temperature)
+        return OfSeveralLabels(teacher)
+    # Where models know different labels, the means add up to more than 1.
+    return OfOneLabel(teacher / teacher.sum(-1, keepdim=True))
 
 
 def _of_next_tokens(settings: MergeSettings, total: SummedTensors, device: torch.device) -> OfNextTokens:
     """The most likely tokens of each prediction, some predictions at a time: the total is as large as a vocabulary."""
     table, outputs = DISTILL.hyperparameters(settings), DISTILL.outputs(settings)
     kept = min(table.most_likely, outputs - 1)
-    owners = torch.from_numpy(total[COVERAGE])  # (vocabulary,)
-    tokens, log_shares = list[Tensor](), list[Tensor]()
+    tokens, shares = list[Tensor](), list[Tensor]()
     rows = max(1, BLOCK // outputs)
     for first in range(0, table.asked, rows):
         last = min(first + rows, table.asked)
         part: NDArray[np.float64] = total.some_of(PREDICTIONS, slice(first * outputs, last * outputs))
-        logits = torch.from_numpy(part.reshape(last - first, outputs)) / owners
-        log_all = log_softmax(logits / table.temperature, -1)
-        shares, most = log_all.topk(kept, dim=-1)
-        rest = log_all.scatter(1, most, -torch.inf).logsumexp(-1, keepdim=True)
+        summed = torch.from_numpy(part.reshape(last - first, outputs)).clamp(min=0)
+        likely, most = (summed / summed.sum(-1, keepdim=True)).topk(kept, dim=-1)
+        rest = (1 - likely.sum(-1, keepdim=True)).clamp(min=0)
         tokens.append(most)
-        log_shares.append(torch.cat([shares, rest], dim=1).float())
-    return OfNextTokens(
-        torch.cat(tokens).to(device), torch.cat(log_shares).to(device), table.temperature, vocabulary=outputs
-    )
+        shares.append(torch.cat([likely, rest], dim=1).float())
+    return OfNextTokens(torch.cat(tokens).to(device), torch.cat(shares).to(device), vocabulary=outputs)

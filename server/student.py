@@ -94,7 +94,7 @@ class Student:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(_seed(self.agreement.seed, epoch))  # dropout
                 student.train()
-                for step, indices in enumerate(self._order(epoch, len(rows)), epoch * steps_per_epoch):
+                for step, indices in enumerate(self._order(epoch, rows.lengths), epoch * steps_per_epoch):
                     for group in optimizer.param_groups:
                         group["lr"] = table.learning_rate * (1 + cos(pi * step / steps)) / 2
                     numbers = rows.predictions_of(indices)
@@ -132,9 +132,9 @@ class Student:
         student.eval()
         every = np.arange(len(rows))
         parts = np.array_split(every, -(-len(every) // self._table.batch_size))
-        own = torch.cat([_said(student, rows, part, device) for part in parts])
-        is_surer = own.softmax(-1).amax(-1) > lessons.logits.softmax(-1).amax(-1)  # (predictions,)
-        return replace(lessons, logits=torch.where(is_surer[:, None], own, lessons.logits))
+        own = torch.cat([_said(student, rows, part, device) for part in parts]).softmax(-1)
+        is_surer = own.amax(-1) > lessons.probabilities.amax(-1)  # (predictions,)
+        return replace(lessons, probabilities=torch.where(is_surer[:, None], own, lessons.probabilities))
 
     def _rows(self, base: PreTrainedModel) -> PoolRows:
         assert self.pool is not None  # read before the run began
@@ -143,11 +143,12 @@ class Student:
         check_counts(rows, self._table)
         return rows
 
-    def _order(self, epoch: int, count: int) -> Iterator[NDArray[np.int64]]:
-        """The rows of each batch: every row once, in the epoch's own order."""
-        order = np.random.default_rng(_seed(self.agreement.seed, epoch)).permutation(count)
-        for start in range(0, count, self._table.batch_size):
-            yield order[start : start + self._table.batch_size]
+    def _order(self, epoch: int, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """The rows of each batch: every row once, beside others of about its length, in the epoch's own order."""
+        random = np.random.default_rng(_seed(self.agreement.seed, epoch))
+        order = np.argsort(lengths + 2 * random.random(len(lengths)))
+        batches = np.split(order, range(self._table.batch_size, len(order), self._table.batch_size))
+        yield from (batches[number] for number in random.permutation(len(batches)))
 
     # --- what is kept ---
 

@@ -189,9 +189,10 @@ def every_number_hides_its_owners(draft: DraftTables) -> None:
 def differences_of_labels_hide_their_owners(draft: DraftTables) -> None:
     """Sums over labels of the totals must not be about fewer owners than a total is.
 
-    An owner's logits add up to zero over the labels of its model. So if others know either all of some labels or none,
-    the sum over these labels is without them. If every owner's labels are connected by label sets that enough owners
-    share each, any sum that is not without everybody is about all owners of one such set. What owners add to the
+    An owner's probabilities add up to 1 over the labels of its model. So if others know either all of some labels or
+    none, the sum over these labels has 1 or 0 of each of them, and the rest is about the other owners alone. If every
+    owner's labels are connected by label sets that enough owners share each, any sum that is not the same whatever
+    models say is about all owners of one such set. What owners add to the
     closeness is the same for each label that they know: there the difference of two labels is about the owners that
     know one of them alone, so all label sets must be shared.
     """

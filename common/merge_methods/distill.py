@@ -2,18 +2,20 @@
 
 Owners whose models have nothing in common but labels cannot merge weights. Each scores the rows of a public pool with
 its own model instead: a text or an image once, tagged words one by one, and in a language model some tokens of each
-text. Logits z_i(x) are centred over the labels that the model knows, because a softmax ignores what all of them share,
-and clipped to `largest_logit` L. The coordinator learns, per prediction x and label c,
+text. What it gives are probabilities p_i(x, c), a softmax over the labels that it knows. The coordinator learns, per
+prediction x and label c,
 
-    teacher(x, c) = sum_i w_i(x) k_i(c) z_i(x, c) / sum_i w_i(x) k_i(c)
+    teacher(x, c) = sum_i w_i(x) k_i(c) p_i(x, c) / sum_i w_i(x) k_i(c)
 
 where k_i(c) is 1 if owner i's model has label c, and w_i is 1 ("alike") or how close the row is to the owner's own rows
 ("density": Synthetic Model Combination, Chan and van der Schaar, NeurIPS 2022, arXiv 2210.05320). The student, the
-agreed base, is trained on softmax(teacher) by the coordinator (server/student.py). It starts at the base, or at what
-the owners that share the base have merged. Where a row has several labels, logits are clipped and not centred, because
-each has a sigmoid of its own. A regression's numbers are put on the scale from -L to L over the agreed range. The c of
-a language model are all tokens of its vocabulary: the sum carries each of them, because the most likely ones of one
-owner are not those of another.
+agreed base, is trained on the teacher by the coordinator (server/student.py). It starts at what the owners that share
+the base have merged, or at the base. Where a row has several labels, each has a sigmoid of its own. A regression's
+numbers are shares of the agreed range. The c of a language model are all tokens of its vocabulary: the sum carries each
+of them, because the most likely ones of one owner are not those of another.
+
+FedDF takes the mean of logits. Models of different architectures are not equally sure, and among logits one that is
+sure and wrong outvotes several that are right (docs/distillation.md has what either teacher is worth).
 
 No equation defines a trained model, so no owner can verify it: it rests on the coordinator.
 """
@@ -47,7 +49,7 @@ from common.tensor_layout import TensorEntry, TensorLayout, union
 
 PREDICTIONS, COVERAGE, CLOSENESS = "predictions", "coverage", "closeness"
 KINDS = {
-    PREDICTIONS: "what {their} own model says of the public pool: for each prediction and each label, a clipped number",
+    PREDICTIONS: "what {their} own model says of the public pool: for each prediction and label, a number from 0 to 1",
     COVERAGE: "which labels {their} own model knows",
     CLOSENESS: "how close each row of the public pool is to {their} own rows, for each label of {their} model",
 }
@@ -80,11 +82,9 @@ class DistillTable(Hyperparameters):
     image: Line = "image"
     positions: Annotated[int, Field(ge=1, le=10_000)] = 8
     most_likely: Annotated[int, Field(ge=1, le=10_000)] = 64
-    start: Literal["base", "average", "data_free"] = "base"
+    start: Literal["base", "average", "data_free"] = "data_free"
     weights: Literal["alike", "density"] = "alike"
     keep: Literal["nothing", "more confident"] = "nothing"
-    largest_logit: Annotated[float, Field(ge=1, le=100)] = 16.0
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     epochs: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=20)] = (3,)
     learning_rate: Positive = 1e-4
     batch_size: Annotated[int, Field(ge=1, le=10_000)] = 32
@@ -155,7 +155,7 @@ class Distill(Method[DistillTable]):
         table, start = self.hyperparameters(settings), self._start(settings.tables)
         shape = (table.asked, self.outputs(settings))
         entries = [
-            TensorEntry(name=PREDICTIONS, shape=shape, bound=table.largest_logit),
+            TensorEntry(name=PREDICTIONS, shape=shape, bound=1.0),
             TensorEntry(name=COVERAGE, shape=shape[1:], bound=1.0),
         ]
         if table.weights == "density":
@@ -177,21 +177,21 @@ class Distill(Method[DistillTable]):
     def predicted(self, settings: MergeSettings, said: Predictions) -> Iterator[tuple[str, NDArray]]:
         """What an owner adds that has no weights to give: its predictions alone."""
         known = said.known.astype(np.float64)  # (labels,)
-        logits = said.logits if said.known.all() else np.where(said.known, said.logits, 0.0)  # (predictions, labels)
         if self.hyperparameters(settings).weights == "alike":
-            yield PREDICTIONS, logits
+            yield PREDICTIONS, said.numbers
             yield COVERAGE, known
             return
         assert said.closeness is not None
         closeness = np.clip(said.closeness, LEAST_CLOSENESS, 1.0)[:, None]  # (predictions, 1)
-        yield PREDICTIONS, closeness * logits
+        yield PREDICTIONS, closeness * said.numbers
         yield COVERAGE, known
         yield CLOSENESS, closeness * known
 
     def teacher(self, settings: MergeSettings, total: SummedTensors) -> NDArray[np.float64]:
-        """The mean logits of all owners, (predictions, labels). Nobody's labels are never among the agreed ones."""
+        """The mean of all owners' numbers, (predictions, labels). Nobody's labels are never among the agreed ones."""
         alike = self.hyperparameters(settings).weights == "alike"
-        return total[PREDICTIONS] / (total[COVERAGE] if alike else total[CLOSENESS])
+        mean = total[PREDICTIONS] / (total[COVERAGE] if alike else total[CLOSENESS])
+        return np.clip(mean, 0.0, 1.0)  # of what fixed point rounds
 
     def start(self, settings: MergeSettings, total: SummedTensors) -> MergedDelta:
         """What the student has learned before it sees the pool."""

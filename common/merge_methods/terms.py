@@ -228,11 +228,12 @@ class ClassifierTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What an owner's model says of the pool: `logits` (predictions, labels), as they are summed; `known` (labels,),
-    which of the labels it has; `closeness` (predictions,) to the owner's own rows, if that was asked for.
+    """What an owner's model says of the pool: `numbers` (predictions, labels) from 0 to 1, and 0 for labels that it
+    does not know; `known` (labels,), which of the labels it has; `closeness` (predictions,) to the owner's own rows, if
+    that was asked for.
     """
 
-    logits: NDArray[np.float64]
+    numbers: NDArray[np.float32]
     known: NDArray[np.bool_]
     closeness: NDArray[np.float64] | None = None
 

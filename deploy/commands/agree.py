@@ -117,7 +117,6 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         "varied": quoted(_in_short(look.varied)),
         "of_images": of_images,
         "sheet": sheet,
-        "largest_logit": table.largest_logit,
         "start": table.start,
         "sums_weights": agreement.sums_weights,
         "with_weights": [name for name in agreement.owner_names if name not in agreement.without_weights],

@@ -101,7 +101,7 @@ TABLE = [
     Mutation(POOL, "test_154_", "enough-owners-give-weights"),
     Mutation(POOL, "test_155_a_model_of_another", "other-bases-give-no-weights"),
     Mutation(POOL, "test_155_a_model_with", "labels-are-those-of-the-roster"),
-    Mutation(POOL, "test_157_", "logits-are-clipped", "said = said - said.mean(axis=1, keepdims=True)"),
+    Mutation(POOL, "test_157_nor", "probabilities-add-up-to-one"),
     Mutation(DISTILLED, "test_a_total_that_no_models", "predictions-fit-the-owners"),
     # 152 to 163: words, images and next tokens
     Mutation(POOL, "test_152_an_image", "pool-rows-are-said-once"),
@@ -121,7 +121,7 @@ TABLE = [
     Mutation(POOL, "test_156_long", "long-rows-push-nothing-away"),
     Mutation(POOL, "test_156_an_own_image", "brightness-hides-no-own-image", "in_one_light = 0.0"),
     Mutation(POOL, "test_156_an_own_image", "own-images-are-recognised", "nearest = np.zeros(len(theirs))"),
-    Mutation(POOL, "test_157_nor", "outputs-are-clipped", "return np.where(known, numbers, 0.0)"),
+    Mutation(POOL, "test_157_no_", "outputs-are-clipped", "return np.where(known, shares, np.float32(0))"),
     Mutation(POOL, "test_159_", "every-word-is-read"),
     Mutation(POOL, "test_159_", "words-are-seen"),
     Mutation(

@@ -5,6 +5,8 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from zlib import crc32
@@ -18,19 +20,21 @@ from tokenizers import normalizers
 from tokenizers.normalizers import BertNormalizer
 
 import common.pool
-from client.measurement.predictions import as_summed, centred
+from client.measurement.predictions import as_summed
 from client.owner import Owner
 from client.pool_look import look_at_images, look_at_pool, overlap, write_sheet
 from common.agreement import AgreementDraft, Task, TaskKind
 from common.data.images import ImageFile
-from common.errors import DataError, ModelError, SettingsError
+from common.errors import DataError, ModelError, NumericalError, SettingsError
 from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS, DistillTable
 from common.merge_methods.terms import Predictions
 from common.pool import ImagePool, Pool, in_one_form, pin_pool, thumbnail
 from common.pool_rows import PoolReader
 from common.settings_file import parse_settings, parse_toml
+from common.summation.protocol import Total
 from deploy.commands.agree import QUOTE, consent_text
 from deploy.example.reviews import make_tokenizer
+from server.bounds import check_contributions
 from server.merge import prepare
 from tests.support import lessons
 from tests.support.merging import merge_settings, plan_for
@@ -162,18 +166,18 @@ def knowing(teaching_folder: Path, label_sets: Sequence[str], weights: str) -> A
 def test_153_an_owner_whose_labels_tell_it_apart_is_not_read(
     teaching_folder: Path, label_sets: list[str], weights: str
 ) -> None:
-    """Every label is known by three or more. But logits add up to zero over an owner's labels, so the sum over a and b
-    is about the last owner alone; and the closeness for a less that for c is the last owner's.
+    """Every label is known by three or more. But probabilities add up to 1 over an owner's labels, so the sum over a
+    and b, less 1 for each owner of these alone, is the last owner's; and so is the closeness for a less that for c.
     """
     random, total = np.random.default_rng(0), {"predictions": np.zeros((5, 4)), "closeness": np.zeros((5, 4))}
     for known in label_sets:
         knows = np.array([each in known for each in FOUR_LABELS])
-        logits = centred(random.standard_normal((5, 4)).astype(np.float32), knows, 16.0)
+        said = as_summed(random.standard_normal((5, 4)).astype(np.float32), knows, Task(labels=FOUR_LABELS))
         close = random.uniform(0.1, 1.0, (5, 1))
-        total["predictions"] += logits if weights == "alike" else close * logits
+        total["predictions"] += said if weights == "alike" else close * said
         total["closeness"] += close * knows
     if weights == "alike":
-        np.testing.assert_allclose(total["predictions"][:, :2].sum(1), logits[:, :2].sum(1), atol=1e-12)
+        np.testing.assert_allclose(total["predictions"][:, :2].sum(1) - 3, said[:, :2].sum(1), atol=1e-5)
     else:
         np.testing.assert_allclose(total["closeness"][:, [0]] - total["closeness"][:, [2]], close, atol=1e-12)
     name = f"owner{len(label_sets) - 1}"
@@ -291,7 +295,7 @@ def test_155_a_model_with_other_labels_than_the_roster_says_gives_nothing(teachi
 
 def test_156_who_consents_reads_the_pool_and_who_gives_what(teaching: Parties) -> None:
     text = consent_text(Owner(teaching.files["hotel"]))
-    assert "240 public rows with 2 labels: 480 numbers from -16 to 16" in text
+    assert "240 public rows with 2 labels: 480 numbers from 0 to 1" in text
     assert "weight changes and predictions: hotel, cinema, phones" in text
     assert "predictions alone:              kiosk" in text
     assert "NO OWNER CAN VERIFY WHAT IT TRAINS" in text
@@ -414,35 +418,49 @@ def test_156_an_own_image_that_was_changed_a_little_is_one_s_own(tmp_path: Path)
 # --- 157: an owner that shouts ---
 
 
-def test_157_no_model_of_an_honest_owner_decides_alone_by_large_logits() -> None:
-    loud = centred(np.array([[1e6, 0.0, -1e6]], np.float32), np.array([True] * 3), 16.0)
-    assert np.abs(loud).max() == 16.0
-
-
 @pytest.mark.parametrize(
     "task",
     [
-        Task(problem_type="multi_label_classification", labels=("a", "b")),
-        Task(problem_type="regression", labels=("a", "b"), target_range=(0.0, 1.0)),
+        Task(labels=("a", "b", "c")),
+        Task(problem_type="multi_label_classification", labels=("a", "b", "c")),
+        Task(problem_type="regression", labels=("a", "b", "c"), target_range=(-1.0, 1.0)),
     ],
 )
-def test_157_nor_by_large_outputs_of_another_kind(task: Task) -> None:
-    loud = as_summed(np.array([[1e6, -np.inf], [-1e6, 0.5]], np.float32), np.array([True, False]), 16.0, task)
-    assert np.abs(loud).max() == 16.0
-    assert not loud[:, 1].any()
+def test_157_no_model_of_an_honest_owner_decides_alone_by_large_outputs(task: Task) -> None:
+    outputs = np.array([[1e6, -np.inf, -1e6], [-1e6, 0.5, 1e6]], np.float32)
+    loud = as_summed(outputs, np.array([True, False, True]), task)
+    np.testing.assert_array_equal(loud, [[1, 0, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("weights", ["alike", "density"])
+def test_157_nor_a_dishonest_one_that_gives_every_label_a_probability_of_1(weights: str) -> None:
+    """No single number of the total is too large for the three of them."""
+    table = DistillTable.model_validate({"pool": "pool.jsonl", "rows": 5, "start": "base", "weights": weights})
+    settings = merge_settings(plan_for(3, [2]), distill=table)
+    layout, known = DISTILL.layout(settings), np.array([True] * 2)
+    honest = Predictions(numbers=np.full((5, 2), 0.5, np.float32), known=known, closeness=np.ones(5))
+    loud = replace(honest, numbers=np.ones((5, 2), np.float32))
+    for last in (honest, loud):
+        vector, part = np.zeros(layout.size), np.zeros(layout.size)
+        for each in (honest, honest, last):
+            layout.flatten(DISTILL.predicted(settings, each), part)
+            vector += part
+        total = Total(layout=layout, vector=vector, owners=("ada", "bea", "cyd"), roster_size=3)
+        with pytest.raises(NumericalError, match="add up to what no models") if last is loud else nullcontext():
+            check_contributions(total, layout, settings)
 
 
 # --- 158: a row that is near one owner alone ---
 
 
 def test_158_by_closeness_a_row_near_one_owner_alone_is_answered_by_that_owner() -> None:
-    """A documented break: the sum over all owners is nearly its logits. Whose they are, it does not tell."""
+    """A documented break: the sum over all owners is nearly what it says. Whose they are, it does not tell."""
     random, table = np.random.default_rng(0), DistillTable(pool="pool.jsonl", rows=5, weights="density")
     settings = merge_settings(plan_for(3, [2]), distill=table)
     known, total = np.array([True] * 2), np.zeros((5, 2))
     first, *others = (
         Predictions(
-            logits=centred(random.standard_normal((5, 2)).astype(np.float32), known, table.largest_logit),
+            numbers=as_summed(random.standard_normal((5, 2)).astype(np.float32), known, Task(labels=("a", "b"))),
             known=known,
             closeness=np.full(5, closeness),
         )
@@ -450,7 +468,7 @@ def test_158_by_closeness_a_row_near_one_owner_alone_is_answered_by_that_owner()
     )
     for each in (first, *others):
         total += dict(DISTILL.predicted(settings, each))["predictions"]
-    assert np.abs(total - first.logits).max() < len(others) * LEAST_CLOSENESS * table.largest_logit
+    assert np.abs(total - first.numbers).max() < len(others) * LEAST_CLOSENESS
     assert any("by that owner's model alone" in line for line in DISTILL.disclosures(settings.tables))
 
 

@@ -58,8 +58,9 @@ max_tokens = 32
 {task}
 [distill]
 pool = "{pool}"
+start = "{start}"
 epochs = {taught}
-learning_rate = 1e-2
+learning_rate = {rate}
 {table}
 [privacy]
 min_rows_per_dimension = 0.1
@@ -91,6 +92,8 @@ def write_consortium(
     owners: Mapping[str, str],
     *,
     table: str = "",
+    start: str = "base",
+    rate: float = 1e-2,
     compared: str = "",
     more: Mapping[str, str] = {},
     epochs: int = 8,
@@ -98,7 +101,9 @@ def write_consortium(
 ) -> None:
     """The settings. `owners`: what a roster's entry says beside the name; `more`: the same of an owner's settings."""
     folder.mkdir(exist_ok=True)
-    text = AGREEMENT.format(task=task, pool=pool, table=table, compared=compared, taught=list(taught))
+    text = AGREEMENT.format(
+        task=task, pool=pool, start=start, rate=rate, table=table, compared=compared, taught=list(taught)
+    )
     entries = [f'[[owners]]\nname = "{name}"\n{entry}\n' for name, entry in owners.items()]
     (folder / "agreement.toml").write_text(text + "".join(entries))
     suffix = "parquet" if "image" in task else "jsonl"
@@ -176,7 +181,7 @@ def of_words(folder: Path) -> Path:
     more = {"dan": 'own_base = "letters"\nfine_tuned = "dan"'}
     owners = {**dict.fromkeys(THINGS, ""), "dan": 'gives = "predictions"\nlabels = ["O", "B-THING"]'}
     task = f'kind = "token-classification"\nlabels = {json.dumps(TAGS)}'
-    write_consortium(folder, task, "pool.parquet", owners, table='start = "average"', more=more, taught=(2, 8))
+    write_consortium(folder, task, "pool.parquet", owners, start="average", more=more, taught=(2, 8))
     settings = folder / "dan.toml"
     settings.write_text(re.sub(r"\[training\]\n(.+\n){3}", "", settings.read_text()))
     words, letters = make_tokenizer(), tokenizer_of_letters()
@@ -288,6 +293,7 @@ def of_images(folder: Path) -> Path:
         "pool.parquet",
         owners,
         table='weights = "density"',
+        rate=3e-3,
         more={"cyd": 'own_base = "larger"'},
         epochs=20,
         taught=(40,),
