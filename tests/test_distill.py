@@ -320,6 +320,15 @@ def test_a_coordinator_that_is_killed_while_it_trains_resumes_with_the_last_epoc
     assert not (teaching.output / CHECKPOINT).exists()
 
 
+def test_an_epoch_shows_every_row_once_beside_others_of_about_its_length(teaching: Parties, tmp_path: Path) -> None:
+    student, *_ = student_in(tmp_path / "student", teaching, batch_size=8)
+    lengths = np.random.default_rng(0).integers(1, 60, 100)
+    one, other = (list(student._order(epoch, lengths)) for epoch in (0, 1))
+    assert sorted(np.concatenate(one)) == list(range(100))
+    assert np.mean([np.ptp(lengths[rows]) for rows in one]) < 10
+    assert [list(rows) for rows in one] != [list(rows) for rows in other]
+
+
 @pytest.mark.parametrize("content", [None, [1], {"epoch": 1, "student": {}, "optimizer": {}}])
 def test_a_damaged_epoch_is_named(teaching: Parties, tmp_path: Path, content: object) -> None:
     student, settings, total = student_in(tmp_path / "student", teaching)
