@@ -22,16 +22,8 @@ from common.models.layers import Layer, linear_layers
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, SharedInput, merge_plan
 from tests.support.architectures import made
-from tests.support.models import tiny_bert
+from tests.support.models import plan_for, tiny_bert
 from tests.support.rows import batch_of
-
-
-def plan_for(model: nn.Module, batch: dict[str, torch.Tensor], within: str = "") -> MergePlan:
-    """Every distinct input of layers with `within` in their names has a Gram."""
-    merged = tuple(group for group in find_shared_inputs(model, batch) if within in group[0])
-    names = {name for group in merged for name in group}
-    averaged = tuple(name for name in parameter_shapes(model) if name not in names)
-    return merge_plan(model, PlannedTensors(merged=merged, averaged=averaged, left_alone=()))
 
 
 def explicit_rows(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -40,12 +40,12 @@ from deploy.example.reviews import make_tokenizer
 from server.bounds import check_classifier
 from tests.support.errors import in_two_lines
 from tests.support.merging import merge_settings, plan_for
+from tests.support.models import plan_for as gram_plan
 from tests.support.models import tiny_bert
 from tests.support.owner_process import NONCE, OTHER, Process, delivered_by, opening_of, part_of
 from tests.support.parties import parties_of
 from tests.support.sums import identities_of, run, terms_of
 from tests.support.verifying import Check, Contributions, verified
-from tests.test_gram import plan_for as gram_plan
 
 SIZE, OWN = 20_000, 3.0
 LAYOUT = TensorLayout((TensorEntry(name="counts", shape=(SIZE,), bound=bound_with_noise(1e4, OWN), noise=OWN),))

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
+from client.measurement.gram import find_shared_inputs
 from common.models.delta import Delta
+from common.models.parameters import parameter_shapes
+from common.models.plan import MergePlan, PlannedTensors, merge_plan
 
 
 def delta_of(fine_tuned: nn.Module, base: nn.Module) -> dict[str, Tensor]:
@@ -36,3 +39,11 @@ def tiny_gpt2() -> GPT2ForSequenceClassification:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GPT2ForSequenceClassification(config).eval()
+
+
+def plan_for(model: nn.Module, batch: dict[str, torch.Tensor], within: str = "") -> MergePlan:
+    """Every distinct input of layers with `within` in their names has a Gram."""
+    merged = tuple(group for group in find_shared_inputs(model, batch) if within in group[0])
+    names = {name for group in merged for name in group}
+    averaged = tuple(name for name in parameter_shapes(model) if name not in names)
+    return merge_plan(model, PlannedTensors(merged=merged, averaged=averaged, left_alone=()))
