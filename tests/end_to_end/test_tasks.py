@@ -210,6 +210,7 @@ def test_the_next_word_is_predicted(tmp_path: Path) -> None:
     assert "lm_head.weight" in {name for group in report.tensors.merged for name in group}
 
 
+@pytest.mark.slow
 def test_a_text_is_turned_into_another(tmp_path: Path) -> None:
     folder = tmp_path / "consortium"
     write_consortium(folder, 'kind = "sequence-to-sequence"', t5, epochs=8)
@@ -369,6 +370,7 @@ def clip(_: int) -> PreTrainedModel:
     return CLIPForImageClassification(config)
 
 
+@pytest.mark.slow
 def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> None:
     folder = tmp_path / "consortium"
     write_consortium(folder, 'kind = "image-classification"\nlabels = ["dark", "light"]', clip, epochs=10)
