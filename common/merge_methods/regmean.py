@@ -137,8 +137,9 @@ class GramPart:
             bound, is_noised = _bound(settings, shared), settings.gram_noise is not None
             rows = owner.gram_examples if is_noised else gram.rows  # check: noised-grams-count-no-tokens
             yield f"rows/{shared.name}", to_array(torch.tensor([float(rows)]))
-            weighted = _noised(settings, owner, shared.name, gram, self.ridge) if is_noised else None
-            if weighted is None:
+            if is_noised:
+                weighted = _noised(settings, owner, shared.name, gram, self.ridge)
+            else:
                 weighted = add_ridge(owner_scale(settings, owner, gram) * gram.matrix, self.ridge)
             add_floor(weighted, settings, bound, bound)
             if not is_noised:
