@@ -65,6 +65,14 @@ class MergeBounds:
     changes: Mapping[str, float] = field(default_factory=dict)
 
 
+def largest_noise_eigenvalue(dimension: int) -> float:
+    """Of the noise on a symmetric matrix (dimension, dimension), in its standard deviations, except once in 10^10.
+
+    AdaSSP: Wang, UAI 2018, arXiv 1803.02596; concentration of a function that no number moves by more than itself.
+    """
+    return float((2 * dimension) ** 0.5 + 7)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefitNoise:
     """What hides a row in a refit. `features`: the agreed 2-norm of the classifier's input, including its constant;
@@ -89,12 +97,8 @@ class RefitNoise:
         return (self.sensitivity / moved).clamp(max=1.0)  # check: long-rows-weigh-less
 
     def ridge(self, num_owners: int, dimension: int) -> float:
-        """What the total has on its diagonal, so that it stays positive definite under the noise of all owners.
-
-        The noise's largest eigenvalue is at most sigma (sqrt(2 d) + 7), except once in 10^10 (AdaSSP: Wang, UAI 2018,
-        arXiv 1803.02596; concentration of a function that no number moves by more than itself).
-        """
-        return float(num_owners**0.5 * self.own * ((2 * dimension) ** 0.5 + 7))
+        """What the total has on its diagonal, so that it stays positive definite under the noise of all owners."""
+        return float(num_owners**0.5 * self.own * largest_noise_eigenvalue(dimension))
 
     def rows_needed(self, num_owners: int, dimension: int) -> int:
         """How many rows all owners need together, so that their Gram's mean eigenvalue is a third of the ridge. With
@@ -141,17 +145,11 @@ class GramNoise:
         """
         return dimension * self.multiplier / units
 
-    def largest(self, dimension: int) -> float:
-        """The largest eigenvalue of one owner's noise, in its standard deviations, except once in 10^10: see
-        RefitNoise.ridge.
-        """
-        return float((2 * dimension) ** 0.5 + 7)
-
     def ridge(self, name: str, dimension: int) -> float:
         """What each owner adds to its diagonal, so that the total stays positive definite under the noise of all, if
         no fewer than `owners` are in it: n of them add n / sqrt(owners) >= sqrt(n) times the eigenvalue of one's noise.
         """
-        noise = self.own(name) * self.largest(dimension)
+        noise = self.own(name) * largest_noise_eigenvalue(dimension)
         return float(noise / self.owners**0.5)  # check: noised-grams-have-their-ridge
 
     def bound(self, name: str, dimension: int, examples: int, num_owners: int) -> float:
@@ -163,7 +161,7 @@ class GramNoise:
         a method keeps of their Gram, if examples have the agreed norm. `kept`: that eigenvalue relative to the trace,
         which is no smaller than the norm.
         """
-        noise = num_owners**0.5 * self.multiplier * self.largest(dimension)
+        noise = num_owners**0.5 * self.multiplier * largest_noise_eigenvalue(dimension)
         return float(noise / kept) if kept > 0 else inf
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from common.agreement.tables import DraftTables, Task
 
 SumName = Literal["metrics", "refit", "grams"]
-LegName = Literal["training", "metrics", "refit", "grams"]
+LegName = Literal["training"] | SumName
 OF_TRAINING: LegName = "training"
 
 
