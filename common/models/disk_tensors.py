@@ -78,5 +78,5 @@ def _written(tensors: Mapping[str, Tensor], folder: Path) -> NDArray[np.uint8]:
     except OSError as error:
         raise DataError(
             f"{folder}: a model's weights cannot be written here ({error.strerror})",
-            hint="make room on this disk, or move the state folder",
+            hint="make room on this disk, or move this folder to another one",
         ) from None
