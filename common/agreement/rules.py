@@ -192,9 +192,9 @@ def differences_of_labels_hide_their_owners(draft: DraftTables) -> None:
     An owner's probabilities add up to 1 over the labels of its model. So if others know either all of some labels or
     none, the sum over these labels has 1 or 0 of each of them, and the rest is about the other owners alone. If every
     owner's labels are connected by label sets that enough owners share each, any sum that is not the same whatever
-    models say is about all owners of one such set. What owners add to the
-    closeness is the same for each label that they know: there the difference of two labels is about the owners that
-    know one of them alone, so all label sets must be shared.
+    models say is about all owners of one such set. What owners add to the closeness is the same for each label that
+    they know: there the difference of two labels is about the owners that know one of them alone, so all label sets
+    must be shared.
     """
     if DISTILL.name not in draft.methods or not draft.unknown_labels:
         return
