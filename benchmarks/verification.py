@@ -192,15 +192,20 @@ def _with_table(text: str, table: str) -> str:
 
 def as_markdown(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
+    where = "Each is in one process."
+    if "bert-base" in results["runs"]:
+        where = (
+            "`bert-base` is a server and a client for each owner over TLS, where every message starts a process. "
+            f"It has the base's width and vocabulary, but {results.get('layers', LAYERS)} of its 12 layers. "
+            "The others are in one process."
+        )
     lines = [
         "# What verification costs",
         "",
-        "Whole masked merges on one thread, in turns without and with verification. `bert-base` is a server and a "
-        "client for each owner over TLS, where every message starts a process. It has the base's width and vocabulary, "
-        f"but {results.get('layers', LAYERS)} of its 12 layers. The others are in one process. Messages are those to "
-        "one owner, bytes to and from all; seconds are of the processor, of all parties together, medians. "
-        "Wall times are of a machine that others may have used meanwhile. "
-        "Accuracy and macro F1 are the published model's: where merges are verified, sums have floors. "
+        f"Whole masked merges on one thread, in turns without and with verification. {where} Messages are those to one "
+        "owner, bytes to and from all; seconds are of the processor, of all parties together, medians. Wall times are "
+        "of a machine that others may have used meanwhile. Accuracy and macro F1 are the published model's: where "
+        "merges are verified, sums have floors. "
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
         "| merge | owners | messages | more | MB | more | seconds | more | wall, s | more | peak, MB "
