@@ -97,8 +97,8 @@ kind = "masked"               # the coordinator learns totals only; with "plain"
 
 [privacy]
 min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram does not take part
-# epsilon = 8.0               # noise in training (DP-SGD), in metrics and in a refit; needs label_set = "all"
-# legs = { metrics = 0.1, refit = 0.4 }   # their shares of the budget; training has the rest
+# epsilon = 8.0               # noise in training (DP-SGD), metrics, a refit and Grams; needs label_set = "all"
+# legs = { metrics = 0.1, refit = 0.4, grams = 0.3 }   # shares of the budget, of what is summed; training has the rest
 
 # [bounds]
 # change = 0.5                # no tensor may change by more than this share of the base's; more is scaled down
