@@ -373,9 +373,18 @@ def _feature_norm(draft: AgreementDraft, base: PreTrainedModel, probe: Rows, pla
 
 
 def _gram_norms(draft: AgreementDraft, base: PreTrainedModel, probe: Rows, plan: MergePlan) -> tuple[float, ...]:
-    """The Frobenius norm of what one example adds to each Gram, in the mean; none if no Gram has noise."""
-    if draft.bounds.gram_norms or not draft.has_noised_grams:
-        return draft.bounds.gram_norms
+    """The Frobenius norm of what one example adds to each Gram, in the mean; none if no Gram has noise.
+
+    Raises SettingsError for a draft that names others than one for each Gram.
+    """
+    named = draft.bounds.gram_norms
+    if named and draft.has_noised_grams and len(named) != len(plan.inputs):
+        raise SettingsError(
+            f"bounds.gram_norms: {len(named)} of them, and {len(plan.inputs)} Gram matrices are merged",
+            hint="leave it out: they are then measured on the base model",
+        )
+    if named or not draft.has_noised_grams:
+        return named
     norms = {shared.name: 0.0 for shared in plan.inputs}
     for _, batch, _ in replace(probe, are_apart=True).batches(batch_size=1):
         for name, gram in measure_grams(base, plan, [batch]).items():

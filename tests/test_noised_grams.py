@@ -382,6 +382,16 @@ def test_an_owner_with_too_few_examples_says_how_many_it_takes(folder: Path, tmp
     assert "rows per dimension of a Gram matrix, you do not take part" not in consent
 
 
+def test_a_draft_names_a_norm_for_each_gram_or_none(folder: Path, tmp_path: Path) -> None:
+    draft = folder / "agreement.toml"
+    assert "# [bounds]" in draft.read_text()
+    draft.write_text(draft.read_text().replace("# [bounds]", "[bounds]\ngram_norms = [1.0]"))
+    (tmp_path / "out").mkdir()
+    wrong = pytest.raises(SettingsError, match=r"bounds\.gram_norms: 1 of them, and \d Gram matrices")
+    with wrong, parties_of(folder, tmp_path / "out"):
+        pass
+
+
 def anchor(folder: Path) -> None:
     """Merge by a method that few examples are enough for."""
     draft = folder / "agreement.toml"
