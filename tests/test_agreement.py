@@ -148,6 +148,7 @@ SEVERAL = 'problem_type = "multi_label_classification"\n'
         (SEVERAL + 'labels = ["a"]', "", "at least two labels are needed"),
         (SEVERAL, 'method = "refit"', "refit.balances: they weigh rows by the share of their one label"),
         (SEVERAL, '[evaluation]\nchoose_by = "pearson_r"', "must be accuracy or macro_f1 for text-classification"),
+        (SEVERAL, '[evaluation]\nchoose_by = "worst"', "evaluation.choose_by = 'worst': must be 'accuracy'"),
         (
             REGRESSION + "target_range = [0, 1]",
             '[evaluation]\nchoose_by = "accuracy"',

@@ -23,7 +23,7 @@ TaskKind = Literal[
 ]
 Metric = Literal["accuracy", "macro_f1", "entity_f1", "log_likelihood", "pearson_r", "mean_squared_error"]
 WORST_GROUP: Literal["worst_group"] = "worst_group"  # the least accuracy among the agreed groups of rows
-Measure = Metric | Literal["worst_group"]
+Measure = Literal[Metric, "worst_group"]
 METRICS: dict[TaskKind, Metric] = {
     "text-classification": "macro_f1",
     "image-classification": "macro_f1",
