@@ -173,7 +173,7 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule, pool_toke
         fisher_examples=wanted.get(Measurement.FISHER, 0),
         forward_examples=forward,
         pool_tokens=pool_tokens,
-        predicted_numbers=taught.asked * (taught.vocabulary or len(agreement.task.labels)) if distilled else 0,
+        predicted_numbers=taught.asked * taught.outputs(len(agreement.task.labels)) if distilled else 0,
         student_epochs=taught.epochs[-1] if distilled else 0,
         validated_models=metrics.get("validation", 0),
         tested_models=metrics.get("test", 0),

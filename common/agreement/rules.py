@@ -138,7 +138,7 @@ def predictions_can_be_summed(draft: DraftTables) -> None:
             f'distill.keep = "{table.keep}": only of one label among several is a model more confident',
             hint="leave it out",
         )
-    outputs = table.vocabulary or max(1, len(task.labels))
+    outputs = table.outputs(len(task.labels))
     if table.asked * outputs > MAX_NUMBERS:  # check: predictions-are-bounded
         raise RuleError(
             f"distill: {table.asked:,} predictions of {outputs:,} numbers each are more than {MAX_NUMBERS:,}, which "

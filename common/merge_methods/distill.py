@@ -94,6 +94,14 @@ class DistillTable(Hyperparameters):
         """How many predictions an owner makes."""
         return self.predictions or self.rows or 1
 
+    def outputs(self, labels: int) -> int:
+        """How many numbers a prediction has: one for each of a task's labels, or for each token of a vocabulary."""
+        return self.vocabulary or max(1, labels)
+
+    def numbers(self, labels: int) -> int:
+        """How many numbers an owner sends: its predictions and, if agreed, how close the rows are for each of them."""
+        return self.asked * self.outputs(labels) * (2 if self.weights == "density" else 1)
+
 
 class Distill(Method[DistillTable]):
     """A student that is trained on the sum of all owners' predictions."""
@@ -171,8 +179,8 @@ class Distill(Method[DistillTable]):
         yield from self.predicted(settings, owner.predictions)
 
     def outputs(self, settings: MergeSettings) -> int:
-        """How many numbers a prediction has: one for each label, or for each token of a vocabulary."""
-        return self.hyperparameters(settings).vocabulary or settings.num_labels
+        """How many numbers a prediction has."""
+        return self.hyperparameters(settings).outputs(settings.num_labels)
 
     def predicted(self, settings: MergeSettings, said: Predictions) -> Iterator[tuple[str, NDArray]]:
         """What an owner adds that has no weights to give: its predictions alone."""

@@ -97,7 +97,7 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         return None
     look, labels, task = owner.workbench.pool_look, agreement.task.labels, agreement.task
     unknown, sheet = agreement.unknown_labels, owner.workbench.write_pool_sheet()
-    outputs = table.vocabulary or max(1, len(labels))
+    outputs = table.outputs(len(labels))
     of_images = task.kind == "image-classification"
     return {
         "look": look,
@@ -107,7 +107,7 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         "outputs": f"{outputs:,} tokens of the vocabulary"
         if table.vocabulary
         else f"{outputs} {'targets' if task.is_regression else 'labels'}",
-        "numbers": table.asked * outputs * (1 if table.weights == "alike" else 2),
+        "numbers": table.numbers(len(labels)),
         "nearest_by": "by their shades of grey" if of_images else "by the share of words in common",
         "nothing_near": "None of them resembles an image of yours."
         if of_images

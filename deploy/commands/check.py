@@ -287,11 +287,10 @@ def _check_pool(checks: Checklist, draft: AgreementDraft, pool: Path) -> None:
         with checks.item("pool") as item:
             table = DISTILL.of(draft.tables)
             rows = len(read_pool(pool, table, draft.task.kind))
-            outputs = table.vocabulary or max(1, len(draft.task.labels))
-            numbers = table.asked * outputs * (1 if table.weights == "alike" else 2)
+            labels = len(draft.task.labels)
             item.found = (
-                f"{rows:,} rows, as agreed: {table.asked:,} predictions of {outputs:,} numbers, "
-                f"{byte_count(8 * numbers)} of what every owner sends"
+                f"{rows:,} rows, as agreed: {table.asked:,} predictions of {table.outputs(labels):,} numbers, "
+                f"{byte_count(8 * table.numbers(labels))} of what every owner sends"
             )
 
 
