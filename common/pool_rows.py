@@ -21,6 +21,7 @@ from common.data.images import prepared, room_for
 from common.errors import DataError, ModelError
 from common.lazy import lazy_module
 from common.models.folders import image_shape, load_image_processor, load_tokenizer
+from common.models.padding import padded
 from common.models.parameters import longest_text
 from common.pool import MAKE_IT_AGAIN, ImagePool, Pool
 
@@ -85,7 +86,7 @@ class PoolRows:
         if isinstance(self.features, np.ndarray):
             return {"pixel_values": torch.from_numpy(self.features[indices])}, None
         assert self.tokenizer is not None
-        inputs = dict(self.tokenizer.pad([self.features[index] for index in indices], return_tensors="pt"))
+        inputs = padded([self.features[index] for index in indices], self.tokenizer)
         if self.marks is None:
             return inputs, None
         mask = inputs["attention_mask"].bool()

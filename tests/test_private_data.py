@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from client.data.lengths import cut_in_words
 from client.data.private_data import PrivateData
 from client.data.readers import features
-from client.data.rows import padded
 from client.settings import Data
 from common.agreement import Reading, Task
 from common.data.files import Draw, read_arrays, read_columns
 from common.errors import DataError
 from common.models.folders import load_tokenizer
 from common.models.loading import load_base
+from common.models.padding import padded
 from deploy.demo.digits import train_base
 from deploy.example.reviews import LABELS, make_tokenizer
 

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.models.padding import padded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -26,8 +28,6 @@ IGNORED = -100  # what torch's cross entropy ignores
 
 Features = tuple[Mapping[str, Any], ...] | NDArray[np.float32]
 Targets = NDArray[np.int64] | NDArray[np.float32] | tuple[NDArray[np.int64], ...]
-
-PADDED = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,28 +106,6 @@ def unlabelled(rows: PoolRows) -> Rows:
     """The parts of a public pool. Each target is 0 where a model predicts."""
     targets = np.zeros(len(rows), np.int64) if rows.marks is None else rows.marks
     return Rows(features=rows.features, targets=targets, tokenizer=rows.tokenizer)
-
-
-def padded(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Batch:
-    """The inputs of some examples as tensors, (examples, tokens) int64, as `tokenizer.pad` makes them, which takes as
-    long as a small model's pass. It is asked for what it may pad in a way of its own.
-    """
-    is_usual = type(tokenizer)._pad.__module__ == "transformers.tokenization_utils_base"
-    if not is_usual or not {"input_ids", "attention_mask"} <= set(rows[0]) <= PADDED:
-        return dict(tokenizer.pad(rows, return_tensors="pt"))
-    fill = {
-        "input_ids": tokenizer.pad_token_id,
-        "token_type_ids": tokenizer.pad_token_type_id,
-        "attention_mask": 0,
-    }
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {name: np.full((len(rows), longest), fill[name]) for name in rows[0]}
-    for number, row in enumerate(rows):
-        length = len(row["input_ids"])
-        tokens = slice(longest - length, longest) if tokenizer.padding_side == "left" else slice(length)
-        for name, values in row.items():
-            batch[name][number, tokens] = values
-    return {name: torch.from_numpy(each) for name, each in batch.items()}
 
 
 def judged(targets: Tensor) -> Tensor:
