@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-IGNORED = -100  # at positions of which nothing is predicted, as in client/data/rows.py
 MAX_PREPARED_BYTES = 16_000_000_000  # of all images, as a model reads them
 BRING_ANOTHER = "take the row out of the pool, and complete the draft again: amalgram draft"
 
@@ -46,12 +45,12 @@ BRING_ANOTHER = "take the row out of the pool, and complete the draft again: ama
 class PoolRows:
     """Parts of the pool, in its order: tokenised but not padded, or images (parts, channels, height, width).
 
-    `marks`: None if each part has one prediction; else for each part one array over its tokens, with 0 where there is a
-    prediction and IGNORED elsewhere.
+    `marks`: None if each part has one prediction; else for each part one array over its tokens, true where there is a
+    prediction.
     """
 
     features: tuple[dict[str, Any], ...] | NDArray[np.float32]
-    marks: tuple[NDArray[np.int64], ...] | None = None
+    marks: tuple[NDArray[np.bool_], ...] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def __len__(self) -> int:
@@ -69,7 +68,7 @@ class PoolRows:
         """(parts,): how many predictions each has."""
         if self.marks is None:
             return np.ones(len(self), np.int64)
-        return np.array([int((each != IGNORED).sum()) for each in self.marks], np.int64)
+        return np.array([each.sum() for each in self.marks], np.int64)
 
     def predictions_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers of the predictions that these parts have, among all of the pool's, in this order."""
@@ -89,10 +88,9 @@ class PoolRows:
         inputs = padded([self.features[index] for index in indices], self.tokenizer)
         if self.marks is None:
             return inputs, None
-        mask = inputs["attention_mask"].bool()
+        mask = inputs["attention_mask"].bool()  # padding may be on either side
         places = torch.zeros_like(mask)
-        predicted = np.concatenate([self.marks[index] for index in indices]) != IGNORED
-        places[mask] = torch.from_numpy(predicted)  # padding may be on either side
+        places[mask] = torch.from_numpy(np.concatenate([self.marks[index] for index in indices]))
         return inputs, places
 
 
@@ -161,7 +159,7 @@ class PoolReader:
                 hint="save the model with a fast tokenizer",
             )
         features: list[dict[str, Any]] = []
-        marks: list[NDArray[np.int64]] = []
+        marks: list[NDArray[np.bool_]] = []
         whole = self.tokenizer([list(row) for row in pool.texts], is_split_into_words=True, verbose=False)
         for index, row in enumerate(pool.texts):
             fits = len(whole["input_ids"][index]) <= self.max_tokens
@@ -187,9 +185,9 @@ class PoolReader:
         yield from self._parts(words[: len(words) // 2])
         yield from self._parts(words[len(words) // 2 :])
 
-    def _first_tokens(self, number: int, words: Sequence[str], word_of_token: list[int | None]) -> NDArray[np.int64]:
-        """(tokens,): 0 at the first token of each word. Raises DataError for a word without any."""
-        marks = np.full(len(word_of_token), IGNORED, np.int64)
+    def _first_tokens(self, number: int, words: Sequence[str], word_of_token: list[int | None]) -> NDArray[np.bool_]:
+        """(tokens,): true at the first token of each word. Raises DataError for a word without any."""
+        marks = np.zeros(len(word_of_token), bool)
         seen = dict[int, int]()
         for place, word in enumerate(word_of_token):
             if word is not None:
@@ -201,7 +199,7 @@ class PoolReader:
                 "be alone in what is summed of it",
                 hint=BRING_ANOTHER,
             )
-        marks[list(seen.values())] = 0
+        marks[list(seen.values())] = True
         return marks
 
     # --- what goes in ---
@@ -268,9 +266,9 @@ def check_counts(rows: PoolRows, table: DistillTable) -> None:
         )
 
 
-def _spread(length: int, most: int) -> NDArray[np.int64]:
-    """(length,): 0 at up to `most` positions, evenly spread over those that have a next token."""
-    marks = np.full(length, IGNORED, np.int64)
+def _spread(length: int, most: int) -> NDArray[np.bool_]:
+    """(length,): true at up to `most` positions, evenly spread over those that have a next token."""
+    marks = np.zeros(length, bool)
     last = max(0, length - 2)
-    marks[np.unique(np.linspace(0, last, min(most, last + 1)).round().astype(np.int64))] = 0
+    marks[np.unique(np.linspace(0, last, min(most, last + 1)).round().astype(np.int64))] = True
     return marks

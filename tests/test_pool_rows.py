@@ -23,7 +23,7 @@ from common.data.images import ImageFile
 from common.errors import DataError, ModelError
 from common.merge_methods.distill import DistillTable
 from common.pool import ImagePool, Pool, pin_pool, read_pool
-from common.pool_rows import IGNORED, PoolReader, PoolRows, _spread, check_counts, vocabulary_of
+from common.pool_rows import PoolReader, PoolRows, _spread, check_counts, vocabulary_of
 from deploy.example.reviews import make_tokenizer
 from tests.support.lessons import SIZES, png, tokenizer_of_letters
 
@@ -172,9 +172,7 @@ def test_every_word_has_a_prediction_however_short_a_model_reads(rows: list[list
 def _predicted(rows: PoolRows) -> list[int]:
     assert rows.marks is not None
     parts = zip(rows.features, rows.marks, strict=True)
-    return [
-        token for row, marks in parts for token, mark in zip(row["input_ids"], marks, strict=True) if mark != IGNORED
-    ]
+    return [token for row, marks in parts for token, mark in zip(row["input_ids"], marks, strict=True) if mark]
 
 
 def test_a_model_without_a_fast_tokenizer_reads_no_words() -> None:
@@ -196,7 +194,7 @@ def test_tokens_beyond_a_model_are_named() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_a_text_is_asked_about_evenly_where_it_goes_on(length: int, most: int) -> None:
-    places = np.flatnonzero(_spread(length, most) != IGNORED)
+    places = np.flatnonzero(_spread(length, most))
     assert len(places) == min(most, max(1, length - 1))
     assert places[-1] <= max(0, length - 2)
     assert len(places) < 2 or np.ptp(np.diff(places)) <= 1

@@ -104,7 +104,9 @@ class Rows:
 
 def unlabelled(rows: PoolRows) -> Rows:
     """The parts of a public pool. Each target is 0 where a model predicts."""
-    targets = np.zeros(len(rows), np.int64) if rows.marks is None else rows.marks
+    targets: Targets = np.zeros(len(rows), np.int64)
+    if rows.marks is not None:
+        targets = tuple(np.where(marks, 0, IGNORED) for marks in rows.marks)
     return Rows(features=rows.features, targets=targets, tokenizer=rows.tokenizer)
 
 
