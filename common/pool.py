@@ -128,15 +128,9 @@ def pool_path(own_copy: Path | None, home: Path, table: DistillTable, agreement_
 def read_pool(path: Path, table: DistillTable, kind: TaskKind) -> Pool | ImagePool:
     """The agreed pool. Raises DataError for any other file, and for a row that is missing, empty or said twice."""
     content = _read(path)
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != table.pool_sha256:  # check: pool-is-the-agreed-one
-        raise DataError(
-            f"pool {path}: its SHA-256 is {digest[:16]}..., the agreement's is {(table.pool_sha256 or 'none')[:16]}...",
-            hint="get the file that was agreed on; whoever chooses its rows chooses what is asked about",
-        )
+    _check_digest(path, hashlib.sha256(content).hexdigest(), table)
     pool = _parsed(path, content, table, kind)
-    if len(pool) != table.rows:
-        raise DataError(f"pool {path}: has {len(pool)} rows, the agreement says {table.rows}", hint=MAKE_IT_AGAIN)
+    _check_rows(path, len(pool), table)
     return pool
 
 
@@ -146,13 +140,29 @@ def pin_pool(path: Path, table: DistillTable, kind: TaskKind) -> DistillTable:
     Raises DataError.
     """
     content = _read(path)
+    digest = hashlib.sha256(content).hexdigest()
+    if table.pool_sha256 is not None:
+        _check_digest(path, digest, table)
     pool = _parsed(path, content, table, kind)
-    found: dict[str, Any] = {"pool_sha256": hashlib.sha256(content).hexdigest(), "rows": len(pool)}
-    if isinstance(pool, Pool) and pool.has_words:
+    if table.rows is not None:
+        _check_rows(path, len(pool), table)
+    found: dict[str, Any] = {"pool_sha256": digest, "rows": len(pool)}
+    if isinstance(pool, Pool) and pool.has_words and table.predictions is None:
         found["predictions"] = sum(map(len, pool.texts))
-    pinned = table.model_copy(update={name: getattr(table, name) or value for name, value in found.items()})
-    read_pool(path, pinned, kind)
-    return pinned
+    return table.model_copy(update=found)
+
+
+def _check_digest(path: Path, digest: str, table: DistillTable) -> None:
+    if digest != table.pool_sha256:  # check: pool-is-the-agreed-one
+        raise DataError(
+            f"pool {path}: its SHA-256 is {digest[:16]}..., the agreement's is {(table.pool_sha256 or 'none')[:16]}...",
+            hint="get the file that was agreed on; whoever chooses its rows chooses what is asked about",
+        )
+
+
+def _check_rows(path: Path, rows: int, table: DistillTable) -> None:
+    if rows != table.rows:
+        raise DataError(f"pool {path}: has {rows} rows, the agreement says {table.rows}", hint=MAKE_IT_AGAIN)
 
 
 def _read(path: Path) -> bytes:
