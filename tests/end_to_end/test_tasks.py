@@ -44,10 +44,8 @@ from deploy.commands.personal import make_and_show
 from deploy.example.reviews import make_tokenizer
 from deploy.simulation.simulate import simulate
 from server.report.report import MeanMetrics, Report
+from tests.support.lessons import TAGS, THINGS, WORDS
 
-OWNERS = {"ada": ("room", "bed", "staff"), "bea": ("film", "plot", "actor"), "cyd": ("phone", "screen", "case")}
-WORDS = {"negative": ("dull", "slow", "rude"), "positive": ("clean", "witty", "fast")}
-TAGS = ("O", "B-THING", "I-THING")
 ROWS = {"train": 60, "test": 24}
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -56,14 +54,14 @@ Row = dict[str, Any]
 
 def text_of(random_source: random.Random, owner: str) -> tuple[str, str]:
     label = random_source.choice(sorted(WORDS))
-    return f"the {random_source.choice(OWNERS[owner])} was {random_source.choice(WORDS[label])}", label
+    return f"the {random_source.choice(THINGS[owner])} was {random_source.choice(WORDS[label])}", label
 
 
 def tagged(random_source: random.Random, owner: str) -> Row:
     words = text_of(random_source, owner)[0].split()
     tags = ["O", "B-THING", "O", "O"]
     if random_source.random() < 0.5:
-        words, tags = [*words[:2], random_source.choice(OWNERS[owner]), *words[2:]], ["O", *TAGS[1:], "O", "O"]
+        words, tags = [*words[:2], random_source.choice(THINGS[owner]), *words[2:]], ["O", *TAGS[1:], "O", "O"]
     return {"tokens": words, "tags": tags}
 
 
@@ -140,16 +138,16 @@ def write_consortium(folder: Path, task: str, model: Callable[[int], PreTrainedM
         torch.manual_seed(0)
         model(len(tokenizer)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in OWNERS)
+    owners = "".join(f'[[owners]]\nname = "{name}"\n' for name in THINGS)
     (folder / "agreement.toml").write_text(AGREEMENT.format(task=task, owners=owners))
-    for name in OWNERS:
+    for name in THINGS:
         text = OWNER.format(name=name, epochs=epochs, suffix="jsonl", more="")
         (folder / f"{name}.toml").write_text(text)
 
 
 def write_rows(folder: Path, row_of: Callable[[random.Random, str], Row]) -> None:
     random_source = random.Random(1)
-    for name in OWNERS:
+    for name in THINGS:
         for split, count in ROWS.items():
             rows = [row_of(random_source, name) for _ in range(count)]
             (folder / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -226,7 +224,7 @@ def test_owners_with_labels_of_their_own_share_a_body_and_keep_their_heads(tmp_p
     write_consortium(folder, 'kind = "text-classification"\nhead = "private"', headless_bert, epochs=30)
     write_rows(folder, classified)
     labels = sorted(WORDS)
-    for name in OWNERS:
+    for name in THINGS:
         own = labels if name != "bea" else ["positive film", "negative film", "no film"]
         path = folder / f"{name}.toml"
         path.write_text(path.read_text().replace("[training]", f"labels = {json.dumps(own)}\n[training]"))
@@ -268,7 +266,7 @@ def labelled_several_times(random_source: random.Random, owner: str) -> Row:
     """A text has one mood and perhaps names the owner's first thing, or says neither."""
     words, labels = ["the"], []
     if random_source.random() < 0.5:
-        words.append(OWNERS[owner][0])
+        words.append(THINGS[owner][0])
         labels.append("thing")
     if random_source.random() < 0.8:
         label = random_source.choice(sorted(WORDS))
@@ -283,7 +281,7 @@ def with_refit(folder: Path) -> None:
     text = draft.read_text().replace('"regmean"', '"refit"').replace("[0.5, 0.9]", "[0.9]")
     text = text.replace('["average", "task_arithmetic", "fisher"]', "[]")
     draft.write_text(text + '\n[refit]\nbody = "regmean"\nbalances = [0.0]\n')
-    for name in OWNERS:
+    for name in THINGS:
         path = folder / f"{name}.toml"
         path.write_text(path.read_text().replace("epochs", "batch_size = 8\nepochs"))
 
@@ -302,7 +300,7 @@ def test_texts_have_several_labels_or_none(tmp_path: Path) -> None:
     report = simulate(folder, tmp_path / "output", with_references=False)
     mean, published = report.evaluation.mean, tmp_path / "output" / "model"
     assert min(mean["own_at_home"].main, mean["refit"].main) > mean["base"].main + 0.4
-    tests = [json.loads(line) for name in OWNERS for line in (folder / f"{name}-test.jsonl").read_text().splitlines()]
+    tests = [json.loads(line) for name in THINGS for line in (folder / f"{name}-test.jsonl").read_text().splitlines()]
     classify = pipeline("text-classification", model=str(published), top_k=None)
     found = [{each["label"] for each in row if each["score"] > 0.5} for row in classify([row["text"] for row in tests])]
     for label, (right, wanted, given) in zip(report.agreement.task.labels, mean["refit"].sums, strict=True):
@@ -327,7 +325,7 @@ def measured(random_source: random.Random, owner: str) -> Row:
     """How good a text is, in thirds, and which of its owner's things it is about."""
     mood, thing = random_source.randrange(6), random_source.randrange(3)
     word = [*WORDS["negative"], *WORDS["positive"]][mood]
-    return {"text": f"the {OWNERS[owner][thing]} was {word}", "label": [(mood - 2.5) / 1.5, thing]}
+    return {"text": f"the {THINGS[owner][thing]} was {word}", "label": [(mood - 2.5) / 1.5, thing]}
 
 
 def test_numbers_are_predicted(tmp_path: Path) -> None:
@@ -375,7 +373,7 @@ def test_images_are_classified_by_the_vision_half_of_clip(tmp_path: Path) -> Non
     folder = tmp_path / "consortium"
     write_consortium(folder, 'kind = "image-classification"\nlabels = ["dark", "light"]', clip, epochs=10)
     random_source = np.random.default_rng(0)
-    for name in OWNERS:
+    for name in THINGS:
         path = folder / f"{name}.toml"
         path.write_text(path.read_text().replace(".jsonl", ".npz"))
         for split, count in ROWS.items():
@@ -405,7 +403,7 @@ def test_a_chat_model_is_merged_by_what_its_owners_assistants_say(tmp_path: Path
     write_consortium(folder, 'kind = "causal-lm"', llama, epochs=6)
     (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
     write_rows(folder, asked_and_said)
-    for name in OWNERS:
+    for name in THINGS:
         with (folder / f"{name}.toml").open("a") as file:
             file.write('messages = "messages"\n')
     draft = folder / "agreement.toml"
@@ -440,7 +438,7 @@ def test_images_have_several_labels_or_numbers(problem_type: str, tmp_path: Path
     text = draft.read_text().replace('"regmean"', '"average"')
     draft.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]"))
     random_source = np.random.default_rng(0)
-    for name in OWNERS:
+    for name in THINGS:
         path = folder / f"{name}.toml"
         path.write_text(path.read_text().replace(".jsonl", ".npz"))
         for split, count in ROWS.items():
@@ -464,7 +462,7 @@ def test_folders_of_images_are_prepared_as_the_base_says_and_whoever_uses_the_mo
     draft = folder / "agreement.toml"
     draft.write_text(draft.read_text().replace('["average", "task_arithmetic", "fisher"]', "[]"))
     random_source = np.random.default_rng(0)
-    for name in OWNERS:
+    for name in THINGS:
         path = folder / f"{name}.toml"
         path.write_text(path.read_text().replace(".jsonl", ""))
         for split, count in ROWS.items():

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import models, normalizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -32,6 +32,7 @@ from client.data.rows import IGNORED, Rows
 from client.measurement import fine_tuning
 from client.settings import Training
 from deploy.example.reviews import make_tokenizer
+from tests.support.tokenizers import framing
 
 THINGS = {"ada": ("room", "bed", "staff"), "bea": ("film", "plot", "actor"), "cyd": ("phone", "screen", "case")}
 WORDS = {"negative": ("dull", "slow", "rude"), "positive": ("clean", "witty", "fast")}
@@ -129,20 +130,11 @@ def write_lines(path: Path, rows: list[Row]) -> None:
 def tokenizer_of_letters() -> PreTrainedTokenizerFast:
     """A tokenizer that reads every letter as a token: other units than those of `make_tokenizer`."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *letters])}
+    special = ("<pad>", "<unk>", "<s>", "</s>")
+    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
     vocabulary |= {f"##{letter}": len(vocabulary) + index for index, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("</s>", 3), ("<s>", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        cls_token="<s>",
-        sep_token="</s>",
-        model_max_length=32,
-    )
+    model = models.WordPiece(vocabulary, unk_token="<unk>")
+    return framing(model, normalizers.BertNormalizer(lowercase=True), special, max_tokens=32)
 
 
 # --- what rows say ---

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import models, normalizers
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
 
 from client.data.rows import Rows
 from client.measurement import fine_tuning
 from client.settings import Training
 from deploy.example import reviews
+from tests.support.tokenizers import framing
 
 POOL_ROWS = 240
 LABELS = ("positive", "negative")  # of the kiosk's model, which has them in another order
@@ -95,17 +96,6 @@ def _write_models(folder: Path) -> None:
 def other_tokenizer() -> PreTrainedTokenizerFast:
     """The example's words, numbered from the end, behind other special tokens."""
     words = sorted(set(reviews.make_tokenizer().get_vocab()) - {"[PAD]", "[UNK]", "[CLS]", "[SEP]"}, reverse=True)
-    special = ["<unk>", "<pad>", "<end>", "<begin>"]
-    vocabulary = {word: index for index, word in enumerate([*special, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("<end>", 2), ("<begin>", 3))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        cls_token="<begin>",
-        sep_token="<end>",
-        model_max_length=64,
-    )
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<pad>", "<end>", "<begin>", *words])}
+    special = ("<pad>", "<unk>", "<begin>", "<end>")
+    return framing(models.WordLevel(vocabulary, unk_token="<unk>"), normalizers.Lowercase(), special, max_tokens=64)
