@@ -1,4 +1,4 @@
-"""Columns of an owner's files: JSON, CSV, Parquet, Arrow, CoNLL, and NumPy arrays. Independent of models.
+"""Columns of files of rows, an owner's or a public pool's: JSON, CSV, Parquet, Arrow, CoNLL, and NumPy arrays.
 
 An error names the file and the row, and never quotes the row.
 """

@@ -1,4 +1,4 @@
-"""An owner's image files: which there are and how they are labelled, and how they are read. Independent of models.
+"""Image files, an owner's or a pool's: which there are, their labels, how they are read, and prepared for a model.
 
 Images come as a folder with one folder for each label (`photos/cat/1.png`), or as a table with a column of paths, which
 are relative to the table's folder, or of the files' bytes, as `datasets` saves them. `.npz` arrays hold pixels that are
