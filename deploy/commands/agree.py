@@ -97,7 +97,7 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         return None
     look, labels, task = owner.workbench.pool_look, agreement.task.labels, agreement.task
     unknown, sheet = agreement.unknown_labels, owner.workbench.write_pool_sheet()
-    outputs = table.outputs(len(labels))
+    outputs, kind_of_output = table.outputs(len(labels)), "target" if task.is_regression else "label"
     of_images = task.kind == "image-classification"
     return {
         "look": look,
@@ -106,7 +106,7 @@ def _pool(owner: Owner) -> dict[str, object] | None:
         "asked": _asked(agreement),
         "outputs": f"{outputs:,} tokens of the vocabulary"
         if table.vocabulary
-        else f"{outputs} {'targets' if task.is_regression else 'labels'}",
+        else f"{outputs} {kind_of_output}{'s' if outputs > 1 else ''}",
         "numbers": table.numbers(len(labels)),
         "nearest_by": "by their shades of grey" if of_images else "by the share of words in common",
         "nothing_near": "None of them resembles an image of yours."
