@@ -6,8 +6,7 @@ The workbench (workbench.py) measures on it for a merge, and the audit (audit/) 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -17,7 +16,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from client.data.canaries import canaries_of
@@ -33,7 +31,7 @@ from client.settings import OwnerSettings, Training
 from client.state import FINE_TUNED
 from common.agreement import Agreement, Task
 from common.device import find_device
-from common.errors import DataError, ModelError, SettingsError, first_line
+from common.errors import DataError, ModelError, SettingsError
 from common.metrics import Score, Split, noised_score
 from common.models.adapter import is_adapter
 from common.models.files import digest_of_file, weight_files
@@ -51,6 +49,7 @@ from common.models.parameters import copy_parameters, parameter_shapes
 from common.models.plan import MergePlan
 from common.models.published_folder import write_model
 from common.privacy.legs import spent_beside_training
+from common.room import needing_room
 
 MADE_FROM = "made_from.json"  # beside the weights of a model that was made here: its recipe
 T = TypeVar("T")
@@ -391,15 +390,6 @@ class Holdings:
             return ()
         head = private_head(self._outline, self.task)
         return tuple(name for name in self.plan.left_alone if name not in head)
-
-
-@contextmanager
-def needing_room(what: str, folder: Path, hint: str) -> Iterator[None]:
-    """While open, `what` is written below `folder`. Raises DataError if the disk is full, or the like."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: {what} cannot be written here ({first_line(error)})", hint=hint) from None
 
 
 def give_head(own: PreTrainedModel, model: PreTrainedModel, task: Task) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from client.data.rows import Rows, unlabelled
-from client.holdings import MADE_FROM, Holdings, Terms, needing_room
+from client.holdings import MADE_FROM, Holdings, Terms
 from client.measurement.block_steps import load_merged_so_far, measure_inputs, modules_from
 from client.measurement.classifier_inputs import measure_class_shares, measure_classifier
 from client.measurement.closeness import closeness, mean_states
@@ -62,6 +62,7 @@ from common.pool import ImagePool, Pool, pool_path, read_pool, thumbnail
 from common.pool_rows import PoolRows, check_counts
 from common.privacy.noise import Noise
 from common.publication import PublishedFolder
+from common.room import needing_room
 from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
@@ -449,7 +450,8 @@ class Workbench(Holdings):
         if not isinstance(self.pool, ImagePool):
             return None
         path = self.state.folder / POOL_SHEET
-        write_sheet(self.pool, [*self.pool_look.drawn_rows, *self.pool_look.nearest_rows], path)
+        with needing_room("the sheet of images", self.state.folder, MOVE_STATE):
+            write_sheet(self.pool, [*self.pool_look.drawn_rows, *self.pool_look.nearest_rows], path)
         return path
 
     def drawn(self, rows: Rows, limit: int) -> Rows:

@@ -33,11 +33,13 @@ from common.models.loading import load_base
 from common.pool import read_pool
 from common.pool_rows import PoolReader, PoolRows, check_counts
 from common.private_file import create, make_private_folder
+from common.room import needing_room
 from common.summation.totals import SummedTensors
 from server.lessons import Lessons, OfOneLabel, lessons_of
 
 STUDENT = "student"  # the folder of its files, in the checkpoint
 LATEST = "latest.pt"
+NEEDS_ROOM = "make room on this disk, and run the same command again"
 log = logging.getLogger("amalgram.coordinator")
 
 
@@ -112,9 +114,9 @@ class Student:
             log.info("  distillation: epoch %d of %d, divergence %.4f", epoch + 1, table.epochs[-1], divergence)
             if epoch + 1 in table.epochs:
                 delta = {name: parameter.detach().cpu() - start[name] for name, parameter in student.named_parameters()}
-                _write(self._kept(epoch + 1), delta)
+                self._write(self._kept(epoch + 1), delta)
             state = {"epoch": epoch + 1, "student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            _write(self.folder / LATEST, state)
+            self._write(self.folder / LATEST, state)
 
     @torch.inference_mode()
     def _lessons(
@@ -169,6 +171,17 @@ class Student:
     def _kept(self, epochs: int) -> Path:
         return self.folder / f"after-{epochs}.pt"
 
+    def _write(self, path: Path, content: object) -> None:
+        """Replace a file whole or not at all. Raises DataError if the disk is full."""
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        with needing_room("the student", self.folder, NEEDS_ROOM), create(partial) as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # that the archive has no end hides why it has none
+                raise error.__context__ or error from None
+        partial.replace(path)
+
     def _read(self, path: Path) -> Any:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
@@ -192,12 +205,3 @@ def _said(student: PreTrainedModel, rows: PoolRows, indices: NDArray[np.int64], 
 def _seed(seed: int, epoch: int) -> int:
     """Of one epoch, so that one that is trained after a restart draws what it would have drawn."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-
-
-def _write(path: Path, content: object) -> None:
-    """Replace a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    with create(partial) as file:
-        torch.save(content, file)
-    partial.replace(path)

@@ -33,6 +33,7 @@ from server.merge import run_merge
 from server.output_folder import CHECKPOINT
 from server.report.report import Report, read_report
 from server.student import LATEST, STUDENT, Student
+from tests.support.full_disk import file_size_limited
 from tests.support.merging import merge_settings, owner_for, plan_for, total_of
 from tests.support.parties import OwnersChannel, Parties, parties_of
 
@@ -318,6 +319,16 @@ def test_a_coordinator_that_is_killed_while_it_trains_resumes_with_the_last_epoc
     assert trained == [0, 1, 1, 2, 3, 4, 5]
     assert read_report(teaching.output).receipts == teaching.agreement.owner_names
     assert not (teaching.output / CHECKPOINT).exists()
+
+
+def test_a_full_disk_is_one_line_and_the_student_ends_as_if_nothing_had_been(teaching: Parties, tmp_path: Path) -> None:
+    student, settings, total = student_in(tmp_path / "student", teaching, epochs=(1,))
+    with file_size_limited(1_000), pytest.raises(DataError, match="student: the student cannot be written here"):
+        student.after(1, settings, total)
+    undisturbed, *_ = student_in(tmp_path / "undisturbed", teaching, epochs=(1,))
+    expected = undisturbed.after(1, settings, total).delta
+    for name, tensor in student.after(1, settings, total).delta.items():
+        assert torch.equal(tensor, expected[name])
 
 
 def test_an_epoch_shows_every_row_once_beside_others_of_about_its_length(teaching: Parties, tmp_path: Path) -> None:
