@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from client.workbench import Workbench
 from common.errors import AmalgramError
+from common.privacy.noise import Noise
 from deploy.example import reviews
 from deploy.simulation.simulate import simulate
 
@@ -55,8 +56,8 @@ def outcome_of(method: str, change: Change, sign_above: float | None) -> str:
     """The accuracy of the merge over the owners, or why nothing was published."""
     honest = Workbench.contribution
 
-    def contribution(self: Workbench) -> Iterator[tuple[str, NDArray]]:
-        for name, tensor in honest(self):
+    def contribution(self: Workbench, noise: Noise | None = None) -> Iterator[tuple[str, NDArray]]:
+        for name, tensor in honest(self, noise):
             yield name, change(name, tensor) if self.name == LIAR else tensor
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
