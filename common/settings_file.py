@@ -136,13 +136,15 @@ def parse_toml(content: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise SettingsError(f"{where}: not valid TOML: nested too deeply") from None
     except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
-        raise SettingsError(f"{where}: not valid TOML: {error}", hint=_toml_hint(content, str(error))) from None
+        raise SettingsError(f"{where}: not valid TOML: {error}", hint=_toml_hint(content, error)) from None
 
 
-def _toml_hint(content: bytes, error: str) -> str:
+def _toml_hint(content: bytes, error: ValueError) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "save the file as UTF-8; it is UTF-16"
-    if "Unescaped" in error or "hex value" in error:
+    if isinstance(error, UnicodeDecodeError):
+        return "save the file as UTF-8"
+    if "Unescaped" in str(error) or "hex value" in str(error):
         return r"a Windows path stands in single quotes, 'C:\data\train.csv', or has forward slashes"
     return 'text stands in quotes, lists in [ ]; true and false are lower-case: base = "base", alphas = [0.5]'
 

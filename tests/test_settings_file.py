@@ -118,6 +118,12 @@ def test_settings_may_begin_with_a_mark_of_windows_but_not_be_utf_16() -> None:
     assert caught.value.hint == "save the file as UTF-8; it is UTF-16"
 
 
+def test_settings_in_another_encoding_are_to_be_saved_as_utf_8() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_toml('title = "Köln"'.encode("latin-1"), "owner.toml")
+    assert caught.value.hint == "save the file as UTF-8"
+
+
 def test_a_file_that_is_missing_too_large_or_malformed_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     with pytest.raises(SettingsError, match="cannot be read"):
