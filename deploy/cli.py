@@ -28,8 +28,6 @@ amalgram simulate my-consortium          merge it; then put your own models and 
 amalgram check my-consortium             look at all of them in seconds, before anything is computed
 amalgram --help                          all commands; each has an example: amalgram simulate --help"""
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text; log lines become JSON too.")]
-
-
 OwnerFile = Annotated[Path, typer.Argument(metavar="OWNER.toml", help="This owner's settings.")]
 CoordinatorFile = Annotated[Path, typer.Argument(metavar="COORDINATOR.toml", help="The coordinator's settings.")]
 
