@@ -106,11 +106,17 @@ def write_consortium(
         (folder / f"{name}.toml").write_text(OWNER.format(name=name, model=(models / name).resolve()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark on these models, to which it adds what is its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     write_consortium(arguments.folder, arguments.data, arguments.models)
     print(f"wrote {arguments.folder}; run it: amalgram simulate {arguments.folder}")

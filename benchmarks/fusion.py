@@ -12,7 +12,6 @@ A seed decides the small models, the order of the pool and the draw of rows. Ref
 base.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -29,7 +28,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from benchmarks.emotion import OUT_OF_DOMAIN
+from benchmarks.emotion import OUT_OF_DOMAIN, parser_of
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.published import everything, publish, published
 from common.agreement import Task
@@ -232,9 +231,7 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--starts", default="base,data_free,average")
     parser.add_argument("--json", action="store_true")

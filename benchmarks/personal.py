@@ -8,7 +8,6 @@ all five domains, which no owner could: macro F1 over the labels that occur ther
 other domains. Writes benchmarks/results/personal.{json,md}.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.emotion import IN_DOMAIN, write_consortium
+from benchmarks.emotion import IN_DOMAIN, parser_of, write_consortium
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import everything, publish
 from benchmarks.quality import BATCH, Bench, say
@@ -82,9 +81,7 @@ def _shares(shares: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()

@@ -12,7 +12,6 @@ benchmarks/results/pool_membership.{json,md}.
 Stronger attacks exist, so this is a lower bound. `amalgram audit` measures single models by four of them.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.emotion import IN_DOMAIN
+from benchmarks.emotion import IN_DOMAIN, parser_of
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.membership import area_under_the_curve
 from benchmarks.published import everything, publish
@@ -108,9 +107,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     arguments = parser.parse_args()
     quiet_on_one_thread()
     found = measure(arguments.data, arguments.models)

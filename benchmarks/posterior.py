@@ -14,7 +14,6 @@ criterion chooses one; its macro F1 on test rows is compared with that of the on
 benchmarks/results/posterior.{json,md}.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.special import log_softmax, softmax
 from transformers import PreTrainedModel
 
-from benchmarks.emotion import IN_DOMAIN, write_consortium
+from benchmarks.emotion import IN_DOMAIN, parser_of, write_consortium
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import everything, publish
 from benchmarks.quality import BATCH, say
@@ -257,9 +256,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--only", help="only keep what the candidates of this method say")
     parser.add_argument("--json", action="store_true")

@@ -9,7 +9,6 @@ methods, sums or messages. The metric is macro F1 over the labels that occur in 
 are judged among the labels of the domain. Writes benchmarks/results/quality.{json,md,svg}.
 """
 
-import argparse
 import hashlib
 import json
 import tempfile
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import formulas
-from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, write_consortium, write_first_rows
+from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, parser_of, write_consortium, write_first_rows
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import RESULTS, everything, publish, published
 from client.data.private_data import PrivateData
@@ -602,9 +601,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

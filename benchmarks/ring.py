@@ -8,7 +8,6 @@ tensors together and for the worst one. Macro F1 on the owners' test examples co
 one owner sends in the rounds that the merge is made from. Writes benchmarks/results/ring.{json,md}.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.emotion import IN_DOMAIN, write_consortium
+from benchmarks.emotion import IN_DOMAIN, parser_of, write_consortium
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import everything, publish
 from benchmarks.quality import candidates_kept
@@ -32,9 +31,7 @@ Candidates = dict[str, tuple[TensorLayout, NDArray[np.float32]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()

@@ -11,7 +11,6 @@ the owners' domains and of five others: macro F1 over the labels that occur ther
 over bootstraps of these rows. Writes benchmarks/results/search.{json,md} after each seed.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, write_consortium
+from benchmarks.emotion import IN_DOMAIN, OUT_OF_DOMAIN, parser_of, write_consortium
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import publish
 from benchmarks.quality import BATCH, Bench, candidates_kept, difference, mean_over, say
@@ -167,9 +166,7 @@ def size(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -13,7 +13,6 @@ FOLDER keeps the small models, the merge, and what models say, so that another r
 benchmarks/results/students.{json,md} after each student.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from benchmarks import fusion
+from benchmarks.emotion import parser_of
 from benchmarks.fusion import MAX_TOKENS, OWNERS, TEST_ROWS, TRAIN_ROWS, WITH_WEIGHTS, texts_of, write_other_base
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.published import everything, publish, published
@@ -237,9 +237,7 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
