@@ -9,18 +9,13 @@ this compares agreements, and bounds nothing.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import wishart
 
 from benchmarks.published import everything, publish
+from client.audit.statistics import area_under_the_curve
 
 DIMENSIONS, OWNERS, ROWS_PER_DIMENSION = (64, 384, 768), (3, 5, 10, 30), (1, 10, 100, 1000)
 JUDGED = 2000
-
-
-def area_under_the_curve(members: NDArray[np.float64], strangers: NDArray[np.float64]) -> float:
-    """How often a member's score is above a stranger's."""
-    return float(np.searchsorted(np.sort(strangers), members).mean() / len(strangers))
 
 
 def membership(owners: int, rows_per_dimension: int, dimension: int) -> float:
@@ -34,7 +29,7 @@ def membership(owners: int, rows_per_dimension: int, dimension: int) -> float:
     scores = (
         ((group**2).sum(axis=1) / count - ((group @ inverse) * group).sum(axis=1)) for group in (members, strangers)
     )
-    return area_under_the_curve(*scores)
+    return float(area_under_the_curve(*scores))
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.emotion import IN_DOMAIN, parser_of
 from benchmarks.machine import quiet_on_one_thread
-from benchmarks.membership import area_under_the_curve
 from benchmarks.published import everything, publish
+from client.audit.statistics import area_under_the_curve
 from client.data.rows import Rows
 from client.measurement.evaluation import predict_logits
 from client.measurement.predictions import as_summed
@@ -73,8 +73,8 @@ def measure(data: Path, models: Path) -> dict[str, Any]:
                 total = np.sum([said[each] for each in asked], axis=0)
                 sure = sureness(total, truth if attack == "label known" else None)
                 own, others = home == target, np.isin(home, asked)
-                of_one.append(area_under_the_curve(sure[own & is_member], sure[own & ~is_member]))
-                of_all.append(area_under_the_curve(sure[others & is_member], sure[others & ~is_member]))
+                of_one.append(float(area_under_the_curve(sure[own & is_member], sure[own & ~is_member])))
+                of_all.append(float(area_under_the_curve(sure[others & is_member], sure[others & ~is_member])))
             found["areas"][f"{attack}, {owners}"] = {"of_one": of_one, "of_all": of_all}
     return found
 

@@ -34,6 +34,7 @@ from benchmarks.emotion import parser_of
 from benchmarks.fusion import MAX_TOKENS, OWNERS, TEST_ROWS, TRAIN_ROWS, WITH_WEIGHTS, texts_of, write_other_base
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.published import everything, publish, published
+from benchmarks.quality import macro_f1
 from common.models.folders import base_labels
 from deploy.simulation.simulate import simulate
 
@@ -170,14 +171,9 @@ class Consortium:
         for name in OWNERS:
             allowed, wanted = self.allowed[name], self.targets[name]
             given = allowed[said[name][:, allowed].argmax(axis=1)]
-            occurs = np.unique(wanted)
-            f1 = [
-                2 * ((given == label) & (wanted == label)).sum() / ((given == label).sum() + (wanted == label).sum())
-                for label in occurs
-            ]
-            found.append([(given == wanted).mean(), np.mean(f1)])
-        accuracy, macro_f1 = np.mean(found, axis=0)
-        return float(accuracy), float(macro_f1)
+            found.append([(given == wanted).mean(), macro_f1(wanted, given)])
+        accuracy, metric = np.mean(found, axis=0)
+        return float(accuracy), float(metric)
 
 
 def _softmax(logits: Logits) -> Logits:
@@ -228,11 +224,11 @@ def as_markdown(results: dict[str, Any]) -> str:
         "| what answers | accuracy | macro F1 |",
         "|---|---|---|",
     ]
-    for title, (accuracy, macro_f1) in results["models"].items():
-        lines.append(f"| {title} | {accuracy:.3f} | {macro_f1:.3f} |")
+    for title, (accuracy, metric) in results["models"].items():
+        lines.append(f"| {title} | {accuracy:.3f} | {metric:.3f} |")
     for title, by_epochs in results["students"].items():
-        for epochs, (accuracy, macro_f1) in by_epochs.items():
-            lines.append(f"| student, {title}, after {epochs} epochs | {accuracy:.3f} | {macro_f1:.3f} |")
+        for epochs, (accuracy, metric) in by_epochs.items():
+            lines.append(f"| student, {title}, after {epochs} epochs | {accuracy:.3f} | {metric:.3f} |")
     return "\n".join(lines) + "\n"
 
 
