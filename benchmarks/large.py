@@ -31,13 +31,19 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from benchmarks.machine import this_machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.published import publish
+from deploy.estimate import System
 from deploy.example import reviews
 from deploy.simulation.simulate import simulate
 
 OWNERS = "ada", "bea", "cyd"
 HIDDEN, WIDE, KEYS, VOCABULARY = 2048, 8192, 512, 128_256
-# The linear systems of one block, as (inputs, outputs): attention's inputs and outputs, then the wide layers'.
-SYSTEMS = ((HIDDEN, HIDDEN + 2 * KEYS), (HIDDEN, HIDDEN), (HIDDEN, 2 * WIDE), *[(HIDDEN, HIDDEN)] * (WIDE // HIDDEN))
+# The linear systems of one block: attention's inputs and outputs, then the wide layers'.
+SYSTEMS = (
+    System(inputs=HIDDEN, outputs=HIDDEN + 2 * KEYS),
+    System(inputs=HIDDEN, outputs=HIDDEN),
+    System(inputs=HIDDEN, outputs=2 * WIDE),
+    *[System(inputs=HIDDEN, outputs=HIDDEN)] * (WIDE // HIDDEN),
+)
 SCORED = 3  # models: the base, the owner's own, the merge
 REVIEWS_A_ROW, ROWS = 8, {"train": 100, "test": 20}
 LABELS = "negative", "positive"
@@ -163,11 +169,11 @@ def floor_seconds(folder: Path, layers: int, parameters: int) -> dict[str, float
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
     tokens = {split: _tokens(folder / f"{split}.jsonl", tokenizer) for split in ROWS}
     single, double = (_flops_a_second(dtype) for dtype in (torch.float32, torch.float64))
-    forward = 2 * layers * sum(inputs * outputs for inputs, outputs in SYSTEMS)  # of a token
-    grams = layers * sum(inputs**2 for inputs, _ in SYSTEMS)  # of a token, half of each
-    products = layers * sum(2 * inputs**2 * outputs for inputs, outputs in SYSTEMS)
-    solves = layers * sum(inputs**3 / 3 + 6 * inputs**2 * outputs for inputs, outputs in SYSTEMS)
-    vector = 8 * (parameters + layers * sum(inputs**2 / 2 for inputs, _ in SYSTEMS))
+    forward = 2 * layers * sum(each.inputs * each.outputs for each in SYSTEMS)  # of a token
+    grams = layers * sum(each.inputs**2 for each in SYSTEMS)  # of a token, half of each
+    products = layers * sum(each.product_flops for each in SYSTEMS)
+    solves = layers * sum(each.solve_flops for each in SYSTEMS)
+    vector = 8 * (parameters + layers * sum(each.inputs**2 / 2 for each in SYSTEMS))
     model = 4 * parameters
     # An owner: its model, its vector, what it is sent and what it would publish. The coordinator: the sum as it grows,
     # masked and unmasked; the merge, what rounding took from it, and what it publishes.

@@ -168,6 +168,8 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule, pool_toke
         masks = neighbourhood(owners, agreement.colluders, dropouts).degree + 1  # and the owner's own
     metrics = {each.split: len(each.models) for each in schedule.rounds if each.kind == "metrics"}
     sums = [each.layout for each in schedule.rounds]
+    has_noise = agreement.privacy.epsilon is not None
+    trained = {name.rpartition(".")[0] for name in plan.changed}
     return Work(
         gram_examples=grams,
         fisher_examples=wanted.get(Measurement.FISHER, 0),
@@ -190,14 +192,9 @@ def work_of(agreement: Agreement, plan: MergePlan, schedule: Schedule, pool_toke
         parameters=sum(prod(shape) for shape in plan.shapes.values()),
         largest_sum=max(layout.size for layout in sums),
         largest_gram=max((shared.gram_size for shared in plan.inputs), default=0),
-        are_apart=agreement.privacy.epsilon is not None,
-        trains_one_layer=agreement.privacy.epsilon is not None
-        and {name.rpartition(".")[0] for name in plan.changed} == {name_of(plan.linear_layers[-1].weight)},
+        are_apart=has_noise,
+        trains_one_layer=has_noise and trained == {plan.linear_layers[-1].weight.rpartition(".")[0]},
     )
-
-
-def name_of(weight: str) -> str:
-    return weight.rpartition(".")[0]
 
 
 def systems_of(layout: TensorLayout) -> Iterator[System]:
@@ -247,8 +244,8 @@ def measure_rates(
 
 def times_alone(outline: PreTrainedModel, plan: MergePlan, tokens: int) -> float:
     """How many times as long a token takes in a batch of one example."""
-    model = _with_blocks(outline, min(2, len(plan.blocks)) if len(plan.blocks) > 2 else None)
-    count = max(1, BATCH_TOKENS // tokens) if model.main_input_name != "pixel_values" else BATCH_IMAGES
+    model = _with_blocks(outline, 2 if len(plan.blocks) > 2 else None)
+    count = _examples_in(model, tokens, BATCH_TOKENS)
     several, one = batch_of(model, count, tokens), batch_of(model, 1, tokens)
     with torch.inference_mode():
         return max(1.0, count * _seconds(lambda: model(**one)) / _seconds(lambda: model(**several)))
@@ -273,8 +270,7 @@ def pass_seconds(
 def _pass_seconds(
     model: PreTrainedModel, plan: MergePlan, tokens: int, most_tokens: int, with_gradients: bool
 ) -> tuple[float, float, float]:
-    is_text = model.main_input_name != "pixel_values"
-    count = max(1, most_tokens // tokens) if is_text else BATCH_IMAGES
+    count = _examples_in(model, tokens, most_tokens)
     batch, single = batch_of(model, count, tokens), batch_of(model, 1, tokens)
     names = {name for name, _ in model.named_parameters()}
     measured = replace(
@@ -306,6 +302,11 @@ def _with_blocks(outline: PreTrainedModel, count: int | None) -> PreTrainedModel
         tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
     model.tie_weights()
     return model
+
+
+def _examples_in(model: PreTrainedModel, tokens: int, most_tokens: int) -> int:
+    """How many examples a measured batch has."""
+    return max(1, most_tokens // tokens) if model.main_input_name != "pixel_values" else BATCH_IMAGES
 
 
 def batch_of(model: PreTrainedModel, count: int, tokens: int) -> Batch:
