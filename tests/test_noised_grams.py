@@ -295,6 +295,8 @@ def test_235_who_drops_out_takes_no_ridge_with_them_that_the_others_noise_needs(
             sent.append(tensors["gram/l0"])
         for left in (3, 4, 5):
             assert np.linalg.eigvalsh(sum(sent[:left]))[0] > 0
+            largest = noise.own("l0") * ((2 * dimension) ** 0.5 + 7)  # eigenvalue of one owner's noise
+            assert left * noise.ridge("l0", dimension) >= (1 - 1e-12) * left**0.5 * largest
         assert np.linalg.eigvalsh(sent[0])[0] < 0.5 * noise.ridge("l0", dimension)  # and no more than that
 
 
