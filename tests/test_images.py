@@ -217,6 +217,15 @@ def test_an_image_is_read_as_people_see_it(file: bytes, pixels: list[object]) ->
     assert np.asarray(ImageFile("it", file).pixels()).tolist() == pixels
 
 
+@pytest.mark.filterwarnings("error")
+def test_broken_exif_data_says_nothing_in_the_terminal() -> None:
+    content = saved(RED_AND_BLUE, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    with pytest.warns(UserWarning, match="EXIF"):
+        Image.open(io.BytesIO(content)).getexif()
+    image = ImageFile("it", content)
+    assert image.pixels().size == image.size() == (2, 1)
+
+
 @pytest.mark.parametrize(
     "content",
     [

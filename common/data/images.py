@@ -83,8 +83,10 @@ class ImageFile:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
+        """While open, the decoder runs. It warns of large images, whose bound is ours, and quotes broken EXIF data."""
         try:
-            yield
+            with warnings.catch_warnings(action="ignore"):
+                yield
         except DataError:
             raise
         except Exception:  # a broken file can make the decoder raise anything
@@ -95,13 +97,11 @@ class ImageFile:
 
     def _opened(self) -> "Image.Image":
         """The image, of which nothing is unpacked yet."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its bound is near ours
-            try:
-                image = Image.open(io.BytesIO(self.read()), formats=tuple(FORMATS))  # check: only-these-decoders-run
-                too_large = image.width * image.height > MAX_PIXELS  # check: images-are-bounded
-            except Image.DecompressionBombError:
-                too_large = True
+        try:
+            image = Image.open(io.BytesIO(self.read()), formats=tuple(FORMATS))  # check: only-these-decoders-run
+            too_large = image.width * image.height > MAX_PIXELS  # check: images-are-bounded
+        except Image.DecompressionBombError:
+            too_large = True
         if too_large:
             raise DataError(f"{self.where}: has more than {MAX_PIXELS:,} pixels", hint="make the image smaller")
         return image
