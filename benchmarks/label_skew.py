@@ -7,7 +7,8 @@ one, is ignored. Each label's share of the first ROWS training rows is divided a
 Dirichlet distribution, as in Hsu et al. 2019 (arXiv 1909.06335). A small concentration gives owners with one or two
 labels. Each owner fine-tunes the base on its own rows. The first 400 validation and 600 test rows have all labels, and
 each owner judges a quarter of them: so a mean over owners is the accuracy on all. Everything runs through the product,
-masked. Writes benchmarks/results/label_skew.{json,md}.
+masked. For the smallest concentration, whose owners differ most in size, a second run counts all owners alike. Writes
+benchmarks/results/label_skew.{json,md}.
 """
 
 import argparse
@@ -31,6 +32,7 @@ METHODS = ("average", "data_free", "logit_adjusted", "regmean", "regmean_plus_pl
 MODELS = ("base", "own_at_home", *METHODS)
 JUDGED = {"dev": 400, "test": 600}  # rows, of all owners together
 SEED = 0
+ALIKE = ", all owners alike"
 
 Row = dict[str, str]
 
@@ -55,7 +57,9 @@ def first_rows(file: Path, count: int) -> list[Row]:
         return [json.loads(line) for line in islice(lines, count)]
 
 
-def write_consortium(folder: Path, data: Path, base: Path, parts: Mapping[str, list[Row]], labels: list[str]) -> None:
+def write_consortium(
+    folder: Path, data: Path, base: Path, parts: Mapping[str, list[Row]], labels: list[str], weighting: str
+) -> None:
     AutoModel.from_pretrained(base, add_pooling_layer=False).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
     agreement = {
@@ -64,6 +68,7 @@ def write_consortium(folder: Path, data: Path, base: Path, parts: Mapping[str, l
         "method": METHODS[0],
         "compare_with": list(METHODS[1:]),
         "seed": SEED,
+        "weighting": weighting,
         "owners": [{"name": owner} for owner in OWNERS],
         "task": {"kind": "text-classification", "labels": labels, "max_tokens": 64, "label_set": "all"},
         "regmean": {"alphas": [0.1, 0.9], "measured_examples": 500},
@@ -88,14 +93,14 @@ def write_consortium(folder: Path, data: Path, base: Path, parts: Mapping[str, l
         (folder / f"{owner}.toml").write_text(tomli_w.dumps(settings))
 
 
-def run(data: Path, base: Path, concentration: float, count: int) -> dict[str, Any]:
+def run(data: Path, base: Path, concentration: float, count: int, weighting: str = "rows") -> dict[str, Any]:
     rows = first_rows(data / "train.jsonl", count)
     labels = sorted({row["label"] for row in rows})
     parts = split_by_label(rows, concentration, SEED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "consortium"
         folder.mkdir()
-        write_consortium(folder, data, base, parts, labels)
+        write_consortium(folder, data, base, parts, labels, weighting)
         report = simulate(folder, Path(name) / "output", with_references=False)
     return {
         "rows": {
@@ -118,6 +123,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {concentration} | " + " | ".join(accuracies) + " |")
     lines += ["", "Training rows per label at each owner:", ""]
     for concentration, result in results.items():
+        if concentration.endswith(ALIKE):
+            continue
         shares = "; ".join(f"{owner} {'/'.join(map(str, counts))}" for owner, counts in result["rows"].items())
         lines.append(f"- {concentration}: {shares}")
     return "\n".join(lines) + "\n"
@@ -133,8 +140,11 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_on_one_thread()
     results = published("label_skew")
-    for concentration in arguments.concentrations.split(","):
-        results[concentration] = run(arguments.data, arguments.base, float(concentration), arguments.rows)
+    concentrations = arguments.concentrations.split(",")
+    for name in [*concentrations, min(concentrations, key=float) + ALIKE]:
+        weighting, concentration = "owners" if name.endswith(ALIKE) else "rows", float(name.removesuffix(ALIKE))
+        results[name] = run(arguments.data, arguments.base, concentration, arguments.rows, weighting)
+        results = dict(sorted(results.items()))
         publish("label_skew", results, as_markdown(results), everything)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
