@@ -378,7 +378,7 @@ def test_an_owner_with_too_few_examples_says_how_many_it_takes(folder: Path, tmp
         assert owner.workbench._checked(few) is few  # noise hides rows however few; a refusal would count tokens
     assert "brings 200 examples" in said
     assert "of all owners" in said
-    assert "The noise on Gram matrices is all added by your own program." in consent
+    assert "Your own program adds all of the noise on your Gram matrices." in consent
     assert "Gram matrices have noise before anything is made of them" in consent
     assert "rows per dimension of a Gram matrix, you do not take part" not in consent
 

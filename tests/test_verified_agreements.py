@@ -79,7 +79,7 @@ def test_who_consents_reads_in_capitals_that_nothing_is_verified(reviews_folder:
     warnings = text.partition("BEFORE YOU SAY YES")[2]
     assert "VERIFICATION IS OFF: THE COORDINATOR CAN SEND ANY MODEL" in warnings
     assert "BETWEEN TWO ROUNDS, A MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL YOURS ALONE" in warnings
-    assert "NO OWNER VERIFIES THAT THEY ARE THE MERGE" in text
+    assert "NO OWNER VERIFIES THAT THESE MODELS ARE THE MERGE" in text
 
 
 def test_who_consents_reads_what_is_verified_and_against_whom(reviews_folder: Path, tmp_path: Path) -> None:

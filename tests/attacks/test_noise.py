@@ -539,7 +539,7 @@ def test_187_whoever_knows_all_other_rows_sees_in_their_number_whether_one_more_
         noise = Noise(key=bytes(32), position=0, layout=layout, num_owners=3)
         counted.append(dict(contribution(agreement, "hotel", "test", {"base": score}, noise))["base/rows"].item())
     assert counted == [40, 41]
-    assert "whoever knows all the others of yours can see in their number whether one more is there" in consent
+    assert "whoever knows all your other rows can tell from the number whether there is one more" in consent
 
 
 REFIT_TABLES: dict[str, Any] = {"method": "refit", "compare_with": [], "refit": {"balances": [0.0]}}

@@ -60,7 +60,7 @@ def test_images_are_taught_by_models_that_read_them_in_other_sizes(tmp_path: Pat
         consent, sheet = consent_text(cyd), cyd.state.folder / "pool.png"
         assert sheet.is_file()
     assert "predicts 90 public images with 2 labels: 360 numbers" in consent  # as many again for how close they are
-    assert f"These images lie in {sheet}" in consent
+    assert f"These images are in {sheet}" in consent
 
 
 @pytest.mark.slow
