@@ -204,7 +204,7 @@ def _parsed(path: Path, content: bytes, table: DistillTable, kind: TaskKind) -> 
     for number, said in enumerate(pool.say(), 1):
         if first.setdefault(said, number) != number:  # check: pool-rows-are-said-once
             raise DataError(
-                f"pool {path}: row {number} says what row {first[said]} says; what is asked twice counts twice",
+                f"pool {path}: row {number} says the same as row {first[said]}; no row may count twice",
                 hint=MAKE_IT_AGAIN,
             )
     return pool
@@ -249,7 +249,7 @@ def _words(path: Path, number: int, row: dict[str, Any]) -> tuple[str, ...]:
         )
     unseen = next((place for place, word in enumerate(words, 1) if not in_one_form([word]).strip()), None)
     if unseen is not None:  # check: words-are-seen
-        raise DataError(f"pool {path}: row {number}: word {unseen} is nothing that shows", hint=MAKE_IT_AGAIN)
+        raise DataError(f"pool {path}: row {number}: word {unseen} has no visible characters", hint=MAKE_IT_AGAIN)
     return tuple(words)
 
 

@@ -155,7 +155,7 @@ class PoolReader:
     def _words(self, pool: Pool) -> PoolRows:
         if self.tokenizer is None or not self.tokenizer.is_fast:
             raise ModelError(
-                "pool: this model has no fast tokenizer (tokenizer.json), which alone can match words with tokens",
+                "pool: this model has no fast tokenizer (tokenizer.json), needed to match words with tokens",
                 hint="save the model with a fast tokenizer",
             )
         features: list[dict[str, Any]] = []
@@ -195,8 +195,8 @@ class PoolReader:
         lost = next((place for place in range(len(words)) if place not in seen), None)
         if lost is not None:  # check: every-word-is-read
             raise DataError(
-                f"pool: row {number}: this model's tokenizer reads nothing in {words[lost]!r:.60}; other owners would "
-                "be alone in what is summed of it",
+                f"pool: row {number}: this model's tokenizer drops {words[lost]!r:.60} entirely; the sum for this "
+                "word would be about the other owners alone",
                 hint=BRING_ANOTHER,
             )
         marks[list(seen.values())] = True

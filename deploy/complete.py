@@ -381,7 +381,7 @@ def _gram_norms(draft: AgreementDraft, base: PreTrainedModel, probe: Rows, plan:
     if named and draft.has_noised_grams and len(named) != len(plan.inputs):
         raise SettingsError(
             f"bounds.gram_norms: {len(named)} of them, and {len(plan.inputs)} Gram matrices are merged",
-            hint="leave it out: they are then measured on the base model",
+            hint="leave gram_norms out: they are then measured on the base model",
         )
     if named or not draft.has_noised_grams:
         return named

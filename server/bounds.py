@@ -22,7 +22,7 @@ from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
 
 TOLERANCE = 1e-3  # on the scales of a 32-bit sum, a weight loses its last bits
-HINT = "an owner's program contributed what is not its own; the sum hides whose. A new run needs a new agreement"
+HINT = "an owner contributed numbers that no honest program does; the sum hides who. A new run needs a new agreement"
 
 
 def check_contributions(total: SummedTensors, layout: TensorLayout, settings: MergeSettings) -> None:
@@ -176,7 +176,7 @@ def check_classifier(total: SummedTensors, layout: TensorLayout, weight: float, 
     if any(entry.noise for entry in layout.entries):
         if not 0 <= counts["head_rows"] <= (1 + TOLERANCE) * weight:  # check: noised-rows-are-rows
             raise NumericalError(
-                f"merge: head_rows is of {counts['head_rows']:.0f} rows, but the owners have {weight:.0f}", hint=HINT
+                f"merge: head_rows covers {counts['head_rows']:.0f} rows, but the owners have {weight:.0f}", hint=HINT
             )
         return
     if classifier(plan).bias is not None:
@@ -185,7 +185,7 @@ def check_classifier(total: SummedTensors, layout: TensorLayout, weight: float, 
     for name, count in counts.items():
         if not isclose(count, weight, rel_tol=TOLERANCE):  # check: classifier-rows-add-up
             raise NumericalError(
-                f"merge: {name} is of {count:.0f} rows, but the owners' weights add up to {weight:.0f}", hint=HINT
+                f"merge: {name} covers {count:.0f} rows, but the owners' weights add up to {weight:.0f}", hint=HINT
             )
 
 

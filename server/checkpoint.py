@@ -209,7 +209,7 @@ class Checkpoint:
         saved = self.sums[self._replayed]
         if (saved.position, saved.layout) != (round.position, round.layout.digest()):
             raise SettingsError(
-                f"{self.folder}: another version wrote it, with another total in place of the {round.name}",
+                f"{self.folder}: another version wrote it, with a different total in place of the {round.name}",
                 hint="resume with that version, or start anew with a new agreement",
             )
         vector = self._read_array(self._total_file(self._replayed), round.layout.size).view("<f8")

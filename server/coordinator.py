@@ -162,7 +162,7 @@ class Coordinator:
 
     def _check_present(self, reply: Present) -> None:
         if reply.owner not in self.agreement.owner_names:
-            raise RemoteProtocolError(f"roll call: a node calls itself {reply.owner}, who is not on the roster")
+            raise RemoteProtocolError(f"roll call: a node calls itself {reply.owner}, which is not on the roster")
         if reply.owner in self.owners:
             raise RemoteProtocolError(f"roll call: two nodes call themselves {reply.owner}")
         body = presence_body(self.agreement.digest(), reply.next_round, reply.pending)

@@ -128,7 +128,7 @@ def test_a_row_that_is_cut_before_the_model_says_anything_is_left_out(tmp_path: 
         (TEMPLATE, [ASKED, SAID | {"content": "\ud83d"}], "row 1, turn 2: holds half of a surrogate pair"),
         (TEMPLATE, [ASKED, {"role": "system", "content": "x"}, SAID], "does not take this conversation: system comes"),
         ("{{ 1 / 0 }}", [ASKED, SAID], "does not take this conversation: division by zero"),
-        (REWRITES, [ASKED, SAID, ASKED, SAID], "writes a turn in another way once others follow"),
+        (REWRITES, [ASKED, SAID, ASKED, SAID], "writes a turn differently once others follow"),
     ],
 )
 def test_a_conversation_that_cannot_be_used_is_named(

@@ -143,7 +143,7 @@ def test_a_checkpoint_that_is_not_one_is_refused(checkpoint: Checkpoint, content
 
 def test_a_total_of_another_round_is_refused(checkpoint: Checkpoint) -> None:
     again = Checkpoint.open(checkpoint.folder, DIGEST)
-    with pytest.raises(SettingsError, match="another total in place of the sum of test metrics"):
+    with pytest.raises(SettingsError, match="a different total in place of the sum of test metrics"):
         again.next_total(TEST_ROUND)
 
 

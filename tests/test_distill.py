@@ -226,7 +226,7 @@ def test_another_pool_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (['{"text": "good"}', '{"text": " GOOD"}'], "row 2 says what row 1 says"),
+        (['{"text": "good"}', '{"text": " GOOD"}'], "row 2 says the same as row 1"),
         ([], "has no rows"),
         (['{"text": "good"}', '{"text": " "}'], "row 2: 'text' must be a text"),
         (['{"text": ""}'], "row 1: 'text' must be a text"),

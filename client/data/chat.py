@@ -83,7 +83,7 @@ def _conversation(where: str, turns: list[dict[str, str]], first: int, tokenizer
         until = _templated(where, turns[: index + 1], tokenizer)
         if not (until.startswith(before) and whole.startswith(until)):
             raise DataError(
-                f"{where}: the base's chat template writes a turn in another way once others follow, so what the "
+                f"{where}: the base's chat template writes a turn differently once others follow, so what the "
                 "assistant says cannot be told from the rest",
                 hint="give the last turn as the completion and all before it as the prompt, both lists of turns",
             )

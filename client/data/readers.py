@@ -53,7 +53,9 @@ class Reader:
         if self.task.kind == "causal-lm":
             return self.read(path, max_rows=None)
         if self.task.kind != "text-classification":
-            raise DataError(f"{path}: candidates are texts, and the task is {self.task.kind}", hint="leave it out")
+            raise DataError(
+                f"{path}: candidates are texts, and the task is {self.task.kind}", hint="leave --candidates out"
+            )
         rows = _tokenised(self, path, read_columns(path, text_columns(self.data), max_rows=None))
         return Rows(features=rows, targets=np.zeros(len(rows), np.int64), tokenizer=self.tokenizer)
 
@@ -160,7 +162,7 @@ def _read_tagged_words(reader: Reader, path: Path, max_rows: int | None) -> Rows
             raise DataError(f"{path}: row {index + 1} has {len(row)} words and {len(row_tags)} tags")
     if tokenizer is None or not tokenizer.is_fast:
         raise DataError(
-            f"{path}: the base model has no fast tokenizer (tokenizer.json), which alone can match words with tokens",
+            f"{path}: the base model has no fast tokenizer (tokenizer.json), needed to match words with tokens",
             hint="save the base model with a fast tokenizer, or agree on another base",
         )
     encoded = reader.encode(path, words, is_split_into_words=True)
@@ -198,7 +200,7 @@ def _read_chat(reader: Reader, path: Path, columns: list[str], max_rows: int | N
     tokenizer = reader.tokenizer
     if tokenizer is None or not tokenizer.is_fast:
         raise DataError(
-            f"{path}: the base model has no fast tokenizer (tokenizer.json), which alone tells where tokens come from",
+            f"{path}: the base model has no fast tokenizer (tokenizer.json), which is needed to trace tokens",
             hint="agree on a base model with a fast tokenizer, or on plain texts",
         )
     found = read_columns(path, columns, max_rows)

@@ -73,7 +73,7 @@ def a_masked_total_has_three_honest_owners(draft: DraftTables) -> None:
         raise RuleError(
             f"summation.quorum = {draft.summation.quorum}: with {count} owners, of whom {colluders} may collude, it is "
             f"{quorum(count, colluders)}",
-            hint="leave it out",
+            hint="leave summation.quorum out",
         )
 
 
@@ -124,19 +124,23 @@ def predictions_can_be_summed(draft: DraftTables) -> None:
             hint="it takes classifiers and regressions of texts, images or words, and causal-lm",
         )
     if task.head == "private":
-        raise RuleError('distill: task.head = "private", so predictions are of different labels', hint="leave it out")
+        raise RuleError(
+            'distill: task.head = "private", so predictions are of different labels', hint="leave task.head out"
+        )
     if table.text_pair is not None and task.kind != "text-classification":
-        raise RuleError(f"distill.text_pair: a model of kind {task.kind} reads no pairs of texts", hint="leave it out")
+        raise RuleError(
+            f"distill.text_pair: a model of kind {task.kind} reads no pairs of texts", hint="leave text_pair out"
+        )
     if table.weights == "density" and task.kind == "causal-lm":
         raise RuleError(
-            'distill.weights = "density": how close a text is says nothing of its single tokens',
+            'distill.weights = "density": how close a text is says nothing about its single tokens',
             hint='agree on weights = "alike"',
         )
     has_one = task.problem_type == "single_label_classification" and task.has_labels
     if table.keep != "nothing" and not has_one:
         raise RuleError(
-            f'distill.keep = "{table.keep}": only of one label among several is a model more confident',
-            hint="leave it out",
+            f'distill.keep = "{table.keep}": it compares confidences, which need one label per row, among several',
+            hint="leave distill.keep out",
         )
     outputs = table.outputs(len(task.labels))
     if table.asked * outputs > MAX_NUMBERS:  # check: predictions-are-bounded
@@ -276,12 +280,12 @@ def thirty_two_bits_are_enough(draft: DraftTables) -> None:
 def verified_merges_can_be_verified(draft: DraftTables) -> None:
     """A check needs a masked sum, equations with one solution, and a model that travels as it was solved."""
     if draft.summation.kind == "plain" and draft.verification.required:
-        raise RuleError("verification.required = true: a plain sum cannot be verified", hint="leave it out")
+        raise RuleError("verification.required = true: a plain sum cannot be verified", hint="leave required out")
     if len(draft.owners) > MAX_COMPLETE and draft.verification.required:
         raise RuleError(
             f"verification.required = true: at most {MAX_COMPLETE} owners can verify a merge, there are "
             f"{len(draft.owners)}",
-            hint="leave it out",
+            hint="leave required out",
         )
     if not draft.is_verified:
         return
@@ -461,7 +465,9 @@ def the_problem_is_consistent(draft: DraftTables) -> None:
         )
     if not task.is_regression:
         if task.target_range is not None:
-            raise RuleError('task.target_range: only task.problem_type = "regression" has targets', hint="leave it out")
+            raise RuleError(
+                'task.target_range: only task.problem_type = "regression" has targets', hint="leave target_range out"
+            )
         return
     if task.target_range is None:
         raise RuleError(
@@ -476,7 +482,7 @@ def the_problem_is_consistent(draft: DraftTables) -> None:
         )
     if task.head == "private":
         raise RuleError(
-            'task.head = "private": the targets of a regression are the same for all owners', hint="leave it out"
+            'task.head = "private": the targets of a regression are the same for all owners', hint="leave task.head out"
         )
     if draft.evaluation.sign_above is not None and draft.choose_by == "mean_squared_error":
         raise RuleError(
@@ -518,7 +524,7 @@ def a_search_has_its_basis(draft: DraftTables) -> None:
     if draft.publish.adapter_rank is not None:
         raise RuleError(
             "publish.adapter_rank: a mixture of adapters has a higher rank than each of them",
-            hint="leave it out, or merge without search",
+            hint="leave adapter_rank out, or merge without search",
         )
 
 

@@ -595,7 +595,7 @@ def test_186_rows_of_a_refit_that_no_owner_has() -> None:
     total = Contributions.of(layout, vectors).total
     check_classifier(total, layout, 600.0, settings.plan)
     check_classifier(total, layout, 6000.0, settings.plan)  # only some of them were measured
-    with pytest.raises(NumericalError, match="is of 600 rows, but the owners have 500"):
+    with pytest.raises(NumericalError, match="covers 600 rows, but the owners have 500"):
         check_classifier(total, layout, 500.0, settings.plan)
 
 

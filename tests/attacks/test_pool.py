@@ -87,7 +87,7 @@ def test_152_a_row_is_not_asked_twice_in_another_dress(teaching_folder: Path, tm
     table = DISTILL.of(draft_of(teaching_folder).tables)
     for dressed in ("The  \uff4cobby was rude ", "the lob\u200bby was\u00ad rude\u0000"):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the lobby was rude", dressed)))
-        with pytest.raises(DataError, match="row 2 says what row 1 says"):
+        with pytest.raises(DataError, match="row 2 says the same as row 1"):
             pin_pool(path, table, "text-classification")
 
 
@@ -101,7 +101,7 @@ def test_152_an_image_is_not_asked_twice_in_another_file(tmp_path: Path) -> None
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
     twice = [saved(noise, "PNG"), saved(noise, "BMP")]
     path = images_of(tmp_path / "pool.parquet", *({"bytes": each, "path": "a.png"} for each in twice))
-    with pytest.raises(DataError, match="row 2 says what row 1 says"):
+    with pytest.raises(DataError, match="row 2 says the same as row 1"):
         pin_pool(path, DistillTable(pool="pool.parquet"), "image-classification")
 
 
@@ -109,7 +109,7 @@ def test_152_a_row_of_words_is_not_asked_twice_as_other_words(tmp_path: Path) ->
     path = tmp_path / "pool.jsonl"
     rows = [["New", "York", "is", "far"], ["new york", "is", "f\u00adar"]]
     path.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in rows))
-    with pytest.raises(DataError, match="row 2 says what row 1 says"):
+    with pytest.raises(DataError, match="row 2 says the same as row 1"):
         pin_pool(path, DistillTable(pool="pool.jsonl"), "token-classification")
 
 
@@ -249,11 +249,11 @@ def test_154_predictions_of_models_that_are_trained_with_noise_reveal_no_more_th
     ("task", "table", "says"),
     [
         ('kind = "sequence-to-sequence"', "", "what a model writes depends on what it wrote before"),
-        ('kind = "causal-lm"', 'weights = "density"', "how close a text is says nothing of its single tokens"),
-        ('kind = "causal-lm"', 'keep = "more confident"', "only of one label among several"),
+        ('kind = "causal-lm"', 'weights = "density"', "how close a text is says nothing about its single tokens"),
+        ('kind = "causal-lm"', 'keep = "more confident"', "need one label per row"),
         ('kind = "causal-lm"', 'text_pair = "other"', "reads no pairs of texts"),
         ('kind = "image-classification"', 'text_pair = "other"', "reads no pairs of texts"),
-        ('problem_type = "multi_label_classification"', 'keep = "more confident"', "only of one label among several"),
+        ('problem_type = "multi_label_classification"', 'keep = "more confident"', "need one label per row"),
     ],
 )
 def test_154_what_cannot_be_distilled_is_refused_when_it_is_drafted(
@@ -487,12 +487,13 @@ def test_159_a_word_that_others_do_not_read_is_asked_of_nobody(tmp_path: Path) -
         embeddings=1000,
     )
     with pytest.raises(
-        DataError, match=r"row 2: this model's tokenizer reads nothing in .* other owners would be alone"
+        DataError,
+        match=r"row 2: this model's tokenizer drops .* entirely; the sum for this word would",
     ):
         reader.read(Pool((("the", "room"), ("the", "\u25cb", "room")), has_words=True))
     path = tmp_path / "pool.jsonl"
     path.write_text(json.dumps({"tokens": ["the", "\u200b", "room"]}) + "\n")
-    with pytest.raises(DataError, match="row 1: word 2 is nothing that shows"):
+    with pytest.raises(DataError, match="row 1: word 2 has no visible characters"):
         pin_pool(path, DistillTable(pool="pool.jsonl"), "token-classification")
 
 
