@@ -7,7 +7,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import click
 import typer
+from typer.core import TyperArgument
+from typer.utils import get_params_from_function
 
 from common.errors import SettingsError
 from deploy.commands.errors import run_command, run_until_stopped
@@ -41,7 +44,24 @@ class EngineName(StrEnum):
 def main() -> NoReturn:
     """Entry point of `amalgram`."""
     # typer's standalone mode would report errors its own way; `run_command` reports ours.
-    run_command(lambda: cli(prog_name="amalgram", standalone_mode=False))
+    run_command(lambda: parser()(prog_name="amalgram", standalone_mode=False))
+
+
+def parser() -> click.Command:
+    """The command with its subcommands, each of which shows the help of its arguments."""
+    whole = typer.main.get_command(cli)
+    _describe_arguments(whole)
+    return whole
+
+
+def _describe_arguments(command: click.Command) -> None:
+    """Since click 8.5, arguments have a help of their own, which overwrites the one of typer 0.20 with None."""
+    for each in command.commands.values() if isinstance(command, click.Group) else ():
+        _describe_arguments(each)
+    described = get_params_from_function(command.callback) if command.callback else {}
+    for each in command.params:
+        if isinstance(each, TyperArgument) and each.name:
+            each.help = described[each.name].default.help
 
 
 def _show_version(asked: bool) -> None:
@@ -75,8 +95,8 @@ def simulate(
     engine: Annotated[
         EngineName, typer.Option(help="network: a server and a client per owner, over TLS.")
     ] = EngineName.in_process,
-    references: Annotated[bool, typer.Option(help="Also compute what needs everything in one place.")] = True,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The demo's; a folder's agreement has its own.")] = 0,
+    references: Annotated[bool, typer.Option(help="Also compute references that need everything in one place.")] = True,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For the demo; an agreement has its own.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Run all parties of a merge on this machine. Without FOLDER, run the demo: five owners with handwritten digits.
@@ -124,7 +144,7 @@ def keys_certificate(
     folder: Annotated[Path, typer.Option(help="Where the files go.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Make the certificate with which the coordinator's server encrypts, if nobody else issues you one.
+    """Make a TLS certificate for the coordinator's server, if nobody else issues you one.
 
     If the folder holds ca.key and ca.pem, they sign the new certificate, and the owners keep their ca.pem.
 
@@ -155,7 +175,7 @@ def check(
     ],
     as_json: Json = False,
 ) -> int:
-    """Look at settings, keys, models and files, and say what a merge would do. Exit code 0: ready; 1: not.
+    """Check settings, keys, models and files, and say what a merge would do. Exit code 0: ready; 1: not.
 
     Example: amalgram check reviews
     """
@@ -172,14 +192,14 @@ def draft(
     out: Annotated[Path, typer.Option(help="The agreement that all parties then hold.")] = Path("agreement.toml"),
     address: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Where the server will be: write an invitation for the owners, too."),
+        typer.Option(metavar="HOST:PORT", help="The server's address: also write an invitation for the owners."),
     ] = None,
     adapter: Annotated[
         list[Path] | None, typer.Option(metavar="FOLDER", help="An owner's LoRA adapter: merge only what it changes.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Complete a short file into an agreement: adds keys, base model, merge plan, bounds and thresholds.
+    """Complete a short file into an agreement: add keys, base model, merge plan, bounds and thresholds.
 
     Example: amalgram draft short.toml *.pub --address merge.example.org:9443
     """
@@ -191,9 +211,9 @@ def draft(
 
 @cli.command()
 def join(
-    invitation: Annotated[Path, typer.Argument(help="What the drafter sent: see `amalgram draft --address`.")],
+    invitation: Annotated[Path, typer.Argument(help="The file that the drafter sent: see `amalgram draft --address`.")],
     owner: Annotated[str | None, typer.Option(help="Whose keys to use, if this folder has several owners'.")] = None,
-    model: Annotated[str | None, typer.Option(help="The fine-tuned model; without, one is made here.")] = None,
+    model: Annotated[str | None, typer.Option(help="The fine-tuned model; if left out, one is made here.")] = None,
     train: Annotated[Path | None, typer.Option(help="The training rows.")] = None,
     test: Annotated[Path | None, typer.Option(help="The test rows.")] = None,
     as_json: Json = False,
@@ -236,16 +256,16 @@ def audit(
     owner_file: OwnerFile,
     model: Annotated[
         Path | None,
-        typer.Argument(help="A model or adapter of the base, or the output of a run. Left out: only yours."),
+        typer.Argument(help="A model or adapter of the base, or the output of a run; if left out, only your model."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where audit.html and audit.json go.")] = Path("audit"),
     candidates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Texts, some of them yours: how many would an attacker pick?")
     ] = None,
-    rows: Annotated[int, typer.Option(min=10, help="How many training rows are compared with as many others.")] = 1000,
+    rows: Annotated[int, typer.Option(min=10, help="How many training rows to compare with as many others.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Attack a model as somebody who has it could, and say what it gives away about your rows. Nothing is sent.
+    """Attack a model as anyone who has it could, and say what it gives away about your rows. Nothing is sent.
 
     Example: amalgram audit hotel.toml output
     """
@@ -302,7 +322,7 @@ def server(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
 
 @cli.command()
 def health(coordinator_file: CoordinatorFile, as_json: Json = False) -> None:
-    """Ask this machine's server whether it runs: exit code 0 if it answers as it should, 1 if not.
+    """Ask whether this machine's server is healthy. Exit code 0: it answers as it should; 1: not.
 
     Example: amalgram health coordinator.toml
     """
@@ -335,7 +355,7 @@ def verify(
             "or a file of OUT/evidence."
         ),
     ],
-    receipts: Annotated[Path | None, typer.Option(help="An owner's own file in state/receipts, to check with.")] = None,
+    receipts: Annotated[Path | None, typer.Option(help="One of an owner's state/receipts to check against.")] = None,
     as_json: Json = False,
 ) -> int:
     """Check a published model against the signatures of its owners. Exit code 0: all as signed; 1: not.

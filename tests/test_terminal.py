@@ -20,11 +20,12 @@ from typing import Any
 import click
 import pytest
 from rich.console import Console
+from typer.core import TyperArgument
 
 import amalgram as amalgram_module
 from common.errors import SettingsError
 from deploy import terminal
-from deploy.cli import FIRST_STEPS, cli
+from deploy.cli import FIRST_STEPS, cli, parser
 from tests.support.command_line import parse, parsers
 from tests.support.commands import amalgram, started
 from tests.support.documents import ROOT
@@ -275,10 +276,23 @@ def test_h_and_help_show_the_same_help(words: str, command: click.Command, capsy
     asked = words.split()[1:]
     shown = []
     for option in ("-h", "--help"):
-        cli([*asked, option], standalone_mode=False)
+        parser()([*asked, option], standalone_mode=False)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert inspect.cleandoc(command.help or "").splitlines()[0] in " ".join(shown[0].split())
+
+
+@pytest.mark.parametrize(("words", "command"), PARSERS)
+def test_a_help_says_what_each_argument_is(
+    words: str, command: click.Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    parser()([*words.split()[1:], "--help"], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    for argument in command.params:
+        if isinstance(argument, TyperArgument):
+            assert argument.help
+            assert argument.help in shown
 
 
 def test_the_version_is_the_package_s(tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 
 import click
-import typer.main
 
-from deploy.cli import cli
+from deploy.cli import parser
 
 
 def parse(arguments: list[str]) -> None:
     """Raise click's UsageError unless `amalgram ARGUMENTS` is a command with options and arguments that exist."""
-    command: click.Command = typer.main.get_command(cli)
+    command: click.Command = parser()
     context = click.Context(command, info_name="amalgram")
     while isinstance(command, click.Group):
         if not arguments or arguments == ["--help"]:
@@ -27,7 +26,7 @@ def parse(arguments: list[str]) -> None:
 
 def parsers() -> Iterator[tuple[str, click.Command]]:
     """Every command and group, with the words that call it."""
-    waiting: list[tuple[str, click.Command]] = [("amalgram", typer.main.get_command(cli))]
+    waiting: list[tuple[str, click.Command]] = [("amalgram", parser())]
     while waiting:
         words, command = waiting.pop()
         yield words, command
