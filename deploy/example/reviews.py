@@ -55,19 +55,19 @@ title = "Reviews of three shops"
 
 # The model that everybody fine-tuned: a Hugging Face folder (relative to this file) or a hub name.
 base = "base"
-# base_revision = "..."       # of a hub name: its commit; if left out, the newest one when the draft is completed
+# base_revision = "..."       # the commit of a hub name; if left out, the newest one when the draft is completed
 
 # The published model is merged with `method`. The others are only evaluated, for comparison.
 # Single-round methods: average, task_arithmetic, fisher, regmean, data_free, anchored, isotropic, model_stock, lorm,
 # and logit_adjusted, which reveals roughly how frequent each label is. docs/which-method.md helps to choose.
-# search tries mixtures of methods in compare_with, which [search] names, on the owners' validation rows.
 # Multi-round methods, for which every owner must stay to the end: regmean_plus_plus, and refit, which fits the
-# classifier anew and reveals how many rows have each label.
-# distill, for owners whose models differ: they predict a public pool of rows (docs/distillation.md).
+# classifier again and reveals how many rows have each label.
+# search tries mixtures of the methods that [search] names (from compare_with) on the owners' validation rows.
+# distill is for owners whose models differ: they predict a public pool of rows (docs/distillation.md).
 method = "data_free"
 compare_with = ["average", "task_arithmetic", "regmean"]
 
-# "rows": an owner counts by its training examples. "owners": every owner counts alike.
+# "rows": owners are weighted by their number of training examples. "owners": all owners have the same weight.
 weighting = "rows"
 
 # dtype = "bfloat16"          # models run on the owners' rows in bfloat16: faster on a GPU, and coarser
@@ -79,11 +79,11 @@ weighting = "rows"
 kind = "text-classification"  # or token-, image-classification, causal-lm, sequence-to-sequence
 max_tokens = 32               # longer texts are cut
 # problem_type = "multi_label_classification"   # several labels a row; or "regression": numbers
-# labels = ["negative", "positive"]   # if left out, those that the base names, or else all owners' models
-# label_set = "all"           # or "own", the default: judge an owner's rows among the labels that occur in its files
+# labels = ["negative", "positive"]   # if left out, those that the base names, or else the owners' models
+# label_set = "all"           # or "own", the default: test an owner's rows among the labels that occur in its files
 
 [regmean]
-# How much of a Gram's off-diagonal counts. Several values are tried on the owners' validation rows.
+# How much of a Gram matrix's off-diagonal counts. Several values are tried on the owners' validation rows.
 alphas = [0.1, 0.5, 0.9, 0.95, 0.99]
 measured_examples = 1000      # an owner measures at most this many of its training rows
 
@@ -93,12 +93,12 @@ scales = [0.3, 0.5, 1.0]
 [summation]
 kind = "masked"               # the coordinator learns totals only; with "plain" it sees every owner's vector
 # ring_bits = 32              # half the bytes, but one more round shows all owners the scales (SECURITY.md, b6)
-# colluders = 0               # how many owners may collude with it; if left out, as many as min_owners allows
+# colluders = 0               # how many owners may collude with the coordinator; if left out, as min_owners allows
 
 [privacy]
-min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram does not take part
+min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of a Gram matrix does not take part
 # epsilon = 8.0               # noise in training (DP-SGD), metrics, a refit and Grams; needs label_set = "all"
-# legs = { metrics = 0.1, refit = 0.4, grams = 0.3 }   # shares of the budget, of what is summed; training has the rest
+# legs = { metrics = 0.1, refit = 0.4, grams = 0.3 }   # each sum's share of the budget; training has the rest
 
 # [bounds]
 # change = 0.5                # no tensor may change by more than this share of the base's; more is scaled down
@@ -106,18 +106,18 @@ min_rows_per_dimension = 1.0  # an owner with fewer token rows per dimension of 
 [reading]                     # an owner does not take part if reading leaves more than these shares of a file's rows
 max_empty = 0.05              # empty, or with far too few tokens for their words
 max_equal = 0.1               # with the same tokens as a row with another text
-max_unknown = 0.05            # mostly unknown, or of one repeated token
+max_unknown = 0.05            # with mostly unknown tokens, or one repeated token
 
 [evaluation]
-choose_by = "accuracy"        # or "macro_f1"; of a regression, "mean_squared_error" or "pearson_r"
-# groups = ["north", "south"] # judge rows of each apart (owners: data.group); then also choose_by = "worst_group"
+choose_by = "accuracy"        # or "macro_f1"; for a regression, "mean_squared_error" or "pearson_r"
+# groups = ["north", "south"] # report each group of rows (owners: data.group); allows choose_by = "worst_group"
 # sign_above = 0.7            # no owner signs a model that is worse than this, or than the base, on its test rows
 
 # [verification]
 # required = false            # measure on models that nobody has verified
 
 # [merge]
-# layers = ["*.query", "*.value"]   # only these change; or ["adapter"]: what the owners' LoRA adapters change
+# layers = ["*.query", "*.value"]   # merge only these; or ["adapter"]: what the owners' LoRA adapters change
 
 # [publish]
 # adapter_rank = 8            # publish a LoRA adapter of the base, cut to this rank, instead of a whole model
@@ -138,9 +138,9 @@ OWNER = """\
 name = "{name}"
 # device = "auto"                               # run models on a GPU if there is one; if left out, on the CPU
 
-# An owner that has a fine-tuned model names its folder or hub name (a LoRA adapter will do) and drops [training]:
+# An owner that has a fine-tuned model gives its folder or hub name (a LoRA adapter will do) and drops [training]:
 # fine_tuned = "models/{name}"
-# An owner that has none makes one here, from the base and its training rows:
+# An owner without a model makes one here, from the base and its training rows:
 [training]
 epochs = 6
 learning_rate = 1e-3
@@ -153,7 +153,7 @@ test = "data/{name}/test.{suffix}"              # gives the metrics
 text = "text"                                   # column names
 label = "label"                                 # a label's name, or its number
 # text_pair = "answer"                          # the second text, if the model takes pairs
-# max_train_rows = 5000                         # use only so many rows, drawn from the whole file
+# max_train_rows = 5000                         # use only this many rows, drawn from the whole file
 """
 
 
