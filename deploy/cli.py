@@ -59,9 +59,9 @@ def _describe_arguments(command: click.Command) -> None:
     for each in command.commands.values() if isinstance(command, click.Group) else ():
         _describe_arguments(each)
     described = get_params_from_function(command.callback) if command.callback else {}
-    for each in command.params:
-        if isinstance(each, TyperArgument) and each.name:
-            each.help = described[each.name].default.help
+    for parameter in command.params:
+        if isinstance(parameter, TyperArgument) and parameter.name:
+            parameter.help = described[parameter.name].default.help
 
 
 def _show_version(asked: bool) -> None:

@@ -137,19 +137,20 @@ class Distill(Method[DistillTable]):
         table = self.of(tables)
         start = () if table.start == "base" else STARTS[table.start].disclosures(tables)
         close = (
-            "The totals also show how close each row of the pool is to the rows of all owners together. A row that is "
-            "like one owner's rows alone is answered by that owner's model alone, except for a thousandth of the "
-            "others': nobody is told whose it is, but whoever knows what the owners' rows are about can guess.",
+            "The totals also show how close each row of the pool is to the rows of all owners together. For a row that "
+            "is like one owner's rows alone, the total shows what that owner's model alone says, except for a "
+            "thousandth of the others': nobody is told whose it is, but anyone who knows what the owners' rows are "
+            "about can guess.",
         )
         continued = (
             "The totals show how the owners' models together would continue each text of the pool, token by token. A "
-            "text that begins like a text of one owner can bring out how that one goes on, if its model learned it by "
+            "text that begins like an owner's text can bring out how that text continues, if its model learned it by "
             "heart.",
         )
         return (
-            "The total shows what the owners' models together say of each row of the pool: a model that was trained "
-            "on a row, or on rows like it, is surer of it. So a total about a row that only one owner has shows, "
-            "among the others' predictions, that somebody has it. Look at the pool.",
+            "The total shows what the owners' models together say about each row of the pool. A model that was trained "
+            "on a row, or on rows like it, is surer of it. So even if only one owner has a row, its total can show "
+            "that somebody has it. Look at the pool.",
             *(continued if table.vocabulary else ()),
             *(close if table.weights == "density" else ()),
             *start,

@@ -182,8 +182,8 @@ class Refit(MultiRoundMethod[RefitTable]):
     def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return (
             *self._body(tables).noised_disclosures(tables),
-            "The classifier is fitted to {their} labels. The totals have noise, which hides any one row, and shows of "
-            "many rows of one label about how many there are, and the sum of the classifier's inputs on them.",
+            "The classifier is fitted to {their} labels. The totals have noise, which hides any one row. If many rows "
+            "have a label, the totals show roughly how many, and the sum of the classifier's inputs on them.",
         )
 
     def measurements(self, tables: Mapping[str, Hyperparameters]) -> Mapping[Measurement, int]:

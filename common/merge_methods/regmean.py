@@ -275,7 +275,7 @@ class RegMean(SingleRoundMethod[RegMeanTable]):
     def noised_disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:
         return (
             "Gram matrices have noise before anything is made of them, all of it added by {their} own program. It "
-            "hides any one example, with all of its tokens, and shows of many about what their inputs are in the mean.",
+            "hides any one example, with all of its tokens, but not what the inputs of many are on average.",
         )
 
     def disclosures(self, tables: Mapping[str, Hyperparameters]) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def test_next_tokens_are_taught_by_language_models_of_one_vocabulary(tmp_path: P
     with owner_of(tmp_path / "tokens", tmp_path, "ada") as ada:
         consent = consent_text(ada)
     assert "predicts 135 next tokens in 27 public rows with" in consent
-    assert "can bring out how that one goes on" in " ".join(consent.split())
+    assert "can bring out how that text continues" in " ".join(consent.split())
 
 
 @pytest.mark.slow
