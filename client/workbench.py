@@ -53,6 +53,7 @@ from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.files import weight_files
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
+from common.models.layers import parameter_of
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters, longest_text
@@ -67,6 +68,7 @@ from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
+OF_CLASSIFIER = "the classifier's input"  # the Gram that a refit measures on a merged body
 ROWS_OF_DENSITY = 2000  # that a Gaussian is made of, at most
 POOL_SHEET = "pool.png"  # in the state folder: the images of a pool that the consent text names
 MOVE_STATE = "make room on this disk, or move the state folder"
@@ -481,7 +483,7 @@ class Workbench(Holdings):
         if step.measurement is Measurement.CLASSIFIER:
             layer = classifier(self.plan)
             terms = self.in_batches(lambda size: measure_classifier(base, own, merged, layer, rows, size, self.passes))
-            self._check_rows("the classifier's input", len(terms.features), terms.features.shape[1])
+            self._check_rows(OF_CLASSIFIER, len(terms.features), terms.features.shape[1])
             return OwnerTerms(examples=len(train), delta={}, classifier=terms)
         delta = self._delta(own, base)
         names = [name for shared in step.inputs for layer in shared.layers for name in layer.parameters]
@@ -544,9 +546,15 @@ class Workbench(Holdings):
             raise DataError(
                 f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
                 f"{least:g} per dimension; nothing has left",
-                hint="bring more examples and measure them (measured_examples), or agree to merge this layer from its "
-                f'changes alone: [regmean] data_free_layers = ["{name}"]',
+                hint=f"bring more examples and measure them (measured_examples), or agree {self._without_gram(name)}",
             )
+
+    def _without_gram(self, name: str) -> str:
+        """What to agree on so that no owner measures this Gram."""
+        need_it = [each for each in self.agreement.methods if METHODS[each].needs_classifier]
+        if need_it and name in (OF_CLASSIFIER, self.plan.inputs[-1].name):
+            return f"on methods that leave the classifier as it was merged, unlike {' and '.join(need_it)}"
+        return f'to merge this layer from its changes alone: [regmean] data_free_layers = ["{parameter_of(name)}"]'
 
     # --- scoring ---
 

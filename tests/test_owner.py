@@ -224,6 +224,22 @@ def test_an_owner_with_too_few_rows_for_a_gram_takes_no_part(parties: Parties, p
         list(Owner(party).workbench.contribution())
 
 
+def test_a_gram_with_too_few_rows_comes_with_a_way_around_it_that_works(parties: Parties) -> None:
+    """What a hint says to write is a parameter, not a part of one; and what refit fits cannot go without a Gram."""
+    workbench, fitted = Owner(parties.files["hotel"]).workbench, parties.plan.inputs[-1].name
+    refitted = parties.agreement.model_copy(update={"method": "refit"})
+    for agreement, gram, way in (
+        (parties.agreement, "encoder.wide[0:64]", 'data_free_layers = ["encoder.wide"]'),
+        (refitted, "encoder.wide", 'data_free_layers = ["encoder.wide"]'),
+        (refitted, fitted, "methods that leave the classifier as it was merged, unlike refit"),
+        (refitted, "the classifier's input", "methods that leave the classifier as it was merged, unlike refit"),
+    ):
+        workbench.__dict__["agreement"] = agreement
+        with pytest.raises(DataError) as caught:
+            workbench._check_rows(gram, rows=3, dimensions=64)
+        assert caught.value.hint.endswith(way)
+
+
 def test_an_owner_of_fewer_examples_than_a_pooler_has_inputs_takes_part(trained_folder: Path, tmp_path: Path) -> None:
     """Of 40 examples, each of many tokens: the pooler and the classifier, of 64 inputs, see 40 rows."""
     consortium = tmp_path / "consortium"
