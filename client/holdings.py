@@ -70,7 +70,7 @@ class Holdings:
         return own_task(self.settings, self._home, self.agreement.task)
 
     @cached_property
-    def _base_folder(self) -> Path:
+    def base_folder(self) -> Path:
         agreement_path = self._home / self.settings.agreement
         return base_model_folder(self.settings.base, self._home, self.agreement, agreement_path)
 
@@ -89,7 +89,7 @@ class Holdings:
     @cached_property
     def own_base_folder(self) -> Path:
         """What this owner's model was made from."""
-        return own_base(self.settings, self._home, self._base_folder)
+        return own_base(self.settings, self._home, self.base_folder)
 
     @cached_property
     def own_outline(self) -> PreTrainedModel:
@@ -121,7 +121,7 @@ class Holdings:
         """This owner's files, as a merged model reads them."""
         if self.settings.own_base is None:
             return self.data
-        return replace(self.data, model=self._outline, **self._prepared_by(self._base_folder))
+        return replace(self.data, model=self._outline, **self._prepared_by(self.base_folder))
 
     def own_logits(self, model: PreTrainedModel, rows: Rows) -> NDArray[np.float32]:
         """What this owner's model says of rows: (predictions, agreed labels), -inf for labels that it lacks."""
@@ -134,19 +134,19 @@ class Holdings:
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy of the agreed base model."""
-        base = load_base(self._base_folder, self.task, self.agreement.seed)
-        check_base(base, self.agreement, self._base_folder)
+        base = load_base(self.base_folder, self.task, self.agreement.seed)
+        check_base(base, self.agreement, self.base_folder)
         return base
 
     @cached_property
     def _outline(self) -> PreTrainedModel:
-        return load_outline(self._base_folder, self.task)
+        return load_outline(self.base_folder, self.task)
 
     @cached_property
     def plan(self) -> MergePlan:
         if self.agreement.publish.adapter_rank is not None:  # depends on which weights the folder lacks, too
-            return agreed_plan(self._outline, self._base_folder, self.agreement)
-        return _plan(self._terms, self._outline, self._base_folder)
+            return agreed_plan(self._outline, self.base_folder, self.agreement)
+        return _plan(self._terms, self._outline, self.base_folder)
 
     @property
     def _terms(self) -> "Terms":
@@ -163,6 +163,10 @@ class Holdings:
             seed=self.agreement.seed,
             reading=self.agreement.reading,
         )
+
+    def read_for(self, model: PreTrainedModel, folder: Path, task: Task) -> PrivateData:
+        """This owner's files, as any other model reads them with the tokenizer or image processor in `folder`."""
+        return replace(self.data, task=task, model=model, **self._prepared_by(folder))
 
     def _prepared_by(self, folder: Path) -> dict[str, Any]:
         """What prepares rows for the model in a folder."""
@@ -194,10 +198,10 @@ class Holdings:
         return load_fine_tuned(folder, self.own_task, self.load_own_base() if is_adapter(folder) else self.own_outline)
 
     def model_of_base(self, folder: Path) -> PreTrainedModel:
-        """Any model of this base, whole or an adapter. If heads are private, it needs none. Raises ModelError."""
+        """Any model of the agreed base, whole or an adapter. If heads are private, it needs none. Raises ModelError."""
         found = fine_tuned_folder(str(folder.absolute()), self._home)
         if self.task.head == "shared" or is_adapter(found):
-            return self._load_fine_tuned(found)
+            return load_fine_tuned(found, self.task, self.load_base() if is_adapter(found) else self._outline)
         model = load_base(found, self.task, self.agreement.seed)
         if parameter_shapes(model) != parameter_shapes(self._outline):
             raise ModelError(f"model {folder}: is not made like the agreed base", hint=ANOTHER_BASE)
@@ -250,7 +254,7 @@ class Holdings:
         """Write a new Hugging Face folder of a model for this owner alone: a private head stays on its body."""
         task = self.task.model_copy(update={"head": "shared"})
         with needing_room("the model", folder.parent, "make room on this disk, or name a folder on another one"):
-            write_model(model, self._base_folder, self.agreement.model_copy(update={"task": task}), folder)
+            write_model(model, self.base_folder, self.agreement.model_copy(update={"task": task}), folder)
 
     @property
     def _kept_folder(self) -> Path:

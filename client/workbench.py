@@ -187,7 +187,7 @@ class Workbench(Holdings):
     def _check_vocabulary(self) -> None:
         """Raise ModelError unless this owner's language model knows the tokens that are agreed on."""
         if self.settings.own_base is not None:
-            check_tokenizer(self.own_base_folder, self._base_folder)
+            check_tokenizer(self.own_base_folder, self.base_folder)
         layers = (self.own_outline.get_input_embeddings(), self.own_outline.get_output_embeddings())
         outputs, agreed = min(len(layer.weight) for layer in layers), self._pool_table.vocabulary or 0
         if outputs < agreed:
@@ -310,7 +310,7 @@ class Workbench(Holdings):
 
     @cached_property
     def _base(self) -> StoredTensors:
-        return StoredTensors(self.load_base(), weight_files(self._base_folder), self.state.folder)
+        return StoredTensors(self.load_base(), weight_files(self.base_folder), self.state.folder)
 
     @cached_property
     def _own_base(self) -> StoredTensors:
@@ -588,9 +588,9 @@ class Workbench(Holdings):
             folder = scratch / "published"
             with needing_room("what would be published", self.state.folder, MOVE_STATE):
                 if isinstance(delta, AdapterDelta):
-                    write_adapter(model, delta, self._base_folder, self.agreement, folder)
+                    write_adapter(model, delta, self.base_folder, self.agreement, folder)
                 else:
-                    write_model(model, self._base_folder, self.agreement, folder)
+                    write_model(model, self.base_folder, self.agreement, folder)
             return published_folder(folder)
 
     def score_base(self, split: Split) -> Score:

@@ -256,7 +256,11 @@ def audit(
     owner_file: OwnerFile,
     model: Annotated[
         Path | None,
-        typer.Argument(help="A model or adapter of the base, or the output of a run; if left out, only your model."),
+        typer.Argument(help="Any Hugging Face model or adapter, or the output of a run. Left out: only yours."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="What MODEL was made from, if that is not the agreed base."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where audit.html and audit.json go.")] = Path("audit"),
     candidates: Annotated[
@@ -273,7 +277,7 @@ def audit(
     _check_readable(owner_file)
     from deploy.commands.audit import audit_and_show
 
-    audit_and_show(owner_file, model, candidates, out, rows)
+    audit_and_show(owner_file, model, base, candidates, out, rows)
 
 
 @cli.command()

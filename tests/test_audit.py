@@ -17,7 +17,8 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 from client.audit.audit import audit
 from client.audit.page import page_of
 from client.audit.result import Attack, Audit, Interval, schema_text
-from client.audit.rows import ComparedRows, compared_rows, differences, keys_of
+from client.audit.rows import ComparedRows, View, differences, keys_of
+from client.audit.rows import compared_rows as compared_as
 from client.audit.scores import classifier_gradients, gradient_scores, losses_by_label, predict
 from client.audit.selection import how_many, judge, select_greedily
 from client.audit.statistics import (
@@ -27,6 +28,7 @@ from client.audit.statistics import (
     mean_exposure_by_chance,
     true_positive_rate,
 )
+from client.audit.subjects import own_subject, subject_in
 from client.audit.verdict import cautions, details, headline
 from client.audit.weights import lineage, moved_tokens
 from client.data.canaries import canaries_of, random_rows
@@ -280,6 +282,11 @@ def holdings_of(parties: Parties, owner: str, **changes: object) -> Holdings:
     return Holdings(settings.model_copy(update=changes), parties.folder, parties.agreement)
 
 
+def compared_rows(holdings: Holdings, most: int) -> ComparedRows:
+    (rows,) = compared_as(holdings, [View(data=holdings.data)], most)
+    return rows
+
+
 def without_validation(holdings: Holdings) -> dict[str, object]:
     return {"data": holdings.settings.data.model_copy(update={"validation": None})}
 
@@ -398,13 +405,22 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     folder = request.getfixturevalue("trained_folder")
     with parties_of(folder, tmp_path_factory.mktemp("audited")) as parties:
-        holdings = holdings_of(parties, "hotel")
-        rows = compared_rows(holdings, most=1000)
-        model = holdings.model_of_base(folder / "models" / "cinema")
-        return audit(holdings, model, pool([rows.members, rows.strangers]), most_rows=1000)
+        holdings, texts = holdings_of(parties, "hotel"), parties.folder / "texts.jsonl"
+        texts.write_text(
+            "".join((folder / "data" / "hotel" / f"{each}.jsonl").read_text() for each in ("train", "test"))
+        )
+        own = own_subject(holdings)
+        model = subject_in(holdings, own.origin, folder / "models" / "cinema", base=None)
+        return audit(holdings, own, model, texts, most_rows=1000)
 
 
-def test_an_audit_attacks_the_base_the_own_model_and_the_named_one(found: Audit) -> None:
+def test_an_audit_attacks_the_base_the_own_model_and_the_named_one(found: Audit, trained_folder: Path) -> None:
+    home = trained_folder / "data" / "hotel"
+    files = {
+        split: [json.loads(line)["text"] for line in (home / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    }
+    candidates = [*files["train"], *files["test"]]
     base, own, model = found.models
     assert [each.name for each in found.models] == ["base", "own", "model"]
     assert [each.name for each in base.attacks] == ["loss"]
@@ -412,8 +428,8 @@ def test_an_audit_attacks_the_base_the_own_model_and_the_named_one(found: Audit)
     for each in (own, model):
         assert [one.name for one in each.attacks] == ["loss", "calibrated_loss", "classifier_gradient", "gradient"]
         assert each.selection is not None
-        assert each.selection.candidates == found.rows.members + found.rows.strangers
-        assert each.selection.members_among_candidates == found.rows.members
+        assert each.selection.candidates == len(candidates)
+        assert each.selection.members_among_candidates == sum(text in files["train"] for text in candidates)
         assert each.selection.by == "greedy"
         assert each.canaries is None
     assert own.embeddings is not None

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.audit.audit import audit
+from client.audit.subjects import own_subject, subject_in
 from client.holdings import Holdings
 from client.measurement.closeness import closeness
 from client.measurement.predictions import as_summed
@@ -68,14 +69,26 @@ def test_an_owner_with_another_base_is_judged_as_its_own_model_reads(report: Rep
     assert report.evaluation.by_owner["kiosk"]["own_at_home"].accuracy > 0.9
 
 
-def test_commands_that_compare_weights_say_that_an_owner_has_a_base_of_its_own(taught: Path) -> None:
+def test_a_command_that_compares_weights_says_that_an_owner_has_a_base_of_its_own(taught: Path) -> None:
     home = taught / PARTIES
     settings = load_settings(home / "kiosk.toml", OwnerSettings)
     kiosk = Holdings(settings, home, load_agreement(home / settings.agreement))
     with pytest.raises(SettingsError, match=r"amalgram personal: kiosk's model has a base of its own"):
         personalise(kiosk, kiosk.load_base())
-    with pytest.raises(SettingsError, match=r"amalgram audit: kiosk's model has a base of its own"):
-        audit(kiosk, None, None, 10)
+
+
+def test_an_audit_compares_an_owner_s_model_with_its_own_base_and_the_student_with_the_agreed_one(taught: Path) -> None:
+    home = taught / PARTIES
+    settings = load_settings(home / "kiosk.toml", OwnerSettings)
+    kiosk = Holdings(settings, home, load_agreement(home / settings.agreement))
+    own = own_subject(kiosk)
+    student = subject_in(kiosk, own.origin, taught / "model", base=None)
+    found = audit(kiosk, own, student, None, 30)
+    assert [each.name for each in found.models] == ["base", "own", "model_base", "model"]
+    base, _, agreed_base, model = found.models
+    assert agreed_base.digest == kiosk.agreement.base_digest != base.digest
+    assert min(model.fit.accuracy_strangers, found.models[1].fit.accuracy_strangers) > 0.8
+    assert all(each.lineage is not None for each in (found.models[1], model))
 
 
 def test_the_report_and_the_card_say_what_was_done(report: Report, taught: Path) -> None:

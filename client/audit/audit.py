@@ -1,7 +1,8 @@
 """What a model gives away about one owner's rows, measured by that owner alone: nothing is sent, nothing is written.
 
 Three models are attacked: the base, which cannot know the rows (the lower bound); the owner's own model, which nobody
-else has (the upper bound); and the one that the owner asks about, such as the published merge.
+else has (the upper bound); and the one that the owner asks about, such as the published merge. If the owner says that
+this one has another base, that base is the fourth.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from math import log2
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -41,13 +43,13 @@ from client.audit.scores import (
 )
 from client.audit.selection import how_many, judge, select_greedily
 from client.audit.statistics import Scores, attack, exposures, mean_exposure_by_chance
+from client.audit.subjects import Origin, Subject
 from client.audit.verdict import TITLES
 from client.audit.weights import lineage, moved_tokens
 from client.data.canaries import random_rows
 from client.data.rows import Rows
 from client.holdings import Holdings, give_head
 from client.measurement.evaluation import predict_logits
-from common.errors import SettingsError
 from common.identity import fingerprint
 from common.models.loading import digest_of
 
@@ -55,22 +57,27 @@ REFERENCES = 1023  # random rows that each canary is ranked among: an exposure o
 LIBRARIES = ("amalgram", "torch", "transformers", "numpy", "scipy", "scikit-learn")
 
 
-def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | None, most_rows: int) -> Audit:
-    """Audit the base, the owner's model and `model` on at most `most_rows` members and as many strangers.
+def audit(holdings: Holdings, own: Subject, model: Subject | None, candidates: Path | None, most_rows: int) -> Audit:
+    """Audit the owner's `own` model, `model`, and what they were made from, on at most `most_rows` members and as many
+    strangers.
 
     `candidates`: texts among which an attacker looks for the owner's rows. Raises DataError if there are too few rows.
     """
-    if holdings.task.problem_type != "single_label_classification":
-        raise SettingsError(
-            "amalgram audit: models of several labels a row, and regressions, cannot be audited yet",
-            hint="it takes models of one label a row, of words with tags, and language models",
-        )
-    holdings.check_shares_base("amalgram audit")
-    rows = compared_rows(holdings, most_rows)
-    auditor = _Auditor(holdings, rows, holdings.own_model(), candidates)
-    models = [auditor.audit_base(), auditor.audit_model("own", auditor.own)]
+    subjects: dict[ModelName, Subject] = {"own": own}
     if model is not None:
-        models.append(auditor.audit_model("model", model))
+        subjects["model"] = model
+    origins = list(dict.fromkeys(each.origin for each in subjects.values()))
+    read = compared_rows(holdings, [origin.view for origin in origins], most_rows)
+    models: list[AuditedModel] = []
+    for origin, rows in zip(origins, read, strict=True):
+        is_own = origin is own.origin
+        auditor = _Auditor(
+            holdings=holdings, origin=origin, rows=rows, own=own.model if is_own else None, candidates=candidates
+        )
+        if origin.base is not None:
+            models.append(auditor.audit_base("base" if is_own else "model_base"))
+        models += [auditor.audit_model(name, each.model) for name, each in subjects.items() if each.origin is origin]
+    rows, *_ = read
     return Audit(
         owner=holdings.name,
         agreement=fingerprint(bytes.fromhex(holdings.agreement.digest())),
@@ -85,56 +92,64 @@ def audit(holdings: Holdings, model: PreTrainedModel | None, candidates: Rows | 
             made_here=holdings.settings.training is not None,
         ),
         models=tuple(models),
-        warnings=tuple(differences(rows)),
+        warnings=(*differences(rows), *(() if model is None else model.warnings)),
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Auditor:
-    """Attacks one model after the other on the same rows. What the base says of them is measured once."""
+    """Attacks the models of one origin, one after the other, on the same rows. What their base says is measured once.
+
+    `own`: the owner's own model; None if it has another origin.
+    """
 
     holdings: Holdings
+    origin: Origin
     rows: ComparedRows
-    own: PreTrainedModel
-    candidates: Rows | None
+    own: PreTrainedModel | None
+    candidates: Path | None
 
-    def audit_base(self) -> AuditedModel:
+    def audit_base(self, name: ModelName) -> AuditedModel:
+        found = self._of_base
+        return self._audited(name, self._base, found, self._attack("loss", -found.losses))
+
+    def audit_model(self, name: ModelName, model: PreTrainedModel) -> AuditedModel:
+        if self.own is not None:
+            give_head(self.own, model, self.origin.task)
+        found = predict(model, self._both, self._batch_size, f"{TITLES[name]}: losses")
+        audited = self._audited(name, model, found, self._attack("loss", -found.losses))
+        if self.origin.base is None:
+            return audited
         base = self._base
+        weights, start = (dict(each.named_parameters()) for each in (model, base))
+        delta = {each: (weights[each] - start[each]).detach() for each in start}  # whole, because the base is moved
+        attacks = [*audited.attacks, self._attack("calibrated_loss", self._of_base.losses - found.losses)]
+        if self._gradients is not None and self._gradients.layer.take(delta).any():
+            attacks.append(self._attack("classifier_gradient", self._gradients.scores(delta)))
+        along = gradient_scores(base, delta, self._both, self._batch_size, f"{TITLES[name]}: gradients")
+        attacks.append(self._attack("gradient", along))
+        others = None if name == "own" else self.own
+        return audited.model_copy(
+            update={
+                "attacks": tuple(attacks),
+                "embeddings": moved_tokens(model, base, others, self.rows.all_members),
+                "lineage": lineage(weights, start),
+                "selection": self._selection(model, delta),
+            }
+        )
+
+    def _audited(self, name: ModelName, model: PreTrainedModel, found: Predictions, by_loss: Attack) -> AuditedModel:
+        """What shows without comparing a model with its base."""
         return AuditedModel(
-            name="base",
-            digest=digest_of(base, self.holdings.task),
-            fit=self._fit(self._of_base),
-            attacks=(self._attack("loss", -self._of_base.losses),),
-            canaries=self._canaries(base),
+            name=name,
+            digest=digest_of(model, self.origin.task),
+            fit=self._fit(found),
+            attacks=(by_loss,),
+            canaries=self._canaries(model),
             embeddings=None,
             lineage=None,
             selection=None,
-        )
-
-    def audit_model(self, name: ModelName, model: PreTrainedModel) -> AuditedModel:
-        told, task = TITLES[name], self.holdings.task
-        give_head(self.own, model, task)
-        weights, start = (dict(each.named_parameters()) for each in (model, self._base))
-        delta = {each: (weights[each] - start[each]).detach() for each in start}  # whole, because the base is moved
-        found = predict(model, self._both, self._batch_size, f"{told}: losses")
-        attacks = [
-            self._attack("loss", -found.losses),
-            self._attack("calibrated_loss", self._of_base.losses - found.losses),
-        ]
-        if self._gradients is not None and self._gradients.layer.take(delta).any():
-            attacks.append(self._attack("classifier_gradient", self._gradients.scores(delta)))
-        along = gradient_scores(self._base, delta, self._both, self._batch_size, f"{told}: gradients")
-        attacks.append(self._attack("gradient", along))
-        return AuditedModel(
-            name=name,
-            digest=digest_of(model, task),
-            fit=self._fit(found),
-            attacks=tuple(attacks),
-            canaries=self._canaries(model),
-            embeddings=moved_tokens(model, self._base, None if name == "own" else self.own, self.rows.all_members),
-            lineage=lineage(weights, start),
-            selection=self._selection(model, delta),
         )
 
     # --- what is measured once ---
@@ -145,8 +160,10 @@ class _Auditor:
 
     @cached_property
     def _base(self) -> PreTrainedModel:
-        base = self.holdings.load_base()
-        give_head(self.own, base, self.holdings.task)
+        base = self.origin.base
+        assert base is not None  # a model without one is not compared
+        if self.own is not None:
+            give_head(self.own, base, self.origin.task)
         return base
 
     @cached_property
@@ -164,13 +181,14 @@ class _Auditor:
 
     @cached_property
     def _planted(self) -> Rows | None:
-        return self.holdings.canaries()
+        """The owner's canaries. What was not made from the base of the own model cannot have been trained on them."""
+        return None if self.own is None else self.holdings.canaries()
 
     @cached_property
     def _references(self) -> Rows:
         """Rows like the canaries that no training saw."""
         random = np.random.default_rng([self.holdings.agreement.seed, REFERENCES])
-        return random_rows(random, REFERENCES, self.rows.all_members, self.holdings.task)
+        return random_rows(random, REFERENCES, self.rows.all_members, self.origin.task)
 
     # --- one model's part ---
 
@@ -211,9 +229,9 @@ class _Auditor:
 
     def _selection(self, model: PreTrainedModel, delta: Mapping[str, Tensor]) -> Selection | None:
         """What an attacker that has the base and this model picks from the candidates, with labels as it predicts."""
-        candidates = self.candidates
-        if candidates is None:
+        if self.candidates is None:
             return None
+        candidates = self.origin.view.data.candidates(self.candidates)
         gradients, count = None, how_many(len(candidates))
         if isinstance(candidates.targets, np.ndarray):
             guessed = predict_logits(model, candidates, self._batch_size).argmax(axis=1)
@@ -232,7 +250,7 @@ class _Auditor:
     def _classifier_gradients(
         self, rows: Rows, targets: NDArray[np.int64], description: str
     ) -> ClassifierGradients | None:
-        return classifier_gradients(self._base, rows, targets, self.holdings.task, self._batch_size, description)
+        return classifier_gradients(self._base, rows, targets, self.origin.task, self._batch_size, description)
 
     @property
     def _batch_size(self) -> int:

@@ -11,6 +11,7 @@ from common.page.plots import ACCENT, INK, OTHERS, PALETTE, as_svg, new_axes, pl
 STYLES: dict[ModelName, dict[str, Any]] = {
     "base": {"color": OTHERS, "marker": "s", "linestyle": ":"},
     "own": {"color": PALETTE[0], "marker": "o", "linestyle": "--"},
+    "model_base": {"color": OTHERS, "marker": "^", "linestyle": "-."},
     "model": {"color": ACCENT, "marker": "D", "linestyle": "-"},
 }
 

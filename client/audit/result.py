@@ -19,7 +19,7 @@ AUDIT_VERSION: Literal[1] = 1
 FEWEST_STRANGERS = 100  # 1 % of fewer is none of them
 
 AttackName = Literal["loss", "calibrated_loss", "classifier_gradient", "gradient"]
-ModelName = Literal["base", "own", "model"]
+ModelName = Literal["base", "own", "model_base", "model"]
 Exposure = Annotated[float, Field(ge=-1)]
 
 
@@ -77,7 +77,7 @@ class Embeddings(Table):
     moved_of_yours: Count = Field(description="How many of these moved.")
     yours_alone: Count | None = Field(
         description="How many moved exactly in the direction of the owner's own model, so that no other owner can have "
-        "moved them; null for the owner's own model."
+        "moved them; null for the owner's own model, and for one of another base."
     )
 
 
@@ -109,14 +109,23 @@ class Selection(Table):
 class AuditedModel(Table):
     """One model that an attacker could have."""
 
-    name: ModelName = Field(description="base: the lower bound; own: the upper bound; model: the one that was named.")
+    name: ModelName = Field(
+        description="base: the lower bound; own: the upper bound; model: the one that was named; model_base: what that "
+        "one was made from, if it has another base."
+    )
     digest: Digest = Field(description="SHA-256 of its weights, as an agreement or a report gives it.")
     fit: Fit = Field(description="How well it fits members and strangers.")
     attacks: tuple[Attack, ...] = Field(min_length=1, description="By score.")
-    canaries: Canaries | None = Field(description="Null unless the owner's training plants canaries.")
-    embeddings: Embeddings | None = Field(description="Null for the base, and without an embedding of tokens alone.")
-    lineage: Lineage | None = Field(description="Null for the base.")
-    selection: Selection | None = Field(description="Null without a file of candidates, and for the base.")
+    canaries: Canaries | None = Field(
+        description="Null unless the owner's training plants canaries, and for a model that was not made from its base."
+    )
+    embeddings: Embeddings | None = Field(
+        description="Null for a base, without a known base, and without an embedding of tokens alone."
+    )
+    lineage: Lineage | None = Field(description="Null for a base, and without a known base.")
+    selection: Selection | None = Field(
+        description="Null without a file of candidates, for a base, and without a known base."
+    )
 
     def attack(self, name: AttackName) -> Attack | None:
         """The attack of this name, if it was made."""
@@ -138,7 +147,9 @@ class AuditedRows(Table):
         description="Rows left out because they are set aside for validation here, and a model that was trained "
         "elsewhere may have been trained on them."
     )
-    not_judged: Count = Field(description="Rows left out because nothing is predicted on them.")
+    not_judged: Count = Field(
+        description="Rows left out because nothing is predicted on them, or because a model lacks their label."
+    )
     has_validation: bool = Field(description="Whether validation rows are among the strangers, beside test rows.")
     made_here: bool = Field(
         description="Whether the owner's model is made from these training rows by its settings. If not, the audit "
@@ -154,7 +165,9 @@ class Audit(Table):
     agreement: Line = Field(description="The fingerprint of the agreement whose base and task were used.")
     task: TaskKind = Field(description="What the models do.")
     rows: AuditedRows = Field(description="The rows that were compared.")
-    models: tuple[AuditedModel, ...] = Field(min_length=2, description="base, own, and the model that was named.")
+    models: tuple[AuditedModel, ...] = Field(
+        min_length=2, description="base, own, and the model that was named, after its own base."
+    )
     warnings: tuple[Paragraph, ...] = Field(description="What may make a number say something else than membership.")
     versions: dict[Line, Line] = Field(description="By library, the version that computed this.")
 

@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from client.audit.result import FEWEST_STRANGERS, AttackName, Audit, AuditedModel, Interval, ModelName
 from common.page.words import listed, percent
 
-TITLES: dict[ModelName, str] = {"base": "base", "own": "your own model", "model": "the audited model"}
-HEADINGS: dict[ModelName, str] = {"base": "Base", "own": "Own", "model": "Audited"}
+TITLES: dict[ModelName, str] = {
+    "base": "base",
+    "own": "your own model",
+    "model_base": "the audited model's base",
+    "model": "the audited model",
+}
+HEADINGS: dict[ModelName, str] = {"base": "Base", "own": "Own", "model_base": "Its base", "model": "Audited"}
 ATTACKS: dict[AttackName, str] = {
     "loss": "loss",
     "calibrated_loss": "loss, less the base's",
@@ -121,11 +126,13 @@ def of_lineage(model: AuditedModel) -> str:
 def cautions(audit: Audit) -> list[str]:
     """What may make a number say less, or something else, than it seems to."""
     rows, found = audit.rows, list(audit.warnings)
-    (base,) = (model for model in audit.models if model.name == "base")
-    area = base.attacks[0].area
-    if not area.low <= 0.5 <= area.high:
+    for base in (model for model in audit.models if model.name in ("base", "model_base")):
+        area = base.attacks[0].area
+        if area.low <= 0.5 <= area.high:
+            continue
+        named = "the base" if base.name == "base" else TITLES[base.name]
         found.append(
-            f"Even the base, which never saw your rows, tells them from the strangers ({interval(area)}): the groups "
+            f"Even {named}, which never saw your rows, tells them from the strangers ({interval(area)}): the groups "
             "differ otherwise, and the loss shows that difference, too. The loss less the base's does so less."
         )
     if rows.strangers < FEWEST_STRANGERS:
@@ -135,14 +142,16 @@ def cautions(audit: Audit) -> list[str]:
         )
     if rows.unknown:
         found.append(
-            f"{rows.unknown:,} rows are set aside from your training file for validation. Your model may have been "
-            "trained on them, so they are neither members nor strangers."
+            f"{rows.unknown:,} rows are set aside from your training file for validation. A model that was trained "
+            "elsewhere may have been trained on them, so they are neither members nor strangers."
         )
     if not rows.made_here:
         found.append(
             "Your model was trained elsewhere. If it was trained on other rows than your training file holds, the "
             "numbers are too low."
         )
+    if rows.not_judged:
+        found.append(f"{rows.not_judged:,} rows were left out, because some audited model predicts nothing on them.")
     if rows.in_both:
         found.append(f"{rows.in_both:,} training rows read like a stranger, and are left out with it.")
     return found

@@ -181,8 +181,8 @@ def read_config(folder: Path, **changes: Any) -> Any:
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or kind in WRAPPERS:  # check: code-is-of-transformers
         raise ModelError(
-            f"model {folder}: its model_type {kind!r} is none of transformers' own",
-            hint="only models whose code is part of transformers can be merged",
+            f"model {folder}: its model_type {kind!r:.60} is none of transformers' own",
+            hint="only models whose code is part of transformers are loaded",
         )
     with refused_as(f"model {folder}: its config.json cannot be used", DOWNLOAD_AGAIN):
         config_class = CONFIG_MAPPING[kind]
@@ -295,6 +295,19 @@ def how_to_match(labels: tuple[str, ...], agreed: tuple[str, ...]) -> str:
     return ""
 
 
+def check_has_head(folder: Path, task: Task) -> None:
+    """Raise ModelError if the configuration of a model names a class that is not made for any of our tasks."""
+    if _architectures(folder) and kind_of(folder) is None:
+        raise ModelError(
+            f"model {folder}: has no head for {task.kind}: its config.json names {_architectures(folder)[0]:.60}",
+            hint=f"name a model that was fine-tuned for {task.kind}",
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def check_made_for(folder: Path, task: Task) -> None:
     """Raise ModelError if the configuration of an owner's model names a class for another task, or other labels."""
     if is_adapter(folder):
@@ -305,7 +318,7 @@ def check_made_for(folder: Path, task: Task) -> None:
         _check_labels(folder, task, if_others=ANOTHER_TASK)
         return
     raise ModelError(
-        f"model {folder}: its config.json names {_architectures(folder)[0]}, a model for {kind}; the task is "
+        f"model {folder}: its config.json names {_architectures(folder)[0]:.60}, a model for {kind}; the task is "
         f"{task.kind}",
         hint=f"name a model that was fine-tuned for {task.kind}",
     )
@@ -394,7 +407,7 @@ def load_image_processor(folder: Path) -> BaseImageProcessor | None:
 
 def check_tokenizer(folder: Path, base_folder: Path) -> None:
     """Raise ModelError if `folder` has a tokenizer whose vocabulary differs from the base's. The base's is used."""
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return
     own, agreed = load_tokenizer(folder).get_vocab(), load_tokenizer(base_folder).get_vocab()
     differing = sorted(own.items() ^ agreed.items(), key=lambda item: (item[1], item[0]))

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from math import sqrt
@@ -27,6 +27,7 @@ from common.models.files import (
     digest_of_file,
     read_json,
     read_tensors,
+    tensor_names,
     weight_files,
     without_code,
 )
@@ -56,6 +57,9 @@ else:
 MOST_MEDIAN_CHANGE = 0.8
 FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
 PIECE_NUMBERS = 1 << 22  # of a parameter, that are compared at once
+LAYERS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+)  # fmt: skip
 SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
@@ -135,13 +139,7 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
         model = with_adapter(base, folder)
         _check_finite(model, folder)
         return model
-    check_made_for(folder, task)
-    model, missing = _load(folder, task, seed=0)
-    if missing:
-        raise ModelError(
-            f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all)",
-            hint="check that config.json and the weights belong together",
-        )
+    model = _load_whole(folder, task)
     if task.is_text:
         model.config.pad_token_id = base.config.pad_token_id
         _cut_unread_rows(model, base)
@@ -160,6 +158,62 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
                 hint=MORE_TOKENS if _has_fewer_rows(found.get(name), expected.get(name)) else ANOTHER_BASE,
             )
     return model
+
+
+def load_any(folder: Path, task: Task) -> PreTrainedModel:
+    """A whole fine-tuned model in float32, whatever it was made from. Raises ModelError.
+
+    `task`: with the labels that the model itself has. Nobody has agreed on this model, so its size is looked at first.
+    """
+    check_fits_its_files(folder, task)
+    model = _load_whole(folder, task)
+    _choose_padding(model, folder, task)
+    return model
+
+
+def check_fits_its_files(folder: Path, task: Task) -> None:
+    """Raise ModelError if the configuration describes more numbers or layers than the weights can hold."""
+    files = weight_files(folder)
+    tensors = sum(len(tensor_names(path)) for path in files)
+    for key, value in _layers(read_json(folder, "config.json")):
+        if value > tensors:  # check: no-more-layers-than-tensors
+            raise ModelError(
+                f"model {folder}: its config.json has {key} = {value}, and its files hold {tensors} tensors",
+                hint="check that config.json and the weights belong together",
+            )
+    described = sum(parameter.numel() for parameter in load_outline(folder, task).parameters())
+    stored = sum(path.stat().st_size for path in files)
+    if described > stored:  # check: no-more-numbers-than-bytes
+        raise ModelError(
+            f"model {folder}: its config.json describes {described:,} numbers, and its files hold {stored:,} bytes",
+            hint="check that config.json and the weights belong together",
+        )
+
+
+def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """How many layers a configuration describes, by key, in all of its parts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif key in LAYERS and isinstance(value, int):
+            yield key, value
+
+
+def _load_whole(folder: Path, task: Task) -> PreTrainedModel:
+    check_made_for(folder, task)
+    model, missing = _load(folder, task, seed=0)
+    if missing:
+        raise ModelError(
+            f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all)",
+            hint="check that config.json and the weights belong together",
+        )
+    return model
+
+
+def is_unrelated(fine_tuned: PreTrainedModel, base: PreTrainedModel) -> bool:
+    """Whether weights of the same shapes are as far apart as those of models that were trained one by one."""
+    start = dict(base.named_parameters())
+    return _median_change(dict(fine_tuned.named_parameters()), start, start) > MOST_MEDIAN_CHANGE
 
 
 def _cut_unread_rows(model: PreTrainedModel, base: PreTrainedModel) -> None:
@@ -234,15 +288,19 @@ def check_change(
     """
     if is_adapter(folder):
         return
-    with torch.no_grad():
-        changes = [_relative_change(fine_tuned[name], base[name]) for name in names]
-    change = median([change for change in changes if change is not None] or [0.0])
+    change = _median_change(fine_tuned, base, names)
     if change > MOST_MEDIAN_CHANGE:
         raise ModelError(
             f"model {folder}: half of its weight matrices are {change:.2f} or more of their norm away from the base's, "
             f"the bound is {MOST_MEDIAN_CHANGE}; it was fine-tuned from another base, or its training diverged",
             hint=ANOTHER_BASE,
         )
+
+
+def _median_change(fine_tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Iterable[str]) -> float:
+    with torch.no_grad():
+        changes = [_relative_change(fine_tuned[name], base[name]) for name in names]
+    return median([change for change in changes if change is not None] or [0.0])
 
 
 def _relative_change(parameter: Tensor, start: Tensor) -> float | None:

@@ -11,6 +11,7 @@ from client.audit.result import Audit
 from client.audit.verdict import ATTACKS, HEADINGS, cautions, details, headline, interval, most_found, rows_in_words
 from client.settings import OwnerSettings
 from common.agreement import load_agreement
+from common.errors import SettingsError
 from common.page.table import as_json
 from common.private_file import write_whole
 from common.settings_file import load_settings
@@ -18,20 +19,25 @@ from common.text import shown
 from deploy.terminal import answer, shows_json
 
 
-def audit_and_show(owner_file: Path, model: Path | None, candidates: Path | None, out: Path, most_rows: int) -> None:
+def audit_and_show(
+    owner_file: Path, model: Path | None, base: Path | None, candidates: Path | None, out: Path, most_rows: int
+) -> None:
     """Audit, write OUT/audit.json and OUT/audit.html, and show the verdict."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # check: audits-fetch-nothing
+    if base is not None and model is None:
+        raise SettingsError("--base: names a base for no model", hint="name the model that was made from it, too")
     home = owner_file.resolve().parent
     settings = load_settings(owner_file, OwnerSettings)
     agreement = load_agreement(home / settings.agreement)
     from client.audit.audit import audit  # torch: not before what people wrote is checked
     from client.audit.page import page_of
+    from client.audit.subjects import own_subject, subject_in
     from client.holdings import Holdings
 
     holdings = Holdings(settings, home, agreement)
-    texts = None if candidates is None else holdings.data.candidates(candidates.absolute())
-    other = None if model is None else holdings.model_of_base(published_in(model))
-    found = audit(holdings, other, texts, most_rows)
+    own = own_subject(holdings)
+    other = None if model is None else subject_in(holdings, own.origin, published_in(model), base)
+    found = audit(holdings, own, other, None if candidates is None else candidates.absolute(), most_rows)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "audit.json", f"{as_json(found)}\n".encode())
     write_whole(out / "audit.html", page_of(found).encode())

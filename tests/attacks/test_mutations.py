@@ -60,6 +60,7 @@ SUM_NOISE, ON_SUMS, GRAMS = "test_noise.py", "attacks/test_noise.py", "test_nois
 BASE_FILES, IMAGES = "attacks/test_base_files.py", "test_images.py"
 LEDGER = "attacks/test_ledger.py"
 AUDIT, AUDIT_COMMAND = "test_audit.py", "end_to_end/test_audit_command.py"
+SUBJECTS = "test_audit_subjects.py"
 PERSONAL = "end_to_end/test_personal_command.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
@@ -825,7 +826,11 @@ TABLE = [
         PERSONAL, "test_a_personal_model", "personal-models-are-private", "(partial := out.parent / 'new').mkdir()"
     ),
     Mutation(AUDIT, "test_canaries_are_planted_only_where", "canaries-need-a-line", "canaries: int = 20"),
-    Mutation(AUDIT, "test_rows_of_both_groups", "members-are-no-strangers", "members = list(range(len(one)))"),
+    Mutation(AUDIT, "test_rows_of_both_groups", "members-are-no-strangers", "members, free = judged, pooled"),
+    Mutation(SUBJECTS, "test_a_model_that_says_nothing", "labels-are-matched-by-name"),
+    Mutation(SUBJECTS, "test_a_configuration_that_describes", "no-more-layers-than-tensors"),
+    Mutation(SUBJECTS, "test_a_configuration_that_describes", "no-more-numbers-than-bytes"),
+    Mutation(SUBJECTS, "test_weights_that_are_unrelated", "unrelated-models-have-no-base"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-is-escaped", "autoescape=False,"),
     Mutation(TEXT, "test_102_no_string_of_a_report_is_markup_or", "page-hides-nothing", ""),
     Mutation(TEXT, "test_102_another_party", "markdown-is-escaped", "return one_line"),

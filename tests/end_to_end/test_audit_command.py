@@ -74,7 +74,7 @@ def test_an_owner_without_a_model_has_it_made_for_the_audit_and_kept_by_nobody(
 @pytest.mark.parametrize(
     "call",
     [
-        "audit import audit_and_show as f; f(Path('none.toml'), None, None, Path('out'), 10)",
+        "audit import audit_and_show as f; f(Path('none.toml'), None, None, None, Path('out'), 10)",
         "personal import make_and_show as f; f(Path('none.toml'), Path('model'), Path('out'))",
     ],
     ids=["audit", "personal"],
