@@ -151,12 +151,15 @@ def test_gradient_scores_are_what_a_backward_pass_for_each_row_gives(
     rows = members.take(np.arange(12))
     delta = {name: change / 200 for name, change in delta_of(model, base).items()}  # a step that is short of the end
     gradients = [gradient_of(base, rows, index) for index in range(len(rows))]
+    said = predict(base, rows, 5, "")
     found = gradient_scores(base, delta, rows, 5, "")
+    np.testing.assert_array_equal(gradient_scores(base, delta, rows, 5, "", said.losses), found)
     np.testing.assert_allclose(found, [product(each, delta) for each in gradients], rtol=0.02, atol=1e-3)
     assert all(torch.equal(start[name], tensor) for name, tensor in base.state_dict().items())
     assert isinstance(rows.targets, np.ndarray)
     of_classifier = classifier_gradients(base, rows, rows.targets, TASK, 5, "")
     assert of_classifier is not None
+    np.testing.assert_array_equal([of_classifier.said.losses, of_classifier.said.hits], [said.losses, said.hits])
     head = {name: delta[name] for name in ("classifier.weight", "classifier.bias")}
     np.testing.assert_allclose(of_classifier.scores(delta), [product(each, head) for each in gradients], rtol=1e-3)
     weight = torch.einsum("nc,nd->ncd", of_classifier.errors, of_classifier.inputs)

@@ -127,7 +127,8 @@ class _Auditor:
         attacks = [*audited.attacks, self._attack("calibrated_loss", self._of_base.losses - found.losses)]
         if self._gradients is not None and self._gradients.layer.take(delta).any():
             attacks.append(self._attack("classifier_gradient", self._gradients.scores(delta)))
-        along = gradient_scores(base, delta, self._both, self._batch_size, f"{TITLES[name]}: gradients")
+        told = f"{TITLES[name]}: gradients"
+        along = gradient_scores(base, delta, self._both, self._batch_size, told, self._of_base.losses)
         attacks.append(self._attack("gradient", along))
         others = None if name == "own" else self.own
         return audited.model_copy(
@@ -168,6 +169,8 @@ class _Auditor:
 
     @cached_property
     def _of_base(self) -> Predictions:
+        if self._gradients is not None:
+            return self._gradients.said
         return predict(self._base, self._both, self._batch_size, "the base: losses")
 
     @cached_property
@@ -176,7 +179,7 @@ class _Auditor:
         if not isinstance(targets, np.ndarray):
             return None
         return self._classifier_gradients(
-            self._both, np.asarray(targets, np.int64), "the base: the classifier's gradients"
+            self._both, np.asarray(targets, np.int64), "the base: losses, the classifier's gradients"
         )
 
     @cached_property

@@ -10,10 +10,10 @@ the base, D = W* - W_0. A higher score says "member".
 
 The gradient's score is a directional derivative, so the gradients themselves are never computed:
 
-    <g_j, W_0 - W*> = -d/dt l_j(W_0 + t D) at t = 0  ~  (l_j(W_0 - s D) - l_j(W_0 + s D)) / 2 s
+    <g_j, W_0 - W*> = -d/dt l_j(W_0 + t D) at t = 0  ~  (l_j(W_0) - l_j(W_0 + s D)) / s
 
-takes two forward passes of any architecture, over all layers and without a projection. A classifier's gradient is
-g_j = e_j f_j^T with e_j = softmax - onehot and f_j the classifier's input, so it comes from the base's forward pass.
+takes one forward pass of any architecture beside the base's, over all layers and without a projection. A classifier's
+gradient is g_j = e_j f_j^T with e_j = softmax - onehot and f_j the classifier's input, which the base's pass gives.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from common.models.layers import Layer, merge_layers
 
 PREDICTIONS_AT_ONCE = 256  # in float64: a vocabulary may be large
 HIGHEST_LOSS = 1e6  # in place of one that is infinite or not a number
-STEP = 1 / 32  # s: the error of the difference is s^2 times a third derivative, that of rounding about 1e-6 / s
+# s: the error of the difference is s / 2 times a second derivative, that of rounding about 1e-7 / s. On MiniLM that was
+# fine-tuned for three epochs, a row's score is off by less than a twentieth of the scores' standard deviation.
+STEP = 1 / 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,13 @@ class Predictions:
 class ClassifierGradients:
     """Row j's gradient of the classifier `layer` is the outer product of `errors[j]` (labels,) and `inputs[j]` (d_in,).
 
-    If the layer has a bias, `inputs` end with a constant 1.
+    If the layer has a bias, `inputs` end with a constant 1. `said`: what the base does with the rows.
     """
 
     layer: Layer
     errors: Tensor
     inputs: Tensor
+    said: Predictions
 
     def scores(self, delta: Mapping[str, Tensor]) -> Scores:
         """(rows,): <g_j, W_0 - W*> over the classifier."""
@@ -102,16 +105,24 @@ def losses_by_label(model: PreTrainedModel, rows: Rows, batch_size: int, descrip
 
 
 def gradient_scores(
-    base: PreTrainedModel, delta: Mapping[str, Tensor], rows: Rows, batch_size: int, description: str
+    base: PreTrainedModel,
+    delta: Mapping[str, Tensor],
+    rows: Rows,
+    batch_size: int,
+    description: str,
+    base_losses: Scores | None = None,
 ) -> Scores:
-    """(rows,): <g_j, W_0 - W*> over all parameters; `base` is as before afterwards. `delta`: W* - W_0 by name."""
+    """(rows,): <g_j, W_0 - W*> over all parameters; `base` is as before afterwards. `delta`: W* - W_0 by name.
+
+    `base_losses`: the base's losses, if they are known.
+    """
+    if base_losses is None:
+        base_losses = predict(base, rows, batch_size, description).losses
     start = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
-    losses = []
-    for sign in (1, -1):
-        _move(base, {name: start[name] + sign * STEP * delta[name] for name in start})
-        losses.append(predict(base, rows, batch_size, description).losses)
+    _move(base, {name: start[name] + STEP * delta[name] for name in start})
+    moved = predict(base, rows, batch_size, description).losses
     _move(base, start)
-    return (losses[1] - losses[0]) / (2 * STEP)
+    return (base_losses - moved) / STEP
 
 
 @torch.no_grad()
@@ -132,6 +143,7 @@ def classifier_gradients(
         return None
     errors = torch.empty(len(rows), len(task.labels))
     inputs = torch.empty(len(rows), layer.d_in)
+    losses, hits = np.empty(len(rows)), np.empty(len(rows))
     seen: list[Tensor] = []
     with layer_inputs(base, lambda _, fed: seen.append(fed.rows), {layer.weight}):
         for indices, batch, _ in _batches(rows, batch_size, description):
@@ -139,11 +151,15 @@ def classifier_gradients(
             logits = base(**batch).logits.float()
             if [each.shape for each in seen] != [(len(indices), layer.d_in)]:
                 return None
-            wanted = torch.nn.functional.one_hot(torch.from_numpy(targets[indices]), len(task.labels))
-            errors[indices], inputs[indices] = logits.softmax(-1) - wanted, seen[0]
+            wanted = torch.from_numpy(targets[indices])
+            one_hot = torch.nn.functional.one_hot(wanted, len(task.labels))
+            errors[indices], inputs[indices] = logits.softmax(-1) - one_hot, seen[0]
+            losses[indices] = _cross_entropy(logits, wanted).numpy()
+            hits[indices] = (logits.argmax(-1) == wanted).double().numpy()
     if layer.bias is not None:
         inputs = torch.cat([inputs, torch.ones(len(rows), 1)], dim=1)
-    return ClassifierGradients(layer=layer, errors=errors, inputs=inputs)
+    said = Predictions(losses=losses, hits=hits)
+    return ClassifierGradients(layer=layer, errors=errors, inputs=inputs, said=said)
 
 
 def _classifier(base: PreTrainedModel, task: Task) -> Layer | None:
