@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from client.audit.result import Audit
+from common.errors import SettingsError
 from deploy.cli import cli
+from deploy.commands.audit import audit_and_show
 from tests.support.parties import Parties
 from tests.support.watch import changed_paths, watched
 
@@ -92,3 +94,8 @@ def test_what_an_owner_does_alone_keeps_the_hub_s_client_off_the_network(call: s
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "True"
+
+
+def test_a_base_for_no_model_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--base: names a base for no model"):
+        audit_and_show(Path("none.toml"), None, Path("base"), None, Path("out"), 10)
