@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from client.owner import Owner
 from client.settings import OwnerSettings
 from common.errors import ModelError
+from common.models.loading import load_base
 from common.settings_file import load_settings, write_settings
 from tests.support.errors import in_two_lines
 from tests.support.parties import Parties
@@ -47,6 +48,17 @@ def test_the_base_itself_is_accepted(parties: Parties, model: Path) -> None:
     Owner(parties.files["hotel"]).check()
     shard(model)
     Owner(parties.files["hotel"]).check()
+
+
+@pytest.mark.parametrize("setting", ["num_hidden_layers", "intermediate_size"])
+def test_a_configuration_that_describes_more_than_its_files_hold_takes_no_memory(
+    parties: Parties, model: Path, setting: str
+) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: 10**7}))
+    assert "its files hold" in refusal(parties)
+    with pytest.raises(ModelError, match="its files hold"):
+        load_base(model, parties.agreement.task, seed=0)
 
 
 def test_a_model_of_another_base_with_the_same_shapes_is_refused(parties: Parties, model: Path) -> None:

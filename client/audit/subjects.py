@@ -33,7 +33,7 @@ from common.models.folders import (
     model_folder,
     named_labels,
 )
-from common.models.loading import check_fits_its_files, is_unrelated, load_any, load_base, load_fine_tuned
+from common.models.loading import is_unrelated, load_any, load_base, load_fine_tuned
 from common.text import alike, as_line, some_of
 
 LONGEST_LABEL = 40  # characters that an error shows
@@ -95,8 +95,6 @@ def subject_in(holdings: Holdings, own: Origin, folder: Path, base: Path | None)
 
 
 def _of_agreed_base(holdings: Holdings, own: Origin, folder: Path) -> Subject:
-    if not is_adapter(folder):
-        check_fits_its_files(folder, holdings.task)
     model = holdings.model_of_base(folder)
     check_tokenizer(folder, holdings.base_folder)
     origin = own
@@ -117,8 +115,6 @@ def _of_named_base(holdings: Holdings, folder: Path, base_folder: Path) -> Subje
     if labelled is found:
         check_has_head(found, holdings.task)
     task, warnings = _task_of(holdings, labelled)
-    for each in {made_from, labelled}:
-        check_fits_its_files(each, task)
     base = load_base(made_from, task, holdings.agreement.seed)
     model = load_fine_tuned(found, task, base)
     reads = found if has_tokenizer(found) else made_from

@@ -163,40 +163,11 @@ def load_fine_tuned(folder: Path, task: Task, base: PreTrainedModel) -> PreTrain
 def load_any(folder: Path, task: Task) -> PreTrainedModel:
     """A whole fine-tuned model in float32, whatever it was made from. Raises ModelError.
 
-    `task`: with the labels that the model itself has. Nobody has agreed on this model, so its size is looked at first.
+    `task`: with the labels that the model itself has.
     """
-    check_fits_its_files(folder, task)
     model = _load_whole(folder, task)
     _choose_padding(model, folder, task)
     return model
-
-
-def check_fits_its_files(folder: Path, task: Task) -> None:
-    """Raise ModelError if the configuration describes more numbers or layers than the weights can hold."""
-    files = weight_files(folder)
-    tensors = sum(len(tensor_names(path)) for path in files)
-    for key, value in _layers(read_json(folder, "config.json")):
-        if value > tensors:  # check: no-more-layers-than-tensors
-            raise ModelError(
-                f"model {folder}: its config.json has {key} = {value}, and its files hold {tensors} tensors",
-                hint="check that config.json and the weights belong together",
-            )
-    described = sum(parameter.numel() for parameter in load_outline(folder, task).parameters())
-    stored = sum(path.stat().st_size for path in files)
-    if described > stored:  # check: no-more-numbers-than-bytes
-        raise ModelError(
-            f"model {folder}: its config.json describes {described:,} numbers, and its files hold {stored:,} bytes",
-            hint="check that config.json and the weights belong together",
-        )
-
-
-def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """How many layers a configuration describes, by key, in all of its parts."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _layers(value)
-        elif key in LAYERS and isinstance(value, int):
-            yield key, value
 
 
 def _load_whole(folder: Path, task: Task) -> PreTrainedModel:
@@ -380,6 +351,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    _check_fits_its_files(folder, task)  # before a configuration decides how much memory is taken
     tensors = _unwrapped({name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)})
     model, missing, mismatched = _from_tensors(folder, tensors, task, seed)
     for name in sorted(mismatched - set(private_head(model, task))):
@@ -394,6 +366,34 @@ def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[
             module.chunk_size_feed_forward = 0
     model.eval()
     return model, tuple(sorted(missing))
+
+
+def _check_fits_its_files(folder: Path, task: Task) -> None:
+    """Raise ModelError if the configuration describes more numbers or layers than the weights can hold."""
+    files = weight_files(folder)
+    tensors = sum(len(tensor_names(path)) for path in files)
+    for key, value in _layers(read_json(folder, "config.json")):
+        if value > tensors:  # check: no-more-layers-than-tensors
+            raise ModelError(
+                f"model {folder}: its config.json has {key} = {value}, and its files hold {tensors} tensors",
+                hint="check that config.json and the weights belong together",
+            )
+    described = sum(parameter.numel() for parameter in load_outline(folder, task).parameters())
+    stored = sum(path.stat().st_size for path in files)
+    if described > stored:  # check: no-more-numbers-than-bytes
+        raise ModelError(
+            f"model {folder}: its config.json describes {described:,} numbers, and its files hold {stored:,} bytes",
+            hint="check that config.json and the weights belong together",
+        )
+
+
+def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """How many layers a configuration describes, by key, in all of its parts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif key in LAYERS and isinstance(value, int):
+            yield key, value
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
