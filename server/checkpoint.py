@@ -17,7 +17,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -39,7 +39,7 @@ from common.summation.accumulator import zeros_in_memory
 from common.summation.protocol import Opening, SavedOpening, Total
 from common.text import shown
 
-VERSION: Final = 6  # of run.json
+VERSION: Final = 7  # of run.json
 RUN, OPENING = "run.json", "opening.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 WORD_BYTES = 8
@@ -117,7 +117,8 @@ class SavedUploads(Saved):
 class SavedSum(Saved):
     """A round whose total is saved; `layout` is the digest of its layout.
 
-    `opened`: what the owners need to open it themselves, too, beside the masked vectors; None once they have it.
+    `opened`: what the owners need to open it themselves, too, beside the masked vectors; None once all of them have it.
+    `relayed_to`: those that do.
     """
 
     position: Count
@@ -126,6 +127,7 @@ class SavedSum(Saved):
     owners: tuple[str, ...]
     roster_size: Count
     opened: SavedUploads | None = None
+    relayed_to: tuple[str, ...] = ()
 
 
 class OpenedSession(Saved):
@@ -139,7 +141,7 @@ class OpenedSession(Saved):
 class SavedRun(Saved):
     """The content of run.json."""
 
-    version: Literal[6] = VERSION
+    version: Literal[7] = VERSION
     agreement_digest: Digest
     run: Digest
     seconds: Seconds
@@ -162,7 +164,7 @@ class Checkpoint:
     agreement_digest: str
     run: str = field(default_factory=lambda: secrets.token_hex(32))
     steps: list[Step] = field(default_factory=list)
-    deliveries: list[SavedDelivery] = field(default_factory=list)  # those that every owner has
+    deliveries: list[SavedDelivery] = field(default_factory=list)  # those that every owner had that then took part
     sums: list[SavedSum] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)  # owner that broke the rules of a sum -> what it did
     nonces: dict[str, str] = field(default_factory=dict)
@@ -253,12 +255,21 @@ class Checkpoint:
             session=saved.session, proofs=bytes.fromhex(saved.opened.proofs), payload=np.frombuffer(content, dtype)
         )
 
-    def uploads_relayed(self) -> None:
-        """Every owner has opened the round that was come to last."""
+    @property
+    def relayed_to(self) -> tuple[str, ...]:
+        """The owners that have opened the round that was come to last."""
+        return self.sums[self._replayed - 1].relayed_to
+
+    def uploads_relayed(self, owners: Sequence[str]) -> None:
+        """Some owners have opened the round that was come to last. What the others need stays until they have."""
         number = self._replayed - 1
-        self.sums[number] = self.sums[number].model_copy(update={"opened": None})
+        saved = self.sums[number]
+        relayed_to = tuple(owner for owner in saved.owners if owner in (*saved.relayed_to, *owners))
+        opened = None if relayed_to == saved.owners else saved.opened
+        self.sums[number] = saved.model_copy(update={"opened": opened, "relayed_to": relayed_to})
         self.save()
-        self._uploads_file(number).unlink(missing_ok=True)
+        if opened is None:
+            self._uploads_file(number).unlink(missing_ok=True)
 
     def save_nonces(self, position: int, nonces: bytes) -> None:
         self.nonces[str(position)] = nonces.hex()
@@ -276,6 +287,12 @@ class Checkpoint:
 
     def save_delivery(self, delivery: SavedDelivery) -> None:
         self.deliveries.append(delivery)
+        self.save()
+
+    def delivered_to(self, delivery: SavedDelivery, owners: Sequence[str]) -> None:
+        """More owners have one of `deliveries`."""
+        everybody = delivery.model_copy(update={"owners": (*delivery.owners, *owners)})
+        self.deliveries[self.deliveries.index(delivery)] = everybody
         self.save()
 
     def save_excluded(self, owner: str, reason: str) -> None:

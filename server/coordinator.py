@@ -5,7 +5,7 @@ the channel. What the checkpoint holds is neither summed nor sent again.
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,6 +287,7 @@ class Coordinator:
         uploads = self.checkpoint.uploads_to_relay()
         if uploads is None:
             return
+        is_late = bool(self.checkpoint.relayed_to)  # others have gone on since, without those that lack it
 
         def check(owner: str, reply: Message) -> None:
             if reply != OpeningChecked(session=uploads.session, owner=owner):
@@ -294,9 +295,12 @@ class Coordinator:
 
         def on_arrival() -> None:
             self._check_all_present(round)
-            self.checkpoint.uploads_relayed()
+            self.checkpoint.uploads_relayed([owner for owner in present if owner in self.owners])
 
-        present = [owner for owner in self.owners if owner in total.owners]
+        present = [owner for owner in self.owners if owner in total.owners and owner not in self.checkpoint.relayed_to]
+        if is_late:
+            self._relay_to_late_owners(uploads, present)
+            return
         if len(present) == len(self.owners):
             if not self.exchange.fits_ahead(uploads):
                 self.exchange.flush()
@@ -310,6 +314,15 @@ class Coordinator:
                 self.exchange.exclude(owner, violation)
         self.exchange.check_enough()
         on_arrival()
+
+    def _relay_to_late_owners(self, uploads: UploadsOpened, owners: Sequence[str]) -> None:
+        """Show a sum to owners that are back. One that helped to open it goes on only once it has added it up. One that
+        did not refuses, and goes on without it.
+        """
+        timeout = self.exchange.reply_timeout_seconds
+        for owner, reply in self.exchange.poll(uploads, timeout, owners) if owners else ():
+            if reply == OpeningChecked(session=uploads.session, owner=owner):
+                self.checkpoint.uploads_relayed([owner])
 
     # --- checks ---
 
@@ -386,7 +399,7 @@ class Coordinator:
         if round.kind == "check" and missing:
             raise TooFewOwners(
                 f"{some_of(missing)} did not verify the merge; it can only be verified by all who contributed",
-                hint=f"bring them back, then {RESUME_HINT}",
+                hint=f"bring them back, then {RESUME_HINT}; if they cannot come, make a new agreement without them",
             )
 
     @property
@@ -455,6 +468,7 @@ class Coordinator:
             needed_owners=self.agreement.needed_owners,
             colluders=self.agreement.colluders,
             is_open=round.is_open,
+            all_must_sign=self.agreement.is_verified and round.kind == "contribution",
         )
 
     @property
@@ -480,13 +494,19 @@ class Coordinator:
             position=delivery.position, model=model, digest=sha256_of(vector), bytes=vector.nbytes, owners=()
         )
         self.delivered.append(record.delivered)
-        if self._is_already_delivered(record.delivered, delivery):
-            return
+        saved = self._saved_delivery(record.delivered, delivery)
         slices = delivery.layout.part_slices(bytes_per_number=4)
-        has_begun = False
-        for part, numbers in enumerate(slices):
+
+        def part_of(number: int) -> DeliveryPart:
             # A copy, because what waits must not keep the whole vector in memory.
-            message = self._part(delivery, model, nonces, part, len(slices), vector[numbers].copy())
+            return self._part(delivery, model, nonces, number, len(slices), vector[slices[number]].copy())
+
+        if saved is not None:
+            self._deliver_to_late_owners(delivery, saved, map(part_of, range(len(slices))))
+            return
+        has_begun = False
+        for part in range(len(slices)):
+            message = part_of(part)
             if not self.exchange.fits_ahead(message):
                 if not has_begun:
                     self.exchange.begin_step(delivery.name, delivery.phase, vector.nbytes)
@@ -519,30 +539,51 @@ class Coordinator:
     def _send_part(self, message: DeliveryPart, delivery: Delivery, completes: SavedDelivery | None) -> None:
         """Let a part travel ahead of the next message, and save what it `completes` once all owners have it."""
 
-        def check(owner: str, reply: Message) -> None:
-            expected = PartReceived(run=self.run, owner=owner, position=message.position, part=message.part)
-            if reply != expected:  # check: answer-is-about-the-part
-                raise RemoteProtocolError(
-                    f"owner {owner} answered part {message.part} of {delivery.name} with {type(reply).__name__}"
-                )
-
         def on_arrival() -> None:
             if completes is not None:
                 self.checkpoint.save_delivery(completes.model_copy(update={"owners": self.owners}))
 
+        def check(owner: str, reply: Message) -> None:
+            self._check_part(delivery, message, owner, reply)
+
         self.exchange.send_ahead(Ahead(message=message, check=check, on_arrival=on_arrival))
 
-    def _is_already_delivered(self, delivered: Delivered, delivery: Delivery) -> bool:
-        """Whether an earlier start of this run sent it to all owners. Raises SettingsError if it sent another one."""
+    def _check_part(self, delivery: Delivery, message: DeliveryPart, owner: str, reply: Message) -> None:
+        expected = PartReceived(run=self.run, owner=owner, position=message.position, part=message.part)
+        if reply != expected:  # check: answer-is-about-the-part
+            raise RemoteProtocolError(
+                f"owner {owner} answered part {message.part} of {delivery.name} with {type(reply).__name__}"
+            )
+
+    def _deliver_to_late_owners(self, delivery: Delivery, saved: SavedDelivery, parts: Iterable[DeliveryPart]) -> None:
+        """Send what others have had since an earlier start of this run to the owners that are back and lack it."""
+        late = [owner for owner in self.owners if owner not in saved.owners]
+        if not late:
+            return
+        self.exchange.begin_step(delivery.name, delivery.phase, saved.bytes)
+        self.exchange.flush()
+        for message in parts:
+            for owner, reply in self.exchange.ask({owner: message for owner in late if owner in self.owners}):
+                try:
+                    if reply is not None:
+                        self._check_part(delivery, message, owner, reply)
+                except RemoteProtocolError as violation:
+                    self.exchange.exclude(owner, violation)
+        self.exchange.check_enough()
+        self.checkpoint.delivered_to(saved, [owner for owner in late if owner in self.owners])
+
+    def _saved_delivery(self, delivered: Delivered, delivery: Delivery) -> SavedDelivery | None:
+        """What an earlier start of this run sent here, if it did. Raises SettingsError if that was something else."""
         if len(self.delivered) > len(self.checkpoint.deliveries):
-            return False
-        if self.checkpoint.deliveries[len(self.delivered) - 1].delivered != delivered:
+            return None
+        saved = self.checkpoint.deliveries[len(self.delivered) - 1]
+        if saved.delivered != delivered:
             raise SettingsError(
                 f"merge: {delivered.model or delivery.name} is not bit-identical to what was sent before the "
                 "interruption",
                 hint="resume on the same machine and device, with the same number of threads and the same versions",
             )
-        return True
+        return saved
 
     # --- result ---
 

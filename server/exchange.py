@@ -6,7 +6,7 @@ long as the agreement's minimum remains. Nothing in here depends on Flower, or o
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -134,7 +134,9 @@ class Exchange:
         self._ahead.append(ahead)
 
     def flush(self) -> None:
-        """Send what waits, without another message. Raises TooFewOwners."""
+        """Send what waits, if anything does, without another message. Raises TooFewOwners."""
+        if not self._ahead:
+            return
         ahead, self._ahead = self._ahead, []
         packet = tuple(each.message for each in ahead)  # what all are sent is one packet
         for _ in self._exchange_packets(dict.fromkeys(self.owners, packet), ahead):
@@ -164,9 +166,11 @@ class Exchange:
         for node, answer in self._send(dict.fromkeys(nodes, (request,)), timeout_seconds):
             yield node, answer[0] if answer is not None else None
 
-    def poll(self, request: Message, timeout_seconds: float) -> Iterator[tuple[str, Message | None]]:
-        """Send every owner the same message. Nobody drops out, whatever the answer, and no cost is noted."""
-        owner_of = {node: owner for owner, node in self._nodes.items()}
+    def poll(
+        self, request: Message, timeout_seconds: float, owners: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, Message | None]]:
+        """Send all owners, or some, the same message. Nobody drops out, whatever the answer, and no cost is noted."""
+        owner_of = {node: owner for owner, node in self._nodes.items() if owners is None or owner in owners}
         for node, reply in self.ask_nodes(owner_of, request, timeout_seconds):
             yield owner_of[node], reply
 

@@ -88,7 +88,7 @@ def test_a_saved_opening_ends_with_its_total(checkpoint: Checkpoint) -> None:
     assert not (checkpoint.folder / "opening.bin").exists()
 
 
-@pytest.mark.parametrize("version", [None, 1, 3, 4, 5, 7, "6"])
+@pytest.mark.parametrize("version", [None, 1, 3, 4, 5, 6, 8, "7"])
 def test_a_checkpoint_of_another_version_is_refused_and_stays(checkpoint: Checkpoint, version: int | None) -> None:
     """Version 1 did not say so."""
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_this_version_would_not_have_written_is_refused(
         Checkpoint.open(checkpoint.folder, DIGEST)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"version": 6}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"version": 7}'])
 def test_a_checkpoint_that_is_not_one_is_refused(checkpoint: Checkpoint, content: str) -> None:
     (checkpoint.folder / "run.json").write_text(content)
     with pytest.raises(SettingsError, match=r"run\.json: is damaged"):

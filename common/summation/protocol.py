@@ -36,7 +36,8 @@ Exchange = Callable[[Mapping[str, Message]], Iterator[tuple[str, Message | None]
 class SumTerms:
     """What one sum is about. A party takes all of it but `request` from its own copy of the agreement.
 
-    `is_open`: every owner adds up the total by itself (masked/opening.py).
+    `is_open`: every owner adds up the total by itself (masked/opening.py). `all_must_sign`: every owner in the total
+    must know who is in it, because all of them verify together what becomes of it.
     """
 
     request: OpenSum
@@ -45,6 +46,7 @@ class SumTerms:
     needed_owners: int
     colluders: int = 0
     is_open: bool = False
+    all_must_sign: bool = False
 
     def __post_init__(self) -> None:
         if self.request.layout_digest != self.layout.digest():

@@ -23,6 +23,7 @@ from common.messages import (
     MergedStepPart,
     Message,
     OpenSum,
+    Packet,
     Receipts,
     Result,
     RollCall,
@@ -92,15 +93,17 @@ def consortium(two_blocks_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def one_may_drop_out(trained_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    """Four owners, three of whom are enough, and a single-round method."""
+    """Four owners, three of whom are enough, and two single-round methods, one of them with a sweep: two checks."""
     consortium = tmp_path / "consortium"
     shutil.copytree(trained_folder, consortium, ignore=shutil.ignore_patterns("output"))
     for kind in ("data", "models"):
         shutil.copytree(consortium / kind / "hotel", consortium / kind / "inn")
     (consortium / "inn.toml").write_text((consortium / "hotel.toml").read_text().replace("hotel", "inn"))
     path = consortium / "agreement.toml"
-    text = path.read_text().replace("# min_owners = 3", "min_owners = 3").replace("alphas = [0.1, 0.5, ", "alphas = [")
-    path.write_text(text.replace('["average", "task_arithmetic", "fisher"]', "[]") + '\n[[owners]]\nname = "inn"\n')
+    text = path.read_text().replace("# min_owners = 3", "min_owners = 3")
+    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9, 0.99]")
+    text = text.replace('["average", "task_arithmetic", "fisher"]', '["average"]')
+    path.write_text(text + '\n[[owners]]\nname = "inn"\n')
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()
@@ -278,6 +281,73 @@ def test_an_owner_that_a_sum_was_opened_without_is_back_when_the_run_resumes(one
     run_merge(one_may_drop_out.coordinator, again)
     assert (BurnSession,) not in again.kinds
     assert read_report(one_may_drop_out.output).owners
+
+
+class Silent(OwnersChannel):
+    """From the packet with a kind of message on, one owner answers nothing in this start, and is not even reached; or
+    that packet still reaches it.
+    """
+
+    def __init__(self, files: Mapping[str, Path], kind: type[Message], *, is_reached: bool = False) -> None:
+        super().__init__(files)
+        self.kind, self.is_reached, self.is_silent = kind, is_reached, False
+
+    def _answers(self, node: int, packet: Packet) -> Packet | None:
+        begins = node == 1 and not self.is_silent and any(isinstance(message, self.kind) for message in packet)
+        self.is_silent |= begins
+        is_lost = node == 1 and self.is_silent
+        if not is_lost or (begins and self.is_reached):
+            answers = super()._answers(node, packet)
+        return None if is_lost else answers
+
+
+def test_an_owner_that_is_lost_once_it_has_contributed_is_sent_what_it_missed_when_it_is_back(
+    one_may_drop_out: Parties,
+) -> None:
+    """The others have gone on meanwhile: the contributions are summed, models and corrections sent, metrics summed."""
+    for kind, is_reached in (
+        (Acknowledgements, False),
+        (CandidatePart, False),
+        (Draw, False),
+        (CorrectionPart, False),
+        (CheckKeys, False),
+        (Acknowledgements, True),  # of validation metrics, which it helped to open and was not shown
+        (CorrectionPart, False),
+    ):
+        with pytest.raises(TooFewOwners, match=r"cinema did not verify the merge.*\nhint: bring them back"):
+            run_merge(one_may_drop_out.coordinator, Silent(one_may_drop_out.files, kind, is_reached=is_reached))
+    run_merge(one_may_drop_out.coordinator, OwnersChannel(one_may_drop_out.files))
+    report = read_report(one_may_drop_out.output)
+    assert report.verified
+    assert all(len(each.owners) == 4 for each in report.rounds)
+    assert len(report.receipts) == 4
+    assert not list((one_may_drop_out.folder / "state").glob("*/run"))
+
+
+def test_the_run_goes_on_without_an_owner_that_is_lost_before_it_knows_who_is_in_the_sum(
+    one_may_drop_out: Parties,
+) -> None:
+    """It could verify nothing, so the others sum without it. It comes back while they open that sum, with the first one
+    pending, and they do not forget theirs.
+    """
+
+    class LostThenKilled(Silent):
+        sessions = 0
+
+        def answer(self, node: int, request: Message) -> Message | None:
+            self.sessions += isinstance(request, OpenSum) and node == 0
+            if isinstance(request, Acknowledgements) and node == 2:
+                raise Killed
+            return super().answer(node, request)
+
+    channel = LostThenKilled(one_may_drop_out.files, SurvivorList)
+    with pytest.raises(Killed):
+        run_merge(one_may_drop_out.coordinator, channel)
+    assert channel.sessions == 2
+    run_merge(one_may_drop_out.coordinator, OwnersChannel(one_may_drop_out.files))
+    report = read_report(one_may_drop_out.output)
+    assert report.verified
+    assert all(each.owners == ("hotel", "phones", "inn") for each in report.rounds)
 
 
 def test_what_is_published_is_neither_made_nor_removed_again(undisturbed: Parties) -> None:

@@ -114,7 +114,8 @@ class ScriptedChannel:
         if isinstance(request, Finish):
             return Finished(run=request.run, owner=owner)
         if isinstance(request, BurnSession):
-            return Refusal(code="consent")  # tests that need one give the answer
+            signature = sign_burned(identity, self.agreement.digest(), request.session)
+            return SessionBurned(session=request.session, owner=owner, signature=signature)
         return self._sum_answer(owner, request)
 
     def _sum_answer(self, owner: str, request: Message) -> Message:

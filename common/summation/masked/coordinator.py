@@ -282,6 +282,12 @@ class MaskedCoordinator(CoordinatorSide):
         verify_owner(self._terms, index, Domain.SIGN_SURVIVORS, body, reply.signature)
         self._signed[index] = reply.signature
 
+    def _end_signatures(self) -> None:
+        """Raise SumAbandoned if an owner did not sign that must. Nobody has helped to open the sum yet."""
+        silent = ", ".join(self._terms.names[index] for index in sorted(self._survivor_indices() - set(self._signed)))
+        if self._terms.all_must_sign and silent:  # check: who-verifies-knows-with-whom
+            raise SumAbandoned(f"{Phase.CONSISTENCY_CHECK}: {silent} did not sign who is in the sum")
+
     # --- Unmasking ---
 
     def _acknowledge(self, index: int) -> Message:
@@ -485,6 +491,7 @@ COORDINATOR_STEPS: Mapping[str, CoordinatorStep] = {
         request=MaskedCoordinator._send_survivors,
         expects=(SurvivorsSigned,),
         handle=MaskedCoordinator._take_signature,
+        end=MaskedCoordinator._end_signatures,
         next_phase=Phase.UNMASKING,
     ),
     Phase.UNMASKING: CoordinatorStep(
