@@ -123,7 +123,7 @@ def _check_metrics(owner: OwnerContext, publication: Publication) -> None:
 
 def _check_totals(owner: OwnerContext, publication: Publication) -> None:
     """Where merges are verified: the owners are those that verified it, and the metrics are the totals that this owner
-    added up by itself.
+    added up by itself. If it did not, it cannot know that anybody did.
     """
     if not owner.agreement.is_verified:
         return
@@ -132,8 +132,14 @@ def _check_totals(owner: OwnerContext, publication: Publication) -> None:
         raise RemoteProtocolError("the coordinator published other owners than those whose contributions are merged")
     for split, published in (("validation", publication.validation), ("test", publication.test)):
         own = {each.model: SignedMean.model_validate_json(each.metrics) for each in run.totals if each.split == split}
-        took_part = bool(own) or (split == "test" and _is_in_last_total(owner))
-        if took_part and published != own:  # check: published-totals-are-mine
+        rounds = (each for each in owner.schedule.rounds if each.kind == "metrics" and each.split == split)
+        if own.keys() != {model for each in rounds for model in each.models}:  # check: signers-added-up-all-metrics
+            raise ConsentError(
+                f"{owner.name} has not added up the {split} metrics, so it does not sign what the coordinator says of "
+                "them",
+                hint="nothing was signed; the others, who have, can publish without this owner if min_owners allows it",
+            )
+        if published != own:  # check: published-totals-are-mine
             raise ConsentError(
                 f"the coordinator published other {split} metrics than the totals that this owner added up",
                 hint="nothing was signed; the totals are in its state folder, run/run.json",

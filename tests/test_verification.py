@@ -486,6 +486,25 @@ def test_122_one_weight_of_many_is_off_by_a_millionth(parameter: str, change: fl
     assert is_found(check)
 
 
+@pytest.mark.parametrize("method", [*CASES, *STEPS])
+def test_122_no_weight_of_any_tensor_is_off_by_a_millionth_in_any_method(method: str) -> None:
+    """Of biases, of what is averaged, of what a function is applied to, and of what half the owners' rows reach."""
+    plan = plan_for(7, [5], has_bias=method == "logit_adjusted")
+    settings_ = verified(merge_settings(plan, "owners" if method == "model_stock" else "rows"), 3)
+    if method in STEPS:
+        check = step_check(method, settings_, 3, 0, 1e3, reaches_half=True)
+    else:
+        owners = owners_for(settings_, 3, 0, 1e3, reaches_half=True)
+        check = check_of(method, settings_, contributions_of([method], settings_, owners))
+    assert check.wrong() == []
+    for name, tensor in check.delta.items():
+        for number in {0, tensor.numel() - 1}:
+            flat, right = tensor.reshape(-1), float(tensor.reshape(-1)[number])
+            flat[number] = right * (1 + 2.0**-20) if right else 2.0**-20
+            assert is_found(check), (name, number)
+            flat[number] = right
+
+
 def test_125_one_colluding_owner_makes_a_wrong_model_pass() -> None:
     """A documented break: it knows with the coordinator what the others' shares add up to."""
     check = system_check(gram_of(20, 10.0))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from client import verification
 from client.owner import Owner
+from common.agreement import Agreement
 from common.certificates import Delivered, deliveries_digest, nonce_body, nonces_digest, result_body
 from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, LocalProtocolError, RemoteProtocolError
@@ -521,3 +522,38 @@ def test_126_totals_of_a_sum_that_an_owner_was_made_to_forget_are_not_signed(
     with pytest.raises(RemoteProtocolError, match="without showing this owner the sum that it helped to open"):
         run_merge(trying.parties.coordinator, trying)
     assert trying.tried == [by]
+
+
+def made_up(agreement: Agreement, round_: Round) -> Total:
+    """A total of metrics in which every model is always right, and nobody is named."""
+    vector, names = np.zeros(round_.layout.size), agreement.owner_names
+    for model in round_.models:
+        round_.layout.read(vector, f"{model}/mean")[:] = (len(names),) * 3
+        round_.layout.read(vector, f"{model}/pooled")[:] = 100
+    return Total(layout=round_.layout, vector=vector, owners=names, roster_size=len(names))
+
+
+def test_241_metrics_of_a_sum_that_nobody_opened_are_not_signed(
+    trying: TryingChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every owner tests the model and gives its part of the last sum. The coordinator has it opened by nobody, so nobody
+    is shown it, and makes up a total.
+    """
+    honest = Coordinator.sum
+
+    def not_opened(self: Coordinator, round: Round) -> Total:
+        if round.kind != "metrics":
+            return honest(self, round)
+        self.exchange.begin_step(round.name, round.phase)
+        _, side = self._new_sum(round)
+        for _ in ("AdvertiseKeys", "ShareKeys", "MaskedInput"):
+            for owner, reply in self.exchange.ask(side.requests()):
+                assert reply is not None
+                side.receive(owner, reply)
+            side.end_step()
+        return made_up(self.agreement, round)
+
+    monkeypatch.setattr(Coordinator, "sum", not_opened)
+    with pytest.raises(ConsentError, match="hotel has not added up the test metrics"):
+        run_merge(trying.parties.coordinator, trying)
+    assert not (trying.parties.output / "model").exists()

@@ -310,9 +310,7 @@ def test_an_owner_that_is_lost_once_it_has_contributed_is_sent_what_it_missed_wh
         (CandidatePart, False),
         (Draw, False),
         (CorrectionPart, False),
-        (CheckKeys, False),
         (Acknowledgements, True),  # of validation metrics, which it helped to open and was not shown
-        (CorrectionPart, False),
     ):
         with pytest.raises(TooFewOwners, match=r"cinema did not verify the merge.*\nhint: bring them back"):
             run_merge(one_may_drop_out.coordinator, Silent(one_may_drop_out.files, kind, is_reached=is_reached))
