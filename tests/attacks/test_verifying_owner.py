@@ -536,8 +536,8 @@ def made_up(agreement: Agreement, round_: Round) -> Total:
 def test_241_metrics_of_a_sum_that_nobody_opened_are_not_signed(
     trying: TryingChannel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every owner tests the model and gives its part of the last sum. The coordinator has it opened by nobody, so nobody
-    is shown it, and makes up a total.
+    """Every owner tests the model and gives its part of the last sum. The coordinator has nobody open it, shows it to
+    nobody, and makes up a total.
     """
     honest = Coordinator.sum
 
