@@ -8,7 +8,9 @@ text, the progress display and the report print it.
     contribution round                      what all methods need first
     merged step 0, step round, merged ...   for every multi-round method; the last round is not followed by a step
     candidates, metrics round               on validation examples, for the methods that sweep a hyperparameter
-    candidates, metrics round               on test examples, the chosen candidate of every method
+    candidates, metrics round               on test examples, the chosen candidate of every method. Where merges are
+                                            verified, what has no sweep is sent with the candidates of the sweeps, so
+                                            that one check is about all
     mixtures, metrics round, ...            of a search, on validation examples, between these candidates and that round
 
 Unless the agreement turns it off, owners verify what they are sent before they measure anything on it: a correction and
@@ -20,6 +22,7 @@ An event is known by its `position`. Agreement, position and layout together say
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -352,21 +355,36 @@ def schedule_of(agreement: Agreement, plan: MergePlan) -> Schedule:
 
     candidates = {name: tuple(agreement.agreed(METHODS[name])) for name in agreement.methods if name != SEARCH.name}
     swept = {method: names for method, names in candidates.items() if len(names) > 1}
+    others = {method: names for method, names in candidates.items() if method not in swept}
+
+    def add_candidates(of: Mapping[str, tuple[str, ...]]) -> list[Claim]:
+        """Those that are tested as they are, and what is to be proved of them."""
+        claims = []
+        for method_name, names in of.items():
+            layout = method_layout(METHODS[method_name], settings)
+            add_delivery("candidate", layout, method=method_name, split="test", names=names)
+            if method_name in others:  # of a sweep, what was validated is sent again, bit for bit
+                claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[names[0]]))
+        return claims
+
     claims = []
     for method_name, names in swept.items():
         for name in names:
             layout = method_layout(METHODS[method_name], settings)
             add_delivery("candidate", layout, method=method_name, split="validation", names=(name,))
             claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[name]))
+    early: Mapping[str, tuple[str, ...]] = {}
+    if swept and agreement.is_verified:  # a check costs each owner a message, so the same one is about the others
+        position = len(events)
+        both = [*claims, *add_candidates(others)]
+        if _can_be_relayed(check_layout(shortener.shorten(both)), len(agreement.owners)):
+            early, claims = others, both
+        else:
+            del events[position:]  # two checks, then
     if swept:
         add_check(claims)
         add_metrics("validation", tuple(name for names in swept.values() for name in names))
-    claims = []
-    for method_name, names in candidates.items():
-        layout = method_layout(METHODS[method_name], settings)
-        add_delivery("candidate", layout, method=method_name, split="test", names=names)
-        if method_name not in swept:  # what was validated is sent again, bit for bit
-            claims.append(claim_of(method_name, agreement.agreed(METHODS[method_name])[names[0]]))
+    claims = add_candidates({method: names for method, names in candidates.items() if method not in early})
     add_check(claims)
     if agreement.searches:
         search = METHODS[SEARCH.name]
@@ -402,13 +420,17 @@ def _check_can_be_relayed(layout: TensorLayout, num_owners: int) -> None:
 
     Otherwise that would show only once every owner has contributed.
     """
-    num_bytes = layout.num_bytes * num_owners
-    if num_bytes > PART_BYTES:  # check: opened-sums-fit-a-message
+    if not _can_be_relayed(layout, num_owners):  # check: opened-sums-fit-a-message
+        num_bytes = layout.num_bytes * num_owners
         raise SettingsError(
             f"verification: to check all models at once, each of {num_owners} owners is sent {num_bytes / 1e6:.0f} MB; "
             f"one message holds at most {PART_BYTES / 1e6:.0f} MB",
             hint="try fewer hyperparameters, compare fewer methods, or agree on [verification] required = false",
         )
+
+
+def _can_be_relayed(layout: TensorLayout, num_owners: int) -> bool:
+    return layout.num_bytes * num_owners <= PART_BYTES
 
 
 def _check_covers(claim: Claim, events: list[Event], plan: MergePlan) -> None:

@@ -120,6 +120,13 @@ def test_comparing_another_method_costs_no_message(merge: Callable[..., list[Kin
     assert len(kinds) == 13
 
 
+def test_a_verified_sweep_costs_5_messages_also_beside_methods_without_one(merge: Callable[..., list[Kinds]]) -> None:
+    kinds = merge((ALONE[0], '["average"]'), ("[0.1, 0.5, 0.9, 0.95, 0.99]", "[0.5, 0.9]"), verified=True)
+    assert (CandidatePart, CandidatePart, CandidatePart, Draw) in kinds
+    assert kinds.count((CorrectionPart, Draw, OpenSum)) == 1
+    assert len(kinds) == 13 + 1 + 5
+
+
 def test_a_step_of_a_multi_round_method_costs_5_messages(merge: Callable[..., list[Kinds]]) -> None:
     kinds = merge(ALONE, ('method = "regmean"', 'method = "refit"'))
     assert kinds[:11] == [(RollCall,), (OpenSum,), *SUM, (MergedStepPart, OpenSum), *SUM]

@@ -81,13 +81,12 @@ def test_the_example_s_schedule(agreement: Agreement, plan: MergePlan, reviews_f
         contributions(),
         *(candidate("validation", "regmean", name) for name in ALPHAS),
         *(candidate("validation", "task_arithmetic", name) for name in SCALES),
+        candidate("test", "average", "average"),
+        candidate("test", "fisher", "fisher"),
         *CHECK,
         metrics("validation", *ALPHAS, *SCALES),
         candidate("test", "regmean", *ALPHAS),
-        candidate("test", "average", "average"),
         candidate("test", "task_arithmetic", *SCALES),
-        candidate("test", "fisher", "fisher"),
-        *CHECK,
         metrics("test", BASE, OWN_AT_HOME, "regmean", "average", "task_arithmetic", "fisher"),
     ]
 
@@ -366,17 +365,23 @@ def test_every_model_is_verified_before_anything_is_measured_on_it(
 def test_what_every_owner_is_to_open_must_fit_in_one_message(
     agreement: Agreement, plan: MergePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is not swept has a check of its own if one for all would not."""
     swept = agreement.model_copy(update={"regmean": RegMeanTable(alphas=tuple(n / 20 for n in range(20)))})
-    largest, most = max(each.layout.num_bytes for each in schedule_of(swept, plan).rounds if each.kind == "check"), 40
-    monkeypatch.setattr("common.schedule.PART_BYTES", most * largest)
 
-    def schedule_for(num_owners: int) -> Schedule:
+    def sizes_for(num_owners: int) -> list[int]:
         owners = tuple(OwnerEntry(name=f"o{number}") for number in range(num_owners))
-        return schedule_of(swept.model_copy(update={"owners": owners}), plan)
+        schedule = schedule_of(swept.model_copy(update={"owners": owners}), plan)
+        return [each.layout.num_bytes for each in schedule.rounds if each.kind == "check"]
 
-    assert schedule_for(most)
-    with pytest.raises(SettingsError, match=f"each of {most + 1} owners is sent .* MB; one message holds at most"):
-        schedule_for(most + 1)
+    ((size,), most) = sizes_for(3), 40
+    monkeypatch.setattr("common.schedule.PART_BYTES", most * size)
+    assert sizes_for(most) == [size]
+    largest = max(sizes_for(most + 1))
+    assert len(sizes_for(most + 1)) == 2
+    more = most * size // largest
+    assert len(sizes_for(more)) == 2
+    with pytest.raises(SettingsError, match=f"each of {more + 1} owners is sent .* MB; one message holds at most"):
+        sizes_for(more + 1)
 
 
 def means_of(claim: Claim) -> set[str]:
@@ -389,19 +394,19 @@ def test_a_mean_that_several_models_share_is_proved_of_the_first(agreement: Agre
     """The models of a sweep, and those of other methods; what needs a solver is proved of each."""
     agreement = agreement.model_copy(update={"method": "regmean", "compare_with": ("refit", "average")})
     checks = [each.claims for each in schedule_of(agreement, plan).rounds if each.kind == "check"]
-    ((start,), sweep, tested) = checks
+    ((start,), tested) = checks
     assert means_of(start)
     known = {(name, start.delivery) for name in means_of(start)}
-    first, *others = (each for each in sweep if any(isinstance(one, SystemEquation) for one in each.equations))
+    first, *others = (each for each in tested if any(isinstance(one, SystemEquation) for one in each.equations))
     assert set(first.known) == known
     assert means_of(first)  # what only this method averages
     for claim in others:
         assert not means_of(claim)
         assert {name for name, _ in claim.known} == means_of(first) | {name for name, _ in first.known}
         assert len(claim.equations) == len([one for one in first.equations if isinstance(one, SystemEquation)])
-    (average,) = (each for each in tested if means_of(each))
-    assert known <= set(average.known)
-    assert means_of(average) == set(plan.changed) - means_of(start)
+    (average,) = (each for each in tested if means_of(each) and each is not first)
+    assert set(average.known) == known | {(name, first.delivery) for name in means_of(first)}
+    assert means_of(average) == set(plan.changed) - means_of(start) - means_of(first)
 
 
 def test_a_claim_keeps_its_equations_if_nothing_else_is_to_be_proved() -> None:

@@ -128,10 +128,12 @@ def test_the_basis_is_sent_once_and_a_generation_is_one_sum(agreement: Agreement
         tuple(names[6:]),
         ("base", "own_at_home", "search", "average", "regmean"),
     ]
-    # all of the basis is checked before anything is measured on it
+    # all of the basis is checked before anything is measured on it, and then sent once more
     checks = [each for each in events if isinstance(each, Round) and each.kind == "check"]
-    basis = [each for each in events if isinstance(each, Delivery) and (each.method, each.split) == ("regmean", "test")]
-    assert basis[0].position < checks[-1].position < start
+    sent = [each for each in events if isinstance(each, Delivery) and each.method == "regmean"]
+    assert {each.position for each in sent[:-1]} <= {claim.delivery for each in checks for claim in each.claims}
+    assert sent[-1].split == "test"
+    assert checks[-1].position < sent[-1].position < start
     assert events[start].layout.size == 3  # two groups of blocks, and the classifier
 
 
