@@ -132,16 +132,13 @@ def _check_totals(owner: OwnerContext, publication: Publication) -> None:
         raise RemoteProtocolError("the coordinator published other owners than those whose contributions are merged")
     for split, published in (("validation", publication.validation), ("test", publication.test)):
         own = {each.model: SignedMean.model_validate_json(each.metrics) for each in run.totals if each.split == split}
-        rounds = (each for each in owner.schedule.rounds if each.kind == "metrics" and each.split == split)
-        if own.keys() != {model for each in rounds for model in each.models}:  # check: signers-added-up-all-metrics
+        rounds = [each for each in owner.schedule.rounds if (each.kind, each.split) == ("metrics", split)]
+        has_all = own.keys() == {model for each in rounds for model in each.models}
+        if published != own or not has_all:  # check: published-totals-are-mine
+            says = f"the coordinator published other {split} metrics than the totals that this owner added up"
+            missed = f"{owner.name} has not added up the {split} metrics, so it does not sign what is said of them"
             raise ConsentError(
-                f"{owner.name} has not added up the {split} metrics, so it does not sign what the coordinator says of "
-                "them",
-                hint="nothing was signed; the others, who have, can publish without this owner if min_owners allows it",
-            )
-        if published != own:  # check: published-totals-are-mine
-            raise ConsentError(
-                f"the coordinator published other {split} metrics than the totals that this owner added up",
+                says if has_all else missed,
                 hint="nothing was signed; the totals are in its state folder, run/run.json",
             )
 
