@@ -159,6 +159,7 @@ SEVERAL = 'problem_type = "multi_label_classification"\n'
             "[evaluation]\nsign_above = 0.5",
             "a mean squared error is better if it",
         ),
+        ('head = "private"', 'method = "refit"', "refit changes the classifier that owners share, but task.head is"),
         ('kind = "question-answering"', "", "must be 'text-classification', 'token-classification', 'causal-lm'"),
     ],
 )

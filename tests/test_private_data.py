@@ -221,6 +221,17 @@ def test_numbers_are_not_labels_if_a_label_s_name_is_a_number(tmp_path: Path, re
         data_of(tmp_path, reviews_folder, "rows.jsonl", task=stars).train()
 
 
+def test_a_hint_says_where_other_labels_are_written(tmp_path: Path, reviews_folder: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": "SECRET"}])
+    shared, private = (Task(labels=("no", "yes"), head=head) for head in ("shared", "private"))
+    with pytest.raises(DataError) as caught:
+        data_of(tmp_path, reviews_folder, "rows.jsonl", task=shared).train()
+    assert "save the base without it (AutoModel), name that as the base, and write task.labels" in caught.value.hint
+    with pytest.raises(DataError) as caught:
+        data_of(tmp_path, reviews_folder, "rows.jsonl", task=private).train()
+    assert "labels of this owner's head in its settings, above the first [table]: labels = [" in caught.value.hint
+
+
 def test_true_false_and_null_are_read_as_json_writes_them(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": True}, {"text": "bed", "label": None}])
     write_jsonl(tmp_path / "first.jsonl", [{"text": "room", "label": True}])

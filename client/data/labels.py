@@ -84,7 +84,12 @@ def _how_to_name(value: Any, name: str, task: Task) -> str:
     for label in task.labels:
         if name.casefold() == as_line(label).casefold():
             return f"write it as the agreement does: {label}"
-    return "write the labels in the file as the agreement names them; those of a model that has a head are fixed"
+    if task.head == "private":
+        return 'name the labels of this owner\'s head in its settings, above the first [table]: labels = ["...", "..."]'
+    return (
+        "write the labels in the file as the agreement names them; if the base's head is for another task, save the "
+        "base without it (AutoModel), name that as the base, and write task.labels"
+    )
 
 
 def tag_numbers(path: Path, column: str, rows: Sequence[Any], task: Task) -> list[NDArray[np.int64]]:

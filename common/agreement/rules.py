@@ -405,6 +405,12 @@ def the_task_is_consistent(draft: DraftTables) -> None:
         raise RuleError(f'task.head = "private": a model of kind {task.kind} has no head over labels')
     if task.head == "private" and draft.publish.adapter_rank is not None:
         raise RuleError('publish.adapter_rank: an adapter holds a shared head, but task.head is "private"')
+    for name in draft.methods if task.head == "private" else ():
+        if METHODS[name].needs_classifier:
+            raise RuleError(
+                f'{name} changes the classifier that owners share, but task.head is "private"',
+                hint=f"leave {name} out of method and compare_with",
+            )
     if not task.has_labels and task.labels:
         raise RuleError(f"task.labels = {list(task.labels)}: a model of kind {task.kind} has no labels")
     if len(task.labels) == 1 and not task.is_regression:
