@@ -21,6 +21,7 @@ class OwnerLook:
 
     fine_tuned: Path | None  # None if it trains a model from the base
     files: dict[str, FileLook]  # by split
+    own_base: Path | None  # what its model was or will be made from, if that is not the agreed base
 
 
 def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
@@ -33,7 +34,8 @@ def look_at_owner(settings: OwnerSettings, home: Path, task: Task) -> OwnerLook:
         check_made_for(folder, own.model_copy(update={"labels": own_labels(settings, home, own)}))
         if not is_adapter(folder):
             check_readable(folder)
-    return OwnerLook(fine_tuned=folder, files=look_at_files(settings.data, own, home))
+    made_from = None if settings.own_base is None else model_folder(settings.own_base, home)
+    return OwnerLook(fine_tuned=folder, files=look_at_files(settings.data, own, home), own_base=made_from)
 
 
 def oddities(settings: OwnerSettings, home: Path, task: Task) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.look import OwnerLook, look_at_owner, own_base, own_folder
+from client.look import OwnerLook, look_at_owner, own_folder
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
 from common.errors import SettingsError
@@ -36,7 +36,7 @@ class Consortium:
         home = self.owner_files[owner].parent
         look = look_at_owner(self.settings[owner], home, self.draft.task)
         if look.fine_tuned is not None:
-            check_same_architecture(look.fine_tuned, own_base(self.settings[owner], home, self.base_folder))
+            check_same_architecture(look.fine_tuned, look.own_base or self.base_folder)
         return look
 
 

@@ -105,7 +105,8 @@ class System:
 @dataclass(frozen=True, kw_only=True)
 class OwnerRows:
     """The examples of one owner. `epochs`: 0 if it brings its model. `tokens`: of an example, on average.
-    `reading_seconds`: what reading and tokenising an example once takes.
+    `reading_seconds`: what reading and tokenising an example once takes. `own_cost`: what a token takes in its own
+    model, as a share of what it takes in the agreed base.
     """
 
     train: int
@@ -114,6 +115,7 @@ class OwnerRows:
     epochs: int = 0
     tokens: float = 1.0
     reading_seconds: float = 0.0
+    own_cost: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,10 +379,10 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
         training = apart if rows.epochs else 0.0
     return {
         "reading rows": READS * (rows.train + rows.validation + rows.test) * rows.reading_seconds,
-        "training": training * rows.train * rows.tokens * rates.forward_of_token,
+        "training": training * rows.train * rows.tokens * rows.own_cost * rates.forward_of_token,
         "Gram passes": examples[work.gram_examples] * rows.tokens * apart * rates.gram_pass_of_token,
         "Fisher information": examples[work.fisher_examples] * rows.tokens * rates.gradients_of_token,
-        "predicting the pool": work.pool_tokens * rates.forward_of_token,
+        "predicting the pool": work.pool_tokens * rows.own_cost * rates.forward_of_token,
         "scoring": (scored + looked_at) * rows.tokens * apart * rates.forward_of_token,
         "loading models": loads * work.parameters * rates.loading_of_parameter,
         "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
@@ -408,7 +410,7 @@ def simulation_seconds(owners: Sequence[OwnerRows], rates: Rates) -> dict[str, f
     only somebody who holds all models and rows can know (deploy/simulation/references.py).
     """
     one_pass = rates.forward_of_token
-    own = sum(each.test * each.tokens for each in owners) * len(owners) * one_pass
+    own = sum(each.test * each.tokens for each in owners) * sum(each.own_cost for each in owners) * one_pass
     pooled = min((each.epochs for each in owners), default=0) * sum(each.train * each.tokens for each in owners)
     return {"references": own + pooled * (1 + BACKWARDS) * one_pass, "agreement and report": SIMULATION_SECONDS}
 
@@ -442,6 +444,16 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def cost_beside(own: PreTrainedModel, base: PreTrainedModel) -> float:
+    """What a token takes in an owner's model, as a share of what it takes in the base: by the weights that it meets."""
+    return _weights_of_a_token(own) / max(1, _weights_of_a_token(base))
+
+
+def _weights_of_a_token(model: PreTrainedModel) -> int:
+    looked_up = sum(each.weight.numel() for each in model.modules() if isinstance(each, torch.nn.Embedding))
+    return sum(each.numel() for each in model.parameters()) - looked_up
 
 
 def transfer_in_words(num_bytes: int) -> str:

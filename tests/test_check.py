@@ -16,6 +16,7 @@ from deploy.cli import cli
 from deploy.commands import check
 from deploy.commands.agree import give_consent
 from deploy.commands.check import check_and_show
+from tests.support.lessons import tokenizer_of_letters
 from tests.support.listeners import GUARD, listening, over_tls
 
 
@@ -136,9 +137,29 @@ def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureF
     code, found, _ = lines(capsys, ".")
     assert code == 0
     # "the room was clean" has six tokens with [CLS] and [SEP]; "honestly the ..." and "i think the ..." have more.
-    for owner, file in {"hotel": "train.jsonl", "cinema": "test.csv", "phones": "validation.parquet"}.items():
-        assert re.search(rf"{owner}'s {file}: [0-9]+ of [0-9]+ texts are longer than max_tokens = 6 ", found["lengths"])
+    for owner in ("hotel", "cinema", "phones"):  # 200, 60 and 120 rows in three files each
+        assert re.search(rf"{owner}: [0-9]+ of 380 texts are longer than max_tokens = 6 ", found["lengths"])
     assert "the longest has 8 tokens; 99% have at most 8" in found["lengths"]
+
+
+@pytest.mark.usefixtures("own_log")
+def test_texts_of_an_owner_with_a_base_of_its_own_are_cut_by_its_own_tokenizer(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agreement, hotel = home / "agreement.toml", home / "hotel.toml"
+    text = re.sub(r"\nmethod = .*\ncompare_with = .*", '\nmethod = "distill"', agreement.read_text())
+    text = text.replace("# [verification]\n# required", "[verification]\nrequired")
+    text = text.replace('name = "hotel"', 'name = "hotel"\ngives = "predictions"')
+    agreement.write_text(f'{text}\n[distill]\npool = "pool.jsonl"\nstart = "base"\n')
+    (home / "pool.jsonl").write_text('{"text": "the room was clean"}\n{"text": "a dull film"}\n')
+    shutil.copytree(home / "base", home / "other")
+    tokenizer_of_letters().save_pretrained(home / "other")
+    hotel.write_text(hotel.read_text().replace('name = "hotel"', 'name = "hotel"\nown_base = "other"', 1))
+    code, found, errors = lines(capsys, ".")
+    assert code == 0, errors
+    assert found["hotel"].startswith(f"trains its model from {home / 'other'}; rows: ")
+    assert "hotel: " in found["lengths"]  # by letter, its texts do not fit; the others' still do
+    assert "cinema" not in found["lengths"]
 
 
 @pytest.mark.usefixtures("own_log")

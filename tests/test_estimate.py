@@ -126,6 +126,19 @@ def test_a_pool_is_predicted_by_every_owner_and_trained_on_by_the_coordinator(wo
     assert estimate.owner_bytes(distilled) - estimate.owner_bytes(work) == 12_000_000
 
 
+def test_an_owner_with_a_smaller_model_of_its_own_takes_less(work: Work) -> None:
+    distilled = replace(work, pool_tokens=900)
+    rows = OwnerRows(train=400, validation=10, test=20, epochs=2, own_cost=0.25)
+    assert estimate.owner_seconds(distilled, rows, RATES)["predicting the pool"] == 225
+    assert estimate.owner_seconds(distilled, rows, RATES)["training"] == 2 * 400 * 3 / 4
+    assert estimate.simulation_seconds([rows, replace(rows, epochs=0, own_cost=1.0)], RATES)["references"] == 40 * 1.25
+    model, larger = tiny_bert(), tiny_bert()
+    larger.bert.embeddings.word_embeddings = torch.nn.Embedding(8000, 16)  # looked up, which costs next to nothing
+    assert estimate.cost_beside(model, larger) == 1.0
+    larger.bert.encoder.layer = larger.bert.encoder.layer[:1]
+    assert 1.5 < estimate.cost_beside(model, larger) < 2.5
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_of_made_up_weights_runs_and_has_as_many_blocks_as_asked_for(name: str) -> None:
     outline, plan, _ = made(name)

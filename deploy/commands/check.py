@@ -15,8 +15,10 @@ from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
-from client.data.lengths import cut_texts, token_lengths
-from client.look import OwnerLook, oddities, own_base
+import numpy as np
+
+from client.data.lengths import cut_in_words, token_lengths
+from client.look import OwnerLook, oddities, own_task
 from client.owner import Owner
 from client.settings import OwnerSettings, Training
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
@@ -136,8 +138,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         with checks.item(owner) as item:
             looks.append(consortium.look_at(owner))
             home = consortium.owner_files[owner].parent
-            odd = oddities(consortium.settings[owner], home, consortium.draft.task)
-            item.found = "; ".join((_look_in_words(looks[-1]), *odd))
+            item.found = _owner_in_words(looks[-1], consortium.settings[owner], home, consortium.draft.task)
     if checks.is_ready:
         with checks.item("rounds") as item:
             agreement = _simulated_agreement(consortium)
@@ -151,8 +152,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
     if checks.is_ready:
         seen = [(consortium.settings[name], look) for name, look in zip(consortium.owner_files, looks, strict=True)]
         models = [
-            (look.fine_tuned, own_base(settings, consortium.owner_files[settings.name].parent, consortium.base_folder))
-            for settings, look in seen
+            (look.fine_tuned, look.own_base or consortium.base_folder)
+            for _, look in seen
             if look.fine_tuned is not None
         ]
         _check_tokenizers(checks, consortium.draft, models)
@@ -206,8 +207,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
     with checks.item("model, files") as item:
         look = owner.look()
         if look.fine_tuned is not None:
-            check_same_architecture(look.fine_tuned, own_base(settings, home, base_folder))
-        item.found = "; ".join((_look_in_words(look), *oddities(settings, home, agreement.task)))
+            check_same_architecture(look.fine_tuned, look.own_base or base_folder)
+        item.found = _owner_in_words(look, settings, home, agreement.task)
     agreed_at, table = home / settings.agreement, DISTILL.of(agreement.tables)
     pool = pool_path(settings.pool, home, table, agreed_at)
     _check_pool(checks, agreement, pool)
@@ -223,7 +224,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
-        models = [(look.fine_tuned, own_base(settings, home, base_folder))] if look.fine_tuned else []
+        models = [(look.fine_tuned, look.own_base or base_folder)] if look.fine_tuned else []
         _check_tokenizers(checks, agreement, models)
         _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
         _check_room(checks, home / settings.state, schedule, parties=1)
@@ -311,16 +312,17 @@ def _pool_lengths(agreement: Agreement, base_folder: Path, pool: Path | None) ->
 def _check_lengths(
     checks: Checklist, task: Task, base_folder: Path, owners: Sequence[tuple[OwnerSettings, OwnerLook]]
 ) -> None:
-    """Say how many texts would be cut."""
+    """Say how many texts would be cut, as each owner's own tokenizer counts."""
     if not task.is_text:
         return
     with checks.item("lengths") as item:
-        tokenizer = load_tokenizer(base_folder)
-        cut = [
-            f"{settings.name}'s {words}"
-            for settings, look in owners
-            for words in cut_texts(settings.data, task, (each.path for each in look.files.values()), tokenizer)
-        ]
+        cut = []
+        for settings, look in owners:
+            tokenizer = load_tokenizer(look.own_base or base_folder)
+            paths = dict.fromkeys(each.path for each in look.files.values())
+            lengths = [token_lengths(settings.data, task, path, tokenizer) for path in paths]
+            if words := cut_in_words(np.concatenate(lengths), task.max_tokens):
+                cut.append(f"{settings.name}: {words}")
         item.found = ". ".join(cut) or f"all texts looked at fit into max_tokens = {task.max_tokens}"
 
 
@@ -409,7 +411,8 @@ def estimated_seconds(
 
 def _owner_rows(task: Task, base_folder: Path, settings: OwnerSettings, look: OwnerLook) -> "OwnerRows":
     """The examples that an owner brings, and their lengths."""
-    from deploy.estimate import OwnerRows
+    from common.models.loading import load_outline
+    from deploy.estimate import OwnerRows, cost_beside
 
     data, counts = settings.data, {split: each.rows for split, each in look.files.items()}
     limits = {"train": data.max_train_rows, "validation": data.max_validation_rows, "test": data.max_test_rows}
@@ -419,12 +422,15 @@ def _owner_rows(task: Task, base_folder: Path, settings: OwnerSettings, look: Ow
         rows["train"] -= rows["validation"]
     tokens, reading = 1.0, 0.0
     if task.is_text:
-        tokenizer, started = load_tokenizer(base_folder), process_time()
+        tokenizer, started = load_tokenizer(look.own_base or base_folder), process_time()
         lengths = token_lengths(data, task, look.files["train"].path, tokenizer)
         reading = (process_time() - started) / len(lengths)
         tokens = float(lengths.clip(1, task.max_tokens).mean())
     epochs = (settings.training or Training()).epochs if look.fine_tuned is None else 0
-    return OwnerRows(**rows, epochs=epochs, tokens=tokens, reading_seconds=reading)
+    cost = 1.0
+    if look.own_base is not None:
+        cost = cost_beside(load_outline(look.own_base, task), load_outline(base_folder, task))
+    return OwnerRows(**rows, epochs=epochs, tokens=tokens, reading_seconds=reading, own_cost=cost)
 
 
 def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
@@ -464,12 +470,17 @@ def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
     task = draft.task
     problem = ", several labels a row" if task.has_several_labels else ", numbers" if task.is_regression else ""
     labels = f", {'targets' if task.is_regression else 'labels'} {', '.join(task.labels)}" if task.labels else ""
+    if task.head == "private":
+        labels = ", every owner keeps its own head"
     return f"{base_folder.resolve()}, {size}; {task.kind}{problem}{labels}"
 
 
-def _look_in_words(look: OwnerLook) -> str:
-    model = "trains its model from the base" if look.fine_tuned is None else f"brings {look.fine_tuned.resolve()}"
-    return f"{model}; rows: {', '.join(f'{each.rows} {split}' for split, each in look.files.items())}"
+def _owner_in_words(look: OwnerLook, settings: OwnerSettings, home: Path, task: Task) -> str:
+    made_from = "the base" if look.own_base is None else look.own_base.resolve()
+    model = f"trains its model from {made_from}" if look.fine_tuned is None else f"brings {look.fine_tuned.resolve()}"
+    rows = f"rows: {', '.join(f'{each.rows} {split}' for split, each in look.files.items())}"
+    labels = [f"labels {', '.join(own_task(settings, home, task).labels)}"] if task.head == "private" else []
+    return "; ".join((model, rows, *labels, *oddities(settings, home, task)))
 
 
 def _device_in_words(device: "torch.device") -> str:
