@@ -153,7 +153,7 @@ test = "data/{name}/test.{suffix}"              # gives the metrics
 text = "text"                                   # column names
 label = "label"                                 # a label's name, or its number
 # text_pair = "answer"                          # the second text, if the model takes pairs
-# max_train_rows = 5000                         # use only this many rows, drawn from the whole file
+# max_train_rows = 5000                         # draw this many rows from the whole file; also max_test_rows
 """
 
 
