@@ -1,4 +1,4 @@
-"""What a report advises to try after a sweep that ends where it is best."""
+"""What a report advises: another method, and what to try after a sweep that ends where it is best."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from common.merge_methods import METHODS
 from common.metrics import MeanScore
-from server.report.outcome import MethodChoice, Tried, beyond_the_sweep, further_values
+from server.report.outcome import MethodChoice, Tried, beyond_the_sweep, further_values, what_did_better
 
 
 def swept(method: str, shares: dict[float, float], rows: int = 1000) -> list[str]:
@@ -60,3 +60,42 @@ def test_what_is_advised_for_a_share_is_a_share_beyond_the_end(end: float, besid
     assert further is not None
     assert 0 < min(further) <= max(further) < 1
     assert all((value < end) if end < beside else (value > end) for value in further)
+
+
+@pytest.mark.parametrize(
+    ("published", "other", "rows", "said"),
+    [
+        (
+            0.846,
+            0.848,
+            1191,
+            "refit is ahead of data_free on the test rows, accuracy 0.848 against 0.846, which may be",
+        ),
+        (
+            0.846,
+            0.900,
+            1191,
+            "refit did better than data_free on the test rows: accuracy 0.900 against 0.846. To publish",
+        ),
+        (0.846, 0.846, 1191, None),
+        (0.846, 0.700, 1191, None),
+    ],
+)
+def test_another_method_is_advised_if_chance_does_not_explain_why_it_is_ahead(
+    published: float, other: float, rows: int, said: str | None
+) -> None:
+    scores = {
+        method: MeanScore(accuracy=share, metric=share / 2, pooled_accuracy=share, rows=rows, by_owner={})
+        for method, share in {"data_free": published, "refit": other}.items()
+    }
+    found = list(what_did_better("data_free", scores, "accuracy"))
+    assert [line[: len(said)] for line in found] == [said] if said else found == []
+
+
+def test_chance_is_not_judged_for_a_metric_whose_chance_is_unknown() -> None:
+    scores = {
+        method: MeanScore(accuracy=0.8, metric=metric, pooled_accuracy=0.8, rows=100, by_owner={})
+        for method, metric in {"data_free": 0.40, "refit": 0.45}.items()
+    }
+    (found,) = what_did_better("data_free", scores, "macro_f1")
+    assert found.startswith("refit did better than data_free on the test rows: macro f1 0.450 against 0.400. To")

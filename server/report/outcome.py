@@ -334,22 +334,34 @@ def _owner_metrics(score: Score) -> OwnerMetrics:
 
 def _advice(outcome: Outcome) -> Iterator[str]:
     """What a reader could do differently next time."""
-    agreement, metric = outcome.agreement, outcome.agreement.choose_by
-    scores = {method: outcome.test[method].chosen_by(metric) for method in agreement.methods}
-    shown = {method: -score if metric in LOWER_IS_BETTER else score for method, score in scores.items()}
-    best = max(agreement.methods, key=lambda method: scores[method])
-    if scores[best] > scores[agreement.method]:
-        yield (
-            f"{best} did better than {agreement.method} on the test rows: {metric.replace('_', ' ')} "
-            f'{shown[best]:.3f} against {shown[agreement.method]:.3f}. To publish it, set method = "{best}".'
-        )
+    agreement = outcome.agreement
+    noise = own_noise(agreement, "metrics") * len(agreement.owners) ** 0.5
+    of_methods = {method: outcome.test[method] for method in agreement.methods}
+    yield from what_did_better(agreement.method, of_methods, agreement.choose_by, noise)
     for owner, reason in outcome.excluded.items():
         yield f"The coordinator left {owner} out because it broke the rules of a sum: {reason}."
-    noise = own_noise(agreement, "metrics") * len(agreement.owners) ** 0.5
     for name, choice in outcome.choices.items():
         is_ordered = name != SEARCH.name  # mixtures are numbered as they were tried
         if is_ordered and not _is_clearly_worse(outcome.test[name], outcome.test[agreement.method], noise):
             yield from beyond_the_sweep(METHODS[name], choice, noise)
+
+
+def what_did_better(published: str, scores: Mapping[str, MeanScore], metric: str, noise: float = 0.0) -> Iterator[str]:
+    """Which method has the best metric on the test rows, if not the published one, and whether chance explains it.
+
+    The chance is known for the number that models are compared by alone (chance.py).
+    """
+    best = max(scores, key=lambda method: scores[method].chosen_by(metric))
+    ahead, behind = (scores[method].chosen_by(metric) for method in (best, published))
+    if ahead <= behind:
+        return
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    numbers = f"{metric.replace('_', ' ')} {sign * ahead:.3f} against {sign * behind:.3f}"
+    is_main = ahead == scores[best].main
+    if is_main and not _is_clearly_worse(scores[published], scores[best], noise):
+        yield f"{best} is ahead of {published} on the test rows, {numbers}, which may be chance."
+    else:
+        yield f'{best} did better than {published} on the test rows: {numbers}. To publish it, set method = "{best}".'
 
 
 def beyond_the_sweep(method: Method, choice: MethodChoice, noise: float = 0.0) -> Iterator[str]:
