@@ -1,6 +1,6 @@
 """Which merge suits classifiers with LoRA adapters, and what does each send?
 
-python -m benchmarks.adapters --data DATA --models MODELS [--rows 400] [--json]
+python -m benchmarks.adapters --data DATA --models MODELS [--rows 300] [--json]
 
 DATA and MODELS are as in benchmarks/emotion.py; of MODELS, only the base is used. Three emotion owners fine-tune it
 with LoRA on queries and values, and the classifier whole: once with factors of their own, once on one frozen factor
@@ -12,6 +12,7 @@ one owner's contribution if that method runs alone. Writes benchmarks/results/ad
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ from common.settings_file import load_settings
 from deploy.simulation.simulate import simulate
 
 OWNERS = ("isear", "crowdflower", "emoevent")
-RANK, EPOCHS, RATE, MAX_TOKENS = 8, 3, 2e-3, 48
-JUDGED = {"dev": 60, "test": 200}  # rows of each owner
-METHODS = {
-    "factors of their own": ("average", "regmean", "data_free"),
-    "one frozen factor": ("average", "regmean", "data_free", "lorm"),
-}
+RANK, EPOCHS, RATE, BATCH, MAX_TOKENS = 8, 4, 2e-3, 16, 48
+JUDGED = {"dev": 40, "test": 150}  # rows of each owner
 SHARED = "one frozen factor"
+METHODS = {
+    SHARED: ("average", "regmean", "data_free", "lorm"),
+    "factors of their own": ("average", "regmean", "data_free"),
+}
 
 
 def write_consortium(folder: Path, data: Path, base: Path, factors: str, rows: int) -> None:
@@ -59,7 +60,7 @@ def write_consortium(folder: Path, data: Path, base: Path, factors: str, rows: i
         files = {"train": "train", "validation": "dev", "test": "test"}
         settings = {
             "name": owner,
-            "training": {"epochs": EPOCHS, "learning_rate": RATE, "schedule": "linear", **lora},
+            "training": {"epochs": EPOCHS, "learning_rate": RATE, "batch_size": BATCH, "schedule": "linear", **lora},
             "data": {split: f"data/{owner}/{file}.jsonl" for split, file in files.items()},
         }
         (folder / f"{owner}.toml").write_text(tomli_w.dumps(settings))
@@ -116,9 +117,13 @@ def as_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def size(results: Mapping[str, Any]) -> dict[str, float]:
+    return {"training rows": results["rows"], "kinds of factors": len(results["runs"])}
+
+
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()
@@ -126,7 +131,7 @@ def main() -> None:
     for factors in METHODS:
         say(f"adapters with {factors}")
         results["runs"][factors] = run(arguments.data, arguments.models / "base", factors, arguments.rows)
-    publish("adapters", results, as_markdown(results), lambda each: {"training rows": each["rows"]})
+        publish("adapters", results, as_markdown(results), size)
     print(json.dumps(results, indent=1) if arguments.json else as_markdown(results))
 
 
