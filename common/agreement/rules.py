@@ -178,7 +178,12 @@ def every_number_hides_its_owners(draft: DraftTables) -> None:
         raise RuleError(
             f"owners: {len(givers)} give weights, which {methods[0]} sums, and at least {least} must: {may_drop_out} "
             f"may drop out, {draft.colluders} may collude, and three honest ones hide each other",
-            hint='agree on [distill] start = "base", or on fewer [summation] colluders',
+            hint=(
+                'agree on [distill] start = "base" and a higher learning_rate, such as 5e-4'
+                if methods[0] == DISTILL.name
+                else f"leave {methods[0]} out"
+            )
+            + (", or agree on fewer [summation] colluders" if draft.colluders else ""),
         )
     for number, label in enumerate(draft.task.labels):
         knowing = sum(number not in draft.unknown_labels.get(owner.name, ()) for owner in draft.owners)

@@ -202,15 +202,21 @@ def test_owners_with_the_same_labels_hide_each_other(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ([('name = "cinema"', 'name = "cinema"\ngives = "predictions"')], "2 give weights, which distill sums"),
+        (
+            [('name = "cinema"', 'name = "cinema"\ngives = "predictions"')],
+            r'2 give weights, which distill sums.*\nhint: .* start = "base" and a higher learning_rate, such as 5e-4$',
+        ),
         (
             [
                 ('name = "cinema"', 'name = "cinema"\ngives = "predictions"'),
                 ('start = "data_free"', 'start = "base"'),
             ],
-            "2 give weights, which data_free sums",
+            r"2 give weights, which data_free sums.*\nhint: leave data_free out$",
         ),
-        ([("colluders = 0", "colluders = 1")], "3 give weights, which distill sums, and at least 4 must"),
+        (
+            [("colluders = 0", "colluders = 1")],
+            r"3 give weights, which distill sums, and at least 4 must.*\nhint: .* or agree on fewer",
+        ),
         ([('compare_with = ["data_free"]', 'compare_with = ["fisher"]')], "fisher: some owners give predictions alone"),
         ([('compare_with = ["data_free"]', 'compare_with = ["refit"]')], "refit: some owners give predictions alone"),
         ([('method = "distill"', 'method = "average"')], "no method sums predictions"),
