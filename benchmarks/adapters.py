@@ -1,6 +1,6 @@
 """Which merge suits classifiers with LoRA adapters, and what does each send?
 
-python -m benchmarks.adapters --data DATA --models MODELS [--rows 300] [--json]
+python -m benchmarks.adapters --data DATA --models MODELS [--rows 2000] [--json]
 
 DATA and MODELS are as in benchmarks/emotion.py; of MODELS, only the base is used. Three emotion owners fine-tune it
 with LoRA on queries and values, and the classifier whole: once with factors of their own, once on one frozen factor
@@ -88,7 +88,10 @@ def holdings_of(owner: str, parties: Path) -> Holdings:
 
 
 def own_elsewhere(owners: list[Holdings]) -> list[float]:
-    """Accuracy and macro F1 of own models on the other owners' test rows, in the mean."""
+    """Accuracy and macro F1 of own models on the other owners' test rows, in the mean.
+
+    A finished run keeps no own model, so each is made again, which repeats bit for bit.
+    """
     scores = []
     for owner in owners:
         model = owner.own_model()
@@ -104,7 +107,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         f"{OWNERS[-1]} each, {EPOCHS} epochs at {RATE:g}. Accuracy and macro F1 on {JUDGED['test']} test rows of each",
         "owner, in the mean over the owners; one seed. Sent: one owner's contribution. Made by",
         "",
-        "    python -m benchmarks.adapters --data DATA --models MODELS",
+        f"    python -m benchmarks.adapters --data DATA --models MODELS --rows {results['rows']}",
         "",
         "| factors | model | accuracy | macro F1 | sent |",
         "|---|---|---|---|---|",
@@ -123,7 +126,7 @@ def size(results: Mapping[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     quiet_on_one_thread()
