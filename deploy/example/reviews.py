@@ -153,7 +153,7 @@ test = "data/{name}/test.{suffix}"              # gives the metrics
 text = "text"                                   # column names
 label = "label"                                 # a label's name, or its number
 # text_pair = "answer"                          # the second text, if the model takes pairs
-# max_train_rows = 5000                         # draw this many rows from the whole file; also max_test_rows
+# max_train_rows = 5000                         # draw at most this many of the file's rows; also max_test_rows
 """
 
 
