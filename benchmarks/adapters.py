@@ -75,7 +75,7 @@ def run(data: Path, base: Path, factors: str, rows: int) -> dict[str, Any]:
         write_consortium(folder, data, base, factors, rows)
         report = simulate(folder, output, with_references=False)
         owners = [holdings_of(owner, output / "parties") for owner in OWNERS]
-        mean = {model: [each.accuracy, each.metric] for model, each in report.evaluation.mean.items()}
+        mean: dict[str, Any] = {model: [each.accuracy, each.metric] for model, each in report.evaluation.mean.items()}
         mean["own_elsewhere"] = own_elsewhere(owners)
         settings = owners[0].agreement.merge_settings(owners[0].plan)
         sent = {method: contribution_layout((method,), settings).num_bytes for method in METHODS[factors]}

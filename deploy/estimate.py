@@ -453,7 +453,8 @@ def cost_beside(own: PreTrainedModel, base: PreTrainedModel) -> float:
 
 def _weights_of_a_token(model: PreTrainedModel) -> int:
     looked_up = sum(each.weight.numel() for each in model.modules() if isinstance(each, torch.nn.Embedding))
-    return sum(each.numel() for each in model.parameters()) - looked_up
+    everything: int = sum(each.numel() for each in model.parameters())
+    return everything - looked_up
 
 
 def transfer_in_words(num_bytes: int) -> str:
