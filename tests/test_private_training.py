@@ -575,7 +575,7 @@ def test_what_bounded_a_row_before_bounds_no_person_now(bounded: Path, tmp_path:
 def test_consent_says_what_is_bounded_and_what_is_not(bounded: Path, tmp_path: Path) -> None:
     text = consent_of(bounded, tmp_path)
     assert "WHAT ONE ROW CAN CHANGE" in text
-    assert "is right at most 99.97 % of the time" in text
+    assert "The guess is right at most 99.97 % of the time" in " ".join(text.split())
     assert "NOT BOUNDED" not in text
     assert re.search(r"training +90% +the rest +by your own steps +the gradients of your training rows", text)
     assert re.search(r"metrics +10% +\d\.\d\d +5\.29 +\d+\.?\d* +how models do on your validation and test rows", text)

@@ -539,7 +539,9 @@ def test_187_whoever_knows_all_other_rows_sees_in_their_number_whether_one_more_
         noise = Noise(key=bytes(32), position=0, layout=layout, num_owners=3)
         counted.append(dict(contribution(agreement, "hotel", "test", {"base": score}, noise))["base/rows"].item())
     assert counted == [40, 41]
-    assert "whoever knows all your other rows can tell from the number whether there is one more" in consent
+    assert "whoever knows all your other rows can tell from the number whether there is one more" in " ".join(
+        consent.split()
+    )
 
 
 REFIT_TABLES: dict[str, Any] = {"method": "refit", "compare_with": [], "refit": {"balances": [0.0]}}

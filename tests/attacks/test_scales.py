@@ -231,6 +231,6 @@ def test_an_honest_coordinator_gets_the_total(evil: Coordinator) -> None:
 
 def test_the_consent_text_names_the_round_for_the_scales_and_who_sees_them(evil: Coordinator) -> None:
     text = consent_text(Owner(evil.parties.files["hotel"]))
-    assert "in 2 rounds, one after the other" in text
+    assert "Each leaves once, in one of 2 rounds:" in text
     assert "ALL OWNERS SEE THE SCALES" in text
     assert "BETWEEN TWO ROUNDS" not in text

@@ -82,7 +82,7 @@ def test_merged_layers_out_of_order_twice_or_of_another_kind(process: Process, h
 
 def test_the_consent_text_names_every_round_and_the_labels(hotel: Owner) -> None:
     text = consent_text(hotel)
-    assert "in 2 rounds, one after the other" in text
+    assert "Each leaves once, in one of 2 rounds:" in text
     assert "how many rows of each label there are" in " ".join(text.split())
     assert "BETWEEN TWO ROUNDS (REFIT) THE COORDINATOR SENDS MERGED LAYERS" in text
     assert "SAY YES ONLY IF YOU TRUST IT TO SEND WHAT IT SOLVED" in text
