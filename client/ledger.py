@@ -100,8 +100,12 @@ class Ledger:
 
     @property
     def pending(self) -> str:
-        """A session that something was offered to and that this owner never helped to unmask; empty if none is."""
-        return next((offer.session for offer in self._page.offers if offer.session not in self._page.revealed), "")
+        """The last session that something was offered to and that this owner never helped to unmask; empty if none is.
+
+        An earlier one that was unmasked without this owner stays, and must not hide it.
+        """
+        pending = [offer.session for offer in self._page.offers if offer.session not in self._page.revealed]
+        return pending[-1] if pending else ""  # check: the-last-session-is-pending
 
     def has_revealed(self, position: int) -> bool:
         """Whether this owner helped to unmask the round at `position`."""

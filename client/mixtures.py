@@ -62,7 +62,10 @@ def _expected(owner: OwnerContext, name: str, before: dict[str, Mixture]) -> Mix
     number, metrics = list(owner.agreement.agreed(SEARCH)).index(name), verification.validation_metrics(owner)
     scored = [(mixture, metrics[each]) for each, mixture in before.items() if each in metrics]
     num_groups = len(groups_of(owner.workbench.plan, _table(owner)))
-    return next_mixtures(scored, num_groups, _table(owner), owner.agreement.seed)[number - len(scored)]
+    generation = next_mixtures(scored, num_groups, _table(owner), owner.agreement.seed)
+    if number - len(scored) >= len(generation):
+        raise ConsentError(f"{owner.name} has not added up the metrics from which a mixture ({name}) follows")
+    return generation[number - len(scored)]
 
 
 def received(owner: OwnerContext) -> dict[str, Mixture]:

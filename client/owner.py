@@ -154,7 +154,7 @@ def _answer_roll_call(owner: Owner, message: RollCall) -> Message:
 
 def _burn_session(owner: Owner, message: BurnSession) -> Message:
     owner.ledger.burn(message.session)
-    owner.state.forget_round()
+    _forget_session(owner, message.session)
     signature = sign_burned(owner.identity, owner.agreement.digest(), message.session)
     return SessionBurned(session=message.session, owner=owner.name, signature=signature)
 
@@ -163,9 +163,16 @@ def _keep_certificate(owner: Owner, message: BurnCertificate) -> Message:
     check_burned(owner.agreement, message.session, message.signatures)  # check: certificate-is-checked
     ledger = owner.ledger
     ledger.burn(message.session)
-    owner.state.forget_round()  # check: certified-session-is-forgotten
+    _forget_session(owner, message.session)  # check: certified-session-is-forgotten
     ledger.release(message.session)
     return CertificateKept(session=message.session, owner=owner.name)
+
+
+def _forget_session(owner: Owner, session: str) -> None:
+    """Wipe what is kept of a session. Another one may still be about to be added up, and goes on."""
+    kept = owner.state.open_round
+    if kept is not None and kept.open_sum.session == session:  # check: only-the-burned-session-is-forgotten
+        owner.state.forget_round()
 
 
 def _finish(owner: Owner, message: Finish) -> Message:

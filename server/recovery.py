@@ -20,14 +20,13 @@ from server.exchange import Exchange
 
 
 def sessions_to_certify(pending: set[str], checkpoint: Checkpoint) -> list[str]:
-    """The sessions that an owner still has as pending, except those that this run opened.
+    """The sessions that an owner still has as pending, except those that this run opened or is about to open.
 
-    To an owner that dropped out before it could help to open a session, that session stays pending for good. While this
-    run is about to open one, there is none: an owner that certifies anything forgets the session that it is in.
+    To an owner that dropped out before it could help to open a session, that session stays pending for good.
     """
-    if checkpoint.saved_opening() is not None:  # check: nothing-is-certified-while-opening
-        return []
-    return sorted(pending - checkpoint.opened_sessions)  # check: opened-sessions-are-over
+    saved = checkpoint.saved_opening()
+    reopening = set() if saved is None else {saved[0].session}
+    return sorted(pending - checkpoint.opened_sessions - reopening)  # check: opened-sessions-are-over
 
 
 def certify_as_over(exchange: Exchange, agreement: Agreement, run: str, session: str) -> None:

@@ -613,6 +613,8 @@ TABLE = [
     Mutation(PROCESS, "test_a_burned_session", "burned-stays-burned"),
     Mutation(PROCESS, "test_a_burned_session", "burned-is-not-opened"),
     Mutation(PROCESS, "test_a_certificate_alone", "certified-session-is-forgotten"),
+    Mutation(PROCESS, "test_a_session_that_was", "the-last-session-is-pending", 'return pending[0] if pending else ""'),
+    Mutation(PROCESS, "test_an_owner_goes_on", "only-the-burned-session-is-forgotten", "if kept is not None:"),
     Mutation(PROCESS, "test_44_", "burned-stays-burned"),
     Mutation(PROCESS, "test_44_a_burned_session_s_file_that_comes_back_gives", "burned-gives-no-part"),
     Mutation(PROCESS, "test_45_", "run-is-forgotten-whole", "shutil.rmtree(self._run_folder, ignore_errors=True)"),
@@ -771,8 +773,8 @@ TABLE = [
         "def create(path: Path, mode: int = 0o644) -> BinaryIO:",
     ),
     Mutation(RESUME, "test_totals_are_readable", "folders-are-private"),
-    Mutation(RESUME, "test_an_owner_that_a_sum", "opened-sessions-are-over", "return sorted(pending)"),
-    Mutation(RESUME, "test_the_run_goes_on_without", "nothing-is-certified-while-opening"),
+    Mutation(RESUME, "test_an_owner_that_a_sum", "opened-sessions-are-over", "return sorted(pending - reopening)"),
+    Mutation(RESUME, "test_the_run_goes_on_without", "only-the-burned-session-is-forgotten", "if kept is not None:"),
     Mutation(RESUME, "test_the_run_goes_on_without", "who-verifies-knows-with-whom"),
     # logs, and two programs on one output
     Mutation(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client.ledger import Ledger
 from client.owner import Owner
 from client.state import OwnerState
 from common.certificates import body_of, deliveries_digest, sign_burned
@@ -33,6 +34,7 @@ from common.messages import (
     ResultReceived,
     RollCall,
     SessionBurned,
+    SharesRevealed,
     SurvivorList,
     SurvivorsSigned,
 )
@@ -450,6 +452,27 @@ def test_a_certificate_alone_makes_the_owner_forget_the_session_too(process: Pro
     process.send("hotel", certificate(process, process.terms.request.session, ["cinema", "phones"]))
     with pytest.raises(RemoteProtocolError, match="before it opened a sum"):
         process.send("hotel", request)
+
+
+def test_an_owner_goes_on_with_its_session_whatever_other_one_is_certified_as_over(process: Process) -> None:
+    """Any owner names one at the roll call. Otherwise it could have the others forget a sum that they are to add up."""
+    process.begin(process.open_sum(1))
+    request = process.until(Acknowledgements)["hotel"]
+    process.send("hotel", BurnSession(run=RUN, session=OTHER))
+    process.send("hotel", certificate(process, OTHER, ["cinema", "phones"]))
+    assert isinstance(process.send("hotel", request), SharesRevealed)
+
+
+def test_a_session_that_was_opened_without_an_owner_does_not_hide_a_later_one_that_is_pending(
+    process: Process, tmp_path: Path
+) -> None:
+    """Nobody asks to burn the first. The second is certified as over, if it is, only if the owner names it."""
+    ledger = Ledger(tmp_path / "a.ledger", bytes(32), process.parties.agreement, must_exist=False)
+    for position, session in ((0, OTHER), (3, RUN)):
+        ledger.offer(position, session, deliveries_digest([]), frozenset())
+    assert ledger.pending == RUN
+    ledger.reveal(RUN)
+    assert ledger.pending == OTHER
 
 
 # --- killed between two writes ---

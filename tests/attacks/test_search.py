@@ -107,6 +107,8 @@ def test_193_a_verifying_owner_answers_only_what_follows_from_the_agreement_and_
         with pytest.raises(ConsentError, match="than the one that follows from the agreement and the totals"):
             search.send(delivery, (0.125, 0.125))
         search.send(delivery, mixture)
+    with pytest.raises(ConsentError, match="has not added up the metrics from which a mixture"):
+        search.send(deliveries[6], (0.125, 0.125))  # as to one that was away meanwhile
     scores = {delivery.names[0]: number / 10 for number, delivery in enumerate(deliveries[:6])}
     search.score(scores)
     scored = list(zip(first, scores.values(), strict=True))

@@ -332,8 +332,8 @@ def test_an_owner_that_is_lost_once_it_has_contributed_is_sent_what_it_missed_wh
 def test_the_run_goes_on_without_an_owner_that_is_lost_before_it_knows_who_is_in_the_sum(
     one_may_drop_out: Parties,
 ) -> None:
-    """It could verify nothing, so the others sum without it. It comes back while they open that sum, with the first one
-    pending, and they do not forget theirs.
+    """It could verify nothing, so the others sum without it. It comes back, with that sum pending, when metrics are
+    summed and the others are yet to be shown them, which they do not forget.
     """
 
     class LostThenKilled(Silent):
@@ -345,10 +345,21 @@ def test_the_run_goes_on_without_an_owner_that_is_lost_before_it_knows_who_is_in
                 raise Killed
             return super().answer(node, request)
 
+    class KilledBeforeTheyAreShown(Silent):
+        shown = 0
+
+        def answer(self, node: int, request: Message) -> Message | None:
+            self.shown += isinstance(request, UploadsOpened) and node == 0
+            if self.shown == 2:  # the check, then validation metrics
+                raise Killed
+            return super().answer(node, request)
+
     channel = LostThenKilled(one_may_drop_out.files, SurvivorList)
     with pytest.raises(Killed):
         run_merge(one_may_drop_out.coordinator, channel)
     assert channel.sessions == 2
+    with pytest.raises(Killed):
+        run_merge(one_may_drop_out.coordinator, KilledBeforeTheyAreShown(one_may_drop_out.files, RollCall))
     run_merge(one_may_drop_out.coordinator, OwnersChannel(one_may_drop_out.files))
     report = read_report(one_may_drop_out.output)
     assert report.verified
