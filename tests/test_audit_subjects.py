@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -24,6 +26,8 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPTJConfig,
+    GPTJForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -45,6 +49,7 @@ from client.holdings import Holdings
 from client.settings import OwnerSettings
 from common.agreement import Reading
 from common.errors import DataError, ModelError
+from common.models.folders import load_image_processor
 from common.settings_file import load_settings
 from common.text import shown
 from deploy.example.reviews import LABELS, make_tokenizer
@@ -141,6 +146,16 @@ CLASSIFIERS: dict[str, Any] = {
     "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(vocab_size=WORDS, **GPT2, **labelled())),
     "llama": lambda: LlamaForSequenceClassification(LlamaConfig(vocab_size=WORDS, **SIZES, **labelled())),
 }
+
+
+def albert() -> PreTrainedModel:
+    return AlbertForSequenceClassification(AlbertConfig(vocab_size=WORDS, embedding_size=8, **SIZES, **labelled()))
+
+
+def gptj() -> PreTrainedModel:
+    return GPTJForSequenceClassification(
+        GPTJConfig(vocab_size=WORDS, rotary_dim=4, pad_token_id=0, **GPT2, **labelled())
+    )
 
 
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
@@ -274,9 +289,41 @@ def test_a_configuration_that_describes_more_than_the_files_hold_is_refused_befo
 ) -> None:
     folder = saved(bert(), tmp_path / "model")
     wide = Path(shutil.copytree(folder, tmp_path / "wide"))
-    assert "numbers, and its files hold" in refusal(hotel, own, reconfigured(wide, hidden_size=1 << 14))
+    assert "numbers, and its files hold" in refusal(hotel, own, reconfigured(wide, intermediate_size=1 << 20))
+    assert "describes far more than its files" in refusal(hotel, own, reconfigured(wide, hidden_size=1 << 14))
     says = refusal(hotel, own, reconfigured(folder, num_hidden_layers=3000))
     assert "num_hidden_layers = 3000, and its files hold 25 tensors" in says
+
+
+def test_a_configuration_that_counts_beyond_all_measure_is_refused_before_anything_is_made(
+    hotel: Holdings, own: Subject, tmp_path: Path
+) -> None:
+    """By keys of one architecture alone: groups of layers, the depths of stages, labels, and tables of positions."""
+    folder = saved(albert(), tmp_path / "albert")
+    assert "describes far more than its files" in refusal(hotel, own, reconfigured(folder, inner_group_num=4000))
+    says = refusal(hotel, own, reconfigured(saved(bert(), tmp_path / "bert"), depths=[[["global"], 1 << 40]]))
+    assert "counts 1099511627776 by 'depths'" in says
+    says = refusal(hotel, own, reconfigured(saved(bert(), tmp_path / "more"), num_labels=1 << 40))
+    assert "counts 1099511627776 by 'num_labels'" in says
+    positions = {"n_positions": 1 << 40}
+    says = refusal(hotel, own, reconfigured(saved(gptj(), tmp_path / "gptj"), **positions))
+    assert "describes masks and tables of" in says
+
+
+@pytest.mark.parametrize(
+    ("configuration", "says"),
+    [
+        ({"size": {"height": 1 << 20, "width": 1 << 20}}, "at most 8192 pixels a side"),
+        ({"size": 224, "crop_size": [224, 1 << 20]}, "at most 8192 pixels a side"),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 1e-9}, "at least 0.1 makes sense"),
+    ],
+)
+def test_an_image_processor_that_enlarges_images_beyond_all_measure_is_refused(
+    configuration: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(configuration))
+    with pytest.raises(ModelError, match=says):
+        load_image_processor(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(hotel: Holdings, own: Subject, tmp_path: Path) -> None:
@@ -321,6 +368,17 @@ def test_an_adapter_of_another_base_is_audited_with_that_base(hotel: Holdings, o
     merged = adapted.merge_and_unload().get_parameter(query)
     torch.testing.assert_close(subject.model.get_parameter(query), merged)
     assert "does not name its labels" in subject.warnings[0]
+
+
+def test_an_adapter_of_a_rank_that_its_file_does_not_hold_is_refused_before_anything_is_made(
+    hotel: Holdings, own: Subject, tmp_path: Path
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(hotel.base_folder)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    adapted.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 1 << 20}))
+    assert "its adapter_config.json describes far more than its files hold" in refusal(hotel, own, tmp_path)
 
 
 def test_a_model_that_was_not_made_from_the_named_base_is_refused(

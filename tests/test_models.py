@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from client.measurement.gram import measure_grams
 from common import mapped
@@ -22,6 +22,7 @@ from common.models.loading import check_base, digest_of, load_base, load_fine_tu
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan, merge_plan
 from deploy.complete import complete_agreement
+from deploy.example.reviews import make_tokenizer
 from tests.support.errors import in_two_lines
 from tests.support.models import delta_of, tiny_bert
 
@@ -128,6 +129,24 @@ def test_a_body_saved_without_its_head_takes_new_labels(folder: Path, tmp_path: 
     assert base_labels(tmp_path / "body") == ("a", "b", "c")
     model = load_base(tmp_path / "body", Task(labels=("x", "y")), seed=0)
     assert model.config.id2label == {0: "x", 1: "y"}
+
+
+def test_an_owner_s_model_needs_no_tokenizer_of_its_own(tmp_path: Path) -> None:
+    """Those of Llama name no padding token, for which the base's tokenizer is asked."""
+    tokenizer = make_tokenizer()
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    for name in ("base", "own"):
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "base")
+    task = Task(kind="causal-lm")
+    base = load_base(tmp_path / "base", task, seed=0)
+    assert load_fine_tuned(tmp_path / "own", task, base).config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_small_body_in_half_precision_gets_a_head_larger_than_itself(folder: Path, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path / "body")
+    task = Task(labels=tuple(f"label {number}" for number in range(5000)))
+    assert load_base(tmp_path / "body", task, seed=0).config.num_labels == 5000
 
 
 def test_a_model_with_running_statistics_is_refused(tmp_path: Path) -> None:

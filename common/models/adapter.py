@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError
 from common.lazy import lazy_module
+from common.models.bounds import SPARE_NUMBERS, building_at_most
 from common.models.files import inside, read_json, read_tensors, refused_as, tensor_names
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     refused = refused_as(f"model {folder}: its adapter does not fit the base", ANOTHER_BASE)
     silent = warnings.catch_warnings(action="ignore")  # about fan_in_fan_out, which peft sets right for each layer
     with refused, silent:
-        adapted = PeftModel(copy.deepcopy(base), LoraConfig(**settings), adapter_name=ADAPTER_NAME)
+        copied, held = copy.deepcopy(base), sum(tensor.numel() for tensor in tensors.values())
+        with building_at_most(f"model {folder}: its {ADAPTER_CONFIG}", len(tensors), held + SPARE_NUMBERS):
+            adapted = PeftModel(copied, LoraConfig(**settings), adapter_name=ADAPTER_NAME)
         needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
         tensors, needed = _each_once(tensors), _each_once(needed)
         _check_fit(tensors, needed, folder)

@@ -51,6 +51,7 @@ KINDS: dict[str, TaskKind] = {  # by the end of the name of a model class of tra
     "ForConditionalGeneration": "sequence-to-sequence",
 }
 CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,12})$")
+MOST_SIDE, LEAST_CROP = 8192, 0.1  # pixels; the part of an image that is cut out once it is enlarged
 WRAPPERS = ("timm_wrapper",)  # model types whose code is another library's, chosen by a name in the configuration
 
 BaseOrigin = Literal["hub", "own folder", "folder of the drafter"]
@@ -397,12 +398,34 @@ def load_image_processor(folder: Path) -> BaseImageProcessor | None:
 
     if not (folder / "preprocessor_config.json").is_file():
         return None
+    _check_sides(folder)
     refused = refused_as(f"model {folder}: its image processor cannot be loaded", DOWNLOAD_AGAIN)
     with refused, only_files_read(folder) as files:
         processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
             files, backend="pil", local_files_only=True, trust_remote_code=False
         )
     return processor
+
+
+def _check_sides(folder: Path) -> None:
+    """Raise ModelError if images would be enlarged beyond what any model takes: that happens in memory."""
+    values = read_json(folder, "preprocessor_config.json")
+    for key in ("size", "crop_size", "pad_size"):
+        named = values.get(key)
+        sides = named.values() if isinstance(named, dict) else named if isinstance(named, list) else [named]
+        if any(isinstance(side, int | float) and side > MOST_SIDE for side in sides):  # check: image-sides-are-bounded
+            raise ModelError(
+                f"model {folder}: its preprocessor_config.json has {key} = {named!r:.60}, at most {MOST_SIDE} pixels a "
+                "side make sense",
+                hint=DOWNLOAD_AGAIN,
+            )
+    part = values.get("crop_pct")
+    if isinstance(part, int | float) and part < LEAST_CROP:  # check: image-crops-are-bounded
+        raise ModelError(
+            f"model {folder}: its preprocessor_config.json has crop_pct = {part!r:.60}, at least {LEAST_CROP:g} makes "
+            "sense",
+            hint=DOWNLOAD_AGAIN,
+        )
 
 
 def check_tokenizer(folder: Path, base_folder: Path) -> None:
@@ -415,7 +438,7 @@ def check_tokenizer(folder: Path, base_folder: Path) -> None:
         token = differing[0][0]
         raise ModelError(
             f"model {folder}: its tokenizer has {len(own)} tokens, the base's {len(agreed)}; the first that differs is "
-            f"{token!r}, number {own.get(token, 'none')} here and {agreed.get(token, 'none')} in the base",
+            f"{token[:40]!r}, number {own.get(token, 'none')} here and {agreed.get(token, 'none')} in the base",
             hint=MORE_TOKENS
             if own.items() > agreed.items()
             else "fine-tune with the base's tokenizer, which is the one that reads the rows",

@@ -22,11 +22,13 @@ from common.agreement import Agreement, Task, TaskKind
 from common.errors import ModelError, first_line
 from common.lazy import lazy_module
 from common.models.adapter import is_adapter, with_adapter
+from common.models.bounds import SPARE_NUMBERS, building_at_most
 from common.models.files import (
     DOWNLOAD_AGAIN,
     digest_of_file,
     read_json,
     read_tensors,
+    refused_as,
     tensor_names,
     weight_files,
     without_code,
@@ -59,7 +61,12 @@ FLOAT_TYPES = ("float64", "float32", "float16", "bfloat16")
 PIECE_NUMBERS = 1 << 22  # of a parameter, that are compared at once
 LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+    "num_encoder_layers", "num_blocks",
 )  # fmt: skip
+MOST_COUNTED = 1 << 22  # labels, or what one list of a configuration adds up to, such as the depths of stages
+MOST_COPIES = 4  # of one parameter, before they are tied: of what encoder and decoder read, and of the output layer
+SPARE_BYTES = 1 << 28  # of masks and tables that a model makes by itself
+BELONG_TOGETHER = "check that config.json and the weights belong together"
 SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
@@ -84,7 +91,7 @@ def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
         if name.startswith(body) and "pooler" not in name:
             raise ModelError(
                 f"model {folder}: its weights lack {name}",
-                hint="check that config.json and the weights belong together",
+                hint=BELONG_TOGETHER,
             )
     _choose_padding(model, folder, task)
     return model
@@ -95,19 +102,22 @@ def load_outline(folder: Path, task: Task) -> PreTrainedModel:
 
     Its weights are not looked at; `check_base` looks at them whenever they are loaded.
     """
-    return _outline(folder, json.dumps(read_json(folder, "config.json")), task)
+    model = _outline(folder, json.dumps(read_json(folder, "config.json")), task)
+    _choose_padding(model, folder, task)
+    return model
 
 
 @lru_cache(maxsize=16)  # it holds no weights, so a simulation of many owners keeps one
 def _outline(folder: Path, config_json: str, task: Task) -> PreTrainedModel:
-    """`config_json`: what is in the folder now, so that another content is not taken from the cache."""
+    """Without padding, for which the folder would need a tokenizer. `config_json`: what is in the folder now, so that
+    another content is not taken from the cache.
+    """
     config = read_config(folder, **_head(folder, task))
     try:
         with torch.device("meta"):
             model: PreTrainedModel = _model_class(config, task)(config)
     except Exception as error:  # odd values can make the library raise anything
         raise _cannot_be_loaded(folder, task, first_line(error), DOWNLOAD_AGAIN) from None
-    _choose_padding(model, folder, task)
     return model
 
 
@@ -176,7 +186,7 @@ def _load_whole(folder: Path, task: Task) -> PreTrainedModel:
     if missing:
         raise ModelError(
             f"model {folder}: its weights lack {missing[0]} ({len(missing)} in all)",
-            hint="check that config.json and the weights belong together",
+            hint=BELONG_TOGETHER,
         )
     return model
 
@@ -357,7 +367,7 @@ def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[
     for name in sorted(mismatched - set(private_head(model, task))):
         raise ModelError(
             f"model {folder}: parameter {name} does not have the shape that config.json gives it",
-            hint="check that config.json and the weights belong together",
+            hint=BELONG_TOGETHER,
         )
     _check_types(model, tensors, folder)
     _check_finite(model, folder)
@@ -372,28 +382,56 @@ def _check_fits_its_files(folder: Path, task: Task) -> None:
     """Raise ModelError if the configuration describes more numbers or layers than the weights can hold."""
     files = weight_files(folder)
     tensors = sum(len(tensor_names(path)) for path in files)
-    for key, value in _layers(read_json(folder, "config.json")):
-        if value > tensors:  # check: no-more-layers-than-tensors
+    values = read_json(folder, "config.json")
+    with refused_as(f"model {folder}: its config.json cannot be used", DOWNLOAD_AGAIN):
+        counts = list(_counts(values))
+    for key, count in counts:
+        if key in LAYERS and count > tensors:  # check: no-more-layers-than-tensors
             raise ModelError(
-                f"model {folder}: its config.json has {key} = {value}, and its files hold {tensors} tensors",
-                hint="check that config.json and the weights belong together",
+                f"model {folder}: its config.json has {key} = {count}, and its files hold {tensors} tensors",
+                hint=BELONG_TOGETHER,
             )
-    described = sum(parameter.numel() for parameter in load_outline(folder, task).parameters())
+        if count > MOST_COUNTED:  # check: lists-of-sizes-are-bounded
+            raise ModelError(
+                f"model {folder}: its config.json counts {count} by {key!r:.60}, at most {MOST_COUNTED} make sense",
+                hint=BELONG_TOGETHER,
+            )
     stored = sum(path.stat().st_size for path in files)
-    if described > stored:  # check: no-more-numbers-than-bytes
+    most = stored + SPARE_NUMBERS
+    with building_at_most("its config.json", tensors, MOST_COPIES * most):
+        outline = _outline(folder, json.dumps(values), task)
+    described = sum(parameter.numel() for parameter in outline.parameters())
+    if described > most:  # check: no-more-numbers-than-bytes
         raise ModelError(
             f"model {folder}: its config.json describes {described:,} numbers, and its files hold {stored:,} bytes",
-            hint="check that config.json and the weights belong together",
+            hint=f"{BELONG_TOGETHER}; quantised weights must be saved without quantisation",
+        )
+    beside = sum(buffer.nbytes for buffer in outline.buffers())
+    if beside > stored + SPARE_BYTES:  # check: buffers-are-bounded
+        raise ModelError(
+            f"model {folder}: its config.json describes masks and tables of {beside:,} bytes, and its files hold "
+            f"{stored:,}",
+            hint=BELONG_TOGETHER,
         )
 
 
-def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """How many layers a configuration describes, by key, in all of its parts."""
+def _counts(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """How many layers and labels a configuration describes, and what each of its lists of numbers adds up to, by key,
+    in all of its parts. Tokens are numbered, not counted.
+    """
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _layers(value)
-        elif key in LAYERS and isinstance(value, int):
+            yield from _counts(value)
+        elif isinstance(value, list) and "token" not in key and not key.endswith("ids"):
+            yield key, _added_up(value)
+        elif key in (*LAYERS, "num_labels") and isinstance(value, int):
             yield key, value
+
+
+def _added_up(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_added_up, value))
+    return abs(value) if isinstance(value, int) else 0
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
