@@ -287,7 +287,7 @@ def test_the_consent_text_shows_the_manifest_and_where_the_copy_came_from(
     assert "the folder that your settings name." in own
     assert "bfloat16" not in own
     coarse = says_of_base(parties, parties.agreement.model_copy(update={"dtype": "bfloat16"}), str(parties.base))
-    assert "Models run on your rows in bfloat16, at every owner" in coarse
+    assert "models run on the rows, and are fine-tuned, in bfloat16" in coarse
     assert f"drafted the agreement:{parties.base}" in own.replace(" | ", "")
     from_hub = says_of_base(parties, hub_agreement(parties, on_the_hub["old"].name), None)
     assert "Your copy is from the Hugging Face hub, commit aaaaaaaaaaaa." in from_hub
