@@ -63,6 +63,7 @@ LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
     "num_encoder_layers", "num_blocks",
 )  # fmt: skip
+SPARE_LAYERS = 100  # of a model whose layers share their weights
 MOST_COUNTED = 1 << 22  # labels, or what one list of a configuration adds up to, such as the depths of stages
 MOST_COPIES = 4  # of one parameter, before they are tied: of what encoder and decoder read, and of the output layer
 SPARE_BYTES = 1 << 28  # of masks and tables that a model makes by itself
@@ -386,7 +387,7 @@ def _check_fits_its_files(folder: Path, task: Task) -> None:
     with refused_as(f"model {folder}: its config.json cannot be used", DOWNLOAD_AGAIN):
         counts = list(_counts(values))
     for key, count in counts:
-        if key in LAYERS and count > tensors:  # check: no-more-layers-than-tensors
+        if key in LAYERS and count > tensors + SPARE_LAYERS:  # check: no-more-layers-than-tensors
             raise ModelError(
                 f"model {folder}: its config.json has {key} = {count}, and its files hold {tensors} tensors",
                 hint=BELONG_TOGETHER,
