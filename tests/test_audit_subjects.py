@@ -301,7 +301,7 @@ def test_a_configuration_that_counts_beyond_all_measure_is_refused_before_anythi
     """By keys of one architecture alone: groups of layers, the depths of stages, labels, and tables of positions."""
     folder = saved(albert(), tmp_path / "albert")
     assert "describes far more than its files" in refusal(hotel, own, reconfigured(folder, inner_group_num=4000))
-    says = refusal(hotel, own, reconfigured(saved(bert(), tmp_path / "bert"), depths=[[["global"], 1 << 40]]))
+    says = refusal(hotel, own, reconfigured(saved(bert(), tmp_path / "bert"), depths=[[{"global": 0}, 1 << 40]]))
     assert "counts 1099511627776 by 'depths'" in says
     says = refusal(hotel, own, reconfigured(saved(bert(), tmp_path / "more"), num_labels=1 << 40))
     assert "counts 1099511627776 by 'num_labels'" in says

@@ -143,6 +143,15 @@ def test_an_owner_s_model_needs_no_tokenizer_of_its_own(tmp_path: Path) -> None:
     assert load_fine_tuned(tmp_path / "own", task, base).config.pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"return_dict": False}])
+def test_how_a_model_was_run_while_it_was_trained_does_not_matter(change: dict[str, bool], folder: Path) -> None:
+    before = load_base(folder, TASK, seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    model, tokens = load_base(folder, TASK, seed=0), torch.arange(1, 9)[None]
+    assert torch.equal(model(input_ids=tokens).logits, before(input_ids=tokens).logits)
+
+
 def test_a_small_body_in_half_precision_gets_a_head_larger_than_itself(folder: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path / "body")
     task = Task(labels=tuple(f"label {number}" for number in range(5000)))

@@ -29,6 +29,8 @@ HUB_PATTERNS = [*READ, "*.json", "*.safetensors", "README.md"]  # the model card
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 # Keys that a configuration class reads although it does not declare them.
 LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta")
+# How a library runs a model: what it keeps for training, and what it wraps outputs in.
+NOT_ABOUT_THE_MODEL = ("gradient_checkpointing", "return_dict")
 NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
 ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
@@ -196,7 +198,7 @@ def _describing(values: dict[str, Any], config_class: type) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        if key != "model_type"
+        if key not in ("model_type", *NOT_ABOUT_THE_MODEL)
         and (key in known or isinstance(value, int | float))  # check: configurations-describe-models
     }
 

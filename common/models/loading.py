@@ -430,6 +430,8 @@ def _counts(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _added_up(value: Any) -> int:
+    if isinstance(value, dict):
+        return _added_up(list(value.values()))
     if isinstance(value, list):
         return sum(map(_added_up, value))
     return abs(value) if isinstance(value, int) else 0
