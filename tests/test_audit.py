@@ -107,6 +107,15 @@ def test_with_fewer_than_100_strangers_one_percent_has_no_meaning() -> None:
     assert attack("loss", scores, scores, seed=0).true_positives is not None
 
 
+def test_scores_that_are_no_numbers_say_nothing() -> None:
+    """A crafted base can make them, and the audit of its models goes on."""
+    members, strangers = np.arange(40.0), np.arange(40.0)
+    members[::2], strangers[::2] = np.nan, np.nan
+    members[1], strangers[1] = np.inf, np.inf
+    found = attack("gradient", members, strangers, seed=0)
+    assert (found.area.value, found.beats_guessing) == (0.5, False)
+
+
 def test_scores_that_are_all_equal_are_guessing() -> None:
     found = attack("gradient", np.zeros(50), np.zeros(100), seed=0)
     assert (found.area.value, found.area.low, found.area.high) == (0.5, 0.5, 0.5)
