@@ -51,7 +51,7 @@ def curve(members: Scores, strangers: Scores) -> Scores:
 def attack(name: AttackName, members: Scores, strangers: Scores, seed: int) -> Attack:
     """How well the score tells them apart, with intervals from resampling members and strangers (Efron, 1979).
 
-    A crafted model can make scores that are no numbers, which say nothing.
+    A crafted model can make scores that are not numbers. These count as zero.
     """
     members, strangers = np.nan_to_num(members), np.nan_to_num(strangers)
     resampled = _resampled(area_under_the_curve, members, strangers, seed)
