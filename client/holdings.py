@@ -121,7 +121,7 @@ class Holdings:
         """This owner's files, as a merged model reads them."""
         if self.settings.own_base is None:
             return self.data
-        return replace(self.data, model=self._outline, **self._prepared_by(self.base_folder))
+        return self.read_for(self._outline, self.base_folder, self.task)
 
     def own_logits(self, model: PreTrainedModel, rows: Rows) -> NDArray[np.float32]:
         """What this owner's model says of rows: (predictions, agreed labels), -inf for labels that it lacks."""

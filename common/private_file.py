@@ -56,11 +56,18 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_pieces_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """The same for a content that is too large to be in memory at once."""
+    with written_whole(path) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """The same for a content that is written to a file within. If that raises, `path` holds the old content."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     with create(partial) as file:
-        for piece in pieces:
-            file.write(piece)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

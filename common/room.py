@@ -1,4 +1,4 @@
-"""What happens when a disk is full while a model is written."""
+"""What happens when a disk is full while something large is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,4 +15,5 @@ def needing_room(what: str, folder: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: {what} cannot be written here ({first_line(error)})", hint=hint) from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{folder}: {what} cannot be written here ({reason})", hint=hint) from None

@@ -32,7 +32,7 @@ from common.models.delta import add_delta
 from common.models.loading import load_base
 from common.pool import read_pool
 from common.pool_rows import PoolReader, PoolRows, check_counts
-from common.private_file import create, make_private_folder
+from common.private_file import make_private_folder, written_whole
 from common.room import needing_room
 from common.summation.totals import SummedTensors
 from server.lessons import Lessons, OfOneLabel, lessons_of
@@ -173,14 +173,11 @@ class Student:
 
     def _write(self, path: Path, content: object) -> None:
         """Replace a file whole or not at all. Raises DataError if the disk is full."""
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        with needing_room("the student", self.folder, NEEDS_ROOM), create(partial) as file:
+        with needing_room("the student", self.folder, NEEDS_ROOM), written_whole(path) as file:
             try:
                 torch.save(content, file)
             except RuntimeError as error:  # that the archive has no end hides why it has none
                 raise error.__context__ or error from None
-        partial.replace(path)
 
     def _read(self, path: Path) -> Any:
         try:

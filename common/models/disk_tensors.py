@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import DataError
 from common.lazy import lazy_module
 from common.mapped import release
+from common.room import needing_room
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ else:
 
 ALIGNMENT_BYTES = 64  # where a tensor starts, for the processor's vector units
 LARGE_BYTES = 32_000_000
+MAKE_ROOM = "make room on this disk, or move this folder to another one"
 
 
 class DiskTensors(Mapping[str, "Tensor"]):
@@ -68,15 +69,9 @@ def _written(tensors: Mapping[str, Tensor], folder: Path) -> NDArray[np.uint8]:
     """All bytes of the tensors, mapped from the file."""
     if not tensors:
         return np.empty(0, np.uint8)
-    try:
-        with TemporaryFile(dir=folder) as file:
-            for tensor in tensors.values():
-                content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-                file.write(content.numpy().data)
-                file.write(bytes(-len(content) % ALIGNMENT_BYTES))
-            return np.memmap(file, np.uint8, "r+")
-    except OSError as error:
-        raise DataError(
-            f"{folder}: a model's weights cannot be written here ({error.strerror})",
-            hint="make room on this disk, or move this folder to another one",
-        ) from None
+    with needing_room("a model's weights", folder, MAKE_ROOM), TemporaryFile(dir=folder) as file:
+        for tensor in tensors.values():
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            file.write(content.numpy().data)
+            file.write(bytes(-len(content) % ALIGNMENT_BYTES))
+        return np.memmap(file, np.uint8, "r+")
