@@ -459,9 +459,13 @@ def _stepwise(
 
 def _owners(bench: Bench) -> tuple[dict[str, PreTrainedModel], dict[str, float], PreTrainedModel]:
     """The owners' models, their shares of all examples, and the base."""
+    return {name: bench.load(name) for name in IN_DOMAIN}, _shares(bench), bench.load("base")
+
+
+def _shares(bench: Bench) -> dict[str, float]:
+    """Of all examples, by owner."""
     examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
-    shares = {name: count / sum(examples.values()) for name, count in examples.items()}
-    return {name: bench.load(name) for name in IN_DOMAIN}, shares, bench.load("base")
+    return {name: count / sum(examples.values()) for name, count in examples.items()}
 
 
 def _measured(bench: Bench, owner: str, number: int, seed: int, count: int = MEASURED) -> Rows:
@@ -487,8 +491,7 @@ def run_start(bench: Bench, seed: int) -> dict[str, Any]:
     torch.nn.init.normal_(base.classifier.weight, std=base.config.initializer_range)
     torch.nn.init.zeros_(base.classifier.bias)
     models = {name: _fine_tuned(bench, base, name, seed) for name in IN_DOMAIN}
-    examples = {name: len(bench.train_rows(name)) for name in IN_DOMAIN}
-    shares = {name: count / sum(examples.values()) for name, count in examples.items()}
+    shares = _shares(bench)
     rows = {name: _measured(bench, name, number, seed) for number, name in enumerate(models)}
     own = {name: bench.judge(bench.logits(model)) for name, model in models.items()}
     found: dict[str, Any] = {"own at home": _four({name: own[name][name] for name in IN_DOMAIN})}
@@ -503,12 +506,8 @@ def run_start(bench: Bench, seed: int) -> dict[str, Any]:
         "regmean@0.9": formulas.regmean_deltas(models, shares, base, grams, 0.9, start),
     }.items():
         found[name] = _four(bench.judge(bench.logits(formulas.at_deltas(deepcopy(base), deltas))))
-    left, right = torch.zeros(()), torch.zeros(())
-    for name, measured in rows.items():
-        features = bench.classifier_inputs(body, measured)
-        gram, products = _refit_sums(features, measured, len(bench.task.labels))
-        left, right = left + shares[name] * gram, right + shares[name] * products
-    found["refit"] = _four(bench.judge(_fitted(left, right, _features(bench, body, bench.tests))))
+    system = _refit_system(_features(bench, body, rows), rows, shares, len(bench.task.labels))
+    found["refit"] = _four(bench.judge(_fitted(*system, _features(bench, body, bench.tests))))
     say(f"start {seed}: {found}")
     return found
 
@@ -538,12 +537,13 @@ def run_limits(bench: Bench) -> dict[str, Any]:
     features = _features(bench, body, rows)
 
     def refitted(count: int, balance: float, seed: int) -> list[float | None]:
-        left, right = torch.zeros(()), torch.zeros(())
-        for number, name in enumerate(models):
-            chosen = np.random.default_rng([seed, number]).permutation(len(rows[name]))[:count]
-            gram, products = _refit_sums(features[name][chosen], rows[name].take(chosen), labels, balance)
-            left, right = left + shares[name] * gram, right + shares[name] * products
-        judged = _four(bench.judge(_fitted(left, right, tests)))
+        chosen = {
+            name: np.random.default_rng([seed, number]).permutation(len(rows[name]))[:count]
+            for number, name in enumerate(models)
+        }
+        fed = {name: features[name][some] for name, some in chosen.items()}
+        measured = {name: rows[name].take(some) for name, some in chosen.items()}
+        judged = _four(bench.judge(_fitted(*_refit_system(fed, measured, shares, labels, balance), tests)))
         say(f"refit on {count} rows, balance {balance}: {judged}")
         return judged
 
@@ -578,6 +578,21 @@ def _fitted(left: Tensor, right: Tensor, features: Mapping[str, NDArray[np.float
     """Logits of the classifier that solves this system, on the features of each domain."""
     weights = torch.linalg.solve(left, right).numpy()  # (features and 1, labels)
     return {name: (each @ weights[:-1] + weights[-1]).astype(np.float32) for name, each in features.items()}
+
+
+def _refit_system(
+    features: Mapping[str, NDArray[np.float32]],
+    rows: Mapping[str, Rows],
+    shares: Mapping[str, float],
+    labels: int,
+    balance: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """The system of common/merge_methods/refit.py, for all owners' rows: each owner counts by its share of examples."""
+    left, right = torch.zeros(()), torch.zeros(())
+    for name, each in rows.items():
+        gram, products = _refit_sums(features[name], each, labels, balance)
+        left, right = left + shares[name] * gram, right + shares[name] * products
+    return left, right
 
 
 def _refit_sums(features: NDArray[np.float32], rows: Rows, labels: int, balance: float = 0.5) -> tuple[Tensor, Tensor]:
