@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-CLEAR_GAIN = 0.2  # of accuracy or correlation, by another order, on rows of which the model's owner has seen most
+# By how much another order must be better, in accuracy or correlation: by this, and by this many standard errors. The
+# order that fits best is chosen among many, so a model that guesses seems to gain too, by more the fewer the rows are.
+CLEAR_GAIN, CLEAR_ERRORS = 0.2, 3.0
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class LabelOrder:
     base: float
     best: float
     order: tuple[str, ...]  # the label of each output that fits best
+    rows: int
 
     @property
     def is_another(self) -> bool:
         """Whether the outputs are clearly in another order than the agreed one."""
-        return self.own < self.base and self.best > max(self.base, self.own + CLEAR_GAIN)
+        clear_gain = max(CLEAR_GAIN, CLEAR_ERRORS / self.rows**0.5)
+        return self.own < self.base and self.best > max(self.base, self.own + clear_gain)
 
 
 def label_order(
@@ -42,6 +46,7 @@ def label_order(
         base=float((base == targets).mean()),
         best=float(counts[predicted, true].sum() / len(targets)),
         order=tuple(labels[index] for index in true[np.argsort(predicted)]),
+        rows=len(targets),
     )
 
 
@@ -56,6 +61,7 @@ def output_order(
         base=float(np.diag(_correlations(base, targets)).mean()),
         best=float(fits[outputs, true].mean()),
         order=tuple(labels[index] for index in true),
+        rows=len(targets),
     )
 
 
