@@ -106,6 +106,7 @@ def size(results: Mapping[str, Any]) -> dict[str, float]:
 def write_consortium(folder: Path, layers: int) -> int:
     """Write the base, three models and rows for all. Returns how many parameters a model has."""
     transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
     tokenizer = reviews.make_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
