@@ -20,8 +20,16 @@ def to_record(packet: Packet) -> RecordDict:
         envelope = encode(message)
         record[f"{HEADER} {number}"] = ConfigRecord({KIND: envelope.kind, **envelope.fields})
         if envelope.payload is not None:
-            record[f"{PAYLOAD} {number}"] = ArrayRecord({PAYLOAD: Array(envelope.payload)})
+            record[f"{PAYLOAD} {number}"] = ArrayRecord({PAYLOAD: _to_array(envelope.payload)})
     return record
+
+
+def _to_array(payload: NDArray) -> Array:
+    """`Array(payload)`, but the numbers are copied once, not three times."""
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(payload))
+    data = b"".join((header.getvalue(), np.ascontiguousarray(payload).data))
+    return Array(dtype=str(payload.dtype), shape=payload.shape, stype="numpy.ndarray", data=data)
 
 
 def from_record(record: RecordDict) -> Packet:

@@ -1,14 +1,14 @@
 """Flower's grid in one process: real messages, really serialised, handled by the real ClientApp.
 
 For simulations and tests. A message is answered when its answer is pulled, so that at most one is in hand. Nothing of
-one node reaches another: every node has its own context, and every message its own bytes.
+one node reaches another: every node has its own context, and what a message holds is serialised, or cannot be changed.
 """
 
 import secrets
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
@@ -46,11 +46,10 @@ class InProcessGrid(Grid):
         ]
 
     def _handle(self, message: Message) -> Message:
-        delivered = through_serialisation(message)
+        delivered = _delivered(message)
         _name(delivered, message.metadata.message_id)
         reply = self._client_app(delivered, self._contexts[message.metadata.dst_node_id])
-        arrived: Message = through_serialisation(reply)
-        return arrived
+        return _delivered(reply)
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError("the in-process grid has one run")
@@ -64,6 +63,20 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def _delivered(message: Message) -> Message:
+    """What arrives at the other end. Arrays are bytes already, which nobody can change: they need not be copied."""
+    if not message.has_content():
+        return cast(Message, through_serialisation(message))
+    sent = message.content
+    arrays = {name: record for name, record in sent.items() if isinstance(record, ArrayRecord)}
+    message.content = RecordDict({name: record for name, record in sent.items() if name not in arrays})
+    arrived = cast(Message, through_serialisation(message))
+    message.content = sent  # which is sent to other nodes, too
+    for name, record in arrays.items():
+        arrived.content[name] = record
+    return arrived
 
 
 def through_serialisation(item: Any) -> Any:
