@@ -377,6 +377,7 @@ class Workbench(Holdings):
         with self.state.scratch_folder() as activations:
             terms = replace(self.measure(activations), noise=noise)
             yield from merge_methods.contribution(self.agreement.methods, self.merge_settings, terms)
+        del self._own  # its copy on the disk is no longer needed
 
     def step_contribution(self, method_name: str, step: Step, noise: Noise) -> Iterator[tuple[str, NDArray]]:
         """This owner's tensors of one step's round, in the order of its layout."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError
+from common.mapped import PIECE_NUMBERS, release
 
 BAND = 64  # columns of a matrix that are mirrored together: from 32 to 128 all take as long
 PART_BYTES = 64_000_000  # the most that one message carries: larger ones cost memory and time in each Flower process
@@ -157,7 +158,7 @@ class TensorLayout:
             if entry.packing == "symmetric":
                 _pack(tensor, vector[position])
             else:
-                vector[position] = tensor.reshape(-1)
+                _copy(tensor.reshape(-1), vector[position])
         extra = next(produced, None)
         if extra is not None:
             raise LocalProtocolError(f"layout: unexpected tensor {extra[0]} after the last one")
@@ -206,6 +207,12 @@ def union(layouts: Iterable[TensorLayout]) -> TensorLayout:
             if entries.setdefault(entry.name, entry) != entry:
                 raise LocalProtocolError(f"layout: {entry.name} has two different shapes, bounds or packings")
     return TensorLayout(tuple(entries.values()))
+
+
+def _copy(numbers: NDArray, vector: NDArray) -> None:
+    for start in range(0, len(numbers), PIECE_NUMBERS):
+        vector[start : start + PIECE_NUMBERS] = numbers[start : start + PIECE_NUMBERS]
+        release(vector)  # of one on the disk, nothing but the piece is in memory
 
 
 def _pack(matrix: NDArray, packed: NDArray) -> None:

@@ -59,7 +59,8 @@ class Average(SingleRoundMethod[AverageTable]):
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
     ) -> MergedDelta:
         return with_unchanged(
-            settings, rounded(settings, ((name, mean_delta(total, name)) for name in settings.plan.changed))
+            settings,
+            rounded(settings, ((name, mean_delta(settings.plan, total, name)) for name in settings.plan.changed)),
         )
 
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:

@@ -127,7 +127,7 @@ class DataFree(SingleRoundMethod[DataFreeTable]):
             solved, note = system.solve(total, hyperparameter, None, with_spectra, settings.device)
             merged |= solved
             layers.append(note)
-        exact = means(total, _averaged(plan)) | join_slices(merged, plan.linear_layers, plan.shapes)
+        exact = means(plan, total, _averaged(plan)) | join_slices(merged, plan.linear_layers, plan.shapes)
         return with_unchanged(settings, rounded(settings, exact, tuple(layers), notes_on(layers)))
 
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:

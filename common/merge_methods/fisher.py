@@ -119,7 +119,7 @@ class Fisher(SingleRoundMethod[FisherTable]):
                 continue
             known = fisher > max(floor * float(fisher.max()), QUOTIENT_PRECISION * rounding)
             weighted = torch.from_numpy(total[f"fisher_delta/{name}"]) / torch.where(known, fisher, 1.0)
-            exact[name] = torch.where(known, weighted, mean_delta(total, name))
+            exact[name] = torch.where(known, weighted, mean_delta(settings.plan, total, name))
             below_floor += int((~known).sum())
         parameters = sum(tensor.numel() for tensor in exact.values())
         note = f"{below_floor} of {parameters} parameters have no Fisher information above the floor and take the mean"

@@ -88,7 +88,7 @@ class Isotropic(SingleRoundMethod[IsotropicTable]):
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
     ) -> MergedDelta:
         assert hyperparameter is not None
-        exact = means(total, settings.plan.changed)
+        exact = means(settings.plan, total, settings.plan.changed)
         for name in self.applied(settings):
             exact[name] *= hyperparameter * total.num_owners
         return self.applied_to(settings, with_unchanged(settings, rounded(settings, exact)), hyperparameter)

@@ -89,7 +89,7 @@ class ModelStock(SingleRoundMethod[ModelStockTable]):
     def solve(
         self, settings: MergeSettings, total: SummedTensors, hyperparameter: float | None, *, with_spectra: bool
     ) -> MergedDelta:
-        exact = means(total, settings.plan.changed)
+        exact = means(settings.plan, total, settings.plan.changed)
         for name in settings.plan.changed:
             exact[LENGTH + name] = torch.from_numpy(total[LENGTH + name] / total.num_owners)
         exact[OWNERS] = torch.tensor([total.num_owners], dtype=torch.float64)

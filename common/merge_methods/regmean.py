@@ -165,7 +165,7 @@ class GramPart:
                 yield from merged.items()
 
         layers = (*(layer for shared in self.inputs for layer in shared.layers), *self.data_free)
-        averaged = ((name, mean_delta(total, name)) for name in self.averaged)
+        averaged = ((name, mean_delta(settings.plan, total, name)) for name in self.averaged)
         merged = rounded(settings, chain(averaged, joined(solved(), layers, settings.plan.shapes)))
         return replace(merged, layers=tuple(notes), notes=notes_on(notes))
 

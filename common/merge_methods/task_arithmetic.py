@@ -68,7 +68,7 @@ class TaskArithmetic(SingleRoundMethod[TaskArithmeticTable]):
     ) -> MergedDelta:
         assert hyperparameter is not None
         scale = hyperparameter * total.num_owners
-        exact = {name: scale * mean for name, mean in means(total, settings.plan.changed).items()}
+        exact = {name: scale * mean for name, mean in means(settings.plan, total, settings.plan.changed).items()}
         return with_unchanged(settings, rounded(settings, exact))
 
     def equations(self, settings: MergeSettings, hyperparameter: float | None) -> tuple[Equation, ...]:

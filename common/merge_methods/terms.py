@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.lazy import lazy_module
+from common.mapped import PIECE_NUMBERS
 from common.models.disk_tensors import on_disk_if_large
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan
@@ -378,14 +379,20 @@ def weighted_delta_tensors(
         yield f"weighted_delta/{name}", np.multiply(weight, owner.delta[name].detach().numpy(), dtype=np.float64)
 
 
-def mean_delta(total: SummedTensors, name: str) -> Tensor:
-    """sum n_i delta_i / sum n_i, float64."""
-    return torch.from_numpy(np.asarray(total[f"weighted_delta/{name}"] / total["weight"][0]))
+def mean_delta(plan: MergePlan, total: SummedTensors, name: str) -> Tensor:
+    """sum n_i delta_i / sum n_i, float64. Embeddings are large: besides the result, there is one piece in memory."""
+    weight, summed = total["weight"][0], f"weighted_delta/{name}"
+    mean = np.empty(plan.shapes[name])
+    flat = mean.reshape(-1)
+    for start in range(0, flat.size, PIECE_NUMBERS):
+        piece = slice(start, min(start + PIECE_NUMBERS, flat.size))
+        np.divide(total.some_of(summed, piece), weight, out=flat[piece])
+    return torch.from_numpy(mean)
 
 
-def means(total: SummedTensors, names: Iterable[str]) -> dict[str, Tensor]:
+def means(plan: MergePlan, total: SummedTensors, names: Iterable[str]) -> dict[str, Tensor]:
     """The mean delta of each parameter, float64."""
-    return {name: mean_delta(total, name) for name in names}
+    return {name: mean_delta(plan, total, name) for name in names}
 
 
 def unchanged(plan: MergePlan, names: Iterable[str]) -> dict[str, Tensor]:

@@ -57,10 +57,11 @@ class ClippedDelta(Mapping[str, "Tensor"]):
         self._delta, self._largest = delta, largest
 
     def __getitem__(self, name: str) -> Tensor:
-        change = self._delta[name]
-        norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-        if name in self._largest and norm > self._largest[name]:  # check: changes-are-clipped
-            return change * (self._largest[name] / norm)
+        change, largest = self._delta[name], self._largest.get(name, inf)
+        if largest < inf:
+            norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+            if norm > largest:  # check: changes-are-clipped
+                return change * (largest / norm)
         return change
 
     def __iter__(self) -> Iterator[str]:

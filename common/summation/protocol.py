@@ -122,6 +122,7 @@ class Total:
         return self.layout.read(self.vector, name)
 
     def some_of(self, name: str, numbers: slice) -> NDArray[np.float64]:
+        release(self.vector)
         return self.layout.read(self.vector, name).reshape(-1)[numbers]
 
     def destroy(self) -> None:
