@@ -125,7 +125,10 @@ def work_of(plan: MergePlan) -> Work:
 def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[str, Any]:
     """What an owner and the coordinator compute, send, keep on disk and hold in memory."""
     rows = OwnerRows(train=EXAMPLES, validation=0, test=TEST_EXAMPLES, tokens=TOKENS)
-    on_disk = work.sent_bytes + 3 * 4 * work.parameters  # the vector; the base, the owner's model, a merged one
+    # The vector, kept until the merge is verified; the base, the owner's model and the one to publish; a candidate.
+    on_disk = work.sent_bytes + 3 * 4 * work.parameters + work.received_bytes
+    # The base and the published model; the sum as it grows, as it was before it was opened, and as it is saved.
+    sums = max(3 * work.sent_bytes, 2 * work.sent_bytes + 2 * work.received_bytes)  # later two, and a candidate
     vector = work.sent_bytes * (1 / writing + 1 / reading)
     owner = estimate.owner_seconds(work, rows, rates) | {"disk": on_disk / writing + on_disk / reading}
     coordinator = estimate.coordinator_seconds(work, rates) | {"disk": work.owners * vector}
@@ -137,7 +140,7 @@ def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[st
         "owner_sends_bytes": work.sent_bytes,
         "owner_receives_bytes": work.received_bytes,
         "owner_disk_bytes": on_disk,
-        "coordinator_disk_bytes": work.sent_bytes + 2 * 4 * work.parameters,
+        "coordinator_disk_bytes": sums + 2 * 4 * work.parameters,
         "owner_memory_bytes": estimate.owner_bytes(work),
         "coordinator_memory_bytes": estimate.coordinator_bytes(work),
     }
