@@ -7,7 +7,7 @@ the channel. What the checkpoint holds is neither summed nor sent again.
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,38 +140,45 @@ class Coordinator:
         timeout = self.exchange.reply_timeout_seconds
         nodes = self.channel.wait_for_nodes(len(self.agreement.owners), timeout)
         request = RollCall(version=PROTOCOL_VERSION, run=self.run, agreement_digest=self.agreement.digest())
-        refusals, present = [], []
+        refusals, violations, present = [], [], []
         for node, reply in self.exchange.ask_nodes(nodes, request, timeout):
             if isinstance(reply, Refusal):
                 refusals.append(reply.code)
-            elif isinstance(reply, Present) and reply.run == self.run:
-                self._check_present(reply)
-                if reply.owner in self.excluded:  # check: who-lied-stays-out
-                    log.warning("owner %s is left out: %s", reply.owner, self.excluded[reply.owner])
+                continue
+            try:
+                if reply is None or not self._is_welcome(reply):
                     continue
-                self.exchange.join(reply.owner, node)
-                present.append(reply)
-            elif reply is not None:
-                raise RemoteProtocolError(f"roll call: a node answered {type(reply).__name__}")
-        self._check_attendance(refusals)
+            except RemoteProtocolError as violation:  # one node must not keep the others from starting
+                log.warning("%s; that node is left out", violation.message)
+                violations.append(violation)
+                continue
+            self.exchange.join(reply.owner, node)
+            present.append(reply)
+        self._check_attendance(refusals, violations)
         self._choose_next_round(present)
         pending = {each.pending for each in present} - {""}
         for session in sessions_to_certify(pending, self.checkpoint):
             certify_as_over(self.exchange, self.agreement, self.run, session)
         self.exchange.count_step()
 
-    def _check_present(self, reply: Present) -> None:
+    def _is_welcome(self, reply: Message) -> TypeGuard[Present]:
+        """Whether a node speaks for an owner that takes part. Raises RemoteProtocolError if it speaks for none."""
+        if not isinstance(reply, Present) or reply.run != self.run:
+            raise RemoteProtocolError(f"roll call: a node answered {type(reply).__name__}")
         if reply.owner not in self.agreement.owner_names:
             raise RemoteProtocolError(f"roll call: a node calls itself {reply.owner}, which is not on the roster")
-        if reply.owner in self.owners:
+        if reply.owner in self.owners:  # check: one-node-an-owner
             raise RemoteProtocolError(f"roll call: two nodes call themselves {reply.owner}")
         body = presence_body(self.agreement.digest(), reply.next_round, reply.pending)
         key = self.agreement.roster[reply.owner]
         verify(
             key, Domain.SIGN_PRESENT, bytes.fromhex(self.run), reply.owner, body, reply.signature
         )  # check: presence-is-signed
+        if reply.owner in self.excluded:  # check: who-lied-stays-out
+            log.warning("owner %s is left out: %s", reply.owner, self.excluded[reply.owner])
+        return reply.owner not in self.excluded
 
-    def _check_attendance(self, refusals: list[str]) -> None:
+    def _check_attendance(self, refusals: list[str], violations: list[RemoteProtocolError]) -> None:
         missing = [name for name in self.agreement.owner_names if name not in self.owners]
         self.exchange.dropped_out.update(dict.fromkeys(missing, "roll call"))
         if self.excluded and len(self.owners) < self.agreement.needed_owners:
@@ -182,6 +189,8 @@ class Coordinator:
             )
         if refusals and len(self.owners) < self.agreement.needed_owners:
             raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {some_of(missing)}", refusals[0])
+        if violations and len(self.owners) < self.agreement.needed_owners:
+            raise violations[0]
         self.exchange.check_enough()
 
     def _choose_next_round(self, present: list[Present]) -> None:

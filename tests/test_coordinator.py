@@ -225,7 +225,7 @@ def test_a_signature_of_another_owner_under_the_result_does_not_count(agreement:
 def test_the_roll_call_refuses_strangers_and_duplicates(agreement: Agreement) -> None:
     for owners, says in ((("ada", "bea", "eve"), "not on the roster"), (("ada", "bea", "bea"), "two nodes")):
         with pytest.raises(RemoteProtocolError, match=says):
-            coordinator_of(agreement, honest, needed=2, owners=owners).roll_call()
+            coordinator_of(agreement, honest, needed=3, owners=owners).roll_call()
 
 
 def test_the_roll_call_refuses_a_node_that_only_claims_to_be_an_owner(agreement: Agreement) -> None:
@@ -234,6 +234,21 @@ def test_the_roll_call_refuses_a_node_that_only_claims_to_be_an_owner(agreement:
 
     with pytest.raises(RemoteProtocolError, match="the signature of bea is not valid"):
         coordinator_of(agreement, claim, needed=2, owners=("ada", "cyd")).roll_call()
+
+
+@pytest.mark.parametrize("claimed", ["a name that is taken", "another message", "a stranger"])
+def test_a_node_that_answers_nonsense_does_not_keep_the_others_from_starting(
+    agreement: Agreement, claimed: str
+) -> None:
+    def answer(owner: str, request: Message, reply: Message) -> Message:
+        if owner != "cyd" or not isinstance(request, RollCall):
+            return reply
+        names = {"a name that is taken": "bea", "a stranger": "dan"}
+        return request if claimed == "another message" else replace(reply, owner=names[claimed])
+
+    coordinator = coordinator_of(agreement, answer, needed=2)
+    coordinator.roll_call()
+    assert (coordinator.owners, coordinator.dropped_out) == (("ada", "bea"), {"cyd": "roll call"})
 
 
 def interrupted(reply_to_burn: Callable[[str, BurnSession], Message]) -> Fault:
