@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError, RemoteProtocolError
 from common.messages import (
@@ -140,6 +141,12 @@ def test_a_message_survives_flower_s_own_serialisation(message: Message) -> None
     else:
         np.testing.assert_array_equal(one.payload, other.payload)
         assert one.payload.dtype == other.payload.dtype
+
+
+@pytest.mark.parametrize("payload", [np.arange(5, dtype="<u8"), np.empty(0, "<f4"), np.arange(8, dtype="<u4")[::2]])
+def test_an_array_travels_as_flower_writes_it(payload: NDArray) -> None:
+    (arrays,) = to_record((MergedStepPart(**DELIVERY | {"payload": payload}),)).array_records.values()
+    assert arrays["payload"] == Array(payload)
 
 
 @pytest.mark.parametrize(
