@@ -220,10 +220,13 @@ def _where_a_key_belongs(kind: type[Settings], table: Sequence[str | int], key: 
     allowed = sorted(_settings_at(kind, table).model_fields)
     if table and key in kind.model_fields:
         return f"{key} belongs at the top of the file, before the first [table]"
+    close = did_you_mean(key, allowed)
+    if table and close:  # say alphas below [regmean_plus_plus], which has one alpha
+        return close
     for name in kind.model_fields:
         if any(key in each.model_fields for each in _settings_in(kind.model_fields[name].annotation)):
             return f"{key} belongs below [{name}]"
-    return did_you_mean(key, allowed) or f"allowed here: {', '.join(allowed)}"
+    return close or f"allowed here: {', '.join(allowed)}"
 
 
 def _how_to_add_a_table(annotation: Any, key: str) -> str:

@@ -54,6 +54,7 @@ def test_a_good_draft_is_read_with_its_defaults(tmp_path: Path) -> None:
         (('["average"]', '["regmean"]'), "compare_with = ['regmean']: names a method twice, or 'regmean' again"),
         (('title = "Test"', "title = 3"), "title = 3: must be text in quotes"),
         (('base = "base"\n', ""), "base is missing"),
+        (("[[owners]]", "[regmean_plus_plus]\nalphas = [0.9]\n[[owners]]"), "hint: did you mean alpha?"),
         (('name = "bea"', 'name = "ada"'), "duplicate owner name 'ada'"),
         (
             ('name = "bea"', 'name = "Bea Ltd"'),
