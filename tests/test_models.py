@@ -66,6 +66,12 @@ def test_a_model_is_what_its_files_hold_now_and_nobody_else_s_changes(
     assert digest_of(load_base(folder, TASK, seed=0), TASK) == after
 
 
+def test_a_folder_without_its_tokenizer_is_refused_rather_than_read_as_unknown_words(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its tokenizer has no vocabulary\nhint: save it"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_are_upcast_however_they_are_sharded(
     dtype: torch.dtype, folder: Path, tmp_path: Path

@@ -88,7 +88,7 @@ def _how_to_name(value: Any, name: str, task: Task) -> str:
         return 'name the labels of this owner\'s head in its settings, above the first [table]: labels = ["...", "..."]'
     return (
         "write the labels in the file as the agreement names them; if the base's head is for another task, save the "
-        "base without it (AutoModel), name that as the base, and write task.labels"
+        "base without it (AutoModel), with its tokenizer, name that as the base, and write task.labels"
     )
 
 

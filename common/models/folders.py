@@ -31,13 +31,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "voca
 LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta")
 # How a library runs a model: what it keeps for training, and what it wraps outputs in.
 NOT_ABOUT_THE_MODEL = ("gradient_checkpointing", "return_dict")
-NEW_HEAD = "for a new head, save the model without one (AutoModel) and name that as the base"
+NEW_HEAD = "for a new head, save the model without one (AutoModel), and its tokenizer, and name that as the base"
 ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
 MORE_TOKENS = (
     f"{ANOTHER_BASE}; if all owners added the same tokens, agree on a base that has them (tokenizer.add_tokens, "
     "model.resize_token_embeddings, save both)"
 )
+SAVE_THE_TOKENIZER = "save it into this folder: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
 PREDICTS: dict[str, str] = {  # what a head is for, by problem_type
     "single_label_classification": "one label for each row",
     "multi_label_classification": "several labels a row",
@@ -372,10 +373,15 @@ def image_shape(config: Any) -> tuple[int, int, int]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, made from the files that a manifest lists and from no others.
 
-    One without a padding token pads with its end-of-text token. Nobody may change it.
+    One without a padding token pads with its end-of-text token. Nobody may change it. Raises ModelError if the folder
+    has none, or one that knows no words.
     """
     with refused_as(f"model {folder}: its tokenizer cannot be loaded", DOWNLOAD_AGAIN):
-        return _tokenizer(folder, tuple((path, digest_of_file(path)) for path in files_read(folder)))
+        tokenizer = _tokenizer(folder, tuple((path, digest_of_file(path)) for path in files_read(folder)))
+    # Without files, transformers makes one of the model's type that reads every word as unknown, or as nothing.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelError(f"model {folder}: its tokenizer has no vocabulary", hint=SAVE_THE_TOKENIZER)
+    return tokenizer
 
 
 @lru_cache(maxsize=4)
