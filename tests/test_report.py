@@ -248,6 +248,7 @@ def test_an_owner_that_dropped_out_of_the_test_metrics_is_not_counted_in_their_m
     ("kind", "words"),
     [
         ("token-classification", "tags 75.0 % of the test words correctly, and each owner's own model at home 87.5 %"),
+        ("token-classification", "look at entity F1 too: 0.500 for the merged model, 0.625 for each"),
         ("causal-lm", "predicts 75.0 % of the test tokens correctly, and each owner's own model at home 87.5 %"),
     ],
 )
