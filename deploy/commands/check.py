@@ -405,7 +405,8 @@ def estimated_seconds(
     if coordinates:
         found.append(estimate.coordinator_seconds(work, rates))
     if coordinates and rows:
-        found.append(estimate.simulation_seconds(rows, rates))
+        # Without a shared head, no model can be judged on another owner's rows: there are no references.
+        found.append(estimate.simulation_seconds([] if task.head == "private" else rows, rates))
     return work, {name: sum(each.get(name, 0.0) for each in found) for name in chain.from_iterable(found)}
 
 
