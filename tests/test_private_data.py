@@ -226,7 +226,7 @@ def test_a_hint_says_where_other_labels_are_written(tmp_path: Path, reviews_fold
     shared, private = (Task(labels=("no", "yes"), head=head) for head in ("shared", "private"))
     with pytest.raises(DataError) as caught:
         data_of(tmp_path, reviews_folder, "rows.jsonl", task=shared).train()
-    assert "save the base without it (AutoModel), with its tokenizer, name that as the base, and write task.labels" in caught.value.hint
+    assert "save the base without it (AutoModel), with its tokenizer, name that as the base" in caught.value.hint
     with pytest.raises(DataError) as caught:
         data_of(tmp_path, reviews_folder, "rows.jsonl", task=private).train()
     assert "labels of this owner's head in its settings, above the first [table]: labels = [" in caught.value.hint
