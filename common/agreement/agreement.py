@@ -164,6 +164,7 @@ def _parsed(content: bytes, where: str) -> Agreement:
     if "base_digest" not in tables and "owners" in tables:
         raise SettingsError(
             f"{where}: base_digest is missing: this is a draft",
-            hint="complete it: amalgram draft, then name the file that it wrote",
+            hint="complete it: amalgram draft, then name the file that it wrote; after a simulation, use the owner's "
+            "settings in OUTPUT/parties",
         )
     return parse_settings(tables, Agreement, where)
