@@ -119,7 +119,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines += [
         f"RegMean and RegMean++ have alpha {ALPHA:g}. Each owner judges on {TESTED} test rows, drawn for each seed."
     ]
-    lines += ["Means over seeds; with several, the lowest and the highest are in brackets. Made by", ""]
+    lines += [
+        "Own elsewhere: the two other owners' models on an owner's rows. Means over seeds; with several, the lowest"
+    ]
+    lines += ["and the highest are in brackets. Made by", ""]
     lines += ["    python -m benchmarks.tasks --data DATA --base BASE"]
     for table, found in results.items():
         runs, owners, main = list(found["seeds"].values()), list(OWNERS[table]), MAIN[table]
