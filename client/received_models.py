@@ -28,6 +28,7 @@ from common.messages import (
     ScalesPart,
 )
 from common.models.delta import published_delta
+from common.packed import unpacked
 from common.schedule import Delivery, DeliveryKind
 from common.tensor_layout import TensorLayout
 from common.verification import LARGEST_NUMBER
@@ -62,10 +63,12 @@ def take_part(owner: OwnerContext, message: DeliveryPart) -> Message:
         layout, expected = _begin(owner, message, model), 0
     slices = layout.part_slices(bytes_per_number=4)
     position = slices[expected]
+    is_packed = isinstance(message, CorrectionPart)
+    numbers = unpacked(message.payload, position.stop - position.start) if is_packed else message.payload
     if (
         (message.part, message.parts) != (expected, len(slices))  # check: parts-come-in-order
-        or message.payload.shape != (position.stop - position.start,)  # check: part-has-its-shape
-        or message.payload.dtype != np.dtype("<f4")
+        or numbers.shape != (position.stop - position.start,)  # check: part-has-its-shape
+        or numbers.dtype != np.dtype("<f4")
     ):
         raise RemoteProtocolError(
             f"the coordinator sent part {message.part} of event {message.position} out of order or with another shape"
@@ -74,7 +77,7 @@ def take_part(owner: OwnerContext, message: DeliveryPart) -> Message:
         array = _start_arrival(owner, message, layout)
     else:
         array = owner.state.open_array(ARRIVING, layout.size, "<f4", writable=True)
-    array[position] = message.payload
+    array[position] = numbers
     if expected + 1 < len(slices):
         record = ArrivingRecord(position=message.position, model=model, next_part=expected + 1)
         owner.state.update_run(arriving=record)

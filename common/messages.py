@@ -51,7 +51,7 @@ from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 from common.text import MAX_LINE, flaw, shown
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_PARTS = 1_000_000
@@ -314,7 +314,7 @@ class ScalesPart(DeliveryPart):
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionPart(DeliveryPart):
-    """Of the corrections of the check that follows (common/verification.py).
+    """Of the corrections of the check that follows (common/verification.py), with a payload as packed.py makes it.
 
     `nonces`: a `records.Nonce` of each owner whose contribution is merged. `signature`: the coordinator's, over
     everything that it has delivered.

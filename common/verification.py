@@ -43,19 +43,21 @@ each group of its rows if it is about single entries (`group_rows`),
 and adds S_i to the sum, times a secret factor from 1 to 2 (`blinding`). Honest parties are off by
 
     2^-48 v twice                       R and c are rounded to float32, 24 bits below D
+    min(t / 4, 2^-45) v                 what the coordinator leaves out of c, so that it takes fewer bytes (`coarsened`)
     (d(n) + 2) u v                      the solve (normal_equations.solve_symmetric)
     (d(n) + 2 d(m) + 16) u v            the products at owners and coordinator, and what decoding and alpha round
 
 in every row, with v = sum v_i; the constants leave room for terms of higher order. All this is fixed before s, and s is
 uniform. So a column w of it adds up to at most 10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to
 2^15 sqrt(n) |w|_2 in any case. Summing over the rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column.
-So the sum of shares is at most
+So if nothing is left out of c, the sum of shares is at most t / 2 * sum S_i, with
 
-    (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u) sum S_i
+    t = 2 (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u)
 
-and `tolerance` is twice as much, and at least 2^-140, because shares travel in multiples of 2^-155. Products are summed
-in blocks, so that a number is rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth,
-column_depth). Where A is diagonal, d(n) is that of one term.
+and `tolerance` is t * sum S_i, and at least 2^-140, because shares travel in multiples of 2^-155. What is left out
+takes half of what remains, and nothing from what owners demand. Products are summed in blocks, so that a number is
+rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth, column_depth). Where A is diagonal,
+d(n) is that of one term.
 
 What this does not protect against: an owner that colludes with the coordinator can contribute a share that makes any
 sum zero. SECURITY.md says what that means.
@@ -218,15 +220,36 @@ def rho_of(seed: bytes, name: str, equation: Equation) -> Tensor:
 # --- the coordinator ---
 
 
-def corrections(
-    claim: Claim, seed: bytes, rest: Mapping[str, Tensor], factor: float
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """What the coordinator sends for one claim, in the order of `correction_layout`; `rest` is MergedDelta's."""
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What the coordinator keeps of a model that it sent, until it is verified: see MergedDelta."""
+
+    delta: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor]
+    factor: float
+
+
+def corrections(claim: Claim, seed: bytes, sent: Sent) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """What the coordinator sends for one claim, in the order of `correction_layout`."""
     for name, equation in claim.named():
-        correction, _ = _projected(equation.part_of(rest), rho_of(seed, name, equation))
-        yield name, correction.float().numpy()
+        rho = rho_of(seed, name, equation)
+        correction, _ = _projected(equation.part_of(sent.rest), rho)
+        _, reach = _projected(equation.part_of(sent.delta), rho)
+        yield name, coarsened(equation, correction, reach).float().numpy()
         if equation.is_scaled:
-            yield f"{name}/factor", np.array([factor], dtype=np.float32)
+            yield f"{name}/factor", np.array([sent.factor], dtype=np.float32)
+
+
+def coarsened(equation: Equation, correction: Tensor, reach: Tensor) -> Tensor:
+    """c in multiples of a power of two for each number, (n, columns): what the tolerance has room for is left out, so
+    that the rest takes fewer bytes (packed.py). `reach`: |D| |rho|.
+
+    It decides nothing: owners accept what they would accept anyway. Steps that suit the columns of A would leave out
+    more, but would show every owner something of the total. These follow from what all owners know.
+    """
+    room = min(tolerance(equation, 1.0) / 2, 2.0**-44)  # twice what rounding to a multiple of it leaves out
+    steps = torch.ldexp(torch.ones_like(reach), torch.frexp(room * reach).exponent - 1)
+    return torch.where(reach > 0, (correction / steps).round() * steps, correction)
 
 
 # --- an owner ---

@@ -51,6 +51,7 @@ from common.messages import (
     ScalesPart,
     UploadsOpened,
 )
+from common.packed import packed
 from common.publication import PublishedReceipts
 from common.schedule import Delivery, Round, Schedule
 from common.summation import SUMMATIONS, key_agreement
@@ -542,7 +543,7 @@ class Coordinator:
         if delivery.kind == "correction":
             body = bytes.fromhex(deliveries_digest(self.delivered))
             signature = self.identity.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(self.run), body)
-            return CorrectionPart(**fields, nonces=nonces, signature=signature)
+            return CorrectionPart(**fields | {"payload": packed(payload)}, nonces=nonces, signature=signature)
         return MergedStepPart(**fields) if delivery.kind == "merged_step" else ScalesPart(**fields)
 
     def _send_part(self, message: DeliveryPart, delivery: Delivery, completes: SavedDelivery | None) -> None:

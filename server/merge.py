@@ -29,6 +29,7 @@ from common.merge_methods.search import SEARCH, Mixture, groups_of, next_mixture
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
 from common.models.delta import APPLIED, MixedDelta, add_delta, published_delta
+from common.models.disk_tensors import on_disk_if_large
 from common.models.folders import base_model_folder
 from common.models.loading import agreed_plan, check_base, load_base
 from common.models.low_rank import AdapterDelta, cut
@@ -42,7 +43,7 @@ from common.settings_file import load_settings
 from common.summation.protocol import Total
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
-from common.verification import corrections, projection_seed
+from common.verification import Sent, corrections, projection_seed
 from server.bounds import check_classifier, check_contributions
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
@@ -118,7 +119,7 @@ class MergeRun:
     _contributions: SummedTensors = field(init=False)
     _owners: tuple[str, ...] = ()  # those in `_contributions`
     _examples: int | None = None
-    _rest: dict[int, tuple[Mapping[str, Tensor], float]] = field(default_factory=dict)  # by position of a delivery
+    _sent: dict[int, Sent] = field(default_factory=dict)  # by position of a delivery, until it is verified
     _so_far: dict[str, MergedDelta] = field(default_factory=dict)  # what the steps of a multi-round method have merged
     # After the last step, by hyperparameter:
     _final: dict[str, dict[float | None, MergedDelta]] = field(default_factory=dict)
@@ -208,8 +209,8 @@ class MergeRun:
 
     # --- verification ---
 
-    def _keep_rest(self, delivery: Delivery, merged: MergedDelta) -> None:
-        """Keep what rounding took from a model that was sent, until it is verified; a large one lies on the disk."""
+    def _keep_sent(self, delivery: Delivery, merged: MergedDelta) -> None:
+        """Keep a model that is sent, and what rounding took from it, until it is verified; large ones on the disk."""
         if not self.agreement.is_verified:
             return
         unsolved = [note for note in merged.layers if note.status != "solved"]
@@ -221,14 +222,16 @@ class MergeRun:
             )
         if not self.schedule.is_checked(delivery):
             return
-        self._rest[delivery.position] = merged.rest, merged.factor
+        solved, scratch = {**merged.delta, **merged.beside}, self._settings.scratch
+        delta = {name: on_disk_if_large(tensor, scratch) for name, tensor in solved.items() if name in merged.rest}
+        self._sent[delivery.position] = Sent(delta=delta, rest=merged.rest, factor=merged.factor)
 
     def _send_corrections(self, delivery: Delivery) -> None:
         nonces = self.coordinator.draw(delivery)
         seed = projection_seed(deliveries_digest(self.coordinator.delivered), nonces)
         vector = np.empty(delivery.layout.size, dtype=np.float32)
         delivery.layout.flatten(
-            (each for claim in delivery.claims for each in corrections(claim, seed, *self._rest.pop(claim.delivery))),
+            (each for claim in delivery.claims for each in corrections(claim, seed, self._sent.pop(claim.delivery))),
             vector,
         )
         self.coordinator.deliver(delivery, vector, nonces=nonces)
@@ -239,7 +242,7 @@ class MergeRun:
         if delivery.step == 0:
             start = _multi_round(name).start
             self._so_far[name] = self._solved(lambda settings: start(settings, self._contributions))
-        self._keep_rest(delivery, self._so_far[name])
+        self._keep_sent(delivery, self._so_far[name])
         self.coordinator.deliver(delivery, self._vector_of(delivery.layout, self._so_far[name].delta))
 
     def _sum_step(self, round: Round, name: str, step: Step) -> None:
@@ -430,7 +433,7 @@ class MergeRun:
 
     def _send(self, delivery: Delivery, candidate: str, merged: MergedDelta) -> MergedDelta:
         """Send a candidate; return it as it would be published, with the vector that was sent as its only copy."""
-        self._keep_rest(delivery, merged)
+        self._keep_sent(delivery, merged)
         factors = {} if merged.low_rank is None else merged.low_rank.tensors()
         applied = {APPLIED + name: tensor for name, tensor in merged.applied.items()}
         vector = self._vector_of(delivery.layout, {**merged.delta, **merged.beside, **applied, **factors})

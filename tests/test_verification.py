@@ -40,6 +40,7 @@ from common.verification import (
     blinding,
     check_correction,
     check_layout,
+    coarsened,
     correction_layout,
     from_limbs,
     largest_correction,
@@ -451,7 +452,13 @@ def test_what_rounding_takes_is_always_within_the_bound(values: list[float], exp
     exact = torch.tensor([values], dtype=torch.float64) * 2.0**exponent
     part, rho = exact.float().double(), projection(bytes([seed]), "", len(values), 8)
     rest = (exact - part).float()
-    check_correction("l", part.abs() @ rho.abs(), rho, (rest.double() @ rho).float().double())
+    reach, correction = part.abs() @ rho.abs(), rest.double() @ rho
+    check_correction("l", reach, rho, correction.float().double())
+    for rows in (1, 4096):  # the largest tolerance would have room for more than the bound
+        equation = MeanEquation.of("l", (rows, len(values)))
+        coarse = coarsened(equation, correction, reach)
+        check_correction("l", reach, rho, coarse.float().double())
+        assert ((coarse - correction).abs() <= min(tolerance(equation, 1.0) / 4, 2.0**-45) * reach).all()
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.25, False), (4.0, True)])

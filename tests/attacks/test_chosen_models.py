@@ -8,7 +8,7 @@ SECURITY.md, b4 and g, says so.
 
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from common.metrics import read_total
 from common.models.folders import load_tokenizer
 from common.schedule import Delivery, Schedule, schedule_of
 from common.tensor_layout import TensorLayout
-from common.verification import Claim, corrections
+from common.verification import Claim, Sent, corrections
 from deploy.commands import client
 from deploy.commands.verify import explain_evidence
 from deploy.launch.processes import FollowedFile, NewFiles
@@ -415,10 +415,9 @@ def test_124_corrections_beyond_the_rounding_of_float32(
                 errors[name] = torch.from_numpy(tensor).double() - torch.from_numpy(delivery.layout.read(vector, name))
         return changed
 
-    def bent(
-        claim: Claim, seed: bytes, rest: Mapping[str, torch.Tensor], factor: float
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        return corrections(claim, seed, {name: rest[name] - errors[name] for name in rest}, factor)
+    def bent(claim: Claim, seed: bytes, sent: Sent) -> Iterator[tuple[str, np.ndarray]]:
+        rest = {name: sent.rest[name] - errors[name] for name in sent.rest}
+        return corrections(claim, seed, replace(sent, rest=rest))
 
     monkeypatch.setattr(merge, "corrections", bent)
     run = cheat("average", wrong)

@@ -39,6 +39,7 @@ from common.messages import (
     Result,
     UploadsOpened,
 )
+from common.packed import packed, unpacked
 from common.publication import read_publication
 from common.schedule import Round, Schedule, schedule_of
 from common.summation.pairwise import public_key
@@ -98,7 +99,8 @@ class TryingChannel(OwnersChannel):
 
     def signed(self, request: CorrectionPart, nonces: bytes) -> CorrectionPart:
         """The same corrections as if they followed from other nonces, which the coordinator signs."""
-        last = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(request.payload))
+        numbers = unpacked(request.payload, self.schedule.delivery_at(request.position, "correction").layout.size)
+        last = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(numbers))
         body = bytes.fromhex(deliveries_digest([*self.owner.state.run.delivered, last]))
         coordinator = self.parties.identities["coordinator"]
         signature = coordinator.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(request.run), body)
@@ -181,13 +183,18 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         """The keys of others than those who contributed: the shares would not add up to zero."""
         assert isinstance(request, CheckKeys)
         assert not trying.owner.state.has_array("vector")  # the sum of metrics is open, and nothing was measured
+        correction = sent[CorrectionPart]
+        size = trying.schedule.delivery_at(correction.position, "correction").layout.size
+        other = packed(unpacked(correction.payload, size) * np.float32(0.5))  # c, now that s is known
+        changed = trying.signed(replace(correction, payload=other), correction.nonces)
+        yield Attempt(changed, ConsentError, "a second version of")
         for bent, says in (
-            (sent[CorrectionPart].payload * np.float32(0.5), "a second version of"),  # c, now that s is known
-            (sent[CorrectionPart].payload[:-1], "another shape"),
+            (unpacked(correction.payload, size)[:-1], f"there are {size - 1}, expected {size}"),
+            (packed(np.zeros(size + 1, np.float32)), f"does not hold exactly {size}"),
+            (packed(np.zeros(2**24, np.float32)), f"does not hold exactly {size}"),  # 64 MB in a few kilobytes
+            (correction.payload[:-1], f"does not hold exactly {size}"),
         ):
-            changed = trying.signed(replace(sent[CorrectionPart], payload=bent), sent[CorrectionPart].nonces)
-            error = ConsentError if len(bent) == len(sent[CorrectionPart].payload) else RemoteProtocolError
-            yield Attempt(changed, error, says)
+            yield Attempt(replace(correction, payload=bent), RemoteProtocolError, says)
         fewer = replace(request, nonces=Nonce.pack_all(Nonce.unpack_all(request.nonces)[:2]))
         says = "without all owners whose contributions are merged"
         yield Attempt(fewer, RemoteProtocolError, says)
@@ -232,7 +239,7 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         OpenSum: before_contributions,
     }
     run_merge(parties.coordinator, trying)
-    assert len(trying.tried) == 14
+    assert len(trying.tried) == 17
     assert (parties.output / "model").is_dir()
 
 

@@ -17,7 +17,7 @@ from common.summation.own_part import OwnPart
 from common.summation.protocol import Total
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorLayout
-from common.verification import Challenge, Claim, check_layout, correction_layout, corrections, wrong_claims
+from common.verification import Challenge, Claim, Sent, check_layout, correction_layout, corrections, wrong_claims
 
 Vectors = Mapping[str, NDArray[np.float64]]
 
@@ -88,7 +88,8 @@ class Check:
         self.delta = {name: tensor.clone() for name, tensor in solved.items()}
         layout = correction_layout([self.claim])
         self.sent = np.zeros(layout.size, dtype=np.float32)
-        layout.flatten(corrections(self.claim, self.rho_seed, self.merged.rest, self.merged.factor), self.sent)
+        sent = Sent(delta=self.delta, rest=self.merged.rest, factor=self.merged.factor)
+        layout.flatten(corrections(self.claim, self.rho_seed, sent), self.sent)
 
     @property
     def claim(self) -> Claim:
