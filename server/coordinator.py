@@ -223,6 +223,9 @@ class Coordinator:
         total = self.checkpoint.next_total(round)
         if total is None:
             total = self._sum_over_owners(round)
+        if round.is_open:
+            reason = f"it is not in the {round.name}, so it could not sign the result"
+            self.leave_out_absent(total.owners, reason)  # check: who-cannot-sign-is-not-counted
         self._relay_uploads(round, total)
         self.exchange.count_step()
         self.sums.append(OpenedSum(round, total.owners))
@@ -311,19 +314,9 @@ class Coordinator:
         if is_late:
             self._relay_to_late_owners(uploads, present)
             return
-        if len(present) == len(self.owners):
-            if not self.exchange.fits_ahead(uploads):
-                self.exchange.flush()
-            self.exchange.send_ahead(Ahead(message=uploads, check=check, on_arrival=on_arrival))
-            return
-        for owner, reply in self.exchange.ask(dict.fromkeys(present, uploads)):  # whoever came back has no part in it
-            try:
-                if reply is not None:
-                    check(owner, reply)
-            except RemoteProtocolError as violation:
-                self.exchange.exclude(owner, violation)
-        self.exchange.check_enough()
-        on_arrival()
+        if not self.exchange.fits_ahead(uploads):
+            self.exchange.flush()
+        self.exchange.send_ahead(Ahead(message=uploads, check=check, on_arrival=on_arrival))
 
     def _relay_to_late_owners(self, uploads: UploadsOpened, owners: Sequence[str]) -> None:
         """Show a sum to owners that are back. One that helped to open it goes on only once it has added it up. One that
@@ -451,11 +444,11 @@ class Coordinator:
         )  # check: drawn-nonces-are-signed
         return nonce
 
-    def leave_out_absent(self, owners: tuple[str, ...]) -> None:
-        """Go on without those that take part but are not among `owners`: they could verify no merge."""
+    def leave_out_absent(self, owners: tuple[str, ...], reason: str) -> None:
+        """Go on without those that take part but are not among `owners`."""
         for owner in self.owners:
             if owner not in owners:
-                self.exchange.drop(owner, "its contribution is not in the sum, so it can verify no merge")
+                self.exchange.drop(owner, reason)
 
     def _new_sum(self, round: Round) -> tuple[OpenSum, CoordinatorSide]:
         request = OpenSum(

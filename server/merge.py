@@ -197,7 +197,8 @@ class MergeRun:
         self._examples = _examples_in(self._contributions, self.agreement)
         check_contributions(self._contributions, round.layout, self._settings)
         if self.agreement.is_verified:
-            self.coordinator.leave_out_absent(total.owners)
+            reason = "its contribution is not in the sum, so it can verify no merge"
+            self.coordinator.leave_out_absent(total.owners, reason)
 
     def _destroy_contributions(self) -> None:
         for each in self.schedule.rounds:

@@ -239,6 +239,8 @@ TABLE = [
     Mutation(VERIFYING, "test_124_no_step", "contributions-are-deleted-once-verified"),
     Mutation(VERIFYING, "test_126_", "published-totals-are-mine"),
     Mutation(VERIFYING, "test_241_", "published-totals-are-mine"),
+    Mutation(VERIFYING, "test_241_validation", "published-totals-are-mine"),
+    Mutation(RESUME, "test_owners_that_miss", "who-cannot-sign-is-not-counted"),
     Mutation(VERIFYING, "test_126_", "published-owners-verified"),
     # 1-7, 12, 13, 27: the key book
     Mutation(KEYS, "test_1_", "key-entries-are-signed"),

@@ -48,7 +48,7 @@ from common.summation.records import Nonce, Signed
 from server.coordinator import Coordinator
 from server.merge import run_merge
 from tests.support.owner_process import opening_of
-from tests.support.parties import OwnersChannel, Parties, parties_with_method
+from tests.support.parties import OwnersChannel, Parties, one_may_drop_out, parties_of, parties_with_method
 
 FIRST = 0  # the node of the owner that is attacked
 
@@ -540,16 +540,14 @@ def made_up(agreement: Agreement, round_: Round) -> Total:
     return Total(layout=round_.layout, vector=vector, owners=names, roster_size=len(names))
 
 
-def test_241_metrics_of_a_sum_that_nobody_opened_are_not_signed(
-    trying: TryingChannel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every owner tests the model and gives its part of the last sum. The coordinator has nobody open it, shows it to
-    nobody, and makes up a total.
+def leave_unopened(monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    """Every owner verifies the models and gives its part of a sum of metrics. The coordinator has nobody open it, shows
+    it to nobody, makes up a total and goes on.
     """
     honest = Coordinator.sum
 
     def not_opened(self: Coordinator, round: Round) -> Total:
-        if round.kind != "metrics":
+        if (round.kind, round.split) != ("metrics", split):
             return honest(self, round)
         self.exchange.begin_step(round.name, round.phase)
         _, side = self._new_sum(round)
@@ -561,6 +559,29 @@ def test_241_metrics_of_a_sum_that_nobody_opened_are_not_signed(
         return made_up(self.agreement, round)
 
     monkeypatch.setattr(Coordinator, "sum", not_opened)
+
+
+def test_241_metrics_of_a_sum_that_nobody_opened_are_not_signed(
+    trying: TryingChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unopened(monkeypatch, "test")
     with pytest.raises(ConsentError, match="hotel has not added up the test metrics"):
         run_merge(trying.parties.coordinator, trying)
     assert not (trying.parties.output / "model").exists()
+
+
+def test_241_validation_metrics_that_nobody_added_up_are_not_signed(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one owner of four may drop out, any of them may miss a sum of metrics. So nobody objects when the test
+    comes next: all take part in it, and only do not sign.
+    """
+    leave_unopened(monkeypatch, "validation")
+    output = tmp_path / "output"
+    with parties_of(one_may_drop_out(trained_folder, tmp_path / "consortium"), output, verified=True) as parties:
+        (output / ".amalgram").touch()
+        channel = OwnersChannel(parties.files)
+        with pytest.raises(ConsentError, match="hotel has not added up the validation metrics"):
+            run_merge(parties.coordinator, channel)
+        assert Owner(parties.files["hotel"]).state.run.tested
+    assert not (output / "model").exists()

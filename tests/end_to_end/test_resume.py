@@ -37,6 +37,7 @@ from server.checkpoint import Checkpoint
 from server.merge import run_merge
 from server.output_folder import CHECKPOINT
 from server.report.report import read_report
+from tests.support import parties
 from tests.support.parties import OwnersChannel, Parties, consortium_in_32_bits, parties_of
 
 
@@ -94,21 +95,10 @@ def consortium(two_blocks_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def one_may_drop_out(trained_folder: Path, tmp_path: Path) -> Iterator[Parties]:
-    """Four owners, three of whom are enough, and two single-round methods, one of them with a sweep."""
-    consortium = tmp_path / "consortium"
-    shutil.copytree(trained_folder, consortium, ignore=shutil.ignore_patterns("output"))
-    for kind in ("data", "models"):
-        shutil.copytree(consortium / kind / "hotel", consortium / kind / "inn")
-    (consortium / "inn.toml").write_text((consortium / "hotel.toml").read_text().replace("hotel", "inn"))
-    path = consortium / "agreement.toml"
-    text = path.read_text().replace("# min_owners = 3", "min_owners = 3")
-    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9, 0.99]")
-    text = text.replace('["average", "task_arithmetic", "fisher"]', '["average"]')
-    path.write_text(text + '\n[[owners]]\nname = "inn"\n')
     output = tmp_path / "output"
     output.mkdir()
     (output / ".amalgram").touch()
-    with parties_of(consortium, output, verified=True) as made:
+    with parties_of(parties.one_may_drop_out(trained_folder, tmp_path / "consortium"), output, verified=True) as made:
         yield made
 
 
@@ -364,6 +354,41 @@ def test_the_run_goes_on_without_an_owner_that_is_lost_before_it_knows_who_is_in
     report = read_report(one_may_drop_out.output)
     assert report.verified
     assert all(each.owners == ("hotel", "phones", "inn") for each in report.rounds)
+
+
+class Loses(OwnersChannel):
+    """One owner answers nothing to some kinds of messages in this start. The coordinator is killed before it sends
+    the first owner the survivors of a sum, counted from the start.
+    """
+
+    def __init__(self, files: Mapping[str, Path], lost: int, kinds: tuple[type[Message], ...], killed_in: int) -> None:
+        super().__init__(files)
+        self.lost, self.unanswered, self.sums_before = lost, kinds, killed_in
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        self.sums_before -= isinstance(request, SurvivorList) and node == 0
+        if self.sums_before == 0:
+            raise Killed
+        return None if node == self.lost and isinstance(request, self.unanswered) else super().answer(node, request)
+
+
+def test_owners_that_miss_different_sums_of_metrics_are_waited_for(one_may_drop_out: Parties) -> None:
+    """Otherwise all sums are made, but only two of four owners have added up all of them, and the agreement needs the
+    signatures of three: nothing could be published any more.
+    """
+    files = one_may_drop_out.files
+    for lost, kinds, killed_in in (
+        (1, (), 2),  # nobody; all have verified the models, and validation metrics are about to be opened
+        (1, (RollCall,), 2),  # these are opened without this owner
+    ):
+        with pytest.raises(Killed):
+            run_merge(one_may_drop_out.coordinator, Loses(files, lost, kinds, killed_in))
+    with pytest.raises(TooFewOwners, match="2 owners are left at step ShareKeys, the agreement needs 3"):
+        run_merge(one_may_drop_out.coordinator, Loses(files, 2, (KeyBook,), -1))  # test metrics
+    run_merge(one_may_drop_out.coordinator, OwnersChannel(files))
+    report = read_report(one_may_drop_out.output)
+    assert report.receipts == ("hotel", "phones", "inn")
+    assert [len(each.owners) for each in report.rounds] == [4, 4, 3, 3]
 
 
 def test_what_is_published_is_neither_made_nor_removed_again(undisturbed: Parties) -> None:

@@ -68,6 +68,22 @@ def consortium_in_32_bits(reviews_folder: Path, folder: Path, alphas: str) -> Pa
     return folder
 
 
+def one_may_drop_out(trained_folder: Path, folder: Path) -> Path:
+    """The example, in `folder`, with four owners, three of whom are enough, and two single-round methods, one of them
+    with a sweep.
+    """
+    shutil.copytree(trained_folder, folder, ignore=shutil.ignore_patterns("output"))
+    for kind in ("data", "models"):
+        shutil.copytree(folder / kind / "hotel", folder / kind / "inn")
+    (folder / "inn.toml").write_text((folder / "hotel.toml").read_text().replace("hotel", "inn"))
+    path = folder / "agreement.toml"
+    text = path.read_text().replace("# min_owners = 3", "min_owners = 3")
+    text = text.replace("alphas = [0.1, 0.5, 0.9, 0.95, 0.99]", "alphas = [0.9, 0.99]")
+    text = text.replace('["average", "task_arithmetic", "fisher"]', '["average"]')
+    path.write_text(text + '\n[[owners]]\nname = "inn"\n')
+    return folder
+
+
 def completed(draft: AgreementDraft, base: Path) -> tuple[Agreement, MergePlan]:
     """The agreement of a draft among `identities_of` its parties, and its merge plan; made once in this process."""
     key = draft, _digest_of_files(base)
