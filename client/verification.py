@@ -430,13 +430,14 @@ def _array(owner: OwnerContext, delivery: Delivery) -> tuple[TensorLayout, NDArr
         assert delivery.method is not None
         assert delivery.step is not None
         name = merged_step_array(delivery.method, delivery.step)
-    return delivery.layout, owner.state.open_array(name, delivery.layout.size, "<f4")
+    # Many tensors are read of it, and a memmap takes long to slice.
+    return delivery.layout, np.asarray(owner.state.open_array(name, delivery.layout.size, "<f4"))
 
 
 def _check_known(owner: OwnerContext, claim: Claim) -> None:
     """Raise NotTheMerge unless a model has every number that is proved of another one, bit for bit."""
     model = _delta(owner, claim.delivery)
-    proved = {position: _delta(owner, position) for _, position in claim.known}
+    proved = {position: _delta(owner, position) for position in {position for _, position in claim.known}}
     for name, position in claim.known:
         if not _are_same_bits(model[name], proved[position][name]):  # check: known-parts-are-the-same
             sent = owner.schedule.events[position].name
@@ -451,7 +452,7 @@ def _own(owner: OwnerContext, source: int) -> SummedTensors:
     """What this owner contributed to a round, as it decodes from its own vector."""
     layout = owner.schedule.events[source].layout
     names = contributors(owner)
-    words = owner.state.open_array(own_array(source), layout.size, "<u8")
+    words = np.asarray(owner.state.open_array(own_array(source), layout.size, "<u8"))  # see `_array`
     release(words)
     roster_size = len(owner.agreement.owners)
     part = OwnPart(layout=layout, encoded=fixed_point.numbers(layout, words), owners=names, roster_size=roster_size)
