@@ -271,7 +271,7 @@ def add_shares(owner: OwnerContext, message: CheckKeys) -> Message:
     if mine is None or mine.nonce != public_key(seed, message.run):  # check: my-check-key-is-in-it
         raise RemoteProtocolError("the coordinator made a check without this owner's key")
     joint.check(contributors(owner))
-    vector = np.zeros(round_.layout.size)
+    vector = np.zeros(round_.layout.size, dtype="<u8")
     round_.layout.flatten(shares(owner, round_, joint.digest), vector)
     payload = joint.masked(seed, owner.name, vector)
     upload = hashlib.sha256(payload.data).hexdigest()
@@ -288,7 +288,7 @@ def add_shares(owner: OwnerContext, message: CheckKeys) -> Message:
     )
 
 
-def shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, NDArray[np.float64]]]:
+def shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, NDArray[np.uint64]]]:
     """What this owner adds to a check, in the order of its layout."""
     drawn = owner.state.run.drawn
     assert drawn is not None  # the key was drawn after the corrections, and these after the nonces

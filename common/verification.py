@@ -54,7 +54,7 @@ So if nothing is left out of c, the sum of shares is at most t / 2 * sum S_i, wi
 
     t = 2 (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u)
 
-and `tolerance` is t * sum S_i, and at least 2^-140, because shares travel in multiples of 2^-155. What is left out
+and `tolerance` is t * sum S_i, and at least 2^-140, because shares travel in multiples of 2^-151. What is left out
 takes half of what remains, and nothing from what owners demand. Products are summed in blocks, so that a number is
 rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth, column_depth). Where A is diagonal,
 d(n) is that of one term.
@@ -89,20 +89,21 @@ from common.merge_methods.equations import (
     stacked,
     times,
 )
-from common.summation import mask_stream
+from common.summation import mask_stream, wide
 from common.summation.totals import SummedTensors
 from common.tensor_layout import TensorEntry, TensorLayout
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from common.summation.protocol import Total
 else:
     torch = lazy_module("torch")
 
 CACHED_NUMBERS = 1 << 20  # of a matrix in float64, which the processor's cache holds
 COLUMNS = 8  # an error is exactly zero in all of them with probability below 2^-100
-LIMBS, LIMB_BITS = 7, 45  # shares travel exactly, as 7 numbers of 45 bits: float64 holds a sum of 150 of them ...
-LOWEST_BIT = -155  # ... in multiples of 2^-155, up to 2^160
+LOWEST_BIT, HIGHEST_BIT = -151, 160  # shares travel in multiples of 2^-151, up to 2^160: wide.py holds a sum of 150
 LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms reach 2^160, and none refuses by its size
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
@@ -181,11 +182,13 @@ def correction_layout(claims: Sequence[Claim]) -> TensorLayout:
 
 
 def check_layout(claims: Sequence[Claim]) -> TensorLayout:
-    """What an owner adds to a check: for each group of an equation's rows, eight shares and their scale, in limbs."""
-    entries, bound = list[TensorEntry](), 2.0**LIMB_BITS
+    """What an owner adds to a check: for each group of an equation's rows, eight shares and their scale, each in the
+    words of one integer (summation/wide.py).
+    """
+    entries = list[TensorEntry]()
     for name, equation in (each for claim in claims for each in claim.named()):
-        shape = (equation.groups, COLUMNS + 1, LIMBS)
-        entries.append(TensorEntry(name=f"check/{name}", shape=shape, bound=bound))
+        shape = (equation.groups, COLUMNS + 1, wide.WORDS)
+        entries.append(TensorEntry(name=f"check/{name}", shape=shape, bound=np.inf))
     return TensorLayout(tuple(entries))
 
 
@@ -273,7 +276,7 @@ class Challenge:
 
     def shares(
         self, claim: Claim, delta: Mapping[str, Tensor], own: SummedTensors
-    ) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    ) -> Iterator[tuple[str, NDArray[np.uint64]]]:
         """This owner's part of one claim, in the order of `check_layout`. `own`: what it contributed, as decoded from
         its own vector; `delta`: what it was sent. Raises NotTheMerge for a correction beyond its bound.
         """
@@ -285,7 +288,7 @@ class Challenge:
                 raise NotTheMerge(f"the coordinator sent a factor of {factor} for {name}")
             part = equation.part_of(delta)  # (n, m) float32
             rho = rho_of(self.rho_seed, name, equation)  # (m, columns)
-            limbs = list[list[list[float]]]()  # (groups, 9, LIMBS)
+            words = list[list[list[int]]]()  # (groups, 9, WORDS)
             for group in range(equation.groups):
                 sums = []
                 for rows in _blocks(equation, group):
@@ -299,8 +302,8 @@ class Challenge:
                 numbers[-1] *= blinding(
                     self.blind, self.combination_seed, f"{name}/{group}"
                 )  # check: scales-are-coarse
-                limbs.append([to_limbs(float(number)) for number in numbers])
-            yield f"check/{name}", np.array(limbs)
+                words.append([to_words(float(number)) for number in numbers])
+            yield f"check/{name}", np.array(words, dtype="<u8")
 
 
 def check_correction(name: str, reach: Tensor, rho: Tensor, sent: Tensor) -> None:
@@ -381,12 +384,12 @@ def tolerance(equation: Equation, scale: float) -> float:
     return 2 * (2.0**-47 + times_rounded * UNIT) * scale + 2.0**-140
 
 
-def wrong_claims(claims: Sequence[Claim], total: SummedTensors) -> list[str]:
+def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
     """The equations that do not hold, by name. `total`: the check's, as every owner adds it up by itself."""
     found = []
     for name, equation in (each for claim in claims for each in claim.named()):
-        for group in total[f"check/{name}"]:
-            *shares, scale = (from_limbs(limbs) for limbs in group)
+        for group in total[f"check/{name}"].view("<u8"):  # (9, WORDS), see pairwise.py
+            *shares, scale = map(from_words, group)
             largest = max(abs(share) for share in shares)
             if not largest <= tolerance(equation, scale):  # check: sums-of-shares-are-zero
                 found.append(name)
@@ -396,22 +399,18 @@ def wrong_claims(claims: Sequence[Claim], total: SummedTensors) -> list[str]:
 # --- exact numbers ---
 
 
-def to_limbs(number: float) -> list[float]:
-    """A float64 in multiples of 2^-155 (the rest is cut off), as whole numbers below 2^45 with the number's own sign.
-
-    Raises NumericalError for a number of 2^160 or more.
-    """
-    if not abs(number) < 2.0 ** (LIMBS * LIMB_BITS + LOWEST_BIT):
+def to_words(number: float) -> list[int]:
+    """A float64 in multiples of 2^-151; the rest is cut off. Raises NumericalError for a number of 2^160 or more."""
+    if not abs(number) < 2.0**HIGHEST_BIT:
         raise NumericalError(
             f"verification: {number:g} is too large to be summed; nothing has left",
             hint="the model that was sent, or what was contributed, has numbers that no merge has",
         )
     numerator, denominator = abs(number).as_integer_ratio()
     whole = (numerator << -LOWEST_BIT) // denominator
-    sign = -1.0 if number < 0 else 1.0
-    return [sign * float(whole >> LIMB_BITS * limb & (1 << LIMB_BITS) - 1) for limb in range(LIMBS)]
+    return wide.to_words(-whole if number < 0 else whole)
 
 
-def from_limbs(limbs: Sequence[float] | NDArray[np.float64]) -> float:
-    """The sum of numbers from the sum of their limbs, rounded once."""
-    return sum(int(limb) << LIMB_BITS * position for position, limb in enumerate(limbs)) / (1 << -LOWEST_BIT)
+def from_words(words: NDArray[np.uint64]) -> float:
+    """A sum of such numbers, rounded once."""
+    return wide.from_words(words) / (1 << -LOWEST_BIT)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import reduce
 from math import log2
 
 import numpy as np
@@ -26,33 +27,31 @@ from common.merge_methods.terms import ClassifierTerms, Gram, MergeSettings, Own
 from common.models.layers import Layer
 from common.models.low_rank import Factors, factorise, is_closest
 from common.models.plan import MergePlan, _in_blocks
-from common.summation import fixed_point
+from common.summation import fixed_point, wide
 from common.summation.own_part import OwnPart
-from common.summation.totals import SummedTensors
+from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 from common.verification import (
     LARGEST_NUMBER,
-    LIMBS,
     UNIT,
     Challenge,
     Claim,
     NotTheMerge,
     blinding,
     check_correction,
-    check_layout,
     coarsened,
     correction_layout,
-    from_limbs,
+    from_words,
     largest_correction,
     projection,
     rho_of,
-    to_limbs,
+    to_words,
     tolerance,
     wrong_claims,
 )
 from tests.support.merging import merge_settings, owner_for, plan_for
 from tests.support.sums import identities_of
-from tests.support.verifying import Check, Contributions, verified
+from tests.support.verifying import Check, Contributions, check_total, verified
 
 KNOWN = [4827.0, 29887.0, 21690.0]
 SEVERAL, ONE = (0.0, 0.5, 0.9, 1.0), (0.9,)
@@ -519,17 +518,14 @@ def test_125_one_colluding_owner_makes_a_wrong_model_pass() -> None:
     assert check.wrong() != []
     others = ["o1", "o2"]
     honest = {owner: check.shares(owner) for owner in others}
-    hidden = [from_limbs(sum(vector.reshape(-1, 9, LIMBS)[0][k] for vector in honest.values())) for k in range(8)]
-    lie = np.array([*(to_limbs(-each) for each in hidden), to_limbs(0.0)])
-    layout = check_layout([check.claim])
-    total = Contributions.of(layout, {"o0": lie.reshape(-1), **honest}).total
-    assert wrong_claims([check.claim], total) == []
+    (hidden,) = check_total(check.claim, honest)["check/0/gram/l"].view("<u8")
+    lie = np.array([*(to_words(-from_words(each)) for each in hidden[:8]), to_words(0.0)], dtype="<u8")
+    assert wrong_claims([check.claim], check_total(check.claim, {"o0": lie.reshape(-1), **honest})) == []
 
 
-def total_of(check: Check, residual: float, scale: float) -> SummedTensors:
-    layout = check_layout([check.claim])
-    numbers = np.array([*(to_limbs(each) for each in (0.0,) * 7 + (residual,)), to_limbs(scale)])
-    return Contributions.of(layout, {"o0": numbers.reshape(-1), "o1": np.zeros(layout.size)}).total
+def total_of(check: Check, residual: float, scale: float) -> Total:
+    numbers = np.array([to_words(each) for each in (*(0.0,) * 7, residual, scale)], dtype="<u8").reshape(-1)
+    return check_total(check.claim, {"o0": numbers, "o1": np.zeros_like(numbers)})
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -547,18 +543,24 @@ def test_the_tolerance_is_met_on_both_sides_of_its_edge(sign: int) -> None:
 # --- exact numbers ----------------------------------------------------------------------------------------------------
 
 
-@given(numbers=st.lists(st.floats(min_value=-(2.0**100), max_value=2.0**100), min_size=1, max_size=6))
-def test_numbers_in_limbs_add_up_exactly(numbers: list[float]) -> None:
-    limbs = np.array([to_limbs(number) for number in numbers])
-    assert np.abs(limbs).max() < 2**45
-    cut = [Fraction(int(Fraction(number) * 2**155), 2**155) for number in numbers]
-    assert from_limbs(limbs.sum(axis=0)) == float(sum(cut))
+@given(numbers=st.lists(st.floats(min_value=-(2.0**160), max_value=2.0**160, exclude_min=True, exclude_max=True)))
+def test_numbers_in_words_add_up_exactly(numbers: list[float]) -> None:
+    words = np.array([to_words(number) for number in (0.0, *numbers)], dtype="<u8")
+    added = reduce(wide.add, words[:, None])
+    cut = [Fraction(int(Fraction(number) * 2**151), 2**151) for number in numbers]
+    assert from_words(added[0]) == float(sum(cut))
+
+
+def test_a_sum_of_150_owners_does_not_wrap_around() -> None:
+    for number in (2.0**160 * (1 - 2.0**-53), -(2.0**160) * (1 - 2.0**-53)):
+        words = np.array([to_words(number)], dtype="<u8")
+        assert from_words(reduce(wide.add, [words] * 150)[0]) == 150 * number
 
 
 @pytest.mark.parametrize("number", [2.0**160, -(2.0**160), float("inf"), float("nan")])
-def test_a_number_that_limbs_cannot_hold_does_not_leave(number: float) -> None:
+def test_a_number_that_words_cannot_hold_does_not_leave(number: float) -> None:
     with pytest.raises(NumericalError, match="too large to be summed; nothing has left"):
-        to_limbs(number)
+        to_words(number)
 
 
 def test_128_no_owner_refuses_a_model_because_of_its_own_numbers() -> None:
@@ -622,13 +624,13 @@ def test_an_equation_by_entry_has_shares_for_each_group_of_rows() -> None:
     test = projection(bytes(32), "0/fisher/l0.weight", size, 8)
     terms = fisher * (delta.double().abs() + 2.0**-149) + products
     assert len(groups) == 2
-    for number, limbs in enumerate(groups):
+    for number, words in enumerate(groups):
         some = slice(number * ROWS_AT_ONCE, (number + 1) * ROWS_AT_ONCE)
-        shares = torch.tensor([from_limbs(each) for each in limbs[:8]], dtype=torch.float64)
+        shares = torch.tensor([from_words(each) for each in words[:8]], dtype=torch.float64)
         torch.testing.assert_close(shares, residual[some] @ test[some], rtol=1e-10, atol=0)
         scale = 2.0**15 * (10 * terms[some].norm() + residual[some].norm(p=1))
         factor = blinding(bytes(32), bytes(32), f"0/fisher/l0.weight/{number}")
-        assert from_limbs(limbs[8]) == pytest.approx(float(scale) * factor)
+        assert from_words(words[8]) == pytest.approx(float(scale) * factor)
     sent[ROWS_AT_ONCE + 4] = 1e-6  # in the second block
     with pytest.raises(NotTheMerge, match="beyond the rounding of float32"):
         list(challenge.shares(claim, {"l0.weight": delta.reshape(plan.shapes["l0.weight"])}, own))
@@ -658,8 +660,8 @@ def test_the_mean_of_a_large_embedding_has_the_same_shares_in_blocks_of_rows() -
         challenge = Challenge(
             claims=(claim,), rho_seed=bytes(32), combination_seed=bytes(32), blind=bytes(32), sent=sent
         )
-        ((_, (limbs,)),) = challenge.shares(claim, delta, own)
-        found.append([from_limbs(each) for each in limbs])
+        ((_, (words,)),) = challenge.shares(claim, delta, own)
+        found.append([from_words(each) for each in words])
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
@@ -742,8 +744,8 @@ def test_128_the_scales_that_travel_are_known_to_a_factor_of_two_and_another_one
         scales = []
         for secret in range(30):
             check.blind = bytes([secret]) * 32
-            scales.append(from_limbs(check.shares(owner).reshape(-1, LIMBS)[-1]))
-        assert scales[-1] == from_limbs(check.shares(owner).reshape(-1, LIMBS)[-1])  # asked again
+            scales.append(from_words(check.shares(owner).reshape(-1, wide.WORDS)[-1]))
+        assert scales[-1] == from_words(check.shares(owner).reshape(-1, wide.WORDS)[-1])  # asked again
         assert len(set(scales)) == 30
         assert 1.5 < max(scales) / min(scales) <= 2
         assert not any(log2(scale).is_integer() for scale in scales)

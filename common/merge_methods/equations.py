@@ -36,7 +36,7 @@ LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**12
 BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 MOST_GROUPS = 64  # of such rows; each has shares of its own
-MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what limbs hold
+MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what travels
 LEAST_ENLARGED = 2.0**-64  # smaller numbers are rounded as subnormal ones, which enlarging would show
 
 

@@ -10,10 +10,11 @@ sum takes two exchanges, which travel with the set-up of the next one.
     CheckKeys               CheckShares           everybody's keys; y_i, signed with the digest of all this
     UploadsOpened           OpeningChecked        everybody's y_i and signatures; each owner adds them up
 
-Owner i sends y_i = x_i + sum over j > i of PRG(k_ij) - sum over j < i of PRG(k_ij), modulo 2^64, once. k_ij follows
-from the two keys and from `PairwiseSum.digest`: the run, the round, everything that was delivered, and all keys. So if
-owners are told different things, their masks do not cancel, and what they sent is noise. Masks cancel only over all
-owners of one list of keys, and each of them checks that these are the owners whose contributions are merged.
+Owner i sends y_i = x_i + sum over j > i of PRG(k_ij) - sum over j < i of PRG(k_ij), once. Its numbers are integers of
+320 bits (wide.py), and all this is modulo 2^320. k_ij follows from the two keys and from `PairwiseSum.digest`: the run,
+the round, everything that was delivered, and all keys. So if owners are told different things, their masks do not
+cancel, and what they sent is noise. Masks cancel only over all owners of one list of keys, and each of them checks that
+these are the owners whose contributions are merged.
 
 What this does not protect against: what the total itself reveals; an owner that adds a false vector; anybody who
 refuses to continue.
@@ -32,7 +33,7 @@ from common.certificates import nonce_body
 from common.domain_separation import Domain
 from common.errors import RemoteProtocolError
 from common.identity import Identity, verify
-from common.summation import fixed_point, key_agreement, mask_stream
+from common.summation import key_agreement, mask_stream, wide
 from common.summation.protocol import Total
 from common.summation.records import Nonce, Signed, name_at
 from common.tensor_layout import TensorLayout
@@ -93,18 +94,19 @@ class PairwiseSum:
                 self.roster[name], name, self.run, self.position, self.delivered, each
             )  # check: check-keys-are-signed
 
-    def masked(self, seed: bytes, me: str, vector: NDArray[np.float64]) -> NDArray:
-        """y_i: `vector` (layout.size,) in fixed point and masked, in place; `seed` is that of this owner's key."""
-        payload = fixed_point.encode(self.layout, vector, len(self.roster))
+    def masked(self, seed: bytes, me: str, vector: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """y_i: `vector` (layout.size,), the words of all numbers, masked; `seed` is that of this owner's key."""
         private = key_agreement.private_key(seed, Domain.CHECK_KEY, bytes.fromhex(self.run))
         mine = self.entries[me].owner
-        masks: list[mask_stream.Mask] = []
+        payload = vector.reshape(-1, wide.WORDS)
         for each in self.entries.values():
             if each.owner != mine:
                 key = self._pair_key(key_agreement.agree(private, each.nonce), mine, each.owner)
-                masks.append((key, 1 if mine < each.owner else -1))
-        mask_stream.add_masks(payload, masks, 0)  # check: check-shares-are-masked
-        return payload
+                mask = np.zeros(self.layout.size, dtype="<u8")
+                mask_stream.add_masks(mask, [(key, 1)], 0)
+                change = wide.add if mine < each.owner else wide.subtract
+                payload = change(payload, mask.reshape(-1, wide.WORDS))  # check: check-shares-are-masked
+        return payload.reshape(-1)
 
     def sign(self, identity: Identity, payload: NDArray) -> bytes:
         """An owner's signature under its y_i."""
@@ -122,21 +124,20 @@ class PairwiseSum:
     def total(self, payload: NDArray, signatures: bytes) -> Total:
         """The total of all y_i, one after the other in `payload`, with everybody's `signatures` (`records.Signed`).
 
-        Raises RemoteProtocolError unless each is the one that its owner signed, and FalseTotal for a total that honest
-        owners cannot reach.
+        The words of a number stay beside each other, as they are, in the total's float64 vector. Raises
+        RemoteProtocolError unless each y_i is the one that its owner signed.
         """
         signed, size = Signed.unpack_all(signatures), self.layout.size
         is_whole = payload.shape == (len(self.entries) * size,)
         if [each.owner for each in signed] != [each.owner for each in self.entries.values()] or not is_whole:
             raise RemoteProtocolError("check: not one signed vector of every owner")
-        words = np.zeros(size, dtype="<u8")
+        words = np.zeros((size // wide.WORDS, wide.WORDS), dtype="<u8")
         for number, (name, each) in enumerate(zip(self.entries, signed, strict=True)):
             upload = payload[number * size : (number + 1) * size]
             self.check_upload(name, upload, each.signature)
-            fixed_point.numbers(self.layout, words)[:] += upload
-        owners, roster_size = tuple(self.entries), len(self.roster)
-        vector = fixed_point.decode(self.layout, words, roster_size, len(owners))
-        return Total(layout=self.layout, vector=vector, owners=owners, roster_size=roster_size)
+            words = wide.add(words, upload.reshape(-1, wide.WORDS))
+        vector = words.reshape(-1).view("<f8")
+        return Total(layout=self.layout, vector=vector, owners=tuple(self.entries), roster_size=len(self.roster))
 
     def _pair_key(self, shared: bytes, mine: int, other: int) -> bytes:
         pair = min(mine, other).to_bytes(2) + max(mine, other).to_bytes(2)

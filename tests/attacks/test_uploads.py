@@ -34,11 +34,12 @@ from common.messages import (
     encode,
 )
 from common.schedule import Round
-from common.summation import fixed_point
+from common.summation import fixed_point, wide
 from common.summation.masked.book import part_body
+from common.summation.pairwise import PairwiseSum
 from common.summation.plain import PlainCoordinator
+from common.summation.protocol import Total
 from common.tensor_layout import RingBits, TensorLayout
-from common.verification import LIMBS
 from server.merge import run_merge
 from tests.support.malicious import MaliciousCoordinator
 from tests.support.parties import OwnersChannel, parties_with_method
@@ -280,17 +281,16 @@ def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(traine
 def test_76_a_check_that_this_machine_computed_wrongly_is_computed_again(
     trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_bit_wrong(layout: TensorLayout, words: np.ndarray, *rest: int) -> np.ndarray:
-        decoded = decode_sum(layout, words, *rest)
-        if layout.entries[0].name.startswith("check/"):
-            decoded[LIMBS - 1] += 1.0  # the highest limb of the first share
-        return decoded
+    def one_bit_wrong(self: PairwiseSum, payload: np.ndarray, signatures: bytes) -> Total:
+        total = add_up(self, payload, signatures)
+        total.vector.view("<u8")[wide.WORDS - 2] ^= 1 << 63  # of the first share
+        return total
 
-    decode_sum = fixed_point.decode
+    add_up = PairwiseSum.total
     with parties_with_method(trained_folder, tmp_path, "average", verified=True) as parties:
         (parties.output / ".amalgram").touch()
         with monkeypatch.context() as patch:
-            patch.setattr(fixed_point, "decode", one_bit_wrong)
+            patch.setattr(PairwiseSum, "total", one_bit_wrong)
             with pytest.raises(FalseTotal, match="do not add up to zero"):
                 run_merge(parties.coordinator, OwnersChannel(parties.files))
         run_merge(parties.coordinator, OwnersChannel(parties.files))
