@@ -435,8 +435,8 @@ def test_213_shares_that_have_changed_do_not_leave_under_the_same_masks(trying: 
     """Two vectors under the same masks would show their difference."""
     honest = verification.shares
 
-    def changed(owner: Owner, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, NDArray[np.float64]]]:
-        yield from ((name, array + 1.0) for name, array in honest(owner, round_, keys_digest))
+    def changed(owner: Owner, round_: Round, keys_digest: bytes) -> Iterator[tuple[str, NDArray[np.uint64]]]:
+        yield from ((name, array + np.uint64(1)) for name, array in honest(owner, round_, keys_digest))
 
     def before_opening(request: Message) -> Iterator[Attempt]:
         check = trying.owner.state.run.check
