@@ -28,8 +28,7 @@ from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod, Ste
 from common.merge_methods.search import SEARCH, Mixture, groups_of, next_mixtures
 from common.merge_methods.terms import Hyperparameters, MergedDelta, MergeSettings
 from common.metrics import MeanScore, Split
-from common.models.delta import APPLIED, MixedDelta, add_delta, published_delta
-from common.models.disk_tensors import on_disk_if_large
+from common.models.delta import APPLIED, MixedDelta, VectorDelta, add_delta, published_delta
 from common.models.folders import base_model_folder
 from common.models.loading import agreed_plan, check_base, load_base
 from common.models.low_rank import AdapterDelta, cut
@@ -210,8 +209,8 @@ class MergeRun:
 
     # --- verification ---
 
-    def _keep_sent(self, delivery: Delivery, merged: MergedDelta) -> None:
-        """Keep a model that is sent, and what rounding took from it, until it is verified; large ones on the disk."""
+    def _keep_sent(self, delivery: Delivery, vector: NDArray[np.float32], merged: MergedDelta) -> None:
+        """Keep a model as it is sent, and what rounding took from it, until it is verified."""
         if not self.agreement.is_verified:
             return
         unsolved = [note for note in merged.layers if note.status != "solved"]
@@ -223,8 +222,7 @@ class MergeRun:
             )
         if not self.schedule.is_checked(delivery):
             return
-        solved, scratch = {**merged.delta, **merged.beside}, self._settings.scratch
-        delta = {name: on_disk_if_large(tensor, scratch) for name, tensor in solved.items() if name in merged.rest}
+        delta = VectorDelta(self.plan, (delivery.layout, vector))
         self._sent[delivery.position] = Sent(delta=delta, rest=merged.rest, factor=merged.factor)
 
     def _send_corrections(self, delivery: Delivery) -> None:
@@ -243,8 +241,9 @@ class MergeRun:
         if delivery.step == 0:
             start = _multi_round(name).start
             self._so_far[name] = self._solved(lambda settings: start(settings, self._contributions))
-        self._keep_sent(delivery, self._so_far[name])
-        self.coordinator.deliver(delivery, self._vector_of(delivery.layout, self._so_far[name].delta))
+        vector = self._vector_of(delivery.layout, self._so_far[name].delta)
+        self._keep_sent(delivery, vector, self._so_far[name])
+        self.coordinator.deliver(delivery, vector)
 
     def _sum_step(self, round: Round, name: str, step: Step) -> None:
         method, so_far, total = _multi_round(name), self._so_far[name], self.coordinator.sum(round)
@@ -434,10 +433,10 @@ class MergeRun:
 
     def _send(self, delivery: Delivery, candidate: str, merged: MergedDelta) -> MergedDelta:
         """Send a candidate; return it as it would be published, with the vector that was sent as its only copy."""
-        self._keep_sent(delivery, merged)
         factors = {} if merged.low_rank is None else merged.low_rank.tensors()
         applied = {APPLIED + name: tensor for name, tensor in merged.applied.items()}
         vector = self._vector_of(delivery.layout, {**merged.delta, **merged.beside, **applied, **factors})
+        self._keep_sent(delivery, vector, merged)
         self.coordinator.deliver(delivery, vector, candidate)
         delta = published_delta(self.plan, delivery.layout, vector)
         return replace(merged, delta=delta, beside={}, applied={}, rest={})
