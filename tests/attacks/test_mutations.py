@@ -694,6 +694,7 @@ TABLE = [
     Mutation(COORDINATOR, "test_73_an_owner", "rounds-are-not-used-up"),
     Mutation(COORDINATOR, "test_a_signature_of_another", "receipt-is-signed"),
     Mutation(COORDINATOR, "test_the_roll_call_refuses_a_node", "presence-is-signed"),
+    Mutation(COORDINATOR, "test_the_roll_call_refuses_strangers_and_duplicates", "one-node-an-owner"),
     # multi-round methods
     Mutation(STEPS, "test_a_step_before", "round-is-the-next-event"),
     Mutation(STEPS, "test_a_step_that_was_not", "layout-is-the-agreed-one"),
