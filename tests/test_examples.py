@@ -95,6 +95,7 @@ def test_the_task_is_what_the_base_was_made_for(architecture: type, kind: str, t
         task_of(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_columns_may_have_other_names(reviews_folder: Path, tmp_path: Path) -> None:
     base = str(reviews_folder / "base")
     owners = []

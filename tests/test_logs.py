@@ -92,7 +92,9 @@ def test_a_whole_run_tells_its_steps_and_no_row_no_seed_and_no_owner_s_number(pa
         assert str(len(Owner(path).workbench.data.train())) not in " ".join(line["message"] for line in lines)
 
 
-@pytest.mark.parametrize("methods", [("refit", "average"), ("regmean_plus_plus",), ("average",)])
+@pytest.mark.parametrize(
+    "methods", [("refit", "average"), pytest.param(("regmean_plus_plus",), marks=pytest.mark.slow)]
+)
 def test_the_steps_that_are_announced_are_the_steps_that_are_done(
     methods: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

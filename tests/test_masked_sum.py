@@ -70,7 +70,7 @@ def test_masked_and_plain_totals_are_the_same_integers(
     np.testing.assert_array_equal(masked.vector, sum_of(terms, vectors, masked.owners))
 
 
-@pytest.mark.parametrize("count", [3, 4, 5])
+@pytest.mark.parametrize("count", [3, 4, pytest.param(5, marks=pytest.mark.slow)])
 def test_every_group_of_owners_may_drop_at_every_step(count: int) -> None:
     """All subsets at all steps: the sum completes over the survivors, or stops and says where each was heard last."""
     identities, layout = identities_of(count), layout_of(5)

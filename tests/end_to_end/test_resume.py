@@ -198,6 +198,7 @@ class KilledInRound(KilledAt):
         return super().answer(node, request)
 
 
+@pytest.mark.slow
 def test_a_run_in_32_bits_resumes_within_and_between_its_two_rounds(in_32_bits: Parties) -> None:
     """Owners measure once, for both rounds.
 

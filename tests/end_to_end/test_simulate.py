@@ -362,6 +362,7 @@ def test_the_demo_runs_on_images_and_reports_every_model(tmp_path: Path, monkeyp
     assert digest_of(model, Task()) == report.digests.model
 
 
+@pytest.mark.slow
 def test_a_model_without_padding_token_works(consortium: Path, tmp_path: Path) -> None:
     merge_little(consortium, "regmean")
     config = GPT2Config(

@@ -428,7 +428,9 @@ PREPARES = {
 }
 
 
-@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize(
+    "problem_type", ["multi_label_classification", pytest.param("regression", marks=pytest.mark.slow)]
+)
 def test_images_have_several_labels_or_numbers(problem_type: str, tmp_path: Path) -> None:
     """Each half of an image is dark or light by itself."""
     folder, is_regression = tmp_path / "consortium", problem_type == "regression"
