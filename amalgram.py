@@ -31,9 +31,6 @@ logging.getLogger("amalgram").addHandler(logging.NullHandler())  # whoever sets 
 # as long and more (benchmarks/threads.py). Torch reads these when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
-# Torch asks for large pages. Otherwise the system hands out and clears each tensor 4 KB at a time, which took a fifth
-# of the time of a merge of a billion parameters (benchmarks/large.py). Torch reads it with the first large tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main() -> NoReturn:
