@@ -223,13 +223,18 @@ class Coordinator:
         total = self.checkpoint.next_total(round)
         if total is None:
             total = self._sum_over_owners(round)
-        if round.is_open:
+        if round.is_open and not self._takes_all_later(round):
             reason = f"it is not in the {round.name}, so it could not sign the result"
             self.leave_out_absent(total.owners, reason)  # check: who-cannot-sign-is-not-counted
         self._relay_uploads(round, total)
         self.exchange.count_step()
         self.sums.append(OpenedSum(round, total.owners))
         return total
+
+    def _takes_all_later(self, round: Round) -> bool:
+        """Whether a check follows a round: all contributors must be in it, also those that missed this round."""
+        later = self.schedule.events[round.position + 1 :]
+        return any(isinstance(each, Round) and each.kind == "check" for each in later)
 
     def _sum_over_owners(self, round: Round) -> Total:
         while True:
