@@ -28,7 +28,7 @@ def packed(numbers: NDArray[np.float32]) -> NDArray:
 
 
 def unpacked(payload: NDArray, count: int) -> NDArray[np.float32]:
-    """What `packed` was given, (count,). Takes no more memory than that many numbers, whatever the stream says.
+    """What `packed` was given, (count,). Takes memory for at most three times as many, whatever the stream says.
 
     Raises RemoteProtocolError unless there are exactly so many.
     """
