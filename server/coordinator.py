@@ -319,9 +319,19 @@ class Coordinator:
         if is_late:
             self._relay_to_late_owners(uploads, present)
             return
-        if not self.exchange.fits_ahead(uploads):
-            self.exchange.flush()
-        self.exchange.send_ahead(Ahead(message=uploads, check=check, on_arrival=on_arrival))
+        if len(present) == len(self.owners):
+            if not self.exchange.fits_ahead(uploads):
+                self.exchange.flush()
+            self.exchange.send_ahead(Ahead(message=uploads, check=check, on_arrival=on_arrival))
+            return
+        for owner, reply in self.exchange.ask(dict.fromkeys(present, uploads)):  # whoever came back has no part in it
+            try:
+                if reply is not None:
+                    check(owner, reply)
+            except RemoteProtocolError as violation:
+                self.exchange.exclude(owner, violation)
+        self.exchange.check_enough()
+        on_arrival()
 
     def _relay_to_late_owners(self, uploads: UploadsOpened, owners: Sequence[str]) -> None:
         """Show a sum to owners that are back. One that helped to open it goes on only once it has added it up. One that

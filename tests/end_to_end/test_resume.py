@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+import common.schedule
 import server.checkpoint
-from common.errors import SettingsError, TooFewOwners
+from client.owner import Owner
+from common.errors import AmalgramError, SettingsError, TooFewOwners
 from common.messages import (
     Acknowledgements,
     BurnSession,
@@ -26,6 +28,7 @@ from common.messages import (
     OpenSum,
     Packet,
     Receipts,
+    Refusal,
     Result,
     RollCall,
     ScalesPart,
@@ -390,6 +393,44 @@ def test_owners_that_miss_different_sums_of_metrics_are_waited_for(one_may_drop_
     report = read_report(one_may_drop_out.output)
     assert report.receipts == ("hotel", "phones", "inn")
     assert [len(each.owners) for each in report.rounds] == [4, 4, 3, 3]
+
+
+class Refusing(Loses):
+    """An owner's error is a refusal, as over the network."""
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        try:
+            return super().answer(node, request)
+        except AmalgramError as error:
+            return Refusal(code=error.code)
+
+
+class KilledBeforeRelay(Refusing):
+    """The coordinator is killed when a sum is open, before any owner can add it up."""
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        if isinstance(request, UploadsOpened):
+            raise Killed
+        return super().answer(node, request)
+
+
+def test_an_owner_that_missed_a_sum_before_another_check_takes_part_in_that_check(
+    one_may_drop_out: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot sign the result. But without it no check could be made any more, whoever came back."""
+    path, files, owners = one_may_drop_out.coordinator, one_may_drop_out.files, len(one_may_drop_out.files)
+    workbench = Owner(files["hotel"]).workbench
+    events = schedule_of(workbench.agreement, workbench.plan).events
+    (check,) = (each.layout.num_bytes for each in events if isinstance(each, Round) and each.kind == "check")
+    monkeypatch.setattr(common.schedule, "PART_BYTES", check * owners - 1)  # one check of all models is too large
+    with pytest.raises(Killed):
+        run_merge(path, Refusing(files, 1, (), 2))  # validation metrics are about to be opened
+    with pytest.raises(Killed):
+        run_merge(path, KilledBeforeRelay(files, 1, (RollCall,), -1))  # they are opened without this owner
+    run_merge(path, Refusing(files, 1, (), -1))
+    report = read_report(one_may_drop_out.output)
+    assert report.verified
+    assert report.receipts == ("hotel", "phones", "inn")
 
 
 def test_what_is_published_is_neither_made_nor_removed_again(undisturbed: Parties) -> None:
