@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError
-from common.mapped import PIECE_NUMBERS, release
+from common.mapped import pieces
 
 BAND = 64  # columns of a matrix that are mirrored together: from 32 to 128 all take as long
 PART_BYTES = 64_000_000  # the most that one message carries: larger ones cost memory and time in each Flower process
@@ -210,9 +210,10 @@ def union(layouts: Iterable[TensorLayout]) -> TensorLayout:
 
 
 def _copy(numbers: NDArray, vector: NDArray) -> None:
-    for start in range(0, len(numbers), PIECE_NUMBERS):
-        vector[start : start + PIECE_NUMBERS] = numbers[start : start + PIECE_NUMBERS]
-        release(vector)  # of one on the disk, nothing but the piece is in memory
+    start = 0
+    for piece in pieces(vector):
+        piece[:] = numbers[start : start + len(piece)]
+        start += len(piece)
 
 
 def _pack(matrix: NDArray, packed: NDArray) -> None:

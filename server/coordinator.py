@@ -182,15 +182,17 @@ class Coordinator:
     def _check_attendance(self, refusals: list[str], violations: list[RemoteProtocolError]) -> None:
         missing = [name for name in self.agreement.owner_names if name not in self.owners]
         self.exchange.dropped_out.update(dict.fromkeys(missing, "roll call"))
-        if self.excluded and len(self.owners) < self.agreement.needed_owners:
+        if len(self.owners) >= self.agreement.needed_owners:
+            return
+        if self.excluded:
             raise RemoteProtocolError(
                 f"roll call: {len(self.owners)} owners are left, the agreement needs {self.agreement.needed_owners}. "
                 f"Left out: {'; '.join(self.excluded.values())}",
                 hint=f"make a new agreement without {', '.join(self.excluded)}",
             )
-        if refusals and len(self.owners) < self.agreement.needed_owners:
+        if refusals:
             raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {some_of(missing)}", refusals[0])
-        if violations and len(self.owners) < self.agreement.needed_owners:
+        if violations:
             raise violations[0]
         self.exchange.check_enough()
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.lazy import lazy_module
-from common.mapped import PIECE_NUMBERS
+from common.mapped import pieces
 from common.models.disk_tensors import on_disk_if_large
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan
@@ -382,11 +382,10 @@ def weighted_delta_tensors(
 def mean_delta(plan: MergePlan, total: SummedTensors, name: str) -> Tensor:
     """sum n_i delta_i / sum n_i, float64. Embeddings are large: besides the result, there is one piece in memory."""
     weight, summed = total["weight"][0], f"weighted_delta/{name}"
-    mean = np.empty(plan.shapes[name])
-    flat = mean.reshape(-1)
-    for start in range(0, flat.size, PIECE_NUMBERS):
-        piece = slice(start, min(start + PIECE_NUMBERS, flat.size))
-        np.divide(total.some_of(summed, piece), weight, out=flat[piece])
+    mean, start = np.empty(plan.shapes[name]), 0
+    for piece in pieces(mean.reshape(-1)):
+        np.divide(total.some_of(summed, slice(start, start + len(piece))), weight, out=piece)
+        start += len(piece)
     return torch.from_numpy(mean)
 
 
