@@ -10,10 +10,10 @@ A that are small beside the others, larger errors pass. Ridges and floors keep t
 (SECURITY.md, attack 129).
 
 A mean that several models of one check share is proved of the first alone: the others must have the same bits of it
-(`Shortener`). Vectors of one length are the rows of one equation, each enlarged to the size of the largest.
+(`Shortener`). Small means whose rows are equally long are one equation (`StackedMeans`).
 
-The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 8) and
-s (n, 8), owner i sends for each equation, for every column k,
+The shares are compressed on both sides (Freivalds 1977, under a secure sum). With random integers rho (m, 7) and
+s (n, 7), owner i sends for each equation, for every column k,
 
     e_i = s_k^T (A_i (D rho_k + c_k) - B_i rho_k)
 
@@ -36,7 +36,7 @@ float32.
 The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation, or for
 each group of its rows if it is about single entries (`group_rows`),
 
-    v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 8), the size of the terms; if B_i is a difference,
+    v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 7), the size of the terms; if B_i is a difference,
                                                              of both its terms
     S_i = 2^15 max_k (a |v_ik|_2 + |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
@@ -102,7 +102,7 @@ else:
     torch = lazy_module("torch")
 
 CACHED_NUMBERS = 1 << 20  # of a matrix in float64, which the processor's cache holds
-COLUMNS = 8  # an error is exactly zero in all of them with probability below 2^-100
+COLUMNS = 7  # an error is exactly zero in all of them with probability below 2^-100: at most 2^-15 in each
 LOWEST_BIT, HIGHEST_BIT = -151, 160  # shares travel in multiples of 2^-151, up to 2^160: wide.py holds a sum of 150
 LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms reach 2^160, and none refuses by its size
 SUBNORMAL = 2.0**-149  # the smallest positive float32
@@ -136,7 +136,7 @@ class Claim:
 
 
 class Shortener:
-    """Makes claims shorter, so that a mean which several models share is proved once, and vectors together.
+    """Makes claims shorter, so that a mean which several models share is proved once, and small means together.
 
     A mean is one division, which gives every party the same bits. What needs a solver is proved of each model.
     """
@@ -182,7 +182,7 @@ def correction_layout(claims: Sequence[Claim]) -> TensorLayout:
 
 
 def check_layout(claims: Sequence[Claim]) -> TensorLayout:
-    """What an owner adds to a check: for each group of an equation's rows, eight shares and their scale, each in the
+    """What an owner adds to a check: for each group of an equation's rows, the shares and their scale, each in the
     words of one integer (summation/wide.py).
     """
     entries = list[TensorEntry]()
@@ -288,7 +288,7 @@ class Challenge:
                 raise NotTheMerge(f"the coordinator sent a factor of {factor} for {name}")
             part = equation.part_of(delta)  # (n, m) float32
             rho = rho_of(self.rho_seed, name, equation)  # (m, columns)
-            words = list[list[list[int]]]()  # (groups, 9, WORDS)
+            words = list[list[list[int]]]()  # (groups, COLUMNS + 1, WORDS)
             for group in range(equation.groups):
                 sums = []
                 for rows in _blocks(equation, group):
@@ -347,7 +347,7 @@ def _sums_of(
     factor: float,
     rows: slice,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over some rows: s^T of the residual for every column, (8,); |v|_2 and the residual's |.|_1, (columns,) each.
+    """Over some rows: s^T of the residual for every column, (COLUMNS,); |v|_2 and the residual's |.|_1, (columns,).
 
     `corrected`: D rho + c. `reach`: |D| |rho|.
     """
@@ -364,7 +364,7 @@ def _sums_of(
 
 
 def _shares(equation: Equation, sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """e_i for every column, then S_i: (9,) float64. `sums`: see `_sums_of`, of all rows."""
+    """e_i for every column, then S_i: (COLUMNS + 1,) float64. `sums`: see `_sums_of`, of all rows."""
     shares, sizes, residuals = (torch.stack(each) for each in zip(*sums, strict=True))
     spread = min(equation.group_rows**0.5, SPREAD)
     scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + residuals.sum(dim=0)).max()
@@ -388,7 +388,7 @@ def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
     """The equations that do not hold, by name. `total`: the check's, as every owner adds it up by itself."""
     found = []
     for name, equation in (each for claim in claims for each in claim.named()):
-        for group in total[f"check/{name}"].view("<u8"):  # (9, WORDS), see pairwise.py
+        for group in total[f"check/{name}"].view("<u8"):  # (COLUMNS + 1, WORDS), see pairwise.py
             *shares, scale = map(from_words, group)
             largest = max(abs(share) for share in shares)
             if not largest <= tolerance(equation, scale):  # check: sums-of-shares-are-zero

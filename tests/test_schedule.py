@@ -12,7 +12,7 @@ from common.agreement.tables import Verification
 from common.errors import LocalProtocolError, RemoteProtocolError, SettingsError
 from common.merge_methods import METHODS, ORDERED
 from common.merge_methods.data_free import DataFreeTable
-from common.merge_methods.equations import MeanEquation, VectorsEquation
+from common.merge_methods.equations import MeanEquation, StackedMeans
 from common.merge_methods.method import MultiRoundMethod
 from common.merge_methods.normal_equations import SystemEquation
 from common.merge_methods.refit import RefitTable
@@ -386,7 +386,7 @@ def test_what_every_owner_is_to_open_must_fit_in_one_message(
 
 def means_of(claim: Claim) -> set[str]:
     """The parameters whose means a claim's equations are about."""
-    vectors = [each for group in claim.equations if isinstance(group, VectorsEquation) for each in group.vectors]
+    vectors = [each for group in claim.equations if isinstance(group, StackedMeans) for each in group.means]
     return {each.parameter for each in (*claim.equations, *vectors) if isinstance(each, MeanEquation)}
 
 

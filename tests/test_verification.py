@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
-from math import log2
+from math import log2, prod
 
 import numpy as np
 import pytest
@@ -17,7 +17,15 @@ from common.agreement.rules import LEAST_RIDGE
 from common.errors import NumericalError, RemoteProtocolError
 from common.merge_methods import METHODS, contribution, contribution_layout
 from common.merge_methods.data_free import DataFreeTable
-from common.merge_methods.equations import ROWS_AT_ONCE, Equation, FisherEquation, MeanEquation, VectorsEquation
+from common.merge_methods.equations import (
+    MOST_STACKED,
+    ROWS_AT_ONCE,
+    Equation,
+    FisherEquation,
+    MeanEquation,
+    StackedMeans,
+    stacked,
+)
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod
 from common.merge_methods.normal_equations import System, SystemEquation, solve_symmetric
 from common.merge_methods.refit import REFIT, ClassifierEquation, RefitTable, classifier
@@ -32,6 +40,7 @@ from common.summation.own_part import OwnPart
 from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 from common.verification import (
+    COLUMNS,
     LARGEST_NUMBER,
     UNIT,
     Challenge,
@@ -280,54 +289,68 @@ def test_a_parameter_that_is_one_number_is_verified(method: str) -> None:
     assert check.wrong() == [f"0/{'mean' if method == 'average' else method}/scale"]
 
 
-def test_vectors_of_one_length_are_verified_together_and_each_of_them() -> None:
-    plan = plan_for(5, [4, 4, 4], has_constant=True)
+def test_means_with_rows_of_one_length_are_verified_together_and_each_of_them() -> None:
+    plan = plan_for(5, [4, 4, 5], has_constant=True)
     settings_ = verified(merge_settings(plan), 3)
     owners = owners_for(settings_, 3, 0, 1.0, reaches_half=False)
     check = check_of("average", settings_, contributions_of(["average"], settings_, owners))
-    (group,) = (each for each in check.claim.equations if isinstance(each, VectorsEquation))
-    assert len(group.vectors) == 3
-    for vector in group.vectors:
-        assert check.wrong() == []
-        right = check.delta[vector.parameter].clone()
-        check.delta[vector.parameter][1] *= 1 + 2.0**-18
-        assert check.wrong() == [f"0/{group.name}"]
-        check.delta[vector.parameter] = right
+    groups = [each for each in check.claim.equations if isinstance(each, StackedMeans)]
+    assert sorted(len(group.means) for group in groups) == [2, 4]  # two vectors; three matrices and a vector
+    for group in groups:
+        for mean in group.means:
+            assert check.wrong() == []
+            right = check.delta[mean.parameter].clone()
+            check.delta[mean.parameter].reshape(-1)[1] *= 1 + 2.0**-18
+            assert check.wrong() == [f"0/{group.name}"]
+            check.delta[mean.parameter] = right
 
 
-def vectors_check(sizes: Sequence[float], length: int = 64) -> Check:
-    """The means of vectors of one length, each entry of which is about as large as `sizes` say."""
+def test_stacks_of_means_hold_so_many_numbers_and_no_more() -> None:
+    half, more = (MOST_STACKED // 128, 64), (MOST_STACKED // 128 + 1, 64)
+    shapes = [half, more, half, (64,), (MOST_STACKED, 64), (1,), (3, 1), (65,)]
+    means = [MeanEquation.of(f"p{number}", shape) for number, shape in enumerate(shapes)]
+    *alone, stack, other = stacked(means)
+    assert alone == [*means[4:7], *means[:2]]
+    assert isinstance(stack, StackedMeans)
+    assert (stack.means, other) == ((means[2], means[3]), means[7])
+
+
+def means_check(sizes: Sequence[float], shape: tuple[int, ...] = (64,)) -> Check:
+    """The means of parameters of one shape, each entry of which is about as large as `sizes` say."""
     random, plan = np.random.default_rng(0), plan_for(1, [1])
     names = [f"v{number}.bias" for number in range(len(sizes))]
-    plan = replace(plan, shapes=dict.fromkeys(names, (length,)))
-    entries = (TensorEntry(name=f"weighted_delta/{name}", shape=(length,), bound=100.0) for name in names)
+    plan = replace(plan, shapes=dict.fromkeys(names, shape))
+    entries = (TensorEntry(name=f"weighted_delta/{name}", shape=shape, bound=100.0) for name in names)
     layout = TensorLayout((TensorEntry(name="weight", shape=(1,), bound=100.0), *entries))
     vectors = {}
     for owner in identities_of(3):
-        changes = [size * random.uniform(0.5, 1, length) for size in sizes]
+        changes = [size * random.uniform(0.5, 1, prod(shape)) for size in sizes]
         vectors[owner] = np.concatenate([[1.0], *changes])
     contributions = Contributions.of(layout, vectors)
     means = {
         name: torch.from_numpy(contributions.total[f"weighted_delta/{name}"] / contributions.total["weight"])
         for name in names
     }
-    equations = [MeanEquation.of(name, (length,)) for name in names]
+    equations = [MeanEquation.of(name, shape) for name in names]
     merged = rounded(verified(merge_settings(plan), 3), means)
     return Check(equations=equations, contributions=contributions, merged=merged)
 
 
+@pytest.mark.parametrize("shape", [(64,), (9, 64)])
 @pytest.mark.parametrize("size", [1.0, 2.0**-10, 2.0**-20, 2.0**-30])
-def test_122_a_vector_beside_a_far_larger_one_is_off_by_a_little_more_than_its_rounding(size: float) -> None:
-    check = vectors_check([1.0, size, 1.0])
-    assert [type(each) for each in check.claim.equations] == [VectorsEquation]
+def test_122_a_mean_beside_a_far_larger_one_is_off_by_a_little_more_than_its_rounding(
+    size: float, shape: tuple[int, ...]
+) -> None:
+    check = means_check([1.0, size, 1.0], shape)
+    assert [type(each) for each in check.claim.equations] == [StackedMeans]
     assert check.wrong() == []
-    check.delta["v1.bias"][3] *= 1 + 2.0**-21
+    check.delta["v1.bias"].reshape(-1)[3] *= 1 + 2.0**-21
     assert check.wrong() == ["0/means/v0.bias and others"]
 
 
 @pytest.mark.parametrize("sizes", [(1.0, 0.0), (0.0, 0.0), (1e-35, 0.0, 1e-3), (90.0, 1e-12, 0.0)])
 def test_vectors_of_very_different_sizes_raise_no_false_alarm(sizes: tuple[float, ...]) -> None:
-    check = vectors_check(sizes)
+    check = means_check(sizes)
     assert check.wrong() == []
     if any(sizes):
         check.delta[f"v{sizes.index(0.0)}.bias"][0] = 1e-15
@@ -335,9 +358,9 @@ def test_vectors_of_very_different_sizes_raise_no_false_alarm(sizes: tuple[float
 
 
 def test_122_a_small_vector_is_left_out_of_a_model() -> None:
-    check = vectors_check([1.0, 2.0**-40])
+    check = means_check([1.0, 2.0**-40])
     check.delta["v1.bias"].zero_()
-    check.sent.reshape(-1)[8:] = 0
+    check.sent.reshape(-1)[COLUMNS:] = 0
     assert check.wrong() == ["0/means/v0.bias and others"]
 
 
@@ -449,7 +472,7 @@ def test_124_a_correction_is_accepted_up_to_the_rounding_of_float32_and_no_furth
 )
 def test_what_rounding_takes_is_always_within_the_bound(values: list[float], exponent: int, seed: int) -> None:
     exact = torch.tensor([values], dtype=torch.float64) * 2.0**exponent
-    part, rho = exact.float().double(), projection(bytes([seed]), "", len(values), 8)
+    part, rho = exact.float().double(), projection(bytes([seed]), "", len(values), COLUMNS)
     rest = (exact - part).float()
     reach, correction = part.abs() @ rho.abs(), rest.double() @ rho
     check_correction("l", reach, rho, correction.float().double())
@@ -519,12 +542,12 @@ def test_125_one_colluding_owner_makes_a_wrong_model_pass() -> None:
     others = ["o1", "o2"]
     honest = {owner: check.shares(owner) for owner in others}
     (hidden,) = check_total(check.claim, honest)["check/0/gram/l"].view("<u8")
-    lie = np.array([*(to_words(-from_words(each)) for each in hidden[:8]), to_words(0.0)], dtype="<u8")
+    lie = np.array([*(to_words(-from_words(each)) for each in hidden[:COLUMNS]), to_words(0.0)], dtype="<u8")
     assert wrong_claims([check.claim], check_total(check.claim, {"o0": lie.reshape(-1), **honest})) == []
 
 
 def total_of(check: Check, residual: float, scale: float) -> Total:
-    numbers = np.array([to_words(each) for each in (*(0.0,) * 7, residual, scale)], dtype="<u8").reshape(-1)
+    numbers = np.array([to_words(each) for each in (*(0.0,) * (COLUMNS - 1), residual, scale)], dtype="<u8").reshape(-1)
     return check_total(check.claim, {"o0": numbers, "o1": np.zeros_like(numbers)})
 
 
@@ -621,16 +644,16 @@ def test_an_equation_by_entry_has_shares_for_each_group_of_rows() -> None:
     ((_, groups),) = challenge.shares(claim, {"l0.weight": delta.reshape(plan.shapes["l0.weight"])}, own)
     fisher, products = (torch.from_numpy(own[entry.name]) for entry in layout.entries)
     residual = fisher * (delta.double() + 2.0**-40) - products
-    test = projection(bytes(32), "0/fisher/l0.weight", size, 8)
+    test = projection(bytes(32), "0/fisher/l0.weight", size, COLUMNS)
     terms = fisher * (delta.double().abs() + 2.0**-149) + products
     assert len(groups) == 2
     for number, words in enumerate(groups):
         some = slice(number * ROWS_AT_ONCE, (number + 1) * ROWS_AT_ONCE)
-        shares = torch.tensor([from_words(each) for each in words[:8]], dtype=torch.float64)
+        shares = torch.tensor([from_words(each) for each in words[:COLUMNS]], dtype=torch.float64)
         torch.testing.assert_close(shares, residual[some] @ test[some], rtol=1e-10, atol=0)
         scale = 2.0**15 * (10 * terms[some].norm() + residual[some].norm(p=1))
         factor = blinding(bytes(32), bytes(32), f"0/fisher/l0.weight/{number}")
-        assert from_words(words[8]) == pytest.approx(float(scale) * factor)
+        assert from_words(words[COLUMNS]) == pytest.approx(float(scale) * factor)
     sent[ROWS_AT_ONCE + 4] = 1e-6  # in the second block
     with pytest.raises(NotTheMerge, match="beyond the rounding of float32"):
         list(challenge.shares(claim, {"l0.weight": delta.reshape(plan.shapes["l0.weight"])}, own))
@@ -653,7 +676,7 @@ def test_the_mean_of_a_large_embedding_has_the_same_shares_in_blocks_of_rows() -
     encoded = fixed_point.encode(layout, random.uniform(0, 1, layout.size), 3)
     own = OwnPart(layout=layout, encoded=encoded, owners=("o0", "o1", "o2"), roster_size=3)
     delta = {name: torch.from_numpy(random.uniform(0.25, 1, shape)).float()}
-    sent = np.full(8 * rows, 2.0**-40, dtype=np.float32)
+    sent = np.full(COLUMNS * rows, 2.0**-40, dtype=np.float32)
     found = []
     for kind in (MeanEquation, WholeMean):
         claim = Claim(delivery=0, source=0, equations=(kind.of(name, shape, scale=0.5),))

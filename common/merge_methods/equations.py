@@ -37,6 +37,7 @@ BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands 
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 MOST_GROUPS = 64  # of such rows; each has shares of its own
 MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what travels
+MOST_STACKED = 2**18  # numbers, verified as one equation: their sides are in memory as float64
 LEAST_ENLARGED = 2.0**-64  # smaller numbers are rounded as subnormal ones, which enlarging would show
 
 
@@ -195,49 +196,53 @@ class MeanEquation(Equation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorsEquation(Equation):
-    """The same of several vectors of one length, each of them a row: fewer shares to send than one equation each.
+class StackedMeans(Equation):
+    """The same of several parameters whose rows are equally long, one below the other: fewer shares to send than one
+    equation each. A vector is one row.
 
-    The tolerance is relative to all of them together. So each is enlarged, by the power of two that makes it as large
-    as the largest: otherwise an error far above its own rounding would pass. Powers of two add no rounding, and all
-    owners find the same ones in what they were sent. With a hundred vectors the tolerance still is below the rounding
-    of float32.
+    The tolerance is relative to all of them together. So each parameter is enlarged, by the power of two that makes its
+    largest number as large as that of all: otherwise an error far above its own rounding would pass. Powers of two add
+    no rounding, and all owners find the same ones in what they were sent. With MOST_STACKED numbers the tolerance still
+    is below the rounding of float32.
     """
 
-    vectors: tuple[MeanEquation, ...]
-    exponents: tuple[int, ...] = ()  # of these powers, by vector; known once a model was sent
+    means: tuple[MeanEquation, ...]
+    exponents: tuple[int, ...] = ()  # of these powers, by parameter; known once a model was sent
 
     @classmethod
-    def of(cls, vectors: tuple[MeanEquation, ...]) -> VectorsEquation:
-        length = vectors[0].shape[1]
-        shape = (len(vectors), length)
-        return cls(name=f"means/{vectors[0].parameter} and others", shape=shape, is_diagonal=True, vectors=vectors)
+    def of(cls, means: tuple[MeanEquation, ...]) -> StackedMeans:
+        shape = (sum(each.shape[0] for each in means), means[0].shape[1])
+        return cls(name=f"means/{means[0].parameter} and others", shape=shape, is_diagonal=True, means=means)
 
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([each.part_of(delta) for each in self.vectors])
+        return torch.cat([each.part_of(delta) for each in self.means])
 
-    def given(self, delta: Mapping[str, Tensor]) -> VectorsEquation:
-        sizes = self.part_of(delta).abs().amax(dim=1)  # (n,)
+    def given(self, delta: Mapping[str, Tensor]) -> StackedMeans:
+        sizes = torch.stack([each.part_of(delta).abs().max() for each in self.means])  # (means,)
         sizes = sizes.clamp(min=max(float(sizes.max()) / MOST_ENLARGED, LEAST_ENLARGED))
         exponents = torch.frexp(sizes).exponent
-        return replace(self, exponents=tuple((exponents.max() - exponents).tolist()))  # check: vectors-are-as-large
+        return replace(self, exponents=tuple((exponents.max() - exponents).tolist()))  # check: means-are-as-large
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
-        left, right = zip(*(each.sides(summed, factor) for each in self.vectors), strict=True)
-        powers = torch.from_numpy(np.ldexp(1.0, self.exponents or (0,)))[:, None]  # (n, 1), or (1, 1)
-        return powers * torch.cat(left), powers * torch.cat(right)
+        left, right = zip(*(each.sides(summed, factor) for each in self.means), strict=True)
+        powers = np.ldexp(1.0, self.exponents or (0,) * len(self.means))
+        by_row = torch.from_numpy(powers.repeat([each.shape[0] for each in self.means]))[:, None]  # (n, 1)
+        return by_row * torch.cat(left), by_row * torch.cat(right)
 
 
 def stacked(equations: Iterable[Equation]) -> tuple[Equation, ...]:
-    """The same equations, with those about means of vectors of one length as one, after all others."""
-    others, by_length = list[Equation](), dict[int, list[MeanEquation]]()
+    """The same equations, with small means whose rows are equally long as one, after all others."""
+    others, stacks = list[Equation](), dict[int, list[list[MeanEquation]]]()
     for each in equations:
-        if type(each) is MeanEquation and each.shape[0] == 1 < each.shape[1]:
-            by_length.setdefault(each.shape[1], []).append(each)
-        else:
+        if type(each) is not MeanEquation or each.shape[1] == 1 or prod(each.shape) > MOST_STACKED:
             others.append(each)
-    groups = (group[0] if len(group) == 1 else VectorsEquation.of(tuple(group)) for group in by_length.values())
-    return (*others, *groups)
+            continue
+        of_length = stacks.setdefault(each.shape[1], [[]])
+        if sum(prod(other.shape) for other in of_length[-1]) + prod(each.shape) > MOST_STACKED:
+            of_length.append([])
+        of_length[-1].append(each)
+    full = (tuple(stack) for of_length in stacks.values() for stack in of_length)
+    return (*others, *(stack[0] if len(stack) == 1 else StackedMeans.of(stack) for stack in full))
 
 
 @dataclass(frozen=True, kw_only=True)
