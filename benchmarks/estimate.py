@@ -87,9 +87,16 @@ def estimated(folder: Path) -> dict[str, float]:
     agreement = check._simulated_agreement(consortium)
     assert agreement is not None  # no base here is large
     schedule = check._schedule(agreement, consortium.base_folder)
-    owners = [(consortium.settings[name], consortium.look_at(name)) for name in consortium.owner_files]
+    rows = [
+        check._owner_rows(
+            agreement.task,
+            consortium.base_folder,
+            check.Seen(consortium.settings[name], consortium.look_at(name), path.parent),
+        )
+        for name, path in consortium.owner_files.items()
+    ]
     return check.estimated_seconds(
-        agreement, consortium.base_folder, schedule, owners, consortium.pool, coordinates=True
+        agreement, consortium.base_folder, schedule, rows, consortium.pool, coordinates=True
     )[1]
 
 

@@ -29,6 +29,7 @@ from client.measurement.disk_model import DiskModel
 from client.measurement.evaluation import predict_logits
 from client.measurement.fisher import measure_fisher
 from client.measurement.gram import UNBOUNDED
+from client.measurement.gram_rows import OF_CLASSIFIER, check_gram_rows
 from client.measurement.gram_stream import Batches, GramStream
 from client.measurement.label_order import label_order, output_order
 from client.measurement.passes import Halving
@@ -53,7 +54,6 @@ from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.files import weight_files
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
-from common.models.layers import parameter_of
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters, longest_text
@@ -68,7 +68,6 @@ from common.schedule import Schedule, schedule_of
 from common.summation.fixed_point import check_layout
 from common.tensor_layout import TensorLayout
 
-OF_CLASSIFIER = "the classifier's input"  # the Gram that a refit measures on a merged body
 ROWS_OF_DENSITY = 2000  # that a Gaussian is made of, at most
 POOL_SHEET = "pool.png"  # in the state folder: the images of a pool that the consent text names
 MOVE_STATE = "make room on this disk, or move the state folder"
@@ -542,20 +541,7 @@ class Workbench(Holdings):
         return grams
 
     def _check_rows(self, name: str, rows: int, dimensions: int) -> None:
-        least = self.agreement.privacy.min_rows_per_dimension
-        if rows < least * dimensions:  # check: enough-rows-for-a-gram
-            raise DataError(
-                f"{self.name}: the Gram of {name} has {rows} rows for {dimensions} dimensions, the agreement demands "
-                f"{least:g} per dimension; nothing has left",
-                hint=f"bring more examples and measure them (measured_examples), or agree {self._without_gram(name)}",
-            )
-
-    def _without_gram(self, name: str) -> str:
-        """What to agree on so that no owner measures this Gram."""
-        need_it = [each for each in self.agreement.methods if METHODS[each].needs_classifier]
-        if need_it and name in (OF_CLASSIFIER, self.plan.inputs[-1].name):
-            return f"on methods that leave the classifier as it was merged, unlike {' and '.join(need_it)}"
-        return f'to merge this layer from its changes alone: [regmean] data_free_layers = ["{parameter_of(name)}"]'
+        check_gram_rows(self.agreement, self.plan, self.name, name, rows, dimensions)
 
     # --- scoring ---
 

@@ -258,9 +258,7 @@ def pass_seconds(
 ) -> tuple[float, float, float]:
     """Seconds a token takes: in a forward pass, in a Gram pass, and in gradients of one example at a time."""
     blocks = len(plan.blocks)
-    is_small = sum(prod(shape) for shape in plan.shapes.values()) <= WHOLE_PARAMETERS
-    is_one_chain = hasattr(outline.config, "num_hidden_layers") and not outline.config.is_encoder_decoder
-    if is_small or blocks < 3 or not is_one_chain:
+    if _is_built_whole(outline, plan):
         return _pass_seconds(_with_blocks(outline, None), plan, tokens, BATCH_TOKENS, with_gradients)
     one, two = (
         _pass_seconds(_with_blocks(outline, count), plan, tokens, BATCH_TOKENS // 2, with_gradients) for count in (1, 2)
@@ -274,11 +272,7 @@ def _pass_seconds(
 ) -> tuple[float, float, float]:
     count = _examples_in(model, tokens, most_tokens)
     batch, single = batch_of(model, count, tokens), batch_of(model, 1, tokens)
-    names = {name for name, _ in model.named_parameters()}
-    measured = replace(
-        plan,
-        inputs=tuple(each for each in plan.inputs if all(parameter_of(layer.weight) in names for layer in each.layers)),
-    )
+    measured = _measured(model, plan)
     with torch.inference_mode():
         forward = _seconds(lambda: model(**batch))
     grams = 0.0
@@ -288,6 +282,30 @@ def _pass_seconds(
         grams = max(twice - once, forward)
     alone = _seconds(lambda: model(**single).logits.float().square().mean().backward()) if with_gradients else 0.0
     return forward / count / tokens, grams / count / tokens, alone / tokens
+
+
+def rows_of_example(outline: PreTrainedModel, plan: MergePlan, tokens: int) -> dict[str, int]:
+    """How many rows an example of so many tokens has in a Gram, by its name. Of a large model, in those of one block
+    and of what is outside of blocks: the others have as many. How long the targets of sequences are is not known, so
+    their decoders are left out.
+    """
+    model = _with_blocks(outline, None if _is_built_whole(outline, plan) else 1)
+    grams = measure_grams(model, _measured(model, plan), [batch_of(model, 1, tokens)])
+    has_decoder = model.config.is_encoder_decoder and model.get_output_embeddings() is not None
+    return {name: gram.rows for name, gram in grams.items() if not (has_decoder and gram.rows == tokens + 1)}
+
+
+def _is_built_whole(outline: PreTrainedModel, plan: MergePlan) -> bool:
+    is_small = sum(prod(shape) for shape in plan.shapes.values()) <= WHOLE_PARAMETERS
+    is_one_chain = hasattr(outline.config, "num_hidden_layers") and not outline.config.is_encoder_decoder
+    return is_small or len(plan.blocks) < 3 or not is_one_chain
+
+
+def _measured(model: PreTrainedModel, plan: MergePlan) -> MergePlan:
+    """The plan with only those inputs whose layers a model with fewer blocks has."""
+    names = {name for name, _ in model.named_parameters()}
+    inputs = (each for each in plan.inputs if all(parameter_of(layer.weight) in names for layer in each.layers))
+    return replace(plan, inputs=tuple(inputs))
 
 
 @torch.no_grad()

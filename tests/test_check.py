@@ -58,20 +58,49 @@ def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str,
 def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, ".")
     assert code == 0
-    looked_at = ["agreement", "base", "hotel", "cinema", "phones", "rounds", "device", "lengths", "disk"]
-    assert list(found) == [*looked_at, "time", "memory"]
+    looked_at = ["agreement", "base", "hotel", "cinema", "phones", "rounds", "device", "reading", "lengths", "disk"]
+    assert list(found) == [*looked_at, "time", "memory", "Gram rows"]
     assert found["agreement"].startswith(
         "Reviews of three shops: regmean, compared with average, task_arithmetic, fish"
     )
     assert found["base"].endswith("text-classification, labels negative, positive")
     assert found["cinema"] == "trains its model from the base; rows: 200 train, 60 validation, 120 test"
     assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
+    assert found["reading"].startswith("1,140 rows were read as a run reads them")
     assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
+    assert re.fullmatch(r"at least [\d.]+ per dimension", found["Gram rows"])
     assert "a run keeps at least" in found["disk"]
     assert found["time"] == "a minute or two"
     assert re.fullmatch(r"about \d+.\d MB at the most", found["memory"])
     assert found["device"].startswith("cpu")
     assert errors == "ready; next: amalgram simulate .\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_an_owner_whose_rows_are_too_few_for_a_gram_is_not_ready(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for owner in ("hotel", "cinema"):
+        (train,) = (home / "data" / owner).glob("train.*")
+        train.write_text("".join(f"{line}\n" for line in train.read_text().splitlines()[:5]))
+    code, found, errors = lines(capsys, ".")
+    assert code == 1
+    for owner in ("hotel", "cinema"):
+        assert re.search(rf"error: {owner}: the Gram of \S+ would have about \d+ rows for 64 dimensions, the ", errors)
+    assert "Gram rows" not in found
+    assert 'data_free_layers = ["' in errors
+    assert errors.endswith("not ready: 2 to correct\n")
+
+
+@pytest.mark.usefixtures("own_log")
+def test_an_owner_whose_texts_the_base_cannot_read_is_not_ready(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = home / "data" / "hotel" / "train.jsonl"
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    train.write_text("".join(json.dumps(row | {"text": "\u6f22 " * 9}) + "\n" for row in rows))
+    code, _, errors = lines(capsys, ".")
+    assert code == 1
+    assert "rows, reading left 0 empty or nearly so" in errors
+    assert "mostly unknown or of one repeated token (100.0%, at most 5.0%); nothing has left\nhint: ask who" in errors
 
 
 @pytest.mark.usefixtures("own_log")
@@ -133,9 +162,12 @@ def test_what_may_well_be_a_mistake_is_said(home: Path, capsys: pytest.CaptureFi
 @pytest.mark.usefixtures("own_log")
 def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     agreement = home / "agreement.toml"
-    agreement.write_text(agreement.read_text().replace("max_tokens = 32 ", "max_tokens = 6 "))
-    code, found, _ = lines(capsys, ".")
-    assert code == 0
+    text = agreement.read_text().replace("max_tokens = 32 ", "max_tokens = 6 ")
+    agreement.write_text(text)
+    assert "equal to a row with another text (" in lines(capsys, ".")[2]
+    agreement.write_text(re.sub(r"max_equal = [\d.]+", "max_equal = 1.0", text))
+    code, found, errors = lines(capsys, ".")
+    assert code == 0, errors
     # "the room was clean" has six tokens with [CLS] and [SEP]; "honestly the ..." and "i think the ..." have more.
     for owner in ("hotel", "cinema", "phones"):  # 200, 60 and 120 rows in three files each
         assert re.search(rf"{owner}: [0-9]+ of 380 texts are longer than max_tokens = 6 ", found["lengths"])
@@ -206,10 +238,12 @@ def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: 
         "network",
         "rounds",
         "device",
+        "reading",
         "lengths",
         "disk",
         "time",
         "memory",
+        "Gram rows",
     ]
     assert re.search(r"The network takes \d+ s at 100 Mbit/s, \d+ s at 1 Gbit/s$", found["time"])
     assert re.fullmatch("localhost:[0-9]+ answers, with hotel.node and ca.pem", found["network"])

@@ -51,6 +51,12 @@ class PrivateData:
         rows = self._read(self.data.train, self.data.max_train_rows)
         return rows if self.data.validation is not None else rows.take(self._set_aside(len(rows))[1])
 
+    def try_reading(self, most_rows: int) -> int:
+        """Read the first rows of every file as a run does; returns how many. Raises what would stop the run."""
+        files = [self._file_of(split) for split in ("train", "validation", "test")]
+        limits = [(file, min(limit or most_rows, most_rows)) for file, limit in files if file is not None]
+        return sum(len(self._reader.read(self.folder / file, limit)) for file, limit in limits)
+
     def units(self, split: AnySplit = "train") -> NDArray[np.int64]:
         """For each row of a split's file, the number of its unit: rows with one value in the column `data.unit`."""
         file, column = self._file_of(split)[0], self.data.unit

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from math import inf
 from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING, Any
@@ -18,19 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from client.data.lengths import cut_in_words, token_lengths
+from client.data.private_data import PrivateData
 from client.look import OwnerLook, oddities, own_task
 from client.owner import Owner
 from client.settings import OwnerSettings, Training
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
 from common.device import accelerators, find_device, find_solver, memory_of, title_of
-from common.errors import AmalgramError, SettingsError, first_line
+from common.errors import AmalgramError, DataError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.merge_methods.distill import DISTILL
+from common.merge_methods.regmean import REGMEAN
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
     base_model_folder,
     check_same_architecture,
     check_tokenizer,
+    load_image_processor,
     load_tokenizer,
     model_folder,
 )
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 
     from deploy.estimate import OwnerRows, Work
 
+FIRST_ROWS, FIRST_IMAGES = 2000, 200  # of each file, that are read as a run reads them
 LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
 NOT_READY = 1
 
@@ -64,6 +69,15 @@ class Item:
     what: str
     found: str = ""
     error: AmalgramError | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An owner whose files were looked at; its paths are relative to `home`."""
+
+    settings: OwnerSettings
+    look: OwnerLook
+    home: Path
 
 
 @dataclass
@@ -79,11 +93,15 @@ class Checklist:
             yield item
         except AmalgramError as error:
             item.error = error
+        self.add(item)
+
+    def add(self, item: Item) -> None:
+        """Note what was looked at, and show it."""
         self.items.append(item)
         if shows_json():
             return
         if item.error is None:
-            print(f"{shown(what):<14} {shown(item.found)}", flush=True)
+            print(f"{shown(item.what):<14} {shown(item.found)}", flush=True)
         else:
             show_error(item.error.message, item.error.hint)
 
@@ -133,12 +151,11 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         item.found = _task_in_words(consortium.draft, consortium.base_folder)
     if consortium.pool is not None:
         _check_pool(checks, consortium.draft, consortium.pool)
-    looks = []
-    for owner in consortium.owner_files:
+    seen = list[Seen]()
+    for owner, path in consortium.owner_files.items():
         with checks.item(owner) as item:
-            looks.append(consortium.look_at(owner))
-            home = consortium.owner_files[owner].parent
-            item.found = _owner_in_words(looks[-1], consortium.settings[owner], home, consortium.draft.task)
+            seen.append(Seen(consortium.settings[owner], consortium.look_at(owner), path.parent))
+            item.found = _owner_in_words(seen[-1], consortium.draft.task)
     if checks.is_ready:
         with checks.item("rounds") as item:
             agreement = _simulated_agreement(consortium)
@@ -150,17 +167,10 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             same = len(set(found.values())) == 1
             item.found = next(iter(found.values())) if same else "; ".join(f"{name}: {found[name]}" for name in found)
     if checks.is_ready:
-        seen = [(consortium.settings[name], look) for name, look in zip(consortium.owner_files, looks, strict=True)]
-        models = [
-            (look.fine_tuned, look.own_base or consortium.base_folder)
-            for _, look in seen
-            if look.fine_tuned is not None
-        ]
-        _check_tokenizers(checks, consortium.draft, models)
-        _check_lengths(checks, consortium.draft.task, consortium.base_folder, seen)
-        if agreement and schedule:
-            _check_room(checks, folder, schedule, parties=len(consortium.owner_files))
-            _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
+        _check_texts(checks, consortium.draft, consortium.base_folder, seen)
+    if checks.is_ready and agreement and schedule:
+        _check_room(checks, folder, schedule, parties=len(seen))
+        _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
     return following
 
 
@@ -208,7 +218,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         look = owner.look()
         if look.fine_tuned is not None:
             check_same_architecture(look.fine_tuned, look.own_base or base_folder)
-        item.found = _owner_in_words(look, settings, home, agreement.task)
+        seen = Seen(settings, look, home)
+        item.found = _owner_in_words(seen, agreement.task)
     agreed_at, table = home / settings.agreement, DISTILL.of(agreement.tables)
     pool = pool_path(settings.pool, home, table, agreed_at)
     _check_pool(checks, agreement, pool)
@@ -224,11 +235,10 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
-        models = [(look.fine_tuned, look.own_base or base_folder)] if look.fine_tuned else []
-        _check_tokenizers(checks, agreement, models)
-        _check_lengths(checks, agreement.task, base_folder, [(settings, look)])
+        _check_texts(checks, agreement, base_folder, [seen])
+    if checks.is_ready:
         _check_room(checks, home / settings.state, schedule, parties=1)
-        _estimate(checks, agreement, base_folder, schedule, [(settings, look)], pool, coordinates=False)
+        _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
     return following
@@ -274,13 +284,37 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 # --- parts that several have ---
 
 
-def _check_tokenizers(checks: Checklist, draft: AgreementDraft, models: Sequence[tuple[Path, Path]]) -> None:
-    """`models`: each with the folder of its base."""
+def _check_texts(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
+    """Whether every owner's rows can be read as a run reads them, and are the model's that it brings."""
+    models = [(each.look.fine_tuned, each.look.own_base or base_folder) for each in owners if each.look.fine_tuned]
     if draft.task.is_text and models:
         with checks.item("tokenizers") as item:
-            for folder, base_folder in models:
-                check_tokenizer(folder, base_folder)
+            for folder, own_base in models:
+                check_tokenizer(folder, own_base)
             item.found = "the same vocabulary as the base's"
+    with checks.item("reading") as item:
+        most = FIRST_ROWS if draft.task.is_text else FIRST_IMAGES
+        rows = sum(_private_data(draft, base_folder, each).try_reading(most) for each in owners)
+        item.found = f"{rows:,} rows were read as a run reads them; [reading] allows what was lost"
+    if draft.task.is_text:
+        _check_lengths(checks, draft.task, base_folder, owners)
+
+
+def _private_data(draft: AgreementDraft, base_folder: Path, owner: Seen) -> PrivateData:
+    """An owner's rows, as its own model reads them."""
+    from common.models.loading import load_outline
+
+    folder, task = owner.look.own_base or base_folder, own_task(owner.settings, owner.home, draft.task)
+    return PrivateData(
+        data=owner.settings.data,
+        task=task,
+        model=load_outline(folder, task),
+        tokenizer=load_tokenizer(folder) if task.is_text else None,
+        processor=None if task.is_text else load_image_processor(folder),
+        folder=owner.home,
+        seed=draft.seed,
+        reading=draft.reading,
+    )
 
 
 def _check_pool(checks: Checklist, draft: AgreementDraft, pool: Path) -> None:
@@ -309,20 +343,16 @@ def _pool_lengths(agreement: Agreement, base_folder: Path, pool: Path | None) ->
     return [len(row["input_ids"]) for row in reader.read(read_pool(pool, table, task.kind)).features]
 
 
-def _check_lengths(
-    checks: Checklist, task: Task, base_folder: Path, owners: Sequence[tuple[OwnerSettings, OwnerLook]]
-) -> None:
+def _check_lengths(checks: Checklist, task: Task, base_folder: Path, owners: Sequence[Seen]) -> None:
     """Say how many texts would be cut, as each owner's own tokenizer counts."""
-    if not task.is_text:
-        return
     with checks.item("lengths") as item:
         cut = []
-        for settings, look in owners:
-            tokenizer = load_tokenizer(look.own_base or base_folder)
-            paths = dict.fromkeys(each.path for each in look.files.values())
-            lengths = [token_lengths(settings.data, task, path, tokenizer) for path in paths]
+        for each in owners:
+            tokenizer = load_tokenizer(each.look.own_base or base_folder)
+            paths = dict.fromkeys(file.path for file in each.look.files.values())
+            lengths = [token_lengths(each.settings.data, task, path, tokenizer) for path in paths]
             if words := cut_in_words(np.concatenate(lengths), task.max_tokens):
-                cut.append(f"{settings.name}: {words}")
+                cut.append(f"{each.settings.name}: {words}")
         item.found = ". ".join(cut) or f"all texts looked at fit into max_tokens = {task.max_tokens}"
 
 
@@ -350,18 +380,21 @@ def _estimate(
     agreement: Agreement,
     base_folder: Path,
     schedule: Schedule,
-    owners: Sequence[tuple[OwnerSettings, OwnerLook]],
+    owners: Sequence[Seen],
     pool: Path | None,
     *,
     coordinates: bool,
 ) -> None:
-    """Say what these parties, all of whom run on this machine, take together: time, network and memory."""
+    """Say what these parties, all of whom run on this machine, take together: time, network and memory. Say whether
+    each owner has rows enough.
+    """
     from client.measurement.gram_stream import TRIAL_ERRORS
     from deploy import estimate
 
     with checks.item("time") as item:
         try:
-            work, parts = estimated_seconds(agreement, base_folder, schedule, owners, pool, coordinates=coordinates)
+            rows = [_owner_rows(agreement.task, base_folder, owner) for owner in owners]
+            work, parts = estimated_seconds(agreement, base_folder, schedule, rows, pool, coordinates=coordinates)
         except TRIAL_ERRORS as error:
             item.found = f"unknown: the base cannot be timed without its weights ({first_line(error)})"
             return
@@ -372,13 +405,44 @@ def _estimate(
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
         item.found = f"about {byte_count(most)} at the most"
+    if owners and work.gram_examples and not agreement.has_noised_grams:
+        _check_gram_rows(checks, agreement, base_folder, owners, rows)
+
+
+def _check_gram_rows(
+    checks: Checklist, agreement: Agreement, base_folder: Path, owners: Sequence[Seen], rows: "Sequence[OwnerRows]"
+) -> None:
+    """Whether each owner's examples make rows enough for every Gram that it measures."""
+    from client.measurement.gram_rows import check_gram_rows
+    from common.models.loading import agreed_plan, load_outline
+    from deploy.estimate import rows_of_example
+
+    outline = load_outline(base_folder, agreement.task)
+    plan = agreed_plan(outline, base_folder, agreement)
+    dimensions = plan.dimensions()
+    routed = {shared.name for shared in plan.inputs if shared.is_routed}
+    measured, fewest, are_enough = REGMEAN.of(agreement.tables).measured_examples, inf, True
+    for owner, brought in zip(owners, rows, strict=True):
+        if owner.look.own_base is not None:  # it gives predictions alone
+            continue
+        of_example, name = rows_of_example(outline, plan, round(brought.tokens)), owner.settings.name
+        expected = {gram: min(brought.train, measured) * count for gram, count in of_example.items()}
+        try:
+            for gram in sorted(expected.keys() - routed):
+                check_gram_rows(agreement, plan, name, gram, expected[gram], dimensions[gram], expected=True)
+                fewest = min(fewest, expected[gram] / dimensions[gram])
+        except DataError as error:
+            are_enough = False
+            checks.add(Item("Gram rows", error=error))
+    if are_enough:
+        checks.add(Item("Gram rows", found=f"at least {fewest:.2g} per dimension"))
 
 
 def estimated_seconds(
     agreement: Agreement,
     base_folder: Path,
     schedule: Schedule,
-    owners: Sequence[tuple[OwnerSettings, OwnerLook]],
+    rows: "Sequence[OwnerRows]",
     pool: Path | None,
     *,
     coordinates: bool,
@@ -395,7 +459,6 @@ def estimated_seconds(
     plan = agreed_plan(outline, base_folder, agreement)
     asked = _pool_lengths(agreement, base_folder, pool)
     work = estimate.work_of(agreement, plan, schedule, sum(asked))
-    rows = [_owner_rows(task, base_folder, settings, look) for settings, look in owners]
     lengths = [each.tokens for each in rows] or asked or [1]
     tokens = round(sum(lengths) / len(lengths))
     rates = estimate.measure_rates(
@@ -410,12 +473,13 @@ def estimated_seconds(
     return work, {name: sum(each.get(name, 0.0) for each in found) for name in chain.from_iterable(found)}
 
 
-def _owner_rows(task: Task, base_folder: Path, settings: OwnerSettings, look: OwnerLook) -> "OwnerRows":
+def _owner_rows(task: Task, base_folder: Path, owner: Seen) -> "OwnerRows":
     """The examples that an owner brings, and their lengths."""
     from common.models.loading import load_outline
     from deploy.estimate import OwnerRows, cost_beside
 
-    data, counts = settings.data, {split: each.rows for split, each in look.files.items()}
+    settings, look, data = owner.settings, owner.look, owner.settings.data
+    counts = {split: each.rows for split, each in look.files.items()}
     limits = {"train": data.max_train_rows, "validation": data.max_validation_rows, "test": data.max_test_rows}
     rows = {split: min(counts.get(split, 0), limit or sys.maxsize) for split, limit in limits.items()}
     if data.validation is None:
@@ -476,7 +540,8 @@ def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
     return f"{base_folder.resolve()}, {size}; {task.kind}{problem}{labels}"
 
 
-def _owner_in_words(look: OwnerLook, settings: OwnerSettings, home: Path, task: Task) -> str:
+def _owner_in_words(owner: Seen, task: Task) -> str:
+    look, settings, home = owner.look, owner.settings, owner.home
     made_from = "the base" if look.own_base is None else look.own_base.resolve()
     model = f"trains its model from {made_from}" if look.fine_tuned is None else f"brings {look.fine_tuned.resolve()}"
     rows = f"rows: {', '.join(f'{each.rows} {split}' for split, each in look.files.items())}"
