@@ -178,6 +178,18 @@ def test_several_labels_and_numbers_have_defaults(tmp_path: Path) -> None:
     assert (numbers.choose_by, numbers.task.lowest_and_span) == ("mean_squared_error", (0.0, 5.0))
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"), [('["O", "B-PER", "I-PER"]', "entity_f1"), ('["NOUN", "VERB"]', "accuracy")]
+)
+def test_tagged_entities_are_judged_by_their_f1_unless_another_metric_is_agreed(
+    labels: str, expected: str, tmp_path: Path
+) -> None:
+    task = f'{GOOD}\n[task]\nkind = "token-classification"\nlabels = {labels}\n'
+    agreement = load(tmp_path, task)
+    assert (agreement.choose_by, agreement.judge_by) == (expected, expected)
+    assert load(tmp_path, f'{task}[evaluation]\nchoose_by = "accuracy"\n').choose_by == "accuracy"
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nothing\.toml: cannot be read"):
         load_settings(tmp_path / "nothing.toml", AgreementDraft)

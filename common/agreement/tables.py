@@ -129,6 +129,14 @@ class Task(Settings):
         return ("pearson_r", "mean_squared_error") if self.is_regression else ("accuracy", METRICS[self.kind])
 
     @property
+    def decided_by(self) -> Metric:
+        """The metric that decides unless another is agreed on. Where entities are tagged, most words are in none."""
+        if self.is_regression:
+            return "mean_squared_error"
+        tags_entities = self.kind == "token-classification" and any(label.startswith("B-") for label in self.labels)
+        return "entity_f1" if tags_entities else "accuracy"
+
+    @property
     def sums_per_output(self) -> int:
         """How many sums over test rows there are for each label or target (metrics.py).
 
@@ -259,7 +267,8 @@ class Reading(Settings):
 class Evaluation(Settings):
     """The metric by which a sweep is decided, on validation examples.
 
-    Left out, it is accuracy; of a regression, the mean squared error, since a correlation misses a constant offset.
+    Left out, it is accuracy; of tagged entities, their F1; of a regression, the mean squared error, since a correlation
+    misses a constant offset.
     "worst_group" is the accuracy in that group where it is lowest.
 
     `groups`: values of the column that each owner's settings name (data.group), such as its sites. Rows of each are
@@ -407,7 +416,7 @@ class DraftTables(MethodTables):
     @property
     def choose_by(self) -> Measure:
         """The metric by which a sweep is decided."""
-        return self.evaluation.choose_by or ("mean_squared_error" if self.task.is_regression else "accuracy")
+        return self.evaluation.choose_by or self.task.decided_by
 
     @property
     def judge_by(self) -> Metric:
