@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
-from math import log2, prod
+from math import log2
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.agreement.rules import LEAST_RIDGE
@@ -315,8 +316,8 @@ def test_stacks_of_means_hold_so_many_numbers_and_no_more() -> None:
     assert (stack.means, other) == ((means[2], means[3]), means[7])
 
 
-def means_check(sizes: Sequence[float], shape: tuple[int, ...] = (64,)) -> Check:
-    """The means of parameters of one shape, each entry of which is about as large as `sizes` say."""
+def means_check(sizes: Sequence[float | NDArray[np.float64]], shape: tuple[int, ...] = (64,)) -> Check:
+    """The means of parameters of one shape, each entry of which, or each row, is about as large as `sizes` say."""
     random, plan = np.random.default_rng(0), plan_for(1, [1])
     names = [f"v{number}.bias" for number in range(len(sizes))]
     plan = replace(plan, shapes=dict.fromkeys(names, shape))
@@ -324,7 +325,7 @@ def means_check(sizes: Sequence[float], shape: tuple[int, ...] = (64,)) -> Check
     layout = TensorLayout((TensorEntry(name="weight", shape=(1,), bound=100.0), *entries))
     vectors = {}
     for owner in identities_of(3):
-        changes = [size * random.uniform(0.5, 1, prod(shape)) for size in sizes]
+        changes = [(size * random.uniform(0.5, 1, shape)).reshape(-1) for size in sizes]
         vectors[owner] = np.concatenate([[1.0], *changes])
     contributions = Contributions.of(layout, vectors)
     means = {
@@ -345,6 +346,16 @@ def test_122_a_mean_beside_a_far_larger_one_is_off_by_a_little_more_than_its_rou
     assert [type(each) for each in check.claim.equations] == [StackedMeans]
     assert check.wrong() == []
     check.delta["v1.bias"].reshape(-1)[3] *= 1 + 2.0**-21
+    assert check.wrong() == ["0/means/v0.bias and others"]
+
+
+@pytest.mark.parametrize("size", [2.0**-5, 2.0**-15, 2.0**-30])
+def test_122_a_row_below_a_far_larger_one_of_its_matrix_is_off_by_a_little_more_than_its_rounding(size: float) -> None:
+    spiked = np.full((9, 1), size)
+    spiked[0] = 1.0
+    check = means_check([1.0, spiked], (9, 64))
+    assert check.wrong() == []
+    check.delta["v1.bias"][3, 5] *= 1 + 2.0**-21
     assert check.wrong() == ["0/means/v0.bias and others"]
 
 

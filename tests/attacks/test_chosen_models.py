@@ -319,10 +319,11 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check"]
     first = next(iter(run.parties.files))
-    assert evidence_of(run.parties, first).wrong == ("1/mean/classifier.weight",)
+    wrong = "1/means/bert.embeddings.word_embeddings.weight and others"  # the classifier's rows are as long
+    assert evidence_of(run.parties, first).wrong == (wrong,)
     assert explain_evidence(run.parties.files[first]) == WrongModel.exit_code
     printed = capsys.readouterr().out
-    assert "1/mean/classifier.weight" in printed
+    assert wrong in printed
     assert "its signature is valid" in printed
     assert "Those who checked it: hotel, cinema, phones." in printed
     with pytest.raises(WrongModel, match="not the merge"):

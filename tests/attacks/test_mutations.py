@@ -175,7 +175,7 @@ TABLE = [
     Mutation(CHOSEN, "test_123_a_candidate_whose", "known-parts-are-the-same"),
     Mutation(CHOSEN, "test_123_a_candidate_of_a_sweep", "known-parts-are-the-same"),
     Mutation(VERIFICATION, "test_122_", "sums-of-shares-are-zero"),
-    Mutation(VERIFICATION, "test_122_a_mean or test_122_a_small", "means-are-as-large", "return self"),
+    Mutation(VERIFICATION, "test_122_a_mean or test_122_a_row or test_122_a_small", "rows-are-as-large", "return self"),
     Mutation(VERIFICATION, "test_129_a_bent", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_124_a_correction", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_127_", "factors-are-bounded"),
