@@ -12,7 +12,8 @@ fine-tuned beforehand, except for the demo's, which are trained within the merge
     reviews     three owners, a tiny BERT, RegMean with a sweep of five alphas
     sum         the same owners, the plain average: the least that a merge can be
     demo        `amalgram simulate --demo`: five owners of digits, six methods, a tiny model
-    emotion     five MiniLM (22.7 million weights) fine-tuned on five domains, RegMean with one alpha
+    emotion     five MiniLM (22.7 million weights) fine-tuned on five domains, RegMean with one alpha; owners bring
+                only the rows that they measure, since under each agreement they would draw others
     fisher      the same five, Fisher averaging: the method whose check is largest
     bert-base   three owners, a BERT of the base's width and vocabulary, but with 2 of its 12 layers (39 million random
                 weights), RegMean with one alpha; `--layers 12` is the whole one, which takes a gigabyte and a half an
@@ -39,6 +40,8 @@ from benchmarks.emotion import write_consortium as write_emotion
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.published import publish, published
+from common.agreement import AgreementDraft
+from common.settings_file import load_settings
 from deploy.simulation.engine import Engine
 
 OFF = "\n[verification]\nrequired = false\n"
@@ -54,6 +57,7 @@ alphas = [0.9]
 min_rows_per_dimension = 0.0
 """
 LAYERS = 2  # of bert-base
+MEASURED = {"emotion": 500, "fisher": 48}  # rows of each owner
 MERGES = ("reviews", "sum", "demo", "emotion", "fisher", "bert-base")
 
 
@@ -154,7 +158,10 @@ def write(merge: str, folder: Path, arguments: argparse.Namespace) -> None:
         methods = ("fisher" if merge == "fisher" else "regmean",)
         write_emotion(folder, arguments.data, arguments.models, methods=methods, alphas=(0.9,))
         path = folder / "agreement.toml"
-        path.write_text(_with_table(path.read_text(), "\n[fisher]\nmeasured_examples = 48\n"))
+        path.write_text(_with_table(path.read_text(), f"\n[fisher]\nmeasured_examples = {MEASURED[merge]}\n"))
+        for owner in load_settings(path, AgreementDraft).owner_names:
+            own = folder / f"{owner}.toml"
+            own.write_text(f"{own.read_text()}max_train_rows = {MEASURED[merge]}\n")
 
 
 def _write_bert_base(folder: Path, layers: int) -> None:
