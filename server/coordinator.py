@@ -193,7 +193,8 @@ class Coordinator:
         if refusals:
             raise OwnerRefused(missing[0] if len(missing) == 1 else f"among {some_of(missing)}", refusals[0])
         if violations:
-            raise violations[0]
+            broken = "; ".join(each.message for each in violations)
+            raise RemoteProtocolError(f"{broken}; there is no other node for {some_of(missing)}")
         self.exchange.check_enough()
 
     def _choose_next_round(self, present: list[Present]) -> None:
