@@ -1,8 +1,9 @@
 """Files and folders that only their owner can read, and locks that keep two processes apart.
 
 Files are 0600 and folders 0700. `write_whole` replaces a file whole or not at all, and it is on the disk before the
-call returns. A key file is never overwritten, and a secret that others can read is refused. A process that has read or
-written a key leaves no core dump, so that what it holds in memory does not end up in a file when it crashes.
+call returns, except in a simulation (`unsynced`). A key file is never overwritten, and a secret that others can read is
+refused. A process that has read or written a key leaves no core dump, so that what it holds in memory does not end up
+in a file when it crashes.
 """
 
 import ctypes
@@ -69,13 +70,31 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     with create(partial) as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        if _syncs:
+            os.fsync(file.fileno())
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    if _syncs:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+_syncs = True
+
+
+@contextmanager
+def unsynced() -> Iterator[None]:
+    """While this is open, files are left to the system to put on the disk. They survive a process that is killed, but
+    not a power cut. A simulation need not survive that, because nothing leaves its machine.
+    """
+    global _syncs
+    before, _syncs = _syncs, False
     try:
-        os.fsync(folder)
+        yield
     finally:
-        os.close(folder)
+        _syncs = before
 
 
 # --- keys ---

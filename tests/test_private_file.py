@@ -1,14 +1,16 @@
 """Private files: modes, whole replacement, keys that are never overwritten, secrets, locks."""
 
+import os
 import stat
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from common.errors import EngineError, SettingsError
-from common.private_file import create, locked, make_private_folder, read_secret, write_key, write_whole
+from common.private_file import create, locked, make_private_folder, read_secret, unsynced, write_key, write_whole
 
 
 def mode_of(path: Path) -> int:
@@ -30,6 +32,22 @@ def test_a_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
     assert mode_of(path) == 0o600
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_and_its_name_are_on_the_disk_before_the_call_returns_except_in_a_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    write_whole(tmp_path / "file", b"new")
+    assert synced == [each.stat().st_ino for each in (tmp_path / "file", tmp_path)]
+    with suppress(KeyError), unsynced():
+        write_whole(tmp_path / "file", b"newer")
+        raise KeyError
+    assert (tmp_path / "file").read_bytes() == b"newer"
+    assert len(synced) == 2
+    write_whole(tmp_path / "file", b"newest")
+    assert len(synced) == 4
 
 
 def test_a_new_file_neither_overwrites_nor_follows_a_link(tmp_path: Path) -> None:

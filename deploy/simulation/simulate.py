@@ -10,6 +10,7 @@ from client.app import app as client_app
 from client.owner import Owner
 from common.errors import AmalgramError, OwnerRefused
 from common.models.loading import weights_made_here
+from common.private_file import unsynced
 from deploy.complete import complete_agreement
 from deploy.consortium import Consortium, read_consortium
 from deploy.launch.simulation import run_with_ray
@@ -45,7 +46,8 @@ def simulate(
     with_references  add to the report what only somebody who holds all models and rows can know (references.py)
 
     Returns the report, whose fields `server/report/report.py` describes. Raises an AmalgramError; then no report was
-    written. An interrupted run, rather than a failed one, resumes when this is called again on the same folders.
+    written. An interrupted run, rather than a failed one, resumes when this is called again on the same folders, unless
+    the machine lost power.
     Progress goes to the logger "amalgram".
     """
     output = Path(folder) / "output" if output is None else output
@@ -95,7 +97,8 @@ def _run(engine: Engine, coordinator_file: Path, party_files: list[Path]) -> Non
             run_with_ray(coordinator_file, party_files)
         else:
             node_configs = [{"settings": str(path)} for path in party_files]
-            run_in_process(server_app, client_app, node_configs, {"coordinator": str(coordinator_file)})
+            with unsynced():
+                run_in_process(server_app, client_app, node_configs, {"coordinator": str(coordinator_file)})
     except OwnerRefused as refusal:
         # Everybody is on this machine, so the reason, which otherwise stays with the owner, can be shown.
         reason = coordinator_file.parent / "state" / refusal.owner / "error.txt"

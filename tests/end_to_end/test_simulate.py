@@ -1,6 +1,7 @@
 """All parties on one machine: real models, real Flower messages, real files."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -229,7 +230,11 @@ def test_a_party_that_does_not_start_ends_a_rehearsal_with_its_reason(reviews_fo
     assert "coordinator.server.log has all that it said" in caught.value.hint
 
 
-def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: Path) -> None:
+def test_owners_that_bring_models_need_no_training(
+    consortium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
     merge_little(consortium, "regmean", compared='"average"')
     for name in ("hotel", "cinema", "phones"):
         settings = consortium / f"{name}.toml"
@@ -238,6 +243,7 @@ def test_owners_that_bring_models_need_no_training(consortium: Path, tmp_path: P
     mean = report.evaluation.mean
     assert mean["regmean"] == mean["average"] == mean["base"] == mean["own_at_home"]  # nobody changed anything
     assert "multi_task" not in mean
+    assert len(synced) < 20  # keys and the report, but none of the hundreds of files that the parties write
 
 
 def test_a_model_with_its_labels_in_another_order_is_refused_before_anything_leaves(
