@@ -25,11 +25,14 @@ from transformers import PreTrainedModel
 
 from client.data.rows import Batch
 from client.measurement.gram import measure_grams
+from client.measurement.gram_rows import OF_CLASSIFIER
 from common.agreement import Agreement
 from common.merge_methods import measurements
 from common.merge_methods.distill import DISTILL
 from common.merge_methods.method import Measurement
 from common.merge_methods.normal_equations import solve_symmetric, spectrum
+from common.merge_methods.refit import classifier
+from common.merge_methods.regmean import REGMEAN
 from common.models.folders import image_shape
 from common.models.layers import parameter_of
 from common.models.plan import MergePlan
@@ -293,6 +296,28 @@ def rows_of_example(outline: PreTrainedModel, plan: MergePlan, tokens: int) -> d
     grams = measure_grams(model, _measured(model, plan), [batch_of(model, 1, tokens)])
     has_decoder = model.config.is_encoder_decoder and model.get_output_embeddings() is not None
     return {name: gram.rows for name, gram in grams.items() if not (has_decoder and gram.rows == tokens + 1)}
+
+
+def expected_rows(
+    agreement: Agreement, outline: PreTrainedModel, plan: MergePlan, schedule: Schedule, brought: OwnerRows
+) -> dict[str, tuple[float, int]]:
+    """About how many rows an owner's examples have in each Gram that it measures, and the Gram's dimensions, by name.
+
+    Grams of experts are left out, since any number of rows may reach them, and noised ones, which refuse no owner.
+    """
+    found: dict[str, tuple[float, int]] = {}
+    work = work_of(agreement, plan, schedule)
+    if work.gram_examples and not agreement.has_noised_grams:
+        dimensions, routed = plan.dimensions(), {each.name for each in plan.inputs if each.is_routed}
+        examples = min(brought.train, REGMEAN.of(agreement.tables).measured_examples)
+        for name, count in rows_of_example(outline, plan, round(brought.tokens)).items():
+            if name not in routed:
+                found[name] = examples * count, dimensions[name]
+    for step in (each.step for each in schedule.rounds if each.step is not None):
+        if step.measurement is Measurement.CLASSIFIER and not agreement.task.judges_tokens:
+            layer = classifier(plan)
+            found[OF_CLASSIFIER] = min(brought.train, step.max_examples), layer.d_in + (layer.bias is not None)
+    return found
 
 
 def _is_built_whole(outline: PreTrainedModel, plan: MergePlan) -> bool:

@@ -93,6 +93,21 @@ def test_an_owner_whose_rows_are_too_few_for_a_gram_is_not_ready(
 
 
 @pytest.mark.usefixtures("own_log")
+def test_an_owner_whose_rows_are_too_few_for_a_refit_is_not_ready(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "agreement.toml"
+    path.write_text(re.sub(r"\nmethod = .*\ncompare_with = .*", '\nmethod = "refit"', path.read_text()))
+    assert lines(capsys, ".")[0] == 0
+    train = home / "data" / "hotel" / "train.jsonl"
+    train.write_text("".join(f"{line}\n" for line in train.read_text().splitlines()[:64]))
+    code, _, errors = lines(capsys, ".")
+    assert code == 1
+    assert "error: hotel: the Gram of the classifier's input would have about 64 rows for 65 dimensions" in errors
+    assert "or agree on methods that leave the classifier as it was merged, unlike refit\n" in errors
+
+
+@pytest.mark.usefixtures("own_log")
 def test_an_owner_whose_texts_the_base_cannot_read_is_not_ready(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = home / "data" / "hotel" / "train.jsonl"
     rows = [json.loads(line) for line in train.read_text().splitlines()]

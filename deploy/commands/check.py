@@ -28,7 +28,6 @@ from common.device import accelerators, find_device, find_solver, memory_of, tit
 from common.errors import AmalgramError, DataError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.merge_methods.distill import DISTILL
-from common.merge_methods.regmean import REGMEAN
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
     base_model_folder,
@@ -405,36 +404,38 @@ def _estimate(
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
         item.found = f"about {byte_count(most)} at the most"
-    if owners and work.gram_examples and not agreement.has_noised_grams:
-        _check_gram_rows(checks, agreement, base_folder, owners, rows)
+    if owners:
+        _check_gram_rows(checks, agreement, base_folder, schedule, owners, rows)
 
 
 def _check_gram_rows(
-    checks: Checklist, agreement: Agreement, base_folder: Path, owners: Sequence[Seen], rows: "Sequence[OwnerRows]"
+    checks: Checklist,
+    agreement: Agreement,
+    base_folder: Path,
+    schedule: Schedule,
+    owners: Sequence[Seen],
+    rows: "Sequence[OwnerRows]",
 ) -> None:
     """Whether each owner's examples make rows enough for every Gram that it measures."""
     from client.measurement.gram_rows import check_gram_rows
     from common.models.loading import agreed_plan, load_outline
-    from deploy.estimate import rows_of_example
+    from deploy.estimate import expected_rows
 
     outline = load_outline(base_folder, agreement.task)
     plan = agreed_plan(outline, base_folder, agreement)
-    dimensions = plan.dimensions()
-    routed = {shared.name for shared in plan.inputs if shared.is_routed}
-    measured, fewest, are_enough = REGMEAN.of(agreement.tables).measured_examples, inf, True
+    errors, fewest = list[DataError](), inf
     for owner, brought in zip(owners, rows, strict=True):
         if owner.look.own_base is not None:  # it gives predictions alone
             continue
-        of_example, name = rows_of_example(outline, plan, round(brought.tokens)), owner.settings.name
-        expected = {gram: min(brought.train, measured) * count for gram, count in of_example.items()}
         try:
-            for gram in sorted(expected.keys() - routed):
-                check_gram_rows(agreement, plan, name, gram, expected[gram], dimensions[gram], expected=True)
-                fewest = min(fewest, expected[gram] / dimensions[gram])
+            for gram, (expected, needed) in expected_rows(agreement, outline, plan, schedule, brought).items():
+                check_gram_rows(agreement, plan, owner.settings.name, gram, expected, needed, expected=True)
+                fewest = min(fewest, expected / needed)
         except DataError as error:
-            are_enough = False
-            checks.add(Item("Gram rows", error=error))
-    if are_enough:
+            errors.append(error)
+    for each in errors:
+        checks.add(Item("Gram rows", error=each))
+    if not errors and fewest < inf:
         checks.add(Item("Gram rows", found=f"at least {fewest:.2g} per dimension"))
 
 
