@@ -325,8 +325,9 @@ class MergeRun:
 
     def _send_chosen(self, delivery: Delivery, name: str) -> None:
         choice, is_published = self._choice_of(name), name == self.agreement.method
-        merged = self._solve(name, choice.hyperparameter, with_spectra=is_published)
-        self._merged[name] = self._send(delivery, choice.candidate, merged)
+        self._merged[name] = self._send(
+            delivery, choice.candidate, self._solve(name, choice.hyperparameter, with_spectra=is_published)
+        )
 
     # --- publishing ---
 
@@ -432,14 +433,18 @@ class MergeRun:
         return solve(self._settings)
 
     def _send(self, delivery: Delivery, candidate: str, merged: MergedDelta) -> MergedDelta:
-        """Send a candidate; return it as it would be published, with the vector that was sent as its only copy."""
+        """Send a candidate; return it as it would be published, with the vector that is sent as its only copy, already
+        while it is sent: nobody else may hold `merged`.
+        """
         factors = {} if merged.low_rank is None else merged.low_rank.tensors()
         applied = {APPLIED + name: tensor for name, tensor in merged.applied.items()}
         vector = self._vector_of(delivery.layout, {**merged.delta, **merged.beside, **applied, **factors})
+        del applied
         self._keep_sent(delivery, vector, merged)
-        self.coordinator.deliver(delivery, vector, candidate)
         delta = published_delta(self.plan, delivery.layout, vector)
-        return replace(merged, delta=delta, beside={}, applied={}, rest={})
+        merged = replace(merged, delta=delta, beside={}, applied={}, rest={})
+        self.coordinator.deliver(delivery, vector, candidate)
+        return merged
 
     def _vector_of(self, layout: TensorLayout, delta: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """A merged delta as it travels, (layout.size,); a large one lies on the disk."""
