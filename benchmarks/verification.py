@@ -37,6 +37,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.emotion import write_consortium as write_emotion
+from benchmarks.large import change_a_little
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.published import publish, published
@@ -173,16 +174,16 @@ def _write_bert_base(folder: Path, layers: int) -> None:
     config = BertConfig(num_hidden_layers=layers, num_labels=2, id2label={0: "negative", 1: "positive"})
     model = BertForSequenceClassification(config)
     tokenizer = AutoTokenizer.from_pretrained(folder / "example" / "base")
-    for name in ("base", "model"):
-        if name == "model":
-            model.classifier.bias.data += 0.1
+    for name in ("base", *reviews.OWNERS):
+        if name != "base":
+            change_a_little(model)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     roster = "".join(f'[[owners]]\nname = "{name}"\n' for name in reviews.OWNERS)
     (folder / "agreement.toml").write_text(BERT_BASE + roster)
     for name, (suffix, *_) in reviews.OWNERS.items():
         (folder / f"{name}.toml").write_text(
-            f'name = "{name}"\nfine_tuned = "model"\n[data]\ntrain = "example/data/{name}/train.{suffix}"\n'
+            f'name = "{name}"\nfine_tuned = "{name}"\n[data]\ntrain = "example/data/{name}/train.{suffix}"\n'
             f'test = "example/data/{name}/test.{suffix}"\nmax_train_rows = 100\nmax_test_rows = 100\n'
         )
 
@@ -235,7 +236,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             f"{before['wall_seconds']:.0f} -> {after['wall_seconds']:.0f}",
             f"{more['wall_seconds']:.0%}",
             f"{before['peak_megabytes']:.0f} -> {after['peak_megabytes']:.0f}",
-            *(" -> ".join(f"{each[0][key]:.4f}" for each in (off, on) if key in each[0]) for key in METRICS),
+            *("" if merge in RANDOM else f"{off[0][key]:.4f} -> {on[0][key]:.4f}" for key in METRICS),
             len(on),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -243,6 +244,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 
 METRICS = ("accuracy", "macro_f1")  # the same in every run
+RANDOM = ("bert-base",)  # whose weights know nothing
 COSTS = ("messages", "bytes", "seconds", "wall_seconds", "peak_megabytes")
 
 
