@@ -66,7 +66,7 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert found["base"].endswith("text-classification, labels negative, positive")
     assert found["cinema"] == "trains its model from the base; rows: 200 train, 60 validation, 120 test"
     assert "contributions 3.1 MB" in found["rounds"]  # as the consent text says: 384,305 numbers of 8 bytes
-    assert found["reading"].startswith("1,140 rows were read as a run reads them")
+    assert found["reading"].startswith("1,140 rows read as in a run")
     assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
     assert re.fullmatch(r"at least [\d.]+ per dimension", found["Gram rows"])
     assert "a run keeps at least" in found["disk"]

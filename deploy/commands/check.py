@@ -294,7 +294,7 @@ def _check_texts(checks: Checklist, draft: AgreementDraft, base_folder: Path, ow
     with checks.item("reading") as item:
         most = FIRST_ROWS if draft.task.is_text else FIRST_IMAGES
         rows = sum(_private_data(draft, base_folder, each).try_reading(most) for each in owners)
-        item.found = f"{rows:,} rows were read as a run reads them; [reading] allows what was lost"
+        item.found = f"{rows:,} rows read as in a run; no more is lost than [reading] allows"
     if draft.task.is_text:
         _check_lengths(checks, draft.task, base_folder, owners)
 
