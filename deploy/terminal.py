@@ -95,9 +95,10 @@ def answer(found: dict[str, Any], text: str = "", hint: str = "") -> None:
 
 def show_error(message: str, hint: str) -> None:
     """Show an error on standard error, as text in one or two lines."""
-    messages().print("[red]error:[/]", escape(shown(message)), soft_wrap=True, highlight=False)
+    message, hint = shown(message), shown(hint)  # check: errors-are-escaped
+    messages().print("[red]error:[/]", escape(message), soft_wrap=True, highlight=False)
     if hint:
-        messages().print("[yellow]hint:[/]", escape(shown(hint)), soft_wrap=True, highlight=False)
+        messages().print("[yellow]hint:[/]", escape(hint), soft_wrap=True, highlight=False)
 
 
 def byte_count(count: int) -> str:

@@ -15,7 +15,6 @@ from typing import NoReturn
 import click
 
 from common.errors import AmalgramError, SettingsError
-from common.text import shown
 from deploy.terminal import set_up_output, show_error, shows_json
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 and the signal's number, as shells report it
@@ -61,7 +60,7 @@ def run_until_stopped(run: Callable[[], None]) -> None:
 
 
 def _fail(message: str, exit_code: int, hint: str = "") -> NoReturn:
-    message, hint = shown(" ".join(message.split())), shown(" ".join(hint.split()))  # check: errors-are-escaped
+    message, hint = " ".join(message.split()), " ".join(hint.split())
     if "--json" in sys.argv[1:] and not shows_json():  # the command's options were not even read
         set_up_output(as_json=True)
     if shows_json():
