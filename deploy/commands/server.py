@@ -134,7 +134,7 @@ def _superlink(place: Place, certificate: Path, key: Path, root: Path) -> Iterat
     secret = ["--superexec-auth-secret-file", str(place.state / "superexec.secret")]
     superlink = [sys.executable, "-P", "-m", "deploy.launch.guarded_superlink", "--host", host, "--port", str(port)]
     superlink += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-ca-certfile", str(root)]
-    superlink += ["--enable-supernode-auth"]  # once more, behind guarded_superlink's own check
+    superlink += ["--enable-supernode-auth"]  # check: nodes-register-nobody
     superlink += ["--disable-runtime-dependency-installation", "--isolation", "process"]
     superexec = ["--runtime-api-address", f"127.0.0.1:{port}", "--root-certificates", str(root), *secret]
     logs = {name: place.state / f"{name}.log" for name in ("superlink", "superexec")}

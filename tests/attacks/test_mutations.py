@@ -916,6 +916,7 @@ TABLE = [
     Mutation(FOLDERS, "test_95_a_configuration", "configurations-are-bounded"),
     Mutation(DEPLOYMENT, "test_a_bundle_that_reads", "other-bundles-are-refused", "if True:"),
     Mutation(DEPLOYMENT, "test_only_the_agreement_s_keys", "node-key-is-agreed"),
+    Mutation(DEPLOYMENT, "test_no_node_changes", "nodes-register-nobody"),
     Mutation(DEPLOYMENT, "test_an_owner_that_has_not", "consent-comes-before-connecting"),
     # 80-84: what owners sign at the end, and what anybody can check
     Mutation(RECEIPTS, "test_80_a_configuration_that", "configuration-is-the-agreed-one"),

@@ -5,7 +5,6 @@ import socket
 import ssl
 import sys
 import threading
-from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import uvicorn
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
+from flwr.supercore.primitives.asymmetric import generate_key_pairs
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from starlette.responses import PlainTextResponse
 
@@ -27,7 +23,7 @@ from deploy.launch.flower import flower_environment
 from deploy.launch.guarded_superlink import MAX_BODY_BYTES, Guard
 from deploy.launch.processes import free_port, started, wait_for_port
 from deploy.network_keys import write_certificate
-from tests.support.network import outside_address, wait_until
+from tests.support.network import outside_address, proof, wait_until
 
 BLOCK = bytes(1_000_000)
 MAX_GROWTH_BYTES = 8_000_000
@@ -46,16 +42,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with started(command, environment, folder, folder / "superlink.log") as process:
         wait_for_port(port, process, folder / "superlink.log")
         yield port, psutil.Process(process.pid), ssl.create_default_context(cafile=folder / "ca.pem")
-
-
-def proof(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
-    """The headers by which a node proves its key, as Flower's client makes them."""
-    timestamp = now().isoformat()
-    return {
-        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
-        "flwr-timestamp": timestamp,
-        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, timestamp.encode())).decode(),
-    }
 
 
 def flood(server: Server, path: str, headers: dict[str, str], megabytes: int) -> tuple[bytes, int]:

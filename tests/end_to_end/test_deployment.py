@@ -13,7 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.cli.build import build_fab_from_disk
+from flwr.proto.fleet_pb2 import UnregisterNodeFleetRequest
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from common.agreement import load_agreement
 from common.settings_file import write_settings
@@ -29,6 +33,7 @@ from tests.support.network import (
     Command,
     Network,
     outside_address,
+    proof,
     running,
     set_up,
     set_up_example,
@@ -145,6 +150,23 @@ def test_only_the_agreement_s_keys_and_whoever_knows_the_server_s_certificate_co
         assert "did not issue the certificate at 127.0.0.1" in client.said
         assert "connected to the coordinator" not in client.said
     assert online(network) == set()
+
+
+def test_no_node_changes_who_is_registered(network: Network, server: Command) -> None:
+    """Not even its own entry: the server alone registers the keys of the agreement."""
+    key = load_ssh_private_key(find_node(network.owner("cinema")).key.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    nodes = json.loads((network.folder / "server-state" / "nodes.json").read_text())
+    request = urllib.request.Request(
+        f"https://localhost:{network.port}/v1/fleet/unregister-node",
+        data=UnregisterNodeFleetRequest(node_id=int(nodes["cinema"])).SerializeToString(),
+        headers={"content-type": PROTOBUF_MEDIA_TYPE, **proof(key)},
+    )
+    trust = ssl.create_default_context(cafile=network.folder / "ca.pem")
+    with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(request, context=trust, timeout=20):
+        pass
+    assert b"must be unregistered via the CLI" in refused.value.read()
+    online(network)  # lists all of them
 
 
 def test_an_owner_that_has_not_consented_to_this_very_agreement_does_not_connect(network: Network) -> None:

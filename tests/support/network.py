@@ -3,6 +3,7 @@
 import shutil
 import socket
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from client.owner import Owner
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
@@ -153,3 +158,13 @@ def outside_address() -> str | None:
     """An address of this machine that is none of the loopback, if it has one."""
     addresses = [each for found in psutil.net_if_addrs().values() for each in found if each.family == socket.AF_INET]
     return next((each.address for each in addresses if not each.address.startswith("127.")), None)
+
+
+def proof(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
+    """The headers by which a node proves its key, as Flower's client makes them."""
+    timestamp = now().isoformat()
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(key.public_key())).decode(),
+        "flwr-timestamp": timestamp,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, timestamp.encode())).decode(),
+    }
