@@ -14,7 +14,7 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -287,37 +287,47 @@ def _pass_seconds(
     return forward / count / tokens, grams / count / tokens, alone / tokens
 
 
-def rows_of_example(outline: PreTrainedModel, plan: MergePlan, tokens: int) -> dict[str, int]:
-    """How many rows an example of so many tokens has in a Gram, by its name. Of a large model, in those of one block
-    and of what is outside of blocks: the others have as many. How long the targets of sequences are is not known, so
-    their decoders are left out.
+def rows_of_examples(outline: PreTrainedModel, plan: MergePlan, lengths: Iterable[int]) -> dict[int, dict[str, int]]:
+    """For examples of each length in tokens: how many rows one has in a Gram, by its name. Of a large model, in those
+    of one block and of what is outside of blocks: the others have as many. How long the targets of sequences are is not
+    known, so their decoders are left out.
     """
     model = _with_blocks(outline, None if _is_built_whole(outline, plan) else 1)
-    grams = measure_grams(model, _measured(model, plan), [batch_of(model, 1, tokens)])
+    measured = _measured(model, plan)
     has_decoder = model.config.is_encoder_decoder and model.get_output_embeddings() is not None
-    return {name: gram.rows for name, gram in grams.items() if not (has_decoder and gram.rows == tokens + 1)}
+    found = {}
+    for tokens in dict.fromkeys(lengths):
+        grams = measure_grams(model, measured, [batch_of(model, 1, tokens)])
+        found[tokens] = {
+            name: gram.rows for name, gram in grams.items() if not (has_decoder and gram.rows == tokens + 1)
+        }
+    return found
 
 
 def expected_rows(
-    agreement: Agreement, outline: PreTrainedModel, plan: MergePlan, schedule: Schedule, brought: OwnerRows
-) -> dict[str, tuple[float, int]]:
-    """About how many rows an owner's examples have in each Gram that it measures, and the Gram's dimensions, by name.
+    agreement: Agreement, outline: PreTrainedModel, plan: MergePlan, schedule: Schedule, owners: Sequence[OwnerRows]
+) -> Iterator[dict[str, tuple[float, int]]]:
+    """For each owner: about how many rows its examples have in each Gram that it measures, and the Gram's dimensions,
+    by name.
 
     Grams of experts are left out, since any number of rows may reach them, and noised ones, which refuse no owner.
     """
-    found: dict[str, tuple[float, int]] = {}
-    work = work_of(agreement, plan, schedule)
-    if work.gram_examples and not agreement.has_noised_grams:
-        dimensions, routed = plan.dimensions(), {each.name for each in plan.inputs if each.is_routed}
+    of_example: dict[int, dict[str, int]] = {}
+    if work_of(agreement, plan, schedule).gram_examples and not agreement.has_noised_grams:
+        of_example = rows_of_examples(outline, plan, (round(each.tokens) for each in owners))
+    dimensions, routed = plan.dimensions(), {each.name for each in plan.inputs if each.is_routed}
+    steps = [each.step for each in schedule.rounds if each.step is not None]
+    for brought in owners:
         examples = min(brought.train, REGMEAN.of(agreement.tables).measured_examples)
-        for name, count in rows_of_example(outline, plan, round(brought.tokens)).items():
-            if name not in routed:
-                found[name] = examples * count, dimensions[name]
-    for step in (each.step for each in schedule.rounds if each.step is not None):
-        if step.measurement is Measurement.CLASSIFIER and not agreement.task.judges_tokens:
-            layer = classifier(plan)
-            found[OF_CLASSIFIER] = min(brought.train, step.max_examples), layer.d_in + (layer.bias is not None)
-    return found
+        counts = of_example.get(round(brought.tokens), {})
+        found: dict[str, tuple[float, int]] = {
+            name: (examples * count, dimensions[name]) for name, count in counts.items() if name not in routed
+        }
+        for step in steps:
+            if step.measurement is Measurement.CLASSIFIER and not agreement.task.judges_tokens:
+                layer = classifier(plan)
+                found[OF_CLASSIFIER] = min(brought.train, step.max_examples), layer.d_in + (layer.bias is not None)
+        yield found
 
 
 def _is_built_whole(outline: PreTrainedModel, plan: MergePlan) -> bool:

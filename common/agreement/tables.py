@@ -268,8 +268,7 @@ class Evaluation(Settings):
     """The metric by which a sweep is decided, on validation examples.
 
     Left out, it is accuracy; of tagged entities, their F1; of a regression, the mean squared error, since a correlation
-    misses a constant offset.
-    "worst_group" is the accuracy in that group where it is lowest.
+    misses a constant offset. "worst_group" is the accuracy in that group where it is lowest.
 
     `groups`: values of the column that each owner's settings name (data.group), such as its sites. Rows of each are
     judged apart, over all owners. An owner reports no group of which it has fewer than `least_group_rows`.

@@ -166,7 +166,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             same = len(set(found.values())) == 1
             item.found = next(iter(found.values())) if same else "; ".join(f"{name}: {found[name]}" for name in found)
     if checks.is_ready:
-        _check_texts(checks, consortium.draft, consortium.base_folder, seen)
+        _check_rows(checks, consortium.draft, consortium.base_folder, seen)
     if checks.is_ready and agreement and schedule:
         _check_room(checks, folder, schedule, parties=len(seen))
         _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
@@ -234,7 +234,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
-        _check_texts(checks, agreement, base_folder, [seen])
+        _check_rows(checks, agreement, base_folder, [seen])
     if checks.is_ready:
         _check_room(checks, home / settings.state, schedule, parties=1)
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
@@ -283,7 +283,7 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 # --- parts that several have ---
 
 
-def _check_texts(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
+def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
     """Whether every owner's rows can be read as a run reads them, and are the model's that it brings."""
     models = [(each.look.fine_tuned, each.look.own_base or base_folder) for each in owners if each.look.fine_tuned]
     if draft.task.is_text and models:
@@ -401,6 +401,8 @@ def _estimate(
         is_simulated = bool(owners) and coordinates
         network = "" if is_simulated else f". The network takes {estimate.transfer_in_words(traffic)}"
         item.found = f"{estimate.in_words(parts)}{network}"
+    if item.error is not None:
+        return
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
         item.found = f"about {byte_count(most)} at the most"
@@ -423,13 +425,17 @@ def _check_gram_rows(
 
     outline = load_outline(base_folder, agreement.task)
     plan = agreed_plan(outline, base_folder, agreement)
+    measured = {
+        owner.settings.name: brought
+        for owner, brought in zip(owners, rows, strict=True)
+        if owner.look.own_base is None  # or it gives predictions alone
+    }
     errors, fewest = list[DataError](), inf
-    for owner, brought in zip(owners, rows, strict=True):
-        if owner.look.own_base is not None:  # it gives predictions alone
-            continue
+    found = expected_rows(agreement, outline, plan, schedule, list(measured.values()))
+    for name, grams in zip(measured, found, strict=True):
         try:
-            for gram, (expected, needed) in expected_rows(agreement, outline, plan, schedule, brought).items():
-                check_gram_rows(agreement, plan, owner.settings.name, gram, expected, needed, expected=True)
+            for gram, (expected, needed) in grams.items():
+                check_gram_rows(agreement, plan, name, gram, expected, needed, expected=True)
                 fewest = min(fewest, expected / needed)
         except DataError as error:
             errors.append(error)
