@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from client.data.canaries import canaries_of
 from client.data.groups import group_sums, reported_groups
-from client.data.private_data import PrivateData
+from client.data.private_data import PrivateData, prepared_by
 from client.data.rows import Rows, pool
 from client.look import own_base, own_labels, own_task
 from client.measurement import fine_tuning as finetune
@@ -41,8 +41,6 @@ from common.models.folders import (
     base_model_folder,
     base_origin,
     fine_tuned_folder,
-    load_image_processor,
-    load_tokenizer,
 )
 from common.models.loading import agreed_plan, check_base, load_base, load_fine_tuned, load_outline, private_head
 from common.models.parameters import copy_parameters, parameter_shapes
@@ -158,7 +156,7 @@ class Holdings:
             data=self.settings.data,
             task=self.task,
             model=self.own_outline,
-            **self._prepared_by(self.own_base_folder),
+            **prepared_by(self.own_base_folder, self.task),
             folder=self._home,
             seed=self.agreement.seed,
             reading=self.agreement.reading,
@@ -166,14 +164,7 @@ class Holdings:
 
     def read_for(self, model: PreTrainedModel, folder: Path, task: Task) -> PrivateData:
         """This owner's files, as any other model reads them with the tokenizer or image processor in `folder`."""
-        return replace(self.data, task=task, model=model, **self._prepared_by(folder))
-
-    def _prepared_by(self, folder: Path) -> dict[str, Any]:
-        """What prepares rows for the model in a folder."""
-        return {
-            "tokenizer": load_tokenizer(folder) if self.task.is_text else None,
-            "processor": None if self.task.is_text else load_image_processor(folder),
-        }
+        return replace(self.data, task=task, model=model, **prepared_by(folder, self.task))
 
     @cached_property
     def passes(self) -> Passes:

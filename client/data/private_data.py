@@ -21,6 +21,7 @@ from common.agreement import Reading, Task
 from common.data.files import read_columns
 from common.data.images import ImageFile, files_left_out
 from common.errors import DataError
+from common.models.folders import load_image_processor, load_tokenizer
 from common.pool import ImagePool, Pool
 from common.pool_rows import PoolReader, PoolRows
 from common.text import as_line
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
     from common.merge_methods.distill import DistillTable
 
 AnySplit = Literal["train", "validation", "test"]
+
+
+def prepared_by(folder: Path, task: Task) -> dict[str, Any]:
+    """What prepares rows for the model in a folder, as arguments of `PrivateData`."""
+    return {
+        "tokenizer": load_tokenizer(folder) if task.is_text else None,
+        "processor": None if task.is_text else load_image_processor(folder),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from client.data.lengths import cut_in_words, token_lengths
-from client.data.private_data import PrivateData
+from client.data.private_data import PrivateData, prepared_by
 from client.look import OwnerLook, oddities, own_task
 from client.owner import Owner
 from client.settings import OwnerSettings, Training
@@ -33,7 +33,6 @@ from common.models.folders import (
     base_model_folder,
     check_same_architecture,
     check_tokenizer,
-    load_image_processor,
     load_tokenizer,
     model_folder,
 )
@@ -308,8 +307,7 @@ def _private_data(draft: AgreementDraft, base_folder: Path, owner: Seen) -> Priv
         data=owner.settings.data,
         task=task,
         model=load_outline(folder, task),
-        tokenizer=load_tokenizer(folder) if task.is_text else None,
-        processor=None if task.is_text else load_image_processor(folder),
+        **prepared_by(folder, task),
         folder=owner.home,
         seed=draft.seed,
         reading=draft.reading,
