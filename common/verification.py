@@ -34,7 +34,7 @@ where 1 + 2^-20 covers that R, c and this bound are computed in floating point, 
 float32.
 
 The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation, or for
-each group of its rows if it is about single entries (`group_rows`),
+each group of its rows if it is large (`group_rows`),
 
     v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 7), the size of the terms; if B_i is a difference,
                                                              of both its terms
@@ -58,6 +58,11 @@ and `tolerance` is t * sum S_i, and at least 2^-140, because shares travel in mu
 takes half of what remains, and nothing from what owners demand. Products are summed in blocks, so that a number is
 rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth, column_depth). Where A is diagonal,
 d(n) is that of one term.
+
+A factor. B of some equations has a factor that the coordinator names. What it must be is not linear in the sums, but it
+makes zero a number that is (`Equation.factor_share`), so owners add up that, too. The float32 rounding of D and of the
+factor takes 2^-22 of the size of its terms. FACTOR_ROOM leaves room for the solve, whose ridge is at least a hundredth
+of the mean diagonal.
 
 What this does not protect against: an owner that colludes with the coordinator can contribute a share that makes any
 sum zero. SECURITY.md says what that means.
@@ -108,6 +113,7 @@ LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms r
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
 LARGEST_TEST = 2.0**15  # the largest number of rho and s
+FACTOR_ROOM = 2.0**-16  # of its terms, by which what a factor has to make zero may be off
 SPREAD = 10.0  # standard deviations, at most, of a sum with random signs
 CHECK_KINDS = {"check": "whether the models that were sent solve the merge's equations, with {their} part of each"}
 
@@ -182,13 +188,15 @@ def correction_layout(claims: Sequence[Claim]) -> TensorLayout:
 
 
 def check_layout(claims: Sequence[Claim]) -> TensorLayout:
-    """What an owner adds to a check: for each group of an equation's rows, the shares and their scale, each in the
-    words of one integer (summation/wide.py).
+    """What an owner adds to a check: for each group of an equation's rows, the shares and their scale, and the same for
+    its factor if it has one, each in the words of one integer (summation/wide.py).
     """
     entries = list[TensorEntry]()
     for name, equation in (each for claim in claims for each in claim.named()):
         shape = (equation.groups, COLUMNS + 1, wide.WORDS)
         entries.append(TensorEntry(name=f"check/{name}", shape=shape, bound=np.inf))
+        if equation.is_scaled:
+            entries.append(TensorEntry(name=f"check/{name}/factor", shape=(2, wide.WORDS), bound=np.inf))
     return TensorLayout(tuple(entries))
 
 
@@ -297,13 +305,18 @@ class Challenge:
                     check_correction(name, reach, rho, correction)
                     test = projection(self.combination_seed, name, len(moved), COLUMNS, first=rows.start)
                     sums.append(_sums_of(equation, moved + correction, reach, rho, test, own, factor, rows))
-                numbers = _shares(equation, sums)
-                # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
-                numbers[-1] *= blinding(
-                    self.blind, self.combination_seed, f"{name}/{group}"
-                )  # check: scales-are-coarse
-                words.append([to_words(float(number)) for number in numbers])
+                words.append(self._in_words(f"{name}/{group}", _shares(equation, sums).tolist()))
             yield f"check/{name}", np.array(words, dtype="<u8")
+            if equation.is_scaled:
+                numbers = equation.factor_share(part, own, factor)
+                yield f"check/{name}/factor", np.array(self._in_words(f"{name}/factor", numbers), dtype="<u8")
+
+    def _in_words(self, name: str, numbers: Sequence[float]) -> list[list[int]]:
+        """Shares and their scale as they travel, (n, WORDS)."""
+        *shares, scale = numbers
+        # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
+        scale *= blinding(self.blind, self.combination_seed, name)  # check: scales-are-coarse
+        return [to_words(number) for number in (*shares, scale)]
 
 
 def check_correction(name: str, reach: Tensor, rho: Tensor, sent: Tensor) -> None:
@@ -393,6 +406,10 @@ def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
             largest = max(abs(share) for share in shares)
             if not largest <= tolerance(equation, scale):  # check: sums-of-shares-are-zero
                 found.append(name)
+        if equation.is_scaled:
+            share, scale = map(from_words, total[f"check/{name}/factor"].view("<u8"))
+            if not abs(share) <= FACTOR_ROOM * scale + 2.0**-140:  # check: factors-are-the-methods
+                found.append(f"{name}/factor")
     return list(dict.fromkeys(found))
 
 

@@ -1,10 +1,11 @@
 """Verified merges: an honest merge of every method passes, a wrong one does not, and what is in between is derived."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from math import log2
+from typing import Literal, Self
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ from common.merge_methods.equations import (
     stacked,
 )
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod
-from common.merge_methods.normal_equations import System, SystemEquation, solve_symmetric
-from common.merge_methods.refit import REFIT, ClassifierEquation, RefitTable, classifier
+from common.merge_methods.normal_equations import System, SystemEquation
+from common.merge_methods.refit import LEAST_FIT, REFIT, ClassifierEquation, RefitTable, classifier
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.task_arithmetic import TaskArithmeticTable
 from common.merge_methods.terms import ClassifierTerms, Gram, MergeSettings, OwnerTerms, rounded
@@ -375,6 +376,31 @@ def test_122_a_small_vector_is_left_out_of_a_model() -> None:
     assert check.wrong() == ["0/means/v0.bias and others"]
 
 
+LONG_ROWS = [(4, 64, 128), (1, 197, 192), (50_000,), (3, 10_007)]  # fused experts, positions, a bias, odd inputs
+
+
+@pytest.mark.parametrize("shape", LONG_ROWS)
+def test_122_one_weight_of_a_long_row_is_off_by_a_millionth(shape: tuple[int, ...]) -> None:
+    check = means_check([1.0], shape)
+    assert check.wrong() == []
+    flat = check.delta["v0.bias"].reshape(-1)
+    flat[-1] += 2.0**-20 * float(flat.abs().mean())
+    assert check.wrong() == ["0/mean/v0.bias"]
+
+
+def test_129_a_bent_correction_hides_no_more_in_a_fused_expert_than_in_a_row() -> None:
+    """Half of all the expert's rounding, put into one of its weights."""
+    check = means_check([1.0], (2, 64, 128))
+    (equation,) = check.claim.equations
+    delta, rho = check.delta["v0.bias"], rho_of(check.rho_seed, "0/mean/v0.bias", equation)
+    right = float(delta[0, 0, 7])
+    delta[0, 0, 7] += 0.5 * 2.0**-24 * float(delta[0].abs().sum())
+    correction = correction_layout([check.claim]).read(check.sent, "0/mean/v0.bias")[0]  # a view
+    correction -= ((float(delta[0, 0, 7]) - right) * rho[7]).float().numpy()
+    with pytest.raises(NotTheMerge, match="beyond the rounding of float32"):
+        check.wrong()
+
+
 # --- what nobody's rows reach, and what a coordinator would like to hide ----------------------------------------------
 
 
@@ -670,14 +696,9 @@ def test_an_equation_by_entry_has_shares_for_each_group_of_rows() -> None:
         list(challenge.shares(claim, {"l0.weight": delta.reshape(plan.shapes["l0.weight"])}, own))
 
 
-class WholeMean(MeanEquation):
-    """The oracle: all rows at once."""
-
-    rows_at_once = None
-
-
-def test_the_mean_of_a_large_embedding_has_the_same_shares_in_blocks_of_rows() -> None:
-    rows, random = 2 * 64**2 + 100, np.random.default_rng(0)
+def test_the_mean_of_a_large_embedding_has_shares_for_each_group_of_rows() -> None:
+    """Against the formula."""
+    size, rows, random = 64**2, 2 * 64**2 + 100, np.random.default_rng(0)
     name, shape = "l0.weight", (rows, 3)
     entries = (
         TensorEntry(name="weight", shape=(1,), bound=8.0),
@@ -686,54 +707,94 @@ def test_the_mean_of_a_large_embedding_has_the_same_shares_in_blocks_of_rows() -
     layout = TensorLayout(entries)
     encoded = fixed_point.encode(layout, random.uniform(0, 1, layout.size), 3)
     own = OwnPart(layout=layout, encoded=encoded, owners=("o0", "o1", "o2"), roster_size=3)
-    delta = {name: torch.from_numpy(random.uniform(0.25, 1, shape)).float()}
+    delta = torch.from_numpy(random.uniform(0.25, 1, shape)).float()
     sent = np.full(COLUMNS * rows, 2.0**-40, dtype=np.float32)
-    found = []
-    for kind in (MeanEquation, WholeMean):
-        claim = Claim(delivery=0, source=0, equations=(kind.of(name, shape, scale=0.5),))
-        challenge = Challenge(
-            claims=(claim,), rho_seed=bytes(32), combination_seed=bytes(32), blind=bytes(32), sent=sent
-        )
-        ((_, (words,)),) = challenge.shares(claim, delta, own)
-        found.append([from_words(each) for each in words])
-    assert found[0] == pytest.approx(found[1], rel=1e-12)
+    claim = Claim(delivery=0, source=0, equations=(MeanEquation.of(name, shape, scale=0.5),))
+    challenge = Challenge(claims=(claim,), rho_seed=bytes(32), combination_seed=bytes(32), blind=bytes(32), sent=sent)
+    ((_, groups),) = challenge.shares(claim, {name: delta}, own)
+    ((known, equation),) = claim.named()
+    rho, test = rho_of(bytes(32), known, equation), projection(bytes(32), known, rows, COLUMNS)
+    weight, right = float(own["weight"][0]), 0.5 * torch.from_numpy(own[f"weighted_delta/{name}"])
+    residual = weight * (delta.double() @ rho + 2.0**-40) - right @ rho  # (rows, COLUMNS)
+    terms = (abs(weight) * delta.double().abs() + right.abs()) @ rho.abs()
+    assert len(groups) == 3
+    for number, words in enumerate(groups):
+        some = slice(number * size, (number + 1) * size)
+        shares = torch.tensor([from_words(each) for each in words[:COLUMNS]], dtype=torch.float64)
+        torch.testing.assert_close(shares, (residual[some] * test[some]).sum(dim=0), rtol=1e-10, atol=0)
+        scale = 2.0**15 * (10 * terms[some].norm(dim=0) + residual[some].norm(p=1, dim=0)).max()
+        factor = blinding(bytes(32), bytes(32), f"{known}/{number}")
+        assert from_words(words[COLUMNS]) == pytest.approx(float(scale) * factor)
 
 
 # --- a classifier whose scale the coordinator names -------------------------------------------------------------------
 
 
-def classifier_check(factor: float) -> Check:
-    random = torch.Generator().manual_seed(1)
-    layer = Layer(weight="head.weight", d_in=5, d_out=3, stored_input_first=True)
-    shapes = {"head_gram@0.5": (5, 5), "head_start@0.5": (5, 3), "head_targets@0.5": (5, 3)}
-    layout = TensorLayout(tuple(TensorEntry(name=name, shape=shape, bound=100.0) for name, shape in shapes.items()))
-    vectors = {}
-    for name in identities_of(3):
-        rows = torch.randn(20, 5, generator=random, dtype=torch.float64)
-        targets, start = rows.T @ torch.randn(20, 3, generator=random, dtype=torch.float64), torch.ones(5, 3).double()
-        gram = rows.T @ rows
-        vectors[name] = np.zeros(layout.size)
-        layout.flatten(zip(shapes, (gram.numpy(), (gram @ start).numpy(), targets.numpy()), strict=True), vectors[name])
-    contributions = Contributions.of(layout, vectors)
-    equation = ClassifierEquation.of(layer, 0.5, is_scaled=True)
-    gram, right = equation.sides(contributions.total, factor)
-    solved, _, _ = solve_symmetric(gram, right)
-    merged = rounded(verified(merge_settings(plan_for(5, [3])), 3), layer.give(solved))
-    return Check(equations=[equation], contributions=contributions, merged=replace(merged, factor=factor))
+@dataclass(frozen=True, kw_only=True)
+class RefitRun:
+    """Three owners' parts of a refit to labels, or to scores, on made-up rows."""
+
+    settings: MergeSettings
+    contributions: Contributions
+
+    @classmethod
+    def of(cls, *, classes: int = 10, change: float = 1.0, targets: Literal["labels", "scores"] = "labels") -> Self:
+        random, size = torch.Generator().manual_seed(0), 8
+        settings_ = verified(merge_settings(plan_for(size, [classes]), refit=RefitTable(targets=targets)), 3)
+        (step,) = REFIT.steps(settings_)
+        layout, vectors = REFIT.step_layout(settings_, step), dict[str, NDArray[np.float64]]()
+        start = 0.05 * torch.randn(size, classes, generator=random, dtype=torch.float64)
+        for name in identities_of(3):
+            features = torch.randn(200, size, generator=random, dtype=torch.float64)
+            own = start + 0.05 * change * torch.randn(size, classes, generator=random, dtype=torch.float64)
+            labels = torch.randint(0, classes, (200,), generator=random)
+            terms = ClassifierTerms(features=features, targets=labels, scores=features @ own, start=start)
+            owner = OwnerTerms(examples=200, delta={}, classifier=terms)
+            vectors[name] = np.zeros(layout.size)
+            layout.flatten(REFIT.step_contribution(settings_, step, owner), vectors[name])
+        return cls(settings=settings_, contributions=Contributions.of(layout, vectors))
+
+    def check(self, *, seed: int = 0, factor: float | None = None) -> Check:
+        """What is sent, honestly solved, except that the coordinator may choose the `factor`."""
+        (step,), (value, *_) = REFIT.steps(self.settings), REFIT.swept(self.settings.tables)
+        with pytest.MonkeyPatch.context() as patch:
+            if factor is not None:
+                patch.setattr(ClassifierEquation, "factor_of", lambda *about: factor)
+            merged = REFIT.solve_step(self.settings, step, self.contributions.total, value)
+        equations = REFIT.step_equations(self.settings, step, value)
+        return Check(equations=equations, contributions=self.contributions, merged=merged, seed=seed)
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.0**-8, 40.5])
-def test_a_classifier_passes_at_the_scale_that_the_coordinator_names_and_at_no_other(factor: float) -> None:
-    check = classifier_check(factor)
-    assert check.wrong() == []
-    check.sent[-1] *= np.float32(1.5)
-    assert check.wrong() == ["0/head@0.5"]
+def test_245_a_classifier_whose_scores_the_coordinator_makes_larger_or_smaller() -> None:
+    """All else is solved for its factor, and is sent as an honest coordinator would."""
+    run = RefitRun.of()
+    honest = run.check()
+    assert honest.wrong() == []
+    for other in (2.0**-8, 1.001, 0.999, 2.0):
+        name = honest.claim.equations[0].name
+        check = run.check(factor=float(np.float32(honest.merged.factor * other)) if other > 2.0**-8 else other)
+        assert check.wrong() == [f"0/{name}/factor"]
+    honest.sent[-1] *= np.float32(1.5)  # another one than it solved for
+    assert len(honest.wrong()) == 2
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, 2.0**-9, 2.0**13, float("inf"), float("nan")])
+def test_a_factor_makes_fitted_scores_as_large_as_the_owners_own() -> None:
+    """Against the formula, and to within what `LEAST_FIT` adds."""
+    run = RefitRun.of(classes=2)
+    check, total = run.check(), run.contributions.total
+    (equation,) = check.claim.equations
+    assert isinstance(equation, ClassifierEquation)
+    gram, targets, start = (torch.from_numpy(total[f"head_{each}@0.5"]) for each in ("gram", "targets", "start"))
+    published = torch.linalg.solve(gram, start) + equation.part_of(check.delta).double()
+    size = float((published * targets).sum()) / check.merged.factor  # of V
+    energy = 600 * (1 - 1 / 2)
+    assert check.merged.factor**2 * (size + LEAST_FIT * energy) == pytest.approx(total["head_scores@0.5"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 2.0**-9, 2.0**17, float("inf"), float("nan")])
 def test_127_a_scale_beyond_its_bounds_is_refused(factor: float) -> None:
-    """With a tiny one, the rounding of float32 alone would decide what the classifier does."""
-    check = classifier_check(1.0)
+    """Otherwise an owner's terms could be too large to be summed, and its refusal would tell how large its sums are."""
+    check = RefitRun.of().check()
     check.sent[-1] = factor
     with pytest.raises(NotTheMerge, match="sent a factor of"):
         check.wrong()
@@ -741,31 +802,14 @@ def test_127_a_scale_beyond_its_bounds_is_refused(factor: float) -> None:
 
 @pytest.mark.parametrize("targets", ["labels", "scores"])
 @pytest.mark.parametrize("change", [1.0, 1e-3, 1e-5, 1e-8, 0.0])
-def test_an_honest_refit_passes_however_little_the_classifier_changes(change: float, targets: str) -> None:
-    random, size, classes = torch.Generator().manual_seed(0), 8, 10
-    plan = plan_for(size, [classes])
-    settings_ = verified(merge_settings(plan, refit=RefitTable(targets=targets)), 3)
-    (step,) = REFIT.steps(settings_)
-    layout, (value, *_) = REFIT.step_layout(settings_, step), REFIT.swept(settings_.tables)
-    start = 0.05 * torch.randn(size, classes, generator=random, dtype=torch.float64)
-    vectors = {}
-    for name in identities_of(3):
-        features = torch.randn(200, size, generator=random, dtype=torch.float64)
-        own = start + 0.05 * change * torch.randn(size, classes, generator=random, dtype=torch.float64)
-        labels = torch.randint(0, classes, (200,), generator=random)
-        terms = ClassifierTerms(features=features, targets=labels, scores=features @ own, start=start)
-        vectors[name] = np.zeros(layout.size)
-        layout.flatten(
-            REFIT.step_contribution(settings_, step, OwnerTerms(examples=200, delta={}, classifier=terms)),
-            vectors[name],
-        )
-    contributions = Contributions.of(layout, vectors)
-    merged = REFIT.solve_step(settings_, step, contributions.total, value)
-    equations = REFIT.step_equations(settings_, step, value)
+def test_an_honest_refit_passes_however_little_the_classifier_changes(
+    change: float, targets: Literal["labels", "scores"]
+) -> None:
+    run = RefitRun.of(change=change, targets=targets)
     for seed in range(4):
-        check = Check(equations=equations, contributions=contributions, merged=merged, seed=seed)
+        check = run.check(seed=seed)
         assert check.wrong() == []
-    check.delta[plan.inputs[0].layers[0].weight][0, 0] += 1e-6
+    check.delta[run.settings.plan.inputs[0].layers[0].weight][0, 0] += 1e-6
     assert check.wrong() != []
 
 
@@ -773,7 +817,7 @@ def test_128_the_scales_that_travel_are_known_to_a_factor_of_two_and_another_one
     """Otherwise one claim after another about the same tensor would give sums of single numbers' sizes. Powers of two
     would give single owners' sizes: their sum has a bit for each owner.
     """
-    check = classifier_check(1.0)
+    check = RefitRun.of().check()
     for owner in check.contributions.own:
         scales = []
         for secret in range(30):

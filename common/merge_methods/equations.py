@@ -30,12 +30,11 @@ else:
     torch = lazy_module("torch")
 
 
-# What a free factor may be. With a smaller one, a classifier would be the base's except for the last bits of float32,
-# and whoever chooses these chooses the decisions: they do not depend on how large the scores are.
-LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**12
+LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**16  # what a coordinator may name: then terms are far below what travels
 BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 MOST_GROUPS = 64  # of such rows; each has shares of its own
+MOST_COLUMNS = 4096  # of a mean: rounding that a false correction claims for a row can all be in one of its numbers
 MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what travels
 MOST_STACKED = 2**18  # numbers, verified as one equation: their sides are in memory as float64
 LEAST_ENLARGED = 2.0**-64  # smaller numbers are rounded as subnormal ones, which enlarging would show
@@ -47,7 +46,7 @@ class Equation(ABC):
 
     `is_diagonal`: A is, so `sides` gives it as a column.
     `by_entry`: what is more, the equation holds for each entry of D alone, which is then one column, (n, 1).
-    `is_scaled`: B has a factor that the coordinator names, from LEAST_FACTOR to LARGEST_FACTOR.
+    `is_scaled`: B has a factor that the coordinator names, and which `factor_share` shows to be what the method says.
     """
 
     name: str
@@ -58,9 +57,11 @@ class Equation(ABC):
 
     @property
     def group_rows(self) -> int:
-        """How many rows share a sum of shares, and so a tolerance: all, unless the equation is `by_entry`."""
-        rows = self.shape[0]
-        return rows if not self.by_entry else ROWS_AT_ONCE * -(-rows // (ROWS_AT_ONCE * MOST_GROUPS))
+        """How many rows share a sum of shares, and so a tolerance: all, or those that are looked at together, or a
+        multiple of them, so that there are at most MOST_GROUPS groups.
+        """
+        rows, at_once = self.shape[0], self.rows_at_once
+        return rows if at_once is None else min(rows, at_once * -(-rows // (at_once * MOST_GROUPS)))
 
     @property
     def groups(self) -> int:
@@ -78,6 +79,12 @@ class Equation(ABC):
     @abstractmethod
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
         """A and B, float64, of a total or of one owner's own part: (n, n), or (n, 1) if A is diagonal, and (n, m)."""
+
+    def factor_share(self, part: Tensor, summed: SummedTensors, factor: float) -> tuple[float, float]:
+        """One owner's part of a number that is zero for the right factor, and the size of its terms. `part`: `part_of`
+        what was sent. Only for what `is_scaled`.
+        """
+        raise NotImplementedError
 
     def given(self, delta: Mapping[str, Tensor]) -> Equation:
         """This equation, where `sides` need what was sent beside its own part of `delta`."""
@@ -137,9 +144,12 @@ def column_depth(rows: int) -> int:
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """The rows and columns as which a tensor's mean is verified: the first dimension, and all others. A vector is one
-    row, because the correction has one number for each row.
+    row, because the correction has one number for each row. Rows longer than MOST_COLUMNS, of fused experts for
+    example, are divided: all numbers in their order, so many in a row, and zeros after the last.
     """
-    return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
+    numbers, length = prod(shape), prod(shape[1:] if len(shape) > 1 else shape)
+    columns = min(length, MOST_COLUMNS)
+    return -(-numbers // columns), columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +189,21 @@ class MeanEquation(Equation):
         return BLOCK**2 if self.weighted else None
 
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
-        return delta[self.parameter].reshape(self.shape)
+        return self._in_rows(delta[self.parameter])
 
     def sides(self, summed: SummedTensors, factor: float) -> tuple[Tensor, Tensor]:
-        return self._sides(summed, torch.from_numpy(summed[self.weighted]).reshape(self.shape))
+        return self._sides(summed, self._in_rows(torch.from_numpy(summed[self.weighted])))
 
     def some_of_sides(self, summed: SummedTensors, rows: slice) -> tuple[Tensor, Tensor]:
         columns = self.shape[1]
         numbers = summed.some_of(self.weighted, slice(rows.start * columns, rows.stop * columns))
-        return self._sides(summed, torch.from_numpy(numbers).reshape(-1, columns))
+        return self._sides(summed, self._in_rows(torch.from_numpy(numbers)))
+
+    def _in_rows(self, numbers: Tensor) -> Tensor:
+        """(rows, columns), the last row filled up with zeros."""
+        flat, columns = numbers.reshape(-1), self.shape[1]
+        missing = -len(flat) % columns
+        return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, columns)
 
     def _sides(self, summed: SummedTensors, right: Tensor) -> tuple[Tensor, Tensor]:
         weight = torch.from_numpy(summed["weight"]).expand(len(right))[:, None]

@@ -11,9 +11,10 @@ left. With G = S^2 / (S^2 + (FADE e)^2):
 
     delta = (sum S / sum G) U sqrt(G) V^T
 
-This is the paper's, to a thousandth, where all singular values are at least a tenth of e. It has one value, and
-rounding in L cannot change it by much, so every owner can compute it: owners verify L, which is linear in what they
-summed, and then apply the function themselves.
+This is the paper's, to a thousandth, where all singular values are at least a tenth of e. It has one value, so every
+owner can compute it: owners verify L, which is linear in what they summed, and then apply the function themselves. An
+error in a direction that L lacks is enlarged sqrt(d / r) / FADE times, where r of its d singular values are not zero:
+a thousand times for adapters of low rank. Honest rounding stays small; SECURITY.md says what a coordinator could hide.
 """
 
 from __future__ import annotations

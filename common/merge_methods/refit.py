@@ -9,14 +9,22 @@ f the classifier's input on the merged body, and 1 after it for the bias, each o
 and the coordinator solves (sum G_i) W^T = sum C_i. The targets t are
 
     labels    onehot - 1/K. A row's weight w is (the share of its class at the owner)^-balance, scaled so that an
-              owner's weights add up to its rows; several balances are a sweep. The scores are then scaled to be as
-              large, in the mean, as those of the owners' own models: the decisions stay the same, and the probabilities
-              mean something
+              owner's weights add up to its rows; several balances are a sweep. The scores are then multiplied by t,
+              which makes them about as large, in the mean, as those of the owners' own models: the decisions stay the
+              same, and the probabilities mean something
     scores    what the owner's own model puts out on the row; w = 1. No label is used
 
 Of several labels a row, t is 1/2 for those that it has and -1/2 for the others, so that a fitted score of 0, where a
 sigmoid decides, is as near to one as to the other. Of numbers, t is the row's targets, and nothing is scaled. All rows
 of both weigh the same: a class whose share could decide has rows with one label.
+
+The factor. With V = (sum G_i)^-1 sum C_i, S the sum of w |z|^2 over rows, z their own models' scores without the mean,
+and E the sum of w |t|^2 over rows,
+
+    t^2 (<V, sum C_i> + LEAST_FIT E) = S                  of an owner, S is at least LEAST_FIT E
+
+<V, sum C_i> is the fitted scores' squared size, but for the ridge. It is at most E, and LEAST_FIT keeps t small if the
+rows' features say nothing. The coordinator names t, so owners verify it (`ClassifierEquation.factor_share`).
 
 Ridge: every owner adds CLASSIFIER_RIDGE * mean(diag G_i) to its diagonal. For labels it pulls toward zero, for scores
 and numbers toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged
@@ -24,8 +32,8 @@ models are sent as deltas.
 
 With privacy.epsilon, G and C have noise, as one vector, and every row counts alike, or less if its input is long
 (terms.RefitNoise). G_i W_0^T is made of the noised G_i, so it shows nothing more. The ridge is then agreed: what the
-noise needs. And as the size of the scores would be one more statistic of rows, the fitted scores are made as large as
-those of a model that gives its label a probability of 0.9.
+noise needs. And as the size of the scores would be one more statistic of rows, S is that of models that give their
+label a probability of 0.9.
 
 The body (`body`) is any single-round method that can be refitted, at one value of its alpha.
 """
@@ -41,7 +49,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from common.errors import RuleError
+from common.errors import NumericalError, RuleError
 from common.lazy import lazy_module
 from common.merge_methods.equations import LARGEST_FACTOR, LEAST_FACTOR, Equation
 from common.merge_methods.method import (
@@ -84,6 +92,7 @@ else:
 CLASSIFIER_RIDGE = 1e-2
 LEAST_COUNT = 3  # a class with fewer rows weighs as if it had this many
 LARGEST_SCORE = 1000.0
+LEAST_FIT = 2.0**-10  # of the targets' squared size
 
 
 class RefitTable(Hyperparameters):
@@ -120,6 +129,7 @@ class Refit(MultiRoundMethod[RefitTable]):
             "head_start": "those products times the base's classifier",
             "head_targets": "the classifier's inputs times what it is fitted to, summed over {their} rows",
             "head_scores": "the size of {their} own model's scores",
+            "head_base": "how well the base's classifier meets what the classifier is fitted to",
             "head_rows": "the number of rows that the classifier is fitted to",
         }
     )
@@ -217,6 +227,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         features = layer.d_in + (layer.bias is not None)
         weight, largest = settings.weight_bound, max(1.0, settings.largest_target)
         bound = weight * max(1.0, settings.bounds.grams[settings.plan.inputs[-1].name])
+        of_scores = weight * max(LARGEST_SCORE, largest) ** 2
         entries = [TensorEntry(name="head_rows", shape=(1,), bound=weight * MAX_ROWS_PER_EXAMPLE)]
         if settings.refit_noise is not None:
             return TensorLayout((*entries, *_noised_entries(settings, settings.refit_noise, features, layer.d_out)))
@@ -226,9 +237,8 @@ class Refit(MultiRoundMethod[RefitTable]):
                 TensorEntry(name=f"head_gram@{balance!r}", shape=square, bound=bound, packing="symmetric"),
                 TensorEntry(name=f"head_start@{balance!r}", shape=rectangle, bound=bound),
                 TensorEntry(name=f"head_targets@{balance!r}", shape=rectangle, bound=bound * largest),
-                TensorEntry(
-                    name=f"head_scores@{balance!r}", shape=(1,), bound=weight * max(LARGEST_SCORE, largest) ** 2
-                ),
+                TensorEntry(name=f"head_scores@{balance!r}", shape=(1,), bound=of_scores),
+                TensorEntry(name=f"head_base@{balance!r}", shape=(1,), bound=of_scores),
             ]
         return TensorLayout(tuple(entries))
 
@@ -255,8 +265,11 @@ class Refit(MultiRoundMethod[RefitTable]):
             gram = add_ridge(weighted.T @ terms.features, CLASSIFIER_RIDGE)  # (features, features) float64
             yield f"head_gram@{balance!r}", to_array(gram)
             yield f"head_start@{balance!r}", to_array(gram @ terms.start)
-            yield f"head_targets@{balance!r}", to_array(self._towards(settings, terms, weighted, gram))
-            yield f"head_scores@{balance!r}", to_array((weights * (sizes**2).sum(dim=1)).sum()[None])
+            targets = self._towards(settings, terms, weighted, gram)
+            yield f"head_targets@{balance!r}", to_array(targets)
+            least = LEAST_FIT * _target_size(settings, terms.scores.shape[1]) * scale * rows
+            yield f"head_scores@{balance!r}", to_array((weights * (sizes**2).sum(dim=1)).sum()[None].clamp(min=least))
+            yield f"head_base@{balance!r}", to_array((targets * terms.start).sum()[None])
 
     def _noised_contribution(
         self, settings: MergeSettings, bounded: RefitNoise, owner: OwnerTerms
@@ -265,7 +278,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         terms, noise = owner.classifier, owner.noise
         assert terms is not None
         assert noise is not None  # there is one in every round with noise
-        gram_name, start_name, targets_name = _noised_names()
+        gram_name, start_name, targets_name, base_name = _noised_names()
         # A crafted body can make chosen rows overflow. A refusal would reveal that the owner has one.
         is_finite = terms.features.isfinite().all(dim=1, keepdim=True)  # (rows, 1)
         features = torch.where(is_finite, terms.features, 0.0)  # check: rows-without-numbers-add-nothing
@@ -275,7 +288,9 @@ class Refit(MultiRoundMethod[RefitTable]):
         yield "head_rows", to_array(torch.tensor([float(len(features))]))
         yield gram_name, to_array(gram)
         yield start_name, to_array(gram @ terms.start)  # check: no-product-of-exact-grams-leaves
-        yield targets_name, noise.added(targets_name, to_array(self._towards(settings, terms, weighted, gram)))
+        targets = noise.added(targets_name, to_array(self._towards(settings, terms, weighted, gram)))
+        yield targets_name, targets
+        yield base_name, (targets * to_array(terms.start)).sum()[None]  # check: no-product-of-exact-targets-leaves
 
     def _towards(self, settings: MergeSettings, terms: ClassifierTerms, weighted: Tensor, gram: Tensor) -> Tensor:
         """The right-hand side, (features, classes) float64, including the ridge's part."""
@@ -293,10 +308,6 @@ class Refit(MultiRoundMethod[RefitTable]):
         without_ridge = weighted.T @ terms.features
         return weighted.T @ towards + (gram - without_ridge) @ terms.start
 
-    def _is_scaled(self, settings: MergeSettings) -> bool:
-        """Whether what is fitted has no scale of its own, as 0 and 1 have none."""
-        return self.hyperparameters(settings).targets == "labels" and settings.problem_type != "regression"
-
     def _balances(self, settings: MergeSettings) -> tuple[float, ...]:
         return tuple(0.0 if balance is None else balance for balance in self.swept(settings.tables))
 
@@ -307,12 +318,12 @@ class Refit(MultiRoundMethod[RefitTable]):
         gram = torch.from_numpy(total[f"head_gram@{balance!r}"])
         targets = torch.from_numpy(total[f"head_targets@{balance!r}"])
         error = torch.from_numpy(total.diagonal_error(f"head_gram@{balance!r}"))
-        factor, is_scaled = 1.0, self._is_scaled(settings)
-        if is_scaled:
+        equation, factor = self._equation(settings, balance), 1.0
+        if equation.is_scaled:
             fitted, _, _ = solve_symmetric(gram, targets, error, settings.device)  # (features, classes)
-            factor = _scale(gram, fitted, self._squared_scores(settings, total, balance))
+            factor = equation.factor_of(fitted, total)
         # Solved for the change at once: the difference of two solutions could be smaller than their rounding.
-        _, right = ClassifierEquation.of(layer, balance, is_scaled=is_scaled).sides(total, factor)
+        _, right = equation.sides(total, factor)
         change, status, unseen = solve_symmetric(gram, right, error, settings.device)
         condition, effective_rank = spectrum(gram, settings.device)
         note = LayerNote(
@@ -328,23 +339,23 @@ class Refit(MultiRoundMethod[RefitTable]):
         merged = rounded(settings, layer.give(change), layers=(note,))
         return replace(merged, factor=factor)
 
-    def _squared_scores(self, settings: MergeSettings, total: SummedTensors, balance: float) -> float:
-        """As large as the fitted scores, squared and summed over all rows, shall be."""
-        if settings.refit_noise is None:
-            return float(total[f"head_scores@{balance!r}"][0])
-        return float(total["head_rows"][0]) * _size_if_sure(classifier(settings.plan).d_out)
+    def _equation(self, settings: MergeSettings, balance: float) -> ClassifierEquation:
+        layer = classifier(settings.plan)
+        return ClassifierEquation(
+            name=f"head@{balance!r}",
+            shape=(layer.d_in + (layer.bias is not None), layer.d_out),
+            is_scaled=self.hyperparameters(settings).targets == "labels" and settings.problem_type != "regression",
+            layer=layer,
+            balance=balance,
+            target_size=_target_size(settings, layer.d_out),
+            score_size=None if settings.refit_noise is None else _size_if_sure(layer.d_out),
+        )
 
     def start_equations(self, settings: MergeSettings) -> tuple[Equation, ...]:
         return self._body(settings.tables).equations(settings, self._body_alpha(settings))
 
     def step_equations(self, settings: MergeSettings, step: Step, hyperparameter: float | None) -> tuple[Equation, ...]:
-        return (
-            ClassifierEquation.of(
-                classifier(settings.plan),
-                0.0 if hyperparameter is None else hyperparameter,
-                is_scaled=self._is_scaled(settings),
-            ),
-        )
+        return (self._equation(settings, 0.0 if hyperparameter is None else hyperparameter),)
 
     def step_names(self, settings: MergeSettings, step: Step) -> tuple[str, ...]:
         return classifier(settings.plan).parameters
@@ -368,15 +379,15 @@ class Refit(MultiRoundMethod[RefitTable]):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierEquation(Equation):
-    """(sum G_i) D = t sum C_i - sum G_i W_0^T, where t is the factor by which the coordinator scales the scores."""
+    """(sum G_i) D = t sum C_i - sum G_i W_0^T.
+
+    `target_size`: |t|^2 of a row's targets. `score_size`: the mean of |z|^2, if it is agreed and not summed.
+    """
 
     layer: Layer
     balance: float
-
-    @classmethod
-    def of(cls, layer: Layer, balance: float, *, is_scaled: bool) -> ClassifierEquation:
-        shape = (layer.d_in + (layer.bias is not None), layer.d_out)
-        return cls(name=f"head@{balance!r}", shape=shape, is_scaled=is_scaled, layer=layer, balance=balance)
+    target_size: float
+    score_size: float | None
 
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
         return self.layer.take(delta)
@@ -388,6 +399,37 @@ class ClassifierEquation(Equation):
     def right_size(self, right: Tensor, summed: SummedTensors, factor: float) -> Tensor:
         targets, start = self._terms(summed)
         return factor * targets.abs() + start.abs()
+
+    def factor_of(self, fitted: Tensor, total: SummedTensors) -> float:
+        """t, as at the top of this file, rounded to float32. `fitted`: V, (features, classes)."""
+        targets, _ = self._terms(total)
+        wanted, least = self._sizes(total)
+        size = float((fitted * targets).sum()) + least
+        square = wanted / size if size > 0 else 0.0
+        if not LEAST_FACTOR**2 <= square <= LARGEST_FACTOR**2:
+            raise NumericalError(
+                f"refit: own scores of squared size {wanted:g} cannot be matched by fitted ones of {size:g}",
+                hint="check that every owner's own model is one that was trained",
+            )
+        return float(np.float32(square**0.5))
+
+    def factor_share(self, part: Tensor, summed: SummedTensors, factor: float) -> tuple[float, float]:
+        """t <W_0 + D, C_i> + t^2 LEAST_FIT E_i - S_i, where W_0 + D is t V but for rounding."""
+        targets, _ = self._terms(summed)
+        base = float(summed[f"head_base@{self.balance!r}"][0])
+        wanted, least = self._sizes(summed)
+        change = part.double()
+        share = factor * (float((change * targets).sum()) + base) + factor**2 * least - wanted
+        size = factor * (float((change.abs() * targets.abs()).sum()) + abs(base)) + factor**2 * least + abs(wanted)
+        return share, size
+
+    def _sizes(self, summed: SummedTensors) -> tuple[float, float]:
+        """S and LEAST_FIT E."""
+        rows = float(summed["head_rows"][0])
+        wanted = (
+            float(summed[f"head_scores@{self.balance!r}"][0]) if self.score_size is None else rows * self.score_size
+        )
+        return wanted, LEAST_FIT * self.target_size * rows
 
     def _terms(self, summed: SummedTensors) -> tuple[Tensor, Tensor]:
         targets, start = (summed[f"{kind}@{self.balance!r}"] for kind in ("head_targets", "head_start"))
@@ -408,19 +450,20 @@ def class_weights(targets: Tensor, balance: float) -> Tensor:
     return weights * len(targets) / weights.sum()
 
 
-def _noised_names() -> tuple[str, str, str]:
-    return f"head_gram@{0.0!r}", f"head_start@{0.0!r}", f"head_targets@{0.0!r}"
+def _noised_names() -> tuple[str, str, str, str]:
+    return f"head_gram@{0.0!r}", f"head_start@{0.0!r}", f"head_targets@{0.0!r}", f"head_base@{0.0!r}"
 
 
 def _noised_entries(settings: MergeSettings, bounded: RefitNoise, features: int, outputs: int) -> Iterator[TensorEntry]:
     """A row adds at most `sensitivity` to any number. The ridge of one owner is part of its Gram."""
     rows = settings.weight_bound * MAX_ROWS_PER_EXAMPLE * bounded.sensitivity + settings.num_owners * bounded.own
     bound = bound_with_noise(rows + bounded.ridge(settings.num_owners, features), bounded.own)
-    gram, start, targets = _noised_names()
+    gram, start, targets, base = _noised_names()
     square, rectangle, own = (features, features), (features, outputs), bounded.own
     yield TensorEntry(name=gram, shape=square, bound=bound, packing="symmetric", noise=own)  # check: grams-have-noise
     yield TensorEntry(name=start, shape=rectangle, bound=bound)
     yield TensorEntry(name=targets, shape=rectangle, bound=bound, noise=own)  # check: products-have-noise
+    yield TensorEntry(name=base, shape=(1,), bound=features * outputs * bound)
 
 
 def _size_if_sure(classes: int) -> float:
@@ -429,14 +472,9 @@ def _size_if_sure(classes: int) -> float:
     return float(gap**2 * (1 - 1 / classes))
 
 
-def _scale(gram: Tensor, fitted: Tensor, squared_scores: float) -> float:
-    """The factor that makes the fitted scores, squared and summed over all rows, as large as the own models' scores.
-
-    It travels to the owners, so it is one that float32 holds and that they accept.
-    """
-    size = float((fitted * (gram @ fitted)).sum())
-    factor = float(np.float32((squared_scores / size) ** 0.5)) if size > 0 and squared_scores > 0 else 1.0
-    return min(max(factor, LEAST_FACTOR), LARGEST_FACTOR)
+def _target_size(settings: MergeSettings, classes: int) -> float:
+    """The squared 2-norm of one row's targets, if they are labels."""
+    return classes / 4 if settings.problem_type == "multi_label_classification" else max(classes - 1, 1) / classes
 
 
 REFIT = register(Refit())

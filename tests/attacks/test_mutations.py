@@ -179,6 +179,7 @@ TABLE = [
     Mutation(VERIFICATION, "test_129_a_bent", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_124_a_correction", "corrections-are-bounded"),
     Mutation(VERIFICATION, "test_127_", "factors-are-bounded"),
+    Mutation(VERIFICATION, "test_245_", "factors-are-the-methods"),
     Mutation("test_packed.py", "test_244_", "packed-streams-are-whole"),
     Mutation("test_packed.py", "test_244_", "packed-numbers-are-as-many"),
     Mutation(
@@ -441,6 +442,12 @@ TABLE = [
         "test_180_",
         "no-product-of-exact-grams-leaves",
         "yield start_name, to_array(weighted.T @ features @ terms.start)",
+    ),
+    Mutation(
+        ON_SUMS,
+        "test_180_",
+        "no-product-of-exact-targets-leaves",
+        "yield base_name, to_array((self._towards(settings, terms, weighted, gram) * terms.start).sum()[None])",
     ),
     Mutation(ON_SUMS, "test_181_", "persons-count-once", "return rows"),
     Mutation(ON_SUMS, "test_183_", "judged-rows-are-counted-too"),

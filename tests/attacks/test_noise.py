@@ -159,6 +159,7 @@ def test_180_no_exact_gram_can_be_solved_for() -> None:
     assert np.abs(sent["head_gram@0.0"] - exact).mean() > 1
     one_hot = np.eye(3)[terms.targets] - 1 / 3
     assert np.abs(sent["head_targets@0.0"] - weighted.numpy().T @ one_hot).mean() > 1
+    np.testing.assert_allclose(sent["head_base@0.0"], (sent["head_targets@0.0"] * terms.start.numpy()).sum())
     assert sent["head_rows"] == [200]
 
 
