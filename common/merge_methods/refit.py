@@ -23,8 +23,8 @@ and E the sum of w |t|^2 over rows,
 
     t^2 (<V, sum C_i> + LEAST_FIT E) = S                  of an owner, S is at least LEAST_FIT E
 
-<V, sum C_i> is the fitted scores' squared size, but for the ridge. It is at most E, and LEAST_FIT keeps t small if the
-rows' features say nothing. The coordinator names t, so owners verify it (`ClassifierEquation.factor_share`).
+<V, sum C_i> is the fitted scores' squared size, except for the ridge. It is at most E, and LEAST_FIT keeps t small if
+the rows' features say nothing. The coordinator names t, so owners verify it (`ClassifierEquation.factor_share`).
 
 Ridge: every owner adds CLASSIFIER_RIDGE * mean(diag G_i) to its diagonal. For labels it pulls toward zero, for scores
 and numbers toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged
@@ -414,7 +414,7 @@ class ClassifierEquation(Equation):
         return float(np.float32(square**0.5))
 
     def factor_share(self, part: Tensor, summed: SummedTensors, factor: float) -> tuple[float, float]:
-        """t <W_0 + D, C_i> + t^2 LEAST_FIT E_i - S_i, where W_0 + D is t V but for rounding."""
+        """t <W_0 + D, C_i> + t^2 LEAST_FIT E_i - S_i, where W_0 + D is t V except for rounding."""
         targets, _ = self._terms(summed)
         base = float(summed[f"head_base@{self.balance!r}"][0])
         wanted, least = self._sizes(summed)
