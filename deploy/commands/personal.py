@@ -34,11 +34,9 @@ tags:
 - amalgram
 ---
 
-# A personal model of {owner}. It must not leave the building
+# A personal model of {owner}{warning}
 
-It was made on this owner's machine from the model that "{title}" published and from the owner's own model, whose
-weights it contains. **Do not publish it, and do not give it to another party**: together with the published model, it
-shows this owner's own weight changes, which no merge shows.
+It was made on this owner's machine from the model that "{title}" published and from the owner's own model. {contains}
 
 - How it was made: {made}.
 - Chosen by {measure} on {validation_rows} validation predictions, among {tried} models.
@@ -50,6 +48,12 @@ shows this owner's own weight changes, which no merge shows.
 
 Elsewhere: {elsewhere}
 """
+
+OWN_WEIGHTS = (
+    "Its weights contain the owner's. **Do not publish it, and do not give it to another party**: together with the "
+    "published model, it shows this owner's own weight changes, which no merge shows."
+)
+NOTHING_OWN = "Since no model was better on the validation rows, its weights are the published ones."
 
 
 def make_and_show(owner_file: Path, model: Path, out: Path) -> None:
@@ -119,6 +123,10 @@ MADE = {
 }
 
 
+def _has_own_weights(made: Personal) -> bool:
+    return made.recipe.kind != "merged"
+
+
 def _made(made: Personal) -> str:
     shares = dict(zip(made.groups, made.recipe.shares, strict=False))
     if len(set(shares.values())) == 1:
@@ -151,6 +159,8 @@ def _card(made: Personal, agreement: Agreement, owner: str, elsewhere: dict[str,
     main, metric = _headings(agreement)
     return CARD_TEXT.format(
         owner=owner,
+        warning=". It must not leave the building" if _has_own_weights(made) else "",
+        contains=OWN_WEIGHTS if _has_own_weights(made) else NOTHING_OWN,
         title=shown(agreement.title),
         made=_made(made),
         measure=METRICS[agreement.judge_by],
@@ -181,7 +191,10 @@ def _print(
     say(f"made       {_made(made)}")
     say(f"chosen by  {METRICS[agreement.judge_by]} on validation rows, among {len(made.tried)} models")
     say(f"elsewhere  {_said_of_elsewhere(made, agreement, elsewhere)}")
-    say(f"model      {out}; it contains your own weights, so it must not leave the building", "yellow")
+    if _has_own_weights(made):
+        say(f"model      {out}; it contains your own weights, so it must not leave the building", "yellow")
+    else:
+        say(f"model      {out}")
 
 
 def _as_json(
