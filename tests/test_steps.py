@@ -236,14 +236,15 @@ def test_the_refitted_classifier_is_the_pooled_weighted_ridge_regression(
         rows.append(root * own_terms.features)
         wanted.append(root * (onehot if targets == "labels" else own_terms.scores))
         ridge = ridge + 1e-2 * (rows[-1] ** 2).sum() / own_terms.features.shape[1]
-        sizes = sizes + (weights * own_terms.scores.var(dim=1, correction=0) * 3).sum()
+        least = 2.0**-10 * len(weights) * 2 / 3  # of the targets' squared size, as scores of untrained models are small
+        sizes = sizes + (weights * own_terms.scores.var(dim=1, correction=0) * 3).sum().clamp(min=least)
     x, y = torch.cat(rows), torch.cat(wanted)
     anchor = torch.zeros_like(start) if targets == "labels" else start
     penalty = ridge.sqrt() * torch.eye(x.shape[1]).double()
     expected = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([y, penalty @ anchor])).solution
     if targets == "labels":
-        gram = x.T @ x + ridge * torch.eye(x.shape[1]).double()
-        expected = expected * (sizes / (expected * (gram @ expected)).sum()).sqrt()
+        fitted = (expected * (x.T @ y)).sum()
+        expected = expected * (sizes / (fitted + 2.0**-10 * 95 * 2 / 3)).sqrt()
     found = start + torch.cat([result.delta["classifier.weight"].T, result.delta["classifier.bias"][None]]).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert result.layers[0].rows == 95
