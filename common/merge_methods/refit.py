@@ -9,7 +9,7 @@ f the classifier's input on the merged body, and 1 after it for the bias, each o
 and the coordinator solves (sum G_i) W^T = sum C_i. The targets t are
 
     labels    onehot - 1/K. A row's weight w is (the share of its class at the owner)^-balance, scaled so that an
-              owner's weights add up to its rows; several balances are a sweep. The scores are then multiplied by t,
+              owner's weights add up to its rows; several balances are a sweep. The scores are then multiplied by q,
               which makes them about as large, in the mean, as those of the owners' own models: the decisions stay the
               same, and the probabilities mean something
     scores    what the owner's own model puts out on the row; w = 1. No label is used
@@ -21,10 +21,10 @@ of both weigh the same: a class whose share could decide has rows with one label
 The factor. With V = (sum G_i)^-1 sum C_i, S the sum of w |z|^2 over rows, z their own models' scores without the mean,
 and E the sum of w |t|^2 over rows,
 
-    t^2 (<V, sum C_i> + LEAST_FIT E) = S                  of an owner, S is at least LEAST_FIT E
+    q^2 (<V, sum C_i> + LEAST_FIT E) = S                  of an owner, S is at least LEAST_FIT E
 
-<V, sum C_i> is the fitted scores' squared size, except for the ridge. It is at most E, and LEAST_FIT keeps t small if
-the rows' features say nothing. The coordinator names t, so owners verify it (`ClassifierEquation.factor_share`).
+<V, sum C_i> is the fitted scores' squared size, except for the ridge. It is at most E, and LEAST_FIT keeps q small if
+the rows' features say nothing. The coordinator names q, so owners verify it (`ClassifierEquation.factor_share`).
 
 Ridge: every owner adds CLASSIFIER_RIDGE * mean(diag G_i) to its diagonal. For labels it pulls toward zero, for scores
 and numbers toward the base's classifier. The terms of the base's classifier, G_i W_0^T, travel too, because merged
@@ -379,7 +379,7 @@ class Refit(MultiRoundMethod[RefitTable]):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierEquation(Equation):
-    """(sum G_i) D = t sum C_i - sum G_i W_0^T.
+    """(sum G_i) D = q sum C_i - sum G_i W_0^T.
 
     `target_size`: |t|^2 of a row's targets. `score_size`: the mean of |z|^2, if it is agreed and not summed.
     """
@@ -401,7 +401,7 @@ class ClassifierEquation(Equation):
         return factor * targets.abs() + start.abs()
 
     def factor_of(self, fitted: Tensor, total: SummedTensors) -> float:
-        """t, as at the top of this file, rounded to float32. `fitted`: V, (features, classes)."""
+        """q, as at the top of this file, rounded to float32. `fitted`: V, (features, classes)."""
         targets, _ = self._terms(total)
         wanted, least = self._sizes(total)
         size = float((fitted * targets).sum()) + least
@@ -414,7 +414,7 @@ class ClassifierEquation(Equation):
         return float(np.float32(square**0.5))
 
     def factor_share(self, part: Tensor, summed: SummedTensors, factor: float) -> tuple[float, float]:
-        """t <W_0 + D, C_i> + t^2 LEAST_FIT E_i - S_i, where W_0 + D is t V except for rounding."""
+        """q <W_0 + D, C_i> + q^2 LEAST_FIT E_i - S_i, where W_0 + D is q V except for rounding."""
         targets, _ = self._terms(summed)
         base = float(summed[f"head_base@{self.balance!r}"][0])
         wanted, least = self._sizes(summed)
