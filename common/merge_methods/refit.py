@@ -227,7 +227,7 @@ class Refit(MultiRoundMethod[RefitTable]):
         features = layer.d_in + (layer.bias is not None)
         weight, largest = settings.weight_bound, max(1.0, settings.largest_target)
         bound = weight * max(1.0, settings.bounds.grams[settings.plan.inputs[-1].name])
-        of_scores = weight * max(LARGEST_SCORE, largest) ** 2
+        of_scores = weight * LARGEST_SCORE**2
         entries = [TensorEntry(name="head_rows", shape=(1,), bound=weight * MAX_ROWS_PER_EXAMPLE)]
         if settings.refit_noise is not None:
             return TensorLayout((*entries, *_noised_entries(settings, settings.refit_noise, features, layer.d_out)))
@@ -237,9 +237,10 @@ class Refit(MultiRoundMethod[RefitTable]):
                 TensorEntry(name=f"head_gram@{balance!r}", shape=square, bound=bound, packing="symmetric"),
                 TensorEntry(name=f"head_start@{balance!r}", shape=rectangle, bound=bound),
                 TensorEntry(name=f"head_targets@{balance!r}", shape=rectangle, bound=bound * largest),
-                TensorEntry(name=f"head_scores@{balance!r}", shape=(1,), bound=of_scores),
-                TensorEntry(name=f"head_base@{balance!r}", shape=(1,), bound=of_scores),
             ]
+            if self._is_scaled(settings):
+                sizes = (f"head_scores@{balance!r}", f"head_base@{balance!r}")
+                entries += [TensorEntry(name=name, shape=(1,), bound=of_scores) for name in sizes]
         return TensorLayout(tuple(entries))
 
     def step_contribution(
@@ -267,6 +268,8 @@ class Refit(MultiRoundMethod[RefitTable]):
             yield f"head_start@{balance!r}", to_array(gram @ terms.start)
             targets = self._towards(settings, terms, weighted, gram)
             yield f"head_targets@{balance!r}", to_array(targets)
+            if not self._is_scaled(settings):
+                continue
             least = LEAST_FIT * _target_size(settings, terms.scores.shape[1]) * scale * rows
             yield f"head_scores@{balance!r}", to_array((weights * (sizes**2).sum(dim=1)).sum()[None].clamp(min=least))
             yield f"head_base@{balance!r}", to_array((targets * terms.start).sum()[None])
@@ -339,12 +342,16 @@ class Refit(MultiRoundMethod[RefitTable]):
         merged = rounded(settings, layer.give(change), layers=(note,))
         return replace(merged, factor=factor)
 
+    def _is_scaled(self, settings: MergeSettings) -> bool:
+        """Whether what is fitted has no scale of its own, as 0 and 1 have none."""
+        return self.hyperparameters(settings).targets == "labels" and settings.problem_type != "regression"
+
     def _equation(self, settings: MergeSettings, balance: float) -> ClassifierEquation:
         layer = classifier(settings.plan)
         return ClassifierEquation(
             name=f"head@{balance!r}",
             shape=(layer.d_in + (layer.bias is not None), layer.d_out),
-            is_scaled=self.hyperparameters(settings).targets == "labels" and settings.problem_type != "regression",
+            is_scaled=self._is_scaled(settings),
             layer=layer,
             balance=balance,
             target_size=_target_size(settings, layer.d_out),
