@@ -47,7 +47,7 @@ from server.bounds import check_classifier, check_contributions
 from server.checkpoint import Checkpoint
 from server.coordinator import Coordinator
 from server.exchange import Channel
-from server.output_folder import CHECKPOINT, claim_output
+from server.output_folder import CHECKPOINT, claim_output, remove_result
 from server.report.card import write_model_card
 from server.report.outcome import MethodChoice, Outcome, Tried, at_the_end, make_report
 from server.report.report import Report, holds_result_of, save_report
@@ -79,7 +79,7 @@ def prepare(settings_path: Path, channel: Channel) -> "MergeRun":
         pool = pool_path(settings.pool, home, table, home / settings.agreement)
         read_pool(pool, table, agreement.task.kind)  # raises, before an owner is asked anything
     claim_output(output)
-    _clear_results(output, agreement)
+    _check_results(output, agreement)
     schedule = schedule_of(agreement, plan)
     coordinator = Coordinator(
         channel=channel,
@@ -339,6 +339,7 @@ class MergeRun:
         candidate, digest = self._choice_of(method).candidate, report.digests.model
         receipts = self.coordinator.confirm_result(candidate, digest, publication)
         (unfinished / RECEIPTS).write_bytes(receipts.content())
+        remove_result(self.output)  # another agreement's, which stands until there is this one
         unfinished.replace(self.output / "model")
         save_report(at_the_end(report, self._outcome()), self.output)
 
@@ -473,16 +474,16 @@ def _examples_in(total: SummedTensors, agreement: Agreement) -> int | None:
 # --- files ---
 
 
-def _clear_results(output: Path, agreement: Agreement) -> None:
-    """Remove another agreement's results. Raises SettingsError if this one's are there."""
+def _check_results(output: Path, agreement: Agreement) -> None:
+    """Raise SettingsError if this agreement's results are there. Another's stay until this one's replace them."""
     if holds_result_of(output, agreement.digest()):
         raise SettingsError(
             f"{output}: already holds the result of this agreement, and owners contribute to an agreement only once",
             hint="a new run needs a new agreement",
         )
-    shutil.rmtree(output / "model", ignore_errors=True)
-    for name in ("report.json", "report.html", "failure.json"):
-        (output / name).unlink(missing_ok=True)
+    if (output / "report.json").exists():
+        log.info("%s holds the result of another agreement, which stays until there is a new one", output)
+    (output / "failure.json").unlink(missing_ok=True)
 
 
 def _agreed_base(folder: Path, agreement: Agreement) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """The coordinator's output folder, for the commands that watch a merge from outside too: nothing here imports torch."""
 
 import json
+import shutil
 from pathlib import Path
 
 from common.errors import SettingsError
@@ -19,6 +20,13 @@ def claim_output(output: Path) -> None:
         )
     output.mkdir(parents=True, exist_ok=True)
     marker.touch()
+
+
+def remove_result(output: Path) -> None:
+    """Remove a published model and its report; the report first, since where it stands, its model is whole."""
+    for name in ("report.json", "report.html"):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / "model", ignore_errors=True)
 
 
 def last_step(output: Path) -> str | None:

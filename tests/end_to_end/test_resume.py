@@ -39,7 +39,7 @@ from common.schedule import Round, schedule_of
 from server.checkpoint import Checkpoint
 from server.merge import run_merge
 from server.output_folder import CHECKPOINT
-from server.report.report import read_report
+from server.report.report import read_report, save_report
 from tests.support import parties
 from tests.support.parties import OwnersChannel, Parties, consortium_in_32_bits, parties_of
 
@@ -440,6 +440,24 @@ def test_what_is_published_is_neither_made_nor_removed_again(undisturbed: Partie
         run_merge(undisturbed.coordinator, channel)
     assert channel.asked == []
     assert published(undisturbed) == before
+
+
+def test_an_earlier_result_stays_until_a_new_one_replaces_it(several_rounds: Parties, undisturbed: Parties) -> None:
+    output, report = several_rounds.output, read_report(undisturbed.output)
+    digests = report.digests.model_copy(update={"agreement": "ab" * 32})
+    earlier = report.model_copy(update={"digests": digests})
+    shutil.copytree(undisturbed.output / "model", output / "model")
+    save_report(earlier, output)
+    (output / "model" / "of-the-earlier-model.txt").touch()
+    (output / "report.html").touch()
+    with pytest.raises(Killed):
+        run_merge(several_rounds.coordinator, KilledAt(several_rounds.files, MergedStepPart, 0))
+    assert read_report(output) == earlier
+    assert (output / "model" / "of-the-earlier-model.txt").exists()
+    run_merge(several_rounds.coordinator, OwnersChannel(several_rounds.files))
+    assert read_report(output).digests.agreement == several_rounds.agreement.digest()
+    assert not (output / "model" / "of-the-earlier-model.txt").exists()
+    assert not (output / "report.html").exists()
 
 
 def test_totals_are_readable_by_the_coordinator_alone_and_gone_with_another_agreement(several_rounds: Parties) -> None:
