@@ -336,6 +336,11 @@ def test_shorter_examples_fill_the_padded_size_of_the_longest(tmp_path: Path, re
             "its columns are positive\nhint: check that the header line is there",
         ),
         ("rows.csv", "text/label\na/1\n", "has no column 'text'"),
+        (
+            "rows.csv",
+            "text;stars\na, b and c;1\n",
+            "has no column 'label'; its columns are text, stars\nhint: give the names that the file uses",
+        ),
         ("rows.csv", "text,label\n", "holds no rows"),
         ("rows.csv", "text,label,label\na,1,0\n", "has two columns 'label'"),
         ("rows.csv", 'text,label\n"SECRET,1\n', "cannot be read as CSV"),

@@ -247,14 +247,15 @@ def _read_csv(source: Source, columns: Sequence[str], max_rows: int | None) -> I
 
 
 def _delimiter(source: Source, header_line: str, columns: Sequence[str]) -> str:
+    """Where nothing gives these columns, what gives the most: an error names those that it finds."""
     usual = "\t" if source.ending == ".tsv" else ","
-    for delimiter in (usual, *DELIMITERS):
-        header = next(csv.reader([header_line], delimiter=delimiter), [])
+    headers = {each: next(csv.reader([header_line], delimiter=each), []) for each in (usual, *DELIMITERS)}
+    for delimiter, header in headers.items():
         if set(columns) <= set(header):
             if delimiter != usual:
                 _say_delimiter(source.path, DELIMITERS[delimiter])
             return delimiter
-    return usual
+    return max(headers, key=lambda each: len(headers[each]))
 
 
 @cache
