@@ -193,3 +193,14 @@ def test_a_model_that_needs_code_of_its_folder_is_refused(parties: Parties, mode
     marker = poison(model, model_type="poisonous")
     assert "its model_type 'poisonous' is none of transformers' own" in refusal(parties)
     assert not marker.exists()
+
+
+def test_a_tokenizer_with_the_same_tokens_that_splits_texts_otherwise_is_told(parties: Parties, model: Path) -> None:
+    assert not [each for each in Owner(parties.files["hotel"]).workbench.oddities() if "its tokenizer splits" in each]
+    path = model / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["normalizer"] = {"type": "Replace", "pattern": {"String": "was"}, "content": "were"}
+    path.write_text(json.dumps(described))
+    Owner(parties.files["hotel"]).check()
+    (told,) = [each for each in Owner(parties.files["hotel"]).workbench.oddities() if "its tokenizer splits" in each]
+    assert "its tokenizer splits 200 of 200 training texts otherwise than the base's" in told

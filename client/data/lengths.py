@@ -1,10 +1,13 @@
-"""How long an owner's texts are in tokens, and how many are cut. `amalgram check` and `amalgram agree` say so."""
+"""How many tokens an owner's texts are, how many texts are cut, and how many another tokenizer would read differently.
+
+`amalgram check` and `amalgram agree` say so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,16 +41,35 @@ def count_cut(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizer
 
 def token_lengths(data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """(rows,): how many tokens the inputs of some rows of a file have, drawn from all of them."""
+    encode = _encoder(data, task, path, tokenizer)
+    return np.array([len(tokens) for tokens in encode(tokenizer)])
+
+
+def count_read_differently(
+    data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    """How many texts of a file the two tokenizers split differently, of how many that were looked at. A vocabulary does
+    not say how a tokenizer lowers case, strips accents or splits words.
+    """
+    encode = _encoder(data, task, path, tokenizer)
+    pairs = list(zip(encode(tokenizer), encode(other), strict=True))
+    return sum(one != two for one, two in pairs), len(pairs)
+
+
+def _encoder(
+    data: Data, task: Task, path: Path, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[PreTrainedTokenizerBase], list[list[int]]]:
+    """What gives the tokens of some rows of a file, drawn from all of them. `tokenizer` writes conversations out."""
+    words, options = task.kind == "token-classification", dict[str, Any]()
     if task.kind == "causal-lm" and (chat := chat_columns(data)):
         found = read_columns(path, chat, LOOK_ROWS)
-        written = [row.text for row in write_out(path, [found[column] for column in chat], tokenizer)]
-        return np.array([len(tokens) for tokens in tokenizer(written, add_special_tokens=False)["input_ids"]])
-    words = task.kind == "token-classification"
-    columns = columns_of(data, task.kind)
-    found = read_columns(path, columns if words else columns[: 2 if data.text_pair else 1], LOOK_ROWS)
-    texts = list(found.values())[: 1 if words else None]
-    encoded = tokenizer(*texts, is_split_into_words=words, verbose=False)
-    return np.array([len(tokens) for tokens in encoded["input_ids"]])
+        texts = [[row.text for row in write_out(path, [found[column] for column in chat], tokenizer)]]
+        options = {"add_special_tokens": False}
+    else:
+        columns = columns_of(data, task.kind)
+        found = read_columns(path, columns if words else columns[: 2 if data.text_pair else 1], LOOK_ROWS)
+        texts, options = list(found.values())[: 1 if words else None], {"is_split_into_words": words}
+    return lambda each: list(each(*texts, verbose=False, **options)["input_ids"])
 
 
 def cut_in_words(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) -> str:

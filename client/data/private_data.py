@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.columns import contents_of, digests_of, images_of, look_at_files, rows_trained_on, rows_without_labels
-from client.data.lengths import count_cut, cut_texts
+from client.data.lengths import count_cut, count_read_differently, cut_texts
 from client.data.readers import Reader
 from client.data.rows import Rows
 from client.settings import Data
@@ -155,6 +155,11 @@ class PrivateData:
         """How many of the test texts are cut, of how many that were looked at."""
         assert self.tokenizer is not None  # only texts are cut
         return count_cut(self.data, self.task, self.folder / self.data.test, self.tokenizer)
+
+    def texts_read_differently(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+        """How many of the training texts another tokenizer splits differently, of how many that were looked at."""
+        assert self.tokenizer is not None
+        return count_read_differently(self.data, self.task, self.folder / self.data.train, self.tokenizer, tokenizer)
 
     def digest(self) -> str:
         """SHA-256 of everything that a model depends on which is made from these files."""
