@@ -128,18 +128,37 @@ def test_nothing_that_is_there_is_overwritten(home: Path, tmp_path: Path) -> Non
     (home / "hotel.toml").unlink()
     join(INVITATION, None, None, None, None)  # the other files are the same
     (home / "hotel.toml").unlink()
-    agreement = home / "agreement.toml"
-    text = agreement.read_text()
-    agreement.write_text(text.replace("Reviews of three shops", "Another"))
-    assert "agreement.toml: another agreement is here already" in refusal()
-    agreement.write_text("nothing")
-    assert "agreement.toml: another agreement is here already" in refusal()
-    agreement.write_text(text)
+    (home / "agreement.toml").write_text("nothing")
+    join(INVITATION, None, None, None, None)
+    assert (home / "agreement.toml").read_text() == "nothing"
+    assert load_settings(home / "hotel.toml", OwnerSettings).agreement == Path("agreement-2.toml")
+    assert Owner(home / "hotel.toml").agreement == read_invitation(INVITATION).agreement
+    (home / "hotel.toml").unlink()
     other = tmp_path / "other"
     other.mkdir()
     write_certificate(other, ["x"])
     shutil.copy(other / "ca.pem", home)
     assert "ca.pem: another certificate is here already" in refusal()
+
+
+def test_a_later_agreement_leaves_the_settings_as_they_are_and_says_what_to_change(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join(INVITATION, None, "mine", None, None)
+    before = (home / "hotel.toml").read_text()
+    first = (home / "agreement.toml").read_text()
+    path = home / INVITATION
+    path.write_text(path.read_text().replace("Reviews of three shops", "Again"))
+    join(INVITATION, None, None, None, None)
+    assert (home / "hotel.toml").read_text() == before
+    assert (home / "agreement.toml").read_text() == first
+    assert 'hotel.toml stays as it is: change it to agreement = "agreement-2.toml"\n' in capsys.readouterr().err
+    (home / "hotel.toml").write_text(f'agreement = "agreement-2.toml"\n{before}')
+    assert Owner(home / "hotel.toml").agreement.title == "Again"
+    assert "hotel.toml: exists already, and is not overwritten\nhint: " in refusal()
+    path.write_text(path.read_text().replace("merge.example.org:9443", "merge.example.org:443"))
+    join(INVITATION, None, None, None, None)
+    assert 'change it to address = "merge.example.org:443" in [network]\n' in capsys.readouterr().err
 
 
 def test_an_owner_joins_with_its_own_keys_alone(home: Path, drafted: Path) -> None:
@@ -198,7 +217,9 @@ def test_the_settings_of_every_kind_of_task_can_be_read(kind: str, drafted: Path
     task = invitation.agreement.task.model_copy(update={"kind": kind})
     changed = invitation.model_copy(update={"agreement": invitation.agreement.model_copy(update={"task": task})})
     path = tmp_path / "hotel.toml"
-    path.write_text(owner_settings("hotel", changed, 'odd"\\\x7f\u200b model', Path("a b"), None))
+    path.write_text(
+        owner_settings("hotel", changed, 'odd"\\\x7f\u200b model', Path("a b"), None, Path("agreement.toml"))
+    )
     settings = load_settings(path, OwnerSettings)
     assert settings.fine_tuned == 'odd"\\\x7f\u200b model'
     assert settings.data.train == Path("a b")

@@ -56,6 +56,9 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
             settings = COORDINATOR_SETTINGS.format(agreement=out.name, port=door.address.rpartition(":")[2])
             coordinator.write_text(settings)
             hint += f"\nwrote {coordinator}; start the server: amalgram server {coordinator}"
+        else:
+            hint += f'\n{coordinator} stays as it is: change it to agreement = "{out.name}" and to an output of its own'
+            hint += f", then start the server again: amalgram server {coordinator}"
     if pool is not None:
         hint += f"\nwith it goes {pool.name}, which every party puts beside its agreement"
     if agreement.summation.kind == "masked" and agreement.colluders == 0:

@@ -1,25 +1,27 @@
 """`amalgram join`: makes an owner's files from an invitation, beside the keys that the owner made before.
 
-It writes agreement.toml, ca.pem and NAME.toml, and overwrites nothing. That an owner joins means nothing yet: whether
-anything leaves is decided by `amalgram agree`.
+It writes agreement.toml, ca.pem and NAME.toml, and overwrites nothing. A later agreement becomes agreement-2.toml, and
+the settings stay. That an owner joins means nothing yet: whether anything leaves is decided by `amalgram agree`.
 """
 
 import sys
+from itertools import count
 from pathlib import Path
 
 import tomli_w
 
+from client.settings import OwnerSettings
 from common.agreement import Agreement, load_agreement
 from common.agreement.tables import CLASSIFYING
 from common.errors import AmalgramError, SettingsError
 from common.identity import fingerprint, read_identity
-from common.settings_file import write_settings
+from common.settings_file import load_settings, write_settings
 from common.text import some_of
 from deploy.invitation import Invitation, read_invitation
 from deploy.network_keys import check_node_key
 from deploy.terminal import answer, as_lines
 
-AGREEMENT, ROOT_CERTIFICATE = Path("agreement.toml"), Path("ca.pem")
+ROOT_CERTIFICATE = Path("ca.pem")
 COLUMNS = {  # of each task: key of [data], what it holds
     "text-classification": {"text": "a text"},
     "image-classification": {"image": "paths of images, or arrays"},
@@ -54,7 +56,7 @@ SETTINGS = """\
 # {name}'s settings for: {title}
 # Nothing in this file leaves this machine. Paths are relative to this file.
 name = "{name}"
-{base}{model}
+{agreement}{base}{model}
 [data]
 train = {train}  # measured (and trained on): .jsonl, .csv, .parquet, .npz, .conll
 test = {test}  # gives the metrics
@@ -74,17 +76,30 @@ def join(invitation_file: Path, owner: str | None, model: str | None, train: Pat
     agreement = invitation.agreement
     name = owner or _who_am_i(agreement)
     _check_keys(name, agreement)
-    settings = Path(f"{name}.toml")
-    _check_free(settings, invitation)
-    write_settings(AGREEMENT, agreement)
+    _check_certificate(invitation)
+    settings, path = Path(f"{name}.toml"), _place_of(agreement)
+    digits = fingerprint(bytes.fromhex(agreement.digest()))
+    found = {"owner": name, "agreement": str(path), "fingerprint": digits}
+    consent = f"compare the fingerprint with every other owner by phone, then consent: amalgram agree {settings}"
+    if settings.exists():
+        changes = _changes(settings, path, invitation)
+        if not changes:
+            raise SettingsError(
+                f"{settings}: exists already, and is not overwritten",
+                hint=f"to join anew, move it away; to go on with it: amalgram check {settings}",
+            )
+        write_settings(path, agreement)
+        hint = f"wrote {path}; {settings} stays as it is: change it to {changes}\n"
+        hint += f"then look whether all is there: amalgram check {settings}\n{consent}"
+        answer(found | {"written": [str(path)]}, as_lines(found), hint)
+        return
+    write_settings(path, agreement)
     ROOT_CERTIFICATE.write_text(invitation.root_certificate)
-    settings.write_text(owner_settings(name, invitation, model, train, test))
-    found = {"owner": name, "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
-    written = [str(AGREEMENT), str(ROOT_CERTIFICATE), str(settings)]
+    settings.write_text(owner_settings(name, invitation, model, train, test, path))
+    written = [str(path), str(ROOT_CERTIFICATE), str(settings)]
     is_filled_in = train is not None and test is not None
-    hint = f"wrote {', '.join(written)}\n"
-    hint += "" if is_filled_in else f"fill in {settings}; then look whether all is there: amalgram check {settings}\n"
-    hint += f"compare the fingerprint with every other owner by phone, then consent: amalgram agree {settings}"
+    to_do = f"see that the columns in {settings} are right" if is_filled_in else f"fill in {settings}"
+    hint = f"wrote {', '.join(written)}\n{to_do}; then look whether all is there: amalgram check {settings}\n{consent}"
     answer(found | {"written": written}, as_lines(found), hint)
     if is_filled_in and sys.stdin.isatty():
         from deploy.commands.agree import ask_for_consent  # torch
@@ -122,23 +137,27 @@ def _check_keys(name: str, agreement: Agreement) -> None:
     check_node_key(Path(f"{name}.node"), name, agreement)
 
 
-def _check_free(settings: Path, invitation: Invitation) -> None:
-    """Raise SettingsError if a file is there already with other content."""
-    if settings.exists():
-        raise SettingsError(
-            f"{settings}: exists already, and is not overwritten",
-            hint=f"to join anew, move it away; to go on with it: amalgram check {settings}",
-        )
-    if AGREEMENT.exists() and not _is_same(AGREEMENT, invitation.agreement):
-        raise SettingsError(
-            f"{AGREEMENT}: another agreement is here already",
-            hint="join in a folder of its own, with copies of your keys, or move the other agreement away",
-        )
+def _check_certificate(invitation: Invitation) -> None:
     if ROOT_CERTIFICATE.exists() and ROOT_CERTIFICATE.read_text() != invitation.root_certificate:
         raise SettingsError(
             f"{ROOT_CERTIFICATE}: another certificate is here already",
             hint="compare `amalgram keys show ca.pem` with the coordinator by phone, and move the wrong one away",
         )
+
+
+def _place_of(agreement: Agreement) -> Path:
+    """Where it is, or goes: agreement.toml, or agreement-2.toml beside another one."""
+    names = (Path(f"agreement{'' if number == 1 else f'-{number}'}.toml") for number in count(1))
+    return next(path for path in names if not path.exists() or _is_same(path, agreement))
+
+
+def _changes(settings_file: Path, agreement: Path, invitation: Invitation) -> str:
+    """What to change in settings that are there already, so that they belong to an invitation; empty if nothing."""
+    settings = load_settings(settings_file, OwnerSettings)
+    changes = [] if settings.agreement == agreement else [f'agreement = "{agreement}"']
+    if settings.network is None or settings.network.address != invitation.address:
+        changes.append(f"address = {_quoted(invitation.address)} in [network]")
+    return " and ".join(changes)
 
 
 def _is_same(path: Path, agreement: Agreement) -> bool:
@@ -148,14 +167,19 @@ def _is_same(path: Path, agreement: Agreement) -> bool:
         return False
 
 
-def owner_settings(name: str, invitation: Invitation, model: str | None, train: Path | None, test: Path | None) -> str:
-    """An owner's settings as text, with comments; what it does not say yet is filled in as an example."""
+def owner_settings(
+    name: str, invitation: Invitation, model: str | None, train: Path | None, test: Path | None, path: Path
+) -> str:
+    """An owner's settings as text, with comments; what it does not say yet is filled in as an example. `path`: where
+    the agreement is.
+    """
     agreement = invitation.agreement
     task = agreement.task
     columns = (COLUMNS[task.kind] | ({"label": LABELS[task.problem_type]} if task.kind in CLASSIFYING else {})).items()
     return SETTINGS.format(
         name=name,
         title=agreement.title,
+        agreement="" if path == OwnerSettings.model_fields["agreement"].default else f'agreement = "{path}"\n',
         base="" if agreement.base_revision else BASE,
         model=TRAINING if train and not model else MODEL.format(model=_quoted(model or "model")),
         train=_quoted(str(train or "data/train.jsonl")),
