@@ -100,19 +100,26 @@ def _check_classifier(
     base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors, method: str
 ) -> None:
     """Raise ModelError unless the last merged layer is a classifier that is fed one row per prediction."""
-    last = merge_plan(base, tensors).inputs[-1].layers
-    fed: list[Tensor] = []
-    ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
-    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last[0].whole}), torch.inference_mode():
-        labels = base(**batch).logits.shape[-1]
-    per_prediction = len(last) == 1 and last[0].d_out == labels and [rows.shape[:-1] for rows in fed] == [targets.shape]
-    whole = last[0].features is None
-    if not draft.task.has_labels or draft.task.head == "private" or not per_prediction or not whole:
+    plan = merge_plan(base, tensors)
+    if not (plan.inputs or plan.data_free) or not _ends_in_classifier(base, draft, probe, plan):
         raise ModelError(
             f"{type(base).__name__}: has no shared classifier that is fed one row per prediction and is merged as a "
             f"whole (regmean.largest_gram), which {method} needs",
             hint='use method = "regmean"',
         )
+
+
+def _ends_in_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, plan: MergePlan) -> bool:
+    last = classifier(plan)
+    beside = [layer.weight for layer in plan.inputs[-1].layers] if plan.inputs else []
+    shares_input = last.weight in beside and len(beside) > 1
+    fed: list[Tensor] = []
+    ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
+    with layer_inputs(base, lambda _, each: fed.append(each.rows), {last.whole}), torch.inference_mode():
+        labels = base(**batch).logits.shape[-1]
+    per_prediction = last.d_out == labels and [rows.shape[:-1] for rows in fed] == [targets.shape]
+    is_shared = draft.task.has_labels and draft.task.head == "shared"
+    return is_shared and per_prediction and not shares_input and last.features is None
 
 
 def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:
@@ -188,11 +195,11 @@ def _layers_for_few_rows(
 
     Nobody knows yet how many examples an owner has, only how many it may measure, and one that lacks rows for a single
     Gram could not take part. So such a layer is measured only if `measured_examples` is FULL_MEASURE times what its
-    Gram needs. A classifier that a method fits or adjusts stays.
+    Gram needs. A classifier that a method fits stays.
     """
     least = draft.privacy.min_rows_per_dimension
     measured = REGMEAN.of(draft.tables).measured_examples
-    kept = groups[-1] if any(METHODS[name].needs_classifier for name in draft.methods) else ()
+    kept = groups[-1] if any(METHODS[name].fits_classifier for name in draft.methods) else ()
     return tuple(
         weight
         for weight, layer in layers.items()

@@ -18,6 +18,7 @@ from common.agreement import Agreement, AgreementDraft, OwnerEntry, Privacy, Tas
 from common.agreement.tables import Merging
 from common.errors import ModelError, SettingsError
 from common.merge_methods import contribution, contribution_layout
+from common.merge_methods.refit import classifier
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.terms import Gram, MergedDelta, OwnerTerms
 from common.models.layers import Layer, linear_layers, merge_layers, parameter_of
@@ -363,17 +364,18 @@ def test_a_pattern_that_names_no_layer_is_refused(tmp_path: Path) -> None:
         assert pattern in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["regmean", "refit"])
+@pytest.mark.parametrize("method", ["regmean", "refit", "logit_adjusted"])
 def test_layers_that_see_one_row_an_example_are_data_free_if_owners_may_lack_examples(
     method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A pooler and a classifier of 16 inputs each. A classifier that a method fits stays."""
     folder = save(tiny_bert(), tmp_path)
     caplog.set_level("INFO", "amalgram.draft")
-    pooled = ("bert.pooler.dense.weight", *(("classifier.weight",) if method == "regmean" else ()))
+    pooled = ("bert.pooler.dense.weight", *(() if method == "refit" else ("classifier.weight",)))
     few = completed(folder, method=method, regmean=RegMeanTable(measured_examples=63))
     assert few.tensors.data_free == pooled
-    assert caplog.messages == [] if method == "refit" else "bert.pooler.dense, classifier" in caplog.text
+    assert ("bert.pooler.dense, classifier" in caplog.text) == (method == "regmean")  # others measure none
+    assert classifier(merge_plan(tiny_bert(), few.tensors)).parameters == ("classifier.weight", "classifier.bias")
     enough = completed(folder, method=method, regmean=RegMeanTable(measured_examples=64))
     assert enough.tensors.data_free == ()
     strict = completed(folder, method=method, min_rows_per_dimension=100.0)  # 100 * 16 * 4 > 1000

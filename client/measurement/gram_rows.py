@@ -33,7 +33,7 @@ def check_gram_rows(
 
 def _without_gram(agreement: Agreement, plan: MergePlan, gram: str) -> str:
     """What to agree on so that no owner measures this Gram."""
-    need_it = [each for each in agreement.methods if METHODS[each].needs_classifier]
+    need_it = [each for each in agreement.methods if METHODS[each].fits_classifier]
     if need_it and gram in (OF_CLASSIFIER, plan.inputs[-1].name):
         return f"on methods that leave the classifier as it was merged, unlike {' and '.join(need_it)}"
     return f'to merge this layer from its changes alone: [regmean] data_free_layers = ["{parameter_of(gram)}"]'

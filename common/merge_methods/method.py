@@ -70,6 +70,7 @@ class Method(ABC, Generic[H]):
     needs_blocks: ClassVar[bool] = False  # whether the model must run block by block
     measures_grams_again: ClassVar[bool] = False  # whether its steps sum every Gram, beside the round all methods share
     needs_classifier: ClassVar[bool] = False  # whether the model must end in a classifier that is merged as a whole
+    fits_classifier: ClassVar[bool] = False  # whether it measures the Gram of that classifier's input for itself
 
     def hyperparameters(self, settings: MergeSettings) -> H:
         """This method's own table."""

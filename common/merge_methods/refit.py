@@ -133,7 +133,7 @@ class Refit(MultiRoundMethod[RefitTable]):
             "head_rows": "the number of rows that the classifier is fitted to",
         }
     )
-    needs_classifier = True
+    needs_classifier = fits_classifier = True
 
     def swept(self, tables: Mapping[str, Hyperparameters]) -> tuple[float | None, ...]:
         table = self.of(tables)
@@ -444,9 +444,13 @@ class ClassifierEquation(Equation):
 
 
 def classifier(plan: MergePlan) -> Layer:
-    """The last layer of the plan. Its bias, if it has one, is fitted with it, whether it is a feature or not."""
-    (layer,) = plan.inputs[-1].layers
-    bias = f"{plan.inputs[-1].name}.bias"
+    """The model's last layer, measured or not. Its bias, if it has one, is fitted with it, whether it is a feature or
+    not.
+    """
+    order = {layer.weight: number for number, layer in enumerate(plan.linear_layers)}
+    measured = plan.inputs[-1].layers if plan.inputs else ()
+    layer = max((*measured, *plan.data_free[-1:]), key=lambda each: order[each.whole])
+    bias = f"{layer.weight.removesuffix('.weight')}.bias"
     return replace(layer, bias=bias if bias in plan.shapes else None)
 
 
