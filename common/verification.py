@@ -59,10 +59,17 @@ takes half of what remains, and nothing from what owners demand. Products are su
 rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth, column_depth). Where A is diagonal,
 d(n) is that of one term.
 
-A factor. B of some equations has a factor that the coordinator names. What it must be is not linear in the sums, but it
-makes zero a number that is (`Equation.factor_share`), so owners add up that, too. The float32 rounding of D and of the
-factor takes 2^-22 of the size of its terms. FACTOR_ROOM leaves room for the solve, whose ridge is at least a hundredth
-of the mean diagonal.
+A factor. B of some equations is q C - A W_0, so D + W_0 is q V, and the coordinator names q. What q must be is not
+linear in the sums, but it makes zero a number that is (`Equation.factor_share`), so owners add up that, too. Of the
+size of its terms, honest parties are off by
+
+    2^-24 + 2^-23                                           D and q are rounded to float32, and q counts twice
+    606 n^2 u                                               the solves for q and for D
+
+A is R^T R (Cholesky), and a solve of n unknowns leaves a residual of at most 3 n u |R^T| |R| |V| (Higham 2002, theorem
+10.4), which moves <V, C> by |V|^T |R^T| |R| |V| times that. No entry of |R^T| |R| is above the root of the product of
+two diagonal entries of A, so this is at most trace(A) |V|^2, and at most 101 n <V, C>, because A has a ridge of a
+hundredth of its mean diagonal. q^2 <V, C> is among the terms. There are two solves, and 2^-22 leaves room for the sums.
 
 What this does not protect against: an owner that colludes with the coordinator can contribute a share that makes any
 sum zero. SECURITY.md says what that means.
@@ -113,7 +120,6 @@ LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms r
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
 LARGEST_TEST = 2.0**15  # the largest number of rho and s
-FACTOR_ROOM = 2.0**-16  # of its terms, by which what a factor has to make zero may be off
 SPREAD = 10.0  # standard deviations, at most, of a sum with random signs
 CHECK_KINDS = {"check": "whether the models that were sent solve the merge's equations, with {their} part of each"}
 
@@ -397,6 +403,11 @@ def tolerance(equation: Equation, scale: float) -> float:
     return 2 * (2.0**-47 + times_rounded * UNIT) * scale + 2.0**-140
 
 
+def factor_tolerance(equation: Equation, scale: float) -> float:
+    """The same of the number that a factor has to make zero."""
+    return (2.0**-22 + 606 * equation.shape[0] ** 2 * UNIT) * scale + 2.0**-140
+
+
 def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
     """The equations that do not hold, by name. `total`: the check's, as every owner adds it up by itself."""
     found = []
@@ -408,7 +419,7 @@ def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
                 found.append(name)
         if equation.is_scaled:
             share, scale = map(from_words, total[f"check/{name}/factor"].view("<u8"))
-            if not abs(share) <= FACTOR_ROOM * scale + 2.0**-140:  # check: factors-are-the-methods
+            if not abs(share) <= factor_tolerance(equation, scale):  # check: factors-are-the-methods
                 found.append(f"{name}/factor")
     return list(dict.fromkeys(found))
 

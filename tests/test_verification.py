@@ -52,6 +52,7 @@ from common.verification import (
     check_correction,
     coarsened,
     correction_layout,
+    factor_tolerance,
     from_words,
     largest_correction,
     projection,
@@ -776,6 +777,30 @@ def test_245_a_classifier_whose_scores_the_coordinator_makes_larger_or_smaller()
         assert check.wrong() == [f"0/{name}/factor"]
     honest.sent[-1] *= np.float32(1.5)  # another one than it solved for
     assert len(honest.wrong()) == 2
+
+
+def test_a_factor_is_found_one_part_in_a_million_off_and_passes_as_float32_rounds_it() -> None:
+    """Both sides of the edge: q enters twice, and what it has to make zero is twice as large as the scores' size."""
+    run = RefitRun.of()
+    for seed in range(8):
+        factor = np.float32(run.check(seed=seed).merged.factor)
+        for other in (np.nextafter(factor, np.float32(0)), np.nextafter(factor, np.float32(np.inf))):
+            assert run.check(seed=seed, factor=float(other)).wrong() == []
+        for change in (1 - 2.0**-20, 1 + 2.0**-20):
+            assert run.check(seed=seed, factor=float(np.float32(factor * change))).wrong() != []
+
+
+def test_the_tolerance_of_a_factor_is_the_formula_on_both_sides_of_its_edge() -> None:
+    check = RefitRun.of().check()
+    (equation,) = check.claim.equations
+    edge = factor_tolerance(equation, 1024.0)
+    assert edge == pytest.approx((2.0**-22 + 606 * 8**2 * UNIT) * 1024, rel=1e-12)
+    for sign in (-1, 1):
+        total = check_total(check.claim, {name: check.shares(name) for name in check.contributions.own})
+        for number, is_found in ((edge, False), (edge * (1 + 2.0**-40), True)):
+            words = np.array([to_words(sign * number), to_words(1024.0)], dtype="<u8")
+            total[f"check/0/{equation.name}/factor"].view("<u8")[:] = words
+            assert wrong_claims([check.claim], total) == ([f"0/{equation.name}/factor"] if is_found else [])
 
 
 def test_a_factor_makes_fitted_scores_as_large_as_the_owners_own() -> None:
