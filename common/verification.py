@@ -69,7 +69,9 @@ size of its terms, honest parties are off by
 A is R^T R (Cholesky), and a solve of n unknowns leaves a residual of at most 3 n u |R^T| |R| |V| (Higham 2002, theorem
 10.4), which moves <V, C> by |V|^T |R^T| |R| |V| times that. No entry of |R^T| |R| is above the root of the product of
 two diagonal entries of A, so this is at most trace(A) |V|^2, and at most 101 n <V, C>, because A has a ridge of a
-hundredth of its mean diagonal. q^2 <V, C> is among the terms. There are two solves, and 2^-22 leaves room for the sums.
+hundredth of its mean diagonal. (With noise, the ridge is what the noise needs. That is less only if there are 300 times
+the rows that RefitNoise.rows_needed demands.) q^2 <V, C> is among the terms. There are two solves, and 2^-22 leaves
+room for the sums.
 
 What this does not protect against: an owner that colludes with the coordinator can contribute a share that makes any
 sum zero. SECURITY.md says what that means.

@@ -23,9 +23,10 @@ from client.measurement.gram import BatchTokens, LayerInput, find_shared_inputs,
 from common.agreement import Agreement, AgreementDraft, Task
 from common.errors import ModelError, SettingsError, first_line
 from common.merge_methods import METHODS, contribution_layout, measurements
-from common.merge_methods.method import Measurement
+from common.merge_methods.method import Measurement, Method
 from common.merge_methods.refit import classifier
 from common.merge_methods.regmean import REGMEAN
+from common.merge_methods.terms import Hyperparameters
 from common.metrics import metrics_layout
 from common.models.folders import hub_revision, image_shape, load_tokenizer
 from common.models.layers import Layer, block_names, layer_biases, merge_layers, parameter_of
@@ -67,7 +68,7 @@ def complete_agreement(
     tensors = _planned_tensors(base, probe, base_folder, tuple(dict.fromkeys(left_alone)), draft)
     for name in draft.methods:
         if METHODS[name].needs_classifier:
-            _check_classifier(base, draft, probe, tensors, METHODS[name].title)
+            _check_classifier(base, draft, probe, tensors, METHODS[name])
     draft = with_keys(draft, public_keys, node_keys or {})
     agreement = Agreement(
         **{
@@ -97,29 +98,31 @@ def complete_agreement(
 
 
 def _check_classifier(
-    base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors, method: str
+    base: PreTrainedModel, draft: AgreementDraft, probe: Rows, tensors: PlannedTensors, method: Method[Hyperparameters]
 ) -> None:
     """Raise ModelError unless the last merged layer is a classifier that is fed one row per prediction."""
     plan = merge_plan(base, tensors)
-    if not (plan.inputs or plan.data_free) or not _ends_in_classifier(base, draft, probe, plan):
+    last = classifier(plan) if plan.inputs or plan.data_free else None
+    if last is None or not _is_classifier(last, base, draft, probe, plan, must_be_measured=method.fits_classifier):
         raise ModelError(
             f"{type(base).__name__}: has no shared classifier that is fed one row per prediction and is merged as a "
-            f"whole (regmean.largest_gram), which {method} needs",
+            f"whole (regmean.largest_gram), which {method.title} needs",
             hint='use method = "regmean"',
         )
 
 
-def _ends_in_classifier(base: PreTrainedModel, draft: AgreementDraft, probe: Rows, plan: MergePlan) -> bool:
-    last = classifier(plan)
-    beside = [layer.weight for layer in plan.inputs[-1].layers] if plan.inputs else []
-    shares_input = last.weight in beside and len(beside) > 1
+def _is_classifier(
+    last: Layer, base: PreTrainedModel, draft: AgreementDraft, probe: Rows, plan: MergePlan, *, must_be_measured: bool
+) -> bool:
+    measured = [layer.weight for layer in plan.inputs[-1].layers] if plan.inputs else []
+    has_its_input = [last.weight] == measured or (last.weight not in measured and not must_be_measured)
     fed: list[Tensor] = []
     ((_, batch, targets),) = probe.batches(batch_size=PROBE_EXAMPLES)
     with layer_inputs(base, lambda _, each: fed.append(each.rows), {last.whole}), torch.inference_mode():
         labels = base(**batch).logits.shape[-1]
     per_prediction = last.d_out == labels and [rows.shape[:-1] for rows in fed] == [targets.shape]
     is_shared = draft.task.has_labels and draft.task.head == "shared"
-    return is_shared and per_prediction and not shares_input and last.features is None
+    return is_shared and per_prediction and has_its_input and last.features is None
 
 
 def _check_no_running_statistics(base: PreTrainedModel, folder: Path) -> None:

@@ -384,6 +384,13 @@ def test_layers_that_see_one_row_an_example_are_data_free_if_owners_may_lack_exa
     assert careless.tensors.data_free == ()
 
 
+def test_a_refit_needs_a_measured_classifier_and_logit_adjustment_none(tmp_path: Path) -> None:
+    folder, table = save(tiny_bert(), tmp_path), RegMeanTable(data_free_layers=("classifier",))
+    with pytest.raises(ModelError, match="has no shared classifier that is fed one row per prediction"):
+        completed(folder, method="refit", regmean=table)
+    assert "classifier.weight" in completed(folder, method="logit_adjusted", regmean=table).tensors.data_free
+
+
 def test_named_layers_and_those_of_few_rows_are_data_free_together(tmp_path: Path) -> None:
     table = RegMeanTable(data_free_layers=("bert.pooler", "*.layer.1.output.dense"), measured_examples=10)
     tensors = completed(save(tiny_bert(), tmp_path), regmean=table).tensors
