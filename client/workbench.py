@@ -53,7 +53,7 @@ from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, Own
 from common.metrics import Score, Split
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.files import weight_files
-from common.models.folders import check_tokenizer, fine_tuned_folder, has_tokenizer, load_tokenizer
+from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
 from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters, longest_text
@@ -245,19 +245,9 @@ class Workbench(Holdings):
                 outputs = self._outputs(own, rows)
                 del own  # one model is in memory
                 yield from self._look_at_labels(rows, outputs, self._outputs(self.load_own_base(), rows))
-            yield from self._look_at_tokenizer(fine_tuned_folder(self.settings.fine_tuned, self._home))
+            if told := self.data.read_otherwise(fine_tuned_folder(self.settings.fine_tuned, self._home)):
+                yield told
         yield from self.data.oddities()
-
-    def _look_at_tokenizer(self, folder: Path) -> Iterator[str]:
-        if not self.task.is_text or not has_tokenizer(folder):
-            return
-        differently, looked_at = self.data.texts_read_differently(load_tokenizer(folder))
-        if differently:
-            yield (
-                f"{self.settings.fine_tuned}: its tokenizer splits {differently:,} of {looked_at:,} training texts "
-                "otherwise than the base's, which is the one that reads the rows; if the model was fine-tuned with its "
-                "own, it sees other tokens here"
-            )
 
     def _is_unchanged(self, own: PreTrainedModel) -> bool:
         base = self._own_base

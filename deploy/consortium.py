@@ -10,7 +10,7 @@ from pathlib import Path
 from client.look import OwnerLook, look_at_owner, own_folder
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
-from common.errors import SettingsError
+from common.errors import AmalgramError, ModelError, SettingsError
 from common.models.adapter import is_adapter
 from common.models.folders import check_same_architecture, model_folder
 from common.settings_file import load_settings
@@ -64,10 +64,20 @@ def read_settings(folder: Path) -> Consortium:
     base_folder = model_folder(draft.base, folder, draft.base_revision)
     pool = pool_of(draft, folder)
     draft = with_pool(draft, pool, base_folder)
-    found = {name: own_folder(each, files[name].parent) for name, each in settings.items() if each.own_base is None}
-    draft = with_labels(draft, base_folder, {name: each for name, each in found.items() if each is not None})
-    if ADAPTER in draft.merge.layers:
-        draft = with_layers(draft, [each for each in found.values() if each is not None and is_adapter(each)])
+    found, missing = dict[str, Path](), list[ModelError]()
+    for name, each in settings.items():
+        try:
+            brought = None if each.own_base is not None else own_folder(each, files[name].parent)
+        except ModelError as error:  # a look at this owner raises it
+            missing.append(error)
+        else:
+            found |= {} if brought is None else {name: brought}
+    try:
+        draft = with_labels(draft, base_folder, found)
+        if ADAPTER in draft.merge.layers:
+            draft = with_layers(draft, [each for each in found.values() if is_adapter(each)])
+    except AmalgramError as error:
+        raise (missing[0] if missing else error) from None
     return Consortium(draft=draft, base_folder=base_folder, pool=pool, owner_files=files, settings=settings)
 
 

@@ -21,7 +21,7 @@ from common.agreement import Reading, Task
 from common.data.files import read_columns
 from common.data.images import ImageFile, files_left_out
 from common.errors import DataError
-from common.models.folders import load_image_processor, load_tokenizer
+from common.models.folders import has_tokenizer, load_image_processor, load_tokenizer
 from common.pool import ImagePool, Pool
 from common.pool_rows import PoolReader, PoolRows
 from common.text import as_line
@@ -156,10 +156,20 @@ class PrivateData:
         assert self.tokenizer is not None  # only texts are cut
         return count_cut(self.data, self.task, self.folder / self.data.test, self.tokenizer)
 
-    def texts_read_differently(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-        """How many of the training texts another tokenizer splits differently, of how many that were looked at."""
-        assert self.tokenizer is not None
-        return count_read_differently(self.data, self.task, self.folder / self.data.train, self.tokenizer, tokenizer)
+    def read_otherwise(self, folder: Path) -> str:
+        """How many training texts the tokenizer in a model's folder splits otherwise, in words; empty if none."""
+        if self.tokenizer is None or not has_tokenizer(folder):
+            return ""
+        texts = self.folder / self.data.train
+        differently, looked_at = count_read_differently(
+            self.data, self.task, texts, self.tokenizer, load_tokenizer(folder)
+        )
+        if not differently:
+            return ""
+        return (
+            f"{folder}: its tokenizer splits {differently:,} of {looked_at:,} training texts otherwise than the "
+            "base's, which reads the rows; if the model was fine-tuned with its own, it sees other tokens here"
+        )
 
     def digest(self) -> str:
         """SHA-256 of everything that a model depends on which is made from these files."""

@@ -284,12 +284,14 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 
 def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
     """Whether every owner's rows can be read as a run reads them, and are the model's that it brings."""
-    models = [(each.look.fine_tuned, each.look.own_base or base_folder) for each in owners if each.look.fine_tuned]
+    models = [(each, each.look.fine_tuned) for each in owners if each.look.fine_tuned]
     if draft.task.is_text and models:
         with checks.item("tokenizers") as item:
-            for folder, own_base in models:
-                check_tokenizer(folder, own_base)
-            item.found = "the same vocabulary as the base's"
+            told = []
+            for each, folder in models:
+                check_tokenizer(folder, each.look.own_base or base_folder)
+                told.append(_private_data(draft, base_folder, each).read_otherwise(folder))
+            item.found = "; ".join(("the same vocabulary as the base's", *filter(None, told)))
     with checks.item("reading") as item:
         most = FIRST_ROWS if draft.task.is_text else FIRST_IMAGES
         rows = sum(_private_data(draft, base_folder, each).try_reading(most) for each in owners)
