@@ -25,6 +25,7 @@ from common.domain_separation import Domain
 from common.errors import RemoteProtocolError, RuleError, SettingsError
 from common.names import NAME_PATTERN
 from common.private_file import read_secret, write_key
+from common.settings_file import unreadable
 
 SECRET_FORM = re.compile(rf"amalgram identity v1\nname ({NAME_PATTERN})\nsecret ([0-9a-f]{{64}})\n")
 PUBLIC_FORM = re.compile(
@@ -138,7 +139,7 @@ def read_public_identity(path: Path) -> PublicIdentity:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES).decode("ascii", errors="replace")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None
     found = PUBLIC_FORM.fullmatch(content)
     if found is None:
         raise SettingsError(

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperArgument
 from typer.utils import get_params_from_function
 
-from common.errors import SettingsError
+from common.settings_file import unreadable
 from deploy.commands.errors import run_command, run_until_stopped
 from deploy.terminal import set_up_output
 
@@ -400,4 +400,4 @@ def _check_readable(path: Path) -> None:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None

@@ -29,6 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import SettingsError
 from common.private_file import read_secret, write_key
+from common.settings_file import unreadable
 
 if TYPE_CHECKING:
     from common.agreement import Agreement
@@ -190,7 +191,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unreadable(path, error) from None
     except ValueError:
         raise SettingsError(f"{path}: is not a certificate in PEM form") from None
     start, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)

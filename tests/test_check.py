@@ -70,7 +70,7 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert found["lengths"] == "all texts looked at fit into max_tokens = 32"
     assert re.fullmatch(r"at least [\d.]+ per dimension", found["Gram rows"])
     assert "a run keeps at least" in found["disk"]
-    assert found["time"] == "a minute or two"
+    assert found["time"] == "a minute or two, on an idle machine"
     assert re.fullmatch(r"about \d+.\d MB at the most", found["memory"])
     assert found["device"].startswith("cpu")
     assert errors == "ready; next: amalgram simulate .\n"
@@ -145,15 +145,19 @@ def test_a_device_is_named_with_its_memory_and_the_cpu_with_what_is_there_too(mo
 def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (home / "data" / "hotel" / "test.jsonl").unlink()
+    (home / "data" / "hotel" / "test.jsonl").rename(home / "data" / "hotel" / "tests.jsonl")
+    phones = home / "phones.toml"
+    text = re.sub(r"\[training\]\n(.+\n)+", "", phones.read_text())
+    phones.write_text(text.replace('name = "phones"', 'name = "phones"\nfine_tuned = "nowhere"'))
     cinema = home / "cinema.toml"
     cinema.write_text(cinema.read_text().replace('label = "label"', 'label = "stars"'))
     code, found, errors = lines(capsys, ".")
     assert code == 1
-    assert list(found) == ["agreement", "base", "phones"]
-    assert "hotel/test.jsonl: no such file\nerror: " in errors
+    assert list(found) == ["agreement", "base"]
+    assert "hotel/test.jsonl: no such file\nhint: did you mean tests.jsonl?\nerror: " in errors
+    assert "model nowhere: there is no folder" in errors
     assert "has no column 'stars'; its columns are text, label\nhint: " in errors
-    assert errors.endswith("not ready: 2 to correct\n")
+    assert errors.endswith("not ready: 3 to correct\n")
 
 
 @pytest.mark.usefixtures("own_log")

@@ -99,7 +99,9 @@ def test_a_missing_key_and_the_number_of_further_problems_are_said() -> None:
         one: int
         two: int
 
-    with pytest.raises(SettingsError, match=r"^x: one is missing \(and 1 more\)$"):
+    with pytest.raises(
+        SettingsError, match=r"^x: one is missing \(and 1 more\)\nhint: write one = \.\.\. at the top of the file$"
+    ):
         parse_settings({}, Needs, "x")
 
 

@@ -114,8 +114,7 @@ def read_arrays(path: Path, columns: Sequence[str], max_rows: int | None) -> lis
     """The named arrays of an .npz file: every row, or `max_rows` drawn from all of them. All have the same number of
     rows.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    find_sources(path)
     found = arrays_of(Source(path, ARRAYS), columns)
     if max_rows is None or max_rows >= len(found[0]):
         return found

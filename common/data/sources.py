@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from common.errors import DataError
+from common.settings_file import did_you_mean
 
 MAX_LINE_BYTES = 100_000_000  # a longer line means that a line break is missing, or that a small file unpacks to much
 MAX_TEXT_BYTES = 16_000_000_000  # of one file, unpacked
@@ -55,7 +56,11 @@ def find_sources(path: Path) -> list[Source]:
     if path.is_file():
         return [source_of(path)]
     if not any(mark in path.name for mark in "*?["):
-        raise DataError(f"{path}: no such file")
+        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(
+            f"{path}: no such file",
+            hint=did_you_mean(path.name, names) or "paths are relative to the settings file that names them",
+        )
     found = sorted(map(Path, glob(str(path))))
     if not found:
         raise DataError(f"{path}: no file has such a name", hint="correct the pattern; * stands for any characters")

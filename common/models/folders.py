@@ -32,7 +32,10 @@ LEGACY_KEYS = ("num_labels", "original_max_position_embeddings", "partial_rotary
 # How a library runs a model: what it keeps for training, and what it wraps outputs in.
 NOT_ABOUT_THE_MODEL = ("gradient_checkpointing", "return_dict")
 NEW_HEAD = "for a new head, save the model without one (AutoModel), and its tokenizer, and name that as the base"
-ANOTHER_TASK = "it was fine-tuned for another task: name a model with the agreed labels, or agree on its labels"
+ANOTHER_TASK = (
+    "it was fine-tuned for another task: name a model with the agreed labels, or agree on its own (task.labels); if "
+    "the base has a head for others, save the base without it (AutoModel), and its tokenizer"
+)
 ANOTHER_BASE = "name a model that was fine-tuned from the agreed base"
 MORE_TOKENS = (
     f"{ANOTHER_BASE}; if all owners added the same tokens, agree on a base that has them (tokenizer.add_tokens, "
@@ -344,7 +347,7 @@ def check_same_architecture(folder: Path, base_folder: Path) -> None:
         if None not in (own, agreed) and own != agreed:
             raise ModelError(
                 f"model {folder}: its {key} is {own!r:.60}, that of the base {base_folder} is {agreed!r:.60}",
-                hint=ANOTHER_BASE,
+                hint=MORE_TOKENS if key == "vocab_size" else ANOTHER_BASE,
             )
 
 

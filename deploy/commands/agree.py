@@ -74,6 +74,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
             4 * max(method_layout(METHODS[name], owner.workbench.merge_settings).size for name in agreement.methods)
         ),
         disclosures=_disclosures(agreement),
+        measures_grams=owner.schedule.has_grams,
         without_grams=agreement.tensors.data_free_in_short if owner.schedule.has_grams else "",
         pool=_pool(owner),
         groups=_groups(owner),

@@ -400,7 +400,7 @@ def _estimate(
         traffic = (work.sent_bytes + work.received_bytes) * (1 if owners else work.owners)
         is_simulated = bool(owners) and coordinates
         network = "" if is_simulated else f". The network takes {estimate.transfer_in_words(traffic)}"
-        item.found = f"{estimate.in_words(parts)}{network}"
+        item.found = f"{estimate.in_words(parts)}, on an idle machine{network}"
     if item.error is not None:
         return
     with checks.item("memory") as item:

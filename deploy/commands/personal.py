@@ -116,8 +116,8 @@ def _elsewhere(folder: Path, agreement: Agreement, model_digest: str, owner: str
 
 
 MADE = {
-    "merged": "the published model as it is, because nothing was better",
-    "own": "the owner's own model as it is, because nothing was better",
+    "merged": "the published model as it is, because nothing was better on the validation rows",
+    "own": "the owner's own model as it is, because nothing was better on the validation rows",
     "masked": "the published change where it has the sign of the owner's own, rescaled (EMR-Merging)",
     "mixed": "a mixture of the two, of which the owner's own weights are {shares}",
 }

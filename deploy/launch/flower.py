@@ -111,7 +111,8 @@ def check_bundle(agreement: Agreement) -> None:
     if ours != agreement.bundle_digest:
         raise ConsentError(
             f"the program here makes the bundle {ours[:16]}..., the agreement is about {agreement.bundle_digest[:16]}"
-            "...: owners would refuse it; install the version that the agreement was drafted with"
+            "...: owners would refuse it",
+            hint="install the version of Amalgram, and of Python, that the agreement was drafted with",
         )
 
 
