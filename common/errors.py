@@ -19,6 +19,19 @@ An error has two parts. The message is one line: what is wrong, where, the value
 about it. Only `code` ever crosses the wire, because an exception's text may quote a private row.
 """
 
+from pathlib import Path
+
+WHO_WRITES = {  # by the file's name, or its ending
+    "agreement.toml": "`amalgram draft` writes the agreement, and `amalgram join` at an owner",
+    "coordinator.toml": "`amalgram draft --address HOST:PORT` writes the coordinator's settings",
+    "ca.pem": "`amalgram keys certificate HOST` makes it at the coordinator, and owners get it by `amalgram join`",
+    ".toml": "`amalgram join` writes an owner's settings from an invitation",
+    ".key": "`amalgram keys new NAME` makes it",
+    ".node": "`amalgram keys new NAME` makes it",
+    ".pub": "`amalgram keys new NAME` makes it",
+    ".pem": "`amalgram keys certificate HOST` makes it",
+}
+
 
 class AmalgramError(Exception):
     """Base of all; `exit_code` is what the command ends with."""
@@ -127,6 +140,15 @@ class OwnerRefused(AmalgramError):  # noqa: N818 - the name is the sentence
         self.owner = owner
         self.code = refusal_code
         self.exit_code = EXIT_CODES.get(refusal_code, AmalgramError.exit_code)
+
+
+def unreadable(path: Path, error: OSError) -> SettingsError:
+    """What to raise, and what to do, for a party's file that cannot be opened."""
+    hint = "check the path, and that this user may read it"
+    if isinstance(error, FileNotFoundError):
+        made_by = WHO_WRITES.get(path.name) or next((by for end, by in WHO_WRITES.items() if path.suffix == end), "")
+        hint = f"check the path{f'; {made_by}' if made_by else ''}"
+    return SettingsError(f"{path}: cannot be read ({error.strerror})", hint=hint)
 
 
 def first_line(error: Exception) -> str:

@@ -22,10 +22,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from common.domain_separation import Domain
-from common.errors import RemoteProtocolError, RuleError, SettingsError
+from common.errors import RemoteProtocolError, RuleError, SettingsError, unreadable
 from common.names import NAME_PATTERN
 from common.private_file import read_secret, write_key
-from common.settings_file import unreadable
 
 SECRET_FORM = re.compile(rf"amalgram identity v1\nname ({NAME_PATTERN})\nsecret ([0-9a-f]{{64}})\n")
 PUBLIC_FORM = re.compile(

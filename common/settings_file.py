@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from common.errors import RuleError, SettingsError
+from common.errors import RuleError, SettingsError, unreadable
 from common.names import NAME_PATTERN, NAME_RULE
 from common.text import MAX_LINE, MAX_PARAGRAPH, flaw, shown
 
@@ -97,17 +97,6 @@ Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-WHO_WRITES = {  # by the file's name, or its ending
-    "agreement.toml": "`amalgram draft` writes the agreement, and `amalgram join` at an owner",
-    "coordinator.toml": "`amalgram draft --address HOST:PORT` writes the coordinator's settings",
-    "ca.pem": "`amalgram keys certificate HOST` makes it at the coordinator, and owners get it by `amalgram join`",
-    ".toml": "`amalgram join` writes an owner's settings from an invitation",
-    ".key": "`amalgram keys new NAME` makes it",
-    ".node": "`amalgram keys new NAME` makes it",
-    ".pub": "`amalgram keys new NAME` makes it",
-    ".pem": "`amalgram keys certificate HOST` makes it",
-}
-
 
 class Settings(BaseModel):
     """Base of every settings object: frozen, strict, no unknown keys."""
@@ -138,15 +127,6 @@ def read_bytes(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise SettingsError(f"{path}: a settings file has at most {MAX_FILE_BYTES} bytes")
     return content
-
-
-def unreadable(path: Path, error: OSError) -> SettingsError:
-    """What to raise, and what to do, for a party's file that cannot be opened."""
-    hint = "check the path, and that this user may read it"
-    if isinstance(error, FileNotFoundError):
-        made_by = WHO_WRITES.get(path.name) or next((by for end, by in WHO_WRITES.items() if path.suffix == end), "")
-        hint = f"check the path{f'; {made_by}' if made_by else ''}"
-    return SettingsError(f"{path}: cannot be read ({error.strerror})", hint=hint)
 
 
 def parse_toml(content: bytes, where: str) -> dict[str, Any]:

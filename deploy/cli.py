@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperArgument
 from typer.utils import get_params_from_function
 
-from common.settings_file import unreadable
+from common.errors import unreadable
 from deploy.commands.errors import run_command, run_until_stopped
 from deploy.terminal import set_up_output
 

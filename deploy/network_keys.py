@@ -27,9 +27,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import SettingsError
+from common.errors import SettingsError, unreadable
 from common.private_file import read_secret, write_key
-from common.settings_file import unreadable
 
 if TYPE_CHECKING:
     from common.agreement import Agreement
