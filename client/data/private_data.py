@@ -160,10 +160,13 @@ class PrivateData:
         """How many training texts the tokenizer in a model's folder splits otherwise, in words; empty if none."""
         if self.tokenizer is None or not has_tokenizer(folder):
             return ""
-        texts = self.folder / self.data.train
-        differently, looked_at = count_read_differently(
-            self.data, self.task, texts, self.tokenizer, load_tokenizer(folder)
-        )
+        texts, other = self.folder / self.data.train, load_tokenizer(folder)
+        try:
+            differently, looked_at = count_read_differently(self.data, self.task, texts, self.tokenizer, other)
+        except DataError:
+            raise
+        except Exception:  # one that was saved for other texts, say not for single words, can raise anything
+            return f"{folder}: its tokenizer cannot read the training texts; the base's reads them"
         if not differently:
             return ""
         return (
