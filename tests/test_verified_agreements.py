@@ -91,6 +91,19 @@ def test_who_consents_reads_what_is_verified_and_against_whom(reviews_folder: Pa
     assert "MALICIOUS COORDINATOR CAN MAKE THE NEXT TOTAL" not in text
 
 
+def test_who_consents_reads_of_gram_matrices_only_where_there_are_some(reviews_folder: Path, tmp_path: Path) -> None:
+    texts = {}
+    for method in ("average", "refit", "regmean"):
+        with parties_with_method(reviews_folder, tmp_path / method, method) as parties:
+            texts[method] = " ".join(consent_text(Owner(parties.files["hotel"])).split())
+    assert "Gram" not in texts["average"]
+    assert "They say more about your rows than the totals do" in texts["average"]
+    assert "token rows per dimension of a Gram matrix" in texts["refit"]
+    assert "can compute your Gram matrices" not in texts["refit"]
+    assert "can compute your Gram matrices" in texts["regmean"]
+    assert "Gram matrices of layers that see only single tokens stay here" in texts["regmean"]
+
+
 def test_who_consents_reads_what_the_metrics_of_labels_and_of_numbers_are(reviews_folder: Path, tmp_path: Path) -> None:
     with parties_with_method(reviews_folder, tmp_path, "average") as parties:
         owner, agreement = Owner(parties.files["hotel"]), parties.agreement

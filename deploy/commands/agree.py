@@ -75,6 +75,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         ),
         disclosures=_disclosures(agreement),
         measures_grams=owner.schedule.has_grams,
+        needs_rows=owner.schedule.has_grams or any(METHODS[name].fits_classifier for name in agreement.methods),
         without_grams=agreement.tensors.data_free_in_short if owner.schedule.has_grams else "",
         pool=_pool(owner),
         groups=_groups(owner),
