@@ -39,7 +39,6 @@ from common.models.low_rank import Factors, factorise, is_closest
 from common.models.plan import MergePlan, _in_blocks
 from common.summation import fixed_point, wide
 from common.summation.own_part import OwnPart
-from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 from common.verification import (
     COLUMNS,
@@ -577,6 +576,23 @@ def test_122_no_weight_of_any_tensor_is_off_by_a_millionth_in_any_method(method:
     else:
         owners = owners_for(settings_, 3, 0, 1e3, reaches_half=True)
         check = check_of(method, settings_, contributions_of([method], settings_, owners))
+    assert_no_weight_is_off(check)
+
+
+@pytest.mark.parametrize("targets", ["labels", "scores"])
+@pytest.mark.parametrize("problem", get_args(ProblemType))
+def test_122_no_weight_of_a_refit_to_labels_or_numbers_is_off_by_a_millionth(
+    problem: ProblemType, targets: Literal["labels", "scores"]
+) -> None:
+    settings_ = verified(merge_settings(plan_for(7, [5], has_constant=True), refit=RefitTable(targets=targets)), 3)
+    settings_ = replace(settings_, problem_type=problem, largest_target=5.0)
+    check = step_check("refit", settings_, 3, 0, 1e3, reaches_half=False)
+    assert check.equations[0].is_scaled == (targets == "labels" and problem != "regression")
+    assert_no_weight_is_off(check)
+
+
+def assert_no_weight_is_off(check: Check) -> None:
+    """Neither the first nor the last of any tensor, by a millionth."""
     assert check.wrong() == []
     for name, tensor in check.delta.items():
         for number in {0, tensor.numel() - 1}:
@@ -598,21 +614,52 @@ def test_125_one_colluding_owner_makes_a_wrong_model_pass() -> None:
     assert wrong_claims([check.claim], check_total(check.claim, {"o0": lie.reshape(-1), **honest})) == []
 
 
-def total_of(check: Check, residual: float, scale: float) -> Total:
-    numbers = np.array([to_words(each) for each in (*(0.0,) * (COLUMNS - 1), residual, scale)], dtype="<u8").reshape(-1)
-    return check_total(check.claim, {"o0": numbers, "o1": np.zeros_like(numbers)})
+def found_wrong(equation: Equation, residual: float, scale: float, group: int) -> list[str]:
+    """What owners find if all they add up is zero, but for one share of one group of rows, and that group's scale."""
+    claim = Claim(delivery=0, source=0, equations=(equation,))
+    numbers = np.array([[0.0] * (COLUMNS + 1)] * equation.groups)
+    numbers[group, -2:] = residual, scale
+    words = np.array([to_words(each) for each in numbers.reshape(-1)], dtype="<u8").reshape(-1)
+    return wrong_claims([claim], check_total(claim, {"o0": words, "o1": np.zeros_like(words)}))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_tolerance_is_met_on_both_sides_of_its_edge(sign: int) -> None:
-    check = system_check(gram_of(5, 10.0))
-    (equation,) = check.equations
-    edge = tolerance(equation, 1024.0)
-    rounded_times = 2 * (5 + 2) + 2 * (3 + 2) + 64 + 18
-    assert edge == pytest.approx(2 * (2.0**-47 + rounded_times * UNIT) * 1024, rel=1e-12)
-    assert wrong_claims([check.claim], total_of(check, sign * edge, 1024.0)) == []
-    beyond = sign * edge * (1 + 2.0**-40)
-    assert wrong_claims([check.claim], total_of(check, beyond, 1024.0)) == ["0/gram/l"]
+def a_system(gram_size: int, d_out: int) -> SystemEquation:
+    layer = Layer(weight="l.weight", d_in=gram_size, d_out=d_out, stored_input_first=True)
+    return SystemEquation.of(System(name="l", kind="", gram_size=gram_size, layers=(layer,), alphas=(1.0,)), 1.0)
+
+
+# How many groups of rows an equation has, and how often a number is rounded: twice the depth of a row of A, twice that
+# of rho, and 64 times for each level of the sum over a group's rows.
+EDGES: dict[str, tuple[Equation, int, int]] = {
+    "system": (a_system(5, 3), 1, 2 * (5 + 2) + 2 * (3 + 2) + 64),
+    "system-of-blocks": (a_system(300, 3), 1, 2 * (64 + 1 + 5) + 2 * (3 + 2) + 2 * 64),
+    "mean": (MeanEquation.of("p", (5, 70)), 1, 2 * (1 + 2) + 2 * (64 + 1 + 2) + 64),
+    "number": (MeanEquation.of("p", ()), 1, 2 * (1 + 2) + 2 * (1 + 2)),
+    "groups": (MeanEquation.of("p", (64**2 + 1, 3)), 2, 2 * (1 + 2) + 2 * (3 + 2) + 2 * 64),
+    "larger-groups": (MeanEquation.of("p", (64**3 + 1, 3)), 33, 2 * (1 + 2) + 2 * (3 + 2) + 3 * 64),
+    "stack": (
+        StackedMeans.of((MeanEquation.of("p", (60, 7)), MeanEquation.of("q", (5, 7)))),
+        1,
+        2 * (1 + 2) + 2 * (7 + 2) + 2 * 64,
+    ),
+    "entries": (FisherEquation.of("p", (10, 7)), 1, 2 * (1 + 2) + 2 * (1 + 2) + 2 * 64),
+    "groups-of-entries": (FisherEquation.of("p", (64**3 + 1,)), 2, 2 * (1 + 2) + 2 * (1 + 2) + 3 * 64),
+}
+
+
+@pytest.mark.parametrize("kind", EDGES)
+@pytest.mark.parametrize("scale", [1024.0, 0.0])
+def test_the_tolerance_is_met_on_both_sides_of_its_edge(kind: str, scale: float) -> None:
+    """In the first group of rows and the last, which is smaller and has the tolerance of a whole one."""
+    equation, groups, times_rounded = EDGES[kind]
+    edge = tolerance(equation, scale)
+    assert edge == pytest.approx(2 * (2.0**-47 + (times_rounded + 18) * UNIT) * scale + 2.0**-140, rel=1e-12, abs=0)
+    assert equation.groups == groups
+    beyond = edge + max(edge * 2.0**-40, 2.0**-151)  # shares travel in multiples of 2^-151
+    for group in {0, groups - 1}:
+        for sign in (1, -1):
+            assert found_wrong(equation, sign * edge, scale, group) == []
+            assert found_wrong(equation, sign * beyond, scale, group) == [f"0/{equation.name}"]
 
 
 # --- exact numbers ----------------------------------------------------------------------------------------------------
