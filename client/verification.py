@@ -246,7 +246,7 @@ def check_all_verified(owner: OwnerContext, round_: Round) -> None:
 def contributors(owner: OwnerContext) -> tuple[str, ...]:
     """The owners whose contributions are merged, as this owner signed. Raises RemoteProtocolError if it did not."""
     summed = owner.state.run.summed
-    if not summed:
+    if not summed:  # check: checked-by-contributors-only
         raise RemoteProtocolError("the coordinator asked for a check of a merge that holds nothing of this owner")
     return summed[-1].owners
 
@@ -262,7 +262,7 @@ def keep_own(owner: OwnerContext, position: int, side: MaskedOwner) -> None:
 def add_shares(owner: OwnerContext, message: CheckKeys) -> Message:
     """Give this owner's part of a check: once, and the same again to a coordinator that was restarted."""
     check, round_ = owner.state.run.check, owner.schedule.check_at(message.position)
-    if round_ is None or check is None or check.position != message.position:
+    if round_ is None or check is None or check.position != message.position:  # check: key-comes-before-the-shares
         raise RemoteProtocolError("the coordinator asked for check shares before this owner's key")
     if check.keys not in ("", message.nonces.hex()):  # check: check-is-made-once
         raise RemoteProtocolError("the coordinator asked for the same check with other keys")
@@ -348,11 +348,11 @@ def _sum_of(owner: OwnerContext, round_: Round, check: CheckRecord, keys: bytes)
 
 def open_metrics(owner: OwnerContext, side: OwnerSide, message: UploadsOpened) -> Message:
     """Add up the metrics of all owners."""
-    if not isinstance(side, MaskedOwner) or not side.terms.is_open:
+    if not isinstance(side, MaskedOwner) or not side.terms.is_open:  # check: opened-sum-is-for-all
         raise RemoteProtocolError("the coordinator opened a sum that is not open to all owners")
     run, request = owner.state.run, side.terms.request
     reply = OpeningChecked(session=message.session, owner=owner.name)
-    if message.session != request.session:
+    if message.session != request.session:  # check: opened-sum-is-the-last
         raise RemoteProtocolError("the coordinator opened another sum than the last one")
     if request.position != run.begun or run.is_complete:
         return reply  # asked again

@@ -156,6 +156,11 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         yield Attempt(trying.opening(metrics), RemoteProtocolError, skipped)
         early = replace(request, position=trying.check.position)
         yield Attempt(early, RemoteProtocolError, "the key of a check that its corrections do not precede")
+        kept = trying.owner.state.open_round
+        assert kept is not None
+        assert kept.kind == "contribution"
+        relayed = UploadsOpened(session=kept.open_sum.session, proofs=b"", payload=np.zeros(1, dtype="<u8"))
+        yield Attempt(relayed, RemoteProtocolError, "opened a sum that is not open to all owners")
 
     def before_correction(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, CorrectionPart)
@@ -173,6 +178,8 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
             says = "do not follow from this owner's nonce"
             yield Attempt(trying.signed(request, changed), RemoteProtocolError, says)
         yield Attempt(replace(request, signature=bytes(64)), RemoteProtocolError, "signature")
+        with as_if(trying.owner, summed=()):  # it came back after the sum that is merged
+            yield Attempt(request, RemoteProtocolError, "a check of a merge that holds nothing of this owner")
 
     sent: dict[type[Message], Any] = {}  # the first of each kind
 
@@ -201,7 +208,11 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
 
     def before_opening(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, UploadsOpened)
-        if request.session in trying.owner.state.run.opened or trying.owner.state.run.check is None:
+        if request.session in trying.owner.state.run.opened:
+            return
+        if trying.owner.state.run.check is None:
+            other = replace(request, session="ab" * 32)
+            yield Attempt(other, RemoteProtocolError, "opened another sum than the last one")
             return
         yield Attempt(trying.key_shares(), RemoteProtocolError, "average candidate for test is not verified")
 
@@ -239,7 +250,7 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         OpenSum: before_contributions,
     }
     run_merge(parties.coordinator, trying)
-    assert len(trying.tried) == 17
+    assert len(trying.tried) == 20
     assert (parties.output / "model").is_dir()
 
 
