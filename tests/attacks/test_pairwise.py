@@ -120,7 +120,7 @@ def test_214_the_keys_are_those_of_all_contributors_and_no_others() -> None:
 
 
 def test_212_a_vector_of_another_shape_that_its_owner_signed() -> None:
-    """If the coordinator relayed it, the others could not add it up, and the coordinator would have spoilt the check."""
+    """If the coordinator relayed it, the others could not add it up, and the coordinator would have spoilt it all."""
     identities = identities_of(3)
     joint = joint_of(identities)
     whole = masked(joint, 0, np.zeros(LAYOUT.size, dtype="<u8"))
