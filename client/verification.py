@@ -105,6 +105,7 @@ def _drawn_nonce(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
     )  # check: nonce-is-drawn-after-the-models
     drawn = run.drawn
     if drawn is None or drawn.position != message.position:  # check: nonce-is-drawn-once
+        _check_none_is_pending(owner, message.position)
         drawn = DrawnRecord(
             position=message.position,
             delivered=deliveries_digest(run.delivered),
@@ -126,10 +127,27 @@ def _drawn_key(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
         raise RemoteProtocolError("the coordinator asked for the key of a check that this owner has added up")
     check = run.check
     if check is None or check.position != message.position:  # check: check-key-is-drawn-once
+        _check_none_is_pending(owner, message.position)
         delivered = deliveries_digest(run.delivered, message.position)
         check = CheckRecord(position=message.position, delivered=delivered, seed=secrets.token_hex(32))
         owner.state.update_run(check=check)
     return check.delivered, public_key(bytes.fromhex(check.seed), run.run)
+
+
+def _check_none_is_pending(owner: OwnerContext, position: int) -> None:
+    """Raise RemoteProtocolError unless this owner has added up every check before `position`.
+
+    It keeps one nonce and one key. If it drew those of the next check meanwhile, the pending one could be skipped, or
+    drawn for again.
+    """
+    verified = set(owner.state.run.verified)
+    for each in owner.schedule.rounds:
+        is_pending = not {claim.delivery for claim in each.claims} <= verified
+        if each.position < position and is_pending:  # check: no-check-is-pending
+            raise RemoteProtocolError(
+                f"the coordinator asked for a draw at position {position}, but this owner has not added up the check "
+                f"at {each.position}"
+            )
 
 
 def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:

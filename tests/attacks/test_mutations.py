@@ -194,6 +194,7 @@ TABLE = [
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
     Mutation(VERIFYING, "test_131_", "check-key-is-drawn-once", "if True:"),
     Mutation(VERIFYING, "test_131_", "check-is-made-once"),
+    Mutation(VERIFYING, "test_131_nothing", "no-check-is-pending"),
     Mutation(CHOSEN, "test_130_an_adapter_that", "candidates-are-cut"),
     Mutation(CHOSEN, "test_147_what_the_method", "functions-are-applied"),
     Mutation(FUNCTIONS, "test_147_what_a_method", "functions-are-applied"),
