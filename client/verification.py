@@ -105,6 +105,7 @@ def _drawn_nonce(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
     )  # check: nonce-is-drawn-after-the-models
     drawn = run.drawn
     if drawn is None or drawn.position != message.position:  # check: nonce-is-drawn-once
+        _check_none_is_pending(owner, message.position)
         drawn = DrawnRecord(
             position=message.position,
             delivered=deliveries_digest(run.delivered),
@@ -126,10 +127,27 @@ def _drawn_key(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
         raise RemoteProtocolError("the coordinator asked for the key of a check that this owner has added up")
     check = run.check
     if check is None or check.position != message.position:  # check: check-key-is-drawn-once
+        _check_none_is_pending(owner, message.position)
         delivered = deliveries_digest(run.delivered, message.position)
         check = CheckRecord(position=message.position, delivered=delivered, seed=secrets.token_hex(32))
         owner.state.update_run(check=check)
     return check.delivered, public_key(bytes.fromhex(check.seed), run.run)
+
+
+def _check_none_is_pending(owner: OwnerContext, position: int) -> None:
+    """Raise RemoteProtocolError unless this owner has added up every check before `position`.
+
+    It keeps one nonce and one key. If it drew those of the next check meanwhile, the pending one could be skipped, or
+    drawn for again.
+    """
+    verified = set(owner.state.run.verified)
+    for each in owner.schedule.rounds:
+        is_pending = not {claim.delivery for claim in each.claims} <= verified
+        if each.position < position and is_pending:  # check: no-check-is-pending
+            raise RemoteProtocolError(
+                f"the coordinator asked for a draw at position {position}, but this owner has not added up the check "
+                f"at {each.position}"
+            )
 
 
 def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
@@ -246,7 +264,7 @@ def check_all_verified(owner: OwnerContext, round_: Round) -> None:
 def contributors(owner: OwnerContext) -> tuple[str, ...]:
     """The owners whose contributions are merged, as this owner signed. Raises RemoteProtocolError if it did not."""
     summed = owner.state.run.summed
-    if not summed:
+    if not summed:  # check: checked-by-contributors-only
         raise RemoteProtocolError("the coordinator asked for a check of a merge that holds nothing of this owner")
     return summed[-1].owners
 
@@ -262,7 +280,7 @@ def keep_own(owner: OwnerContext, position: int, side: MaskedOwner) -> None:
 def add_shares(owner: OwnerContext, message: CheckKeys) -> Message:
     """Give this owner's part of a check: once, and the same again to a coordinator that was restarted."""
     check, round_ = owner.state.run.check, owner.schedule.check_at(message.position)
-    if round_ is None or check is None or check.position != message.position:
+    if round_ is None or check is None or check.position != message.position:  # check: key-comes-before-the-shares
         raise RemoteProtocolError("the coordinator asked for check shares before this owner's key")
     if check.keys not in ("", message.nonces.hex()):  # check: check-is-made-once
         raise RemoteProtocolError("the coordinator asked for the same check with other keys")
@@ -348,11 +366,11 @@ def _sum_of(owner: OwnerContext, round_: Round, check: CheckRecord, keys: bytes)
 
 def open_metrics(owner: OwnerContext, side: OwnerSide, message: UploadsOpened) -> Message:
     """Add up the metrics of all owners."""
-    if not isinstance(side, MaskedOwner) or not side.terms.is_open:
+    if not isinstance(side, MaskedOwner) or not side.terms.is_open:  # check: opened-sum-is-for-all
         raise RemoteProtocolError("the coordinator opened a sum that is not open to all owners")
     run, request = owner.state.run, side.terms.request
     reply = OpeningChecked(session=message.session, owner=owner.name)
-    if message.session != request.session:
+    if message.session != request.session:  # check: opened-sum-is-the-last
         raise RemoteProtocolError("the coordinator opened another sum than the last one")
     if request.position != run.begun or run.is_complete:
         return reply  # asked again

@@ -62,6 +62,20 @@ def test_the_metrics_are_the_report_s_and_references_stay_out(tmp_path: Path) ->
     assert "Dropped out, and not in the model: cyd" in text
 
 
+def test_the_card_says_whether_the_owners_verified_the_merge(tmp_path: Path) -> None:
+    verified = (
+        "Verification: before anything was measured on this model, the owners in it verified together, up to a "
+        "tolerance, that it is the merge of what they contributed. A coordinator that colludes with an owner could "
+        "evade this."
+    )
+    text = card_of(merged_whole() | {"verified": True, "summation": "masked"}, tmp_path / "verified").text
+    assert verified in text
+    assert "the coordinator's word" not in text
+    text = card_of(merged_whole(), tmp_path / "not").text
+    assert "Verification: none. That the model is the merge of what the owners contributed" in text
+    assert verified not in text
+
+
 def test_words_from_settings_are_neither_markup_nor_lines_of_their_own(tmp_path: Path) -> None:
     report = merged_whole()
     report["title"] = "A --- # B <script>x</script> [link](http://example.org) `code`"

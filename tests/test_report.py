@@ -71,6 +71,22 @@ def test_the_same_report_gives_the_same_bytes() -> None:
     assert page_of(as_report(hand_written())) == page_of(as_report(hand_written()))
 
 
+def test_the_page_says_by_whom_the_merge_was_verified_and_of_what() -> None:
+    verified = (
+        "Verified by all owners: before anything was measured on a model, ada and bea verified together that it is the "
+        "merge of what they contributed. A coordinator that colludes with an owner could evade this, and where hardly "
+        "any row reaches, a difference could remain."
+    )
+    added_up = "They see what was solved from them, and verified it; the totals of metrics they added up themselves."
+    report = hand_written() | {"verified": True, "summation": "masked"}
+    assert verified in shown(report)
+    assert added_up in shown(report)
+    text = shown(hand_written() | {"summation": "masked"})
+    assert "They see what was solved from them." in text
+    assert "Verified by all owners" not in text
+    assert "verified it" not in text
+
+
 def test_the_page_shows_what_the_report_says_and_escapes_words() -> None:
     text = shown(hand_written())
     for each in (

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
 from math import log2
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 import pytest
@@ -33,13 +33,12 @@ from common.merge_methods.normal_equations import System, SystemEquation
 from common.merge_methods.refit import LEAST_FIT, REFIT, ClassifierEquation, RefitTable, classifier
 from common.merge_methods.regmean import RegMeanTable
 from common.merge_methods.task_arithmetic import TaskArithmeticTable
-from common.merge_methods.terms import ClassifierTerms, Gram, MergeSettings, OwnerTerms, rounded
+from common.merge_methods.terms import ClassifierTerms, Gram, MergeSettings, OwnerTerms, ProblemType, rounded
 from common.models.layers import Layer
 from common.models.low_rank import Factors, factorise, is_closest
 from common.models.plan import MergePlan, _in_blocks
 from common.summation import fixed_point, wide
 from common.summation.own_part import OwnPart
-from common.summation.protocol import Total
 from common.tensor_layout import TensorEntry, TensorLayout
 from common.verification import (
     COLUMNS,
@@ -82,6 +81,7 @@ CASES = [
 WITHOUT_CONSTANT = ("data_free", "logit_adjusted")
 IN_BLOCKS = ("regmean", "anchored")
 STEPS = ["refit", "regmean_plus_plus"]
+ERRORS = [1e-2, 1e-4, 2.0**-20]  # of one entry, in norms of its tensor
 
 
 def owners_for(
@@ -111,7 +111,13 @@ def classifier_terms(settings_: MergeSettings, seed: int, condition: float) -> C
     sizes = torch.logspace(0, -float(np.log10(condition)) / 2, size, dtype=torch.float64)
     features = sizes * torch.randn(2 * size + 3, size, generator=random, dtype=torch.float64)
     scores = features @ torch.randn(size, layer.d_out, generator=random, dtype=torch.float64)
-    targets = torch.randint(0, layer.d_out, (len(scores),), generator=random)
+    match settings_.problem_type:
+        case "single_label_classification":
+            targets = torch.randint(0, layer.d_out, (len(scores),), generator=random)
+        case "multi_label_classification":
+            targets = torch.randint(0, 2, scores.shape, generator=random).float()
+        case "regression":
+            targets = settings_.largest_target * (2 * torch.rand(scores.shape, generator=random) - 1)
     start = torch.full((size, layer.d_out), 0.1, dtype=torch.float64)
     return ClassifierTerms(features=features, targets=targets, scores=scores, start=start)
 
@@ -190,6 +196,9 @@ def checks(draw: st.DrawFn) -> Check:
     condition = 10 ** draw(st.floats(0, 2 if in_32_bits else 12))
     weighting = "owners" if method == "model_stock" else draw(st.sampled_from(["rows", "owners"]))
     settings_ = verified(merge_settings(plan, weighting, **tables), count, in_32_bits=in_32_bits)
+    if method == "refit":
+        problem = draw(st.sampled_from(get_args(ProblemType)))
+        settings_ = replace(settings_, problem_type=problem, largest_target=draw(st.sampled_from([1.0, 5.0, 1000.0])))
     if method in STEPS:
         return step_check(method, settings_, count, seed, condition, reaches_half=True)
     owners = owners_for(settings_, count, seed, condition, reaches_half=not in_32_bits)
@@ -234,10 +243,10 @@ def test_an_honest_merge_of_every_method_passes(check: Check, rank: int) -> None
         assert tensor.ndim != 2 or is_closest(tensor, factorise(tensor, rank))
 
 
-@given(check=checks(), seed=st.integers(0, 1000))
+@given(check=checks(), size=st.sampled_from(ERRORS), seed=st.integers(0, 1000))
 @settings(max_examples=100)
-def test_one_wrong_entry_of_one_tensor_is_found(check: Check, seed: int) -> None:
-    wrong_entry(check, 1e-2, seed)
+def test_one_wrong_entry_of_one_tensor_is_found(check: Check, size: float, seed: int) -> None:
+    wrong_entry(check, size, seed)
     assert is_found(check)
 
 
@@ -252,14 +261,19 @@ def test_ten_thousand_honest_merges_raise_no_false_alarm(check: Check, rank: int
 
 
 @pytest.mark.slow
-@given(check=checks(), seed=st.integers(0, 1000), rank=st.sampled_from([None, None, 1, 3]))
+@given(
+    check=checks(),
+    size=st.sampled_from(ERRORS),
+    seed=st.integers(0, 1000),
+    rank=st.sampled_from([None, None, 1, 3]),
+)
 @settings(max_examples=10_000)
-def test_none_of_ten_thousand_wrong_merges_passes(check: Check, seed: int, rank: int | None) -> None:
+def test_none_of_ten_thousand_wrong_merges_passes(check: Check, size: float, seed: int, rank: int | None) -> None:
     """With a rank, the merge is right, but the adapter is cut from another one."""
     if rank is not None and any(tensor.ndim == 2 and tensor.any() for tensor in check.delta.values()):
         assert not is_closest(*other_cut(check, rank, seed))
         return
-    wrong_entry(check, 1e-2, seed)
+    wrong_entry(check, size, seed)
     assert is_found(check)
 
 
@@ -563,6 +577,23 @@ def test_122_no_weight_of_any_tensor_is_off_by_a_millionth_in_any_method(method:
     else:
         owners = owners_for(settings_, 3, 0, 1e3, reaches_half=True)
         check = check_of(method, settings_, contributions_of([method], settings_, owners))
+    assert_no_weight_is_off(check)
+
+
+@pytest.mark.parametrize("targets", ["labels", "scores"])
+@pytest.mark.parametrize("problem", get_args(ProblemType))
+def test_122_no_weight_of_a_refit_to_labels_or_numbers_is_off_by_a_millionth(
+    problem: ProblemType, targets: Literal["labels", "scores"]
+) -> None:
+    settings_ = verified(merge_settings(plan_for(7, [5], has_constant=True), refit=RefitTable(targets=targets)), 3)
+    settings_ = replace(settings_, problem_type=problem, largest_target=5.0)
+    check = step_check("refit", settings_, 3, 0, 1e3, reaches_half=False)
+    assert check.equations[0].is_scaled == (targets == "labels" and problem != "regression")
+    assert_no_weight_is_off(check)
+
+
+def assert_no_weight_is_off(check: Check) -> None:
+    """Neither the first nor the last of any tensor, by a millionth."""
     assert check.wrong() == []
     for name, tensor in check.delta.items():
         for number in {0, tensor.numel() - 1}:
@@ -584,21 +615,52 @@ def test_125_one_colluding_owner_makes_a_wrong_model_pass() -> None:
     assert wrong_claims([check.claim], check_total(check.claim, {"o0": lie.reshape(-1), **honest})) == []
 
 
-def total_of(check: Check, residual: float, scale: float) -> Total:
-    numbers = np.array([to_words(each) for each in (*(0.0,) * (COLUMNS - 1), residual, scale)], dtype="<u8").reshape(-1)
-    return check_total(check.claim, {"o0": numbers, "o1": np.zeros_like(numbers)})
+def found_wrong(equation: Equation, residual: float, scale: float, group: int) -> list[str]:
+    """What owners find if all they add up is zero, but for one share of one group of rows, and that group's scale."""
+    claim = Claim(delivery=0, source=0, equations=(equation,))
+    numbers = np.array([[0.0] * (COLUMNS + 1)] * equation.groups)
+    numbers[group, -2:] = residual, scale
+    words = np.array([to_words(each) for each in numbers.reshape(-1)], dtype="<u8").reshape(-1)
+    return wrong_claims([claim], check_total(claim, {"o0": words, "o1": np.zeros_like(words)}))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_tolerance_is_met_on_both_sides_of_its_edge(sign: int) -> None:
-    check = system_check(gram_of(5, 10.0))
-    (equation,) = check.equations
-    edge = tolerance(equation, 1024.0)
-    rounded_times = 2 * (5 + 2) + 2 * (3 + 2) + 64 + 18
-    assert edge == pytest.approx(2 * (2.0**-47 + rounded_times * UNIT) * 1024, rel=1e-12)
-    assert wrong_claims([check.claim], total_of(check, sign * edge, 1024.0)) == []
-    beyond = sign * edge * (1 + 2.0**-40)
-    assert wrong_claims([check.claim], total_of(check, beyond, 1024.0)) == ["0/gram/l"]
+def a_system(gram_size: int, d_out: int) -> SystemEquation:
+    layer = Layer(weight="l.weight", d_in=gram_size, d_out=d_out, stored_input_first=True)
+    return SystemEquation.of(System(name="l", kind="", gram_size=gram_size, layers=(layer,), alphas=(1.0,)), 1.0)
+
+
+# How many groups of rows an equation has, and how often a number is rounded: twice the depth of a row of A, twice that
+# of rho, and 64 times for each level of the sum over a group's rows.
+EDGES: dict[str, tuple[Equation, int, int]] = {
+    "system": (a_system(5, 3), 1, 2 * (5 + 2) + 2 * (3 + 2) + 64),
+    "system-of-blocks": (a_system(300, 3), 1, 2 * (64 + 1 + 5) + 2 * (3 + 2) + 2 * 64),
+    "mean": (MeanEquation.of("p", (5, 70)), 1, 2 * (1 + 2) + 2 * (64 + 1 + 2) + 64),
+    "number": (MeanEquation.of("p", ()), 1, 2 * (1 + 2) + 2 * (1 + 2)),
+    "groups": (MeanEquation.of("p", (64**2 + 1, 3)), 2, 2 * (1 + 2) + 2 * (3 + 2) + 2 * 64),
+    "larger-groups": (MeanEquation.of("p", (64**3 + 1, 3)), 33, 2 * (1 + 2) + 2 * (3 + 2) + 3 * 64),
+    "stack": (
+        StackedMeans.of((MeanEquation.of("p", (60, 7)), MeanEquation.of("q", (5, 7)))),
+        1,
+        2 * (1 + 2) + 2 * (7 + 2) + 2 * 64,
+    ),
+    "entries": (FisherEquation.of("p", (10, 7)), 1, 2 * (1 + 2) + 2 * (1 + 2) + 2 * 64),
+    "groups-of-entries": (FisherEquation.of("p", (64**3 + 1,)), 2, 2 * (1 + 2) + 2 * (1 + 2) + 3 * 64),
+}
+
+
+@pytest.mark.parametrize("kind", EDGES)
+@pytest.mark.parametrize("scale", [1024.0, 0.0])
+def test_the_tolerance_is_met_on_both_sides_of_its_edge(kind: str, scale: float) -> None:
+    """In the first group of rows and the last, which is smaller and has the tolerance of a whole one."""
+    equation, groups, times_rounded = EDGES[kind]
+    edge = tolerance(equation, scale)
+    assert edge == pytest.approx(2 * (2.0**-47 + (times_rounded + 18) * UNIT) * scale + 2.0**-140, rel=1e-12, abs=0)
+    assert equation.groups == groups
+    beyond = edge + max(edge * 2.0**-40, 2.0**-151)  # shares travel in multiples of 2^-151
+    for group in {0, groups - 1}:
+        for sign in (1, -1):
+            assert found_wrong(equation, sign * edge, scale, group) == []
+            assert found_wrong(equation, sign * beyond, scale, group) == [f"0/{equation.name}"]
 
 
 # --- exact numbers ----------------------------------------------------------------------------------------------------

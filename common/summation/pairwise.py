@@ -114,7 +114,7 @@ class PairwiseSum:
 
     def check_upload(self, owner: str, payload: NDArray, signature: bytes) -> None:
         """Raise RemoteProtocolError unless `payload` is a vector that `owner` signed for this sum."""
-        if payload.dtype != self.layout.dtype or payload.shape != (self.layout.size,):
+        if payload.dtype != self.layout.dtype or payload.shape != (self.layout.size,):  # check: check-shares-are-whole
             raise RemoteProtocolError(f"check: the vector of {owner} has another shape than was agreed")
         body = self._body(payload)
         verify(
@@ -128,8 +128,9 @@ class PairwiseSum:
         RemoteProtocolError unless each y_i is the one that its owner signed.
         """
         signed, size = Signed.unpack_all(signatures), self.layout.size
-        is_whole = payload.shape == (len(self.entries) * size,)
-        if [each.owner for each in signed] != [each.owner for each in self.entries.values()] or not is_whole:
+        owners = [each.owner for each in self.entries.values()]
+        is_whole = [each.owner for each in signed] == owners and payload.shape == (len(owners) * size,)
+        if not is_whole:  # check: check-shares-are-of-all
             raise RemoteProtocolError("check: not one signed vector of every owner")
         words = np.zeros((size // wide.WORDS, wide.WORDS), dtype="<u8")
         for number, (name, each) in enumerate(zip(self.entries, signed, strict=True)):

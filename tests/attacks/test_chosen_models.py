@@ -1,14 +1,15 @@
 """What a malicious coordinator could learn by choosing the models that owners measure and test on.
 
 Instead of a merge, it sends a detector of one word, of which it knows that only one owner uses it. By default owners
-verify what they are sent, and find it. Where an agreement turns that off, these are documented breaks: honest owners
-accept every message, and every total is over all of them, but all the other owners' parts of it are zero, or known.
-SECURITY.md, b4 and g, says so.
+verify what they are sent, and find it. Where an agreement turns that off, or another owner colludes, these are
+documented breaks: honest owners accept every message, and every total is over all of them, but all the other owners'
+parts of it are zero, or known. SECURITY.md, b4 and g, says so.
 """
 
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ import torch
 from transformers import PreTrainedModel
 
 import server.coordinator
+from client import verification
 from client.owner import Owner
 from client.verification import Evidence, check_no_evidence
 from common.errors import ConsentError, OwnerRefused, WrongModel
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.logit_adjusted import SHARES
 from common.merge_methods.method import MultiRoundMethod
-from common.messages import CheckKeys, KeyShares, Message, OpenSum, Packet, Refusal
+from common.messages import CheckKeys, CheckShares, KeyShares, Message, OpenSum, Packet, Refusal
 from common.metrics import read_total
 from common.models.folders import load_tokenizer
-from common.schedule import Delivery, Schedule, schedule_of
+from common.schedule import Delivery, Round, RoundKind, Schedule, schedule_of
+from common.summation import wide
+from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 from common.verification import Claim, Sent, corrections
 from deploy.commands import client
@@ -499,3 +503,116 @@ def test_130_an_adapter_of_a_model_that_is_not_the_merge_is_never_judged(cheat: 
     run = cheat("average", wrong_whole, adapter_rank=2)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check"]
+
+
+# --- where merges are verified, and an owner colludes ---
+
+
+class ColludingChannel(RefusingChannel):
+    """The last owner sends its shares of a check after the others, when the coordinator has told it theirs."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        super().__init__(files)
+        self.given_by_others: dict[int, np.ndarray] = {}
+
+    def exchange(self, requests: Mapping[int, Packet], timeout_seconds: float) -> Iterator[tuple[int, Packet | None]]:
+        yield from super().exchange(dict(sorted(requests.items())), timeout_seconds)
+
+    def answer(self, node: int, request: Message) -> Message | None:
+        is_last = node == len(self.files) - 1
+        if not isinstance(request, CheckKeys) or not is_last:
+            reply = super().answer(node, request)
+            if isinstance(reply, CheckShares):
+                self.given_by_others[node] = reply.payload
+            return reply
+        assert len(self.given_by_others) == node
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verification, "shares", partial(self._what_hides_the_rest, request.nonces))
+            return super().answer(node, request)
+
+    def _what_hides_the_rest(
+        self, keys: bytes, owner: Owner, round_: Round, keys_digest: bytes
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The others' shares add up to what they sent, less the masks that they share with the last owner."""
+        check = owner.state.run.check
+        assert check is not None
+        joint = verification._sum_of(owner, round_, check, keys)
+        masks = joint.masked(bytes.fromhex(check.seed), owner.name, np.zeros(round_.layout.size, dtype="<u8"))
+        sent = (vector.reshape(-1, wide.WORDS) for vector in (masks, *self.given_by_others.values()))
+        known = reduce(wide.add, sent)
+        hiding = wide.subtract(np.zeros_like(known), known).reshape(-1)
+        for entry in round_.layout.entries:
+            array = round_.layout.read(hiding, entry.name)
+            array[..., -1, :] = 0  # of each sum the scale, to which it adds nothing
+            yield entry.name, array
+
+
+class Opened(Exception):  # noqa: N818 - the attacker has what it wanted
+    """The total that a colluding owner helped to open."""
+
+
+def first_total(cheat: Cheat, kind: RoundKind) -> Total:
+    """Of the first round of this kind, which an unchanged coordinator opens. Only what it delivers is changed."""
+    honest, deliver, totals = Coordinator.sum, Coordinator.deliver, list[Total]()
+
+    def keep(self_: Coordinator, round_: Round) -> Total:
+        total = honest(self_, round_)
+        if round_.kind == kind:
+            totals.append(total)
+            raise Opened
+        return total
+
+    def changed(self_: Coordinator, delivery: Delivery, vector: np.ndarray, *rest: Any, **named: Any) -> None:
+        deliver(self_, delivery, cheat.change(delivery, vector), *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "sum", keep)
+        patch.setattr(Coordinator, "deliver", changed)
+        with pytest.raises(Opened):
+            prepare(cheat.parties.coordinator, cheat.channel).run()
+    (total,) = totals
+    return total
+
+
+def test_125_one_colluding_owner_hides_layers_that_read_another_one(cheat: Callable[..., Cheat]) -> None:
+    """A documented break: the victim verifies the detector with all others, and gives its sums on it."""
+
+    def detector(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        if delivery.kind == "correction":
+            return np.zeros_like(vector)
+        return vector_of(parties, delivery.layout, word_detector(parties))
+
+    run = cheat("refit", detector)
+    run.channel = ColludingChannel(run.parties.files)
+    total = first_total(run, "step")
+    assert total.num_owners == 3
+    assert run.given == ["contribution", "check", "step"]
+    assert Owner(run.parties.files[VICTIM]).state.run.verified
+    labels = [label for has_word, label in texts(run.parties, VICTIM, "train") if has_word]
+    targets = total["head_targets@0.0"][0]  # as in attack 42
+    assert targets[1] * 2 == pytest.approx(sum(labels) - (len(labels) - sum(labels)), abs=0.01)
+
+
+def test_125_one_colluding_owner_hides_candidates_that_count_another_one_s_rows(cheat: Callable[..., Cheat]) -> None:
+    """A documented break: the victim judges what it verified with all others."""
+
+    def detectors(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
+        if delivery.kind == "correction":
+            return np.zeros_like(vector)
+        model = word_detector(parties)
+        if delivery.names != first:
+            with torch.no_grad():
+                model.classifier.weight.zero_()  # from the second on, it always says 0
+        return vector_of(parties, delivery.layout, model)
+
+    run = cheat("task_arithmetic", detectors)
+    first = schedule_for(run.parties).find("metrics", split="validation").models[:1]
+    run.channel = ColludingChannel(run.parties.files)
+    total = first_total(run, "metrics")
+    assert run.given == ["contribution", "check", "metrics"]
+    models = schedule_for(run.parties).find("metrics", split="validation").models
+    metrics = read_total(run.parties.agreement, "validation", models, total.vector)
+    one, other, *_ = (metrics[each] for each in models)
+    labels = [label for has_word, label in texts(run.parties, VICTIM, "validation") if has_word]
+    assert labels
+    assert round((one.pooled_accuracy - other.pooled_accuracy) * one.rows) == 2 * sum(labels) - len(labels)

@@ -119,6 +119,33 @@ def test_214_the_keys_are_those_of_all_contributors_and_no_others() -> None:
             joint_of(made_for).check(owners)
 
 
+def test_212_a_vector_of_another_shape_that_its_owner_signed() -> None:
+    """If the coordinator relayed it, the others could not add it up, and the coordinator would have spoilt it all."""
+    identities = identities_of(3)
+    joint = joint_of(identities)
+    whole = masked(joint, 0, np.zeros(LAYOUT.size, dtype="<u8"))
+    joint.check_upload("o0", whole, joint.sign(identities["o0"], whole))
+    for payload in (whole[:-1], np.append(whole, whole[:1]), whole.view("<f8"), whole.reshape(1, -1), whole[:0]):
+        with pytest.raises(RemoteProtocolError, match="the vector of o0 has another shape than was agreed"):
+            joint.check_upload("o0", payload, joint.sign(identities["o0"], payload))
+
+
+def test_212_more_or_fewer_vectors_than_owners() -> None:
+    identities = identities_of(3)
+    joint = joint_of(identities)
+    uploads = [masked(joint, index, np.zeros(LAYOUT.size, dtype="<u8")) for index in range(3)]
+    payload, signatures = np.concatenate(uploads), signatures_of(joint, identities, uploads)
+    first, *others = Signed.unpack_all(signatures)
+    for vectors, signed in (
+        (np.append(payload, uploads[0]), signatures),  # one is left over
+        (payload[: -LAYOUT.size], signatures),
+        (payload, Signed.pack_all(others)),
+        (payload, Signed.pack_all([first, *(replace(each, owner=each.owner + 1) for each in others)])),
+    ):
+        with pytest.raises(RemoteProtocolError, match="not one signed vector of every owner"):
+            joint.total(vectors, signed)
+
+
 def test_a_vector_leaves_masked_and_decodes_only_with_the_others() -> None:
     identities = identities_of(3)
     vector = np.full(LAYOUT.size, 7, dtype="<u8")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from client import verification
 from client.owner import Owner
+from client.state import ReceivedRecord
 from common.agreement import Agreement
 from common.certificates import Delivered, deliveries_digest, nonce_body, nonces_digest, result_body
 from common.domain_separation import Domain
@@ -47,7 +48,7 @@ from common.summation.protocol import SessionOver, Total
 from common.summation.records import Nonce, Signed
 from server.coordinator import Coordinator
 from server.merge import run_merge
-from tests.support.owner_process import opening_of
+from tests.support.owner_process import RUN, fast_forward, opening_of, roll_call
 from tests.support.parties import OwnersChannel, Parties, one_may_drop_out, parties_of, parties_with_method
 
 FIRST = 0  # the node of the owner that is attacked
@@ -156,6 +157,11 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         yield Attempt(trying.opening(metrics), RemoteProtocolError, skipped)
         early = replace(request, position=trying.check.position)
         yield Attempt(early, RemoteProtocolError, "the key of a check that its corrections do not precede")
+        kept = trying.owner.state.open_round
+        assert kept is not None
+        assert kept.kind == "contribution"
+        relayed = UploadsOpened(session=kept.open_sum.session, proofs=b"", payload=np.zeros(1, dtype="<u8"))
+        yield Attempt(relayed, RemoteProtocolError, "opened a sum that is not open to all owners")
 
     def before_correction(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, CorrectionPart)
@@ -173,6 +179,8 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
             says = "do not follow from this owner's nonce"
             yield Attempt(trying.signed(request, changed), RemoteProtocolError, says)
         yield Attempt(replace(request, signature=bytes(64)), RemoteProtocolError, "signature")
+        with as_if(trying.owner, summed=()):  # it came back after the sum that is merged
+            yield Attempt(request, RemoteProtocolError, "a check of a merge that holds nothing of this owner")
 
     sent: dict[type[Message], Any] = {}  # the first of each kind
 
@@ -201,7 +209,11 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
 
     def before_opening(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, UploadsOpened)
-        if request.session in trying.owner.state.run.opened or trying.owner.state.run.check is None:
+        if request.session in trying.owner.state.run.opened:
+            return
+        if trying.owner.state.run.check is None:
+            other = replace(request, session="ab" * 32)
+            yield Attempt(other, RemoteProtocolError, "opened another sum than the last one")
             return
         yield Attempt(trying.key_shares(), RemoteProtocolError, "average candidate for test is not verified")
 
@@ -239,7 +251,7 @@ def test_124_no_step_of_a_check_is_skipped_or_made_with_other_numbers(trying: Tr
         OpenSum: before_contributions,
     }
     run_merge(parties.coordinator, trying)
-    assert len(trying.tried) == 17
+    assert len(trying.tried) == 20
     assert (parties.output / "model").is_dir()
 
 
@@ -347,6 +359,34 @@ def test_131_a_check_is_not_drawn_again_until_it_suits_the_coordinator(trying: T
     trying.attempts = {UploadsOpened: before_opening}
     run_merge(trying.parties.coordinator, trying)
     assert len(trying.tried) == 3
+
+
+def test_131_nothing_is_drawn_for_a_check_while_an_earlier_one_is_pending(trained_folder: Path, tmp_path: Path) -> None:
+    """An owner keeps one draw at a time. Otherwise, if it may miss sums, a coordinator could have it pass over a check,
+    or draw again for it.
+    """
+    with parties_with_method(trained_folder, tmp_path, "refit", verified=True) as parties:
+        owner, schedule = Owner(parties.files["hotel"]), schedule_of(parties.agreement, parties.plan)
+        first, second = schedule.of_kind("correction")
+
+        def draw(position: int) -> Message:
+            return owner.answer(Draw(run=RUN, agreement_digest=parties.agreement.digest(), position=position))
+
+        owner.answer(roll_call(parties))
+        fast_forward(owner, first.position)
+        drawn = draw(first.position)
+        fast_forward(owner, second.position)  # as if it had come back after sums that it may miss
+        owner.state.update_run(received=(ReceivedRecord(position=second.position, model="", digest="ab" * 32),))
+        for position in (second.position, second.position + 1):  # for a nonce, and for a key
+            with pytest.raises(RemoteProtocolError, match=f"has not added up the check at {first.position + 1}"):
+                draw(position)
+        assert owner.state.run.check is None
+        fast_forward(owner, first.position)
+        assert draw(first.position) == drawn
+        fast_forward(owner, second.position)
+        owner.state.update_run(verified=tuple(claim.delivery for claim in first.claims))
+        assert isinstance(draw(second.position), Drawn)
+        assert isinstance(draw(second.position + 1), Drawn)
 
 
 def test_211_keys_of_others_that_are_invented_old_or_missing(trying: TryingChannel) -> None:

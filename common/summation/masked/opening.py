@@ -25,11 +25,14 @@ def opened_total(side: MaskedOwner, message: UploadsOpened) -> Total:
     """The total, as this owner adds it up. Raises RemoteProtocolError unless it is that of the signed survivor list,
     and FalseTotal for one that honest owners cannot reach.
     """
-    require(side.phase == Phase.UNMASKING, f"{STEP}: this owner has not helped to open the sum")
+    # A quorum has then signed for all uploads of the survivor list; the list alone is the coordinator's word for them.
+    require(
+        side.phase == Phase.UNMASKING, f"{STEP}: this owner has not helped to open the sum"
+    )  # check: opened-after-a-quorum-signed
     terms, book, survivors = side.terms, side.book, Survivor.unpack_all(side.survivors)
     layout, seeds = terms.layout, OpenedSeed.unpack_all(message.proofs)
     is_whole = message.payload.dtype == layout.dtype and message.payload.shape == (len(survivors) * layout.size,)
-    require(is_whole, f"{STEP}: not one vector for each survivor")
+    require(is_whole, f"{STEP}: not one vector for each survivor")  # check: opened-uploads-are-whole
     uploads = message.payload.reshape(len(survivors), layout.size)
     for survivor, upload in zip(survivors, uploads, strict=True):
         digests = [hashlib.sha256(np.ascontiguousarray(upload[part]).data).digest() for part in terms.part_slices]
@@ -38,7 +41,7 @@ def opened_total(side: MaskedOwner, message: UploadsOpened) -> Total:
     listed = {survivor.owner for survivor in survivors}
     require(
         listed <= {each.owner for each in seeds} <= set(book.entries), f"{STEP}: seeds of other owners than took part"
-    )
+    )  # check: opened-seeds-are-of-its-owners
     for each in seeds:
         _check_seed(side, book, each, survived=each.owner in listed)
     words = np.zeros(layout.size, dtype="<u8")
