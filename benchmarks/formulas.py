@@ -28,12 +28,14 @@ def blocks_of(model: PreTrainedModel) -> list[Module]:
     return list(model.base_model.encoder.layer)
 
 
-def measured_layers(model: PreTrainedModel) -> dict[str, Linear]:
-    """The linear layers that are merged with measured rows, by name."""
+def measured_layers(model: PreTrainedModel, *, with_one_row: bool = False) -> dict[str, Linear]:
+    """The linear layers that are merged with measured rows, by name; if `with_one_row`, also those that see one row an
+    example.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and ".layer." in name and "layer.0.attention.self" not in name
+        if isinstance(module, Linear) and (".layer." in name or with_one_row) and "layer.0.attention.self" not in name
     }
 
 
@@ -63,7 +65,7 @@ def inputs_of(layers: Mapping[str, Module], see: Callable[[str, Tensor], None]) 
 
 
 @torch.no_grad()
-def grams(model: PreTrainedModel, rows: Rows) -> Products:
+def grams(model: PreTrainedModel, rows: Rows, *, with_one_row: bool = False) -> Products:
     """X^T X of every measured layer for each example: padding left out, products in float32, their sums in float64."""
     found: Products = {}
     last: list[Tensor] = []  # the last input and its products: layers with the same input come one after the other
@@ -71,11 +73,11 @@ def grams(model: PreTrainedModel, rows: Rows) -> Products:
 
     def see(name: str, inputs: Tensor) -> None:
         if not last or last[0] is not inputs:
-            kept = inputs[mask]
+            kept = inputs[mask] if inputs.ndim == 3 else inputs
             last[:] = [inputs, (kept.T @ kept).double()]
         found[name] = found[name] + last[1] if name in found else last[1].clone()
 
-    with inputs_of(measured_layers(model), see):
+    with inputs_of(measured_layers(model, with_one_row=with_one_row), see):
         for _, batch, _ in rows.batches(BATCH):
             mask = batch["attention_mask"].bool()
             model(**batch)
@@ -117,6 +119,33 @@ def data_free_deltas(
     return found
 
 
+def ace_deltas(
+    models: Models, shares: Shares, base: PreTrainedModel, *, is_fair: bool, is_centred: bool, ridge: float = 0.1
+) -> dict[str, Tensor]:
+    """data_free with what ACE (arXiv 2603.02945) changes of it.
+
+    `is_fair`: each owner's Gram has a ridge of its own, larger where the owner changed little. `is_centred`: Grams are
+    of changes without their mean row.
+    """
+    found = mean_deltas(models, shares, base)
+    linear = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Linear)}
+    for name in linear & found.keys():
+        deltas = deltas_of(models, base, name)
+        if not any(delta.any() for delta in deltas.values()):
+            continue
+        rows = {owner: delta - delta.mean(dim=0) if is_centred else delta for owner, delta in deltas.items()}
+        traces = {owner: each.square().sum() for owner, each in rows.items()}
+        mean = torch.stack(list(traces.values())).mean()
+        size = base.get_parameter(name).shape[1]
+        left, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(())
+        for owner, delta in deltas.items():
+            gram = rows[owner].T @ rows[owner] / traces[owner]
+            gram.diagonal().add_(ridge / size * (mean / traces[owner] if is_fair else 1.0))
+            left, right = left + shares[owner] * gram, right + shares[owner] * gram @ delta.T
+        found[name] = torch.linalg.solve(left, right).T
+    return found
+
+
 def data_free(
     merged: PreTrainedModel, models: Models, examples: Mapping[str, int], ridge: float, pull: float | None
 ) -> PreTrainedModel:
@@ -136,7 +165,7 @@ def regmean_deltas(
 ) -> dict[str, Tensor]:
     """common/merge_methods/regmean.py; with an `anchor`, anchored.py. Held to `start`, which has all other changes."""
     found = dict(start)
-    for layer in measured_layers(base):
+    for layer in next(iter(measured.values())):
         name = f"{layer}.weight"
         size = base.get_parameter(name).shape[1]
         left, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(())
