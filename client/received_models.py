@@ -6,6 +6,7 @@ started again repeats what it sent last; another one in its place is refused.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from client import mixtures, verification
 from client.context import OwnerContext
 from client.state import ArrivingRecord, ReceivedRecord, delivered_array, merged_step_array, score_record
-from common.certificates import nonces_digest
+from common.certificates import Delivered, check_delivery, nonces_digest
 from common.errors import ConsentError, RemoteProtocolError
 from common.mapped import is_within, sha256_of
 from common.messages import (
@@ -116,19 +117,21 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
     if not is_within(array, LARGEST_NUMBER):  # check: models-are-finite
         raise RemoteProtocolError(f"the coordinator sent numbers that are not finite, or beyond 2^40 ({what})")
     run = owner.state.run
-    received = ReceivedRecord(position=message.position, model=model, digest=sha256_of(array))
+    delivered = Delivered(position=message.position, model=model, digest=sha256_of(array))
     if _was_taken(owner, message.position):
-        if received not in run.received:  # check: delivered-once-or-the-same
+        if delivered not in run.delivered:  # check: delivered-once-or-the-same
             raise ConsentError(f"the coordinator sent a second version of {what}")
         owner.state.delete_array(ARRIVING)
         owner.state.update_run(arriving=None)
         return
     if owner.ledger.has_signed:  # check: nothing-after-the-result
         raise ConsentError(f"the coordinator sent {what} after the result")
+    check_delivery(owner.agreement, run.run, delivered, message.signature)  # check: deliveries-are-signed
+    received = ReceivedRecord(**asdict(delivered), signature=message.signature.hex())
     delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
     judged: dict[str, object] = {}
     if isinstance(message, CorrectionPart):
-        verification.take_correction(owner, message, received)
+        verification.take_correction(owner, message)
     elif delivery.kind == "mixture":
         mixtures.check_mixture(owner, delivery, model, array)
     elif delivery.kind == "candidate" and owner.agreement.is_verified:

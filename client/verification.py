@@ -28,11 +28,9 @@ from client.state import (
     own_array,
 )
 from common import scaling
-from common.agreement import COORDINATOR
-from common.certificates import Delivered, deliveries_digest, nonce_body
+from common.certificates import deliveries_digest, nonce_body
 from common.domain_separation import Domain
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError, WrongModel
-from common.identity import verify
 from common.mapped import release
 from common.messages import (
     CheckKeys,
@@ -78,7 +76,6 @@ class Evidence(Record):
     run: str
     wrong: tuple[str, ...]
     delivered: tuple[ReceivedRecord, ...]
-    signature: Hex
     keys: Hex = ""
     uploads: Hex = ""
     signatures: Hex = ""
@@ -153,17 +150,11 @@ def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
         )  # check: nonces-are-signed
 
 
-def take_correction(owner: OwnerContext, message: CorrectionPart, received: ReceivedRecord) -> None:
-    """Keep from which nonces a whole correction follows, and the coordinator's signature under all its deliveries."""
-    run = owner.state.run
-    last = Delivered(position=received.position, model=received.model, digest=received.digest)
-    body = bytes.fromhex(deliveries_digest([*run.delivered, last]))
-    key = bytes.fromhex(owner.agreement.coordinator.public_key)
-    session = bytes.fromhex(message.run)
-    verify(key, Domain.SIGN_DELIVERIES, session, COORDINATOR, body, message.signature)  # check: deliveries-are-signed
-    assert run.drawn is not None  # `check_nonces` was asked before
-    changes = {"nonces": message.nonces.hex(), "signature": message.signature.hex()}
-    owner.state.update_run(drawn=run.drawn.model_copy(update=changes))
+def take_correction(owner: OwnerContext, message: CorrectionPart) -> None:
+    """Keep from which nonces a whole correction follows."""
+    drawn = owner.state.run.drawn
+    assert drawn is not None  # `check_nonces` was asked before
+    owner.state.update_run(drawn=drawn.model_copy(update={"nonces": message.nonces.hex()}))
 
 
 def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRecord) -> None:
@@ -395,7 +386,6 @@ def _condemn(owner: OwnerContext, wrong: list[str], opened: Mapping[str, object]
         run=run.run,
         wrong=tuple(wrong),
         delivered=run.received,
-        signature=run.drawn.signature if run.drawn is not None else "",
         **opened,  # type: ignore[arg-type]
     )
     path = owner.state.write_evidence(run.agreement_digest, evidence)

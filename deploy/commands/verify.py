@@ -21,12 +21,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.context import OwnerContext
+from client.state import ReceivedRecord
 from client.verification import Evidence
-from common.agreement import COORDINATOR, Agreement
-from common.certificates import Delivered, deliveries_digest
-from common.domain_separation import Domain
+from common.agreement import Agreement
+from common.certificates import check_delivery
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
-from common.identity import fingerprint, verify
+from common.identity import fingerprint
 from common.metrics import OWN_AT_HOME, worst_accuracy
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
@@ -283,29 +283,34 @@ def explain_evidence(owner_file: Path) -> int:
 
 def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
     """Who sent what, and who signed it."""
-    last = evidence.delivered[-1].position if evidence.delivered else 0
     yield f"In run {evidence.run[:16]}..., the coordinator sent a model that is not the merge of what was contributed."
     yield "Wrong in it:"
     yield from (f"  {_quoted(each)}" for each in evidence.wrong)
-    if evidence.signature:
-        delivered = [
-            Delivered(position=each.position, model=each.model, digest=each.digest) for each in evidence.delivered
-        ]
-        body = bytes.fromhex(deliveries_digest(delivered))
-        key = bytes.fromhex(agreement.coordinator.public_key)
-        session, signature = bytes.fromhex(evidence.run), bytes.fromhex(evidence.signature)
-        try:
-            verify(key, Domain.SIGN_DELIVERIES, session, COORDINATOR, body, signature)
-            yield f"The coordinator signed that it sent all of these, up to event {last}; its signature is valid:"
-        except RemoteProtocolError:
-            yield "The coordinator's signature under what it sent is NOT valid for this list:"
-    yield from (f"  event {each.position}: SHA-256 {each.digest}  {_quoted(each.model)}" for each in evidence.delivered)
+    if all(_is_signed(agreement, evidence.run, each) for each in evidence.delivered):
+        yield "The coordinator signed each of these, which it sent; its signatures are valid:"
+    else:
+        yield "The coordinator sent these; NOT all of its signatures are valid:"
+    yield from (_in_a_line(agreement, evidence, each) for each in evidence.delivered)
     if evidence.signatures:
         signed = Signed.unpack_all(bytes.fromhex(evidence.signatures))
         names = ", ".join(name_at(agreement.owner_names, each.owner) for each in signed)
         yield f"Those who checked it: {names}. Their masked shares are in the record, with their keys and signatures."
         yield "This program added them up, and the sum is not zero. An owner's program that sent a false share has the"
         yield "same effect; the sum hides which. Compare the records of all owners."
+
+
+def _in_a_line(agreement: Agreement, evidence: Evidence, sent: ReceivedRecord) -> str:
+    unsigned = "" if _is_signed(agreement, evidence.run, sent) else "  NOT SIGNED"
+    return f"  event {sent.position}: SHA-256 {sent.digest}  {_quoted(sent.model)}{unsigned}"
+
+
+def _is_signed(agreement: Agreement, run: str, sent: ReceivedRecord) -> bool:
+    """Whether the coordinator signed that it sent this."""
+    try:
+        check_delivery(agreement, run, sent.delivered, bytes.fromhex(sent.signature))  # check: evidence-is-signed
+    except RemoteProtocolError:
+        return False
+    return True
 
 
 # --- an owner that lied in a sum ---

@@ -324,7 +324,7 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
     assert explain_evidence(run.parties.files[first]) == WrongModel.exit_code
     printed = capsys.readouterr().out
     assert wrong in printed
-    assert "its signature is valid" in printed
+    assert "its signatures are valid" in printed
     assert "Those who checked it: hotel, cinema, phones." in printed
     with pytest.raises(WrongModel, match="not the merge"):
         check_no_evidence(Owner(run.parties.files[first]))  # `amalgram client` does not begin again

@@ -219,6 +219,7 @@ TABLE = [
     Mutation(VERIFYING, "test_124_nonces", "nonces-are-of-this-check", "return nonce"),
     Mutation(VERIFYING, "test_124_an_owner", "drawn-nonces-are-signed"),
     Mutation(VERIFYING, "test_124_no_step", "deliveries-are-signed"),
+    Mutation(OWNERS, "test_246_", "deliveries-are-signed"),
     Mutation(VERIFYING, "test_124_no_step", "key-is-drawn-after-the-corrections"),
     Mutation(VERIFYING, "test_124_no_step", "no-check-is-made-again"),
     Mutation(VERIFYING, "test_124_no_step", "delivered-once-or-the-same"),

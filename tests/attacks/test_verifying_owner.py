@@ -47,7 +47,7 @@ from common.summation.protocol import SessionOver, Total
 from common.summation.records import Nonce, Signed
 from server.coordinator import Coordinator
 from server.merge import run_merge
-from tests.support.owner_process import opening_of
+from tests.support.owner_process import delivered_by, opening_of, signed_delivery
 from tests.support.parties import OwnersChannel, Parties, one_may_drop_out, parties_of, parties_with_method
 
 FIRST = 0  # the node of the owner that is attacked
@@ -100,11 +100,8 @@ class TryingChannel(OwnersChannel):
     def signed(self, request: CorrectionPart, nonces: bytes) -> CorrectionPart:
         """The same corrections as if they followed from other nonces, which the coordinator signs."""
         numbers = unpacked(request.payload, self.schedule.delivery_at(request.position, "correction").layout.size)
-        last = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(numbers))
-        body = bytes.fromhex(deliveries_digest([*self.owner.state.run.delivered, last]))
-        coordinator = self.parties.identities["coordinator"]
-        signature = coordinator.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(request.run), body)
-        return replace(request, nonces=nonces, signature=signature)
+        sent = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(numbers))
+        return replace(request, nonces=nonces, signature=signed_delivery(self.parties, sent, request.run))
 
     def opening(self, position: int) -> OpenSum:
         owner = self.owner
@@ -298,7 +295,8 @@ def test_124_a_model_that_only_one_owner_is_sent(trying: TryingChannel, monkeypa
 
     def backdoor(request: Message) -> Message:
         if isinstance(request, CandidatePart):
-            return replace(request, payload=request.payload * np.float32(1.0001))
+            changed = replace(request, payload=request.payload * np.float32(1.0001))
+            return replace(changed, signature=signed_delivery(trying.parties, delivered_by(changed), request.run))
         if isinstance(request, CorrectionPart):
             nonces = Nonce.unpack_all(request.nonces)
             return trying.signed(request, Nonce.pack_all(nonces))
