@@ -116,7 +116,10 @@ def heavy_messages(network: "Network") -> "list[OurMessage]":
     """The roll call, the contribution round, and a candidate that changes nothing."""
     import numpy as np
 
-    from common.certificates import deliveries_digest
+    from common.certificates import Delivered, deliveries_digest, delivery_body
+    from common.domain_separation import Domain
+    from common.identity import read_identity
+    from common.mapped import sha256_of
     from common.messages import PROTOCOL_VERSION, CandidatePart, OpenSum, RollCall
     from common.models.loading import load_base
     from common.models.plan import merge_plan
@@ -128,6 +131,10 @@ def heavy_messages(network: "Network") -> "list[OurMessage]":
     contribution = schedule.find("contribution")
     candidate = schedule.delivery_of(agreement.method, "test")
     digest, slices = agreement.digest(), candidate.layout.part_slices(bytes_per_number=4)
+    vector_digest = sha256_of(np.zeros(candidate.layout.size, "<f4"))
+    delivered = Delivered(position=candidate.position, model=agreement.method, digest=vector_digest)
+    coordinator = read_identity(network.folder / "coordinator.key")
+    signature = coordinator.sign(Domain.SIGN_DELIVERY, bytes.fromhex(run), delivery_body(digest, delivered))
     return [
         RollCall(version=PROTOCOL_VERSION, run=run, agreement_digest=digest),
         OpenSum(
@@ -148,6 +155,7 @@ def heavy_messages(network: "Network") -> "list[OurMessage]":
                 part=part,
                 parts=len(slices),
                 payload=np.zeros(position.stop - position.start, "<f4"),
+                signature=signature,
             )
             for part, position in enumerate(slices)
         ),

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from client import verification
 from client.context import OwnerContext
-from client.state import delivered_array
+from client.state import RunState, delivered_array
 from common.errors import ConsentError
+from common.mapped import sha256_of
 from common.merge_methods.search import (
     SEARCH,
     Mixture,
@@ -26,35 +27,47 @@ from common.models.delta import MixedDelta, published_delta
 from common.schedule import Delivery
 
 
-def check_mixture(owner: OwnerContext, delivery: Delivery, name: str, array: NDArray[np.float32]) -> None:
+def check_mixture(owner: OwnerContext, taken: RunState, delivery: Delivery, array: NDArray[np.float32]) -> None:
     """Raise ConsentError unless a mixture is one that this owner agreed to judge, or to publish; and WrongModel if what
-    it is made of is not what was merged.
+    it is made of is not what was merged, or if it does not follow from what the owners verified.
+
+    `taken`: the run as it is once the mixture, its last delivery, is taken.
     """
-    mixture, table = _mixture(array), _table(owner)
+    mixture, table, name = _mixture(array), _table(owner), taken.received[-1].model
     if not is_mixture(mixture, table):  # check: mixtures-are-within-bounds
         raise ConsentError(
             f"the coordinator sent scales ({name}) that are not multiples of 1/64 up to {table.largest:g}"
         )
     before = received(owner)
     if not before:
-        _check_basis(owner)
+        _check_basis(owner, taken)
     if delivery.split == "test":
-        _check_best(owner, name, mixture, before)
+        _check_best(owner, taken, mixture, before)
         return
+    if owner.agreement.is_verified:
+        expected = _expected(owner, name, before)
+        if mixture != expected:  # check: mixtures-follow-the-totals
+            says = f"another mixture ({name}) than the one that follows from the agreement and the totals"
+            _condemn(owner, taken, says, sha256_of(np.array(expected, dtype="<f4")))
     if mixture in before.values():  # check: mixtures-are-not-repeated
         raise ConsentError(f"the coordinator asked for the same mixture again ({name})")
-    if owner.agreement.is_verified and mixture != _expected(owner, name, before):  # check: mixtures-follow-the-totals
-        raise ConsentError(
-            f"the coordinator sent another mixture ({name}) than the one that follows from the agreement and the totals"
-        )
 
 
-def _check_best(owner: OwnerContext, name: str, mixture: Mixture, before: dict[str, Mixture]) -> None:
+def _check_best(owner: OwnerContext, taken: RunState, mixture: Mixture, before: dict[str, Mixture]) -> None:
     """What is tested and published is the mixture that was best on validation rows, the first of equals."""
+    name = taken.received[-1].model
     if before.get(name) != mixture:  # check: tested-mixture-was-scored
-        raise ConsentError(f"the coordinator sent another mixture as {name} than the one that was scored")
+        says = f"another mixture as {name} than the one that was scored"
+        if owner.agreement.is_verified:
+            _condemn(owner, taken, says, verification.digest_before(taken, name))
+        raise ConsentError(f"the coordinator sent {says}")
     if owner.agreement.is_verified:
-        verification.check_is_best(owner, name, before)
+        verification.check_is_best(owner, taken, before)
+
+
+def _condemn(owner: OwnerContext, taken: RunState, says: str, expected: str) -> None:
+    false = (taken.received[-1].position,)
+    verification.condemn(owner, taken, [f"the coordinator sent {says}"], false=false, expected=expected)
 
 
 def _expected(owner: OwnerContext, name: str, before: dict[str, Mixture]) -> Mixture:
@@ -93,11 +106,12 @@ def delta_of(owner: OwnerContext, array: NDArray[np.float32]) -> MixedDelta:
     return MixedDelta.of(parts, groups_of(plan, _table(owner)), _mixture(array))
 
 
-def _check_basis(owner: OwnerContext) -> None:
+def _check_basis(owner: OwnerContext, taken: RunState) -> None:
     """Raise WrongModel unless what is mixed follows from what was verified. Nothing was measured on it before."""
-    names = {each.position: each.model for each in owner.state.run.received}
+    names = {each.position: each.model for each in taken.received}
     for delivery, vector in _basis(owner):
-        verification.check_what_follows(owner, delivery, names[delivery.position], vector)  # check: bases-are-merges
+        name = names[delivery.position]
+        verification.check_what_follows(owner, taken, delivery, name, vector)  # check: bases-are-merges
 
 
 def _basis(owner: OwnerContext) -> Iterator[tuple[Delivery, NDArray[np.float32]]]:

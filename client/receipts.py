@@ -4,10 +4,12 @@ An owner signs files that it could have written itself, from its own copy of the
 Of the metrics it can check its own and, where merges are verified, the totals; everybody signs the same ones.
 """
 
+from typing import NoReturn
+
 from client import mixtures
 from client.context import OwnerContext
 from client.state import ResultRecord, TestedRecord
-from client.verification import check_was_shown, contributors
+from client.verification import check_was_shown, condemn, contributors
 from common.certificates import body_of, check_receipts, check_result, deliveries_digest
 from common.domain_separation import Domain
 from common.errors import ConsentError, RemoteProtocolError
@@ -36,16 +38,19 @@ def sign_result(owner: OwnerContext, message: Result) -> Message:
         _check_was_tested(owner, message, publication)
     body = body_of(owner.agreement, message)
     owner.ledger.sign_result(body.hex())
-    record = ResultRecord(
+    owner.state.update_run(result=_record_of(message))
+    signature = owner.identity.sign(Domain.SIGN_RECEIPT, bytes.fromhex(message.run), body)
+    return ResultReceived(run=message.run, owner=owner.name, signature=signature)
+
+
+def _record_of(message: Result) -> ResultRecord:
+    return ResultRecord(
         model=message.model,
         model_digest=message.model_digest,
         deliveries_digest=message.deliveries_digest,
         publication=message.publication.decode(),
         signature=message.signature.hex(),
     )
-    owner.state.update_run(result=record)
-    signature = owner.identity.sign(Domain.SIGN_RECEIPT, bytes.fromhex(message.run), body)
-    return ResultReceived(run=message.run, owner=owner.name, signature=signature)
 
 
 def _check_was_tested(owner: OwnerContext, message: Result, publication: Publication) -> None:
@@ -69,11 +74,14 @@ def _check_was_tested(owner: OwnerContext, message: Result, publication: Publica
         message.model,
         message.model_digest,
     ):  # check: published-is-the-tested-model
-        raise RemoteProtocolError("the coordinator published another model than the one that this owner tested")
+        says = "the coordinator published another model than the one that this owner tested"
+        if tested is not None and owner.agreement.is_verified:
+            _condemn(owner, message, [says, f"tested was {tested.model}, SHA-256 {tested.model_digest}"])
+        raise RemoteProtocolError(says)
     assert run.published is not None  # written when the tested model had arrived
     _check_files(run.published, publication)
     _check_metrics(owner, publication)
-    _check_totals(owner, publication)
+    _check_totals(owner, message, publication)
     _check_mixtures(owner, publication)
     _check_is_good_enough(owner)
 
@@ -121,9 +129,9 @@ def _check_metrics(owner: OwnerContext, publication: Publication) -> None:
             )
 
 
-def _check_totals(owner: OwnerContext, publication: Publication) -> None:
+def _check_totals(owner: OwnerContext, message: Result, publication: Publication) -> None:
     """Where merges are verified: the owners are those that verified it, and the metrics are the totals that this owner
-    added up by itself. If it did not, it cannot know that anybody did.
+    added up by itself. If it did not, it cannot know that anybody did. Raises WrongModel for other metrics.
     """
     if not owner.agreement.is_verified:
         return
@@ -134,13 +142,20 @@ def _check_totals(owner: OwnerContext, publication: Publication) -> None:
         own = {each.model: SignedMean.model_validate_json(each.metrics) for each in run.totals if each.split == split}
         rounds = [each for each in owner.schedule.rounds if (each.kind, each.split) == ("metrics", split)]
         has_all = own.keys() == {model for each in rounds for model in each.models}
-        if published != own or not has_all:  # check: published-totals-are-mine
-            says = f"the coordinator published other {split} metrics than the totals that this owner added up"
-            missed = f"{owner.name} has not added up the {split} metrics, so it does not sign what is said of them"
+        if not has_all:  # check: totals-that-were-missed-are-not-signed
             raise ConsentError(
-                says if has_all else missed,
+                f"{owner.name} has not added up the {split} metrics, so it does not sign what is said of them",
                 hint="nothing was signed; the totals are in its state folder, run/run.json",
             )
+        if published != own:  # check: published-totals-are-mine
+            says = f"the coordinator published other {split} metrics than the totals that this owner added up"
+            _condemn(owner, message, [says])
+
+
+def _condemn(owner: OwnerContext, message: Result, wrong: list[str]) -> NoReturn:
+    """Keep the result, which the coordinator signed, and answer nothing more."""
+    run = owner.state.run
+    condemn(owner, run, wrong, result=_record_of(message), totals=run.totals)
 
 
 def _check_mixtures(owner: OwnerContext, publication: Publication) -> None:

@@ -6,6 +6,7 @@ started again repeats what it sent last; another one in its place is refused.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 
 from client import mixtures, verification
 from client.context import OwnerContext
-from client.state import ArrivingRecord, ReceivedRecord, delivered_array, merged_step_array, score_record
-from common.certificates import nonces_digest
+from client.state import ArrivingRecord, ReceivedRecord, RunState, delivered_array, merged_step_array, score_record
+from common.certificates import Delivered, check_delivery, nonces_digest
 from common.errors import ConsentError, RemoteProtocolError
 from common.mapped import is_within, sha256_of
 from common.messages import (
@@ -116,30 +117,33 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
     if not is_within(array, LARGEST_NUMBER):  # check: models-are-finite
         raise RemoteProtocolError(f"the coordinator sent numbers that are not finite, or beyond 2^40 ({what})")
     run = owner.state.run
-    received = ReceivedRecord(position=message.position, model=model, digest=sha256_of(array))
+    delivered = Delivered(position=message.position, model=model, digest=sha256_of(array))
     if _was_taken(owner, message.position):
-        if received not in run.received:  # check: delivered-once-or-the-same
+        if delivered not in run.delivered:  # check: delivered-once-or-the-same
             raise ConsentError(f"the coordinator sent a second version of {what}")
         owner.state.delete_array(ARRIVING)
         owner.state.update_run(arriving=None)
         return
     if owner.ledger.has_signed:  # check: nothing-after-the-result
         raise ConsentError(f"the coordinator sent {what} after the result")
+    check_delivery(owner.agreement, run.run, delivered, message.signature)  # check: deliveries-are-signed
+    received = ReceivedRecord(**asdict(delivered), signature=message.signature.hex())
+    taken = run.model_copy(update={"received": (*run.received, received)})
     delivery = owner.schedule.delivery_at(message.position, KINDS[type(message)])
     judged: dict[str, object] = {}
     if isinstance(message, CorrectionPart):
-        verification.take_correction(owner, message, received)
+        verification.take_correction(owner, message)
     elif delivery.kind == "mixture":
-        mixtures.check_mixture(owner, delivery, model, array)
+        mixtures.check_mixture(owner, taken, delivery, array)
     elif delivery.kind == "candidate" and owner.agreement.is_verified:
-        verification.note_candidate(owner, delivery, received)
+        verification.note_candidate(owner, delivery, taken)
     if delivery.kind in ("candidate", "mixture") and not owner.agreement.is_verified:
-        judged = _judged(owner, delivery, model, array)
+        judged = _judged(owner, taken, delivery, model, array)
     if judged and not mixtures.is_in_basis(owner, delivery):
         owner.state.delete_array(ARRIVING)
     elif layout.size:
         owner.state.keep_array(ARRIVING, under=_kept_as(delivery))
-    owner.state.update_run(arriving=None, received=(*run.received, received), is_complete=True, **judged)
+    owner.state.update_run(arriving=None, received=taken.received, is_complete=True, **judged)
 
 
 def judge(owner: OwnerContext, delivery: Delivery) -> None:
@@ -149,23 +153,23 @@ def judge(owner: OwnerContext, delivery: Delivery) -> None:
     if received is None or run.score_at(delivery.position) is not None:
         return
     array = owner.state.open_array(name, delivery.layout.size, "<f4")
-    owner.state.update_run(**_judged(owner, delivery, received.model, array))
+    owner.state.update_run(**_judged(owner, run, delivery, received.model, array))
     if not mixtures.is_in_basis(owner, delivery):
         owner.state.delete_array(name)
 
 
-def _judged(owner: OwnerContext, delivery: Delivery, model: str, array: NDArray) -> dict[str, object]:
-    """What the run keeps of a candidate: its score, and what would be published of it."""
-    run, split = owner.state.run, delivery.split
+def _judged(owner: OwnerContext, taken: RunState, delivery: Delivery, model: str, array: NDArray) -> dict[str, object]:
+    """What the run keeps of a candidate: its score, and what would be published of it. `taken`: the run with it."""
+    split = delivery.split
     assert split is not None
     if delivery.kind == "mixture":
         delta: Mapping[str, Tensor] = mixtures.delta_of(owner, array)
     else:
-        verification.check_what_follows(owner, delivery, model, array)  # check: candidates-are-cut
+        verification.check_what_follows(owner, taken, delivery, model, array)  # check: candidates-are-cut
         delta = published_delta(owner.workbench.plan, delivery.layout, array)
     may_be_published = (split, delivery.method) == ("test", owner.agreement.method)
     digest, score, published = owner.workbench.judge_candidate(split, delta, may_be_published=may_be_published)
-    judged: dict[str, object] = {"scores": (*run.scores, score_record(delivery.position, model, digest, score))}
+    judged: dict[str, object] = {"scores": (*taken.scores, score_record(delivery.position, model, digest, score))}
     return judged if published is None else judged | {"published": published}
 
 

@@ -39,17 +39,22 @@ from common.settings_file import Hex
 from common.tensor_layout import TensorLayout
 from common.text import shown, shown_lines
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 FINE_TUNED = "fine_tuned"  # the folder of a model that was made here
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
 
 
 class ReceivedRecord(Record):
-    """A delivery that has arrived whole (certificates.Delivered)."""
+    """A delivery that has arrived whole (certificates.Delivered), and the coordinator's signature under it."""
 
     position: int
     model: str
     digest: str
+    signature: Hex
+
+    @property
+    def delivered(self) -> Delivered:
+        return Delivered(position=self.position, model=self.model, digest=self.digest)
 
 
 class ScoreRecord(Record):
@@ -97,9 +102,8 @@ class SummedRecord(Record):
 
 class DrawnRecord(Record):
     """The nonce that was drawn here for the corrections due at `position`; `delivered`: the digest of what was sent
-    before; `nonces`: those of all owners, and `signature`: the coordinator's under all that it delivered, once the
-    corrections have arrived; `blind` never leaves: it decides by what this owner multiplies its scales. All in
-    hexadecimal.
+    before; `nonces`: those of all owners, once the corrections have arrived; `blind` never leaves: it decides by what
+    this owner multiplies its scales. All in hexadecimal.
     """
 
     position: int
@@ -107,7 +111,6 @@ class DrawnRecord(Record):
     nonce: Hex
     blind: Hex
     nonces: Hex = ""
-    signature: Hex = ""
 
 
 class CheckRecord(Record):
@@ -171,7 +174,7 @@ class RunState(Record):
     @property
     def delivered(self) -> list[Delivered]:
         """Everything that this owner was sent in this run, in order."""
-        return [Delivered(position=each.position, model=each.model, digest=each.digest) for each in self.received]
+        return [each.delivered for each in self.received]
 
     def score_at(self, position: int) -> ScoreRecord | None:
         """How the candidate of that position did; None if it has not arrived."""

@@ -7,12 +7,14 @@ model wrong keeps a record of it, forgets the run and answers nothing more under
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from client.context import OwnerContext
 from client.records import Record
@@ -20,7 +22,9 @@ from client.state import (
     CheckRecord,
     DrawnRecord,
     ReceivedRecord,
+    ResultRecord,
     RoundKind,
+    RunState,
     SummedRecord,
     TotalRecord,
     delivered_array,
@@ -28,11 +32,9 @@ from client.state import (
     own_array,
 )
 from common import scaling
-from common.agreement import COORDINATOR
-from common.certificates import Delivered, deliveries_digest, nonce_body
+from common.certificates import deliveries_digest, nonce_body
 from common.domain_separation import Domain
 from common.errors import ConsentError, LocalProtocolError, RemoteProtocolError, WrongModel
-from common.identity import verify
 from common.mapped import release
 from common.messages import (
     CheckKeys,
@@ -67,18 +69,23 @@ SOURCES: Final = ("scales", "contribution", "step")  # the rounds from whose tot
 
 
 class Evidence(Record):
-    """What an owner keeps of a model that is not the merge.
+    """What an owner keeps of something that the coordinator sent, and that is not the merge or not its metrics.
 
-    The coordinator signed everything that it delivered. The owners signed the `uploads`, which do not add up to zero,
-    under the digest of the `keys` of their check. It proves nothing to others: the models are not in it. All bytes are
-    in hexadecimal.
+    The coordinator signed each delivery. `false` are the positions of those that are wrong; `expected` is the digest
+    that the last of them should have, where this owner knows it. The owners signed the `uploads`, which do not add up
+    to zero, under the digest of the `keys` of their check. If it is the `result` that is wrong, the coordinator signed
+    that; `totals` are the metrics that this owner added up. It proves nothing to others: the models are not in it. All
+    bytes are in hexadecimal.
     """
 
     agreement_digest: str
     run: str
     wrong: tuple[str, ...]
     delivered: tuple[ReceivedRecord, ...]
-    signature: Hex
+    false: tuple[int, ...] = ()
+    expected: str = ""
+    result: ResultRecord | None = None
+    totals: tuple[TotalRecord, ...] = ()
     keys: Hex = ""
     uploads: Hex = ""
     signatures: Hex = ""
@@ -171,39 +178,49 @@ def check_nonces(owner: OwnerContext, message: CorrectionPart) -> None:
         )  # check: nonces-are-signed
 
 
-def take_correction(owner: OwnerContext, message: CorrectionPart, received: ReceivedRecord) -> None:
-    """Keep from which nonces a whole correction follows, and the coordinator's signature under all its deliveries."""
-    run = owner.state.run
-    last = Delivered(position=received.position, model=received.model, digest=received.digest)
-    body = bytes.fromhex(deliveries_digest([*run.delivered, last]))
-    key = bytes.fromhex(owner.agreement.coordinator.public_key)
-    session = bytes.fromhex(message.run)
-    verify(key, Domain.SIGN_DELIVERIES, session, COORDINATOR, body, message.signature)  # check: deliveries-are-signed
-    assert run.drawn is not None  # `check_nonces` was asked before
-    changes = {"nonces": message.nonces.hex(), "signature": message.signature.hex()}
-    owner.state.update_run(drawn=run.drawn.model_copy(update=changes))
+def take_correction(owner: OwnerContext, message: CorrectionPart) -> None:
+    """Keep from which nonces a whole correction follows."""
+    drawn = owner.state.run.drawn
+    assert drawn is not None  # `check_nonces` was asked before
+    owner.state.update_run(drawn=drawn.model_copy(update={"nonces": message.nonces.hex()}))
 
 
-def note_candidate(owner: OwnerContext, delivery: Delivery, received: ReceivedRecord) -> None:
-    """A candidate that no check will prove must be one that was proved before, bit for bit, and its sweep's best."""
-    run = owner.state.run
+def note_candidate(owner: OwnerContext, delivery: Delivery, taken: RunState) -> None:
+    """A candidate that no check will prove must be one that was proved before, bit for bit, and its sweep's best.
+
+    `taken`: the run as it is once the candidate, its last delivery, is taken.
+    """
     if owner.schedule.is_checked(delivery):
         return
-    before = [(each.model, each.digest) for each in run.received if each.position in run.verified]
-    if (received.model, received.digest) not in before:  # check: tested-is-the-validated-candidate
-        _condemn(owner, [f"{received.model}, which is not the candidate that was validated"], {})
-    check_is_best(owner, received.model, delivery.names)
-    owner.state.update_run(verified=(*run.verified, delivery.position))
+    received = taken.received[-1]
+    proved = {each.model: each.digest for each in taken.received if each.position in taken.verified}
+    expected = proved.get(received.model, "")
+    if received.digest != expected:  # check: tested-is-the-validated-candidate
+        wrong = f"{received.model}, which is not the candidate that was validated"
+        condemn(owner, taken, [wrong], false=(received.position,), expected=expected)
+    check_is_best(owner, taken, delivery.names)
+    owner.state.update_run(verified=(*taken.verified, delivery.position))
 
 
-def check_is_best(owner: OwnerContext, name: str, candidates: Iterable[str]) -> None:
-    """Raise ConsentError if another candidate was better on validation rows, or as good and before it, by the totals
-    that this owner added up.
+def check_is_best(owner: OwnerContext, taken: RunState, candidates: Iterable[str]) -> None:
+    """Raise WrongModel if a candidate other than the last delivery was better on validation rows, or as good and before
+    it, by the totals that this owner added up; ConsentError if it was not in these.
     """
-    metrics = validation_metrics(owner)
-    best = max((each for each in candidates if each in metrics), key=metrics.__getitem__, default=name)
-    if name != best:  # check: tested-candidate-is-the-best
-        raise ConsentError(f"the coordinator chose {name}; {best} was better on validation rows")
+    metrics, chosen = validation_metrics(owner), taken.received[-1]
+    best = max((each for each in candidates if each in metrics), key=metrics.__getitem__, default=chosen.model)
+    if chosen.model == best:
+        return
+    says = f"the coordinator chose {chosen.model}; {best} was better on validation rows"
+    if chosen.model not in metrics:  # check: only-lies-are-condemned
+        raise ConsentError(f"{says}, as far as {owner.name} has added them up")
+    condemn(
+        owner, taken, [says], false=(chosen.position,), expected=digest_before(taken, best)
+    )  # check: tested-candidate-is-the-best
+
+
+def digest_before(taken: RunState, name: str) -> str:
+    """The digest of what was sent under this name before the last delivery; empty if nothing was."""
+    return next((each.digest for each in taken.received[:-1] if each.model == name), "")
 
 
 def validation_metrics(owner: OwnerContext) -> dict[str, float]:
@@ -215,14 +232,16 @@ def validation_metrics(owner: OwnerContext) -> dict[str, float]:
     }
 
 
-def check_what_follows(owner: OwnerContext, delivery: Delivery, name: str, array: NDArray[np.float32]) -> None:
+def check_what_follows(
+    owner: OwnerContext, taken: RunState, delivery: Delivery, name: str, array: NDArray[np.float32]
+) -> None:
     """Raise WrongModel unless what a candidate's method made of its solved tensors is what this owner makes of them,
-    and the adapter to which it is cut is the closest of its rank.
+    and the adapter to which it is cut is the closest of its rank. `taken`: the run with this candidate.
     """
     try:
         check_candidate(owner.workbench.plan, delivery.layout, array, owner.workbench.function(delivery.method, name))
     except RemoteProtocolError as violation:
-        _condemn(owner, [violation.message], {})
+        condemn(owner, taken, [violation.message], false=(delivery.position,))
 
 
 def check_was_shown(owner: OwnerContext) -> None:
@@ -318,12 +337,15 @@ def shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Iterator[t
         blind=bytes.fromhex(drawn.blind),
         sent=np.array(owner.state.open_array(delivered_array(correction.position), correction.layout.size, "<f4")),
     )
+    position = correction.position
     try:
         for claim in round_.claims:
+            position = claim.delivery
             _check_known(owner, claim)
+            position = correction.position
             yield from challenge.shares(claim, _delta(owner, claim.delivery), _own(owner, claim.source))
     except NotTheMerge as violation:
-        _condemn(owner, [violation.message], {})
+        condemn(owner, owner.state.run, [violation.message], false=(position,))
 
 
 def knows_session(owner: OwnerContext, session: str) -> bool:
@@ -342,12 +364,15 @@ def open_check(owner: OwnerContext, message: UploadsOpened) -> None:
     total = _sum_of(owner, round_, check, bytes.fromhex(check.keys)).total(message.payload, message.proofs)
     wrong = wrong_claims(round_.claims, total)
     if wrong:
-        opened = {
-            "keys": check.keys,
-            "uploads": message.payload.tobytes().hex(),
-            "signatures": message.proofs.hex(),
-        }
-        _condemn(owner, wrong, opened)
+        condemn(
+            owner,
+            run,
+            wrong,
+            false=tuple(each.delivery for each in round_.claims if wrong_claims([each], total)),
+            keys=check.keys,
+            uploads=message.payload.tobytes().hex(),
+            signatures=message.proofs.hex(),
+        )
     verified = (*run.verified, *(claim.delivery for claim in round_.claims))
     owner.state.update_run(verified=verified, opened=(*run.opened, message.session), check=None)
     _delete_proved(owner, round_)
@@ -405,31 +430,41 @@ def check_no_evidence(owner: OwnerContext) -> None:
         raise wrong_model(path)
 
 
-def _condemn(owner: OwnerContext, wrong: list[str], opened: Mapping[str, object]) -> None:
-    """Keep a record, forget the run, and raise WrongModel."""
-    run = owner.state.run
+def condemn(owner: OwnerContext, taken: RunState, wrong: list[str], **about: object) -> NoReturn:
+    """Keep a record, forget the run, and raise WrongModel. `taken`: the run with what is wrong; `about`: what else
+    Evidence says.
+    """
     evidence = Evidence(
-        agreement_digest=run.agreement_digest,
-        run=run.run,
+        agreement_digest=taken.agreement_digest,
+        run=taken.run,
         wrong=tuple(wrong),
-        delivered=run.received,
-        signature=run.drawn.signature if run.drawn is not None else "",
-        **opened,  # type: ignore[arg-type]
+        delivered=taken.received,  # check: evidence-holds-the-lie
+        **about,  # type: ignore[arg-type]
     )
-    path = owner.state.write_evidence(run.agreement_digest, evidence)
+    path = owner.state.write_evidence(taken.agreement_digest, evidence)
     owner.state.end_run()
     raise wrong_model(path, wrong[0])
 
 
 def wrong_model(path: Path, wrong: str = "") -> WrongModel:
-    """What an owner says of a model that is not the merge; `path` is its record."""
+    """What an owner says of a model, or a result, that is not the merge; `path` is its record."""
     about = f" ({wrong})" if wrong else ""
+    if _is_about_a_result(path):
+        says = f"the result that the coordinator signed is not what the owners verified{about}; nothing was signed here"
+    else:
+        sent = f"the model that the coordinator sent is not the merge of what was contributed{about}"
+        says = f"{sent}; nothing was measured on it"
     return WrongModel(
-        f"the model that the coordinator sent is not the merge of what was contributed{about}; nothing was measured on "
-        "it",
+        says,
         hint=f"show {path} to the other owners (amalgram verify OWNER.toml explains it); under this agreement, nothing "
         "more is answered",
     )
+
+
+def _is_about_a_result(path: Path) -> bool:
+    with suppress(OSError, ValidationError):
+        return Evidence.model_validate_json(path.read_bytes()).result is not None
+    return False
 
 
 # --- what the parts share ---

@@ -46,6 +46,18 @@ def deliveries_digest(delivered: Sequence[Delivered], before: float = inf) -> st
     return hashlib.sha256(Domain.DELIVERIES.value + canonical.encode()).hexdigest()
 
 
+def delivery_body(agreement_digest: str, delivered: Delivered) -> bytes:
+    """What the coordinator signs with everything that it sends."""
+    return bytes.fromhex(agreement_digest) + bytes.fromhex(deliveries_digest([delivered]))
+
+
+def check_delivery(agreement: Agreement, run: str, delivered: Delivered, signature: bytes) -> None:
+    """Raise RemoteProtocolError unless the coordinator of the agreement signed that it sent this in this run."""
+    public_key, session = bytes.fromhex(agreement.coordinator.public_key), bytes.fromhex(run)
+    body = delivery_body(agreement.digest(), delivered)
+    verify(public_key, Domain.SIGN_DELIVERY, session, COORDINATOR, body, signature)
+
+
 def nonces_digest(nonces: bytes) -> str:
     """64 hexadecimal digits for the nonces that a correction follows from; they stand for its name in Delivered."""
     return hashlib.sha256(nonces).hexdigest()

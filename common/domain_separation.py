@@ -39,7 +39,7 @@ class Domain(Enum):
     SIGN_OPENED = b"amalgram v1 31 sign opened shares\n"
     SIGN_RESULT = b"amalgram v1 28 sign result\n"
     SIGN_RECEIPT = b"amalgram v1 29 sign receipt of a result\n"
-    SIGN_DELIVERIES = b"amalgram v1 32 sign what was delivered\n"
+    SIGN_DELIVERY = b"amalgram v1 35 sign what was delivered\n"
     SIGN_NONCE = b"amalgram v1 33 sign nonce\n"
     SIGN_CHECK_SHARES = b"amalgram v1 34 sign check shares\n"
     # What is derived.

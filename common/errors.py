@@ -11,7 +11,7 @@
     ├── TooFewOwners             fewer owners are left than the agreement demands      exit 4
     ├── NumericalError           a number that should be finite is not                 exit 5
     │   └── FalseTotal           a total that honest owners cannot make                exit 5
-    ├── WrongModel               the coordinator sent a model that is not the merge     exit 6
+    ├── WrongModel               what the coordinator sent is not what was verified     exit 6
     ├── EngineError              the Flower engine did not do its part                 exit 1
     └── OwnerRefused             an owner answered with one of the codes above         that code's exit
 

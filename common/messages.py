@@ -51,7 +51,7 @@ from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 from common.text import MAX_LINE, flaw, shown
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_PARTS = 1_000_000
@@ -278,7 +278,11 @@ class VectorPart(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class DeliveryPart(Message):
-    """Part `part` of `parts` of what the coordinator sends at `position` of the schedule."""
+    """Part `part` of `parts` of what the coordinator sends at `position` of the schedule.
+
+    `signature`: the coordinator's, over the whole (certificates.delivery_body), so that an owner can show what it was
+    sent.
+    """
 
     run: str
     agreement_digest: str
@@ -286,6 +290,7 @@ class DeliveryPart(Message):
     part: int
     parts: int
     payload: NDArray  # (part size,) float32
+    signature: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,12 +321,10 @@ class ScalesPart(DeliveryPart):
 class CorrectionPart(DeliveryPart):
     """Of the corrections of the check that follows (common/verification.py), with a payload as packed.py makes it.
 
-    `nonces`: a `records.Nonce` of each owner whose contribution is merged. `signature`: the coordinator's, over
-    everything that it has delivered.
+    `nonces`: a `records.Nonce` of each owner whose contribution is merged.
     """
 
     nonces: bytes
-    signature: bytes
 
 
 @dataclass(frozen=True, kw_only=True)

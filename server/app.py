@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -12,6 +12,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from common.agreement import load_agreement
 from common.errors import (
     AmalgramError,
     ConsentError,
@@ -139,11 +140,20 @@ def _output_folder(settings_path: Path) -> Path:
     return settings_path.parent / load_settings(settings_path, CoordinatorSettings).output
 
 
+def _agreement_digest(settings_path: Path) -> str:
+    """Empty if there is no agreement that can be read: that may be what failed."""
+    with suppress(AmalgramError):
+        settings = load_settings(settings_path, CoordinatorSettings)
+        return load_agreement(settings_path.parent / settings.agreement).digest()
+    return ""
+
+
 def _save_failure(settings_path: Path, error: AmalgramError) -> None:
     """Write the error to where the command that started this app reads it, because Flower does not pass it on."""
     output = _output_folder(settings_path)
     output.mkdir(parents=True, exist_ok=True)
     failure = {
+        "agreement_digest": _agreement_digest(settings_path),
         "code": error.code,
         "exit_code": error.exit_code,
         "message": error.message,

@@ -17,6 +17,7 @@ from common.certificates import (
     Delivered,
     body_of,
     deliveries_digest,
+    delivery_body,
     nonces_digest,
     presence_body,
     result_body,
@@ -546,16 +547,19 @@ class Coordinator:
             "part": part,
             "parts": parts,
             "payload": payload,
+            "signature": self._sign_last_delivery(),
         }
         if delivery.kind == "candidate":
             return CandidatePart(**fields, model=model)
         if delivery.kind == "mixture":
             return MixturePart(**fields, model=model)
         if delivery.kind == "correction":
-            body = bytes.fromhex(deliveries_digest(self.delivered))
-            signature = self.identity.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(self.run), body)
-            return CorrectionPart(**fields | {"payload": packed(payload)}, nonces=nonces, signature=signature)
+            return CorrectionPart(**fields | {"payload": packed(payload)}, nonces=nonces)
         return MergedStepPart(**fields) if delivery.kind == "merged_step" else ScalesPart(**fields)
+
+    def _sign_last_delivery(self) -> bytes:
+        body = delivery_body(self.agreement.digest(), self.delivered[-1])
+        return self.identity.sign(Domain.SIGN_DELIVERY, bytes.fromhex(self.run), body)
 
     def _send_part(self, message: DeliveryPart, delivery: Delivery, completes: SavedDelivery | None) -> None:
         """Let a part travel ahead of the next message, and save what it `completes` once all owners have it."""

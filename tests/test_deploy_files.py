@@ -13,6 +13,7 @@ import yaml
 
 from client.settings import OwnerSettings
 from common.agreement import AgreementDraft
+from common.errors import ConsentError, SettingsError, WrongModel
 from common.settings_file import Settings, load_settings, parse_settings
 from server.settings import CoordinatorSettings
 from tests.support.command_line import parse
@@ -84,11 +85,17 @@ def test_the_messages_that_the_runbook_explains_are_the_program_s() -> None:
     plain = re.sub(r"\{[^{}]*\}", "...", re.sub(r'"\s*\n\s*f?"', "", sources)).replace("`", "")
     flowers = {"Failed to activate SuperNode"}
     cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
-    assert len(cells) == 25
+    assert len(cells) == 27
     for quoted in re.findall(r"`([^`]+)`", "\n".join(cells)):
         for part in re.split(r"\.\.\.|cinema|9443", quoted):
             words = part.strip(" ,:;()")
             assert len(words) < 8 or words in flowers or words in plain, words
+
+
+def test_no_unit_starts_a_client_again_that_has_found_a_wrong_model() -> None:
+    unit = (DEPLOY / "systemd" / "amalgram-client.service").read_text()
+    (codes,) = re.findall(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE)
+    assert {WrongModel.exit_code, SettingsError.exit_code, ConsentError.exit_code} == set(map(int, codes.split()))
 
 
 # --- settings, image, compose ---

@@ -72,6 +72,7 @@ DELIVERY: dict[str, Any] = {
     "part": 0,
     "parts": 1,
     "payload": np.array([1.0], dtype=np.float32),
+    "signature": SIGNATURE,
 }
 EXAMPLES: list[Message] = [
     RollCall(version=1, run=HEX, agreement_digest=HEX),
@@ -108,7 +109,7 @@ EXAMPLES: list[Message] = [
     MixturePart(**DELIVERY, model="search@7"),
     MergedStepPart(**DELIVERY),
     ScalesPart(**DELIVERY),
-    CorrectionPart(**DELIVERY, nonces=b"34", signature=SIGNATURE),
+    CorrectionPart(**DELIVERY, nonces=b"34"),
     Draw(run=HEX, agreement_digest=HEX, position=4),
     Drawn(run=HEX, owner="ada", position=4, nonce=HEX, signature=SIGNATURE),
     CheckKeys(run=HEX, agreement_digest=HEX, position=4, nonces=b"34"),

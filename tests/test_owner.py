@@ -42,10 +42,12 @@ from tests.support.owner_process import (
     OTHER,
     RUN,
     Process,
+    delivered_by,
     fast_forward,
     opening_of,
     part_of,
     roll_call,
+    signed_delivery,
 )
 from tests.support.parties import Parties, parties_of
 
@@ -127,9 +129,9 @@ def test_an_event_is_of_the_kind_that_the_schedule_has_there(kind: str, parties:
 
 def test_a_state_folder_of_the_version_before_is_refused(parties: Parties, party: Path) -> None:
     version = parties.folder / "state" / "hotel" / "version"
-    for found in ("1", "2", None):
+    for found in ("1", "4", None):
         version.unlink() if found is None else version.write_text(f"{found}\n")
-        with pytest.raises(SettingsError, match=f"state of version {found or 1}, this program writes version 4"):
+        with pytest.raises(SettingsError, match=f"state of version {found or 1}, this program writes version 5"):
             assert Owner(party).state
 
 
@@ -308,6 +310,7 @@ def three_parts(parties: Parties, monkeypatch: pytest.MonkeyPatch) -> list[Candi
     pieces = slot_of(parties).layout.part_slices(4)
     assert len(pieces) == 3
     payload = np.random.default_rng(0).normal(scale=1e-3, size=whole.payload.size).astype(np.float32)
+    whole = part_of(parties, slot_of(parties), payload)  # type: ignore[assignment]
     return [replace(whole, part=number, parts=3, payload=payload[piece]) for number, piece in enumerate(pieces)]
 
 
@@ -377,11 +380,32 @@ def test_a_candidate_that_is_not_finite_is_refused(parties: Parties, ready: Path
         Owner(ready).answer(broken)
 
 
+def test_246_what_the_coordinator_did_not_sign_is_not_taken(
+    parties: Parties, ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an owner could not show what it was sent. A signature is for one delivery of one run and agreement."""
+    monkeypatch.setattr(Workbench, "score", lambda *_: pytest.fail("computed something"))
+    part = candidate(parties)
+    sent, other = delivered_by(part), parties.agreement.model_copy(update={"title": "Another"})
+    for signature in (
+        bytes(64),
+        signed_delivery(parties, replace(sent, digest="ab" * 32)),
+        signed_delivery(parties, replace(sent, position=sent.position + 1)),
+        signed_delivery(parties, replace(sent, model="regmean@0.9")),
+        signed_delivery(parties, sent, OTHER),
+        signed_delivery(replace(parties, agreement=other), sent),
+        signed_delivery(replace(parties, identities={"coordinator": parties.identities["cinema"]}), sent),
+    ):
+        with pytest.raises(RemoteProtocolError, match="the signature of coordinator is not valid"):
+            Owner(ready).answer(replace(part, signature=signature))
+    assert not Owner(ready).state.run.received
+
+
 def test_a_delivery_is_repeated_bit_for_bit_or_refused(parties: Parties, ready: Path) -> None:
     """A coordinator that was started again repeats what it sent last, also when the next event has begun."""
     part = candidate(parties)
     Owner(ready).answer(part)
-    Owner(ready).answer(replace(part, position=part.position + 1, model="task_arithmetic@0.3"))
+    Owner(ready).answer(part_of(parties, slot_of(parties, "task_arithmetic")))
     before = Owner(ready).state.run
     assert isinstance(Owner(ready).answer(part), PartReceived)
     assert Owner(ready).state.run == before

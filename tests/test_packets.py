@@ -52,7 +52,14 @@ Kinds = tuple[type[Message], ...]
 RUN, HEX = "ab" * 32, "cd" * 32
 SUM: list[Kinds] = [(KeyBook,), (KeyShares,), (SurvivorList,), (Acknowledgements,)]  # what follows its OpenSum
 PART = CandidatePart(
-    run=RUN, agreement_digest=HEX, position=1, model="m", part=0, parts=1, payload=np.zeros(3, np.float32)
+    run=RUN,
+    agreement_digest=HEX,
+    position=1,
+    model="m",
+    part=0,
+    parts=1,
+    payload=np.zeros(3, np.float32),
+    signature=bytes(64),
 )
 
 

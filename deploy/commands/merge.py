@@ -16,7 +16,7 @@ from common.errors import AmalgramError, EngineError, TooFewOwners
 from common.text import some_of
 from deploy.commands.report import show_report
 from deploy.commands.server import Place, find_place
-from deploy.launch.flower import CONNECTION, FAILURE, flwr, raise_failure, submit, wait_for_run
+from deploy.launch.flower import CONNECTION, FAILURE, check_not_over, flwr, raise_failure, submit, wait_for_run
 from deploy.launch.processes import FollowedFile, alone
 from deploy.terminal import progress_below_log
 from server.output_folder import PROGRESS, claim_output
@@ -42,6 +42,7 @@ def merge(settings_file: Path) -> Path:
     if holds_result_of(place.output, place.agreement.digest()):
         log.info("this agreement is merged already; nobody was asked again")
         return place.output
+    check_not_over(place.output, place.agreement.digest())
     with alone(place.output, "merge"):
         _end_earlier_runs(place)
         _wait_for_owners(place)

@@ -21,17 +21,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.context import OwnerContext
+from client.state import ReceivedRecord, ResultRecord
 from client.verification import Evidence
-from common.agreement import COORDINATOR, Agreement
-from common.certificates import Delivered, deliveries_digest
-from common.domain_separation import Domain
+from common.agreement import Agreement
+from common.certificates import check_delivery, check_result
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
-from common.identity import fingerprint, verify
+from common.identity import fingerprint
+from common.messages import Result
 from common.metrics import OWN_AT_HOME, worst_accuracy
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
 from common.models.published_folder import CONFIG, read_finite
-from common.publication import MAX_RECEIPTS_BYTES, RECEIPTS, Publication, PublishedReceipts, SignedMean
+from common.publication import (
+    MAX_RECEIPTS_BYTES,
+    RECEIPTS,
+    Publication,
+    PublishedReceipts,
+    SignedMean,
+    read_publication,
+)
 from common.settings_file import parse_settings
 from common.summation.records import Signed, name_at
 from deploy.terminal import answer, shows_json
@@ -43,7 +51,7 @@ CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt",
 REFERENCES = {"own", "ensemble", "close_ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
 SIGNED = ("accuracy", "metric", "pooled_accuracy", "predictions", "pearson_r", "sums")  # of a model's metrics
 MAX_ENTRIES = 10_000
-MAX_QUOTED_CHARACTERS = 100
+MAX_QUOTED_CHARACTERS = 400  # a whole sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +281,10 @@ def explain_evidence(owner_file: Path) -> int:
         return 0
     try:
         kept = Evidence.model_validate_json(path.read_bytes())
-    except ValidationError:
+        lines = [*in_words(owner.agreement, kept)]
+    except (ValueError, AmalgramError):  # pydantic's is a ValueError
         raise SettingsError(f"{path}: damaged", hint="it was changed after it was written") from None
-    print("\n".join(in_words(owner.agreement, kept)), file=sys.stderr if shows_json() else sys.stdout)
+    print("\n".join(lines), file=sys.stderr if shows_json() else sys.stdout)
     if shows_json():
         answer({"evidence": kept.model_dump(mode="json")})
     return WrongModel.exit_code
@@ -283,29 +292,89 @@ def explain_evidence(owner_file: Path) -> int:
 
 def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
     """Who sent what, and who signed it."""
-    last = evidence.delivered[-1].position if evidence.delivered else 0
-    yield f"In run {evidence.run[:16]}..., the coordinator sent a model that is not the merge of what was contributed."
+    run = f"In run {evidence.run[:16]}..., the coordinator"
+    if evidence.result is None:
+        yield f"{run} sent a model that is not the merge of what was contributed."
+    else:
+        yield f"{run} signed a result that is not what the owners verified."
     yield "Wrong in it:"
     yield from (f"  {_quoted(each)}" for each in evidence.wrong)
-    if evidence.signature:
-        delivered = [
-            Delivered(position=each.position, model=each.model, digest=each.digest) for each in evidence.delivered
-        ]
-        body = bytes.fromhex(deliveries_digest(delivered))
-        key = bytes.fromhex(agreement.coordinator.public_key)
-        session, signature = bytes.fromhex(evidence.run), bytes.fromhex(evidence.signature)
-        try:
-            verify(key, Domain.SIGN_DELIVERIES, session, COORDINATOR, body, signature)
-            yield f"The coordinator signed that it sent all of these, up to event {last}; its signature is valid:"
-        except RemoteProtocolError:
-            yield "The coordinator's signature under what it sent is NOT valid for this list:"
-    yield from (f"  event {each.position}: SHA-256 {each.digest}  {_quoted(each.model)}" for each in evidence.delivered)
+    if all(_is_signed(agreement, evidence.run, each) for each in evidence.delivered):
+        yield "The coordinator signed each of these, which it sent; its signatures are valid:"
+    else:
+        yield "The coordinator sent these; NOT all of its signatures are valid:"
+    yield from (_in_a_line(agreement, evidence, each) for each in evidence.delivered)
+    yield from _what_it_should_be(evidence)
+    if evidence.result is not None:
+        yield from _about_the_result(agreement, evidence, evidence.result)
     if evidence.signatures:
         signed = Signed.unpack_all(bytes.fromhex(evidence.signatures))
         names = ", ".join(name_at(agreement.owner_names, each.owner) for each in signed)
         yield f"Those who checked it: {names}. Their masked shares are in the record, with their keys and signatures."
         yield "This program added them up, and the sum is not zero. An owner's program that sent a false share has the"
         yield "same effect; the sum hides which. Compare the records of all owners."
+
+
+def _in_a_line(agreement: Agreement, evidence: Evidence, sent: ReceivedRecord) -> str:
+    unsigned = "" if _is_signed(agreement, evidence.run, sent) else "  NOT SIGNED"
+    wrong = "  WRONG" if sent.position in evidence.false else ""
+    return f"  event {sent.position}: SHA-256 {_quoted(sent.digest)}  {_quoted(sent.model)}{wrong}{unsigned}"
+
+
+def _what_it_should_be(evidence: Evidence) -> Iterator[str]:
+    """What a delivery that is wrong should have been, and who else knows it."""
+    if not evidence.false or evidence.signatures:
+        return
+    if not evidence.expected:
+        yield "That it is wrong is this owner's own word: the record does not hold what was sent. Compare all records."
+        return
+    last = evidence.false[-1]
+    before = [each.position for each in evidence.delivered if each.digest == evidence.expected]
+    yield f"Event {last} should have been SHA-256 {_quoted(evidence.expected)}:"
+    if before:
+        yield f"  the coordinator sent that as event {before[0]}."
+    else:
+        yield "  this owner computed that from the agreement and the totals. Nobody else signed it."
+
+
+def _about_the_result(agreement: Agreement, evidence: Evidence, result: ResultRecord) -> Iterator[str]:
+    """What the coordinator signed in the end, beside what this owner added up."""
+    yield f"The result names {_quoted(result.model)}, SHA-256 {_quoted(result.model_digest)}."
+    signed = Result(
+        run=evidence.run,
+        model=result.model,
+        model_digest=result.model_digest,
+        deliveries_digest=result.deliveries_digest,
+        publication=result.publication.encode(),
+        signature=bytes.fromhex(result.signature),
+    )
+    try:
+        check_result(agreement, signed)  # check: evidence-of-a-result-is-signed
+        yield "The coordinator's signature under it is valid."
+    except RemoteProtocolError:
+        yield "The coordinator's signature under it is NOT valid."
+    publication = read_publication(signed.publication)
+    for total in evidence.totals:
+        published = (publication.validation if total.split == "validation" else publication.test).get(total.model)
+        own = SignedMean.model_validate_json(total.metrics)
+        if published != own:
+            shown = "nothing" if published is None else _metrics(published)
+            yield f"  {total.split}, {_quoted(total.model)}: it says {shown}; this owner added up {_metrics(own)}"
+    yield "What this owner tested and added up is its own word: the record does not hold it. Compare all records."
+
+
+def _metrics(mean: SignedMean) -> str:
+    accuracy = "" if mean.accuracy is None else f"accuracy {mean.accuracy:.4f}, "
+    return f"{accuracy}metric {mean.metric:.4f}, {mean.predictions} predictions"
+
+
+def _is_signed(agreement: Agreement, run: str, sent: ReceivedRecord) -> bool:
+    """Whether the coordinator signed that it sent this."""
+    try:
+        check_delivery(agreement, run, sent.delivered, bytes.fromhex(sent.signature))  # check: evidence-is-signed
+    except RemoteProtocolError:
+        return False
+    return True
 
 
 # --- an owner that lied in a sum ---

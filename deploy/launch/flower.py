@@ -19,7 +19,7 @@ from typing import Any
 import tomli_w
 
 from common.agreement import Agreement
-from common.errors import AmalgramError, ConsentError, EngineError, OwnerRefused
+from common.errors import AmalgramError, ConsentError, EngineError, OwnerRefused, WrongModel
 
 APP_FOLDER = Path(__file__).resolve().parent.parent.parent
 APP_FOLDERS, APP_FILES = ("common", "client", "server"), ("pyproject.toml", ".gitignore", "LICENSE")  # of the bundle
@@ -150,6 +150,19 @@ def wait_for_run(environment: Mapping[str, str], run_id: str, watch: Callable[[]
         while time.monotonic() < ask_again:
             time.sleep(POLL_SECONDS)
             watch()
+
+
+def check_not_over(output: Path, agreement_digest: str) -> None:
+    """Raise WrongModel if an owner found a model wrong in an earlier run of this agreement. Owners answer nothing more
+    under it, and their clients have ended, so a new run would only wait for them.
+    """
+    path = output / FAILURE
+    failure = json.loads(path.read_text()) if path.is_file() else {}
+    if (failure.get("code"), failure.get("agreement_digest")) == (WrongModel.code, agreement_digest):
+        raise WrongModel(
+            f"this agreement is over: owner {failure['owner']} found that what it was sent is not the merge",
+            hint="read what the owners kept (amalgram verify OWNER.toml), find out why, then make a new agreement",
+        )
 
 
 def raise_failure(output: Path, status: str) -> None:

@@ -8,7 +8,7 @@ parts of it are zero, or known. SECURITY.md, b4 and g, says so.
 
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ import server.coordinator
 from client import verification
 from client.owner import Owner
 from client.verification import Evidence, check_no_evidence
-from common.errors import ConsentError, OwnerRefused, WrongModel
+from common.certificates import check_delivery
+from common.errors import OwnerRefused, WrongModel
+from common.mapped import sha256_of
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.logit_adjusted import SHARES
 from common.merge_methods.method import MultiRoundMethod
@@ -34,8 +36,8 @@ from common.summation import wide
 from common.summation.protocol import Total
 from common.tensor_layout import TensorLayout
 from common.verification import Claim, Sent, corrections
+from deploy.cli import cli
 from deploy.commands import client
-from deploy.commands.verify import explain_evidence
 from deploy.launch.processes import FollowedFile, NewFiles
 from server import merge
 from server.checkpoint import Checkpoint
@@ -215,13 +217,16 @@ class Cheat:
     parties: Parties
     channel: RefusingChannel
     change: Callable[[Delivery, np.ndarray], np.ndarray]
+    sent: dict[int, str] = field(default_factory=dict)  # by position, the digest of what was sent
 
     def run(self) -> OwnerRefused:
         """What ends the run."""
         honest = Coordinator.deliver
 
         def deliver(self_: Coordinator, delivery: Delivery, vector: np.ndarray, *rest: Any, **named: Any) -> None:
-            honest(self_, delivery, self.change(delivery, vector), *rest, **named)
+            changed = self.change(delivery, vector)
+            self.sent[delivery.position] = sha256_of(changed)
+            honest(self_, delivery, changed, *rest, **named)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Coordinator, "deliver", deliver)
@@ -229,6 +234,17 @@ class Cheat:
             with pytest.raises(OwnerRefused) as refused:
                 prepare(self.parties.coordinator, self.channel).run()
         return refused.value
+
+    def said(self, capsys: pytest.CaptureFixture[str]) -> str:
+        """What `amalgram verify OWNER.toml` prints at the first owner."""
+        capsys.readouterr()
+        assert cli(["verify", str(self.parties.files[self.first])], standalone_mode=False) == WrongModel.exit_code
+        return capsys.readouterr().out
+
+    @property
+    def first(self) -> str:
+        """The first owner."""
+        return next(iter(self.parties.files))
 
     @property
     def given(self) -> list[str]:
@@ -265,9 +281,25 @@ def evidence_of(parties: Parties, owner: str) -> Evidence:
     return Evidence.model_validate_json(path.read_bytes())
 
 
+def marked_wrong(run: Cheat, said: str) -> Delivery:
+    """The one delivery that is called wrong. Its digest and the coordinator's signature under it are in the record."""
+    evidence = evidence_of(run.parties, run.first)
+    (position,) = evidence.false
+    (lie,) = (each for each in evidence.delivered if each.position == position)
+    assert "The coordinator signed each of these, which it sent; its signatures are valid:" in said
+    assert [line for line in said.splitlines() if line.endswith("WRONG")] == [
+        f"  event {position}: SHA-256 {lie.digest}  {lie.model}  WRONG"
+    ]
+    assert run.sent[position] == lie.digest
+    check_delivery(run.parties.agreement, evidence.run, lie.delivered, bytes.fromhex(lie.signature))
+    delivery = schedule_for(run.parties).events[position]
+    assert isinstance(delivery, Delivery)
+    return delivery
+
+
 @pytest.mark.parametrize("method", ["refit", "regmean_plus_plus"])
 def test_42_layers_that_are_not_the_merge_are_found_before_anything_is_measured(
-    cheat: Callable[..., Cheat], method: str
+    cheat: Callable[..., Cheat], method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def detector(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
         is_first = (delivery.kind, delivery.step) == ("merged_step", 0)
@@ -279,12 +311,11 @@ def test_42_layers_that_are_not_the_merge_are_found_before_anything_is_measured(
     refused = run.run()
     assert (refused.code, refused.exit_code) == ("wrong-model", 6)
     assert run.given == ["contribution", "check"]  # no step
-    first = next(iter(run.parties.files))
-    evidence, state = evidence_of(run.parties, first), Owner(run.parties.files[first]).state
-    assert evidence.wrong
-    assert not (state.folder / "run").exists()
+    assert marked_wrong(run, run.said(capsys)).kind == "merged_step"
+    owner = Owner(run.parties.files[run.first])
+    assert not (owner.state.folder / "run").exists()
     with pytest.raises(WrongModel, match="not the merge"):  # nothing more is answered, to whatever run
-        Owner(run.parties.files[first]).answer(roll_call(run.parties))
+        owner.answer(roll_call(run.parties))
 
 
 def test_43_a_candidate_that_is_not_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
@@ -322,16 +353,17 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
     run = cheat("average", backdoor)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check"]
-    first = next(iter(run.parties.files))
     wrong = "1/means/bert.embeddings.word_embeddings.weight and others"  # the classifier's rows are as long
-    assert evidence_of(run.parties, first).wrong == (wrong,)
-    assert explain_evidence(run.parties.files[first]) == WrongModel.exit_code
-    printed = capsys.readouterr().out
-    assert wrong in printed
-    assert "its signature is valid" in printed
+    assert evidence_of(run.parties, run.first).wrong == (wrong,)
+    printed = run.said(capsys)
+    assert f"\n  {wrong}\n" in printed
+    assert marked_wrong(run, printed).kind == "candidate"
     assert "Those who checked it: hotel, cinema, phones." in printed
     with pytest.raises(WrongModel, match="not the merge"):
-        check_no_evidence(Owner(run.parties.files[first]))  # `amalgram client` does not begin again
+        check_no_evidence(Owner(run.parties.files[run.first]))  # `amalgram client` does not begin again
+    assert run.run().exit_code == WrongModel.exit_code  # nor does another run of this agreement
+    assert not (run.parties.output / "model").exists()
+    assert not (run.parties.output / "report.json").exists()
 
 
 def test_122_a_running_client_ends_once_a_model_was_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,28 +383,44 @@ def test_122_a_running_client_ends_once_a_model_was_wrong(tmp_path: Path, monkey
     assert error.value.exit_code == 6
 
 
-def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(cheat: Callable[..., Cheat]) -> None:
+def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(
+    cheat: Callable[..., Cheat], capsys: pytest.CaptureFixture[str]
+) -> None:
     def other(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
         return vector * np.float32(1.001) if delivery.split == "test" else vector
 
     run = cheat("regmean", other)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check", "metrics"]
+    said = run.said(capsys)
+    lie = marked_wrong(run, said)
+    assert (lie.kind, lie.split) == ("candidate", "test")
+    evidence = evidence_of(run.parties, run.first)
+    (before,) = (each for each in evidence.delivered[:-1] if each.model == evidence.delivered[-1].model)
+    assert f"Event {lie.position} should have been SHA-256 {run.sent[before.position]}:" in said
+    assert f"  the coordinator sent that as event {before.position}." in said
 
 
 def test_123_a_candidate_that_is_not_the_best_on_validation_rows_is_chosen(
-    cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch
+    cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each of them is a merge. By choosing the worst, a coordinator would publish what nobody agreed to."""
     honest = merge.MergeRun._validation_metric
     monkeypatch.setattr(merge.MergeRun, "_validation_metric", lambda *about: -honest(*about))
     run = cheat("regmean", lambda parties, delivery, vector: vector)
-    with pytest.raises(ConsentError, match="was better on validation rows"):
-        run.run()
+    assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check", "metrics"]  # of the test, none
+    said = run.said(capsys)
+    lie, (says,) = marked_wrong(run, said), evidence_of(run.parties, run.first).wrong
+    best = says.removesuffix(" was better on validation rows").split("; ")[1]
+    (before,) = (each for each in evidence_of(run.parties, run.first).delivered if each.model == best)
+    assert f"\n  {says}\n" in said
+    assert f"Event {lie.position} should have been SHA-256 {before.digest}:" in said
 
 
-def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callable[..., Cheat]) -> None:
+def test_123_a_candidate_whose_body_is_not_what_was_merged_before(
+    cheat: Callable[..., Cheat], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Only the classifier is new in refit's candidate; the body was verified, and must stay as it is."""
 
     def other_body(parties: Parties, delivery: Delivery, vector: np.ndarray) -> np.ndarray:
@@ -384,9 +432,14 @@ def test_123_a_candidate_whose_body_is_not_what_was_merged_before(cheat: Callabl
     run = cheat("refit", other_body)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check", "step"]  # no part of the second check
+    said = run.said(capsys)
+    assert marked_wrong(run, said).kind == "candidate"
+    assert "That it is wrong is this owner's own word" in said
 
 
-def test_123_a_candidate_of_a_sweep_with_another_mean_than_the_first(cheat: Callable[..., Cheat]) -> None:
+def test_123_a_candidate_of_a_sweep_with_another_mean_than_the_first(
+    cheat: Callable[..., Cheat], capsys: pytest.CaptureFixture[str]
+) -> None:
     """What all candidates share is proved of the first, so the others must be bit-identical there."""
     name = "bert.embeddings.LayerNorm.bias"
 
@@ -400,12 +453,14 @@ def test_123_a_candidate_of_a_sweep_with_another_mean_than_the_first(cheat: Call
     run = cheat("regmean", other_mean)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution"]  # no part of the check
-    (says,) = evidence_of(run.parties, next(iter(run.parties.files))).wrong
-    assert says == f"the coordinator sent a model whose {name} is not that of the regmean candidate for validation"
+    said = run.said(capsys)
+    says = f"the coordinator sent a model whose {name} is not that of the regmean candidate for validation"
+    assert f"\n  {says}\n" in said  # the whole sentence
+    assert marked_wrong(run, said).names == ("regmean@0.95",)
 
 
 def test_124_corrections_beyond_the_rounding_of_float32(
-    cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch
+    cheat: Callable[..., Cheat], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A wrong model whose correction says by how much. It fails twice: a float32 is also too coarse to hide the error
     from the sum of shares, up to twice what the bound allows.
@@ -428,9 +483,12 @@ def test_124_corrections_beyond_the_rounding_of_float32(
     run = cheat("average", wrong)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution"]
+    assert marked_wrong(run, run.said(capsys)).kind == "correction"
 
 
-def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: Callable[..., Cheat]) -> None:
+def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(
+    cheat: Callable[..., Cheat], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The whole model is the merge and the factors fit each other, but they are another matrix's."""
     layer = "bert.encoder.layer.0.attention.self.query.weight"
 
@@ -446,9 +504,9 @@ def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: 
     run = cheat("average", other_factors, adapter_rank=2)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check"]
-    first = next(iter(run.parties.files))
-    says = f"the coordinator sent factors of {layer} that are not the closest of their rank"
-    assert evidence_of(run.parties, first).wrong == (says,)
+    said = run.said(capsys)
+    assert f"\n  the coordinator sent factors of {layer} that are not the closest of their rank\n" in said
+    assert marked_wrong(run, said).kind == "candidate"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +514,7 @@ def test_130_an_adapter_that_is_not_the_cut_of_the_merge_is_never_judged(cheat: 
     [("isotropic", "bert.encoder.layer.0.output.dense.weight"), ("logit_adjusted", "classifier.bias")],
 )
 def test_147_what_the_method_s_function_did_not_make_is_never_judged(
-    cheat: Callable[..., Cheat], method: str, made: str
+    cheat: Callable[..., Cheat], method: str, made: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was solved is the merge, but one number of what follows from it is not."""
 
@@ -469,8 +527,9 @@ def test_147_what_the_method_s_function_did_not_make_is_never_judged(
     run = cheat(method, wrong_function)
     assert run.run().code == "wrong-model"
     assert run.given == ["contribution", "check"]
-    says = f"the coordinator sent another {made} than the method makes of the owners' merge"
-    assert evidence_of(run.parties, next(iter(run.parties.files))).wrong == (says,)
+    said = run.said(capsys)
+    assert f"\n  the coordinator sent another {made} than the method makes of the owners' merge\n" in said
+    assert marked_wrong(run, said).kind == "candidate"
 
 
 def test_147_what_a_function_is_applied_to_is_verified_too(cheat: Callable[..., Cheat]) -> None:

@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from client.state import ReceivedRecord, ResultRecord
+from client.verification import Evidence as OwnersEvidence
 from common import saved_state
 from common.agreement import Agreement
+from common.certificates import Delivered, delivery_body, result_body
+from common.domain_separation import Domain
 from common.errors import AmalgramError, RemoteProtocolError
+from common.publication import Publication
 from common.summation import secret_sharing
 from common.summation.masked.book import SELF
 from common.summation.masked.evidence import Evidence, ProvenLie, accused
 from common.summation.protocol import SumAbandoned, SumTerms
 from common.summation.records import RevealedShare, SealedShare
-from deploy.commands.verify import explain_lie
+from deploy.commands.verify import explain_lie, in_words
 from server import evidence as kept
 from tests.support.lying_owners import (
     OTHER,
@@ -33,6 +38,7 @@ from tests.support.scripted_owners import WrongDealer, coordinator_of, honest, r
 from tests.support.sums import repeating_bytes
 
 Proof = tuple[SumTerms, Evidence]
+RUN = "ab" * 32
 
 
 def proof_of(lie: str) -> Proof:
@@ -167,6 +173,66 @@ def test_114_shares_that_the_dealer_never_dealt() -> None:
     made_up = {owner: RevealedShare.pack_all([RevealedShare(3, SELF, bytes(33))]) for owner in (0, 1, 2, 4)}
     with pytest.raises(RemoteProtocolError, match="does not show that anybody lied"):
         accused(terms, replace(evidence, words=made_up))
+
+
+# --- 247: what an owner keeps of a lie of the coordinator's ---
+
+
+def signed_delivery(agreement: Agreement, digest: str) -> ReceivedRecord:
+    body = delivery_body(agreement.digest(), Delivered(position=1, model="average", digest=digest))
+    signature = IDENTITIES["coordinator"].sign(Domain.SIGN_DELIVERY, bytes.fromhex(RUN), body)
+    return ReceivedRecord(position=1, model="average", digest=digest, signature=signature.hex())
+
+
+def signed_result(agreement: Agreement) -> ResultRecord:
+    publication = Publication(
+        files={"config.json": "ab" * 32},
+        configuration={},
+        owners=("ada",),
+        examples=None,
+        test={},
+        validation={},
+        mixtures={},
+    ).canonical_bytes()
+    body = result_body(agreement, "average", "ab" * 32, "cd" * 32, publication)
+    return ResultRecord(
+        model="average",
+        model_digest="ab" * 32,
+        deliveries_digest="cd" * 32,
+        publication=publication.decode(),
+        signature=IDENTITIES["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(RUN), body).hex(),
+    )
+
+
+def explained(agreement: Agreement, **fields: object) -> str:
+    values = {"agreement_digest": agreement.digest(), "run": RUN, "wrong": ("wrong",), "delivered": (), **fields}
+    return "\n".join(in_words(agreement, OwnersEvidence(**values)))  # type: ignore[arg-type]
+
+
+def test_247_a_delivery_that_the_coordinator_did_not_sign_is_not_shown_as_signed(agreement: Agreement) -> None:
+    true = signed_delivery(agreement, "ab" * 32)
+    assert "NOT" not in explained(agreement, delivered=(true,), false=(1,))
+    for changes in ({"digest": "cd" * 32}, {"position": 2}, {"model": "regmean"}, {"signature": "ab" * 64}):
+        said = explained(agreement, delivered=(true.model_copy(update=changes),), false=(1,))
+        assert "NOT all of its signatures are valid" in said
+        assert said.count("NOT SIGNED") == 1
+    other = agreement.model_copy(update={"title": "Another"})
+    assert "NOT SIGNED" in explained(other, delivered=(true,), false=(1,))
+
+
+def test_247_a_result_that_the_coordinator_did_not_sign_is_not_shown_as_signed(agreement: Agreement) -> None:
+    true = signed_result(agreement)
+    assert "The coordinator's signature under it is valid." in explained(agreement, result=true)
+    false = true.model_copy(update={"model_digest": "cd" * 32})
+    assert "The coordinator's signature under it is NOT valid." in explained(agreement, result=false)
+
+
+def test_a_reason_is_shown_whole_in_plain_characters_and_within_bounds(agreement: Agreement) -> None:
+    sentence = "the coordinator sent a model whose " + "layer." * 40 + "weight is not that of the regmean candidate"
+    assert f"\n  {sentence}\n" in explained(agreement, wrong=(sentence,))
+    said = explained(agreement, wrong=("\x1b[2J\u202e" + "x" * 10_000,))
+    assert "\\x1b[2J\\u202exxx" in said
+    assert max(map(len, said.splitlines())) < 410
 
 
 # --- 115: what a coordinator keeps ---

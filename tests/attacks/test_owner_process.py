@@ -534,7 +534,7 @@ def test_46_metrics_of_a_candidate_that_was_never_taken_whole(
     with monkeypatch.context() as patch:
         patch.setattr(OwnerState, "update_run", die_before_it_is_noted)
         with pytest.raises(KeyboardInterrupt):
-            process.send("hotel", replace(sent[-1], payload=sent[-1].payload + 0.5))
+            process.send("hotel", part_of(process.parties, slots[-1], sent[-1].payload + 0.5))
     metrics = process.schedule.find("metrics", split="test")
     with pytest.raises(RemoteProtocolError, match="fisher candidate for test is due"):
         process.send("hotel", process.open_sum(1, metrics, [delivered_by(part) for part in sent]))

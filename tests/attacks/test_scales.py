@@ -192,6 +192,7 @@ def test_51_scales_that_nobody_agreed_on(parties: Parties, evil: Coordinator) ->
         part=0,
         parts=1,
         payload=np.zeros(3, np.float32),
+        signature=bytes(64),
     )
     with pytest.raises(RemoteProtocolError, match="sent a scales at position 1, which is for"):
         in_64.send("hotel", scales)

@@ -104,8 +104,9 @@ def test_100_no_string_of_a_message_hides_anything() -> None:
     for name, check in _CHECKS.items():
         assert not [hidden for hidden in HIDDEN if check(f"regmean{hidden}") or check(hidden)], name
     fields: dict[str, Any] = {"run": "a" * 64, "agreement_digest": "b" * 64, "position": 0, "part": 0, "parts": 1}
+    fields |= {"payload": np.zeros(1, np.float32), "signature": bytes(64)}
     with pytest.raises(LocalProtocolError, match="model is malformed"):
-        CandidatePart(**fields, model="regmean\u202e", payload=np.zeros(1, np.float32))
+        CandidatePart(**fields, model="regmean\u202e")
 
 
 # --- 101: the consent screen ---

@@ -270,6 +270,7 @@ def test_76_a_false_share_of_a_check_names_nobody_and_costs_no_checkpoint(traine
         channel, again = ZeroShares(parties.files), ZeroShares(parties.files)
         with pytest.raises(FalseTotal, match="do not add up to zero: an owner sent a false share") as error:
             run_merge(parties.coordinator, channel)
+        assert error.value.exit_code == 5
         with pytest.raises(FalseTotal):
             run_merge(parties.coordinator, again)
         assert not any(Owner(path).state.evidence(parties.agreement.digest()) for path in parties.files.values())

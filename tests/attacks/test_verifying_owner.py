@@ -5,6 +5,7 @@ succeeded, so the owner refused those and nothing else.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from client import verification
 from client.owner import Owner
 from client.state import ReceivedRecord
+from client.verification import check_no_evidence
 from common.agreement import Agreement
 from common.certificates import Delivered, deliveries_digest, nonce_body, nonces_digest, result_body
 from common.domain_separation import Domain
-from common.errors import AmalgramError, ConsentError, LocalProtocolError, RemoteProtocolError
+from common.errors import AmalgramError, ConsentError, LocalProtocolError, RemoteProtocolError, WrongModel
 from common.identity import Identity, verify
 from common.mapped import sha256_of
 from common.messages import (
@@ -41,14 +43,15 @@ from common.messages import (
     UploadsOpened,
 )
 from common.packed import packed, unpacked
-from common.publication import read_publication
+from common.publication import Publication, read_publication
 from common.schedule import Round, Schedule, schedule_of
 from common.summation.pairwise import public_key
 from common.summation.protocol import SessionOver, Total
 from common.summation.records import Nonce, Signed
+from deploy.cli import cli
 from server.coordinator import Coordinator
 from server.merge import run_merge
-from tests.support.owner_process import RUN, fast_forward, opening_of, roll_call
+from tests.support.owner_process import RUN, delivered_by, fast_forward, opening_of, roll_call, signed_delivery
 from tests.support.parties import OwnersChannel, Parties, one_may_drop_out, parties_of, parties_with_method
 
 FIRST = 0  # the node of the owner that is attacked
@@ -101,11 +104,8 @@ class TryingChannel(OwnersChannel):
     def signed(self, request: CorrectionPart, nonces: bytes) -> CorrectionPart:
         """The same corrections as if they followed from other nonces, which the coordinator signs."""
         numbers = unpacked(request.payload, self.schedule.delivery_at(request.position, "correction").layout.size)
-        last = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(numbers))
-        body = bytes.fromhex(deliveries_digest([*self.owner.state.run.delivered, last]))
-        coordinator = self.parties.identities["coordinator"]
-        signature = coordinator.sign(Domain.SIGN_DELIVERIES, bytes.fromhex(request.run), body)
-        return replace(request, nonces=nonces, signature=signature)
+        sent = Delivered(position=request.position, model=nonces_digest(nonces), digest=sha256_of(numbers))
+        return replace(request, nonces=nonces, signature=signed_delivery(self.parties, sent, request.run))
 
     def opening(self, position: int) -> OpenSum:
         owner = self.owner
@@ -310,7 +310,8 @@ def test_124_a_model_that_only_one_owner_is_sent(trying: TryingChannel, monkeypa
 
     def backdoor(request: Message) -> Message:
         if isinstance(request, CandidatePart):
-            return replace(request, payload=request.payload * np.float32(1.0001))
+            changed = replace(request, payload=request.payload * np.float32(1.0001))
+            return replace(changed, signature=signed_delivery(trying.parties, delivered_by(changed), request.run))
         if isinstance(request, CorrectionPart):
             nonces = Nonce.unpack_all(request.nonces)
             return trying.signed(request, Nonce.pack_all(nonces))
@@ -492,26 +493,51 @@ def test_213_shares_that_have_changed_do_not_leave_under_the_same_masks(trying: 
     assert len(trying.tried) == 1
 
 
-def test_126_metrics_that_are_not_the_totals_are_not_signed(trying: TryingChannel) -> None:
-    identity = trying.parties.identities["coordinator"]
-
+def test_126_a_result_for_other_owners_than_those_that_verified_is_not_signed(trying: TryingChannel) -> None:
     def before_result(request: Message) -> Iterator[Attempt]:
         assert isinstance(request, Result)
         publication = read_publication(request.publication)
-        better = {name: mean.model_copy(update={"accuracy": 1.0}) for name, mean in publication.test.items()}
-        for changes, error, says in (
-            ({"test": better}, ConsentError, "other test metrics than the totals that this owner added up"),
-            ({"owners": publication.owners[:2]}, RemoteProtocolError, "other owners than those"),
-        ):
-            content = publication.model_copy(update=changes).canonical_bytes()
-            digest = deliveries_digest(trying.owner.state.run.delivered)
-            body = result_body(trying.parties.agreement, request.model, request.model_digest, digest, content)
-            signature = identity.sign(Domain.SIGN_RESULT, bytes.fromhex(request.run), body)
-            yield Attempt(replace(request, publication=content, signature=signature), error, says)
+        fewer = publication.model_copy(update={"owners": publication.owners[:2]})
+        yield Attempt(false_result(trying, request, fewer), RemoteProtocolError, "other owners than those")
 
     trying.attempts = {Result: before_result}
     run_merge(trying.parties.coordinator, trying)
-    assert len(trying.tried) == 2
+    assert len(trying.tried) == 1
+
+
+@pytest.mark.parametrize("lie", ["metrics", "model"])
+def test_126_a_result_that_is_not_what_was_verified_is_kept_with_its_signature(
+    trying: TryingChannel, capsys: pytest.CaptureFixture[str], lie: str
+) -> None:
+    sent: list[Result] = []
+
+    def falsify(request: Message) -> Message:
+        if isinstance(request, Result):
+            other = replace(request, model_digest="ab" * 32)
+            model = false_result(trying, other, read_publication(request.publication))
+            sent.append(model if lie == "model" else false_metrics(trying, request))
+            return sent[0]
+        return request
+
+    trying.falsify = falsify
+    with pytest.raises(WrongModel, match="the result that the coordinator signed is not what the owners verified"):
+        run_merge(trying.parties.coordinator, trying)
+    assert not (trying.parties.output / "model").exists()
+    assert not trying.owner.ledger.has_signed
+    capsys.readouterr()
+    assert cli(["verify", str(trying.parties.files["hotel"])], standalone_mode=False) == WrongModel.exit_code
+    said = capsys.readouterr().out
+    assert "the coordinator signed a result that is not what the owners verified" in said
+    assert f"The result names average, SHA-256 {sent[0].model_digest}.\n" in said
+    assert "The coordinator's signature under it is valid." in said
+    if lie == "model":
+        assert "\n  the coordinator published another model than the one that this owner tested\n" in said
+        assert re.search("\n  tested was average, SHA-256 [0-9a-f]{64}\n", said)
+    else:
+        assert re.search(r"test, average: it says accuracy 1\.0000, .*; this owner added up accuracy 0\.[0-9]{4}", said)
+    assert "What this owner tested and added up is its own word" in said
+    with pytest.raises(WrongModel, match="the result that the coordinator signed"):
+        check_no_evidence(trying.owner)
 
 
 def test_126_totals_that_an_owner_is_not_shown_are_not_signed(
@@ -534,8 +560,12 @@ def false_metrics(trying: TryingChannel, request: Result) -> Result:
     """The result with an accuracy of 1.0 for every model, as the coordinator signs it."""
     publication = read_publication(request.publication)
     better = {name: mean.model_copy(update={"accuracy": 1.0}) for name, mean in publication.test.items()}
-    content = publication.model_copy(update={"test": better}).canonical_bytes()
-    digest = deliveries_digest(trying.owner.state.run.delivered)
+    return false_result(trying, request, publication.model_copy(update={"test": better}))
+
+
+def false_result(trying: TryingChannel, request: Result, publication: Publication) -> Result:
+    """The result with another publication, as the coordinator signs it."""
+    content, digest = publication.canonical_bytes(), deliveries_digest(trying.owner.state.run.delivered)
     body = result_body(trying.parties.agreement, request.model, request.model_digest, digest, content)
     signature = trying.parties.identities["coordinator"].sign(Domain.SIGN_RESULT, bytes.fromhex(request.run), body)
     return replace(request, publication=content, signature=signature)

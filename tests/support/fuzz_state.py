@@ -118,7 +118,7 @@ SIDE: dict[str, Any] = saved_state.to_json(SavedMaskedOwner, SavedMaskedOwner(ma
 OWNER_RUN: dict[str, Any] = {
     "run": DIGEST,
     "agreement_digest": DIGEST,
-    "received": [{"position": 1, "model": "m", "digest": DIGEST}],
+    "received": [{"position": 1, "model": "m", "digest": DIGEST, "signature": SIGNATURE}],
     "result": {
         "model": "m",
         "model_digest": DIGEST,

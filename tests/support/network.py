@@ -129,11 +129,13 @@ class Command:
 
 
 @contextmanager
-def running(*arguments: str | Path) -> Iterator[Command]:
-    """`amalgram ARGUMENTS`, ended with SIGTERM when the block is left; then nothing of it may be left running."""
+def running(*arguments: str | Path, **environment: str) -> Iterator[Command]:
+    """`amalgram ARGUMENTS`, with this in its environment, ended with SIGTERM when the block is left; then nothing of it
+    may be left running.
+    """
     log = Path(arguments[-1]).with_suffix(f".{arguments[0]}.{time.monotonic_ns()}.log")
     with log.open("wb") as output:
-        process = fork(arguments, Path.cwd(), {"COLUMNS": "300"}, output.fileno(), output.fileno())
+        process = fork(arguments, Path.cwd(), {"COLUMNS": "300"} | environment, output.fileno(), output.fileno())
         started = Command(process, log)
         try:
             yield started

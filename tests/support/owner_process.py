@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.owner import Owner
-from common.certificates import Delivered, deliveries_digest
+from common.certificates import Delivered, deliveries_digest, delivery_body
+from common.domain_separation import Domain
 from common.messages import (
     PROTOCOL_VERSION,
     CandidatePart,
@@ -54,6 +55,9 @@ def part_of(
 ) -> DeliveryPart:
     """The one part of a delivery; without a vector, of zeros: a model without any change."""
     payload = np.zeros(delivery.layout.size, dtype=np.float32) if vector is None else vector
+    has_name = delivery.kind in ("candidate", "mixture")
+    name = (delivery.names[0] if model is None else model) if has_name else ""
+    delivered = Delivered(position=delivery.position, model=name, digest=digest_of(payload))
     common = {
         "run": run,
         "agreement_digest": parties.agreement.digest(),
@@ -61,18 +65,28 @@ def part_of(
         "part": 0,
         "parts": 1,
         "payload": payload,
+        "signature": signed_delivery(parties, delivered, run),
     }
-    if delivery.kind in ("candidate", "mixture"):
+    if has_name:
         named = CandidatePart if delivery.kind == "candidate" else MixturePart
-        return named(**common, model=delivery.names[0] if model is None else model)  # type: ignore[arg-type]
+        return named(**common, model=name)  # type: ignore[arg-type]
     return PART_OF[delivery.kind](**common)  # type: ignore[arg-type]
 
 
 def delivered_by(part: DeliveryPart) -> Delivered:
     """What an owner notes of a delivery that came in one part."""
     model = part.model if isinstance(part, CandidatePart | MixturePart) else ""
-    digest = hashlib.sha256(np.ascontiguousarray(part.payload).data).hexdigest()
-    return Delivered(position=part.position, model=model, digest=digest)
+    return Delivered(position=part.position, model=model, digest=digest_of(part.payload))
+
+
+def digest_of(vector: NDArray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(vector).data).hexdigest()
+
+
+def signed_delivery(parties: Parties, delivered: Delivered, run: str = RUN) -> bytes:
+    """The coordinator's signature under something that it sends."""
+    body = delivery_body(parties.agreement.digest(), delivered)
+    return parties.identities["coordinator"].sign(Domain.SIGN_DELIVERY, bytes.fromhex(run), body)
 
 
 def fast_forward(owner: Owner, position: int) -> None:
