@@ -377,7 +377,8 @@ def test_131_nothing_is_drawn_for_a_check_while_an_earlier_one_is_pending(traine
         fast_forward(owner, first.position)
         drawn = draw(first.position)
         fast_forward(owner, second.position)  # as if it had come back after sums that it may miss
-        owner.state.update_run(received=(ReceivedRecord(position=second.position, model="", digest="ab" * 32),))
+        record = ReceivedRecord(position=second.position, model="", digest="ab" * 32, signature="")
+        owner.state.update_run(received=(record,))
         for position in (second.position, second.position + 1):  # for a nonce, and for a key
             with pytest.raises(RemoteProtocolError, match=f"has not added up the check at {first.position + 1}"):
                 draw(position)
