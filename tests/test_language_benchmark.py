@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.language import KINDS, Mould, Owned, ahead, kept, per_token, scores_of, swapped, thirds_of
-from benchmarks.tiny_language import tokenizer_of
+from benchmarks.tiny_language import TABLE, tables_of, tokenizer_of
 from client.data.rows import IGNORED, Rows
 
 TEXTS = ["a short text", "another text, which is longer than the first one", "a third", "the last of the texts here"]
@@ -90,6 +90,21 @@ def test_swapping_every_part_makes_the_merge_of_an_own_model() -> None:
     lead = np.mean([per_token(merged[name]) - per_token(scores_of([owners[name]], tests)[0][name]) for name in KINDS])
     assert found["none"]["average"] == [0, 0]
     assert found["all"]["average"][0] == pytest.approx(lead, abs=1e-4)
+
+
+def test_a_merged_table_keeps_what_owners_agree_on_and_weighs_what_one_of_them_changed() -> None:
+    base = model_of(0)
+    owners = {name: model_of(0) for name in KINDS}
+    with torch.no_grad():
+        for number, model in enumerate(owners.values()):
+            model.get_parameter(TABLE)[2] += 1.0  # a word that all change alike
+            model.get_parameter(TABLE)[3 + number] += 2.0  # a word of its own
+    own = {name: Mould(base).delta_of(model) for name, model in owners.items()}
+    tables = tables_of(owners, own, {name: rows_of(TEXTS) for name in KINDS})
+    weighted = tables.pop("each word's mean, weighted by the squared size of its changes")
+    assert weighted[3:6].numpy() == pytest.approx(np.full((3, 16), 2.0), rel=1e-3)
+    assert tables["RegMean, on the inputs of the output layer"][2].numpy() == pytest.approx(np.ones(16), rel=1e-3)
+    assert tables["the sum"][:6].mean(1).tolist() == pytest.approx([0, 0, 3, 2, 2, 2])
 
 
 def test_a_third_of_a_model_is_a_third_of_its_blocks() -> None:
