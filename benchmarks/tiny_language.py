@@ -62,6 +62,7 @@ FROM_SCRATCH = Training(epochs=2, learning_rate=3e-3, batch_size=32, schedule="l
 FINE_TUNING = Training(epochs=2, learning_rate=1e-3, batch_size=32, schedule="linear")
 RIDGES = (1.0, 10.0)  # of data_free, by the formulas alone; the run has 0.1
 TABLE = "model.embed_tokens.weight"
+TAKEN_APART = ("average", "regmean", "data_free")  # merges
 MENDED = ("average", "regmean")  # merges that other tables are tried in
 METHODS = (
     "regmean",
@@ -207,6 +208,7 @@ def run_of(data: Path, room: Path, seed: int, rows: int, texts: int, clock: Cloc
         shares = dict.fromkeys(owners, 1 / len(owners))
         for ridge in RIDGES:
             merges[f"data_free, ridge {ridge:g}"] = data_free_deltas(owners, shares, mould.at({}), ridge)
+    apart = {name: merges[name] for name in TAKEN_APART}
     say(f"seed {seed}: judging")
     with clock.of("judging"):
         *scores, ensemble = scores_of(list(owners.values()), tests)
@@ -217,8 +219,8 @@ def run_of(data: Path, room: Path, seed: int, rows: int, texts: int, clock: Cloc
             "own": owned.alone(),
             "models": {name: owned.compared(each, judged["average"]) for name, each in judged.items()},
             "kept": {name: kept(delta, own) for name, delta in merges.items()},
-            "scaled": scaled(mould, merges, some),
-            "swapped": swapped(mould, own, merges, parts_of(base), some),
+            "scaled": scaled(mould, apart, some),
+            "swapped": swapped(mould, own, apart, parts_of(base), some),
             "mended": mended(mould, tables_of(owners, own, train), merges, tests),
             **interference(mould, own, {name: first(rows, 30) for name, rows in tests.items()}),
         }
