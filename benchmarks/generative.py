@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,7 @@ from benchmarks.language import (
     Scores,
     comparison_table,
     first,
-    interference,
-    kept,
     merged_by_the_product,
-    mixing,
     part_table,
     rows_of,
     scale_table,
@@ -66,7 +64,6 @@ RECIPE = Training(epochs=2, learning_rate=2e-3, batch_size=4, lora_rank=8, lora_
 TABLES = {
     "merge": {"layers": [f"*.{name}" for name in LORA_LAYERS]},
     "regmean": {"alphas": [0.9], "measured_examples": 100},
-    "task_arithmetic": {"scales": [0.5]},
 }
 
 
@@ -87,7 +84,7 @@ class Owners:
 OWN_SEEDS = Owners(
     "seeds of their own",
     (0, 1, 2),
-    ("regmean", "average", "data_free", "task_arithmetic"),
+    ("regmean", "average", "data_free"),
     (1.0, 10.0, 100.0),
     is_taken_apart=True,
 )
@@ -153,22 +150,23 @@ class Bench:
     def found(self, owners: Owners, room: Path) -> dict[str, Any]:
         """What the page says of these owners."""
         folders = self.own_models(owners)
-        models = {name: load_base(each, TASK, seed=0) for name, each in folders.items()}
-        own = {name: self.mould.delta_of(model) for name, model in models.items()}
-        *scores, ensemble = self._judged(f"own models, {owners.began}", lambda: list(models.values()))
+        models = cache(lambda: {name: load_base(each, TASK, seed=0) for name, each in folders.items()})
+        *scores, ensemble = self._judged(f"own models, {owners.began}", lambda: list(models().values()))
         judged = {"base": self._judged("base", lambda: [self.mould.at({})])[0], "ensemble": ensemble}
-        merges = self.merges(owners, folders, room)
-        shares = dict.fromkeys(models, 1 / len(models))
-        for ridge in owners.ridges:
-            merges[f"data_free, ridge {ridge:g}"] = data_free_deltas(models, shares, self.mould.at({}), ridge)
-        for name, delta in merges.items():
+        for name, delta in self.merges(owners, folders, room).items():
             judged[name] = self._judged(f"{name}, {owners.began}", lambda delta=delta: [self.mould.at(delta)])[0]
-        owned = Owned(dict(zip(models, scores, strict=True)))
+        shares = dict.fromkeys(KINDS, 1 / len(KINDS))
+        for ridge in owners.ridges:
+
+            def merged(ridge: float = ridge) -> list[PreTrainedModel]:
+                return [self.mould.at(data_free_deltas(models(), shares, self.mould.at({}), ridge))]
+
+            name = f"data_free, ridge {ridge:g}"
+            judged[name] = self._judged(f"{name}, {owners.began}", merged)[0]
+        owned = Owned(dict(zip(folders, scores, strict=True)))
         found = {
             "own": owned.alone(),
             "models": {name: owned.compared(each, judged["average"]) for name, each in judged.items()},
-            "kept": {name: kept(delta, own) for name, delta in merges.items()},
-            **interference(self.mould, own, self.tests_apart),
         }
         return found | (self.apart(owners, models) if owners.is_taken_apart else {})
 
@@ -195,8 +193,18 @@ class Bench:
         merges: dict[str, Delta] = torch.load(made / MERGES)
         return merges
 
-    def apart(self, owners: Owners, models: Mapping[str, PreTrainedModel]) -> dict[str, Any]:
+    def apart(self, owners: Owners, models: Callable[[], Mapping[str, PreTrainedModel]]) -> dict[str, Any]:
         """Two merges, by the formulas alone: scaled, and taken into own models by part."""
+        folder = self.made / f"parts, {owners.began}"
+        if not (folder / SECONDS).exists():
+            say("taking merges apart")
+            folder.mkdir(exist_ok=True)
+            with timed(folder, "taking apart"):
+                (folder / "parts.json").write_text(json.dumps(self._take_apart(models())))
+        found: dict[str, Any] = json.loads((folder / "parts.json").read_text())
+        return found
+
+    def _take_apart(self, models: Mapping[str, PreTrainedModel]) -> dict[str, Any]:
         shares = dict.fromkeys(models, 1 / len(models))
         own = {name: self.mould.delta_of(model) for name, model in models.items()}
         names = own["news"].keys()
@@ -210,18 +218,10 @@ class Bench:
             **thirds_of(names, BLOCKS),
             "all": frozenset(names),
         }
-        folder = self.made / f"parts, {owners.began}"
-        if not (folder / SECONDS).exists():
-            say("taking merges apart")
-            folder.mkdir(exist_ok=True)
-            with timed(folder, "taking apart"):
-                found = {
-                    "scaled": scaled(self.mould, merges, self.tests_apart),
-                    "swapped": swapped(self.mould, own, merges, parts, self.tests_apart),
-                }
-                (folder / "parts.json").write_text(json.dumps(found))
-        results: dict[str, Any] = json.loads((folder / "parts.json").read_text())
-        return results
+        return {
+            "scaled": scaled(self.mould, merges, self.tests_apart),
+            "swapped": swapped(self.mould, own, merges, parts, self.tests_apart),
+        }
 
 
 def run(work: Path, data: Path, rows: int, texts: int) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         + ".",
     ]
     for began, found in results["owners"].items():
-        lines += ["", f"## Adapters with {began}", "", *comparison_table(found), "", *mixing(found)]
+        lines += ["", f"## Adapters with {began}", "", *comparison_table(found)]
         if "scaled" in found:
             lines += _apart(found)
     return "\n".join(lines) + "\n"
