@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ MERGES, SCORES = "merges.pt", "scores.pt"
 LORA_LAYERS = ("q_proj", "v_proj")
 BLOCKS = 30
 RECIPE = Training(epochs=2, learning_rate=2e-3, batch_size=4, lora_rank=8, lora_layers=LORA_LAYERS)
-TABLES = {
+TABLES: dict[str, dict[str, Any]] = {
     "merge": {"layers": [f"*.{name}" for name in LORA_LAYERS]},
     "regmean": {"alphas": [0.9], "measured_examples": 100},
 }
@@ -154,7 +154,7 @@ class Bench:
         *scores, ensemble = self._judged(f"own models, {owners.began}", lambda: list(models().values()))
         judged = {"base": self._judged("base", lambda: [self.mould.at({})])[0], "ensemble": ensemble}
         for name, delta in self.merges(owners, folders, room).items():
-            judged[name] = self._judged(f"{name}, {owners.began}", lambda delta=delta: [self.mould.at(delta)])[0]
+            judged[name] = self._judged(f"{name}, {owners.began}", partial(self._at, delta))[0]
         shares = dict.fromkeys(KINDS, 1 / len(KINDS))
         for ridge in owners.ridges:
 
@@ -169,6 +169,9 @@ class Bench:
             "models": {name: owned.compared(each, judged["average"]) for name, each in judged.items()},
         }
         return found | (self.apart(owners, models) if owners.is_taken_apart else {})
+
+    def _at(self, delta: Delta) -> list[PreTrainedModel]:
+        return [self.mould.at(delta)]
 
     def _judged(self, name: str, models: Callable[[], list[PreTrainedModel]]) -> list[Scores]:
         """As scores_of. Scores are kept, so that an interrupted run resumes."""

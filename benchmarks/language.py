@@ -5,7 +5,7 @@ are the product's own, by a plain sum, so nothing is verified.
 """
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,7 +225,7 @@ def swapped(
     for part, names in parts.items():
         found[part] = {}
         for merge, delta in merges.items():
-            after = {}
+            after: Scores = {}
             for name in KINDS:
                 taken = {each: tensor for each, tensor in delta.items() if each in names}
                 after |= scores_of([mould.at(own[name] | taken)], {name: tests[name]})[0]
@@ -258,9 +258,9 @@ def interference(mould: Mould, own: Mapping[str, Delta], tests: Mapping[str, Row
             for each, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and f"{each}.weight" in own[name]
         }
-        squares: Counter[tuple[str, str]] = Counter()
+        squares: defaultdict[tuple[str, str], float] = defaultdict(float)
 
-        def see(layer: str, inputs: Tensor, squares: Counter[tuple[str, str]] = squares) -> None:
+        def see(layer: str, inputs: Tensor, squares: defaultdict[tuple[str, str], float] = squares) -> None:
             for owner, delta in own.items():
                 squares[owner, layer] += float((inputs @ delta[f"{layer}.weight"].T).square().sum())
 
