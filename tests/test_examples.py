@@ -62,7 +62,7 @@ def test_two_folders_are_summed_plainly_and_that_is_said_loudly(
 
 
 @pytest.mark.usefixtures("own_log")
-def test_what_is_wrong_is_said_in_one_line(
+def test_what_is_wrong_is_said_with_what_to_do(
     reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,8 @@ def test_what_is_wrong_is_said_in_one_line(
     monkeypatch.setattr(sys, "argv", ["merge_folders.py", *arguments])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "examples" / "merge_folders.py"), run_name="__main__")
-    assert str(end.value) == f"error: {tmp_path}/no.jsonl: no such file"
+    hint = "check the path; one in a settings file is relative to that file"
+    assert str(end.value) == f"error: {tmp_path}/no.jsonl: no such file\nhint: {hint}"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def find_sources(path: Path) -> list[Source]:
         names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
             f"{path}: no such file",
-            hint=did_you_mean(path.name, names) or "paths are relative to the settings file that names them",
+            hint=did_you_mean(path.name, names) or "check the path; one in a settings file is relative to that file",
         )
     found = sorted(map(Path, glob(str(path))))
     if not found:
