@@ -405,7 +405,8 @@ class Workbench(Holdings):
             terms = replace(terms, grams=grams, gram_examples=len(rows))
         if Measurement.FISHER in wanted:
             rows = self.drawn(train, wanted[Measurement.FISHER])
-            fisher = Halving(1).run(lambda: measure_fisher(own.model, rows, self.agreement.seed, self.passes))
+            seed, names = self.agreement.seed, self.plan.changed
+            fisher = Halving(1).run(lambda: measure_fisher(own.model, rows, seed, self.passes, names))
             terms = replace(terms, fisher=fisher, fisher_examples=len(rows))
         if Measurement.CLASS_SHARES in wanted:
             rows = self.drawn(train, wanted[Measurement.CLASS_SHARES])

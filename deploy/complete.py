@@ -352,7 +352,7 @@ def _measured_bounds(
     grams = [_power_of_two(headroom * value) for value in _largest_gram_entries(base, probe, plan)]
     fisher: tuple[float, ...] = ()
     if Measurement.FISHER in measurements(draft.methods, draft.tables):
-        squares = measure_fisher(base, probe, draft.seed)
+        squares = measure_fisher(base, probe, draft.seed, names=plan.changed)
         highest = {name: float(squares[name].max()) for name in plan.changed}
         everywhere = max(highest.values())  # stands in for tensors that the probe did not reach
         fisher = tuple(_power_of_two(headroom * (highest[name] or everywhere)) for name in plan.changed)

@@ -79,3 +79,14 @@ def test_the_same_seed_gives_the_same_fisher() -> None:
 @pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.self.query.weight", "classifier.weight"])
 def test_fisher_is_never_negative(name: str) -> None:
     assert (measure_fisher(tiny_bert(), rows_of(4), seed=0)[name] >= 0).all()
+
+
+def test_of_named_parameters_alone_it_is_the_same_to_the_bit() -> None:
+    model, rows, names = (
+        tiny_bert(),
+        rows_of(3),
+        ("classifier.weight", "bert.encoder.layer.1.attention.self.query.weight"),
+    )
+    whole, some = measure_fisher(model, rows, seed=2), measure_fisher(model, rows, seed=2, names=names)
+    assert set(some) == set(names)
+    assert all(torch.equal(some[name], whole[name]) for name in names)

@@ -7,6 +7,8 @@ the sum over them, and so it is over several labels or targets (losses.py). The 
 squared gradients of a whole batch would be another quantity. Labels are not used.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,14 +20,22 @@ from client.measurement.passes import ON_CPU, Passes
 from client.measurement.placement import placed
 
 
-def measure_fisher(model: PreTrainedModel, rows: Rows, seed: int, passes: Passes = ON_CPU) -> dict[str, Tensor]:
-    """F by parameter name, float32, summed over the examples of `rows`. All of the model must fit on the device."""
+def measure_fisher(
+    model: PreTrainedModel, rows: Rows, seed: int, passes: Passes = ON_CPU, names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """F by parameter name, float32, summed over the examples of `rows`. All of the model must fit on the device.
+
+    `names`: only of these parameters, such as the few that adapters change.
+    """
     with placed(model, passes.device, whole=True):
-        return {name: summed.cpu() for name, summed in _measure(model, rows, seed, passes).items()}
+        return {name: summed.cpu() for name, summed in _measure(model, rows, seed, passes, names).items()}
 
 
-def _measure(model: PreTrainedModel, rows: Rows, seed: int, passes: Passes) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
+def _measure(
+    model: PreTrainedModel, rows: Rows, seed: int, passes: Passes, names: Sequence[str] | None
+) -> dict[str, Tensor]:
+    wanted = None if names is None else set(names)
+    parameters = {name: each for name, each in model.named_parameters() if wanted is None or name in wanted}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(seed)  # of the CPU, so that every device draws the same labels
     for index in range(len(rows)):
