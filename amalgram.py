@@ -88,8 +88,9 @@ def simulate(
 ) -> Merged:
     """Merge the consortium in `folder`, which `amalgram simulate --init` writes a pattern of.
 
-    `output`: a new folder, or an earlier output, which is replaced; left out, `folder/output`. `progress`: show one bar
-    on standard error. `engine` and `with_references` are those of the command.
+    `output`: a new folder, or an earlier output, whose result stays until there is a new one; left out,
+    `folder/output`. `progress`: show one bar on standard error. `engine` and `with_references` are those of the
+    command.
 
     Raises an AmalgramError (common/errors.py), within a second or two if settings or files are wrong. An interrupted
     run resumes when this is called again on the same folders.

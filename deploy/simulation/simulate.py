@@ -39,8 +39,8 @@ def simulate(
 
     folder           holds `agreement.toml` (a draft is enough) and one settings file per owner, `<name>.toml` or
                      `<name>/owner.toml`; `amalgram simulate --init` writes a pattern
-    output           where the results go: a new folder, or an earlier output, which is replaced; left out,
-                     `folder/output`
+    output           where the results go: a new folder, or an earlier output, whose result stays until there is a new
+                     one; left out, `folder/output`
     engine           who carries the messages: "in-process"; "network", a server and a client for each owner over TLS,
                      as in a real merge; or "ray", Flower's simulation engine. The merged model is the same
     with_references  add to the report what only somebody who holds all models and rows can know (references.py)
