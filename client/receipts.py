@@ -38,19 +38,9 @@ def sign_result(owner: OwnerContext, message: Result) -> Message:
         _check_was_tested(owner, message, publication)
     body = body_of(owner.agreement, message)
     owner.ledger.sign_result(body.hex())
-    owner.state.update_run(result=_record_of(message))
+    owner.state.update_run(result=ResultRecord.of(message))
     signature = owner.identity.sign(Domain.SIGN_RECEIPT, bytes.fromhex(message.run), body)
     return ResultReceived(run=message.run, owner=owner.name, signature=signature)
-
-
-def _record_of(message: Result) -> ResultRecord:
-    return ResultRecord(
-        model=message.model,
-        model_digest=message.model_digest,
-        deliveries_digest=message.deliveries_digest,
-        publication=message.publication.decode(),
-        signature=message.signature.hex(),
-    )
 
 
 def _check_was_tested(owner: OwnerContext, message: Result, publication: Publication) -> None:
@@ -155,7 +145,7 @@ def _check_totals(owner: OwnerContext, message: Result, publication: Publication
 def _condemn(owner: OwnerContext, message: Result, wrong: list[str]) -> NoReturn:
     """Keep the result, which the coordinator signed, and answer nothing more."""
     run = owner.state.run
-    condemn(owner, run, wrong, result=_record_of(message), totals=run.totals)
+    condemn(owner, run, wrong, result=ResultRecord.of(message), totals=run.totals)
 
 
 def _check_mixtures(owner: OwnerContext, publication: Publication) -> None:

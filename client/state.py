@@ -144,6 +144,27 @@ class ResultRecord(Record):
     publication: str
     signature: Hex
 
+    @classmethod
+    def of(cls, message: Result) -> "ResultRecord":
+        return cls(
+            model=message.model,
+            model_digest=message.model_digest,
+            deliveries_digest=message.deliveries_digest,
+            publication=message.publication.decode(),
+            signature=message.signature.hex(),
+        )
+
+    def in_run(self, run: str) -> Result:
+        """The message that this is kept of."""
+        return Result(
+            run=run,
+            model=self.model,
+            model_digest=self.model_digest,
+            deliveries_digest=self.deliveries_digest,
+            publication=self.publication.encode(),
+            signature=bytes.fromhex(self.signature),
+        )
+
 
 class RunState(Record):
     """How far a run is. `begun`: the position in the schedule of the last event; `is_complete`: whether it is over.
@@ -182,17 +203,7 @@ class RunState(Record):
 
     def signed_result(self) -> Result | None:
         """The result that the coordinator sent; None if it has not arrived."""
-        if self.result is None:
-            return None
-        kept = self.result
-        return Result(
-            run=self.run,
-            model=kept.model,
-            model_digest=kept.model_digest,
-            deliveries_digest=kept.deliveries_digest,
-            publication=kept.publication.encode(),
-            signature=bytes.fromhex(kept.signature),
-        )
+        return None if self.result is None else self.result.in_run(self.run)
 
 
 class Consent(Record):

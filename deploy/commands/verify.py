@@ -27,7 +27,6 @@ from common.agreement import Agreement
 from common.certificates import check_delivery, check_result
 from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
 from common.identity import fingerprint
-from common.messages import Result
 from common.metrics import OWN_AT_HOME, worst_accuracy
 from common.models.adapter import ADAPTER_CONFIG
 from common.models.files import digest_of_file
@@ -340,14 +339,7 @@ def _what_it_should_be(evidence: Evidence) -> Iterator[str]:
 def _about_the_result(agreement: Agreement, evidence: Evidence, result: ResultRecord) -> Iterator[str]:
     """What the coordinator signed in the end, beside what this owner added up."""
     yield f"The result names {_quoted(result.model)}, SHA-256 {_quoted(result.model_digest)}."
-    signed = Result(
-        run=evidence.run,
-        model=result.model,
-        model_digest=result.model_digest,
-        deliveries_digest=result.deliveries_digest,
-        publication=result.publication.encode(),
-        signature=bytes.fromhex(result.signature),
-    )
+    signed = result.in_run(evidence.run)
     try:
         check_result(agreement, signed)  # check: evidence-of-a-result-is-signed
         yield "The coordinator's signature under it is valid."
