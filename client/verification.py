@@ -8,7 +8,7 @@ model wrong keeps a record of it, forgets the run and answers nothing more under
 import hashlib
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -337,13 +337,18 @@ def shares(owner: OwnerContext, round_: Round, keys_digest: bytes) -> Iterator[t
         blind=bytes.fromhex(drawn.blind),
         sent=np.array(owner.state.open_array(delivered_array(correction.position), correction.layout.size, "<f4")),
     )
-    position = correction.position
-    try:
-        for claim in round_.claims:
-            position = claim.delivery
+    for claim in round_.claims:
+        with _condemning(owner, claim.delivery):
             _check_known(owner, claim)
-            position = correction.position
+        with _condemning(owner, correction.position):
             yield from challenge.shares(claim, _delta(owner, claim.delivery), _own(owner, claim.source))
+
+
+@contextmanager
+def _condemning(owner: OwnerContext, position: int) -> Iterator[None]:
+    """Condemn the delivery at this position for what is found inside the `with` block."""
+    try:
+        yield
     except NotTheMerge as violation:
         condemn(owner, owner.state.run, [violation.message], false=(position,))
 
@@ -443,13 +448,16 @@ def condemn(owner: OwnerContext, taken: RunState, wrong: list[str], **about: obj
     )
     path = owner.state.write_evidence(taken.agreement_digest, evidence)
     owner.state.end_run()
-    raise wrong_model(path, wrong[0])
+    raise wrong_model(path, evidence)
 
 
-def wrong_model(path: Path, wrong: str = "") -> WrongModel:
-    """What an owner says of a model, or a result, that is not the merge; `path` is its record."""
-    about = f" ({wrong})" if wrong else ""
-    if _is_about_a_result(path):
+def wrong_model(path: Path, evidence: Evidence | None = None) -> WrongModel:
+    """What an owner says of a model, or a result, that is not the merge; `path` is its record. `evidence`: what it
+    holds, if it was just written.
+    """
+    about = "" if evidence is None else f" ({evidence.wrong[0]})"
+    is_result = _is_about_a_result(path) if evidence is None else evidence.result is not None
+    if is_result:
         says = f"the result that the coordinator signed is not what the owners verified{about}; nothing was signed here"
     else:
         sent = f"the model that the coordinator sent is not the merge of what was contributed{about}"
