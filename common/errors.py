@@ -146,7 +146,7 @@ def unreadable(path: Path, error: OSError) -> SettingsError:
     """What to raise, and what to do, for a party's file that cannot be opened."""
     hint = "check the path, and that this user may read it"
     if isinstance(error, FileNotFoundError):
-        made_by = WHO_WRITES.get(path.name) or next((by for end, by in WHO_WRITES.items() if path.suffix == end), "")
+        made_by = WHO_WRITES.get(path.name) or WHO_WRITES.get(path.suffix)
         hint = f"check the path{f'; {made_by}' if made_by else ''}"
     return SettingsError(f"{path}: cannot be read ({error.strerror})", hint=hint)
 

@@ -284,18 +284,18 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 
 def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
     """Whether every owner's rows can be read as a run reads them, and are the model's that it brings."""
-    models = [(each, each.look.fine_tuned) for each in owners if each.look.fine_tuned]
+    models = [(each.look.fine_tuned, each.look.own_base or base_folder) for each in owners if each.look.fine_tuned]
     if draft.task.is_text and models:
         with checks.item("tokenizers") as item:
-            told = []
-            for each, folder in models:
-                check_tokenizer(folder, each.look.own_base or base_folder)
-                told.append(_private_data(draft, base_folder, each).read_otherwise(folder))
-            item.found = "; ".join(("the same vocabulary as the base's", *filter(None, told)))
+            for folder, own_base in models:
+                check_tokenizer(folder, own_base)
+            item.found = "the same vocabulary as the base's"
     with checks.item("reading") as item:
         most = FIRST_ROWS if draft.task.is_text else FIRST_IMAGES
-        rows = sum(_private_data(draft, base_folder, each).try_reading(most) for each in owners)
-        item.found = f"{rows:,} rows read as in a run; no more is lost than [reading] allows"
+        read = [(each.look.fine_tuned, _private_data(draft, base_folder, each)) for each in owners]
+        rows = sum(data.try_reading(most) for _, data in read)
+        found = f"{rows:,} rows read as in a run; no more is lost than [reading] allows"
+        item.found = "; ".join((found, *filter(None, (data.read_otherwise(own) for own, data in read if own))))
     if draft.task.is_text:
         _check_lengths(checks, draft.task, base_folder, owners)
 
