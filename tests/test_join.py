@@ -149,7 +149,9 @@ def test_a_later_agreement_leaves_the_settings_as_they_are_and_says_what_to_chan
     first = (home / "agreement.toml").read_text()
     path = home / INVITATION
     path.write_text(path.read_text().replace("Reviews of three shops", "Again"))
+    (home / "ca.pem").unlink()  # a new one comes with the invitation
     join(INVITATION, None, None, None, None)
+    assert (home / "ca.pem").is_file()
     assert (home / "hotel.toml").read_text() == before
     assert (home / "agreement.toml").read_text() == first
     assert 'hotel.toml stays as it is: change it to agreement = "agreement-2.toml"\n' in capsys.readouterr().err

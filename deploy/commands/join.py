@@ -78,30 +78,28 @@ def join(invitation_file: Path, owner: str | None, model: str | None, train: Pat
     _check_keys(name, agreement)
     _check_certificate(invitation)
     settings, path = Path(f"{name}.toml"), _place_of(agreement)
-    digits = fingerprint(bytes.fromhex(agreement.digest()))
-    found = {"owner": name, "agreement": str(path), "fingerprint": digits}
-    consent = f"compare the fingerprint with every other owner by phone, then consent: amalgram agree {settings}"
-    if settings.exists():
-        changes = _changes(settings, path, invitation)
-        if not changes:
-            raise SettingsError(
-                f"{settings}: exists already, and is not overwritten",
-                hint=f"to join anew, move it away; to go on with it: amalgram check {settings}",
-            )
-        write_settings(path, agreement)
-        hint = f"wrote {path}; {settings} stays as it is: change it to {changes}\n"
-        hint += f"then look whether all is there: amalgram check {settings}\n{consent}"
-        answer(found | {"written": [str(path)]}, as_lines(found), hint)
-        return
+    is_new, is_filled_in = not settings.exists(), train is not None and test is not None
+    written = [str(path), str(ROOT_CERTIFICATE)]
+    if is_new:
+        written.append(str(settings))
+        to_do = f"see that the columns in {settings} are right; " if is_filled_in else f"fill in {settings}; "
+    elif changes := _changes(settings, path, invitation):
+        to_do = f"{settings} stays as it is: change it to {changes}\n"
+    else:
+        raise SettingsError(
+            f"{settings}: exists already, and is not overwritten",
+            hint=f"to join anew, move it away; to go on with it: amalgram check {settings}",
+        )
     write_settings(path, agreement)
     ROOT_CERTIFICATE.write_text(invitation.root_certificate)
-    settings.write_text(owner_settings(name, invitation, model, train, test, path))
-    written = [str(path), str(ROOT_CERTIFICATE), str(settings)]
-    is_filled_in = train is not None and test is not None
-    to_do = f"see that the columns in {settings} are right" if is_filled_in else f"fill in {settings}"
-    hint = f"wrote {', '.join(written)}\n{to_do}; then look whether all is there: amalgram check {settings}\n{consent}"
+    if is_new:
+        settings.write_text(owner_settings(name, invitation, model, train, test, path))
+    digits = fingerprint(bytes.fromhex(agreement.digest()))
+    found = {"owner": name, "agreement": str(path), "fingerprint": digits}
+    hint = f"wrote {', '.join(written)}\n{to_do}then look whether all is there: amalgram check {settings}\n"
+    hint += f"compare the fingerprint with every other owner by phone, then consent: amalgram agree {settings}"
     answer(found | {"written": written}, as_lines(found), hint)
-    if is_filled_in and sys.stdin.isatty():
+    if is_new and is_filled_in and sys.stdin.isatty():
         from deploy.commands.agree import ask_for_consent  # torch
 
         ask_for_consent(settings, yes=None, again=False)
