@@ -115,7 +115,7 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
     what = model or KINDS[type(message)].replace("_", " ")
     # Larger ones would be refused by those owners alone whose terms in the check are too large, which tells them apart.
     if not is_within(array, LARGEST_NUMBER):  # check: models-are-finite
-        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite, or beyond 2^40 ({what})")
+        raise RemoteProtocolError(f"the coordinator sent numbers that are not finite, or beyond 2^24 ({what})")
     run = owner.state.run
     delivered = Delivered(position=message.position, model=model, digest=sha256_of(array))
     if _was_taken(owner, message.position):

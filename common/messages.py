@@ -51,7 +51,7 @@ from common.names import NAME_PATTERN
 from common.tensor_layout import PART_BYTES
 from common.text import MAX_LINE, flaw, shown
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 HEX_64 = re.compile(r"[0-9a-f]{64}")
 OWNER_NAME = re.compile(NAME_PATTERN)
 MAX_PARTS = 1_000_000

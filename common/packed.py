@@ -1,7 +1,7 @@
 """Float32 numbers in fewer bytes, without loss, where their low bits are mostly zero.
 
 The first bytes of all numbers are written together, then all second ones, and so on, because bytes of one significance
-are alike. zlib then needs few bits for each. Corrections travel like this (verification.coarsened). What does not get
+are alike. zlib then needs few bits for each. Corrections travel like this (verification.steps_of). What does not get
 smaller stays as it is, so a part of a vector never exceeds what one message holds.
 """
 

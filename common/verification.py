@@ -38,26 +38,26 @@ each group of its rows if it is large (`group_rows`),
 
     v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 7), the size of the terms; if B_i is a difference,
                                                              of both its terms
-    S_i = 2^15 max_k (a |v_ik|_2 + |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
+    S_i = 2^15 max_k (a |v_ik|_2 + h |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
 and adds S_i to the sum, times a secret factor from 1 to 2 (`blinding`). Honest parties are off by
 
     2^-48 v twice                       R and c are rounded to float32, 24 bits below D
-    min(t / 4, 2^-45) v                 what the coordinator leaves out of c, so that it takes fewer bytes (`coarsened`)
+    g v                                 what the coordinator leaves out of c, so that it takes fewer bytes (`steps_of`,
+                                        Equation.left_out)
     (d(n) + 2) u v                      the solve (normal_equations.solve_symmetric)
     (d(n) + 2 d(m) + 16) u v            the products at owners and coordinator, and what decoding and alpha round
 
 in every row, with v = sum v_i; the constants leave room for terms of higher order. All this is fixed before s, and s is
 uniform. So a column w of it adds up to at most 10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to
 2^15 sqrt(n) |w|_2 in any case. Summing over the rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column.
-So if nothing is left out of c, the sum of shares is at most t / 2 * sum S_i, with
+So the sum of shares is at most t / 2 * sum S_i, with
 
-    t = 2 (2^-47 + (2 d(n) + 2 d(m) + l(n) + 18) u)
+    t = 2 (2^-47 + g + (2 d(n) + 2 d(m) + 18) u),   h = 2 l(n) u / t
 
-and `tolerance` is t * sum S_i, and at least 2^-140, because shares travel in multiples of 2^-151. What is left out
-takes half of what remains, and nothing from what owners demand. Products are summed in blocks, so that a number is
-rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth, column_depth). Where A is diagonal,
-d(n) is that of one term.
+and `tolerance` is t * sum S_i, and at least 2^-92, because shares travel in multiples of 2^-103. Products are summed in
+blocks, so that a number is rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth,
+column_depth). Where A is diagonal, d(n) is that of one term.
 
 A factor. B of some equations is q C - A W_0, so D + W_0 is q V, and the coordinator names q. What q must be is not
 linear in the sums, but it makes zero a number that is (`Equation.factor_share`), so owners add up that, too. Of the
@@ -117,8 +117,10 @@ else:
 
 CACHED_NUMBERS = 1 << 20  # of a matrix in float64, which the processor's cache holds
 COLUMNS = 7  # an error is exactly zero in all of them with probability below 2^-100: at most 2^-15 in each
-LOWEST_BIT, HIGHEST_BIT = -151, 160  # shares travel in multiples of 2^-151, up to 2^160: wide.py holds a sum of 150
-LARGEST_NUMBER = 2.0**40  # of a model that is sent: then no owner's own terms reach 2^160, and none refuses by its size
+LOWEST_BIT, HIGHEST_BIT = -103, 144  # shares travel in multiples of 2^-103, up to 2^144: wide.py holds a sum of 150
+LARGEST_NUMBER = 2.0**24  # of a model that is sent: then no owner's own terms reach 2^144, and none refuses by its size
+SHIFT = 3 * 2.0**10  # is added to multiples, which are below 2^10: with one exponent and no sign they take fewer bytes
+LEAST_TOLERANCE = 2.0**-92  # more than the rest that is cut off adds up to
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
 LARGEST_TEST = 2.0**15  # the largest number of rho and s
@@ -254,21 +256,23 @@ def corrections(claim: Claim, seed: bytes, sent: Sent) -> Iterator[tuple[str, ND
         rho = rho_of(seed, name, equation)
         correction, _ = _projected(equation.part_of(sent.rest), rho)
         _, reach = _projected(equation.part_of(sent.delta), rho)
-        yield name, coarsened(equation, correction, reach).float().numpy()
+        steps = steps_of(equation, reach)
+        multiples = (correction / steps).round()
+        yield name, (multiples + SHIFT if equation.by_entry else multiples * steps).float().numpy()
         if equation.is_scaled:
             yield f"{name}/factor", np.array([sent.factor], dtype=np.float32)
 
 
-def coarsened(equation: Equation, correction: Tensor, reach: Tensor) -> Tensor:
-    """c in multiples of a power of two for each number, (n, columns): what the tolerance has room for is left out, so
-    that the rest takes fewer bytes (packed.py). `reach`: |D| |rho|.
+def steps_of(equation: Equation, reach: Tensor) -> Tensor:
+    """The powers of two of which c has multiples, (n, columns): rounding to one leaves out at most what the tolerance
+    has room for, so that the rest takes fewer bytes (packed.py). `reach`: |D| |rho|.
 
-    It decides nothing: owners accept what they would accept anyway. Steps that suit the columns of A would leave out
-    more, but would show every owner something of the total. These follow from what all owners know.
+    By entry, all parties find the same steps, and only the multiples travel. In others, they would differ if sums were
+    rounded in another order. There an owner knows no steps, and accepts what it would accept anyway. Steps that suit
+    the columns of A would leave out more, but would show every owner something of the total.
     """
-    room = min(tolerance(equation, 1.0) / 2, 2.0**-44)  # twice what rounding to a multiple of it leaves out
-    steps = torch.ldexp(torch.ones_like(reach), torch.frexp(room * reach).exponent - 1)
-    return torch.where(reach > 0, (correction / steps).round() * steps, correction)
+    _, exponents = torch.frexp(2 * equation.left_out * reach.clamp(min=SUBNORMAL))
+    return torch.ldexp(torch.ones_like(reach), exponents - 1)
 
 
 # --- an owner ---
@@ -310,6 +314,8 @@ class Challenge:
                 for rows in _blocks(equation, group):
                     moved, reach = _projected(part[rows], rho)
                     correction = sent[rows].double()
+                    if equation.by_entry:
+                        correction = (correction - SHIFT) * steps_of(equation, reach)
                     check_correction(name, reach, rho, correction)
                     test = projection(self.combination_seed, name, len(moved), COLUMNS, first=rows.start)
                     sums.append(_sums_of(equation, moved + correction, reach, rho, test, own, factor, rows))
@@ -388,7 +394,8 @@ def _shares(equation: Equation, sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -
     """e_i for every column, then S_i: (COLUMNS + 1,) float64. `sums`: see `_sums_of`, of all rows."""
     shares, sizes, residuals = (torch.stack(each) for each in zip(*sums, strict=True))
     spread = min(equation.group_rows**0.5, SPREAD)
-    scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + residuals.sum(dim=0)).max()
+    rounded = 2 * column_depth(equation.group_rows) * UNIT / relative_tolerance(equation)
+    scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + rounded * residuals.sum(dim=0)).max()
     return torch.cat([column_sums(shares), scale[None]])
 
 
@@ -398,16 +405,20 @@ def blinding(secret: bytes, combination_seed: bytes, name: str) -> float:
     return float(2.0 ** (int.from_bytes(digest[:4]) / 2**32))
 
 
+def relative_tolerance(equation: Equation) -> float:
+    """t, as at the top of this file."""
+    times_rounded = 2 * depth(equation.terms_in_a_row) + 2 * depth(equation.shape[1]) + 18
+    return 2 * (2.0**-47 + equation.left_out + times_rounded * UNIT)
+
+
 def tolerance(equation: Equation, scale: float) -> float:
     """The most by which an honest sum of shares of one group is off, if its scales add up to S."""
-    rows, columns = equation.group_rows, equation.shape[1]
-    times_rounded = 2 * depth(equation.terms_in_a_row) + 2 * depth(columns) + column_depth(rows) + 18
-    return 2 * (2.0**-47 + times_rounded * UNIT) * scale + 2.0**-140
+    return relative_tolerance(equation) * scale + LEAST_TOLERANCE
 
 
 def factor_tolerance(equation: Equation, scale: float) -> float:
     """The same of the number that a factor has to make zero."""
-    return (2.0**-22 + 606 * equation.shape[0] ** 2 * UNIT) * scale + 2.0**-140
+    return (2.0**-22 + 606 * equation.shape[0] ** 2 * UNIT) * scale + LEAST_TOLERANCE
 
 
 def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
@@ -430,7 +441,7 @@ def wrong_claims(claims: Sequence[Claim], total: Total) -> list[str]:
 
 
 def to_words(number: float) -> list[int]:
-    """A float64 in multiples of 2^-151; the rest is cut off. Raises NumericalError for a number of 2^160 or more."""
+    """A float64 in multiples of 2^-103; the rest is cut off. Raises NumericalError for a number of 2^144 or more."""
     if not abs(number) < 2.0**HIGHEST_BIT:
         raise NumericalError(
             f"verification: {number:g} is too large to be summed; nothing has left",

@@ -33,6 +33,9 @@ else:
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**16  # what a coordinator may name: then terms are far below what travels
 BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
+LEFT_OUT = 2.0**-46  # of a correction: with more, larger errors would pass in directions where A is weak
+LEFT_OUT_OF_MEANS = 2.0**-42  # every row of A is alike, so what passes is far below the rounding of float32
+LEFT_OUT_BY_ENTRY = 2.0**-34  # see FisherEquation
 MOST_GROUPS = 64  # of such rows; each has shares of its own
 MOST_COLUMNS = 4096  # of a mean: rounding that a false correction claims for a row can all be in one of its numbers
 MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what travels
@@ -54,6 +57,11 @@ class Equation(ABC):
     is_diagonal: bool = False
     by_entry: bool = False
     is_scaled: bool = False
+
+    @property
+    def left_out(self) -> float:
+        """What the coordinator may leave out of a correction, relative to what the correction is about."""
+        return LEFT_OUT
 
     @property
     def group_rows(self) -> int:
@@ -185,6 +193,10 @@ class MeanEquation(Equation):
         )
 
     @property
+    def left_out(self) -> float:
+        return LEFT_OUT_OF_MEANS
+
+    @property
     def rows_at_once(self) -> int | None:
         return BLOCK**2 if self.weighted else None
 
@@ -231,6 +243,10 @@ class StackedMeans(Equation):
         shape = (sum(each.shape[0] for each in means), means[0].shape[1])
         return cls(name=f"means/{means[0].parameter} and others", shape=shape, is_diagonal=True, means=means)
 
+    @property
+    def left_out(self) -> float:
+        return LEFT_OUT_OF_MEANS
+
     def part_of(self, delta: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([each.part_of(delta) for each in self.means])
 
@@ -263,9 +279,17 @@ def stacked(equations: Iterable[Equation]) -> tuple[Equation, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class FisherEquation(Equation):
-    """F D = (F delta), entry by entry, of one parameter."""
+    """F D = (F delta), entry by entry, of one parameter.
+
+    A correction has as many numbers as the parameter, so more is left out of each. Where the other F of its group are
+    alike, an entry with only fisher.LEAST_SHARE of them may still be off by no more than 2^-20 of the group's norm.
+    """
 
     parameter: str
+
+    @property
+    def left_out(self) -> float:
+        return LEFT_OUT_BY_ENTRY
 
     @property
     def rows_at_once(self) -> int | None:

@@ -51,7 +51,7 @@ else:
     torch = lazy_module("torch")
 
 QUOTIENT_PRECISION = 2.0**20  # a merged delta is exact to a millionth
-LEAST_SHARE = 2.0**-16  # of its group's mean; with less, an error in an entry could be lost beside the others
+LEAST_SHARE = 2.0**-8  # of its group's mean; with less, an error in an entry could be lost beside the others
 FLOOR = 2.0**18  # times the rounding of a sum, so where nobody's loss depends on a parameter it is exact to 2^-19
 
 

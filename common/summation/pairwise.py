@@ -11,7 +11,7 @@ sum takes two exchanges, which travel with the set-up of the next one.
     UploadsOpened           OpeningChecked        everybody's y_i and signatures; each owner adds them up
 
 Owner i sends y_i = x_i + sum over j > i of PRG(k_ij) - sum over j < i of PRG(k_ij), once. Its numbers are integers of
-320 bits (wide.py), and all this is modulo 2^320. k_ij follows from the two keys and from `PairwiseSum.digest`: the run,
+256 bits (wide.py), and all this is modulo 2^256. k_ij follows from the two keys and from `PairwiseSum.digest`: the run,
 the round, everything that was delivered, and all keys. So if owners are told different things, their masks do not
 cancel, and what they sent is noise. Masks cancel only over all owners of one list of keys, and each of them checks that
 these are the owners whose contributions are merged.

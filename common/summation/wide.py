@@ -6,7 +6,7 @@ An array (numbers, WORDS) of uint64 holds one number a row, its lowest word firs
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS = 5
+WORDS = 4
 BITS = 64 * WORDS
 
 Wide = NDArray[np.uint64]  # (numbers, WORDS)
