@@ -38,6 +38,7 @@ class Offer(Record):
 class Page(Record):
     """Everything under one agreement. `round`: the number of the last sum that was opened; `result`: the one signed.
 
+    `ended`: the run that ended with this result, once everybody's signatures are kept.
     `contributed`: what its sums were about, noted before anything leaves; `terms`: what the agreement does with it.
     `given`: of each round that was measured for a plain sum, the SHA-256 of the vector, empty without privacy.epsilon;
     of a masked one, where it holds Grams with noise, or a refit's, once a part of it was about to leave.
@@ -49,6 +50,7 @@ class Page(Record):
     revealed: tuple[str, ...] = ()
     burned: tuple[str, ...] = ()
     result: str | None = None
+    ended: str | None = None
     contributed: tuple[Contributed, ...] = ()
     terms: Terms | None = None
     given: dict[int, str] = Field(default_factory=dict)
@@ -125,6 +127,10 @@ class Ledger:
     def has_signed(self) -> bool:
         """Whether this owner has signed the result of this agreement."""
         return self._page.result is not None
+
+    def has_ended(self, run: str) -> bool:
+        """Whether `run` ended under this agreement, so that the result is known."""
+        return self.has_signed and self._page.ended == run
 
     @property
     def next_round(self) -> int:
@@ -213,6 +219,12 @@ class Ledger:
         if self._page.result not in (None, body):  # check: one-result-is-signed
             raise ConsentError("the coordinator published another result under this agreement than the one signed here")
         self._write(result=body, noise=None)
+
+    def end(self, run: str) -> None:
+        """Everybody's signatures under the result are kept. Raises ConsentError for another run than the first one."""
+        if self._page.ended not in (None, run):  # check: an-agreement-ends-once
+            raise ConsentError("the coordinator ended a second run under this agreement")
+        self._write(ended=run)
 
     def noise_secret(self) -> bytes:
         """The secret of this owner's noise under this agreement: drawn once, so that whoever asks for the same numbers

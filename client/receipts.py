@@ -33,8 +33,8 @@ def sign_result(owner: OwnerContext, message: Result) -> Message:
     """Sign the result, once under an agreement, if it is the model that this owner judged."""
     check_result(owner.agreement, message)  # check: coordinator-signed-the-result
     publication = read_publication(message.publication)
-    # If the run has ended, the ledger knows its result.
-    if not owner.state.has_receipt(message.run):  # check: result-was-tested-unless-ended
+    # If the run has ended, the ledger knows its result. Files in the state folder may be of another agreement.
+    if not owner.ledger.has_ended(message.run):  # check: result-was-tested-unless-ended
         _check_was_tested(owner, message, publication)
     body = body_of(owner.agreement, message)
     owner.ledger.sign_result(body.hex())
@@ -213,6 +213,8 @@ def keep_receipts(owner: OwnerContext, message: Receipts) -> Message:
     if result is None:
         raise RemoteProtocolError("the coordinator sent receipts before a result")
     check_receipts(owner.agreement, result, message.signatures)
-    owner.state.write_receipts(PublishedReceipts.of(owner.agreement, result, message.signatures))
+    kept = PublishedReceipts.of(owner.agreement, result, message.signatures)
+    owner.state.write_receipts(owner.agreement.digest(), kept)
+    owner.ledger.end(message.run)
     owner.state.end_run()
     return ReceiptsKept(run=message.run, owner=owner.name)

@@ -466,14 +466,10 @@ class OwnerState:
         consents = Consents(agreements=self.consents() | {agreement_digest: consent})
         write_whole(self.folder / "consent.json", consents.model_dump_json(indent=1).encode())
 
-    def write_receipts(self, receipts: PublishedReceipts) -> None:
-        """Keep what the coordinator published in a run, with everybody's signatures."""
+    def write_receipts(self, agreement_digest: str, receipts: PublishedReceipts) -> None:
+        """Keep what the coordinator published under an agreement, with everybody's signatures."""
         make_private_folder(self.folder / "receipts")
-        write_whole(self.folder / "receipts" / f"{receipts.run}.json", receipts.content())
-
-    def has_receipt(self, run: str) -> bool:
-        """Whether the run has ended here with a published model."""
-        return (self.folder / "receipts" / f"{run}.json").is_file()
+        write_whole(self.folder / "receipts" / f"{agreement_digest}.json", receipts.content())
 
     def write_evidence(self, agreement_digest: str, evidence: Record) -> Path:
         """Keep, for good, what is known of a model that is not the merge."""

@@ -688,6 +688,14 @@ TABLE = [
     Mutation(PROCESS, "test_33_a_result_is_signed_again", "result-was-tested-unless-ended", "if True:"),
     Mutation(PROCESS, "test_33_receipts_of_another", "message-is-of-this-run"),
     Mutation(PROCESS, "test_48_", "nothing-after-the-result"),
+    Mutation(
+        PROCESS,
+        "test_260_a_result",
+        "result-was-tested-unless-ended",
+        "if not any((owner.state.folder / 'receipts').glob('*')):",
+    ),
+    Mutation(PROCESS, "test_260_an_agreement", "an-agreement-ends-once"),
+    Mutation(PROCESS, "test_261_", "half-a-vector-is-none", 'MEASURED = "vector"'),
     Mutation(PROCESS, "test_52_a_model_after", "nothing-after-the-result", "if run.result is not None:"),
     Mutation(PROCESS, "test_52_a_model_whose", "no-round-is-forgotten"),
     Mutation(

@@ -13,7 +13,8 @@ import pytest
 
 from client.ledger import Ledger
 from client.owner import Owner
-from client.state import OwnerState
+from client.state import Consent, OwnerState
+from common.agreement import load_agreement
 from common.certificates import body_of, deliveries_digest, sign_burned
 from common.domain_separation import Domain
 from common.errors import AmalgramError, ConsentError, ModelError, RemoteProtocolError, SettingsError
@@ -573,7 +574,12 @@ def test_the_same_result_for_everybody_is_kept_with_everybody_s_signature(proces
     result, _ = with_a_candidate(process)
     everybody = receipts(process, result, list(process.parties.files))
     assert isinstance(process.send("hotel", everybody), ReceiptsKept)
-    receipt = json.loads((process.parties.folder / "state" / "hotel" / "receipts" / f"{RUN}.json").read_text())
+def kept_receipts(process: Process) -> Path:
+    """Hotel's, under the agreement."""
+    return process.parties.folder / "state" / "hotel" / "receipts" / f"{process.parties.agreement.digest()}.json"
+
+
+    receipt = json.loads(kept_receipts(process).read_text())
     assert list(receipt["owners"]) == ["hotel", "cinema", "phones"]
     assert receipt["model_digest"] == result.model_digest
 
@@ -630,6 +636,54 @@ def test_33_receipts_of_another_run_do_not_end_this_one(process: Process) -> Non
     result, _ = with_a_candidate(process)
     good = receipts(process, result, list(process.parties.files))
     with pytest.raises(RemoteProtocolError, match="another run or agreement"):
+def test_260_a_result_under_the_next_agreement_that_names_the_run_of_the_last_one(process: Process) -> None:
+    """Owners keep their folder for the next merge. A run that ended under one agreement is no run under another, where
+    they would sign for a model that nobody merged or tested.
+    """
+    result, _ = with_a_candidate(process)
+    process.send("hotel", receipts(process, result, list(process.parties.files)))
+    kept, hotel = kept_receipts(process), Owner(process.parties.files["hotel"])
+    before, agreed_at = kept.read_bytes(), hotel.home / hotel.settings.agreement
+    first = process.parties.agreement
+    agreed_at.write_text(agreed_at.read_text().replace(f'title = "{first.title}"', 'title = "The next one"'))
+    process.parties = replace(process.parties, agreement=load_agreement(agreed_at))
+    for file in process.parties.files.values():
+        Owner(file).state.write_consent(process.parties.agreement.digest(), Consent(when="now"))
+    process.roll_call(result.run)
+    false = sign_result(process, result.model, OTHER, deliveries_digest([]), result.publication)
+    with pytest.raises(RemoteProtocolError, match="another model than the one that this owner tested"):
+        process.send("hotel", false)
+    assert not Owner(process.parties.files["hotel"]).ledger.has_signed
+    assert kept.read_bytes() == before
+
+
+def test_260_an_agreement_ends_with_one_run(process: Process) -> None:
+    ledger = Owner(process.parties.files["hotel"]).ledger
+    ledger.end(RUN)
+    ledger.end(RUN)  # the coordinator was killed before it knew
+    with pytest.raises(ConsentError, match="ended a second run under this agreement"):
+        ledger.end(OTHER)
+
+
+def test_261_an_owner_that_is_killed_while_it_measures_leaves_nothing_that_it_would_contribute(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again in the same session, it would contribute zeros, and the total would be that of fewer owners."""
+    hotel = Owner(process.parties.files["hotel"])
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed_point, "flatten_encoded", lambda *about: os.kill(os.getpid(), signal.SIGKILL))
+        if (child := os.fork()) == 0:
+            try:
+                hotel.answer(process.open_sum(1))
+            finally:
+                os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == signal.SIGKILL
+    assert not hotel.state.has_array("vector")
+    assert isinstance(process.send("hotel", process.open_sum(2)), KeysAdvertised)
+    assert hotel.state.has_array("vector")
+
+
         process.send("hotel", replace(good, run=OTHER))
     assert (process.parties.folder / "state" / "hotel" / "run").exists()
     assert not (process.parties.folder / "state" / "hotel" / "receipts").exists()

@@ -54,7 +54,10 @@ def published(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         with state_kept(process, folder / "state"):
             replies = [process.send(owner, result) for owner in parties.files]
             process.send_all(Receipts(run=RUN, signatures=packed(replies)))
-            shutil.copy(parties.folder / "state" / "hotel" / "receipts" / f"{RUN}.json", folder / "model" / RECEIPTS)
+            shutil.copy(
+                parties.folder / "state" / "hotel" / "receipts" / f"{parties.agreement.digest()}.json",
+                folder / "model" / RECEIPTS,
+            )
         yield process, result, folder / "model"
 
 
