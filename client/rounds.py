@@ -26,6 +26,8 @@ from common.summation.protocol import SessionOver, SumTerms
 from common.tensor_layout import TensorLayout
 
 SCORED = {each.name for each in fields(Score)}
+# The array in which a round's vector is made. A process that is killed meanwhile leaves no "vector" for later messages.
+MEASURED = "measured"  # check: half-a-vector-is-none
 CONTRIBUTION = "contribution"  # the array that is measured once, in the scales round, and contributed in the next one
 
 
@@ -96,14 +98,16 @@ def _make_vector(owner: OwnerContext, terms: SumTerms, tensors: Iterator[tuple[s
 
     Returns its SHA-256 with privacy.epsilon, which makes it the same whenever it is made of the same; else nothing.
     """
-    vector = owner.state.create_array("vector", terms.layout.size, "<f8")
+    vector = owner.state.create_array(MEASURED, terms.layout.size, "<f8")
     try:
         encoded = fixed_point.flatten_encoded(terms.layout, tensors, vector, len(terms.roster))
         noise.check_complete()
-        return "" if owner.agreement.privacy.epsilon is None else sha256_of(encoded)
+        digest = "" if owner.agreement.privacy.epsilon is None else sha256_of(encoded)
     except BaseException:
-        owner.state.delete_array("vector")
+        owner.state.delete_array(MEASURED)
         raise
+    owner.state.keep_array(MEASURED, under="vector")
+    return digest
 
 
 def opened(owner: OwnerContext, message: Message) -> OpenSum:

@@ -351,7 +351,8 @@ class OwnerState:
         """Wipe the secrets and the vector of the round in progress."""
         self._parsed.pop("round", None)  # check: forgotten-rounds-leave-memory
         (self._run_folder / "round.json").unlink(missing_ok=True)
-        self.delete_array("vector")
+        for name in ("vector", "measured"):
+            self.delete_array(name)
 
     def write_layout(self, name: str, layout: TensorLayout) -> None:
         write_whole(self._run_folder / f"{name}.layout.json", json.dumps(layout.to_json()).encode())
@@ -414,8 +415,11 @@ class OwnerState:
         return np.memmap(path, dtype=dtype, mode="r+" if writable else "r", shape=(size,))
 
     def keep_array(self, name: str, under: str) -> None:
-        """Give a whole array the name under which later messages look for it."""
-        (self._run_folder / f"{name}.bin").rename(self._run_folder / f"{under}.bin")
+        """Give a whole array the name under which later messages look for it, once it is on the disk. An empty one has
+        no file.
+        """
+        if self.has_array(name):
+            private_file.rename_whole(self._run_folder / f"{name}.bin", self._run_folder / f"{under}.bin")
 
     def has_array(self, name: str) -> bool:
         return (self._run_folder / f"{name}.bin").is_file()

@@ -73,12 +73,28 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         if _syncs:
             os.fsync(file.fileno())
     partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def rename_whole(path: Path, target: Path) -> None:
+    """Give a file, which may have been written through a mapping, another name in its folder. After a crash at any
+    point, whatever has the new name is whole.
+    """
     if _syncs:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    path.replace(target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if not _syncs:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _syncs = True

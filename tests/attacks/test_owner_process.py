@@ -1,7 +1,9 @@
 """Attacks 8 to 11, 16, 17, 28, 29 and 33: the owner's own process, with its files, ledger and agreement on disk."""
 
 import json
+import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from common.messages import (
     CandidatePart,
     CertificateKept,
     Finish,
+    KeysAdvertised,
     KeyShares,
     Message,
     OpenSum,
@@ -44,6 +47,7 @@ from common.models.delta import delta_layout
 from common.models.loading import digest_of
 from common.schedule import Delivery
 from common.settings_file import write_settings
+from common.summation import fixed_point
 from common.summation.records import Signed
 from common.thresholds import burn_quorum
 from deploy.commands.agree import give_consent
@@ -570,15 +574,15 @@ def receipts(process: Process, result: Result, owners: list[str]) -> Receipts:
     return Receipts(run=RUN, signatures=Signed.pack_all(signed))
 
 
-def test_the_same_result_for_everybody_is_kept_with_everybody_s_signature(process: Process) -> None:
-    result, _ = with_a_candidate(process)
-    everybody = receipts(process, result, list(process.parties.files))
-    assert isinstance(process.send("hotel", everybody), ReceiptsKept)
 def kept_receipts(process: Process) -> Path:
     """Hotel's, under the agreement."""
     return process.parties.folder / "state" / "hotel" / "receipts" / f"{process.parties.agreement.digest()}.json"
 
 
+def test_the_same_result_for_everybody_is_kept_with_everybody_s_signature(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    everybody = receipts(process, result, list(process.parties.files))
+    assert isinstance(process.send("hotel", everybody), ReceiptsKept)
     receipt = json.loads(kept_receipts(process).read_text())
     assert list(receipt["owners"]) == ["hotel", "cinema", "phones"]
     assert receipt["model_digest"] == result.model_digest
@@ -632,10 +636,6 @@ def test_33_a_result_signed_in_one_run_is_not_signed_unseen_in_another(process: 
         process.send("hotel", signed_anew(process, result, run=OTHER))
 
 
-def test_33_receipts_of_another_run_do_not_end_this_one(process: Process) -> None:
-    result, _ = with_a_candidate(process)
-    good = receipts(process, result, list(process.parties.files))
-    with pytest.raises(RemoteProtocolError, match="another run or agreement"):
 def test_260_a_result_under_the_next_agreement_that_names_the_run_of_the_last_one(process: Process) -> None:
     """Owners keep their folder for the next merge. A run that ended under one agreement is no run under another, where
     they would sign for a model that nobody merged or tested.
@@ -684,6 +684,10 @@ def test_261_an_owner_that_is_killed_while_it_measures_leaves_nothing_that_it_wo
     assert hotel.state.has_array("vector")
 
 
+def test_33_receipts_of_another_run_do_not_end_this_one(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    good = receipts(process, result, list(process.parties.files))
+    with pytest.raises(RemoteProtocolError, match="another run or agreement"):
         process.send("hotel", replace(good, run=OTHER))
     assert (process.parties.folder / "state" / "hotel" / "run").exists()
     assert not (process.parties.folder / "state" / "hotel" / "receipts").exists()
