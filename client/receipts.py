@@ -69,9 +69,9 @@ def _check_was_tested(owner: OwnerContext, message: Result, publication: Publica
             _condemn(owner, message, [says, f"tested was {tested.model}, SHA-256 {tested.model_digest}"])
         raise RemoteProtocolError(says)
     assert run.published is not None  # written when the tested model had arrived
+    _check_totals(owner, message, publication)  # first, because it keeps a record
     _check_files(run.published, publication)
     _check_metrics(owner, publication)
-    _check_totals(owner, message, publication)
     _check_mixtures(owner, publication)
     _check_is_good_enough(owner)
 

@@ -506,7 +506,7 @@ def test_126_a_result_for_other_owners_than_those_that_verified_is_not_signed(tr
     assert len(trying.tried) == 1
 
 
-@pytest.mark.parametrize("lie", ["metrics", "model"])
+@pytest.mark.parametrize("lie", ["metrics", "metrics and a file", "model"])
 def test_126_a_result_that_is_not_what_was_verified_is_kept_with_its_signature(
     trying: TryingChannel, capsys: pytest.CaptureFixture[str], lie: str
 ) -> None:
@@ -516,7 +516,8 @@ def test_126_a_result_that_is_not_what_was_verified_is_kept_with_its_signature(
         if isinstance(request, Result):
             other = replace(request, model_digest="ab" * 32)
             model = false_result(trying, other, read_publication(request.publication))
-            sent.append(model if lie == "model" else false_metrics(trying, request))
+            metrics = false_metrics(trying, request, with_a_file=lie == "metrics and a file")
+            sent.append(model if lie == "model" else metrics)
             return sent[0]
         return request
 
@@ -557,11 +558,14 @@ def test_126_totals_that_an_owner_is_not_shown_are_not_signed(
     assert not (trying.parties.output / "model").exists()
 
 
-def false_metrics(trying: TryingChannel, request: Result) -> Result:
-    """The result with an accuracy of 1.0 for every model, as the coordinator signs it."""
+def false_metrics(trying: TryingChannel, request: Result, *, with_a_file: bool = False) -> Result:
+    """The result with an accuracy of 1.0 for every model, as the coordinator signs it. `with_a_file`: and with one that
+    no owner would have written, which alone would be refused without a record.
+    """
     publication = read_publication(request.publication)
     better = {name: mean.model_copy(update={"accuracy": 1.0}) for name, mean in publication.test.items()}
-    return false_result(trying, request, publication.model_copy(update={"test": better}))
+    files = publication.files | ({"notes.txt": "ab" * 32} if with_a_file else {})
+    return false_result(trying, request, publication.model_copy(update={"test": better, "files": files}))
 
 
 def false_result(trying: TryingChannel, request: Result, publication: Publication) -> Result:
