@@ -103,7 +103,7 @@ class SummedRecord(Record):
 class DrawnRecord(Record):
     """The nonce that was drawn here for the corrections due at `position`; `delivered`: the digest of what was sent
     before; `nonces`: those of all owners, once the corrections have arrived; `blind` never leaves: it decides by what
-    this owner multiplies its scales. All in hexadecimal.
+    this owner multiplies its scales, and is the same for all checks of the run. All in hexadecimal.
     """
 
     position: int

@@ -117,7 +117,7 @@ def _drawn_nonce(owner: OwnerContext, message: Draw) -> tuple[str, bytes]:
             position=message.position,
             delivered=deliveries_digest(run.delivered),
             nonce=secrets.token_hex(32),
-            blind=secrets.token_hex(32),
+            blind=secrets.token_hex(32) if drawn is None else drawn.blind,  # check: scales-have-one-factor-a-run
         )
         owner.state.update_run(drawn=drawn)
     return drawn.delivered, bytes.fromhex(drawn.nonce)

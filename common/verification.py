@@ -40,7 +40,8 @@ each group of its rows if it is large (`group_rows`),
                                                              of both its terms
     S_i = 2^15 max_k (a |v_ik|_2 + h |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
-and adds S_i to the sum, times a secret factor from 1 to 2 (`blinding`). Honest parties are off by
+and adds S_i to the sum, rounded up by at most an eighth, times a secret factor from 1 to 2 that is the same for all it
+adds in a run (`Challenge.blinded`). Honest parties are off by
 
     2^-48 v twice                       R and c are rounded to float32, 24 bits below D
     g v                                 what the coordinator leaves out of c, so that it takes fewer bytes (`steps_of`,
@@ -80,6 +81,7 @@ sum zero. SECURITY.md says what that means.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -280,8 +282,9 @@ def steps_of(equation: Equation, reach: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Challenge:
-    """What an owner needs to add to a check: both seeds, the corrections that the coordinator sent, and its own secret,
-    from which follows by what it multiplies its scales. The same challenge gives the same shares.
+    """What an owner needs to add to a check: both seeds, the corrections that the coordinator sent, and `blind`, its
+    own secret of the run, from which follows by what it multiplies its scales. The same challenge gives the same
+    shares.
     """
 
     claims: tuple[Claim, ...]
@@ -319,18 +322,30 @@ class Challenge:
                     check_correction(name, reach, rho, correction)
                     test = projection(self.combination_seed, name, len(moved), COLUMNS, first=rows.start)
                     sums.append(_sums_of(equation, moved + correction, reach, rho, test, own, factor, rows))
-                words.append(self._in_words(f"{name}/{group}", _shares(equation, sums).tolist()))
+                words.append(self._in_words(_shares(equation, sums).tolist()))
             yield f"check/{name}", np.array(words, dtype="<u8")
             if equation.is_scaled:
                 numbers = equation.factor_share(part, own, factor)
-                yield f"check/{name}/factor", np.array(self._in_words(f"{name}/factor", numbers), dtype="<u8")
+                yield f"check/{name}/factor", np.array(self._in_words(numbers), dtype="<u8")
 
-    def _in_words(self, name: str, numbers: Sequence[float]) -> list[list[int]]:
+    def _in_words(self, numbers: Sequence[float]) -> list[list[int]]:
         """Shares and their scale as they travel, (n, WORDS)."""
         *shares, scale = numbers
-        # Otherwise a coordinator that sends one crafted model after another would learn single owners' sizes.
-        scale *= blinding(self.blind, self.combination_seed, name)  # check: scales-are-coarse
-        return [to_words(number) for number in (*shares, scale)]
+        return [to_words(number) for number in (*shares, self.blinded(scale))]
+
+    def blinded(self, scale: float) -> float:
+        """What travels of a scale. All parties see these summed, and often many of sizes that are alike: of all layers,
+        of a sweep's candidates. With another factor for each, their mean and variance would tell single owners' sizes.
+        And models that differ in one number would tell the size of what it is multiplied by, without the rounding.
+        """
+        mantissa, exponent = math.frexp(scale)
+        coarse = math.ldexp(math.ceil(16 * mantissa), exponent - 4)  # check: scales-are-coarse
+        return coarse * self._factor  # check: scales-are-blinded
+
+    @cached_property
+    def _factor(self) -> float:
+        digest = hashlib.sha256(Domain.SCALE.value + self.blind).digest()
+        return float(2.0 ** (int.from_bytes(digest[:4]) / 2**32))
 
 
 def check_correction(name: str, reach: Tensor, rho: Tensor, sent: Tensor) -> None:
@@ -397,12 +412,6 @@ def _shares(equation: Equation, sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -
     rounded = 2 * column_depth(equation.group_rows) * UNIT / relative_tolerance(equation)
     scale = LARGEST_TEST * (spread * sizes.norm(dim=0) + rounded * residuals.sum(dim=0)).max()
     return torch.cat([column_sums(shares), scale[None]])
-
-
-def blinding(secret: bytes, combination_seed: bytes, name: str) -> float:
-    """A factor from 1 to 2 that only this owner knows, another one for every equation and session."""
-    digest = hashlib.sha256(Domain.SCALE.value + secret + combination_seed + name.encode()).digest()
-    return float(2.0 ** (int.from_bytes(digest[:4]) / 2**32))
 
 
 def relative_tolerance(equation: Equation) -> float:

@@ -48,7 +48,6 @@ from common.verification import (
     Challenge,
     Claim,
     NotTheMerge,
-    blinding,
     check_correction,
     correction_layout,
     factor_tolerance,
@@ -767,8 +766,7 @@ def test_an_equation_by_entry_has_shares_for_each_group_of_rows() -> None:
         shares = torch.tensor([from_words(each) for each in words[:COLUMNS]], dtype=torch.float64)
         torch.testing.assert_close(shares, residual[some] @ test[some], rtol=1e-10, atol=0)
         scale = 2.0**15 * (10 * terms[some].norm() + rounded * residual[some].norm(p=1))
-        factor = blinding(bytes(32), bytes(32), f"0/fisher/l0.weight/{number}")
-        assert from_words(words[COLUMNS]) == pytest.approx(float(scale) * factor)
+        assert from_words(words[COLUMNS]) == pytest.approx(challenge.blinded(float(scale)))
     sent[ROWS_AT_ONCE + 4] = SHIFT + 2049  # in the second block
     with pytest.raises(NotTheMerge, match="beyond the rounding of float32"):
         list(challenge.shares(claim, {"l0.weight": delta.reshape(plan.shapes["l0.weight"])}, own))
@@ -802,8 +800,7 @@ def test_the_mean_of_a_large_embedding_has_shares_for_each_group_of_rows() -> No
         shares = torch.tensor([from_words(each) for each in words[:COLUMNS]], dtype=torch.float64)
         torch.testing.assert_close(shares, (residual[some] * test[some]).sum(dim=0), rtol=1e-10, atol=0)
         scale = 2.0**15 * (10 * terms[some].norm(dim=0) + rounded * residual[some].norm(p=1, dim=0)).max()
-        factor = blinding(bytes(32), bytes(32), f"{known}/{number}")
-        assert from_words(words[COLUMNS]) == pytest.approx(float(scale) * factor)
+        assert from_words(words[COLUMNS]) == pytest.approx(challenge.blinded(float(scale)))
 
 
 # --- a classifier whose scale the coordinator names -------------------------------------------------------------------
@@ -916,10 +913,8 @@ def test_an_honest_refit_passes_however_little_the_classifier_changes(
     assert check.wrong() != []
 
 
-def test_128_the_scales_that_travel_are_known_to_a_factor_of_two_and_another_one_for_every_claim() -> None:
-    """Otherwise one claim after another about the same tensor would give sums of single numbers' sizes. Powers of two
-    would give single owners' sizes: their sum has a bit for each owner.
-    """
+def test_128_the_scales_that_travel_are_known_to_a_factor_of_two() -> None:
+    """Powers of two would give single owners' sizes: their sum has a bit for each owner."""
     check = RefitRun.of().check()
     for owner in check.contributions.own:
         scales = []
@@ -930,9 +925,34 @@ def test_128_the_scales_that_travel_are_known_to_a_factor_of_two_and_another_one
         assert len(set(scales)) == 30
         assert 1.5 < max(scales) / min(scales) <= 2
         assert not any(log2(scale).is_integer() for scale in scales)
-    factors = {blinding(secret, seed, name) for secret in (b"a", b"b") for seed in (b"a", b"b") for name in "ab"}
-    assert len(factors) == 8
-    assert all(1 <= factor < 2 for factor in factors)
+
+
+def blinding_with(secret: bytes) -> Challenge:
+    return Challenge(claims=(), rho_seed=b"", combination_seed=b"", blind=secret, sent=np.zeros(0, dtype=np.float32))
+
+
+def test_128_many_scales_that_are_alike_do_not_tell_single_owners_shares() -> None:
+    """With another factor for each layer and candidate, the mean and the variance of what is opened did."""
+    owners = [(blinding_with(b"a"), 0.9), (blinding_with(b"b"), 0.1)]
+    layers = np.random.default_rng(0).uniform(1, 100, 200)
+    opened = [sum(owner.blinded(size * layer) for owner, size in owners) / layer for layer in layers]
+    assert max(opened) / min(opened) <= 1.125
+
+
+@given(size=st.floats(min_value=1e-30, max_value=1e30))
+def test_a_scale_is_rounded_up_by_at_most_an_eighth(size: float) -> None:
+    factor = blinding_with(b"a").blinded(1.0)
+    assert 1 <= factor < 2
+    assert (1 - 2.0**-50) * size <= blinding_with(b"a").blinded(size) / factor <= (1.125 + 2.0**-50) * size
+
+
+def test_128_models_that_differ_in_a_last_bit_have_the_same_scales() -> None:
+    """Or their difference would tell the size of what that number is multiplied by."""
+    check = means_check([1.0, 0.5])
+    before = check.shares("o1").reshape(-1, wide.WORDS)[-1]
+    flat = check.delta["v0.bias"]
+    flat[3] = torch.nextafter(flat[3], torch.tensor(2.0))
+    np.testing.assert_array_equal(check.shares("o1").reshape(-1, wide.WORDS)[-1], before)
 
 
 @pytest.mark.parametrize(("size", "found"), [(1e-5, []), (0.1, ["0/gram/l"])])

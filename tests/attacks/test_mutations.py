@@ -193,7 +193,9 @@ TABLE = [
         "content = decompressor.decompress(words.tobytes())",
     ),
     Mutation(AGREED, "test_in_a_sparse", "verified-sums-are-complete", "is_complete = True"),
-    Mutation(VERIFICATION, "test_128_", "scales-are-coarse"),
+    Mutation(VERIFYING, "test_131_nothing", "scales-have-one-factor-a-run", "blind=secrets.token_hex(32),"),
+    Mutation(VERIFICATION, "test_128_models", "scales-are-coarse", "coarse = scale"),
+    Mutation(VERIFICATION, "test_128_the_scales", "scales-are-blinded", "return coarse"),
     Mutation(VERIFICATION, "test_129_nobody", "no-entry-is-too-light", "group.clip(least, out=group)"),
     Mutation(AGREED, "test_what_cannot", "ridges-are-large-enough"),
     Mutation(VERIFYING, "test_131_", "check-key-is-drawn-once", "if True:"),
@@ -686,8 +688,6 @@ TABLE = [
         PROCESS, "test_33_a_result_signed_in", "result-was-tested-unless-ended", "if not owner.ledger.has_signed:"
     ),
     Mutation(PROCESS, "test_33_a_result_is_signed_again", "result-was-tested-unless-ended", "if True:"),
-    Mutation(PROCESS, "test_33_receipts_of_another", "message-is-of-this-run"),
-    Mutation(PROCESS, "test_48_", "nothing-after-the-result"),
     Mutation(
         PROCESS,
         "test_260_a_result",
@@ -696,6 +696,8 @@ TABLE = [
     ),
     Mutation(PROCESS, "test_260_an_agreement", "an-agreement-ends-once"),
     Mutation(PROCESS, "test_261_", "half-a-vector-is-none", 'MEASURED = "vector"'),
+    Mutation(PROCESS, "test_33_receipts_of_another", "message-is-of-this-run"),
+    Mutation(PROCESS, "test_48_", "nothing-after-the-result"),
     Mutation(PROCESS, "test_52_a_model_after", "nothing-after-the-result", "if run.result is not None:"),
     Mutation(PROCESS, "test_52_a_model_whose", "no-round-is-forgotten"),
     Mutation(

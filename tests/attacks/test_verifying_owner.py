@@ -383,12 +383,16 @@ def test_131_nothing_is_drawn_for_a_check_while_an_earlier_one_is_pending(traine
             with pytest.raises(RemoteProtocolError, match=f"has not added up the check at {first.position + 1}"):
                 draw(position)
         assert owner.state.run.check is None
+        assert owner.state.run.drawn is not None
+        blind = owner.state.run.drawn.blind
         fast_forward(owner, first.position)
         assert draw(first.position) == drawn
         fast_forward(owner, second.position)
         owner.state.update_run(verified=tuple(claim.delivery for claim in first.claims))
         assert isinstance(draw(second.position), Drawn)
         assert isinstance(draw(second.position + 1), Drawn)
+        # Attack 128: with another factor for the same scales, their mean would tell them.
+        assert owner.state.run.drawn.blind == blind
 
 
 def test_211_keys_of_others_that_are_invented_old_or_missing(trying: TryingChannel) -> None:
