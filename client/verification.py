@@ -429,9 +429,15 @@ def _delete_proved(owner: OwnerContext, round_: Round) -> None:
 
 
 def check_no_evidence(owner: OwnerContext) -> None:
-    """Raise WrongModel if a model that was sent under this agreement was not the merge."""
-    path = owner.state.evidence(owner.agreement.digest())
+    """Raise WrongModel if a model that was sent under this agreement was not the merge. What a process that was killed
+    meanwhile left of the run goes, too.
+    """
+    digest = owner.agreement.digest()
+    path = owner.state.evidence(digest)
     if path is not None:  # check: nothing-after-a-wrong-model
+        with suppress(RemoteProtocolError):  # no run is left
+            if owner.state.run.agreement_digest == digest:
+                owner.state.end_run()
         raise wrong_model(path)
 
 

@@ -542,8 +542,10 @@ def test_126_a_result_that_is_not_what_was_verified_is_kept_with_its_signature(
     else:
         assert re.search(r"test, average: it says accuracy 1\.0000, .*; this owner added up accuracy 0\.[0-9]{4}", said)
     assert "What this owner tested and added up is its own word" in said
+    trying.owner.state.start_run(RUN, trying.parties.agreement.digest())  # as if killed before it forgot the run
     with pytest.raises(WrongModel, match="the result that the coordinator signed"):
         check_no_evidence(trying.owner)
+    assert not (trying.owner.state.folder / "run").exists()
 
 
 def test_126_totals_that_an_owner_is_not_shown_are_not_signed(
