@@ -121,7 +121,6 @@ CACHED_NUMBERS = 1 << 20  # of a matrix in float64, which the processor's cache 
 COLUMNS = 7  # an error is exactly zero in all of them with probability below 2^-100: at most 2^-15 in each
 LOWEST_BIT, HIGHEST_BIT = -103, 144  # shares travel in multiples of 2^-103, up to 2^144: wide.py holds a sum of 150
 LARGEST_NUMBER = 2.0**24  # of a model that is sent: then no owner's own terms reach 2^144, and none refuses by its size
-SHIFT = 3 * 2.0**10  # is added to multiples, which are below 2^10: with one exponent and no sign they take fewer bytes
 LEAST_TOLERANCE = 2.0**-92  # more than the rest that is cut off adds up to
 SUBNORMAL = 2.0**-149  # the smallest positive float32
 UNIT = 2.0**-53  # the relative rounding of float64
@@ -260,7 +259,7 @@ def corrections(claim: Claim, seed: bytes, sent: Sent) -> Iterator[tuple[str, ND
         _, reach = _projected(equation.part_of(sent.delta), rho)
         steps = steps_of(equation, reach)
         multiples = (correction / steps).round()
-        yield name, (multiples + SHIFT if equation.by_entry else multiples * steps).float().numpy()
+        yield name, (multiples + shift_of(equation) if equation.by_entry else multiples * steps).float().numpy()
         if equation.is_scaled:
             yield f"{name}/factor", np.array([sent.factor], dtype=np.float32)
 
@@ -275,6 +274,13 @@ def steps_of(equation: Equation, reach: Tensor) -> Tensor:
     """
     _, exponents = torch.frexp(2 * equation.left_out * reach.clamp(min=SUBNORMAL))
     return torch.ldexp(torch.ones_like(reach), exponents - 1)
+
+
+def shift_of(equation: Equation) -> float:
+    """What is added to multiples by entry: none is larger than 2^-24 / left_out, so that all have one exponent and no
+    sign, and take fewer bytes.
+    """
+    return 3 * 2.0**-24 / equation.left_out
 
 
 # --- an owner ---
@@ -318,7 +324,7 @@ class Challenge:
                     moved, reach = _projected(part[rows], rho)
                     correction = sent[rows].double()
                     if equation.by_entry:
-                        correction = (correction - SHIFT) * steps_of(equation, reach)
+                        correction = (correction - shift_of(equation)) * steps_of(equation, reach)
                     check_correction(name, reach, rho, correction)
                     test = projection(self.combination_seed, name, len(moved), COLUMNS, first=rows.start)
                     sums.append(_sums_of(equation, moved + correction, reach, rho, test, own, factor, rows))

@@ -35,7 +35,6 @@ BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands 
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 LEFT_OUT = 2.0**-46  # of a correction: with more, larger errors would pass in directions where A is weak
 LEFT_OUT_OF_MEANS = 2.0**-42  # every row of A is alike, so what passes is far below the rounding of float32
-LEFT_OUT_BY_ENTRY = 2.0**-34  # see FisherEquation
 MOST_GROUPS = 64  # of such rows; each has shares of its own
 MOST_COLUMNS = 4096  # of a mean: rounding that a false correction claims for a row can all be in one of its numbers
 MOST_ENLARGED = 2.0**32  # how many times; then shares are still far below what travels
@@ -281,15 +280,16 @@ def stacked(equations: Iterable[Equation]) -> tuple[Equation, ...]:
 class FisherEquation(Equation):
     """F D = (F delta), entry by entry, of one parameter.
 
-    A correction has as many numbers as the parameter, so more is left out of each. Where the other F of its group are
-    alike, an entry with only fisher.LEAST_SHARE of them may still be off by no more than 2^-20 of the group's norm.
+    A correction has as many numbers as the parameter, so more is left out of each, all the less the more share a
+    tolerance. Where the F of a group are alike, an entry is off by at most about 2^-22 of the mean change; one that has
+    fisher.LEAST_SHARE of the others' F, by 2^-14.
     """
 
     parameter: str
 
     @property
     def left_out(self) -> float:
-        return LEFT_OUT_BY_ENTRY
+        return 2.0 ** -max(34, 28 + ((self.group_rows - 1).bit_length() + 1) // 2)  # 2^-28 / sqrt(rows)
 
     @property
     def rows_at_once(self) -> int | None:
