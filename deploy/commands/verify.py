@@ -11,6 +11,7 @@ kept of a model that is not the merge (explain.py).
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
@@ -36,6 +37,7 @@ from common.publication import (
 from common.settings_file import parse_settings
 from deploy.terminal import answer, quoted, shows_json
 from server import evidence
+from server.output_folder import LEFT_BY_RUNS
 from server.report.report import Report, group_metrics, read_report
 
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
@@ -56,8 +58,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a folder holds, compared with its receipts."""
+    """What a folder holds, compared with its receipts. `folder`: the one whose files were compared."""
 
+    folder: str
     title: str
     fingerprint: str
     verified_by: list[str]  # the owners that verified that the model is the merge, if they signed
@@ -83,6 +86,9 @@ def verify_folder(out: Path, receipts_file: Path | None) -> int:
 def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
     """Compare a run's output folder, or its `model` alone, with its receipts, or with those of `receipts_file`.
 
+    Of a run's output, `model` is compared, the report, and nothing else may lie beside them: a library that is given
+    the output folder itself loads what lies there.
+
     Raises SettingsError if there are no receipts that can be read.
     """
     folder = out / "model" if (out / "model").is_dir() else out
@@ -99,7 +105,9 @@ def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
     findings += _check_configuration(folder, publication)
     if folder != out:
         findings += _check_report(out, agreement, receipts)
+        findings += _check_what_is_beside(out)
     return Verification(
+        folder=str(folder),
         title=agreement.title,
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         verified_by=[name for name in publication.owners if name in signed_by] if agreement.is_verified else [],
@@ -140,8 +148,7 @@ def _check_files(folder: Path, publication: Publication) -> Iterator[Finding]:
         if path is None:
             yield Finding(what=name, found="missing", is_signed=False)
         elif digest is None:  # check: verify-finds-additional-files
-            what = "code, never load it" if Path(name).suffix.lower() in CODE else "an additional file"
-            yield Finding(what=quoted(name), found=f"not signed: {what}", is_signed=False)
+            yield _not_signed(name)
         elif not path.is_file() or digest_of_file(path) != digest:  # check: verify-compares-files
             yield Finding(what=name, found="changed since it was signed", is_signed=False)
         else:
@@ -164,6 +171,18 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
                     f"{folder}: holds more than {MAX_ENTRIES} files", hint="name the folder of a published model"
                 )
             yield (here / name).relative_to(folder).as_posix(), here / name
+
+
+def _check_what_is_beside(out: Path) -> Iterator[Finding]:
+    """What no run leaves beside its model, such as another model."""
+    for name in sorted(each.name for each in islice(out.iterdir(), MAX_ENTRIES)):
+        if name not in LEFT_BY_RUNS | NOT_READ:  # check: verify-looks-beside-the-model
+            yield _not_signed(name)
+
+
+def _not_signed(name: str) -> Finding:
+    what = "code, never load it" if Path(name).suffix.lower() in CODE else "an additional file"
+    return Finding(what=quoted(name), found=f"not signed: {what}", is_signed=False)
 
 
 def _check_configuration(folder: Path, publication: Publication) -> Iterator[Finding]:
@@ -301,9 +320,14 @@ def _print(console: Console, verification: Verification, out: Path) -> None:
         lines.append(f"not signed   {', '.join(verification.not_signed_by)}")
     if verification.verified_by:
         lines.append(f"the merge    as verified by {', '.join(verification.verified_by)}")
-    verdict = "is what they signed" if verification.is_signed else "IS NOT WHAT WAS SIGNED"
+    lines.append(f"compared     {verification.folder}")
+    if verification.is_signed:
+        lines.append(f"{verification.folder} is what they signed.")
+    else:
+        lines.append(f"{out} IS NOT WHAT WAS SIGNED.")
+    if verification.folder != str(out) and (out / "report.html").exists():
+        lines.append(f"{out / 'report.html'} is not signed: nobody compared what it shows.")
     lines += [
-        f"{out} {verdict}.",
         "Compare the fingerprint with an owner: a folder cannot show by itself whose agreement it is.",
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

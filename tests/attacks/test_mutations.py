@@ -960,6 +960,7 @@ TABLE = [
     Mutation(RECEIPTS, "test_82_a_publication", "publication-is-canonical"),
     Mutation(RECEIPTS, "test_83_a_published or test_83_weights", "verify-compares-files"),
     Mutation(RECEIPTS, "test_83_code", "verify-finds-additional-files"),
+    Mutation(RECEIPTS, "test_248_", "verify-looks-beside-the-model"),
     Mutation(RECEIPTS, "test_84_receipts_with", "verify-checks-signatures", "signed_by = list(receipts.owners)"),
     Mutation(RECEIPTS, "test_84_receipts_of", "published-receipts-are-the-coordinator-s"),
     Mutation(SIMULATE, "report_that_was_improved", "verify-compares-metrics"),
