@@ -75,8 +75,8 @@ def explained(owner: str, path: Path, agreements: dict[str, Agreement]) -> list[
         if agreement is None:
             return [
                 f"{owner} says that something was wrong under an agreement that is not in the folder of its settings.",
-                f"Put the file with the SHA-256 {evidence.agreement_digest} there, as any",
-                "NAME.toml, and run the same command again.",
+                "Put that agreement's file there, under any name that ends in .toml, and run the same command again.",
+                f"Its digest is {evidence.agreement_digest}.",
             ]
         return [*in_words(owner, agreement, evidence)]
     except (ValueError, AmalgramError):
@@ -224,8 +224,8 @@ def _about_the_check(owner: str, agreement: Agreement, evidence: Evidence) -> It
     yield "all that was sent before; these signatures are valid, and this program added the shares up."
     times = times_tolerance(numbers)
     if not times > 1:  # check: evidence-of-a-check-adds-up
-        yield "The sum does NOT show that anything is wrong: without the model, it cannot be told from rounding. That"
-        yield f"it is more is {owner}'s own word."
+        yield f"The sum does NOT show that anything is wrong: no share need be more than {times:.3g} of the most that"
+        yield f"rounding can be in any model. That it is more than it can be in this one is {owner}'s own word."
         return
     yield f"The sum is NOT zero: some share is at least {times:.3g} times as large as any rounding can be."
     yield "An owner that signs a false share has the same effect. It could be any of those who checked it, and"

@@ -157,7 +157,7 @@ def test_a_check_whose_shares_do_not_add_up_is_shown_with_those_who_signed_them(
 def test_249_an_honest_check_does_not_show_that_anything_is_wrong(run: Run, verify: Verify) -> None:
     said = verify({})[1]
     assert "these signatures are valid" in said
-    assert "The sum does NOT show that anything is wrong" in said
+    assert re.search(r"The sum does NOT show that anything is wrong: no share need be more than [0-9.e-]+ of", said)
     assert "The sum is NOT zero" not in said
 
 
@@ -325,7 +325,7 @@ def test_253_records_of_earlier_agreements_are_shown_too(
         code, said = said_of(run.parties.files["hotel"], capsys)
         assert code == WrongModel.exit_code
         assert f"evidence/{first.digest()}.json\nhotel says that something was wrong under an agreement" in said
-        assert f"Put the file with the SHA-256 {first.digest()} there" in said
+        assert f"\nIts digest is {first.digest()}." in said
         (folder / "earlier.toml").write_text(kept)
         code, said = said_of(run.parties.files["hotel"], capsys)
         assert code == WrongModel.exit_code
