@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from client.records import Record
 from common import private_file
@@ -35,21 +35,23 @@ from common.messages import Envelope, OpenSum, Result, decode
 from common.metrics import Score, Sums
 from common.private_file import make_private_folder, write_whole
 from common.publication import PublishedFolder, PublishedReceipts
-from common.settings_file import Hex
+from common.settings_file import Digest, Hex
 from common.tensor_layout import TensorLayout
 from common.text import shown, shown_lines
 
 STATE_VERSION = 5
+EVIDENCE = "evidence"  # the folder of what is not the merge; a file for each agreement
 FINE_TUNED = "fine_tuned"  # the folder of a model that was made here
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
+Position = Annotated[int, Field(ge=0, lt=2**63)]  # of an event in the schedule
 
 
 class ReceivedRecord(Record):
     """A delivery that has arrived whole (certificates.Delivered), and the coordinator's signature under it."""
 
-    position: int
+    position: Position
     model: str
-    digest: str
+    digest: Digest
     signature: Hex
 
     @property
@@ -130,7 +132,7 @@ class CheckRecord(Record):
 class TotalRecord(Record):
     """The metrics of all owners, as this owner added them up; `metrics`: a SignedMean, in JSON."""
 
-    split: str
+    split: Literal["validation", "test"]  # check: kept-splits-are-two
     model: str
     metrics: str
 
@@ -139,8 +141,8 @@ class ResultRecord(Record):
     """The coordinator's signed result."""
 
     model: str
-    model_digest: str
-    deliveries_digest: str
+    model_digest: Digest
+    deliveries_digest: Digest
     publication: str
     signature: Hex
 
@@ -477,7 +479,7 @@ class OwnerState:
 
     def write_evidence(self, agreement_digest: str, evidence: Record) -> Path:
         """Keep, for good, what is known of a model that is not the merge."""
-        make_private_folder(self.folder / "evidence")
+        make_private_folder(self.folder / EVIDENCE)
         path = self.evidence_path(agreement_digest)
         write_whole(path, evidence.model_dump_json(indent=1).encode() + b"\n")
         return path
@@ -489,7 +491,7 @@ class OwnerState:
 
     def evidence_path(self, agreement_digest: str) -> Path:
         """Where the record of a wrong model would be."""
-        return self.folder / "evidence" / f"{agreement_digest}.json"
+        return self.folder / EVIDENCE / f"{agreement_digest}.json"
 
     @property
     def fine_tuned_folder(self) -> Path:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from client.records import Record
 from client.state import (
     CheckRecord,
     DrawnRecord,
+    Position,
     ReceivedRecord,
     ResultRecord,
     RoundKind,
@@ -48,9 +49,9 @@ from common.messages import (
 )
 from common.metrics import read_total
 from common.models.delta import VectorDelta, check_candidate
-from common.publication import SignedMean
+from common.publication import MAX_RECEIPTS_BYTES, SignedMean
 from common.schedule import Delivery, Round
-from common.settings_file import Hex
+from common.settings_file import Digest, Hex
 from common.summation import fixed_point
 from common.summation.masked.opening import opened_total
 from common.summation.masked.owner import MaskedOwner
@@ -59,13 +60,15 @@ from common.summation.pairwise import PairwiseSum, public_key, verify_nonce
 from common.summation.protocol import OwnerSide
 from common.summation.records import Nonce, Survivor, name_at
 from common.summation.totals import SummedTensors
-from common.tensor_layout import TensorLayout
+from common.tensor_layout import PART_BYTES, TensorLayout
 from common.verification import Challenge, Claim, NotTheMerge, combination_seed, projection_seed, wrong_claims
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SOURCES: Final = ("scales", "contribution", "step")  # the rounds from whose totals models are merged
+# In hexadecimal, the shares of all owners, which came in one message; beside them little more than a publication.
+MAX_EVIDENCE_BYTES: Final = 2 * PART_BYTES + MAX_RECEIPTS_BYTES
 
 
 class Evidence(Record):
@@ -73,19 +76,20 @@ class Evidence(Record):
 
     The coordinator signed each delivery. `false` are the positions of those that are wrong; `expected` is the digest
     that the last of them should have, where this owner knows it. The owners signed the `uploads`, which do not add up
-    to zero, under the digest of the `keys` of their check. If it is the `result` that is wrong, the coordinator signed
-    that; `totals` are the metrics that this owner added up. It proves nothing to others: the models are not in it. All
-    bytes are in hexadecimal.
+    to zero, under the digest of the `keys` of their check, which is at `position`. If it is the `result` that is wrong,
+    the coordinator signed that; `totals` are the metrics that this owner added up. It proves nothing to others: the
+    models are not in it. All bytes are in hexadecimal. deploy/commands/explain.py reads it.
     """
 
-    agreement_digest: str
-    run: str
+    agreement_digest: Digest
+    run: Digest  # check: kept-runs-are-digests
     wrong: tuple[str, ...]
     delivered: tuple[ReceivedRecord, ...]
-    false: tuple[int, ...] = ()
-    expected: str = ""
+    false: tuple[Position, ...] = ()
+    expected: Digest | Literal[""] = ""
     result: ResultRecord | None = None
     totals: tuple[TotalRecord, ...] = ()
+    position: Position | None = None
     keys: Hex = ""
     uploads: Hex = ""
     signatures: Hex = ""
@@ -374,6 +378,7 @@ def open_check(owner: OwnerContext, message: UploadsOpened) -> None:
             run,
             wrong,
             false=tuple(each.delivery for each in round_.claims if wrong_claims([each], total)),
+            position=check.position,
             keys=check.keys,
             uploads=message.payload.tobytes().hex(),
             signatures=message.proofs.hex(),

@@ -355,7 +355,7 @@ def verify(
     out: Annotated[
         Path,
         typer.Argument(
-            help="The output folder of a run, or of a published model; or OWNER.toml, for its record of a wrong model; "
+            help="The output folder of a run, or of a published model; or OWNER.toml, for its records of wrong models; "
             "or a file of OUT/evidence."
         ),
     ],
@@ -364,14 +364,16 @@ def verify(
 ) -> int:
     """Check a published model against the signatures of its owners. Exit code 0: all as signed; 1: not.
 
-    With OWNER.toml: explain what this owner kept of a model that is not the merge. Exit code 6: it kept something.
+    With OWNER.toml: explain what this owner kept of models that are not the merge, under all agreements, and verify who
+    signed it. It reads only, and needs no key. Exit code 6: it kept something.
 
     With a file of OUT/evidence: say which owner lied in a sum. Exit code 0: the file proves it.
 
     Example: amalgram verify demo-output
     """
     set_up_output(as_json)
-    from deploy.commands.verify import explain_evidence, explain_lie, verify_folder
+    from deploy.commands.explain import explain_evidence
+    from deploy.commands.verify import explain_lie, verify_folder
 
     if out.suffix == ".json" and out.is_file():
         return explain_lie(out)

@@ -34,6 +34,7 @@ from common.logs import JsonLines, TextLines
 from common.text import shown, shown_lines
 
 MAX_OWNER_ROWS = 12  # more owners share one row
+MAX_QUOTED_CHARACTERS = 400
 CLOCK = "%H:%M:%S"
 QUIET = {  # the libraries' own warnings and progress bars; their errors still arrive as exceptions
     "TRANSFORMERS_VERBOSITY": "error",
@@ -99,6 +100,11 @@ def show_error(message: str, hint: str) -> None:
     messages().print("[red]error:[/]", escape(message), soft_wrap=True, highlight=False)
     if hint:
         messages().print("[yellow]hint:[/]", escape(hint), soft_wrap=True, highlight=False)
+
+
+def quoted(text: str) -> str:
+    """Somebody's words in plain characters, cut to a long sentence."""
+    return ascii(text)[1:-1][:MAX_QUOTED_CHARACTERS]
 
 
 def byte_count(count: int) -> str:

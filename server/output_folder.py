@@ -8,6 +8,25 @@ from common.errors import SettingsError
 
 CHECKPOINT = "checkpoint"  # what a run resumes from; gone once everything is published
 PROGRESS = "progress.jsonl"  # how far the current run is, or how far the last one came
+LEFT_BY_RUNS = frozenset(  # everything in the folder that a run writes, a simulation or the demo, also if it failed
+    {
+        ".amalgram",
+        CHECKPOINT,
+        PROGRESS,
+        "consortium",
+        "evidence",
+        "failure.json",
+        "failure.json.partial",
+        "merge.lock",
+        "model",
+        "model.partial",
+        "parties",
+        "report.html",
+        "report.json",
+        "report.json.partial",
+        "run.lock",
+    }
+)
 MAX_TAIL_BYTES = 1_000_000  # of the progress file; a line names each owner
 
 

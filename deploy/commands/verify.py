@@ -4,14 +4,14 @@ It shows that the files and metrics are those that the parties of one agreement 
 otherwise, they verified that the model is the merge, up to a tolerance (SECURITY.md). It does not show whose agreement
 it is: somebody who makes up all parties can sign anything. Hence the fingerprint.
 
-With an owner's settings file, it explains what that owner kept of a model that is not the merge. With a file of
-`OUT/evidence`, it says who lied in a sum.
+With a file of `OUT/evidence`, it says who lied in a sum. With an owner's settings file, it explains what that owner
+kept of a model that is not the merge (explain.py).
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
@@ -20,12 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from client.context import OwnerContext
-from client.state import ReceivedRecord, ResultRecord
-from client.verification import Evidence
 from common.agreement import Agreement
-from common.certificates import check_delivery, check_result
-from common.errors import AmalgramError, RemoteProtocolError, SettingsError, WrongModel
+from common.errors import AmalgramError, RemoteProtocolError, SettingsError
 from common.identity import fingerprint
 from common.metrics import OWN_AT_HOME, worst_accuracy
 from common.models.adapter import ADAPTER_CONFIG
@@ -37,12 +33,11 @@ from common.publication import (
     Publication,
     PublishedReceipts,
     SignedMean,
-    read_publication,
 )
 from common.settings_file import parse_settings
-from common.summation.records import Signed, name_at
-from deploy.terminal import answer, shows_json
+from deploy.terminal import answer, quoted, shows_json
 from server import evidence
+from server.output_folder import LEFT_BY_RUNS
 from server.report.report import Report, group_metrics, read_report
 
 NOT_READ = {".git", ".gitattributes", ".cache"}  # the hub's own, which nothing loads
@@ -50,7 +45,6 @@ CODE = {".py", ".pyc", ".so", ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt",
 REFERENCES = {"own", "ensemble", "close_ensemble", "multi_task"}  # a simulation computes them, and no owner signs them
 SIGNED = ("accuracy", "metric", "pooled_accuracy", "predictions", "pearson_r", "sums")  # of a model's metrics
 MAX_ENTRIES = 10_000
-MAX_QUOTED_CHARACTERS = 400  # a whole sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +58,9 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a folder holds, compared with its receipts."""
+    """What a folder holds, compared with its receipts. `folder`: the one whose files were compared."""
 
+    folder: str
     title: str
     fingerprint: str
     verified_by: list[str]  # the owners that verified that the model is the merge, if they signed
@@ -91,6 +86,9 @@ def verify_folder(out: Path, receipts_file: Path | None) -> int:
 def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
     """Compare a run's output folder, or its `model` alone, with its receipts, or with those of `receipts_file`.
 
+    Of a run's output, `model` is compared, the report, and nothing else may lie beside them: a library that is given
+    the output folder itself loads what lies there.
+
     Raises SettingsError if there are no receipts that can be read.
     """
     folder = out / "model" if (out / "model").is_dir() else out
@@ -107,7 +105,9 @@ def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
     findings += _check_configuration(folder, publication)
     if folder != out:
         findings += _check_report(out, agreement, receipts)
+        findings += _check_what_is_beside(out)
     return Verification(
+        folder=str(folder),
         title=agreement.title,
         fingerprint=fingerprint(bytes.fromhex(agreement.digest())),
         verified_by=[name for name in publication.owners if name in signed_by] if agreement.is_verified else [],
@@ -148,8 +148,7 @@ def _check_files(folder: Path, publication: Publication) -> Iterator[Finding]:
         if path is None:
             yield Finding(what=name, found="missing", is_signed=False)
         elif digest is None:  # check: verify-finds-additional-files
-            what = "code, never load it" if Path(name).suffix.lower() in CODE else "an additional file"
-            yield Finding(what=_quoted(name), found=f"not signed: {what}", is_signed=False)
+            yield _not_signed(name)
         elif not path.is_file() or digest_of_file(path) != digest:  # check: verify-compares-files
             yield Finding(what=name, found="changed since it was signed", is_signed=False)
         else:
@@ -174,6 +173,18 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
             yield (here / name).relative_to(folder).as_posix(), here / name
 
 
+def _check_what_is_beside(out: Path) -> Iterator[Finding]:
+    """What no run leaves beside its model, such as another model."""
+    for name in sorted(each.name for each in islice(out.iterdir(), MAX_ENTRIES)):
+        if name not in LEFT_BY_RUNS | NOT_READ:  # check: verify-looks-beside-the-model
+            yield _not_signed(name)
+
+
+def _not_signed(name: str) -> Finding:
+    what = "code, never load it" if Path(name).suffix.lower() in CODE else "an additional file"
+    return Finding(what=quoted(name), found=f"not signed: {what}", is_signed=False)
+
+
 def _check_configuration(folder: Path, publication: Publication) -> Iterator[Finding]:
     """Which keys of the configuration were changed: its digest says only that some were."""
     name = ADAPTER_CONFIG if ADAPTER_CONFIG in publication.files else CONFIG
@@ -182,13 +193,13 @@ def _check_configuration(folder: Path, publication: Publication) -> Iterator[Fin
     try:
         found = read_finite(folder / name)
     except AmalgramError as error:
-        yield Finding(what=name, found=_quoted(error.message), is_signed=False)
+        yield Finding(what=name, found=quoted(error.message), is_signed=False)
         return
     signed = publication.configuration
     for key in sorted(found.keys() | signed.keys()):
         if found.get(key) != signed.get(key):
             changed = f"{_value(found.get(key))}; signed was {_value(signed.get(key))}"
-            yield Finding(what=f"{name}: {_quoted(key)}", found=changed, is_signed=False)
+            yield Finding(what=f"{name}: {quoted(key)}", found=changed, is_signed=False)
 
 
 # --- the report ---
@@ -200,11 +211,11 @@ def _check_report(out: Path, agreement: Agreement, receipts: PublishedReceipts) 
     try:
         report = read_report(out)
     except SettingsError as error:
-        yield Finding(what="report.json", found=_quoted(error.message), is_signed=False)
+        yield Finding(what="report.json", found=quoted(error.message), is_signed=False)
         return
     differing = sorted(_differences(report, agreement, receipts))
     for what in differing:
-        yield Finding(what=f"report.json: {_quoted(what)}", found="not as signed", is_signed=False)
+        yield Finding(what=f"report.json: {quoted(what)}", found="not as signed", is_signed=False)
     if not differing:
         yield Finding(what="report.json", found="metrics, owners and digests as signed", is_signed=True)
 
@@ -265,110 +276,6 @@ def _by_owner(signed: SignedMean) -> dict[str, tuple[float | None, float | None,
     }
 
 
-# --- a model that is not the merge ---
-
-
-def explain_evidence(owner_file: Path) -> int:
-    """Say in words what an owner has kept of a model that is not the merge. The exit code: 0 if it has kept nothing.
-
-    Raises SettingsError for a record that cannot be read.
-    """
-    owner = OwnerContext(owner_file)
-    path = owner.state.evidence(owner.agreement.digest())
-    if path is None:
-        answer({"evidence": None}, hint=f"every model that was sent to {owner.name} and verified was the merge")
-        return 0
-    try:
-        kept = Evidence.model_validate_json(path.read_bytes())
-        lines = [*in_words(owner.agreement, kept)]
-    except (ValueError, AmalgramError):  # pydantic's is a ValueError
-        raise SettingsError(f"{path}: damaged", hint="it was changed after it was written") from None
-    print("\n".join(lines), file=sys.stderr if shows_json() else sys.stdout)
-    if shows_json():
-        answer({"evidence": kept.model_dump(mode="json")})
-    return WrongModel.exit_code
-
-
-def in_words(agreement: Agreement, evidence: Evidence) -> Iterator[str]:
-    """Who sent what, and who signed it."""
-    run = f"In run {evidence.run[:16]}..., the coordinator"
-    if evidence.result is None:
-        yield f"{run} sent a model that is not the merge of what was contributed."
-    else:
-        yield f"{run} signed a result that is not what the owners verified."
-    yield "Wrong in it:"
-    yield from (f"  {_quoted(each)}" for each in evidence.wrong)
-    if all(_is_signed(agreement, evidence.run, each) for each in evidence.delivered):
-        yield "The coordinator signed each of these, which it sent; its signatures are valid:"
-    else:
-        yield "The coordinator sent these; NOT all of its signatures are valid:"
-    yield from (_in_a_line(agreement, evidence, each) for each in evidence.delivered)
-    yield from _what_it_should_be(evidence)
-    if evidence.result is not None:
-        yield from _about_the_result(agreement, evidence, evidence.result)
-    if evidence.signatures:
-        signed = Signed.unpack_all(bytes.fromhex(evidence.signatures))
-        names = ", ".join(name_at(agreement.owner_names, each.owner) for each in signed)
-        yield f"Those who checked it: {names}. Their masked shares are in the record, with their keys and signatures."
-        yield "This program added them up, and the sum is not zero. An owner's program that sent a false share has the"
-        yield "same effect; the sum hides which. Compare the records of all owners."
-
-
-def _in_a_line(agreement: Agreement, evidence: Evidence, sent: ReceivedRecord) -> str:
-    unsigned = "" if _is_signed(agreement, evidence.run, sent) else "  NOT SIGNED"
-    wrong = "  WRONG" if sent.position in evidence.false else ""
-    return f"  event {sent.position}: SHA-256 {_quoted(sent.digest)}  {_quoted(sent.model)}{wrong}{unsigned}"
-
-
-def _what_it_should_be(evidence: Evidence) -> Iterator[str]:
-    """What a delivery that is wrong should have been, and who else knows it."""
-    if not evidence.false or evidence.signatures:
-        return
-    if not evidence.expected:
-        yield "That it is wrong is this owner's own word: the record does not hold what was sent. Compare all records."
-        return
-    last = evidence.false[-1]
-    before = [each.position for each in evidence.delivered if each.digest == evidence.expected]
-    yield f"Event {last} should have been SHA-256 {_quoted(evidence.expected)}:"
-    if before:
-        yield f"  the coordinator sent that as event {before[0]}."
-    else:
-        yield "  this owner computed that from the agreement and the totals. Nobody else signed it."
-
-
-def _about_the_result(agreement: Agreement, evidence: Evidence, result: ResultRecord) -> Iterator[str]:
-    """What the coordinator signed in the end, beside what this owner added up."""
-    yield f"The result names {_quoted(result.model)}, SHA-256 {_quoted(result.model_digest)}."
-    signed = result.in_run(evidence.run)
-    try:
-        check_result(agreement, signed)  # check: evidence-of-a-result-is-signed
-        yield "The coordinator's signature under it is valid."
-    except RemoteProtocolError:
-        yield "The coordinator's signature under it is NOT valid."
-    publication = read_publication(signed.publication)
-    for total in evidence.totals:
-        published = (publication.validation if total.split == "validation" else publication.test).get(total.model)
-        own = SignedMean.model_validate_json(total.metrics)
-        if published != own:
-            shown = "nothing" if published is None else _metrics(published)
-            yield f"  {total.split}, {_quoted(total.model)}: it says {shown}; this owner added up {_metrics(own)}"
-    yield "What this owner tested and added up is its own word: the record does not hold it. Compare all records."
-
-
-def _metrics(mean: SignedMean) -> str:
-    accuracy = "" if mean.accuracy is None else f"accuracy {mean.accuracy:.4f}, "
-    return f"{accuracy}metric {mean.metric:.4f}, {mean.predictions} predictions"
-
-
-def _is_signed(agreement: Agreement, run: str, sent: ReceivedRecord) -> bool:
-    """Whether the coordinator signed that it sent this."""
-    try:
-        check_delivery(agreement, run, sent.delivered, bytes.fromhex(sent.signature))  # check: evidence-is-signed
-    except RemoteProtocolError:
-        return False
-    return True
-
-
 # --- an owner that lied in a sum ---
 
 LIES = {
@@ -390,7 +297,7 @@ def explain_lie(path: Path) -> int:
         return 0
     print(f"{owner} lied: {LIES[lie]}.")
     print("All signatures are valid under the keys of this agreement; compare the fingerprint with an owner:")
-    print(f"  {_quoted(agreement.title)}\n  {fingerprint(bytes.fromhex(agreement.digest()))}")
+    print(f"  {quoted(agreement.title)}\n  {fingerprint(bytes.fromhex(agreement.digest()))}")
     if lie == "revealed":
         print("A dealer that colludes with the coordinator could make this up, because it can sign shares twice.")
     return 0
@@ -406,25 +313,25 @@ def _print(console: Console, verification: Verification, out: Path) -> None:
     for finding in verification.findings:
         table.add_row(escape(finding.what), escape(finding.found), style="" if finding.is_signed else "bold red")
     console.print(table)
-    lines = [f"agreement    {_quoted(verification.title)}", f"fingerprint  {verification.fingerprint}"]
+    lines = [f"agreement    {quoted(verification.title)}", f"fingerprint  {verification.fingerprint}"]
     if verification.signed_by:
         lines.append(f"signed by    {', '.join(verification.signed_by)}")
     if verification.not_signed_by:
         lines.append(f"not signed   {', '.join(verification.not_signed_by)}")
     if verification.verified_by:
         lines.append(f"the merge    as verified by {', '.join(verification.verified_by)}")
-    verdict = "is what they signed" if verification.is_signed else "IS NOT WHAT WAS SIGNED"
+    lines.append(f"compared     {verification.folder}")
+    if verification.is_signed:
+        lines.append(f"{verification.folder} is what they signed.")
+    else:
+        lines.append(f"{out} IS NOT WHAT WAS SIGNED.")
+    if verification.folder != str(out) and (out / "report.html").exists():
+        lines.append(f"{out / 'report.html'} is not signed: nobody compared what it shows.")
     lines += [
-        f"{out} {verdict}.",
         "Compare the fingerprint with an owner: a folder cannot show by itself whose agreement it is.",
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _quoted(text: str) -> str:
-    """Somebody's words in plain characters."""
-    return ascii(text)[1:-1][:MAX_QUOTED_CHARACTERS]
-
-
 def _value(value: JsonValue) -> str:
-    return "missing" if value is None else _quoted(str(value))
+    return "missing" if value is None else quoted(str(value))

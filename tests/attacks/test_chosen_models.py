@@ -287,8 +287,8 @@ def marked_wrong(run: Cheat, said: str) -> Delivery:
     (position,) = evidence.false
     (lie,) = (each for each in evidence.delivered if each.position == position)
     assert "The coordinator signed each of these, which it sent; its signatures are valid:" in said
-    assert [line for line in said.splitlines() if line.endswith("WRONG")] == [
-        f"  event {position}: SHA-256 {lie.digest}  {lie.model}  WRONG"
+    assert [line for line in said.splitlines() if "  WRONG" in line] == [
+        f"  event {position}: SHA-256 {lie.digest}  {lie.model}  WRONG, says {run.first}"
     ]
     assert run.sent[position] == lie.digest
     check_delivery(run.parties.agreement, evidence.run, lie.delivered, bytes.fromhex(lie.signature))
@@ -359,6 +359,7 @@ def test_122_a_published_model_with_a_backdoor_in_one_entry(
     assert f"\n  {wrong}\n" in printed
     assert marked_wrong(run, printed).kind == "candidate"
     assert "Those who checked it: hotel, cinema, phones." in printed
+    assert "these signatures are valid, and this program added the shares up.\nThe sum is NOT zero" in printed
     with pytest.raises(WrongModel, match="not the merge"):
         check_no_evidence(Owner(run.parties.files[run.first]))  # `amalgram client` does not begin again
     assert run.run().exit_code == WrongModel.exit_code  # nor does another run of this agreement
@@ -397,8 +398,8 @@ def test_123_a_candidate_that_was_validated_is_replaced_for_the_test(
     assert (lie.kind, lie.split) == ("candidate", "test")
     evidence = evidence_of(run.parties, run.first)
     (before,) = (each for each in evidence.delivered[:-1] if each.model == evidence.delivered[-1].model)
-    assert f"Event {lie.position} should have been SHA-256 {run.sent[before.position]}:" in said
-    assert f"  the coordinator sent that as event {before.position}." in said
+    assert f"{run.first} says that event {lie.position} should have been SHA-256 {run.sent[before.position]}:" in said
+    assert f"  the coordinator signed that it sent that as event {before.position}." in said
 
 
 def test_123_a_candidate_that_is_not_the_best_on_validation_rows_is_chosen(
@@ -415,7 +416,7 @@ def test_123_a_candidate_that_is_not_the_best_on_validation_rows_is_chosen(
     best = says.removesuffix(" was better on validation rows").split("; ")[1]
     (before,) = (each for each in evidence_of(run.parties, run.first).delivered if each.model == best)
     assert f"\n  {says}\n" in said
-    assert f"Event {lie.position} should have been SHA-256 {before.digest}:" in said
+    assert f"{run.first} says that event {lie.position} should have been SHA-256 {before.digest}:" in said
 
 
 def test_123_a_candidate_whose_body_is_not_what_was_merged_before(
@@ -434,7 +435,7 @@ def test_123_a_candidate_whose_body_is_not_what_was_merged_before(
     assert run.given == ["contribution", "check", "step"]  # no part of the second check
     said = run.said(capsys)
     assert marked_wrong(run, said).kind == "candidate"
-    assert "That it is wrong is this owner's own word" in said
+    assert f"That it is wrong is {run.first}'s own word" in said
 
 
 def test_123_a_candidate_of_a_sweep_with_another_mean_than_the_first(

@@ -21,7 +21,8 @@ from common.summation.masked.book import SELF
 from common.summation.masked.evidence import Evidence, ProvenLie, accused
 from common.summation.protocol import SumAbandoned, SumTerms
 from common.summation.records import RevealedShare, SealedShare
-from deploy.commands.verify import explain_lie, in_words
+from deploy.commands.explain import in_words
+from deploy.commands.verify import explain_lie
 from server import evidence as kept
 from tests.support.lying_owners import (
     OTHER,
@@ -206,7 +207,7 @@ def signed_result(agreement: Agreement) -> ResultRecord:
 
 def explained(agreement: Agreement, **fields: object) -> str:
     values = {"agreement_digest": agreement.digest(), "run": RUN, "wrong": ("wrong",), "delivered": (), **fields}
-    return "\n".join(in_words(agreement, OwnersEvidence(**values)))  # type: ignore[arg-type]
+    return "\n".join(in_words("ada", agreement, OwnersEvidence(**values)))  # type: ignore[arg-type]
 
 
 def test_247_a_delivery_that_the_coordinator_did_not_sign_is_not_shown_as_signed(agreement: Agreement) -> None:

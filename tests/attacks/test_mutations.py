@@ -64,6 +64,7 @@ SUBJECTS = "test_audit_subjects.py"
 PERSONAL = "end_to_end/test_personal_command.py"
 TEXT, ROWS = "attacks/test_text.py", "test_private_data.py"
 DISHONEST, EVIDENCE = "attacks/test_dishonest_owners.py", "attacks/test_evidence.py"
+RECORDS = "attacks/test_records.py"
 RECEIPTS, SIMULATE = "attacks/test_receipts.py", "end_to_end/test_simulate.py"
 PUBLISHED, METRICS = "test_published_folder.py", "test_metrics.py"
 SERVER, FOLDERS, LIKELIHOODS, FILES = (
@@ -969,6 +970,7 @@ TABLE = [
     Mutation(RECEIPTS, "test_82_a_publication", "publication-is-canonical"),
     Mutation(RECEIPTS, "test_83_a_published or test_83_weights", "verify-compares-files"),
     Mutation(RECEIPTS, "test_83_code", "verify-finds-additional-files"),
+    Mutation(RECEIPTS, "test_248_", "verify-looks-beside-the-model"),
     Mutation(RECEIPTS, "test_84_receipts_with", "verify-checks-signatures", "signed_by = list(receipts.owners)"),
     Mutation(RECEIPTS, "test_84_receipts_of", "published-receipts-are-the-coordinator-s"),
     Mutation(SIMULATE, "report_that_was_improved", "verify-compares-metrics"),
@@ -979,6 +981,29 @@ TABLE = [
     # 114, 115, 247: evidence of a lie
     Mutation(EVIDENCE, "test_247_a_delivery", "evidence-is-signed"),
     Mutation(EVIDENCE, "test_247_a_result", "evidence-of-a-result-is-signed"),
+    # 249 to 253: what an owner's record does not show
+    Mutation(
+        RECORDS,
+        "test_249_shares",
+        "evidence-of-a-check-is-signed",
+        "owners, numbers = agreement.owner_names, [1.0, 1.0]",
+    ),
+    Mutation(RECORDS, "test_249_an_honest", "evidence-of-a-check-adds-up"),
+    Mutation(RECORDS, "test_249_an_owner", "kept-checks-are-of-enough-owners"),
+    Mutation(RECORDS, "test_249_shares", "kept-checks-are-whole"),
+    Mutation(RECORDS, "test_249_shares", "kept-keys-are-signed"),
+    Mutation(RECORDS, "test_250_a_record", "nothing-is-not-signed"),
+    Mutation(RECORDS, "test_250_what_the_coordinator", "what-was-expected-was-signed", ""),
+    Mutation(RECORDS, "test_251_words", "kept-runs-are-digests", "run: str"),
+    Mutation(RECORDS, "test_251_words", "kept-splits-are-two", "split: str"),
+    Mutation(
+        RECORDS,
+        "test_251_a_file",
+        "record-names-are-one-line",
+        "names = [str(path) for path in paths]",
+    ),
+    Mutation(RECORDS, "test_253_", "records-of-all-agreements", "for path in (home / settings.agreement,):"),
+    Mutation(RECORDS, "test_252_a_record", "kept-evidence-is-bounded", "content = file.read()"),
     Mutation(EVIDENCE, "test_114_evidence_against", "evidence-is-about-the-accused"),
     Mutation(EVIDENCE, "test_114_shares_that_the_dealer_did", "evidence-is-the-dealer-s"),
     Mutation(EVIDENCE, "test_114_words", "evidence-is-the-revealer-s"),

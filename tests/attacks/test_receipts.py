@@ -1,4 +1,4 @@
-"""Attacks 80 to 84: what owners sign at the end, and what anybody can check of a published folder."""
+"""Attacks 80 to 84 and 248: what owners sign at the end, and what anybody can check of a published folder."""
 
 import json
 import shutil
@@ -19,6 +19,7 @@ from common.models.loading import digest_of
 from common.models.published_folder import model_configuration, published_folder, write_model
 from common.publication import CARD, RECEIPTS, Publication, PublishedReceipts, SignedScore
 from common.summation.records import Signed
+from deploy.cli import cli
 from deploy.commands.verify import check_folder
 from tests.support.models import tiny_bert
 from tests.support.owner_process import OTHER, RUN, Process, delivered_by, part_of
@@ -275,6 +276,35 @@ def test_83_code_is_added_later(folder: Path) -> None:
         "deep/weights.pkl": "not signed: code, never load it",
         r"\x1b[2Jx": "not signed: an additional file",
     }
+
+
+def test_248_another_model_beside_the_one_that_was_signed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A download in which whoever names it loads what lies at the top: `from_pretrained("download")`."""
+    download = tmp_path / "download"
+    shutil.copytree(folder, download)
+    (download / "model.safetensors").write_bytes(b"another model")
+    (download / "modeling.py").write_text("import os")
+    (download / "\x1b[2Jx").mkdir()
+    for name in (".amalgram", "progress.jsonl", "report.html", "run.lock", ".gitattributes"):
+        (download / name).touch()  # what runs and the hub leave
+    shutil.copytree(folder, download / "model")
+    beside = {path.name for path in folder.iterdir()} | {"modeling.py"}
+    found = wrong(download)
+    assert found.keys() == beside | {r"\x1b[2Jx"}
+    assert found["modeling.py"] == "not signed: code, never load it"
+    assert found["model.safetensors"] == found[RECEIPTS] == "not signed: an additional file"
+    capsys.readouterr()
+    assert cli(["verify", str(download)], standalone_mode=False) == 1
+    said = capsys.readouterr().out
+    assert f"compared     {download}/model\n{download} IS NOT WHAT WAS SIGNED.\n" in said
+    for name in beside:
+        (download / name).unlink()
+    (download / "\x1b[2Jx").rmdir()
+    assert cli(["verify", str(download)], standalone_mode=False) == 0
+    said = capsys.readouterr().out
+    assert f"{download}/model is what they signed.\n{download}/report.html is not signed" in said
 
 
 def test_84_receipts_with_a_signature_of_somebody_else_or_too_few(folder: Path) -> None:

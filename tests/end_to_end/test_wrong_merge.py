@@ -82,7 +82,7 @@ def check_owner_kept_what_was_signed(owner_file: Path, capsys: pytest.CaptureFix
     assert cli(["verify", str(owner_file)], standalone_mode=False) == WrongModel.exit_code
     said = capsys.readouterr().out
     assert "the coordinator sent a model that is not the merge of what was contributed." in said
-    assert [line for line in said.splitlines() if line.endswith("  average  WRONG")] != []
+    assert [line for line in said.splitlines() if line.endswith("  average  WRONG, says hotel")] != []
     assert "The coordinator signed each of these, which it sent; its signatures are valid:" in said
     assert "Those who checked it: hotel, cinema, phones." in said
 

@@ -27,13 +27,15 @@ with atheris.instrument_imports(
     from common import saved_state
     from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
     from common.agreement.agreement import load_agreement
-    from common.publication import read_publication
+    from common.publication import Publication, read_publication
     from common.settings_file import parse_settings
     from server.checkpoint import Checkpoint
 
 from client.owner import Owner  # noqa: F401 - imported first, so that no reading imports it
 from common.errors import AmalgramError
 from common.summation.masked.owner import SavedMaskedOwner
+from common.summation.records import Nonce, Signed
+from deploy.commands.explain import explained
 from deploy.commands.verify import check_folder, read_receipts
 from deploy.complete import complete_agreement
 from deploy.example import reviews
@@ -128,6 +130,21 @@ OWNER_RUN: dict[str, Any] = {
     },
     "drawn": {"position": 1, "delivered": DIGEST, "nonce": DIGEST, "blind": DIGEST},
 }
+EVIDENCE: dict[str, Any] = {
+    "agreement_digest": AGREEMENT_DIGEST,
+    "run": DIGEST,
+    "wrong": ["w"],
+    "delivered": OWNER_RUN["received"],
+    "false": [1],
+    "expected": DIGEST,
+    "result": OWNER_RUN["result"]
+    | {"publication": Publication.model_validate_json(json.dumps(PUBLICATION)).canonical_bytes().decode()},
+    "totals": [{"split": "test", "model": "regmean", "metrics": json.dumps(PUBLICATION["test"]["regmean"])}],
+    "position": 2,
+    "keys": Nonce.pack_all([Nonce(owner, bytes(32), bytes(64)) for owner in range(3)]).hex(),
+    "uploads": bytes(3 * 8 * 32).hex(),
+    "signatures": Signed.pack_all([Signed(owner, bytes(64)) for owner in range(3)]).hex(),
+}
 OPENED: dict[str, Any] = {
     "kind": "contribution",
     "request": asdict(terms_of_a_sum(identities_of(3), layout_of(3)).request),
@@ -203,6 +220,11 @@ def read_consents(document: Any) -> None:
     state().may_repeat(DIGEST)
 
 
+def read_evidence(document: Any) -> None:
+    path = written(f"{AGREEMENT_DIGEST}.json", as_json(document))
+    explained("ada", path, {AGREEMENT_DIGEST: AGREEMENT})
+
+
 def read_checkpoint(document: Any) -> None:
     written("checkpoint/run.json", as_json(document))
     checkpoint = Checkpoint.open(FOLDER / "checkpoint", AGREEMENT_DIGEST)
@@ -215,6 +237,7 @@ DOCUMENTS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (COORDINATOR, lambda tables: parse_settings(tables, CoordinatorSettings, "a.toml")),
     (PUBLICATION, lambda each: read_publication(as_json(each))),
     (RECEIPTS, lambda each: check_folder(FOLDER / "published", written("receipts.json", as_json(each)))),
+    (EVIDENCE, read_evidence),
     (REPORT, lambda each: read_report(written("out/report.json", as_json(each)).parent)),
     (LEDGER, read_ledger),
     (CONSENTS, read_consents),
