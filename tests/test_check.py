@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from client.owner import Owner
 from common import device as devices
+from common.agreement import Task
+from common.errors import ModelError
+from common.models.adapter import PARAMETER_PREFIX
+from common.models.loading import load_fine_tuned
 from deploy.cli import cli
 from deploy.commands import check
 from deploy.commands.agree import give_consent
 from deploy.commands.check import check_and_show
+from tests.support.adapters import write_adapter
 from tests.support.lessons import tokenizer_of_letters
 from tests.support.listeners import GUARD, listening, over_tls
 
@@ -230,6 +237,56 @@ def test_a_model_with_another_tokenizer_is_found(home: Path, capsys: pytest.Capt
     code, found, errors = lines(capsys, ".")
     assert (code, "tokenizers" in found) == (1, False)
     assert "the first that differs is 'bad'" in errors
+
+
+@pytest.fixture
+def adapter(home: Path) -> Path:
+    """An adapter of the example's base, which its owner hotel brings."""
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    folder = write_adapter(base, home / "adapter", target_modules=["query"])
+    hotel = home / "hotel.toml"
+    text = hotel.read_text()
+    training = text[text.index("\n[training]") : text.index("\n[data]")]
+    hotel.write_text(text.replace(training, '\nfine_tuned = "adapter"\n'))
+    return folder
+
+
+@pytest.mark.usefixtures("own_log")
+def test_an_adapter_that_fits_is_ready_and_what_is_left_to_a_simulation_is_said(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found, errors = lines(capsys, ".")
+    assert code == 0, errors
+    assert found["adapter"] == f"{adapter} fits its base, of which it changes 2 tensors"
+    assert found["not looked at"] == (
+        "weights; `amalgram simulate` loads them, and finds a whole model of another base, or with outputs in another "
+        "order than the labels"
+    )
+
+
+@pytest.mark.usefixtures("own_log")
+@pytest.mark.parametrize(
+    ("layer", "shape", "says"),
+    [
+        (0, (4, 48), "has shape (4, 48), on this base it must have (4, 64)"),
+        (7, (4, 64), "layer.7.attention.self.query.lora_A.weight (1 such in all), which the base does not have"),
+    ],
+)
+def test_an_adapter_of_a_base_with_other_shapes_or_layers_is_not_ready(
+    layer: int, shape: tuple[int, ...], says: str, adapter: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights[f"{PARAMETER_PREFIX}bert.encoder.layer.{layer}.attention.self.query.lora_A.weight"] = torch.zeros(shape)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    code, found, errors = lines(capsys, ".")
+    assert (code, "adapter" in found) == (1, False)
+    assert says in errors
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    with pytest.raises(ModelError) as met_in_a_run:
+        load_fine_tuned(adapter, Task(labels=("negative", "positive")), base)
+    assert errors == (
+        f"error: {met_in_a_run.value.message}\nhint: {met_in_a_run.value.hint}\nnot ready: 1 to correct\n"
+    )
 
 
 @pytest.mark.usefixtures("home", "own_log")

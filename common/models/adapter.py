@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from common.models.files import inside, read_json, read_tensors, refused_as, ten
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 else:
@@ -67,29 +70,52 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises ModelError, which names the folder, unless the adapter is LoRA, finite, and fits the base exactly.
     """
+    with _refused(folder):
+        model: PreTrainedModel = _adapted(base, folder).merge_and_unload()
+    model.requires_grad_(True)  # peft froze the base, and Fisher information needs gradients
+    return model.eval()
+
+
+def check_adapter(outline: PreTrainedModel, folder: Path) -> None:
+    """Raise the ModelError of `with_adapter` for an adapter that does not fit a base.
+
+    `outline`: the base without weights. What the merged weights would be, and whether they are finite, is not looked
+    at.
+    """
+    with _refused(folder):
+        _adapted(outline, folder)
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Within, whatever peft raises is a ModelError, and what it warns about is not shown: fan_in_fan_out, which it sets
+    right for each layer, and the weights that an outline lacks.
+    """
+    refused = refused_as(f"model {folder}: its adapter does not fit the base", ANOTHER_BASE)
+    with refused, warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A copy of `base` with the adapter in `folder` beside its weights."""
     # Takes seconds to import, and few owners need it.
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     settings, tensors = _settings(folder), _tensors(folder)
-    refused = refused_as(f"model {folder}: its adapter does not fit the base", ANOTHER_BASE)
-    silent = warnings.catch_warnings(action="ignore")  # about fan_in_fan_out, which peft sets right for each layer
-    with refused, silent:
-        copied, held = copy.deepcopy(base), sum(tensor.numel() for tensor in tensors.values())
-        with building_at_most(f"model {folder}: its {ADAPTER_CONFIG}", len(tensors), held + SPARE_NUMBERS):
-            adapted = PeftModel(copied, LoraConfig(**settings), adapter_name=ADAPTER_NAME)
-        needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-        tensors, needed = _each_once(tensors), _each_once(needed)
-        _check_fit(tensors, needed, folder)
-        found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
-        model: PreTrainedModel = adapted.merge_and_unload()
+    copied, held = copy.deepcopy(base), sum(tensor.numel() for tensor in tensors.values())
+    with building_at_most(f"model {folder}: its {ADAPTER_CONFIG}", len(tensors), held + SPARE_NUMBERS):
+        adapted = PeftModel(copied, LoraConfig(**settings), adapter_name=ADAPTER_NAME)
+    needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    tensors, needed = _each_once(tensors), _each_once(needed)
+    _check_fit(tensors, needed, folder)
+    found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
     if found.unexpected_keys:
         raise ModelError(
             f"model {folder}: its adapter holds {found.unexpected_keys[0]} ({len(found.unexpected_keys)} such in all), "
             "which the base does not have",
             hint=ANOTHER_BASE,
         )
-    model.requires_grad_(True)  # peft froze the base, and Fisher information needs gradients
-    return model.eval()
+    return adapted
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from common.device import accelerators, find_device, find_solver, memory_of, tit
 from common.errors import AmalgramError, DataError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.merge_methods.distill import DISTILL
+from common.models.adapter import changed_parameters, check_adapter, is_adapter
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
     base_model_folder,
@@ -155,6 +156,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             seen.append(Seen(consortium.settings[owner], consortium.look_at(owner), path.parent))
             item.found = _owner_in_words(seen[-1], consortium.draft.task)
     if checks.is_ready:
+        _check_adapters(checks, consortium.draft.task, consortium.base_folder, seen)
+    if checks.is_ready:
         with checks.item("rounds") as item:
             agreement = _simulated_agreement(consortium)
             schedule = _schedule(agreement, consortium.base_folder) if agreement else None
@@ -169,6 +172,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
     if checks.is_ready and agreement and schedule:
         _check_room(checks, folder, schedule, parties=len(seen))
         _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
+    _say_what_is_left(checks, "amalgram simulate", consortium.draft.task, seen)
     return following
 
 
@@ -227,6 +231,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             check_reachable(network.address, root)
             item.found = f"{network.address} answers, with {key.name} and {root.name}"
     if checks.is_ready:
+        _check_adapters(checks, agreement.task, base_folder, [seen])
+    if checks.is_ready:
         with checks.item("rounds") as item:
             schedule = _schedule(agreement, base_folder)
             item.found = _rounds_in_words(schedule)
@@ -237,6 +243,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
     if checks.is_ready:
         _check_room(checks, home / settings.state, schedule, parties=1)
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
+        _say_what_is_left(checks, "amalgram agree", agreement.task, [seen])
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
     return following
@@ -280,6 +287,20 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 
 
 # --- parts that several have ---
+
+
+def _check_adapters(checks: Checklist, task: Task, base_folder: Path, owners: Sequence[Seen]) -> None:
+    """Whether every adapter has the layers and shapes of what it was made from. No weights of a base are loaded."""
+    for owner in owners:
+        look = owner.look
+        if look.fine_tuned is not None and is_adapter(look.fine_tuned):
+            with checks.item("adapter") as item:
+                from common.models.loading import load_outline
+
+                outline = load_outline(look.own_base or base_folder, own_task(owner.settings, owner.home, task))
+                check_adapter(outline, look.fine_tuned)
+                changed = len(changed_parameters(look.fine_tuned))
+                item.found = f"{look.fine_tuned.resolve()} fits its base, of which it changes {changed} tensors"
 
 
 def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
@@ -503,6 +524,14 @@ def _owner_rows(task: Task, base_folder: Path, owner: Seen) -> "OwnerRows":
     if look.own_base is not None:
         cost = cost_beside(load_outline(look.own_base, task), load_outline(base_folder, task))
     return OwnerRows(**rows, epochs=epochs, tokens=tokens, reading_seconds=reading, own_cost=cost)
+
+
+def _say_what_is_left(checks: Checklist, command: str, task: Task, owners: Sequence[Seen]) -> None:
+    """Say what no check finds, because it loads no weights, and which command does."""
+    if checks.is_ready and any(each.look.fine_tuned for each in owners):
+        order = ", or with outputs in another order than the labels" if task.has_labels else ""
+        found = f"weights; `{command}` loads them, and finds a whole model of another base{order}"
+        checks.add(Item("not looked at", found))
 
 
 def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
