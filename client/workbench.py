@@ -51,6 +51,7 @@ from common.merge_methods.refit import REFIT, classifier
 from common.merge_methods.regmean import REGMEAN
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms, Predictions
 from common.metrics import Score, Split
+from common.models.adapter import is_adapter, names_another_base
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.files import weight_files
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
@@ -245,8 +246,13 @@ class Workbench(Holdings):
                 outputs = self._outputs(own, rows)
                 del own  # one model is in memory
                 yield from self._look_at_labels(rows, outputs, self._outputs(self.load_own_base(), rows))
-            if told := self.data.read_otherwise(fine_tuned_folder(self.settings.fine_tuned, self._home)):
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
+            if told := self.data.read_otherwise(folder):
                 yield told
+            if is_adapter(folder) and (
+                named := names_another_base(folder, self.settings.own_base or self.agreement.base, self.own_base_folder)
+            ):
+                yield f"{self.settings.fine_tuned}: {named}"
         yield from self.data.oddities()
 
     def _is_unchanged(self, own: PreTrainedModel) -> bool:

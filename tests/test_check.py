@@ -255,9 +255,13 @@ def adapter(home: Path) -> Path:
 def test_an_adapter_that_fits_is_ready_and_what_is_left_to_a_simulation_is_said(
     adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "us/other"}))
     code, found, errors = lines(capsys, ".")
     assert code == 0, errors
-    assert found["adapter"] == f"{adapter} fits its base, of which it changes 2 tensors"
+    fits, _, odd = found["adapter"].partition("; ")
+    assert fits == f"{adapter} fits its base, of which it changes 2 tensors"
+    assert odd.startswith("its adapter_config.json says that it was trained on 'us/other', and the base here is ")
     assert found["not looked at"] == (
         "weights; `amalgram simulate` loads them, and finds a whole model of another base, or with outputs in another "
         "order than the labels"

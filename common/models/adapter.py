@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from common.errors import ModelError
 from common.lazy import lazy_module
 from common.models.bounds import SPARE_NUMBERS, building_at_most
-from common.models.files import inside, read_json, read_tensors, refused_as, tensor_names
+from common.models.files import inside, read_json, read_tensors, refused_as, tensor_names, weight_files
+from common.text import shown
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,28 @@ def changed_parameters(folder: Path) -> tuple[str, ...]:
         module, factor, rest = name.partition(".lora_")
         found.append(f"{module}.{'bias' if rest.endswith('.bias') else 'weight'}" if factor else module)
     return tuple(dict.fromkeys(found))
+
+
+def names_another_base(folder: Path, base: str, base_folder: Path) -> str:
+    """A warning, if the adapter in `folder` says that it was trained on another model than `base`, which `base_folder`
+    holds; otherwise empty. Paths are compared by their last part, because people move folders.
+
+    Nothing else tells an adapter of another base from one of this, if the layers have the same shapes.
+    """
+    named = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    if _last_part(named) in (_last_part(base), _last_part(str(base_folder.resolve()))):
+        return ""
+    return (
+        f"its {ADAPTER_CONFIG} says that it was trained on {shown(repr(named[:60]))}, and the base here is {base!r} "
+        f"({base_folder.resolve()}); an adapter of another model spoils the merge. If one was only renamed, `sha256sum "
+        f"{weight_files(base_folder)[0].name}` prints the same in both folders"
+    )
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1].casefold()
 
 
 def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from common.device import accelerators, find_device, find_solver, memory_of, tit
 from common.errors import AmalgramError, DataError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.merge_methods.distill import DISTILL
-from common.models.adapter import changed_parameters, check_adapter, is_adapter
+from common.models.adapter import changed_parameters, check_adapter, is_adapter, names_another_base
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
     base_model_folder,
@@ -156,7 +156,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             seen.append(Seen(consortium.settings[owner], consortium.look_at(owner), path.parent))
             item.found = _owner_in_words(seen[-1], consortium.draft.task)
     if checks.is_ready:
-        _check_adapters(checks, consortium.draft.task, consortium.base_folder, seen)
+        _check_adapters(checks, consortium.draft, consortium.base_folder, seen)
     if checks.is_ready:
         with checks.item("rounds") as item:
             agreement = _simulated_agreement(consortium)
@@ -231,7 +231,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             check_reachable(network.address, root)
             item.found = f"{network.address} answers, with {key.name} and {root.name}"
     if checks.is_ready:
-        _check_adapters(checks, agreement.task, base_folder, [seen])
+        _check_adapters(checks, agreement, base_folder, [seen])
     if checks.is_ready:
         with checks.item("rounds") as item:
             schedule = _schedule(agreement, base_folder)
@@ -289,18 +289,19 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 # --- parts that several have ---
 
 
-def _check_adapters(checks: Checklist, task: Task, base_folder: Path, owners: Sequence[Seen]) -> None:
+def _check_adapters(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
     """Whether every adapter has the layers and shapes of what it was made from. No weights of a base are loaded."""
     for owner in owners:
-        look = owner.look
-        if look.fine_tuned is not None and is_adapter(look.fine_tuned):
+        folder, made_from = owner.look.fine_tuned, owner.look.own_base or base_folder
+        if folder is not None and is_adapter(folder):
             with checks.item("adapter") as item:
                 from common.models.loading import load_outline
 
-                outline = load_outline(look.own_base or base_folder, own_task(owner.settings, owner.home, task))
-                check_adapter(outline, look.fine_tuned)
-                changed = len(changed_parameters(look.fine_tuned))
-                item.found = f"{look.fine_tuned.resolve()} fits its base, of which it changes {changed} tensors"
+                check_adapter(load_outline(made_from, own_task(owner.settings, owner.home, draft.task)), folder)
+                changed = len(changed_parameters(folder))
+                fits = f"{folder.resolve()} fits its base, of which it changes {changed} tensors"
+                odd = names_another_base(folder, owner.settings.own_base or draft.base, made_from)
+                item.found = "; ".join(filter(None, (fits, odd)))
 
 
 def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
