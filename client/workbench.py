@@ -59,7 +59,7 @@ from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters, longest_text
 from common.models.plan import MergePlan
-from common.models.published_folder import published_folder, write_adapter, write_model
+from common.models.published_folder import base_names, published_folder, write_adapter, write_model
 from common.pool import ImagePool, Pool, pool_path, read_pool, thumbnail
 from common.pool_rows import PoolRows, check_counts
 from common.privacy.noise import Noise
@@ -249,9 +249,9 @@ class Workbench(Holdings):
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
             if told := self.data.read_otherwise(folder):
                 yield told
-            if is_adapter(folder) and (
-                named := names_another_base(folder, self.settings.own_base or self.agreement.base, self.own_base_folder)
-            ):
+            own = self.settings.own_base
+            names = [own] if own else base_names(self.agreement)
+            if is_adapter(folder) and (named := names_another_base(folder, self.own_base_folder, names)):
                 yield f"{self.settings.fine_tuned}: {named}"
         yield from self.data.oddities()
 

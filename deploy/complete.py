@@ -86,6 +86,7 @@ def complete_agreement(
         tensors=tensors,
     )
     plan = agreed_plan(base, base_folder, agreement)
+    _check_rank(plan)
     schedule = schedule_of(agreement, plan)  # raises for one that cannot be run
     if schedule.has_grams and tensors.data_free:
         log.info("no Gram matrix, merged from weight changes alone: %s", tensors.data_free_in_short)
@@ -95,6 +96,19 @@ def complete_agreement(
     ):
         check_layout(layout, len(agreement.owners))
     return agreement
+
+
+def _check_rank(plan: MergePlan) -> None:
+    """Raise SettingsError for a published adapter of a higher rank than any layer can have."""
+    if plan.adapter is None:
+        return
+    most = max((min(plan.shapes[name]) for name in plan.adapter.layers), default=plan.adapter.rank)
+    if plan.adapter.rank > most:
+        raise SettingsError(
+            f"publish.adapter_rank = {plan.adapter.rank}: no layer of this base has a rank above {most}, so the "
+            "adapter would be larger than the model",
+            hint="agree on a rank far below that, such as 8; or leave adapter_rank out, to publish a whole model",
+        )
 
 
 def _check_classifier(

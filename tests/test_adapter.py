@@ -149,15 +149,15 @@ def test_an_adapter_is_refused_as_a_base(folder: Path) -> None:
 def test_an_adapter_that_names_its_base_by_another_path_is_not_odd(named: object, folder: Path, tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "base")
     change_config(folder, base_model_name_or_path=named)
-    assert names_another_base(folder, "somewhere/agreed", tmp_path / "base") == ""
+    assert names_another_base(folder, tmp_path / "base", ["somewhere/agreed"]) == ""
 
 
 def test_an_adapter_that_names_another_base_is_told_in_one_line_that_shows(folder: Path, tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "base")
     change_config(folder, base_model_name_or_path="other\n\x1b[2Jb\u202ease" + "e" * 99)
-    told = names_another_base(folder, "somewhere/agreed", tmp_path / "base")
+    told = names_another_base(folder, tmp_path / "base", ["somewhere/agreed"])
     assert told == (
-        f"its adapter_config.json says that it was trained on 'other\\n\\x1b[2Jb\\u202e{'ase' + 'e' * 45}', and the "
+        f"its adapter_config.json says that it was trained on 'other\\n\\x1b[2Jb\\u202e{'ase' + 'e' * 85}', and the "
         f"base here is 'somewhere/agreed' ({tmp_path}/base); an adapter of another model spoils the merge. If one was "
         "only renamed, `sha256sum model.safetensors` prints the same in both folders"
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,21 +66,21 @@ def changed_parameters(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def names_another_base(folder: Path, base: str, base_folder: Path) -> str:
-    """A warning, if the adapter in `folder` says that it was trained on another model than `base`, which `base_folder`
-    holds; otherwise empty. Paths are compared by their last part, because people move folders.
+def names_another_base(folder: Path, base_folder: Path, names: Sequence[str]) -> str:
+    """A warning, if the adapter in `folder` says that it was trained on another model than that in `base_folder`, which
+    has these `names`; otherwise empty. Paths are compared by their last part, because people move folders.
 
     Nothing else tells an adapter of another base from one of this, if the layers have the same shapes.
     """
     named = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return ""
-    if _last_part(named) in (_last_part(base), _last_part(str(base_folder.resolve()))):
+    if _last_part(named) in map(_last_part, (*names, str(base_folder.resolve()))):
         return ""
     return (
-        f"its {ADAPTER_CONFIG} says that it was trained on {shown(repr(named[:60]))}, and the base here is {base!r} "
-        f"({base_folder.resolve()}); an adapter of another model spoils the merge. If one was only renamed, `sha256sum "
-        f"{weight_files(base_folder)[0].name}` prints the same in both folders"
+        f"its {ADAPTER_CONFIG} says that it was trained on {shown(repr(named[:100]))}, and the base here is "
+        f"{names[0]!r} ({base_folder.resolve()}); an adapter of another model spoils the merge. If one was only "
+        f"renamed, `sha256sum {weight_files(base_folder)[0].name}` prints the same in both folders"
     )
 
 

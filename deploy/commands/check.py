@@ -296,11 +296,13 @@ def _check_adapters(checks: Checklist, draft: AgreementDraft, base_folder: Path,
         if folder is not None and is_adapter(folder):
             with checks.item("adapter") as item:
                 from common.models.loading import load_outline
+                from common.models.published_folder import base_names
 
                 check_adapter(load_outline(made_from, own_task(owner.settings, owner.home, draft.task)), folder)
                 changed = len(changed_parameters(folder))
                 fits = f"{folder.resolve()} fits its base, of which it changes {changed} tensors"
-                odd = names_another_base(folder, owner.settings.own_base or draft.base, made_from)
+                own = owner.settings.own_base
+                odd = names_another_base(folder, made_from, [own] if own else base_names(draft))
                 item.found = "; ".join(filter(None, (fits, odd)))
 
 
