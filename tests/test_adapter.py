@@ -69,6 +69,7 @@ def assert_delta_is_by_hand(base: PreTrainedModel, folder: Path, scale: float, s
         {"target_modules": ["query"], "lora_bias": True},
         {"target_modules": ["query"], "use_dora": True},
         {"target_modules": ["dense"], "bias": "lora_only"},
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
         {"target_modules": ["dense", "word_embeddings"], "layers_to_transform": [1], "layers_pattern": "layer"},
     ],
 )

@@ -22,6 +22,8 @@ from deploy.cli import cli
 from deploy.commands import check
 from deploy.commands.agree import give_consent
 from deploy.commands.check import check_and_show
+from deploy.commands.draft import draft_agreement
+from deploy.simulation.simulate import simulate
 from tests.support.adapters import write_adapter
 from tests.support.lessons import tokenizer_of_letters
 from tests.support.listeners import GUARD, listening, over_tls
@@ -291,6 +293,27 @@ def test_an_adapter_of_a_base_with_other_shapes_or_layers_is_not_ready(
     assert errors == (
         f"error: {met_in_a_run.value.message}\nhint: {met_in_a_run.value.hint}\nnot ready: 1 to correct\n"
     )
+
+
+@pytest.mark.usefixtures("own_log")
+def test_layers_that_only_an_adapter_has_are_refused_by_its_owner_s_name(adapter: Path, home: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    other = f"{PARAMETER_PREFIX}bert.encoder.layer.7.attention.self.query.lora_A.weight"
+    save_file(weights | {other: torch.zeros(4, 64)}, adapter / "adapter_model.safetensors")
+    agreement = home / "agreement.toml"
+    agreement.write_text(f'{agreement.read_text()}\n[merge]\nlayers = ["adapter"]\n')
+    says = re.escape(
+        f"adapter {adapter} changes bert.encoder.layer.7.attention.self.query.weight (1 such in all), which the base "
+        f"{home / 'base'} does not have"
+    )
+    with pytest.raises(ModelError, match=f"^hotel: {says}") as caught:
+        simulate(home, home / "merged")
+    assert caught.value.hint == "check that the adapter was trained on the agreed base model"
+    for name in ("hotel", "cinema", "phones", "coordinator"):
+        cli(["keys", "new", name], standalone_mode=False)
+    public = [home / f"{name}.pub" for name in ("hotel", "cinema", "phones", "coordinator")]
+    with pytest.raises(ModelError, match=f"^--adapter: {says}"):
+        draft_agreement(agreement, public, home / "agreed.toml", None, [adapter])
 
 
 @pytest.mark.usefixtures("home", "own_log")

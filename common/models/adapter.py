@@ -60,7 +60,7 @@ def changed_parameters(folder: Path) -> tuple[str, ...]:
     """The names of the base's parameters that the adapter in `folder` changes. Raises ModelError."""
     found = []
     for name in tensor_names(inside(folder, ADAPTER_WEIGHTS)):
-        name = name.removeprefix(PARAMETER_PREFIX).replace(".base_layer.", ".")
+        name = _plain(name).removeprefix(PARAMETER_PREFIX).replace(".base_layer.", ".")
         module, factor, rest = name.partition(".lora_")
         found.append(f"{module}.{'bias' if rest.endswith('.bias') else 'weight'}" if factor else module)
     return tuple(dict.fromkeys(found))
@@ -181,8 +181,11 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the second and third copies of a saved module's bias, which peft writes if all biases are trained."""
-    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
-    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
+    return {name: tensor for name, tensor in tensors.items() if _plain(name) == name or _plain(name) not in tensors}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\.(modules_to_save|original_module)\.", ".", name)
 
 
 def _check_fit(tensors: dict[str, Tensor], needed: dict[str, Tensor], folder: Path) -> None:

@@ -42,9 +42,11 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
     identities = _by_name(public)
     public_keys = {name: each.public_key for name, each in identities.items()}
     node_keys = {name: each.node_key for name, each in identities.items() if each.node_key is not None}
-    with_keys(with_labels(written, base_folder, models={}), public_keys, node_keys)
-    from deploy.complete import complete_agreement  # torch: not before what people wrote is checked
+    labelled = with_labels(written, base_folder, models={})
+    with_keys(labelled, public_keys, node_keys)
+    from deploy.complete import check_adapters, complete_agreement  # torch: not before what people wrote is checked
 
+    check_adapters(labelled, base_folder, [("--adapter", folder) for folder in adapters])
     agreement = complete_agreement(written, base_folder, public_keys, node_keys)
     write_settings(out, agreement)
     found = {"agreement": str(out), "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
