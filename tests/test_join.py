@@ -225,3 +225,16 @@ def test_the_settings_of_every_kind_of_task_can_be_read(kind: str, drafted: Path
     settings = load_settings(path, OwnerSettings)
     assert settings.fine_tuned == 'odd"\\\x7f\u200b model'
     assert settings.data.train == Path("a b")
+    assert settings.data.test == Path("data/test" if kind == "image-classification" else "data/test.jsonl")
+    assert (".conll" in path.read_text()) == (kind == "token-classification")
+
+
+def test_the_settings_for_images_name_folders_of_one_subfolder_a_label(drafted: Path) -> None:
+    invitation = read_invitation(drafted / INVITATION)
+    task = invitation.agreement.task.model_copy(update={"kind": "image-classification"})
+    changed = invitation.model_copy(update={"agreement": invitation.agreement.model_copy(update={"task": task})})
+    text = owner_settings("hotel", changed, None, None, None, Path("agreement.toml"))
+    assert (
+        'train = "data/train"  # measured (and trained on): a folder with one subfolder per label, or a table of '
+        'paths (.jsonl, .csv, .parquet)\ntest = "data/test"  # gives the metrics\n# validation = "data/validation"  '
+    ) in text
