@@ -84,7 +84,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
             {
                 "what": each.what,
                 "title": quoted(each.terms.title),
-                "digest": each.agreement_digest,
+                "fingerprint": each.fingerprint_start,
                 "shows": list(what_the_difference_shows(each.terms, terms_of(agreement), each)),
             }
             for each in repeats
