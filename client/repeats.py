@@ -6,15 +6,19 @@ second contribution of the same is refused, unless the owner has read what the d
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import TYPE_CHECKING
 
 from client.records import Record
-from client.sketch import Sketch, share_in_common
+from client.sketch import Sketch, share_in_common, sketch_of
 from common import merge_methods
 from common.agreement import Agreement
 from common.errors import ConsentError
 from common.identity import fingerprint
 from common.merge_methods import METHODS, Hyperparameters
 from common.merge_methods.method import MultiRoundMethod
+
+if TYPE_CHECKING:
+    from client.data.private_data import PrivateData
 
 # From this share of the smaller set on, it is a repetition. Texts that anybody writes, such as "thank you", stay below.
 LEAST_SHARE = 0.1
@@ -31,6 +35,12 @@ class Contributed(Record):
     rows: Sketch
     weight_changes: Sketch
     judged: Sketch = Sketch()
+
+    @classmethod
+    def of(cls, key: bytes, data: "PrivateData", weight_changes: Sketch) -> "Contributed":
+        """Rows count before any are set aside or drawn, and without labels, which no Gram has."""
+        rows, judged = sketch_of(key, data.training_contents()), sketch_of(key, data.judged_contents())
+        return cls(rows=rows, weight_changes=weight_changes, judged=judged)
 
     def shares_with(self, other: "Contributed", *, is_bounded: bool) -> tuple[float, float]:
         """Which share of the rows, and of the changed tensors, `other` has too. A row that is judged by one and trained

@@ -345,18 +345,11 @@ class Workbench(Holdings):
     # --- measuring ---
 
     def contributed(self, key: bytes, *, may_train: bool = True) -> Contributed:
-        """Sketches of this owner's training rows and of the tensors that its model changes.
-
-        Rows count before any are set aside or drawn, and without labels, which no Gram has. A model that is yet to be
-        made from the rows is made, if it `may_train`, or left out.
+        """Sketches of this owner's rows and of the tensors that its model changes. A model that is yet to be made from
+        the rows is made, if it `may_train`, or left out.
         """
-        rows = sketch_of(key, self.data.training_contents())
         has_model = may_train or self.settings.fine_tuned is not None
-        return Contributed(
-            rows=rows,
-            weight_changes=sketch_of(key, self._changed_tensors()) if has_model else Sketch(),
-            judged=sketch_of(key, self.data.judged_contents()),
-        )
+        return Contributed.of(key, self.data, sketch_of(key, self._changed_tensors()) if has_model else Sketch())
 
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""

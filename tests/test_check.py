@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from client.ledger import Ledger
 from client.owner import Owner
 from common import device as devices
 from common.agreement import Task
 from common.errors import ModelError
+from common.identity import fingerprint
 from common.models.adapter import PARAMETER_PREFIX
 from common.models.loading import load_fine_tuned
 from deploy.cli import cli
@@ -387,6 +389,31 @@ def test_a_server_that_cannot_be_reached_is_found(network: Path, capsys: pytest.
 def test_after_consent_the_next_step_is_the_client(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
     give_consent(Owner(network / "hotel.toml"))
     assert lines(capsys, "hotel.toml")[2] == "ready; next: amalgram client hotel.toml\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_rows_that_were_contributed_before_are_said_and_the_ledger_stays(
+    network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = Owner(network / "hotel.toml")
+    earlier = owner.agreement.model_copy(update={"title": "Earlier"})
+    ledger = Ledger(owner.ledger_path, owner.identity.public_key, earlier, must_exist=False)
+    ledger.begin(0, 64 * "a", 0, "contributions", owner.contributed(may_train=False), set())
+    ledger.offer(0, 64 * "a", 64 * "b", set())
+    shutil.rmtree(network / "state-hotel")
+    before = {path: path.read_bytes() for path in network.iterdir() if path.is_file()}
+    code, found, errors = lines(capsys, "hotel.toml")
+    assert code == 0, errors
+    start = " ".join(fingerprint(bytes.fromhex(earlier.digest())).split()[:2])
+    told = f"the same rows were contributed under 'Earlier' (fingerprint {start} ...)"
+    assert found["ledger"] == (
+        f"{told}; `amalgram agree` says what the totals show together, and takes --again as consent to that"
+    )
+    assert {path: path.read_bytes() for path in network.iterdir() if path.is_file()} == before
+    assert not (network / "state-hotel").exists()
+    (repeat,) = Owner(network / "hotel.toml").ledger.repeats(owner.contributed(may_train=False))
+    assert check._repeats_in_words([repeat], [repeat.agreement_digest]).startswith(f"{told}, and there is consent")
+    assert check._repeats_in_words([], []) == "none of these rows were contributed under another agreement"
 
 
 @pytest.mark.usefixtures("own_log")

@@ -7,7 +7,7 @@ follow from the base's modules, which takes torch, whose import takes seconds.
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,9 +20,12 @@ import numpy as np
 
 from client.data.lengths import cut_in_words, token_lengths
 from client.data.private_data import PrivateData, prepared_by
+from client.ledger import Ledger
 from client.look import OwnerLook, oddities, own_task
 from client.owner import Owner
+from client.repeats import Contributed, Repeat, check_weightings, terms_of
 from client.settings import OwnerSettings, Training
+from client.sketch import Sketch
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
 from common.device import accelerators, find_device, find_solver, memory_of, title_of
 from common.errors import AmalgramError, DataError, SettingsError, first_line
@@ -240,6 +243,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
         _check_rows(checks, agreement, base_folder, [seen])
+        _check_ledger(checks, owner, _private_data(agreement, base_folder, seen))
     if checks.is_ready:
         _check_room(checks, home / settings.state, schedule, parties=1)
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
@@ -322,6 +326,31 @@ def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, own
         item.found = "; ".join((found, *filter(None, (data.read_otherwise(own) for own, data in read if own))))
     if draft.task.is_text:
         _check_lengths(checks, draft.task, base_folder, owners)
+
+
+def _check_ledger(checks: Checklist, owner: Owner, data: PrivateData) -> None:
+    """Say whether the same rows were contributed under another agreement. The ledger is read, and stays as it is."""
+    path, agreement = owner.ledger_path, owner.agreement
+    has_state = (owner.home / owner.settings.state).is_dir()  # which a look at the state would make
+    if not has_state and not path.exists():
+        return
+    with checks.item("ledger") as item:
+        key = owner.identity.public_key
+        ledger = owner.ledger if has_state else Ledger(path, key, agreement, must_exist=False)
+        consent = owner.state.consents().get(agreement.digest()) if has_state else None
+        repeats = ledger.repeats(Contributed.of(owner.ledger_key, data, Sketch()))
+        check_weightings(terms_of(agreement), repeats)
+        item.found = _repeats_in_words(repeats, consent.again if consent else ())
+
+
+def _repeats_in_words(repeats: Sequence[Repeat], allowed: Collection[str]) -> str:
+    """`allowed`: the agreements that this owner consented to repeat."""
+    if not repeats:
+        return "none of these rows were contributed under another agreement"
+    told = "; ".join(f"{each.what} were contributed under {each.named}" for each in repeats)
+    if all(each.agreement_digest in allowed for each in repeats):
+        return f"{told}, and there is consent to contribute them again"
+    return f"{told}; `amalgram agree` says what the totals show together, and takes --again as consent to that"
 
 
 def _private_data(draft: AgreementDraft, base_folder: Path, owner: Seen) -> PrivateData:
