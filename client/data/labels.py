@@ -121,7 +121,7 @@ def _how_to_name_folder(name: str, task: Task) -> str:
 
 
 def _probably_meant(name: str, task: Task) -> str:
-    """The agreed label that is the same but for case, or nearly the same; empty if none is."""
+    """The agreed label that differs in case alone, or that is nearly the same; empty if none is."""
     by_name = {as_line(label).casefold(): label for label in task.labels}
     near = get_close_matches(name.casefold(), by_name, n=1, cutoff=0.75) if len(name) <= MAX_LINE else []
     return by_name[near[0]] if near else ""
