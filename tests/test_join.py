@@ -196,6 +196,14 @@ def test_an_owner_joins_with_its_own_keys_alone(home: Path, drafted: Path) -> No
     assert "has no key of an owner of this agreement: hotel, cinema, phones\nhint: run this where" in refusal()
 
 
+def test_a_missing_invitation_is_asked_of_the_drafter(home: Path) -> None:
+    (home / INVITATION).unlink()
+    assert refusal() == (
+        "invitation.toml: there is no such file\nhint: ask the drafter for the invitation, which `amalgram draft "
+        "--address HOST:PORT` writes"
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

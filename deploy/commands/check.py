@@ -51,7 +51,7 @@ from deploy.drafting import with_labels
 from deploy.launch.processes import listens
 from deploy.network_keys import check_server_files
 from deploy.reach import check_reachable
-from deploy.terminal import answer, byte_count, show_error, shows_json
+from deploy.terminal import about_bytes, answer, byte_count, show_error, shows_json
 from server.settings import read_coordinator_identity
 
 if TYPE_CHECKING:
@@ -458,7 +458,7 @@ def _estimate(
         return
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
-        item.found = f"about {byte_count(most)} at the most"
+        item.found = f"about {about_bytes(most)} at the most"
     if owners:
         _check_gram_rows(checks, agreement, base_folder, schedule, owners, rows)
 
