@@ -77,10 +77,14 @@ class OwnerContext:
         has_consented = bool(self.state.consents())
         return Ledger(self.ledger_path, self.identity.public_key, self.agreement, must_exist=has_consented)
 
+    @property
+    def ledger_key(self) -> bytes:
+        """The key of the sketches of what this identity has contributed."""
+        return key_agreement.derive(self.identity.seed, Domain.LEDGER_KEY, salt=b"")
+
     def contributed(self, *, may_train: bool = True) -> Contributed:
         """Sketches of the rows and weight changes that this owner has now (Workbench.contributed)."""
-        key = key_agreement.derive(self.identity.seed, Domain.LEDGER_KEY, salt=b"")
-        return self.workbench.contributed(key, may_train=may_train)
+        return self.workbench.contributed(self.ledger_key, may_train=may_train)
 
     @property
     def summation(self) -> type[OwnerSide]:

@@ -62,7 +62,7 @@ class Book(Record):
 
     version: Literal[2]
     identity: Digest  # the public key, in hexadecimal
-    pages: dict[str, Page]
+    pages: dict[Digest, Page]
 
 
 class Ledger:

@@ -6,16 +6,25 @@ second contribution of the same is refused, unless the owner has read what the d
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import TYPE_CHECKING
 
 from client.records import Record
-from client.sketch import Sketch, share_in_common
+from client.sketch import Sketch, share_in_common, sketch_of
 from common import merge_methods
 from common.agreement import Agreement
 from common.errors import ConsentError
+from common.identity import fingerprint
 from common.merge_methods import METHODS, Hyperparameters
+from common.merge_methods.method import MultiRoundMethod
+
+if TYPE_CHECKING:
+    from client.data.private_data import PrivateData
 
 # From this share of the smaller set on, it is a repetition. Texts that anybody writes, such as "thank you", stay below.
 LEAST_SHARE = 0.1
+SHOWN_GROUPS = 2  # of a fingerprint's eight groups of five digits
+GRAMS = "grams"
+MEASURED = {GRAMS: "Gram matrices", "fisher": "Fisher information", "class_shares": "shares of the labels"}
 
 
 class Contributed(Record):
@@ -26,6 +35,12 @@ class Contributed(Record):
     rows: Sketch
     weight_changes: Sketch
     judged: Sketch = Sketch()
+
+    @classmethod
+    def of(cls, key: bytes, data: "PrivateData", weight_changes: Sketch) -> "Contributed":
+        """Rows count before any are set aside or drawn, and without labels, which no Gram has."""
+        rows, judged = sketch_of(key, data.training_contents()), sketch_of(key, data.judged_contents())
+        return cls(rows=rows, weight_changes=weight_changes, judged=judged)
 
     def shares_with(self, other: "Contributed", *, is_bounded: bool) -> tuple[float, float]:
         """Which share of the rows, and of the changed tensors, `other` has too. A row that is judged by one and trained
@@ -70,6 +85,17 @@ class Repeat(Record):
     @property
     def is_one(self) -> bool:
         return max(self.rows, self.weight_changes) >= LEAST_SHARE
+
+    @property
+    def fingerprint_start(self) -> str:
+        """How the number begins that people compared by phone: `12345 67890 ...`."""
+        groups = fingerprint(bytes.fromhex(self.agreement_digest)).split()
+        return f"{' '.join(groups[:SHOWN_GROUPS])} ..."
+
+    @property
+    def named(self) -> str:
+        """The other agreement in a sentence."""
+        return f"{self.terms.title!r} (fingerprint {self.fingerprint_start})"
 
     @property
     def what(self) -> str:
@@ -119,8 +145,8 @@ def check_repeats(terms: Terms, repeats: Iterable[Repeat], again: Set[str]) -> N
     for repeat in found:
         if repeat.agreement_digest not in again:  # check: repeats-have-consent
             raise ConsentError(
-                f"{repeat.what} were contributed under another agreement, {repeat.terms.title!r} "
-                f"({repeat.agreement_digest[:16]}...); the difference of the two totals can show what one owner gave",
+                f"{repeat.what} were contributed under another agreement, {repeat.named}; the difference of the two "
+                "totals can show what one owner gave",
                 hint="amalgram agree says what it would show; to contribute all the same: amalgram agree --again",
             )
 
@@ -145,29 +171,31 @@ def check_weightings(terms: Terms, repeats: Iterable[Repeat]) -> None:
 
 def what_the_difference_shows(before: Terms, now: Terms, repeat: Repeat) -> Iterator[str]:
     """What somebody who has both totals learns, a sentence or two for each way in which the agreements differ."""
+    both_sum_grams = _sums_grams(before) and _sums_grams(now)
+    totals = "weight changes and Gram matrices" if both_sum_grams else "weight changes"
     if differing := set(before.owners.items()) ^ set(now.owners.items()):
         names = ", ".join(sorted({name for _, name in differing}))
         yield (
             f"The owners differ ({names}). Subtract the totals, and what is left belongs to the owners that differ: "
-            "if that is one owner, its weight changes and Gram matrices, exactly."
+            f"if that is one owner, its {totals}, exactly."
         )
     if any(each.needed_owners < len(each.owners) for each in (before, now)):
         yield (
             f"An owner may drop out ({now.needed_owners} of {len(now.owners)} are enough now, {before.needed_owners} "
             f"of {len(before.owners)} were before). If one owner is in only one of the totals, the difference is its "
-            "weight changes and Gram matrices, exactly. A malicious coordinator can arrange that."
+            f"{totals}, exactly. A malicious coordinator can arrange that."
         )
     if before.weighting != now.weighting:
         yield (
             f"Owners are weighted by {before.weighting!r} in one and by {now.weighting!r} in the other. With three "
             "owners, one of them can solve the two averages for your weight changes."
         )
-    if before.measured != now.measured:
+    if other_counts := list(_other_counts(before, now)):
         yield (
-            f"Other numbers of examples are measured ({_measured(before)}; now {_measured(now)}). The difference of "
-            "the Gram matrices is that of the examples that only one of them covers, down to a single example."
+            f"Other numbers of examples are measured: {', '.join(other_counts)}. The difference is that of the "
+            "examples that only one of the totals covers, down to a single example."
         )
-    elif before.methods != now.methods or before.hyperparameters != now.hyperparameters:
+    if before.methods != now.methods or (before.hyperparameters != now.hyperparameters and not other_counts):
         yield (
             "Other methods or hyperparameters are used. Each further total of the same rows is one more equation about "
             "them."
@@ -177,16 +205,26 @@ def what_the_difference_shows(before: Terms, now: Terms, repeat: Repeat) -> Iter
             f"That agreement promised epsilon = {before.epsilon:g} for these rows. This one adds no noise, so nothing "
             "of that promise is left."
         )
-    if repeat.rows < 1:
+    if LEAST_SHARE <= repeat.rows < 1:
         yield (
             "The rows are not all the same. The difference covers only the rows that were added or taken away, down to "
             "a single one."
         )
-    yield "Metrics of the same examples are summed once more, for other models, which the coordinator sends (b2, g)."
+    yield (
+        "Metrics of the same examples are summed once more, for other models, which the coordinator sends "
+        "(SECURITY.md, b2 and g)."
+    )
 
 
-def _measured(terms: Terms) -> str:
-    return ", ".join(f"{count} for {name}" for name, count in terms.measured.items()) or "none"
+def _sums_grams(terms: Terms) -> bool:
+    return GRAMS in terms.measured or any(isinstance(METHODS.get(name), MultiRoundMethod) for name in terms.methods)
+
+
+def _other_counts(before: Terms, now: Terms) -> Iterator[str]:
+    """What both agreements sum, but of other numbers of examples, in words."""
+    for kind, count in before.measured.items():
+        if now.measured.get(kind, count) != count:
+            yield f"for {MEASURED.get(kind, kind)}, {count:,} before and {now.measured[kind]:,} now"
 
 
 def _in_json(tables: Mapping[str, Hyperparameters]) -> str:

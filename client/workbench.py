@@ -51,6 +51,7 @@ from common.merge_methods.refit import REFIT, classifier
 from common.merge_methods.regmean import REGMEAN
 from common.merge_methods.terms import Gram, Hyperparameters, MergeSettings, OwnerTerms, Predictions
 from common.metrics import Score, Split
+from common.models.adapter import is_adapter, names_another_base
 from common.models.delta import ClippedDelta, Delta, Function, VectorDelta, add_delta
 from common.models.files import weight_files
 from common.models.folders import check_tokenizer, fine_tuned_folder, load_tokenizer
@@ -58,7 +59,7 @@ from common.models.loading import check_change, digest_of, private_head
 from common.models.low_rank import AdapterDelta
 from common.models.parameters import body_parameters, copy_parameters, longest_text
 from common.models.plan import MergePlan
-from common.models.published_folder import published_folder, write_adapter, write_model
+from common.models.published_folder import base_names, published_folder, write_adapter, write_model
 from common.pool import ImagePool, Pool, pool_path, read_pool, thumbnail
 from common.pool_rows import PoolRows, check_counts
 from common.privacy.noise import Noise
@@ -245,8 +246,13 @@ class Workbench(Holdings):
                 outputs = self._outputs(own, rows)
                 del own  # one model is in memory
                 yield from self._look_at_labels(rows, outputs, self._outputs(self.load_own_base(), rows))
-            if told := self.data.read_otherwise(fine_tuned_folder(self.settings.fine_tuned, self._home)):
+            folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
+            if told := self.data.read_otherwise(folder):
                 yield told
+            own = self.settings.own_base
+            names = [own] if own else base_names(self.agreement)
+            if is_adapter(folder) and (named := names_another_base(folder, self.own_base_folder, names)):
+                yield f"{self.settings.fine_tuned}: {named}"
         yield from self.data.oddities()
 
     def _is_unchanged(self, own: PreTrainedModel) -> bool:
@@ -339,18 +345,11 @@ class Workbench(Holdings):
     # --- measuring ---
 
     def contributed(self, key: bytes, *, may_train: bool = True) -> Contributed:
-        """Sketches of this owner's training rows and of the tensors that its model changes.
-
-        Rows count before any are set aside or drawn, and without labels, which no Gram has. A model that is yet to be
-        made from the rows is made, if it `may_train`, or left out.
+        """Sketches of this owner's rows and of the tensors that its model changes. A model that is yet to be made from
+        the rows is made, if it `may_train`, or left out.
         """
-        rows = sketch_of(key, self.data.training_contents())
         has_model = may_train or self.settings.fine_tuned is not None
-        return Contributed(
-            rows=rows,
-            weight_changes=sketch_of(key, self._changed_tensors()) if has_model else Sketch(),
-            judged=sketch_of(key, self.data.judged_contents()),
-        )
+        return Contributed.of(key, self.data, sketch_of(key, self._changed_tensors()) if has_model else Sketch())
 
     def _changed_tensors(self) -> Iterator[memoryview]:
         """The bytes of every tensor of this owner's model that differs from the base's, except a private head."""

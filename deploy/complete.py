@@ -28,9 +28,10 @@ from common.merge_methods.refit import classifier
 from common.merge_methods.regmean import REGMEAN
 from common.merge_methods.terms import Hyperparameters
 from common.metrics import metrics_layout
+from common.models.adapter import ANOTHER_BASE, changed_parameters
 from common.models.folders import hub_revision, image_shape, load_tokenizer
 from common.models.layers import Layer, block_names, layer_biases, merge_layers, parameter_of
-from common.models.loading import agreed_plan, digest_of, load_base, private_head
+from common.models.loading import agreed_plan, digest_of, load_base, load_outline, private_head
 from common.models.manifest import manifest_of
 from common.models.parameters import parameter_shapes
 from common.models.plan import MergePlan, PlannedTensors, merge_plan
@@ -86,6 +87,7 @@ def complete_agreement(
         tensors=tensors,
     )
     plan = agreed_plan(base, base_folder, agreement)
+    _check_rank(plan)
     schedule = schedule_of(agreement, plan)  # raises for one that cannot be run
     if schedule.has_grams and tensors.data_free:
         log.info("no Gram matrix, merged from weight changes alone: %s", tensors.data_free_in_short)
@@ -95,6 +97,35 @@ def complete_agreement(
     ):
         check_layout(layout, len(agreement.owners))
     return agreement
+
+
+def check_adapters(draft: AgreementDraft, base_folder: Path, adapters: Sequence[tuple[str, Path]]) -> None:
+    """Raise ModelError for an adapter that changes a parameter which the base lacks. `adapters`: who brings which.
+
+    Otherwise merge.layers = ["adapter"] would name parameters that nobody wrote.
+    """
+    known = load_outline(base_folder, draft.task).state_dict() if adapters else {}  # shared weights by all names
+    for who, folder in adapters:
+        others = [name for name in changed_parameters(folder) if name not in known]
+        if others:
+            raise ModelError(
+                f"{who}: adapter {folder} changes {others[0]} ({len(others)} such in all), which the base "
+                f"{base_folder} does not have",
+                hint=ANOTHER_BASE,
+            )
+
+
+def _check_rank(plan: MergePlan) -> None:
+    """Raise SettingsError for a published adapter of a higher rank than any layer can have."""
+    if plan.adapter is None:
+        return
+    most = max((min(plan.shapes[name]) for name in plan.adapter.layers), default=plan.adapter.rank)
+    if plan.adapter.rank > most:
+        raise SettingsError(
+            f"publish.adapter_rank = {plan.adapter.rank}: no layer of this base has a rank above {most}, so the "
+            "adapter would be larger than the model",
+            hint="agree on a rank far below that, such as 8; or leave adapter_rank out, to publish a whole model",
+        )
 
 
 def _check_classifier(

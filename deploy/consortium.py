@@ -30,6 +30,7 @@ class Consortium:
     pool: Path | None
     owner_files: Mapping[str, Path]
     settings: Mapping[str, OwnerSettings]
+    adapters: Mapping[str, Path]  # of the base, by the owners that bring them
 
     def look_at(self, owner: str) -> OwnerLook:
         """Look at an owner's model and files. Raises the AmalgramError that a run would meet."""
@@ -74,11 +75,14 @@ def read_settings(folder: Path) -> Consortium:
             found |= {} if brought is None else {name: brought}
     try:
         draft = with_labels(draft, base_folder, found)
+        adapters = {name: each for name, each in found.items() if is_adapter(each)}
         if ADAPTER in draft.merge.layers:
-            draft = with_layers(draft, [each for each in found.values() if is_adapter(each)])
+            draft = with_layers(draft, list(adapters.values()))
     except AmalgramError as error:
         raise (missing[0] if missing else error) from None
-    return Consortium(draft=draft, base_folder=base_folder, pool=pool, owner_files=files, settings=settings)
+    return Consortium(
+        draft=draft, base_folder=base_folder, pool=pool, owner_files=files, settings=settings, adapters=adapters
+    )
 
 
 def find_owner_files(folder: Path, draft: AgreementDraft) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from common.settings_file import Settings, parse_settings, read_toml
 from deploy.network_keys import names_in, read_certificate
 
 MAX_CERTIFICATE_CHARACTERS = 20_000
+ASK_THE_DRAFTER = "ask the drafter for the invitation, which `amalgram draft --address HOST:PORT` writes"
 HEADER = """\
 # An invitation to: {title}
 # The agreement's fingerprint, to compare with every other owner by phone: {fingerprint}
@@ -83,10 +84,12 @@ def write_invitation(path: Path, door: Door, agreement: Agreement) -> None:
 
 def read_invitation(path: Path) -> Invitation:
     """Raises SettingsError unless the file is an invitation to a complete agreement."""
+    if not path.exists():
+        raise SettingsError(f"{path}: there is no such file", hint=ASK_THE_DRAFTER)
     tables = read_toml(path)
     if "owners" in tables:
         raise SettingsError(
             f"{path}: is an agreement, not an invitation to one",
-            hint="ask the drafter for the invitation, which `amalgram draft --address HOST:PORT` writes",
+            hint=ASK_THE_DRAFTER,
         )
     return parse_settings(tables, Invitation, str(path))

@@ -4,16 +4,18 @@ Flower's own client says why it cannot connect only after it has tried for a whi
 the same library (httpx, with the same proxy settings and certificate) is asked first.
 """
 
+import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 
-from common.errors import EngineError
+from common.errors import EngineError, ServerAway
 from common.lazy import lazy_module
 from common.text import shown
 from deploy.network_keys import names_in
@@ -24,16 +26,37 @@ else:
     httpx = lazy_module("httpx")
 
 ANSWER_SECONDS, LONGEST_SECONDS = 8.0, 15.0
+MOST_MINUTES = 10  # that a server is waited for
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 HEALTH = "/health"  # what the SuperLink itself answers
 OWNERS_DOOR = "/v1/fleet/pull-messages"  # what the guard answers, from wherever it is asked
 NOT_A_NODE = 412  # the guard, to whoever proves no key (guarded_superlink.py)
 WRONG_NAME, NOT_NOW = (62, 64), (9, 10)  # OpenSSL's X509_V_ERR_...: host, address; not yet valid, expired
+log = logging.getLogger("amalgram.client")
+
+
+def wait_until_reachable(address: str, root_certificate: Path) -> None:
+    """Return once `check_reachable` does. Waits for a server that is away, as after a power cut, and says so once.
+
+    Raises EngineError at once for anything else that is wrong, and after MOST_MINUTES if the server is still away.
+    """
+    deadline, pause = time.monotonic() + 60 * MOST_MINUTES, FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return check_reachable(address, root_certificate)
+        except ServerAway as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            if pause == FIRST_PAUSE_SECONDS:
+                log.warning("%s; waiting up to %g minutes for it (%s)", error.message, MOST_MINUTES, error.hint)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def check_reachable(address: str, root_certificate: Path) -> None:
     """Return if an Amalgram server answers at HOST:PORT with a certificate that `root_certificate` vouches for.
 
-    Otherwise raise EngineError, within LONGEST_SECONDS.
+    Otherwise raise EngineError, within LONGEST_SECONDS; ServerAway if it may come.
     """
     if ask(address, root_certificate, OWNERS_DOOR) != NOT_A_NODE:
         raise EngineError(
@@ -84,17 +107,17 @@ def _in_words(error: Exception, address: str, root_certificate: Path) -> EngineE
                     hint="ask the coordinator for the right port",
                 )
             case ConnectionRefusedError():
-                return EngineError(
+                return ServerAway(
                     f"nothing listens at {address}",
                     hint="ask the coordinator whether `amalgram server` runs, and for its port",
                 )
             case TimeoutError() | httpx.TimeoutException():
-                return EngineError(
+                return ServerAway(
                     f"{address} does not answer",
                     hint=f"a firewall may drop the connection: this machine needs a way out to {host}, TCP port {port}",
                 )
             case OSError() if cause.strerror:
-                return EngineError(
+                return ServerAway(
                     f"{address} cannot be reached: {cause.strerror.lower()}",
                     hint=f"this machine needs a way out to {host}, TCP port {port}",
                 )

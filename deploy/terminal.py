@@ -114,6 +114,11 @@ def byte_count(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"
 
 
+def about_bytes(count: int) -> str:
+    """The same of an estimate, to two digits."""
+    return byte_count(round(count, 2 - len(str(count)))).replace(".0 ", " ")
+
+
 def as_lines(found: dict[str, str]) -> str:
     """One `name  value` line per entry."""
     return "\n".join(f"{name.replace('_', ' '):<12} {shown(value)}" for name, value in found.items())

@@ -435,7 +435,7 @@ class Coordinator:
         if saved is not None:
             self.exchange.count_step()
             return saved
-        self.exchange.begin_step("draw nonces", correction.phase, self.exchange.ahead_bytes)
+        self.exchange.begin_step("random numbers for the check", correction.phase, self.exchange.ahead_bytes)
         nonces = []
         for owner, reply in self.exchange.ask(dict.fromkeys(self.owners, self._draw(correction.position))):
             try:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from common.agreement import Task
 from common.errors import ModelError
 from common.models.adapter import PARAMETER_PREFIX as PREFIX
-from common.models.adapter import changed_parameters
+from common.models.adapter import changed_parameters, names_another_base
 from common.models.folders import fine_tuned_folder, model_folder
 from common.models.layers import linear_layers
 from common.models.loading import load_fine_tuned
@@ -69,6 +69,7 @@ def assert_delta_is_by_hand(base: PreTrainedModel, folder: Path, scale: float, s
         {"target_modules": ["query"], "lora_bias": True},
         {"target_modules": ["query"], "use_dora": True},
         {"target_modules": ["dense"], "bias": "lora_only"},
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
         {"target_modules": ["dense", "word_embeddings"], "layers_to_transform": [1], "layers_pattern": "layer"},
     ],
 )
@@ -143,6 +144,24 @@ def test_an_adapter_is_refused_as_a_base(folder: Path) -> None:
     assert fine_tuned_folder(str(folder), Path()) == folder
     with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config\.json\); a base is a whole model"):
         model_folder(str(folder), Path())
+
+
+@pytest.mark.parametrize("named", ["base", "/their/Base/", "C:\\models\\base", "us/agreed", "", None, ["other"]])
+def test_an_adapter_that_names_its_base_by_another_path_is_not_odd(named: object, folder: Path, tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    change_config(folder, base_model_name_or_path=named)
+    assert names_another_base(folder, tmp_path / "base", ["somewhere/agreed"]) == ""
+
+
+def test_an_adapter_that_names_another_base_is_told_in_one_line_that_shows(folder: Path, tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    change_config(folder, base_model_name_or_path="other\n\x1b[2Jb\u202ease" + "e" * 99)
+    told = names_another_base(folder, tmp_path / "base", ["somewhere/agreed"])
+    assert told == (
+        f"its adapter_config.json says that it was trained on 'other\\n\\x1b[2Jb\\u202e{'ase' + 'e' * 85}', and the "
+        f"base here is 'somewhere/agreed' ({tmp_path}/base); an adapter of another model spoils the merge. If one was "
+        "only renamed, `sha256sum model.safetensors` prints the same in both folders"
+    )
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query.lora_A.weight"

@@ -98,4 +98,4 @@ def test_chance_is_not_judged_for_a_metric_whose_chance_is_unknown() -> None:
         for method, metric in {"data_free": 0.40, "refit": 0.45}.items()
     }
     (found,) = what_did_better("data_free", scores, "macro_f1")
-    assert found.startswith("refit did better than data_free on the test rows: macro f1 0.450 against 0.400. To")
+    assert found.startswith("refit did better than data_free on the test rows: macro F1 0.450 against 0.400. To")

@@ -9,13 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
+from client.ledger import Ledger
 from client.owner import Owner
 from common import device as devices
+from common.agreement import Task
+from common.errors import ModelError
+from common.identity import fingerprint
+from common.models.adapter import PARAMETER_PREFIX
+from common.models.loading import load_fine_tuned
 from deploy.cli import cli
 from deploy.commands import check
 from deploy.commands.agree import give_consent
 from deploy.commands.check import check_and_show
+from deploy.commands.draft import draft_agreement
+from deploy.simulation.simulate import simulate
+from tests.support.adapters import write_adapter
 from tests.support.lessons import tokenizer_of_letters
 from tests.support.listeners import GUARD, listening, over_tls
 
@@ -71,7 +82,7 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert re.fullmatch(r"at least [\d.]+ per dimension", found["Gram rows"])
     assert "a run keeps at least" in found["disk"]
     assert found["time"] == "a minute or two, on an idle machine"
-    assert re.fullmatch(r"about \d+.\d MB at the most", found["memory"])
+    assert re.fullmatch(r"about \d{2,3}0? MB at the most", found["memory"])
     assert found["device"].startswith("cpu")
     assert errors == "ready; next: amalgram simulate .\n"
 
@@ -232,6 +243,81 @@ def test_a_model_with_another_tokenizer_is_found(home: Path, capsys: pytest.Capt
     assert "the first that differs is 'bad'" in errors
 
 
+@pytest.fixture
+def adapter(home: Path) -> Path:
+    """An adapter of the example's base, which its owner hotel brings."""
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    folder = write_adapter(base, home / "adapter", target_modules=["query"])
+    hotel = home / "hotel.toml"
+    text = hotel.read_text()
+    training = text[text.index("\n[training]") : text.index("\n[data]")]
+    hotel.write_text(text.replace(training, '\nfine_tuned = "adapter"\n'))
+    return folder
+
+
+@pytest.mark.usefixtures("own_log")
+def test_an_adapter_that_fits_is_ready_and_what_is_left_to_a_simulation_is_said(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "us/other"}))
+    code, found, errors = lines(capsys, ".")
+    assert code == 0, errors
+    fits, _, odd = found["adapter"].partition("; ")
+    assert fits == f"{adapter} fits its base, of which it changes 2 tensors"
+    assert odd.startswith("its adapter_config.json says that it was trained on 'us/other', and the base here is ")
+    assert found["not looked at"] == (
+        "weights; `amalgram simulate` loads them, and finds a whole model of another base, or with outputs in another "
+        "order than the labels"
+    )
+
+
+@pytest.mark.usefixtures("own_log")
+@pytest.mark.parametrize(
+    ("layer", "shape", "says"),
+    [
+        (0, (4, 48), "has shape (4, 48), on this base it must have (4, 64)"),
+        (7, (4, 64), "layer.7.attention.self.query.lora_A.weight (1 such in all), which the base does not have"),
+    ],
+)
+def test_an_adapter_of_a_base_with_other_shapes_or_layers_is_not_ready(
+    layer: int, shape: tuple[int, ...], says: str, adapter: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights[f"{PARAMETER_PREFIX}bert.encoder.layer.{layer}.attention.self.query.lora_A.weight"] = torch.zeros(shape)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    code, found, errors = lines(capsys, ".")
+    assert (code, "adapter" in found) == (1, False)
+    assert says in errors
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    with pytest.raises(ModelError) as met_in_a_run:
+        load_fine_tuned(adapter, Task(labels=("negative", "positive")), base)
+    assert errors == (
+        f"error: {met_in_a_run.value.message}\nhint: {met_in_a_run.value.hint}\nnot ready: 1 to correct\n"
+    )
+
+
+@pytest.mark.usefixtures("own_log")
+def test_layers_that_only_an_adapter_has_are_refused_by_its_owner_s_name(adapter: Path, home: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    other = f"{PARAMETER_PREFIX}bert.encoder.layer.7.attention.self.query.lora_A.weight"
+    save_file(weights | {other: torch.zeros(4, 64)}, adapter / "adapter_model.safetensors")
+    agreement = home / "agreement.toml"
+    agreement.write_text(f'{agreement.read_text()}\n[merge]\nlayers = ["adapter"]\n')
+    says = re.escape(
+        f"adapter {adapter} changes bert.encoder.layer.7.attention.self.query.weight (1 such in all), which the base "
+        f"{home / 'base'} does not have"
+    )
+    with pytest.raises(ModelError, match=f"^hotel: {says}") as caught:
+        simulate(home, home / "merged")
+    assert caught.value.hint == "check that the adapter was trained on the agreed base model"
+    for name in ("hotel", "cinema", "phones", "coordinator"):
+        cli(["keys", "new", name], standalone_mode=False)
+    public = [home / f"{name}.pub" for name in ("hotel", "cinema", "phones", "coordinator")]
+    with pytest.raises(ModelError, match=f"^--adapter: {says}"):
+        draft_agreement(agreement, public, home / "agreed.toml", None, [adapter])
+
+
 @pytest.mark.usefixtures("home", "own_log")
 def test_a_draft_is_told_from_an_agreement(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, "agreement.toml")
@@ -303,6 +389,31 @@ def test_a_server_that_cannot_be_reached_is_found(network: Path, capsys: pytest.
 def test_after_consent_the_next_step_is_the_client(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
     give_consent(Owner(network / "hotel.toml"))
     assert lines(capsys, "hotel.toml")[2] == "ready; next: amalgram client hotel.toml\n"
+
+
+@pytest.mark.usefixtures("own_log")
+def test_rows_that_were_contributed_before_are_said_and_the_ledger_stays(
+    network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = Owner(network / "hotel.toml")
+    earlier = owner.agreement.model_copy(update={"title": "Earlier"})
+    ledger = Ledger(owner.ledger_path, owner.identity.public_key, earlier, must_exist=False)
+    ledger.begin(0, 64 * "a", 0, "contributions", owner.contributed(may_train=False), set())
+    ledger.offer(0, 64 * "a", 64 * "b", set())
+    shutil.rmtree(network / "state-hotel")
+    before = {path: path.read_bytes() for path in network.iterdir() if path.is_file()}
+    code, found, errors = lines(capsys, "hotel.toml")
+    assert code == 0, errors
+    start = " ".join(fingerprint(bytes.fromhex(earlier.digest())).split()[:2])
+    told = f"the same rows were contributed under 'Earlier' (fingerprint {start} ...)"
+    assert found["ledger"] == (
+        f"{told}; `amalgram agree` says what the totals show together, and takes --again as consent to that"
+    )
+    assert {path: path.read_bytes() for path in network.iterdir() if path.is_file()} == before
+    assert not (network / "state-hotel").exists()
+    (repeat,) = Owner(network / "hotel.toml").ledger.repeats(owner.contributed(may_train=False))
+    assert check._repeats_in_words([repeat], [repeat.agreement_digest]).startswith(f"{told}, and there is consent")
+    assert check._repeats_in_words([], []) == "none of these rows were contributed under another agreement"
 
 
 @pytest.mark.usefixtures("own_log")

@@ -85,7 +85,7 @@ def test_the_messages_that_the_runbook_explains_are_the_program_s() -> None:
     plain = re.sub(r"\{[^{}]*\}", "...", re.sub(r'"\s*\n\s*f?"', "", sources)).replace("`", "")
     flowers = {"Failed to activate SuperNode"}
     cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
-    assert len(cells) == 27
+    assert len(cells) == 28
     for quoted in re.findall(r"`([^`]+)`", "\n".join(cells)):
         for part in re.split(r"\.\.\.|cinema|9443", quoted):
             words = part.strip(" ,:;()")

@@ -175,7 +175,12 @@ def test_a_folder_that_datasets_saved_with_several_splits_is_no_folder_of_images
 
 def test_a_folder_that_is_no_label_is_refused(tmp_path: Path) -> None:
     shutil.move(write_folder(tmp_path / "photos") / "dog", tmp_path / "photos" / "dogs")
-    with pytest.raises(DataError, match="its label is none of cat, dog"):
+    with pytest.raises(DataError, match=r"photos: its folder 'dogs' is none of cat, dog.*\nhint: did you mean dog\?"):
+        data_of(tmp_path / "photos").test()
+    (tmp_path / "photos" / "dogs").rename(tmp_path / "photos" / "drafts")
+    with pytest.raises(
+        DataError, match=r"its folder 'drafts' is none of .*\nhint: each folder holds the images of one"
+    ):
         data_of(tmp_path / "photos").test()
 
 

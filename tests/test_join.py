@@ -16,6 +16,7 @@ from common.errors import AmalgramError, SettingsError
 from common.identity import fingerprint
 from common.settings_file import load_settings
 from deploy.cli import cli
+from deploy.commands.draft import is_loopback
 from deploy.commands.join import COLUMNS, join, owner_settings
 from deploy.commands.server import find_place
 from deploy.invitation import read_invitation
@@ -76,6 +77,24 @@ def test_a_draft_with_an_address_makes_the_invitation_and_the_coordinator_s_sett
     assert not any(path.read_text().split()[-1] in text for path in drafted.glob("*.key"))  # no secret is in it
     place = find_place(drafted / "coordinator.toml")
     assert place.host_and_port == ("0.0.0.0", 9443)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_server_whose_address_is_this_machine_s_listens_on_this_machine_alone(
+    host: str, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(drafted, tmp_path / "drafted"))
+    for name in ("agreement.toml", "invitation.toml", "coordinator.toml"):
+        (folder / name).unlink()
+    monkeypatch.chdir(folder)
+    run("draft", "short.toml", *(f"{name}.pub" for name in (*OWNERS, "coordinator")), "--address", f"{host}:9443")
+    assert find_place(folder / "coordinator.toml").host_and_port == ("127.0.0.1", 9443)
+    assert read_invitation(folder / INVITATION).address == f"{host}:9443"
+
+
+@pytest.mark.parametrize("host", ["127.example.org", "10.0.0.1", "[::1]", "localhost.example.org", "127.0.0.1.org"])
+def test_another_address_is_not_taken_for_this_machine_s(host: str) -> None:
+    assert not is_loopback(host)
 
 
 def test_an_invitation_needs_a_certificate_and_an_address(drafted: Path, tmp_path: Path) -> None:
@@ -177,6 +196,14 @@ def test_an_owner_joins_with_its_own_keys_alone(home: Path, drafted: Path) -> No
     assert "has no key of an owner of this agreement: hotel, cinema, phones\nhint: run this where" in refusal()
 
 
+def test_a_missing_invitation_is_asked_of_the_drafter(home: Path) -> None:
+    (home / INVITATION).unlink()
+    assert refusal() == (
+        "invitation.toml: there is no such file\nhint: ask the drafter for the invitation, which `amalgram draft "
+        "--address HOST:PORT` writes"
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -225,3 +252,16 @@ def test_the_settings_of_every_kind_of_task_can_be_read(kind: str, drafted: Path
     settings = load_settings(path, OwnerSettings)
     assert settings.fine_tuned == 'odd"\\\x7f\u200b model'
     assert settings.data.train == Path("a b")
+    assert settings.data.test == Path("data/test" if kind == "image-classification" else "data/test.jsonl")
+    assert (".conll" in path.read_text()) == (kind == "token-classification")
+
+
+def test_the_settings_for_images_name_folders_of_one_subfolder_a_label(drafted: Path) -> None:
+    invitation = read_invitation(drafted / INVITATION)
+    task = invitation.agreement.task.model_copy(update={"kind": "image-classification"})
+    changed = invitation.model_copy(update={"agreement": invitation.agreement.model_copy(update={"task": task})})
+    text = owner_settings("hotel", changed, None, None, None, Path("agreement.toml"))
+    assert (
+        'train = "data/train"  # measured (and trained on): a folder with one subfolder per label, or a table of '
+        'paths (.jsonl, .csv, .parquet)\ntest = "data/test"  # gives the metrics\n# validation = "data/validation"  '
+    ) in text

@@ -1,7 +1,11 @@
-"""Several labels a row, and numbers, as files hold them; whatever else they hold is refused by row and never quoted."""
+"""Several labels a row, and numbers, as files hold them; whatever else they hold is refused by row.
+
+Of rows, an error quotes at most the beginning of a label, for their owner alone.
+"""
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.data.columns import look_at, rows_without_labels
-from client.data.labels import label_vectors, target_values, targets_of
+from client.data.labels import label_numbers, label_vectors, target_values, targets_of
 from client.settings import Data
 from common.agreement import Task
 from common.errors import DataError
@@ -50,7 +54,8 @@ def test_labels_of_a_row_are_read_as_people_write_them(values: list[Any], expect
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (["joy", SECRET], "row 2: its label is none of joy, anger, fear, or worry, nor a number from 0 to 2"),
+        (["joy", "calm"], "row 2: its label is none of joy, anger, fear, or worry, nor a number from 0 to 2: 'calm'"),
+        ([("." * 40) + SECRET], f"row 2: its label is none of .*: '{'.' * 40}...'$"),
         (["joy", "joy"], "row 2: duplicate label"),
         ([3], "row 2: its label is none of"),
         ([-1], "row 2: its label is none of"),
@@ -61,14 +66,39 @@ def test_labels_of_a_row_are_read_as_people_write_them(values: list[Any], expect
         (["joy"] * 100_000, "row 2: duplicate label"),
         (None, "row 2: its labels are missing"),
         ({"joy": 1}, "row 2: its labels are a table, not a list"),
-        (f"joy|{SECRET}", "row 2: its label is none of"),
-        (f"[{SECRET}", "row 2: its label is none of"),
+        (f"joy|{SECRET * 40}", f"row 2: its label is none of .*: '{(SECRET * 40)[:40]}...'"),
+        ("[calm", r"row 2: its label is none of .*: '\[calm'"),
     ],
 )
 def test_labels_that_cannot_be_read_are_refused_by_row(value: Any, says: str) -> None:
-    with pytest.raises(DataError, match=says) as caught:
+    with pytest.raises(DataError) as caught:
         label_vectors(FILE, [["joy"], value], MOODS)
-    assert SECRET not in in_two_lines(caught.value)
+    assert re.search(says, caught.value.message)
+    assert SECRET * 8 not in in_two_lines(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "hint"),
+    [
+        ("circel", "did you mean circle? Write it as the agreement does"),
+        ("SQUARE", "did you mean square? Write it as the agreement does"),
+        ("star", "correct this row or leave it out; or agree on this label, too (task.labels)"),
+        ("", "this row's label is empty: fill it in, or leave the row out"),
+        (" " + "circle" * 1000, "correct this row or leave it out; or agree on this label, too (task.labels)"),
+    ],
+)
+def test_a_label_in_one_row_that_is_not_agreed_says_what_to_correct(label: str, hint: str) -> None:
+    shapes = Task(labels=("circle", "cross", "square"))
+    with pytest.raises(DataError) as caught:
+        label_numbers(FILE, ["cross", label, label], shapes)
+    assert caught.value.hint == hint
+    assert ("2 such in all" in caught.value.message) == bool(label)
+
+
+def test_a_label_that_is_not_agreed_is_quoted_so_that_it_shows() -> None:
+    with pytest.raises(DataError, match="its label is none of joy, anger") as caught:
+        label_numbers(FILE, ["calm\n\x1b[2J\u202e\u115f"], MOODS.model_copy(update={"labels": ("joy", "anger")}))
+    assert caught.value.message.endswith(r": 'calm\n\x1b[2J\u202e\u115f'")
 
 
 def test_a_file_in_which_no_row_has_a_label_is_refused() -> None:

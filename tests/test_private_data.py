@@ -217,7 +217,7 @@ def test_a_numbered_label_may_have_blanks_and_a_fraction_of_zero(tmp_path: Path,
 def test_numbers_are_not_labels_if_a_label_s_name_is_a_number(tmp_path: Path, reviews_folder: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "room", "label": 1}, {"text": "bed", "label": 0}])
     stars = Task(labels=("1", "2"))
-    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2\n"):
+    with pytest.raises(DataError, match=r"row 2: its label is none of 1, 2: '0'\n"):
         data_of(tmp_path, reviews_folder, "rows.jsonl", task=stars).train()
 
 
@@ -319,8 +319,8 @@ def test_shorter_examples_fill_the_padded_size_of_the_longest(tmp_path: Path, re
         ("rows.jsonl", '{"txt": "SECRET", "label": 1}\n', "has no column 'text'"),
         (
             "rows.jsonl",
-            '{"text": "SECRET", "label": "SECRET"}\n',
-            "row 1: its label is none of negative, positive, nor a number from 0 to 1",
+            '{"text": "SECRET", "label": "mixed"}\n',
+            "row 1: its label is none of negative, positive, nor a number from 0 to 1: 'mixed'\nhint: write the labels",
         ),
         ("rows.jsonl", '{"text": "SECRET", "label": 2}\n', "row 1: its label is none of"),
         ("rows.jsonl", '{"text": "SECRET", "label": true}\n', "row 1: its label is none of"),

@@ -1,7 +1,9 @@
 """What an owner reads when its coordinator's server cannot be reached: one cause and one hint, within 20 seconds."""
 
+import logging
 import socket
 import time
+from contextlib import ExitStack
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from common.errors import EngineError
 from deploy import network_keys, reach
 from deploy.launch.processes import free_port
 from deploy.network_keys import write_certificate
-from deploy.reach import HEALTH, ask, check_reachable
+from deploy.reach import HEALTH, ask, check_reachable, wait_until_reachable
 from tests.support.listeners import GUARD, OTHER, listening, over_tls
 
 
@@ -42,6 +44,47 @@ def test_a_port_that_nothing_listens_on_is_named(folder: Path) -> None:
     error = refusal(f"127.0.0.1:{port}", folder / "ca.pem")
     assert error.message == f"nothing listens at 127.0.0.1:{port}"
     assert "`amalgram server` runs" in error.hint
+
+
+def test_a_server_that_comes_later_is_waited_for_with_growing_pauses_and_that_is_said_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    port, pauses = free_port(), list[float]()
+    servers = ExitStack()
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 7:
+            servers.enter_context(listening(over_tls(folder, GUARD), port=port))
+
+    monkeypatch.setattr(reach.time, "sleep", pause)
+    with servers, caplog.at_level(logging.INFO, logger="amalgram.client"):
+        wait_until_reachable(f"localhost:{port}", folder / "ca.pem")
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
+    (told,) = caplog.messages
+    assert told == (
+        f"nothing listens at localhost:{port}; waiting up to 10 minutes for it (ask the coordinator whether `amalgram "
+        "server` runs, and for its port)"
+    )
+
+
+def test_a_server_that_stays_away_ends_the_wait_with_the_same_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "MOST_MINUTES", 0.02 / 60)
+    monkeypatch.setattr(reach, "FIRST_PAUSE_SECONDS", 0.01)
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(EngineError) as caught:
+        wait_until_reachable(address, folder / "ca.pem")
+    assert str(caught.value) == str(refusal(address, folder / "ca.pem"))
+
+
+def test_the_wrong_server_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    with listening(over_tls(folder, OTHER)) as port, pytest.raises(EngineError, match="is not an Amalgram server"):
+        wait_until_reachable(f"127.0.0.1:{port}", folder / "ca.pem")
+    with pytest.raises(EngineError, match="no such host"):
+        wait_until_reachable("merge.invalid:9443", folder / "ca.pem")
 
 
 def test_a_host_that_does_not_exist_is_named(folder: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
     assert all(re.match(r"\d\d:\d\d:\d\d (  )?\S", line) for line in lines)
     assert [line[9:] for line in lines if " owners" in line] == [
         "sum of contributions, 3 owners",
-        "draw nonces, 3 owners",
+        "random numbers for the check, 3 owners",
         "sum of test metrics, 3 owners",
         "result, 3 owners",
     ]

@@ -112,7 +112,7 @@ def test_who_consents_reads_what_the_metrics_of_labels_and_of_numbers_are(review
             task = agreement.task.model_copy(update=changes | {"target_range": (0.0, 1.0)})
             owner.__dict__["agreement"] = agreement.model_copy(update={"task": task})
             texts.append(" ".join(consent_text(owner).split()))
-    assert "accuracy and macro f1 of the base" in texts[0]
+    assert "accuracy and macro F1 of the base" in texts[0]
     assert "Of your test examples, counts for each label leave too" in texts[0]
-    assert "pearson r and mean squared error of the base" in texts[1]
+    assert "Pearson's r and mean squared error of the base" in texts[1]
     assert "sums over your rows: of predictions, of your targets" in texts[1]

@@ -15,6 +15,7 @@ from client.settings import OwnerSettings
 from common.errors import ModelError
 from common.models.loading import load_base
 from common.settings_file import load_settings, write_settings
+from tests.support.adapters import write_adapter
 from tests.support.errors import in_two_lines
 from tests.support.parties import Parties
 
@@ -204,3 +205,18 @@ def test_a_tokenizer_with_the_same_tokens_that_splits_texts_otherwise_is_told(pa
     Owner(parties.files["hotel"]).check()
     (told,) = [each for each in Owner(parties.files["hotel"]).workbench.oddities() if "its tokenizer splits" in each]
     assert "its tokenizer splits 200 of 200 training texts otherwise than the base's" in told
+
+
+def test_an_adapter_that_names_another_base_is_told(parties: Parties, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(parties.base)
+    folder = write_adapter(base, tmp_path / "adapter", target_modules=["query"])
+    path = parties.files["hotel"]
+    settings = load_settings(path, OwnerSettings).model_copy(update={"fine_tuned": str(folder), "training": None})
+    write_settings(path, settings)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = []
+    for named in (str(parties.base), "us/other"):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        told = Owner(path).workbench.oddities()
+        found.append([each for each in told if "says that it was trained on 'us/other'" in each])
+    assert list(map(len, found)) == [0, 1]

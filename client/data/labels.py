@@ -1,10 +1,13 @@
-"""The labels and targets in an owner's files, as numbers. An error names the file and the row, never what it found."""
+"""The labels and targets in an owner's files, as numbers. An error names the file and the row, and of what it found at
+most the beginning of a label. It is for the owner alone: only an error's code ever leaves.
+"""
 
 import json
 import logging
 import math
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.agreement import Task
+from common.data.images import is_folder_of_images
 from common.errors import DataError
-from common.text import as_line
+from common.text import MAX_LINE, as_line, shown, some_of
 
 SEPARATORS = {"|": "bars", ";": "semicolons", ",": "commas"}  # between the labels of a text
 NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+MOST_QUOTED = 40  # characters of a label that is not agreed on
 log = logging.getLogger("amalgram.owner")
 
 
@@ -61,35 +66,65 @@ def label_numbers(path: Path, values: Sequence[Any], task: Task, at_row: int | N
     by_number = not any(label.isdecimal() for label in numbers)
     if by_number:
         numbers |= {str(index): index for index in range(len(numbers))}
-    labels = np.empty(len(values), dtype=np.int64)
-    for index, value in enumerate(values):
+
+    def name_of(value: Any) -> str:
         name = json.dumps(value) if isinstance(value, bool) else as_line(str(value))
-        if by_number:
-            name = re.sub(r"^(\d+)\.0+$", r"\1", name)  # pandas writes whole numbers so if a cell beside them is empty
-        number = None if value is None else numbers.get(name)
-        if number is None:
-            or_number = f", nor a number from 0 to {len(task.labels) - 1}" if by_number else ""
-            raise DataError(
-                f"{path}: row {at_row or index + 1}: its label is none of {', '.join(task.labels)}{or_number}",
-                hint=_how_to_name(value, name, task),
-            )
-        labels[index] = number
-    return labels
+        # pandas writes whole numbers so if a cell beside them is empty
+        return re.sub(r"^(\d+)\.0+$", r"\1", name) if by_number else name
+
+    found = [None if value is None else numbers.get(name_of(value)) for value in values]
+    if None not in found:
+        return np.array(found, dtype=np.int64)
+    first, unknown = found.index(None), found.count(None)
+    or_number = f", nor a number from 0 to {len(task.labels) - 1}" if by_number else ""
+    none_of = f"is none of {some_of(task.labels)}{or_number}"
+    quoted, name = _quoted(values[first]), name_of(values[first])
+    if task.kind == "image-classification" and is_folder_of_images(path):
+        raise DataError(f"{path}: its folder {quoted} {none_of}", hint=_how_to_name_folder(name, task))
+    is_empty = values[first] is None or not name
+    told = "" if is_empty else f": {quoted}{f' ({unknown} such in all)' if unknown > 1 else ''}"
+    raise DataError(
+        f"{path}: row {at_row or first + 1}: its label {none_of}{told}",
+        hint="this row's label is empty: fill it in, or leave the row out"
+        if is_empty
+        else _how_to_name(name, task, is_rare=unknown < len(values)),
+    )
 
 
-def _how_to_name(value: Any, name: str, task: Task) -> str:
-    """What to correct, without a word of the row: only an agreed label is quoted."""
-    if value is None or not name:
-        return "this row's label is empty: fill it in, or leave the row out"
-    for label in task.labels:
-        if name.casefold() == as_line(label).casefold():
-            return f"write it as the agreement does: {label}"
+def _quoted(value: Any) -> str:
+    """The beginning of a label, which may be any text if the wrong column was named."""
+    written = json.dumps(value) if isinstance(value, bool) else str(value)
+    return shown(repr(f"{written[:MOST_QUOTED]}..." if len(written) > MOST_QUOTED else written))
+
+
+def _how_to_name(name: str, task: Task, *, is_rare: bool) -> str:
+    """What to correct. `is_rare`: other rows have labels that are known."""
+    if label := _probably_meant(name, task):
+        return f"did you mean {label}? Write it as the agreement does"
     if task.head == "private":
         return 'name the labels of this owner\'s head in its settings, above the first [table]: labels = ["...", "..."]'
+    if is_rare:
+        return "correct this row or leave it out; or agree on this label, too (task.labels)"
     return (
         "write the labels in the file as the agreement names them; if the base's head is for another task, save the "
         "base without it (AutoModel), with its tokenizer, name that as the base, and write task.labels"
     )
+
+
+def _how_to_name_folder(name: str, task: Task) -> str:
+    meant = _probably_meant(name, task)
+    return (
+        f"did you mean {meant}? Rename the folder"
+        if meant
+        else "each folder holds the images of one label: rename this one, move it away, or agree on it (task.labels)"
+    )
+
+
+def _probably_meant(name: str, task: Task) -> str:
+    """The agreed label that differs in case alone, or that is nearly the same; empty if none is."""
+    by_name = {as_line(label).casefold(): label for label in task.labels}
+    near = get_close_matches(name.casefold(), by_name, n=1, cutoff=0.75) if len(name) <= MAX_LINE else []
+    return by_name[near[0]] if near else ""
 
 
 def tag_numbers(path: Path, column: str, rows: Sequence[Any], task: Task) -> list[NDArray[np.int64]]:

@@ -11,16 +11,20 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError
 from common.lazy import lazy_module
 from common.models.bounds import SPARE_NUMBERS, building_at_most
-from common.models.files import inside, read_json, read_tensors, refused_as, tensor_names
+from common.models.files import inside, read_json, read_tensors, refused_as, tensor_names, weight_files
+from common.text import shown
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 else:
@@ -56,10 +60,32 @@ def changed_parameters(folder: Path) -> tuple[str, ...]:
     """The names of the base's parameters that the adapter in `folder` changes. Raises ModelError."""
     found = []
     for name in tensor_names(inside(folder, ADAPTER_WEIGHTS)):
-        name = name.removeprefix(PARAMETER_PREFIX).replace(".base_layer.", ".")
+        name = _plain(name).removeprefix(PARAMETER_PREFIX).replace(".base_layer.", ".")
         module, factor, rest = name.partition(".lora_")
         found.append(f"{module}.{'bias' if rest.endswith('.bias') else 'weight'}" if factor else module)
     return tuple(dict.fromkeys(found))
+
+
+def names_another_base(folder: Path, base_folder: Path, names: Sequence[str]) -> str:
+    """A warning, if the adapter in `folder` says that it was trained on another model than that in `base_folder`, which
+    has these `names`; otherwise empty. Paths are compared by their last part, because people move folders.
+
+    Nothing else tells an adapter of another base from one of this, if the layers have the same shapes.
+    """
+    named = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    if _last_part(named) in map(_last_part, (*names, str(base_folder.resolve()))):
+        return ""
+    return (
+        f"its {ADAPTER_CONFIG} says that it was trained on {shown(repr(named[:100]))}, and the base here is "
+        f"{names[0]!r} ({base_folder.resolve()}); an adapter of another model spoils the merge. If one was only "
+        f"renamed, `sha256sum {weight_files(base_folder)[0].name}` prints the same in both folders"
+    )
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1].casefold()
 
 
 def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -67,29 +93,52 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises ModelError, which names the folder, unless the adapter is LoRA, finite, and fits the base exactly.
     """
+    with _refused(folder):
+        model: PreTrainedModel = _adapted(base, folder).merge_and_unload()
+    model.requires_grad_(True)  # peft froze the base, and Fisher information needs gradients
+    return model.eval()
+
+
+def check_adapter(outline: PreTrainedModel, folder: Path) -> None:
+    """Raise the ModelError of `with_adapter` for an adapter that does not fit a base.
+
+    `outline`: the base without weights. What the merged weights would be, and whether they are finite, is not looked
+    at.
+    """
+    with _refused(folder):
+        _adapted(outline, folder)
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Within, whatever peft raises is a ModelError, and what it warns about is not shown: fan_in_fan_out, which it sets
+    right for each layer, and the weights that an outline lacks.
+    """
+    refused = refused_as(f"model {folder}: its adapter does not fit the base", ANOTHER_BASE)
+    with refused, warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def _adapted(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A copy of `base` with the adapter in `folder` beside its weights."""
     # Takes seconds to import, and few owners need it.
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     settings, tensors = _settings(folder), _tensors(folder)
-    refused = refused_as(f"model {folder}: its adapter does not fit the base", ANOTHER_BASE)
-    silent = warnings.catch_warnings(action="ignore")  # about fan_in_fan_out, which peft sets right for each layer
-    with refused, silent:
-        copied, held = copy.deepcopy(base), sum(tensor.numel() for tensor in tensors.values())
-        with building_at_most(f"model {folder}: its {ADAPTER_CONFIG}", len(tensors), held + SPARE_NUMBERS):
-            adapted = PeftModel(copied, LoraConfig(**settings), adapter_name=ADAPTER_NAME)
-        needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-        tensors, needed = _each_once(tensors), _each_once(needed)
-        _check_fit(tensors, needed, folder)
-        found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
-        model: PreTrainedModel = adapted.merge_and_unload()
+    copied, held = copy.deepcopy(base), sum(tensor.numel() for tensor in tensors.values())
+    with building_at_most(f"model {folder}: its {ADAPTER_CONFIG}", len(tensors), held + SPARE_NUMBERS):
+        adapted = PeftModel(copied, LoraConfig(**settings), adapter_name=ADAPTER_NAME)
+    needed = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    tensors, needed = _each_once(tensors), _each_once(needed)
+    _check_fit(tensors, needed, folder)
+    found = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER_NAME)
     if found.unexpected_keys:
         raise ModelError(
             f"model {folder}: its adapter holds {found.unexpected_keys[0]} ({len(found.unexpected_keys)} such in all), "
             "which the base does not have",
             hint=ANOTHER_BASE,
         )
-    model.requires_grad_(True)  # peft froze the base, and Fisher information needs gradients
-    return model.eval()
+    return adapted
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -132,8 +181,11 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the second and third copies of a saved module's bias, which peft writes if all biases are trained."""
-    plain = {name: re.sub(r"\.(modules_to_save|original_module)\.", ".", name) for name in tensors}
-    return {name: tensor for name, tensor in tensors.items() if plain[name] == name or plain[name] not in tensors}
+    return {name: tensor for name, tensor in tensors.items() if _plain(name) == name or _plain(name) not in tensors}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\.(modules_to_save|original_module)\.", ".", name)
 
 
 def _check_fit(tensors: dict[str, Tensor], needed: dict[str, Tensor], folder: Path) -> None:

@@ -8,12 +8,13 @@ the agreed keys changed, and no library is asked what it would add. Code is neve
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.agreement import Agreement, Task
+from common.agreement import Agreement, AgreementDraft, Task
 from common.agreement.tables import CLASSIFYING
 from common.errors import ModelError
 from common.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMETER_PREFIX, is_adapter
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # older and newer releases of transformers
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 # Of the base's agreed files, those that a tokenizer is made of are published, if they are data.
 DATA = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".tokenizer", ".codes")
 
@@ -58,26 +60,55 @@ def model_configuration(base: Mapping[str, Any], published: PreTrainedModel, tas
     return config
 
 
-def adapter_configuration(agreement: Agreement, plan: AdapterPlan) -> dict[str, Any]:
-    """The published adapter_config.json: what makes weights of the factors, at scale 1. peft's defaults do the rest."""
+def adapter_configuration(agreement: Agreement, plan: AdapterPlan, layers: Collection[str]) -> dict[str, Any]:
+    """The published adapter_config.json: what makes weights of the factors of `layers`, at scale 1. peft's defaults do
+    the rest.
+    """
     return {
-        "base_model_name_or_path": agreement.base,
+        "base_model_name_or_path": base_name(agreement),
         "bias": "none",
-        "fan_in_fan_out": any(plan.layers.values()),
+        "fan_in_fan_out": any(plan.layers[name] for name in layers),
         "inference_mode": True,
         "lora_alpha": plan.rank,
         "modules_to_save": list(plan.whole_modules),
         "peft_type": "LORA",
         "r": plan.rank,
-        "target_modules": sorted(name.removesuffix(".weight") for name in plan.layers),
+        "target_modules": sorted(name.removesuffix(".weight") for name in layers),
     }
+
+
+def base_name(agreement: Agreement) -> str:
+    """The name of the agreed base on the hub. If the drafter had it in a folder, it is one that nobody can have there:
+    transformers takes a folder that is missing for a name, and would fetch somebody else's model.
+    """
+    is_of_the_hub = agreement.base_revision is not None and HUB_NAME.fullmatch(agreement.base)
+    return agreement.base if is_of_the_hub else f"base model with digest {agreement.base_digest}"
+
+
+def base_names(draft: AgreementDraft) -> list[str]:
+    """What an adapter of the agreed base may call it: its name in the agreement, and that in a published adapter."""
+    return [draft.base, base_name(draft)] if isinstance(draft, Agreement) else [draft.base]
+
+
+def changed_layers(delta: AdapterDelta) -> tuple[str, ...]:
+    """The cut layers that the adapter changes; all if it changes none, because peft wants at least one.
+
+    peft matches modules by the end of their names, so those are with them whose names end with that of another one.
+    """
+    modules = [
+        name.removesuffix(".weight")
+        for name, factors in delta.factors.items()
+        if factors.up.any() and factors.down.any()
+    ]
+    matched = tuple(name for name in delta.factors if f".{name}".endswith(tuple(f".{each}.weight" for each in modules)))
+    return matched or tuple(delta.factors)
 
 
 def write_adapter(
     model: PreTrainedModel, delta: AdapterDelta, base_folder: Path, agreement: Agreement, folder: Path
 ) -> None:
-    """Write a new folder of an adapter, as `PeftModel.from_pretrained(base, folder)` reads it: the factors of the cut
-    layers, and those parameters of `model` (base + delta) that travel whole. There is no card yet.
+    """Write a new folder of an adapter, as `PeftModel.from_pretrained(base, folder)` reads it: the factors of the
+    layers that changed, and those parameters of `model` (base + delta) that travel whole. There is no card yet.
 
     The product of the factors, rounded once, is the signed delta. Whoever loads the adapter multiplies the factors in
     float32, and so has the signed model up to that rounding.
@@ -85,11 +116,12 @@ def write_adapter(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    _write_json(folder / ADAPTER_CONFIG, adapter_configuration(agreement, delta.plan))
+    layers = changed_layers(delta)
+    _write_json(folder / ADAPTER_CONFIG, adapter_configuration(agreement, delta.plan, layers))
     write_preparation(base_folder, agreement, folder)
     tensors = {}
-    for name, factors in delta.factors.items():
-        module = name.removesuffix(".weight")
+    for name in layers:
+        module, factors = name.removesuffix(".weight"), delta.factors[name]
         tensors[f"{PARAMETER_PREFIX}{module}.lora_A.weight"] = factors.down
         tensors[f"{PARAMETER_PREFIX}{module}.lora_B.weight"] = factors.up
     parameters = dict(model.named_parameters())

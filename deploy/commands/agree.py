@@ -28,6 +28,7 @@ from common.schedule import Content, Round, method_layout
 from common.text import MAX_NAMES, shown, some_of
 from deploy.launch.flower import bundle_digest
 from deploy.terminal import answer, byte_count, shows_json
+from server.report.words import METRICS
 
 MAX_COLUMNS, MIN_COLUMNS = 100, 40  # of a terminal, for words that are not ours
 SHOWN_CHARACTERS = 1000  # of a row of the pool
@@ -57,7 +58,8 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
         is_agreed_revision=agreement.base_revision and owner.settings.base in (None, agreement.base),
         base_origin=owner.workbench.base_origin,
         same_bundle=same_bundle,
-        metrics=[metric.replace("_", " ") for metric in agreement.task.metrics],
+        metrics=[METRICS[metric] for metric in agreement.task.metrics],
+        choose_by=METRICS[agreement.choose_by],
         fingerprint=_fingerprint(agreement),
         warnings=list(_warnings(owner, same_bundle, repeats)),
         rounds=[{"title": each.title, "numbers": each.layout.size} for each in rounds],
@@ -84,7 +86,7 @@ def consent_text(owner: Owner, repeats: Sequence[Repeat] = ()) -> str:
             {
                 "what": each.what,
                 "title": quoted(each.terms.title),
-                "digest": each.agreement_digest,
+                "fingerprint": each.fingerprint_start,
                 "shows": list(what_the_difference_shows(each.terms, terms_of(agreement), each)),
             }
             for each in repeats

@@ -7,7 +7,7 @@ follow from the base's modules, which takes torch, whose import takes seconds.
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,14 +20,18 @@ import numpy as np
 
 from client.data.lengths import cut_in_words, token_lengths
 from client.data.private_data import PrivateData, prepared_by
+from client.ledger import Ledger
 from client.look import OwnerLook, oddities, own_task
 from client.owner import Owner
+from client.repeats import Contributed, Repeat, check_weightings, terms_of
 from client.settings import OwnerSettings, Training
+from client.sketch import Sketch
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
 from common.device import accelerators, find_device, find_solver, memory_of, title_of
 from common.errors import AmalgramError, DataError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.merge_methods.distill import DISTILL
+from common.models.adapter import changed_parameters, check_adapter, is_adapter, names_another_base
 from common.models.files import check_readable, weight_files
 from common.models.folders import (
     base_model_folder,
@@ -47,7 +51,7 @@ from deploy.drafting import with_labels
 from deploy.launch.processes import listens
 from deploy.network_keys import check_server_files
 from deploy.reach import check_reachable
-from deploy.terminal import answer, byte_count, show_error, shows_json
+from deploy.terminal import about_bytes, answer, byte_count, show_error, shows_json
 from server.settings import read_coordinator_identity
 
 if TYPE_CHECKING:
@@ -155,6 +159,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
             seen.append(Seen(consortium.settings[owner], consortium.look_at(owner), path.parent))
             item.found = _owner_in_words(seen[-1], consortium.draft.task)
     if checks.is_ready:
+        _check_adapters(checks, consortium.draft, consortium.base_folder, seen)
+    if checks.is_ready:
         with checks.item("rounds") as item:
             agreement = _simulated_agreement(consortium)
             schedule = _schedule(agreement, consortium.base_folder) if agreement else None
@@ -169,6 +175,7 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
     if checks.is_ready and agreement and schedule:
         _check_room(checks, folder, schedule, parties=len(seen))
         _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
+    _say_what_is_left(checks, "amalgram simulate", consortium.draft.task, seen)
     return following
 
 
@@ -227,6 +234,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             check_reachable(network.address, root)
             item.found = f"{network.address} answers, with {key.name} and {root.name}"
     if checks.is_ready:
+        _check_adapters(checks, agreement, base_folder, [seen])
+    if checks.is_ready:
         with checks.item("rounds") as item:
             schedule = _schedule(agreement, base_folder)
             item.found = _rounds_in_words(schedule)
@@ -234,9 +243,11 @@ def _check_owner(checks: Checklist, path: Path) -> str:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
         _check_rows(checks, agreement, base_folder, [seen])
+        _check_ledger(checks, owner, _private_data(agreement, base_folder, seen))
     if checks.is_ready:
         _check_room(checks, home / settings.state, schedule, parties=1)
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
+        _say_what_is_left(checks, "amalgram agree", agreement.task, [seen])
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
             return f"amalgram client {path}"
     return following
@@ -282,6 +293,23 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
 # --- parts that several have ---
 
 
+def _check_adapters(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
+    """Whether every adapter has the layers and shapes of what it was made from. No weights of a base are loaded."""
+    for owner in owners:
+        folder, made_from = owner.look.fine_tuned, owner.look.own_base or base_folder
+        if folder is not None and is_adapter(folder):
+            with checks.item("adapter") as item:
+                from common.models.loading import load_outline
+                from common.models.published_folder import base_names
+
+                check_adapter(load_outline(made_from, own_task(owner.settings, owner.home, draft.task)), folder)
+                changed = len(changed_parameters(folder))
+                fits = f"{folder.resolve()} fits its base, of which it changes {changed} tensors"
+                own = owner.settings.own_base
+                odd = names_another_base(folder, made_from, [own] if own else base_names(draft))
+                item.found = "; ".join(filter(None, (fits, odd)))
+
+
 def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
     """Whether every owner's rows can be read as a run reads them, and are the model's that it brings."""
     models = [(each.look.fine_tuned, each.look.own_base or base_folder) for each in owners if each.look.fine_tuned]
@@ -298,6 +326,31 @@ def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, own
         item.found = "; ".join((found, *filter(None, (data.read_otherwise(own) for own, data in read if own))))
     if draft.task.is_text:
         _check_lengths(checks, draft.task, base_folder, owners)
+
+
+def _check_ledger(checks: Checklist, owner: Owner, data: PrivateData) -> None:
+    """Say whether the same rows were contributed under another agreement. The ledger is read, and stays as it is."""
+    path, agreement = owner.ledger_path, owner.agreement
+    has_state = (owner.home / owner.settings.state).is_dir()  # which a look at the state would make
+    if not has_state and not path.exists():
+        return
+    with checks.item("ledger") as item:
+        key = owner.identity.public_key
+        ledger = owner.ledger if has_state else Ledger(path, key, agreement, must_exist=False)
+        consent = owner.state.consents().get(agreement.digest()) if has_state else None
+        repeats = ledger.repeats(Contributed.of(owner.ledger_key, data, Sketch()))
+        check_weightings(terms_of(agreement), repeats)
+        item.found = _repeats_in_words(repeats, consent.again if consent else ())
+
+
+def _repeats_in_words(repeats: Sequence[Repeat], allowed: Collection[str]) -> str:
+    """`allowed`: the agreements that this owner consented to repeat."""
+    if not repeats:
+        return "none of these rows were contributed under another agreement"
+    told = "; ".join(f"{each.what} were contributed under {each.named}" for each in repeats)
+    if all(each.agreement_digest in allowed for each in repeats):
+        return f"{told}, and there is consent to contribute them again"
+    return f"{told}; `amalgram agree` says what the totals show together, and takes --again as consent to that"
 
 
 def _private_data(draft: AgreementDraft, base_folder: Path, owner: Seen) -> PrivateData:
@@ -405,7 +458,7 @@ def _estimate(
         return
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
-        item.found = f"about {byte_count(most)} at the most"
+        item.found = f"about {about_bytes(most)} at the most"
     if owners:
         _check_gram_rows(checks, agreement, base_folder, schedule, owners, rows)
 
@@ -503,6 +556,14 @@ def _owner_rows(task: Task, base_folder: Path, owner: Seen) -> "OwnerRows":
     if look.own_base is not None:
         cost = cost_beside(load_outline(look.own_base, task), load_outline(base_folder, task))
     return OwnerRows(**rows, epochs=epochs, tokens=tokens, reading_seconds=reading, own_cost=cost)
+
+
+def _say_what_is_left(checks: Checklist, command: str, task: Task, owners: Sequence[Seen]) -> None:
+    """Say what no check finds, because it loads no weights, and which command does."""
+    if checks.is_ready and any(each.look.fine_tuned for each in owners):
+        order = ", or with outputs in another order than the labels" if task.has_labels else ""
+        found = f"weights; `{command}` loads them, and finds a whole model of another base{order}"
+        checks.add(Item("not looked at", found))
 
 
 def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:

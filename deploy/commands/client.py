@@ -22,7 +22,7 @@ from deploy.launch.flower import flower_environment
 from deploy.launch.internals import TOLD, check_internals
 from deploy.launch.processes import POLL_SECONDS, FollowedFile, NewFiles, Process, alone, free_port, started
 from deploy.network_keys import check_node_key, read_certificate
-from deploy.reach import check_reachable
+from deploy.reach import check_reachable, wait_until_reachable
 from deploy.terminal import answer
 
 RETRY_SECONDS = 5.0
@@ -51,11 +51,12 @@ class Node:
 def run_client(settings_file: Path) -> None:
     """Check an owner's node, print where it connects, and run it until stopped.
 
-    Raises EngineError if the server cannot be reached at the start: then a person is there to correct what is wrong;
-    and WrongModel once the coordinator has sent a model that is not the merge, after which nothing is answered.
+    A server that is away at the start is waited for, though not for ever: a person may be there to correct what is
+    wrong. Raises EngineError if it stays away, or is the wrong one; and WrongModel once the coordinator has sent a
+    model that is not the merge, after which nothing is answered.
     """
     node = find_node(settings_file)
-    check_reachable(node.address, node.root_certificate)
+    wait_until_reachable(node.address, node.root_certificate)
     answer({"address": node.address, "state": str(node.state), "bundle_digest": node.bundle_digest})
     keep_connected(node)
 

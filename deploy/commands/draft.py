@@ -1,6 +1,7 @@
 """`amalgram draft`: completes what people wrote into the agreement that every party then holds."""
 
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from common.agreement import AgreementDraft
@@ -19,8 +20,10 @@ output = "output"             # where the merged model and the report go
 # base = "base"               # your copy of the base model, if it is not where the agreement says
 
 [network]
-listen = "0.0.0.0:{port}"     # let only this port in, from the owners' addresses
+listen = "{listen}:{port}"  # {who}
 """
+EVERYWHERE = "0.0.0.0", "let only this port in, from the owners' addresses"
+THIS_MACHINE = "127.0.0.1", "this machine alone, as the address says; 0.0.0.0 for owners elsewhere"
 
 
 def draft_agreement(short: Path, public: list[Path], out: Path, address: str | None, adapters: Sequence[Path]) -> None:
@@ -42,9 +45,11 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
     identities = _by_name(public)
     public_keys = {name: each.public_key for name, each in identities.items()}
     node_keys = {name: each.node_key for name, each in identities.items() if each.node_key is not None}
-    with_keys(with_labels(written, base_folder, models={}), public_keys, node_keys)
-    from deploy.complete import complete_agreement  # torch: not before what people wrote is checked
+    labelled = with_labels(written, base_folder, models={})
+    with_keys(labelled, public_keys, node_keys)
+    from deploy.complete import check_adapters, complete_agreement  # torch: not before what people wrote is checked
 
+    check_adapters(labelled, base_folder, [("--adapter", folder) for folder in adapters])
     agreement = complete_agreement(written, base_folder, public_keys, node_keys)
     write_settings(out, agreement)
     found = {"agreement": str(out), "fingerprint": fingerprint(bytes.fromhex(agreement.digest()))}
@@ -53,7 +58,9 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
         write_invitation(invitation, door, agreement)
         hint = f"send {invitation} to every owner, who joins with it: amalgram join {invitation.name}"
         if not coordinator.exists():
-            settings = COORDINATOR_SETTINGS.format(agreement=out.name, port=door.address.rpartition(":")[2])
+            host, _, port = door.address.rpartition(":")
+            listen, who = THIS_MACHINE if is_loopback(host) else EVERYWHERE
+            settings = COORDINATOR_SETTINGS.format(agreement=out.name, listen=listen, port=port, who=who)
             coordinator.write_text(settings)
             hint += f"\nwrote {coordinator}; start the server: amalgram server {coordinator}"
         else:
@@ -64,6 +71,14 @@ def draft_agreement(short: Path, public: list[Path], out: Path, address: str | N
     if agreement.summation.kind == "masked" and agreement.colluders == 0:
         hint += "\nno owner may collude with the coordinator, so it must be none of them, and work for none"
     answer(found | {"digest": agreement.digest()}, as_lines(found), hint)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine for everybody: localhost, or 127.0.0.0/8."""
+    try:
+        return host == "localhost" or IPv4Address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _by_name(paths: list[Path]) -> dict[str, PublicIdentity]:

@@ -24,7 +24,7 @@ from deploy.terminal import answer, as_lines
 ROOT_CERTIFICATE = Path("ca.pem")
 COLUMNS = {  # of each task: key of [data], what it holds
     "text-classification": {"text": "a text"},
-    "image-classification": {"image": "paths of images, or arrays"},
+    "image-classification": {"image": "paths of images, relative to the table; a folder of images has no columns"},
     "token-classification": {"tokens": "lists of words", "tags": "a tag for each word"},
     "causal-lm": {"text": "a text; for conversations: messages, or prompt and completion"},
     "sequence-to-sequence": {"text": "the input", "target": "the text to write for it"},
@@ -33,6 +33,11 @@ LABELS = {  # what the label's column of texts and images holds
     "single_label_classification": "a label's name, or its number",
     "multi_label_classification": "lists of labels, or texts such as a|b; or name a column of 0 and 1 for each label",
     "regression": "a number; of several targets, lists, or name a column for each",
+}
+TABLES = ".jsonl, .csv, .parquet"
+FILES = {  # of other tasks than texts: where rows are, and what else they may be in
+    "image-classification": ("", f"a folder with one subfolder per label, or a table of paths ({TABLES})"),
+    "token-classification": (".jsonl", f"{TABLES}, .conll"),
 }
 MODEL = """\
 # Your fine-tuned model: a folder or a hub name; a LoRA adapter of the base will do.
@@ -58,9 +63,9 @@ SETTINGS = """\
 name = "{name}"
 {agreement}{base}{model}
 [data]
-train = {train}  # measured (and trained on): .jsonl, .csv, .parquet, .npz, .conll
+train = {train}  # measured (and trained on): {files}
 test = {test}  # gives the metrics
-# validation = "data/validation.jsonl"  # decides between values of a hyperparameter; or a tenth of the training rows
+# validation = "data/validation{ending}"  # decides between values of a hyperparameter; or a tenth of the training rows
 {columns}
 [network]
 address = {address}
@@ -174,14 +179,17 @@ def owner_settings(
     agreement = invitation.agreement
     task = agreement.task
     columns = (COLUMNS[task.kind] | ({"label": LABELS[task.problem_type]} if task.kind in CLASSIFYING else {})).items()
+    ending, files = FILES.get(task.kind, (".jsonl", TABLES))
     return SETTINGS.format(
         name=name,
         title=agreement.title,
         agreement="" if path == OwnerSettings.model_fields["agreement"].default else f'agreement = "{path}"\n',
         base="" if agreement.base_revision else BASE,
         model=TRAINING if train and not model else MODEL.format(model=_quoted(model or "model")),
-        train=_quoted(str(train or "data/train.jsonl")),
-        test=_quoted(str(test or "data/test.jsonl")),
+        train=_quoted(str(train or f"data/train{ending}")),
+        test=_quoted(str(test or f"data/test{ending}")),
+        ending=ending,
+        files=files,
         columns="".join(f'{key} = "{key}"  # the column with {what}\n' for key, what in columns),
         address=_quoted(invitation.address),
     )

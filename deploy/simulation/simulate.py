@@ -11,7 +11,7 @@ from client.owner import Owner
 from common.errors import AmalgramError, OwnerRefused
 from common.models.loading import weights_made_here
 from common.private_file import unsynced
-from deploy.complete import complete_agreement
+from deploy.complete import check_adapters, complete_agreement
 from deploy.consortium import Consortium, read_consortium
 from deploy.launch.simulation import run_with_ray
 from deploy.simulation import references
@@ -63,6 +63,7 @@ def run_consortium(
     draft, base_folder = consortium.draft, consortium.base_folder
     claim_output(output)
     log.info("completing the agreement against %s", draft.base)
+    check_adapters(draft, base_folder, list(consortium.adapters.items()))
     keys = party_keys(draft, output / PARTIES, with_nodes=engine == "network")
     agreement = complete_agreement(draft, base_folder, keys.public_keys, keys.node_keys)
     made = ", ".join(weights_made_here(base_folder, agreement.task))

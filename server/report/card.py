@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.agreement.tables import TaskKind
 from common.models.loading import AUTO_CLASSES
-from common.models.published_folder import IMAGE_PROCESSORS
+from common.models.published_folder import HUB_NAME, IMAGE_PROCESSORS
 from common.page.words import capitalised, listed, percent, safe
 from common.publication import CARD
 from common.text import MAX_LINE, flaw, is_web_address, shown
@@ -41,7 +41,6 @@ HUB_METRICS = {
     "mean_squared_error": ["pearsonr", "mse"],
 }
 LICENCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
-HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 REFERENCES = ("own", "ensemble", "close_ensemble", "multi_task")  # not on the card: only a simulation has them
 
 

@@ -53,6 +53,7 @@ from server.report.report import (
     Trial,
     group_metrics,
 )
+from server.report.words import METRICS
 
 MIN_SWEEP = 3  # candidates; of two, each is at an end
 LIBRARIES = ("amalgram", "flwr", "torch", "transformers", "numpy")
@@ -356,7 +357,7 @@ def what_did_better(published: str, scores: Mapping[str, MeanScore], metric: str
     if ahead <= behind:
         return
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    numbers = f"{metric.replace('_', ' ')} {sign * ahead:.3f} against {sign * behind:.3f}"
+    numbers = f"{METRICS[metric]} {sign * ahead:.3f} against {sign * behind:.3f}"
     is_main = ahead == scores[best].main
     if is_main and not _is_clearly_worse(scores[published], scores[best], noise):
         yield f"{best} is ahead of {published} on the test rows, {numbers}, which may be chance."

@@ -4,6 +4,7 @@ After one honest agreement a second one is put before the owner. Each of its tot
 difference of the two totals would not be.
 """
 
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from client.owner import Owner
-from client.repeats import LEAST_SHARE, Repeat, Terms, terms_of, what_the_difference_shows
+from client.repeats import LEAST_SHARE, Repeat, Terms, check_repeats, terms_of, what_the_difference_shows
 from common.agreement import Agreement, OwnerEntry
 from common.errors import ConsentError, RemoteProtocolError, SettingsError
+from common.identity import fingerprint
 from common.messages import KeyShares, Message
 from common.settings_file import write_settings
 from deploy.commands.agree import ask_for_consent, give_consent
@@ -287,3 +289,34 @@ def test_what_a_difference_shows_is_said_for_what_differs(agreement: Agreement) 
     measured = [terms_of(measuring(agreement, count)) for count in (100, 101)]
     assert shown(*measured) == ["Other numbers of", metrics]
     assert shown(first, first, rows=0.995) == ["The rows are", metrics]
+    assert shown(first, first, rows=0.0) == [metrics]  # only the weight changes are the same
+
+
+def test_what_a_difference_shows_names_only_what_both_agreements_sum(agreement: Agreement) -> None:
+    """No difference can be made of Gram matrices that only one of them sums."""
+    first, average = terms_of(agreement), terms_of(changed(agreement, method="average", compare_with=()))
+    assert "grams" in first.measured
+    assert not average.measured
+    assert shown(first, average) == shown(average, first) == ["Other methods or", "Metrics of the"]
+    fewer = {"owners": dict(list(first.owners.items())[:2])}
+
+    def said(now: Terms) -> str:
+        repeat = Repeat(agreement_digest="0" * 64, terms=first, rows=1.0, weight_changes=1.0)
+        return "\n".join(what_the_difference_shows(first, now, repeat))
+
+    assert "if that is one owner, its weight changes, exactly." in said(average.model_copy(update=fewer))
+    assert "its weight changes and Gram matrices, exactly." in said(first.model_copy(update=fewer))
+    block_by_block = average.model_copy(update={"methods": ("regmean_plus_plus",), **fewer})
+    assert "its weight changes and Gram matrices, exactly." in said(block_by_block)
+    fisher = first.model_copy(update={"measured": {"grams": 100, "fisher": first.measured["fisher"]}})
+    assert "measured: for Gram matrices, 1,000 before and 100 now. The difference is" in said(fisher)
+
+
+def test_another_agreement_is_named_as_people_know_it(agreement: Agreement) -> None:
+    digest = agreement.digest()
+    repeat = Repeat(agreement_digest=digest, terms=terms_of(agreement), rows=1.0, weight_changes=1.0)
+    first, second, *_ = fingerprint(bytes.fromhex(digest)).split()
+    assert repeat.named == f"'Test' (fingerprint {first} {second} ...)"
+    with pytest.raises(ConsentError, match=re.escape(repeat.named)) as caught:
+        check_repeats(terms_of(agreement), [repeat], again=set())
+    assert digest[:16] not in str(caught.value)

@@ -13,9 +13,9 @@ Answer = Callable[[socket.socket], None]
 
 
 @contextmanager
-def listening(answer: Answer, host: str = "127.0.0.1") -> Iterator[int]:
-    """A server of one connection after the other on a port of this machine."""
-    with socket.create_server((host, 0)) as listener:
+def listening(answer: Answer, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """A server of one connection after the other on a port of this machine: any free one, unless it is named."""
+    with socket.create_server((host, port)) as listener:
 
         def serve() -> None:
             with suppress(OSError):
