@@ -84,7 +84,7 @@ class Owners:
 OWN_SEEDS = Owners(
     "seeds of their own",
     (0, 1, 2),
-    ("regmean", "average", "data_free"),
+    ("regmean", "average", "data_free", "anchored", "isotropic", "model_stock", "regmean_plus_plus"),
     (1.0, 10.0, 100.0),
     is_taken_apart=True,
 )
