@@ -36,7 +36,7 @@ float32.
 The tolerance. With u = 2^-53 and |.|_1, |.|_2 the norms of a column, each owner measures, for each equation, or for
 each group of its rows if it is large (`group_rows`),
 
-    v_i = |A_i| |D| |rho| + |B_i| |rho|                      (n, 7), the size of the terms; if B_i is a difference,
+    v_i = |A_i| |D| |rho| + b |B_i| |rho|                    (n, 7), the size of the terms; if B_i is a difference,
                                                              of both its terms
     S_i = 2^15 max_k (a |v_ik|_2 + h |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
@@ -49,12 +49,13 @@ adds in a run (`Challenge.blinded`). Honest parties are off by
     (d(n) + 2) u v                      the solve (normal_equations.solve_symmetric)
     (d(n) + 2 d(m) + 16) u v            the products at owners and coordinator, and what decoding and alpha round
 
-in every row, with v = sum v_i; the constants leave room for terms of higher order. All this is fixed before s, and s is
-uniform. So a column w of it adds up to at most 10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to
-2^15 sqrt(n) |w|_2 in any case. Summing over the rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column.
+in every row, where v is the sum of all v_i, with b = 1 in the last two lines, and b = 0 in the others, which are about
+D alone; the constants leave room for terms of higher order. All this is fixed before s, and s is uniform. So a column w
+of it adds up to at most 10 * 2^15 |w|_2 with probability 1 - 2 e^-50 (Hoeffding 1963), and to 2^15 sqrt(n) |w|_2 in any
+case. Summing over the rows rounds by another l(n) u times 2^15 |.|_1 of each owner's column.
 So the sum of shares is at most t / 2 * sum S_i, with
 
-    t = 2 (2^-47 + g + (2 d(n) + 2 d(m) + 18) u),   h = 2 l(n) u / t
+    t = 2 (2^-47 + g + r),   r = (2 d(n) + 2 d(m) + 18) u,   b = 2 r / t,   h = 2 l(n) u / t
 
 and `tolerance` is t * sum S_i, and at least 2^-92, because shares travel in multiples of 2^-103. Products are summed in
 blocks, so that a number is rounded d(n) times, not n times, and the sum over rows l(n) times (equations.depth,
@@ -406,8 +407,9 @@ def _sums_of(
     moved, right_reach = _projected(right, rho)
     if (size := equation.right_size(right, own, factor)) is not None:
         right_reach = size @ rho.abs()
+    right_weight = 2 * rounding(equation) / relative_tolerance(equation)
     residual = times(left, corrected) - moved  # (n, columns)
-    sizes = times(left.abs(), reach + SUBNORMAL * rho.abs().sum(dim=0)) + right_reach  # v_i, (n, columns)
+    sizes = times(left.abs(), reach + SUBNORMAL * rho.abs().sum(dim=0)) + right_weight * right_reach  # v_i
     return column_sums(test * residual), sizes.norm(dim=0), residual.norm(p=1, dim=0)
 
 
@@ -422,8 +424,12 @@ def _shares(equation: Equation, sums: Sequence[tuple[Tensor, Tensor, Tensor]]) -
 
 def relative_tolerance(equation: Equation) -> float:
     """t, as at the top of this file."""
-    times_rounded = 2 * depth(equation.terms_in_a_row) + 2 * depth(equation.shape[1]) + 18
-    return 2 * (2.0**-47 + equation.left_out + times_rounded * UNIT)
+    return 2 * (2.0**-47 + equation.left_out + rounding(equation))
+
+
+def rounding(equation: Equation) -> float:
+    """r: how far floating point is off, relative to the size of an equation's terms."""
+    return (2 * depth(equation.terms_in_a_row) + 2 * depth(equation.shape[1]) + 18) * UNIT
 
 
 def tolerance(equation: Equation, scale: float) -> float:

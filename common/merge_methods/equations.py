@@ -281,15 +281,15 @@ class FisherEquation(Equation):
     """F D = (F delta), entry by entry, of one parameter.
 
     A correction has as many numbers as the parameter, so more is left out of each, all the less the more share a
-    tolerance. Where the F of a group are alike, an entry is off by at most about 2^-22 of the mean change; one that has
-    fisher.LEAST_SHARE of the others' F, by 2^-14.
+    tolerance. Where the F of a group are alike, an entry is off by at most about 2^-21 of the mean change; one that has
+    fisher.LEAST_SHARE of the others' F, by 2^-13.
     """
 
     parameter: str
 
     @property
     def left_out(self) -> float:
-        return 2.0 ** -max(34, 28 + ((self.group_rows - 1).bit_length() + 1) // 2)  # 2^-28 / sqrt(rows)
+        return 2.0 ** -max(34, 26 + ((self.group_rows - 1).bit_length() + 1) // 2)  # 2^-26 / sqrt(rows)
 
     @property
     def rows_at_once(self) -> int | None:
