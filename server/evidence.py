@@ -62,7 +62,10 @@ def read(path: Path) -> tuple[Agreement, str, str]:
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValidationError, ValueError, TypeError, ProtocolError):
-        raise SettingsError(f"{path}: is not evidence that a coordinator kept") from None
+        raise SettingsError(
+            f"{path}: is not evidence that a coordinator kept",
+            hint="name a file of OUT/evidence; to compare a folder with receipts: amalgram verify OUT --receipts FILE",
+        ) from None
     agreement = parse_settings(kept.agreement, Agreement, f"{path}: agreement")
     assert isinstance(request, OpenSum)
     if request.agreement_digest != agreement.digest():  # check: evidence-is-of-its-agreement

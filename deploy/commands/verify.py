@@ -10,6 +10,7 @@ kept of a model that is not the merge (explain.py).
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,6 +102,8 @@ def check_folder(out: Path, receipts_file: Path | None = None) -> Verification:
     except RemoteProtocolError as error:
         signed_by = []
         findings = [Finding(what="signatures", found=error.message, is_signed=False)]
+    if receipts_file is not None:
+        findings += _compare_agreements(folder, receipts)
     findings += _check_files(folder, publication)
     findings += _check_configuration(folder, publication)
     if folder != out:
@@ -136,6 +139,14 @@ def read_receipts(path: Path) -> PublishedReceipts:
             f"{path}: this release cannot read these receipts",
             hint="get the file again, or name an owner's with --receipts",
         ) from None
+
+
+def _compare_agreements(folder: Path, receipts: PublishedReceipts) -> Iterator[Finding]:
+    """Say if an owner's receipts are of another merge than the folder, where everything else differs."""
+    with suppress(SettingsError):
+        if read_receipts(folder / RECEIPTS).agreement != receipts.agreement:
+            found = "the owner's receipts are of another agreement than the folder's own: its result is elsewhere"
+            yield Finding(what="agreement", found=found, is_signed=False)
 
 
 # --- files ---

@@ -242,6 +242,17 @@ def test_a_published_folder_is_what_everybody_signed(folder: Path) -> None:
     assert {"config.json", "model.safetensors", "README.md"} <= {each.what for each in verification.findings}
 
 
+def test_receipts_of_another_agreement_are_named_before_all_that_differs(folder: Path, tmp_path: Path) -> None:
+    receipts = PublishedReceipts.model_validate_json((folder / RECEIPTS).read_bytes())
+    own = tmp_path / "receipts.json"
+    own.write_bytes(receipts.content())
+    assert check_folder(folder, own).is_signed
+    other = receipts.model_copy(update={"agreement": {**receipts.agreement, "title": "Another"}})
+    (folder / RECEIPTS).write_bytes(other.content())
+    first, *_ = (each for each in check_folder(folder, own).findings if not each.is_signed)
+    assert (first.what, first.found[:50]) == ("agreement", "the owner's receipts are of another agreement than")
+
+
 def test_83_a_published_configuration_is_changed_later(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_act": "relu", "auto_map": {"AutoModel": "evil.Model"}, "id2label": {"0": "good", "1": "bad"}}
