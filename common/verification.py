@@ -40,8 +40,8 @@ each group of its rows if it is large (`group_rows`),
                                                              of both its terms
     S_i = 2^15 max_k (a |v_ik|_2 + h |A_i (D rho + c)_k - B_i rho_k|_1),   a = min(sqrt(n), 10)
 
-and adds S_i to the sum, rounded up by at most an eighth, times a secret factor from 1 to 2 that is the same for all it
-adds in a run (`Challenge.blinded`). Honest parties are off by
+and adds S_i to the sum, times a secret factor from 1 to 2 that is the same for all it adds in a run
+(`Challenge.blinded`). Honest parties are off by
 
     2^-48 v twice                       R and c are rounded to float32, 24 bits below D
     g v                                 what the coordinator leaves out of c, so that it takes fewer bytes (`steps_of`,
@@ -82,7 +82,6 @@ sum zero. SECURITY.md says what that means.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -343,11 +342,9 @@ class Challenge:
     def blinded(self, scale: float) -> float:
         """What travels of a scale. All parties see these summed, and often many of sizes that are alike: of all layers,
         of a sweep's candidates. With another factor for each, their mean and variance would tell single owners' sizes.
-        And models that differ in one number would tell the size of what it is multiplied by, without the rounding.
+        Nor are they rounded: sums of few-digit numbers, each with an unknown factor, can be taken apart (LLL).
         """
-        mantissa, exponent = math.frexp(scale)
-        coarse = math.ldexp(math.ceil(16 * mantissa), exponent - 4)  # check: scales-are-coarse
-        return coarse * self._factor  # check: scales-are-blinded
+        return scale * self._factor  # check: scales-are-blinded
 
     @cached_property
     def _factor(self) -> float:

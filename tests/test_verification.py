@@ -951,23 +951,15 @@ def test_128_many_scales_that_are_alike_do_not_tell_single_owners_shares() -> No
     owners = [(blinding_with(b"a"), 0.9), (blinding_with(b"b"), 0.1)]
     layers = np.random.default_rng(0).uniform(1, 100, 200)
     opened = [sum(owner.blinded(size * layer) for owner, size in owners) / layer for layer in layers]
-    assert max(opened) / min(opened) <= 1.125
+    np.testing.assert_allclose(opened, opened[0], rtol=1e-12)
 
 
 @given(size=st.floats(min_value=1e-30, max_value=1e30))
-def test_a_scale_is_rounded_up_by_at_most_an_eighth(size: float) -> None:
+def test_128_a_scale_is_not_rounded_so_sums_of_scales_are_no_sums_of_small_whole_numbers(size: float) -> None:
+    """From sums of such numbers, each times an owner's factor, a lattice reduction gave every owner's."""
     factor = blinding_with(b"a").blinded(1.0)
     assert 1 <= factor < 2
-    assert (1 - 2.0**-50) * size <= blinding_with(b"a").blinded(size) / factor <= (1.125 + 2.0**-50) * size
-
-
-def test_128_models_that_differ_in_a_last_bit_have_the_same_scales() -> None:
-    """Or their difference would tell the size of what that number is multiplied by."""
-    check = means_check([1.0, 0.5])
-    before = check.shares("o1").reshape(-1, wide.WORDS)[-1]
-    flat = check.delta["v0.bias"]
-    flat[3] = torch.nextafter(flat[3], torch.tensor(2.0))
-    np.testing.assert_array_equal(check.shares("o1").reshape(-1, wide.WORDS)[-1], before)
+    assert blinding_with(b"a").blinded(size) == size * factor
 
 
 @pytest.mark.parametrize(("size", "found"), [(1e-5, []), (0.1, ["0/gram/l"])])
