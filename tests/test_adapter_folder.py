@@ -12,16 +12,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from common.agreement import Agreement, AgreementDraft, Publish
+from common.agreement import COORDINATOR, Agreement, AgreementDraft, Publish
 from common.errors import SettingsError
 from common.models.adapter import PARAMETER_PREFIX
 from common.models.delta import add_delta
+from common.models.folders import hub_revision
 from common.models.low_rank import AdapterDelta, AdapterPlan, Factors, adapter_plan, cut
 from common.models.parameters import parameter_shapes
 from common.models.published_folder import changed_layers, write_adapter
+from common.settings_file import load_settings
 from deploy.complete import complete_agreement
 from tests.support.models import tiny_bert, tiny_gpt2
-from tests.support.parties import IDENTITIES
+from tests.support.parties import IDENTITIES, identities_of
 
 
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
@@ -121,3 +123,18 @@ def test_a_rank_above_the_width_of_every_layer_is_refused(agreement: Agreement, 
     assert complete(16).publish.adapter_rank == 16
     with pytest.raises(SettingsError, match=r"publish\.adapter_rank = 17: no layer of this base has a rank above 16"):
         complete(17)
+
+
+def test_only_a_model_in_the_hub_s_cache_has_a_commit() -> None:
+    commit = 40 * "0"
+    assert hub_revision(Path("/cache/models--us--model/snapshots") / commit) == commit
+    for other in (Path("snapshots") / commit, Path("/us/snapshots") / commit, Path(commit), Path("us/model")):
+        assert hub_revision(other) is None
+
+
+def test_a_commit_of_a_base_that_is_a_folder_is_refused(trained_folder: Path) -> None:
+    """Otherwise a published adapter would name a stranger's model."""
+    draft = load_settings(trained_folder / "agreement.toml", AgreementDraft)
+    keys = {name: each.public_key for name, each in identities_of((*draft.owner_names, COORDINATOR)).items()}
+    with pytest.raises(SettingsError, match="base_revision: names a commit on the hub, but the base is the folder"):
+        complete_agreement(draft.model_copy(update={"base_revision": 40 * "0"}), trained_folder / "base", keys)

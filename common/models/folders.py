@@ -117,8 +117,10 @@ def base_origin(own_copy: str | None, home: Path, agreement: Agreement, agreemen
 
 
 def hub_revision(folder: Path) -> str | None:
-    """The commit of a model that was fetched from the hub; None for any other folder."""
-    return folder.name if folder.parent.name == "snapshots" and len(folder.name) == 40 else None
+    """The commit of a model that was fetched from the hub, into its cache; None for any other folder."""
+    *_, repository, snapshots, commit = ("", "", *folder.parts)
+    is_fetched = repository.startswith("models--") and snapshots == "snapshots" and len(commit) == 40
+    return commit if is_fetched else None
 
 
 def _local(location: str, relative_to: Path) -> Path:
