@@ -23,7 +23,7 @@ from client.data.private_data import PrivateData, prepared_by
 from client.ledger import Ledger
 from client.look import OwnerLook, oddities, own_task
 from client.owner import Owner
-from client.repeats import Contributed, Repeat, check_weightings, terms_of
+from client.repeats import LEAST_SHARE, Contributed, Repeat, check_weightings, terms_of
 from client.settings import OwnerSettings, Training
 from client.sketch import Sketch
 from common.agreement import COORDINATOR, Agreement, AgreementDraft, Task, load_agreement
@@ -346,7 +346,7 @@ def _check_ledger(checks: Checklist, owner: Owner, data: PrivateData) -> None:
 def _repeats_in_words(repeats: Sequence[Repeat], allowed: Collection[str]) -> str:
     """`allowed`: the agreements that this owner consented to repeat."""
     if not repeats:
-        return "none of these rows were contributed under another agreement"
+        return f"fewer than {LEAST_SHARE:.0%} of these rows were contributed under another agreement"
     told = "; ".join(f"{each.what} were contributed under {each.named}" for each in repeats)
     if all(each.agreement_digest in allowed for each in repeats):
         return f"{told}, and there is consent to contribute them again"

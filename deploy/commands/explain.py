@@ -39,9 +39,9 @@ def explain_evidence(owner_file: Path) -> int:
     names = [shown(str(path)) for path in paths]  # check: record-names-are-one-line
     said = [explained(settings.name, path, agreements) for path in paths]
     text = "\n\n".join("\n".join([name, *lines]) for name, lines in zip(names, said, strict=True))
-    nothing = (
-        f"no record: {shown(str(folder))} holds nothing that {settings.name} found wrong; nothing else was looked at"
-    )
+    has_state = folder.parent.is_dir()
+    holds = f"holds nothing that {settings.name} found wrong" if has_state else "is in a state folder that is not there"
+    nothing = f"no record: {shown(str(folder))} {holds}; nothing else was looked at"
     records = [{"path": name, "says": lines} for name, lines in zip(names, said, strict=True)]
     answer({"owner": settings.name, "records": records}, text, hint="" if paths else nothing)
     return WrongModel.exit_code if paths else 0
