@@ -473,9 +473,17 @@ class OwnerState:
         write_whole(self.folder / "consent.json", consents.model_dump_json(indent=1).encode())
 
     def write_receipts(self, agreement_digest: str, receipts: PublishedReceipts) -> None:
-        """Keep what the coordinator published under an agreement, with everybody's signatures."""
+        """Keep what the coordinator published under an agreement, with everybody's signatures. It may send them again,
+        with fewer of them: those that are kept stay.
+        """
         make_private_folder(self.folder / "receipts")
-        write_whole(self.folder / "receipts" / f"{agreement_digest}.json", receipts.content())
+        path = self.folder / "receipts" / f"{agreement_digest}.json"
+        before: dict[str, str] = {}
+        with suppress(OSError, ValidationError):
+            kept = PublishedReceipts.model_validate_json(path.read_bytes())
+            before = kept.owners if kept.model_copy(update={"owners": receipts.owners}) == receipts else {}
+        owners = before | receipts.owners  # check: receipts-keep-their-signatures
+        write_whole(path, receipts.model_copy(update={"owners": owners}).content())
 
     def write_evidence(self, agreement_digest: str, evidence: Record) -> Path:
         """Keep, for good, what is known of a model that is not the merge."""

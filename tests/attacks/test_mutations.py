@@ -695,6 +695,7 @@ TABLE = [
         "if not any((owner.state.folder / 'receipts').glob('*')):",
     ),
     Mutation(PROCESS, "test_260_an_agreement", "an-agreement-ends-once"),
+    Mutation(PROCESS, "test_260_receipts", "receipts-keep-their-signatures", "owners = receipts.owners"),
     Mutation(PROCESS, "test_261_", "half-a-vector-is-none", 'MEASURED = "vector"'),
     Mutation(PROCESS, "test_33_receipts_of_another", "message-is-of-this-run"),
     Mutation(PROCESS, "test_48_", "nothing-after-the-result"),

@@ -45,6 +45,7 @@ from common.messages import (
 from common.metrics import metrics_layout
 from common.models.delta import delta_layout
 from common.models.loading import digest_of
+from common.publication import PublishedReceipts
 from common.schedule import Delivery
 from common.settings_file import write_settings
 from common.summation import fixed_point
@@ -655,6 +656,17 @@ def test_260_a_result_under_the_next_agreement_that_names_the_run_of_the_last_on
         process.send("hotel", false)
     assert not Owner(process.parties.files["hotel"]).ledger.has_signed
     assert kept.read_bytes() == before
+
+
+def test_260_receipts_that_are_sent_again_with_fewer_signatures(process: Process) -> None:
+    result, _ = with_a_candidate(process)
+    everybody = receipts(process, result, list(process.parties.files))
+    digest, state = process.parties.agreement.digest(), Owner(process.parties.files["hotel"]).state
+    whole = PublishedReceipts.of(process.parties.agreement, result, everybody.signatures)
+    some = whole.model_copy(update={"owners": dict([*whole.owners.items()][:2])})
+    for sent in (some, whole, some):
+        state.write_receipts(digest, sent)
+    assert PublishedReceipts.model_validate_json(kept_receipts(process).read_bytes()) == whole
 
 
 def test_260_an_agreement_ends_with_one_run(process: Process) -> None:
