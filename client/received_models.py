@@ -141,7 +141,7 @@ def _take_whole(owner: OwnerContext, message: DeliveryPart, model: str, layout: 
         judged = _judged(owner, taken, delivery, model, array)
     if judged and not mixtures.is_in_basis(owner, delivery):
         owner.state.delete_array(ARRIVING)
-    elif layout.size:
+    else:
         owner.state.keep_array(ARRIVING, under=_kept_as(delivery))
     owner.state.update_run(arriving=None, received=taken.received, is_complete=True, **judged)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from client import received_models, verification
 from client.context import OwnerContext
-from client.state import RoundKind, TestedRecord
+from client.state import MEASURED, RoundKind, TestedRecord
 from common import scaling
 from common.certificates import deliveries_digest
 from common.errors import ConsentError, DataError, LocalProtocolError, RemoteProtocolError
@@ -26,8 +26,6 @@ from common.summation.protocol import SessionOver, SumTerms
 from common.tensor_layout import TensorLayout
 
 SCORED = {each.name for each in fields(Score)}
-# The array in which a round's vector is made. A process that is killed meanwhile leaves no "vector" for later messages.
-MEASURED = "measured"  # check: half-a-vector-is-none
 CONTRIBUTION = "contribution"  # the array that is measured once, in the scales round, and contributed in the next one
 
 

@@ -41,6 +41,8 @@ from common.text import shown, shown_lines
 
 STATE_VERSION = 5
 EVIDENCE = "evidence"  # the folder of what is not the merge; a file for each agreement
+# The array in which a round's vector is made. A process that is killed meanwhile leaves no "vector" for later messages.
+MEASURED = "measured"  # check: half-a-vector-is-none
 FINE_TUNED = "fine_tuned"  # the folder of a model that was made here
 RoundKind = Literal["scales", "contribution", "step", "check", "metrics"]  # schedule.RoundKind needs more imports
 Position = Annotated[int, Field(ge=0, lt=2**63)]  # of an event in the schedule
@@ -353,7 +355,7 @@ class OwnerState:
         """Wipe the secrets and the vector of the round in progress."""
         self._parsed.pop("round", None)  # check: forgotten-rounds-leave-memory
         (self._run_folder / "round.json").unlink(missing_ok=True)
-        for name in ("vector", "measured"):
+        for name in ("vector", MEASURED):
             self.delete_array(name)
 
     def write_layout(self, name: str, layout: TensorLayout) -> None:

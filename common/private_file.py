@@ -69,28 +69,23 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     partial.unlink(missing_ok=True)
     with create(partial) as file:
         yield file
-        file.flush()
-        if _syncs:
-            os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
+    rename_whole(partial, path)
 
 
 def rename_whole(path: Path, target: Path) -> None:
     """Give a file, which may have been written through a mapping, another name in its folder. After a crash at any
     point, whatever has the new name is whole.
     """
-    if _syncs:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    _sync(path)
     path.replace(target)
-    _sync_folder(target.parent)
+    _sync(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync(path: Path) -> None:
+    """Put a file, or a folder's names, on the disk."""
     if not _syncs:
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
