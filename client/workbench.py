@@ -249,8 +249,7 @@ class Workbench(Holdings):
             folder = fine_tuned_folder(self.settings.fine_tuned, self._home)
             if told := self.data.read_otherwise(folder):
                 yield told
-            own = self.settings.own_base
-            names = [own] if own else base_names(self.agreement)
+            names = base_names(self.agreement, self.settings.own_base)
             if is_adapter(folder) and (named := names_another_base(folder, self.own_base_folder, names)):
                 yield f"{self.settings.fine_tuned}: {named}"
         yield from self.data.oddities()

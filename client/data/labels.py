@@ -68,7 +68,7 @@ def label_numbers(path: Path, values: Sequence[Any], task: Task, at_row: int | N
         numbers |= {str(index): index for index in range(len(numbers))}
 
     def name_of(value: Any) -> str:
-        name = json.dumps(value) if isinstance(value, bool) else as_line(str(value))
+        name = as_line(_written(value))
         # pandas writes whole numbers so if a cell beside them is empty
         return re.sub(r"^(\d+)\.0+$", r"\1", name) if by_number else name
 
@@ -91,9 +91,13 @@ def label_numbers(path: Path, values: Sequence[Any], task: Task, at_row: int | N
     )
 
 
+def _written(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
 def _quoted(value: Any) -> str:
     """The beginning of a label, which may be any text if the wrong column was named."""
-    written = json.dumps(value) if isinstance(value, bool) else str(value)
+    written = _written(value)
     return shown(repr(f"{written[:MOST_QUOTED]}..." if len(written) > MOST_QUOTED else written))
 
 

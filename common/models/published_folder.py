@@ -85,8 +85,12 @@ def base_name(agreement: Agreement) -> str:
     return agreement.base if is_of_the_hub else f"base model with digest {agreement.base_digest}"
 
 
-def base_names(draft: AgreementDraft) -> list[str]:
-    """What an adapter of the agreed base may call it: its name in the agreement, and that in a published adapter."""
+def base_names(draft: AgreementDraft, own_base: str | None) -> list[str]:
+    """What an adapter may call its base: the name of an owner's own one, if it has one, or else that in the agreement,
+    and that in a published adapter.
+    """
+    if own_base is not None:
+        return [own_base]
     return [draft.base, base_name(draft)] if isinstance(draft, Agreement) else [draft.base]
 
 

@@ -305,8 +305,7 @@ def _check_adapters(checks: Checklist, draft: AgreementDraft, base_folder: Path,
                 check_adapter(load_outline(made_from, own_task(owner.settings, owner.home, draft.task)), folder)
                 changed = len(changed_parameters(folder))
                 fits = f"{folder.resolve()} fits its base, of which it changes {changed} tensors"
-                own = owner.settings.own_base
-                odd = names_another_base(folder, made_from, [own] if own else base_names(draft))
+                odd = names_another_base(folder, made_from, base_names(draft, owner.settings.own_base))
                 item.found = "; ".join(filter(None, (fits, odd)))
 
 
