@@ -58,6 +58,11 @@ def complete_agreement(
     `public_keys`: by party name, including the coordinator. `node_keys`: those of the owners' machines, which a
     simulation does not have. Raises ModelError if the base model cannot be used, SettingsError if a key is missing.
     """
+    if draft.base_revision is not None and hub_revision(base_folder) is None:
+        raise SettingsError(
+            f"base_revision: names a commit on the hub, but the base is the folder {base_folder}",
+            hint="leave base_revision out; or move that folder, so that the base is fetched from the hub",
+        )
     draft = with_labels(draft, base_folder, models={})
     task = draft.task
     base = load_base(base_folder, task, draft.seed)
@@ -71,11 +76,6 @@ def complete_agreement(
         if METHODS[name].needs_classifier:
             _check_classifier(base, draft, probe, tensors, METHODS[name])
     draft = with_keys(draft, public_keys, node_keys or {})
-    if draft.base_revision is not None and hub_revision(base_folder) is None:
-        raise SettingsError(
-            f"base_revision: names a commit on the hub, but the base is the folder {base_folder}",
-            hint="leave base_revision out; or move that folder, so that the base is fetched from the hub",
-        )
     agreement = Agreement(
         **{
             **dict(draft),
