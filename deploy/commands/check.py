@@ -242,8 +242,8 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_device(settings.device, str(path)))
     if checks.is_ready:
-        _check_rows(checks, agreement, base_folder, [seen])
-        _check_ledger(checks, owner, _private_data(agreement, base_folder, seen))
+        for data in _check_rows(checks, agreement, base_folder, [seen]):
+            _check_ledger(checks, owner, data)
     if checks.is_ready:
         _check_room(checks, home / settings.state, schedule, parties=1)
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
@@ -309,22 +309,30 @@ def _check_adapters(checks: Checklist, draft: AgreementDraft, base_folder: Path,
                 item.found = "; ".join(filter(None, (fits, odd)))
 
 
-def _check_rows(checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]) -> None:
-    """Whether every owner's rows can be read as a run reads them, and are the model's that it brings."""
+def _check_rows(
+    checks: Checklist, draft: AgreementDraft, base_folder: Path, owners: Sequence[Seen]
+) -> Sequence[PrivateData]:
+    """Whether every owner's rows can be read as a run reads them, and are the model's that it brings. Returns them,
+    none if one's cannot.
+    """
     models = [(each.look.fine_tuned, each.look.own_base or base_folder) for each in owners if each.look.fine_tuned]
     if draft.task.is_text and models:
         with checks.item("tokenizers") as item:
             for folder, own_base in models:
                 check_tokenizer(folder, own_base)
             item.found = "the same vocabulary as the base's"
+    read: list[PrivateData] = []
     with checks.item("reading") as item:
         most = FIRST_ROWS if draft.task.is_text else FIRST_IMAGES
-        read = [(each.look.fine_tuned, _private_data(draft, base_folder, each)) for each in owners]
-        rows = sum(data.try_reading(most) for _, data in read)
+        prepared = [_private_data(draft, base_folder, each) for each in owners]
+        rows = sum(data.try_reading(most) for data in prepared)
         found = f"{rows:,} rows read as in a run; no more is lost than [reading] allows"
-        item.found = "; ".join((found, *filter(None, (data.read_otherwise(own) for own, data in read if own))))
+        brought = [(each.look.fine_tuned, data) for each, data in zip(owners, prepared, strict=True)]
+        item.found = "; ".join((found, *filter(None, (data.read_otherwise(own) for own, data in brought if own))))
+        read = prepared
     if draft.task.is_text:
         _check_lengths(checks, draft.task, base_folder, owners)
+    return read
 
 
 def _check_ledger(checks: Checklist, owner: Owner, data: PrivateData) -> None:
