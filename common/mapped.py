@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIECE_NUMBERS = 1 << 20
+SMALL_BYTES = 1 << 23  # a file that is not worth the time to read it again
 
 
 def release(array: NDArray) -> None:
-    """Free the memory of the file that `array` is mapped from. What was written stays in the file.
+    """Free the memory of the file that `array` is mapped from, unless it is small. What was written stays in the file.
 
     Use it only for mappings that are shared with the file (numpy.memmap's modes r, r+ and w+); a private mapping would
     lose what was written. An array in memory is left alone.
@@ -20,7 +21,7 @@ def release(array: NDArray) -> None:
     owner = array
     while isinstance(owner, np.ndarray):
         owner = owner.base  # type: ignore[assignment]
-    if isinstance(owner, mmap.mmap):
+    if isinstance(owner, mmap.mmap) and len(owner) > SMALL_BYTES:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
@@ -43,6 +44,10 @@ def pieces(array: NDArray) -> Iterator[NDArray]:
 
 def copy_of(array: NDArray) -> NDArray:
     """Copy an array to memory, reading no more than one piece of the mapped file at a time."""
+    if array.size <= PIECE_NUMBERS:
+        copy = np.array(array)
+        release(array)
+        return copy
     copy = np.empty(array.size, array.dtype)
     start = 0
     for piece in pieces(array.reshape(-1)):

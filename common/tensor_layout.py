@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Reversible
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -225,6 +225,11 @@ def _pack(matrix: NDArray, packed: NDArray) -> None:
         start += width
 
 
+@cache
+def _below_diagonal(dimension: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return np.tril_indices(dimension, -1)
+
+
 def _unpack(packed: NDArray, dimension: int) -> NDArray:
     packed = np.asarray(packed)  # a memmap takes long to slice
     matrix = np.empty((dimension, dimension), dtype=packed.dtype)
@@ -235,7 +240,7 @@ def _unpack(packed: NDArray, dimension: int) -> NDArray:
         start += width
     for start in range(0, dimension, BAND):  # in bands, because a column is far apart in memory
         end = min(start + BAND, dimension)
-        square, below = matrix[start:end, start:end], np.tril_indices(end - start, -1)
+        square, below = matrix[start:end, start:end], _below_diagonal(end - start)
         square[below] = square.T[below]
         matrix[end:, start:end] = matrix[start:end, end:].T
     return matrix

@@ -365,14 +365,10 @@ def largest_correction(reach: Tensor, rho: Tensor) -> Tensor:
 
 def _projected(matrix: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     """M rho and |M| |rho|, (n, columns) float64 each, a few rows at a time: copies of all would be made in memory."""
-    moved, reach = (torch.empty(len(matrix), rho.shape[1], dtype=torch.float64) for _ in range(2))
     size, step = rho.abs(), max(1, CACHED_NUMBERS // matrix.shape[1])
-    for start in range(0, len(matrix), step):
-        rows = slice(start, start + step)
-        some = matrix[rows].double()
-        moved[rows] = product(some, rho)
-        torch.matmul(some.abs(), size, out=reach[rows])
-    return moved, reach
+    found = [(product(some, rho), some.abs() @ size) for some in map(torch.Tensor.double, matrix.split(step))]
+    moved, reach = zip(*found, strict=True)
+    return torch.cat(moved), torch.cat(reach)
 
 
 def _blocks(equation: Equation, group: int) -> Iterator[slice]:

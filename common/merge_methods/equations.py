@@ -121,6 +121,8 @@ def times(left: Tensor, right: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """A matrix product, (n, k), summed in blocks of BLOCK terms."""
+    if left.shape[1] <= BLOCK:
+        return left @ right
     summed = torch.zeros(len(left), right.shape[1], dtype=left.dtype, device=left.device)
     for start in range(0, left.shape[1], BLOCK):
         summed.addmm_(left[:, start : start + BLOCK], right[start : start + BLOCK])
