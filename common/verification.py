@@ -366,7 +366,7 @@ def largest_correction(reach: Tensor, rho: Tensor) -> Tensor:
 def _projected(matrix: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     """M rho and |M| |rho|, (n, columns) float64 each, a few rows at a time: copies of all would be made in memory."""
     size, step = rho.abs(), max(1, CACHED_NUMBERS // matrix.shape[1])
-    found = [(product(some, rho), some.abs() @ size) for some in map(torch.Tensor.double, matrix.split(step))]
+    found = [(product(some, rho), product(some.abs(), size)) for some in map(torch.Tensor.double, matrix.split(step))]
     moved, reach = zip(*found, strict=True)
     return torch.cat(moved), torch.cat(reach)
 

@@ -31,6 +31,8 @@ else:
 
 
 LEAST_FACTOR, LARGEST_FACTOR = 2.0**-8, 2.0**16  # what a coordinator may name: then terms are far below what travels
+LANES = 8  # numbers in float64 that the widest vector units take
+SMALL = 2**16  # numbers of a matrix for which one call more costs more than it saves
 BLOCK = 64  # how many terms are added up at once; in blocks, sums of thousands of terms are rounded far less
 ROWS_AT_ONCE = BLOCK**3  # of an equation by entry; then sums of blocks are those of `column_sums`
 LEFT_OUT = 2.0**-46  # of a correction: with more, larger errors would pass in directions where A is weak
@@ -123,10 +125,22 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """A matrix product, (n, k), summed in blocks of BLOCK terms."""
     if left.shape[1] <= BLOCK:
         return left @ right
+    if right.shape[1] <= LANES and left.numel() > SMALL:
+        return _narrow_product(left, right)
     summed = torch.zeros(len(left), right.shape[1], dtype=left.dtype, device=left.device)
     for start in range(0, left.shape[1], BLOCK):
         summed.addmm_(left[:, start : start + BLOCK], right[start : start + BLOCK])
     return summed
+
+
+def _narrow_product(left: Tensor, right: Tensor) -> Tensor:
+    """The same for few columns, all blocks at once, as a library multiplies small matrices fastest."""
+    whole = left.shape[1] // BLOCK * BLOCK
+    blocks = left[:, :whole].unflatten(1, (-1, BLOCK)).permute(1, 2, 0)  # (blocks, BLOCK, n)
+    padded = torch.nn.functional.pad(right, (0, LANES - right.shape[1]))
+    factors = padded[:whole].unflatten(0, (-1, BLOCK)).transpose(1, 2)  # (blocks, LANES, BLOCK)
+    summed = torch.bmm(factors, blocks).sum(dim=0)[: right.shape[1]].T
+    return summed if whole == left.shape[1] else summed + left[:, whole:] @ right[whole:]
 
 
 def depth(terms: int) -> int:

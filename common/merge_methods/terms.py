@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import NumericalError
 from common.lazy import lazy_module
-from common.mapped import pieces
+from common.mapped import PIECE_NUMBERS, pieces
 from common.models.disk_tensors import on_disk_if_large
 from common.models.parameters import is_finite
 from common.models.plan import MergePlan
@@ -331,8 +331,16 @@ def rounded(
         sent = tensor.float()
         (delta if name in settings.plan.shapes else beside)[name] = sent
         if settings.has_floors:
-            rest[name] = on_disk_if_large(tensor.sub_(sent).float(), settings.scratch)
+            _subtract(sent, tensor)
+            rest[name] = on_disk_if_large(tensor.float(), settings.scratch)
     return MergedDelta(delta=delta, beside=beside, rest=rest, layers=layers, notes=notes)
+
+
+def _subtract(taken: Tensor, tensor: Tensor) -> None:
+    """tensor - taken, in place, some rows at a time, because torch makes a float64 copy of what it subtracts."""
+    size = max(1, PIECE_NUMBERS * len(torch.atleast_1d(tensor)) // max(1, tensor.numel()))  # rows
+    for some, rows in zip(torch.atleast_1d(taken).split(size), torch.atleast_1d(tensor).split(size), strict=True):
+        rows.sub_(some)
 
 
 def _taken_out(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
