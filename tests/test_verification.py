@@ -1,5 +1,6 @@
 """Verified merges: an honest merge of every method passes, a wrong one does not, and what is in between is derived."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -26,6 +27,8 @@ from common.merge_methods.equations import (
     FisherEquation,
     MeanEquation,
     StackedMeans,
+    depth,
+    product,
     stacked,
 )
 from common.merge_methods.method import MultiRoundMethod, SingleRoundMethod
@@ -650,6 +653,20 @@ def found_wrong(equation: Equation, residual: float, scale: float, group: int) -
 def a_system(gram_size: int, d_out: int) -> SystemEquation:
     layer = Layer(weight="l.weight", d_in=gram_size, d_out=d_out, stored_input_first=True)
     return SystemEquation.of(System(name="l", kind="", gram_size=gram_size, layers=(layer,), alphas=(1.0,)), 1.0)
+
+
+@pytest.mark.parametrize("inputs", [60, 64, 65, 1000, 1024, 5000])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_product_is_rounded_no_more_often_than_its_depth(inputs: int, columns: int, is_transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    rows = 70  # 5,000 inputs are then more than SMALL numbers
+    left = 0.1 + torch.rand(rows, inputs, generator=generator, dtype=torch.float64) / 1000  # errors add up
+    left = left.T.contiguous().T if is_transposed else left
+    right = 2.0 ** torch.randint(-3, 3, (inputs, columns), generator=generator)  # so that each term is exact
+    exact = [[math.fsum((row * column).tolist()) for column in right.double().T] for row in left]
+    off = (product(left, right.double()) - torch.tensor(exact, dtype=torch.float64)).abs()
+    assert (off <= depth(inputs) * UNIT * (left @ right.double())).all()
 
 
 # How many groups of rows an equation has, how often a number is rounded (twice the depth of a row of A, and twice that
