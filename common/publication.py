@@ -5,6 +5,7 @@ it with the agreement and everybody's signatures, so anybody can check a folder 
 """
 
 import json
+from functools import lru_cache
 from typing import Annotated
 
 from pydantic import Field, JsonValue, ValidationError
@@ -98,6 +99,7 @@ class Publication(PublishedFolder):
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+@lru_cache(maxsize=4)  # it names all owners, and in a simulation all of them read the same
 def read_publication(content: bytes) -> Publication:
     """The publication that the coordinator sent. Raises RemoteProtocolError unless these are its canonical bytes."""
     try:
