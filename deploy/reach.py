@@ -95,6 +95,11 @@ def _in_words(error: Exception, address: str, root_certificate: Path) -> EngineE
                     f"the proxy in this machine's environment does not connect to {address}: {shown(str(cause))}",
                     hint=f"have the proxy let {address} through, or add {host} to NO_PROXY",
                 )
+            case socket.gaierror() if cause.errno == socket.EAI_AGAIN:  # as before a machine has its network
+                return ServerAway(
+                    f"{host} cannot be looked up now",
+                    hint="connect this machine to its network, or ask its administrator why no name server answers",
+                )
             case socket.gaierror():
                 return EngineError(
                     f"{host}: no such host is known here", hint="correct `address`, or ask your network's administrator"

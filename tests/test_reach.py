@@ -6,12 +6,13 @@ import time
 from contextlib import ExitStack
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.errors import EngineError
+from common.errors import EngineError, ServerAway
 from deploy import network_keys, reach
 from deploy.launch.processes import free_port
 from deploy.network_keys import write_certificate
@@ -83,11 +84,29 @@ def test_the_wrong_server_is_not_waited_for(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(reach.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
     with listening(over_tls(folder, OTHER)) as port, pytest.raises(EngineError, match="is not an Amalgram server"):
         wait_until_reachable(f"127.0.0.1:{port}", folder / "ca.pem")
+    name_server_says(socket.EAI_NONAME, monkeypatch)
     with pytest.raises(EngineError, match="no such host"):
         wait_until_reachable("merge.invalid:9443", folder / "ca.pem")
 
 
-def test_a_host_that_does_not_exist_is_named(folder: Path) -> None:
+def name_server_says(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every name fail with this error: a machine without a name server gives another than one with it."""
+
+    def fail(*asked: object, **options: object) -> NoReturn:
+        raise socket.gaierror(error, "no address")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+
+
+def test_a_machine_that_has_no_network_yet_waits_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_server_says(socket.EAI_AGAIN, monkeypatch)
+    error = refusal("merge.example.org:9443", folder / "ca.pem")
+    assert error.message == "merge.example.org cannot be looked up now"
+    assert isinstance(error, ServerAway)  # which a client waits for
+
+
+def test_a_host_that_does_not_exist_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_server_says(socket.EAI_NONAME, monkeypatch)
     error = refusal("merge.invalid:9443", folder / "ca.pem")
     assert error.message == "merge.invalid: no such host is known here"
     assert "`address`" in error.hint
