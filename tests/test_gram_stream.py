@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from client.measurement import gram_stream
+from client.measurement import gram_stream, stored_tensors
 from client.measurement.blocks import BlockStream
 from client.measurement.disk_model import DiskModel
 from client.measurement.gram import GramCollector, measure_grams
@@ -161,7 +161,12 @@ def test_a_model_on_the_disk_runs_and_is_changed_as_one_in_memory(tmp_path: Path
     assert torch.equal(disk["classifier.bias"], twin.classifier.bias)
 
 
-def test_a_base_is_read_again_from_its_own_files_except_what_they_lack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_base_is_read_again_from_its_own_files_except_what_they_lack_unless_it_is_small(
+    is_small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_small:
+        monkeypatch.setattr(stored_tensors, "SMALL_BYTES", 0)
     state, folder = tmp_path / "state", tmp_path / "base"
     state.mkdir()
     model = tiny_bert().bfloat16()
@@ -171,7 +176,7 @@ def test_a_base_is_read_again_from_its_own_files_except_what_they_lack(tmp_path:
     parameters = dict(model.named_parameters())
     assert list(stored) == list(parameters)
     assert all(torch.equal(stored[name], parameters[name]) for name in parameters)
-    assert set(stored._others) == {"classifier.weight", "classifier.bias"}
+    assert set(stored._others) == (set() if is_small else {"classifier.weight", "classifier.bias"})
     stored["bert.pooler.dense.bias"].add_(1)  # a copy
     assert torch.equal(stored["bert.pooler.dense.bias"], parameters["bert.pooler.dense.bias"])
 

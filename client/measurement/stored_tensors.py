@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from common.errors import DataError
 from common.models.disk_tensors import DiskTensors
 from common.models.files import file_state, read_tensor, tensor_names
+from common.models.loading import SMALL_BYTES
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -17,19 +18,23 @@ class StoredTensors(Mapping[str, Tensor]):
 
     What the files do not hold under its name, bit for bit, such as a head that was made here, is kept in a nameless
     file in `folder` instead. Raises DataError if the disk has no room for that, and once a file has changed: its
-    numbers may not be those of the model that was checked.
+    numbers may not be those of the model that was checked. A small model stays in memory, since opening its file for
+    each tensor would take longer than all that is done with them.
     """
 
     def __init__(self, model: PreTrainedModel, files: list[Path], folder: Path) -> None:
         self._states = {path: file_state(path) for path in files}
         parameters = dict(model.named_parameters())
         self._names = tuple(parameters)
-        self._stored = dict(_found(parameters, files, f"{model.base_model_prefix}."))
-        self._others = DiskTensors(
-            {name: each for name, each in parameters.items() if name not in self._stored}, folder
-        )
+        is_small = sum(each.nbytes for each in parameters.values()) <= SMALL_BYTES
+        self._kept: dict[str, Tensor] = {name: each.detach() for name, each in parameters.items()} if is_small else {}
+        self._stored = {} if is_small else dict(_found(parameters, files, f"{model.base_model_prefix}."))
+        elsewhere = self._stored.keys() | self._kept.keys()
+        self._others = DiskTensors({name: each for name, each in parameters.items() if name not in elsewhere}, folder)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._kept:
+            return self._kept[name].clone()
         if name not in self._stored:
             return self._others[name]
         path, stored_as = self._stored[name]
