@@ -60,6 +60,7 @@ alphas = [0.9]
 min_rows_per_dimension = 0.0
 """
 LAYERS = 2  # of bert-base
+ALL_LAYERS = 12
 MEASURED = {"emotion": 500, "fisher": 48, "methods": 500}  # rows of each owner
 METHODS = {  # of the merges of five MiniLM
     "emotion": ("regmean",),
@@ -219,10 +220,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
     where = "Each is in one process."
     if "bert-base" in results["runs"]:
+        layers = results.get("layers", LAYERS)
+        shape = "shape" if layers == ALL_LAYERS else f"width and vocabulary, but {layers} of its {ALL_LAYERS} layers"
         where = (
             "`bert-base` is a server and a client for each owner over TLS, where every message starts a process. "
-            f"It has the base's width and vocabulary, but {results.get('layers', LAYERS)} of its 12 layers. "
-            "The others are in one process."
+            f"It has that model's {shape}. The others are in one process."
         )
     lines = [
         "# What verification costs",
