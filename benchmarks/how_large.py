@@ -127,8 +127,8 @@ def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[st
     rows = OwnerRows(train=EXAMPLES, validation=0, test=TEST_EXAMPLES, tokens=TOKENS)
     # The vector, kept until the merge is verified; the base, the owner's model and the one to publish; a candidate.
     on_disk = work.sent_bytes + 3 * 4 * work.parameters + work.received_bytes
-    # The base and the published model; the sum as it grows, as it was before it was opened, and as it is saved.
-    sums = max(3 * work.sent_bytes, 2 * work.sent_bytes + 2 * work.received_bytes)  # later two, and a candidate
+    # The base and the published model; the sum as it is collected and unmasked, and as it was before it was unmasked.
+    sums = max(2 * work.sent_bytes, work.sent_bytes + 2 * work.received_bytes)  # later one, and a candidate
     vector = work.sent_bytes * (1 / writing + 1 / reading)
     owner = estimate.owner_seconds(work, rows, rates) | {"disk": on_disk / writing + on_disk / reading}
     coordinator = estimate.coordinator_seconds(work, rates) | {"disk": work.owners * vector}

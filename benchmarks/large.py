@@ -176,9 +176,9 @@ def floor_seconds(folder: Path, layers: int, parameters: int) -> dict[str, float
     solves = layers * sum(each.solve_flops for each in SYSTEMS)
     vector = 8 * (parameters + layers * sum(each.inputs**2 / 2 for each in SYSTEMS))
     model = 4 * parameters
-    # An owner: its model, its vector, what it is sent and what it would publish. The coordinator: the sum as it grows,
-    # masked and unmasked; the merge, what rounding took from it, and what it publishes.
-    written = len(OWNERS) * (vector + 3 * model) + 3 * vector + 3 * model
+    # An owner: its model, its vector, what it is sent and what it would publish. The coordinator: the sum, as it
+    # is collected and unmasked, and before that; the merge, what rounding took from it, and what it publishes.
+    written = len(OWNERS) * (vector + 3 * model) + 2 * vector + 3 * model
     return {
         "Gram passes": len(OWNERS) * tokens["train"] * (forward + grams) / single,
         "scoring": len(OWNERS) * SCORED * tokens["test"] * forward / single,

@@ -6,6 +6,7 @@ OUT/checkpoint/
     sum-N.bin    the total of the N-th round, float64
     open-N.bin   the masked vectors of the N-th round, if every owner opens it, until they have them
     opening.bin  the masked sum of a session that the owners were asked to open
+    growing.bin  the sum that is being collected or unmasked, if it is large; it becomes sum-N.bin
 
 A run is a fixed sequence of deliveries and rounds (common/schedule.py). A coordinator that restarts goes through it
 from the beginning with the saved totals, without a message, until it reaches the first round that is not saved. So a
@@ -18,7 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -32,7 +33,7 @@ from common.certificates import Delivered
 from common.errors import ProtocolError, SettingsError
 from common.mapped import pieces
 from common.messages import Envelope, OpenSum, UploadsOpened, decode, encode
-from common.private_file import make_private_folder, take_room, write_pieces_whole, write_whole
+from common.private_file import create, make_private_folder, rename_whole, take_room, write_pieces_whole, write_whole
 from common.schedule import Round
 from common.settings_file import Count, Digest, Hex
 from common.summation.accumulator import zeros_in_memory
@@ -40,7 +41,7 @@ from common.summation.protocol import Opening, SavedOpening, Total
 from common.text import shown
 
 VERSION: Final = 7  # of run.json
-RUN, OPENING = "run.json", "opening.bin"
+RUN, OPENING, GROWING = "run.json", "opening.bin", "growing.bin"
 MAX_BYTES_IN_MEMORY = 256_000_000  # a larger vector lies on the disk
 WORD_BYTES = 8
 EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -214,18 +215,23 @@ class Checkpoint:
                 f"{self.folder}: another version wrote it, with a different total in place of the {round.name}",
                 hint="resume with that version, or start anew with a new agreement",
             )
-        vector = self._read_array(self._total_file(self._replayed), round.layout.size).view("<f8")
+        vector = self._saved_total(self._replayed, round.layout.size)
         self._replayed += 1
         return Total(layout=round.layout, vector=vector, owners=saved.owners, roster_size=saved.roster_size)
 
-    def save_total(self, round: Round, session: str, total: Total, uploads: UploadsOpened | None = None) -> None:
-        """Save the total of a round; the session that gave it is open, and needs no help any more.
+    def save_total(self, round: Round, session: str, total: Total, uploads: UploadsOpened | None = None) -> Total:
+        """Save the total of a round; the session that gave it is open, and needs no help any more. Returns the total to
+        go on with: a large one is mapped from where it was saved, so the disk holds it once.
 
         `uploads`: what all owners must still be given to open it themselves.
         """
         if uploads is not None:
             _write_array(self._uploads_file(len(self.sums)), uploads.payload)
-        _write_array(self._total_file(len(self.sums)), total.vector)
+        if isinstance(total.vector, np.memmap):  # of what `growing` gave
+            rename_whole(self._growing_file, self._total_file(len(self.sums)))
+            total = replace(total, vector=self._saved_total(len(self.sums), len(total.vector)))
+        else:
+            _write_array(self._total_file(len(self.sums)), total.vector)
         self.sums.append(
             SavedSum(
                 position=round.position,
@@ -240,6 +246,7 @@ class Checkpoint:
         self._opening = None
         self.save()
         (self.folder / OPENING).unlink(missing_ok=True)
+        return total
 
     def uploads_to_relay(self) -> UploadsOpened | None:
         """What the owners must still be given to open the round that was come to last."""
@@ -311,7 +318,8 @@ class Checkpoint:
         """The session that the owners were asked to open when an earlier start of this run ended."""
         if self._opening is None:
             return None
-        words = self._read_array(self.folder / OPENING, self._opening.size)
+        words = self.growing(self._opening.size)
+        self._read_into(words, self.folder / OPENING)
         return _open_sum(self._opening.request), Opening(
             saved_state.from_json(SavedOpening, self._opening.state), words
         )
@@ -348,22 +356,50 @@ class Checkpoint:
             take_room(file, size * WORD_BYTES)
             return np.memmap(file, dtype="<u8", shape=(size,))
 
+    def growing(self, size: int) -> NDArray[np.uint64]:
+        """The same for a sum that will be saved. There is one at a time, in a file that gets its name once it is saved
+        (`save_total`).
+        """
+        if size * WORD_BYTES <= MAX_BYTES_IN_MEMORY:
+            return zeros_in_memory(size)
+        self._growing_file.unlink(missing_ok=True)
+        with create(self._growing_file) as file:
+            take_room(file, size * WORD_BYTES)
+        return np.memmap(self._growing_file, dtype="<u8", mode="r+", shape=(size,))
+
+    @property
+    def _growing_file(self) -> Path:
+        return self.folder / GROWING
+
     def _total_file(self, number: int) -> Path:
         return self.folder / f"sum-{number}.bin"
 
     def _uploads_file(self, number: int) -> Path:
         return self.folder / f"open-{number}.bin"
 
-    def _read_array(self, path: Path, size: int) -> NDArray[np.uint64]:
-        """A saved vector, (size,). Raises SettingsError if it is incomplete."""
-        found = path.stat().st_size // WORD_BYTES if path.is_file() else 0
-        if found != size:
-            raise SettingsError(f"{path}: holds {found} of {size} numbers", hint=_start_anew(self.folder))
-        vector = self.zeros(size)
+    def _saved_total(self, number: int, size: int) -> NDArray[np.float64]:
+        """The vector of a saved total, (size,). Whoever overwrites it leaves the file as it is, from which the run may
+        have to resume. Raises SettingsError if it is incomplete.
+        """
+        path = self._total_file(number)
+        if size * WORD_BYTES > MAX_BYTES_IN_MEMORY:
+            self._check_size(path, size)
+            return np.memmap(path, dtype="<f8", mode="c", shape=(size,))
+        vector = zeros_in_memory(size)
+        self._read_into(vector, path)
+        return vector.view("<f8")
+
+    def _read_into(self, vector: NDArray[np.uint64], path: Path) -> None:
+        """Fill a vector from a file. Raises SettingsError if the file is incomplete."""
+        self._check_size(path, len(vector))
         with path.open("rb") as file:
             for piece in pieces(vector):
                 file.readinto(piece.data.cast("B"))
-        return vector
+
+    def _check_size(self, path: Path, size: int) -> None:
+        found = path.stat().st_size // WORD_BYTES if path.is_file() else 0
+        if found != size:
+            raise SettingsError(f"{path}: holds {found} of {size} numbers", hint=_start_anew(self.folder))
 
 
 def _write_array(path: Path, array: NDArray) -> None:

@@ -275,7 +275,7 @@ class Coordinator:
             self._exclude_all(side.violations, exclude)
             certify_as_over(self.exchange, self.agreement, self.run, request.session)
             raise
-        self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
+        total = self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
         self._exclude_all(side.violations, exclude)  # check: who-lied-is-left-out
         return total
 
@@ -480,7 +480,7 @@ class Coordinator:
             layout_digest=round.layout.digest(),
         )
         self._next_round += 1
-        return request, self._kind.coordinator(self._terms(request, round), self.owners, self.checkpoint.zeros)
+        return request, self._kind.coordinator(self._terms(request, round), self.owners, self.checkpoint.growing)
 
     def _terms(self, request: OpenSum, round: Round) -> SumTerms:
         return SumTerms(

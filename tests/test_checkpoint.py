@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,34 @@ def test_a_saved_opening_ends_with_its_total(checkpoint: Checkpoint) -> None:
     again = Checkpoint.open(checkpoint.folder, DIGEST)
     assert again.saved_opening() is None
     assert not (checkpoint.folder / "opening.bin").exists()
+
+
+def test_a_large_total_is_saved_without_a_copy_and_whoever_destroys_it_leaves_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 50)
+    checkpoint = Checkpoint(folder=tmp_path, agreement_digest=DIGEST)
+    words = checkpoint.growing(7)
+    words.view("<f8")[:] = 3.0
+    number = (tmp_path / "growing.bin").stat().st_ino
+    kept = checkpoint.save_total(ROUND, HEX, replace(total(0.0), vector=words.view("<f8")))
+    assert (tmp_path / "sum-0.bin").stat().st_ino == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "sum-0.bin"]
+    kept.destroy()
+    assert np.isnan(kept.vector).all()
+    again = Checkpoint.open(tmp_path, DIGEST).next_total(ROUND)
+    assert again is not None
+    np.testing.assert_array_equal(again.vector, np.full(7, 3.0))
+
+
+def test_a_sum_that_grew_when_the_coordinator_was_killed_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 50)
+    (tmp_path / "growing.bin").write_bytes(b"\1" * 80)
+    grown = Checkpoint(folder=tmp_path, agreement_digest=DIGEST).growing(7)
+    assert not grown.any()
+    assert stat.S_IMODE((tmp_path / "growing.bin").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("version", [None, 1, 3, 4, 5, 6, 8, "7"])

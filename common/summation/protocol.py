@@ -126,7 +126,10 @@ class Total:
         return self.layout.read(self.vector, name).reshape(-1)[numbers]
 
     def destroy(self) -> None:
-        """Overwrite the sums. With the individual models known, sums of Grams can be taken apart (SECURITY.md)."""
+        """Overwrite the sums. With the individual models known, sums of Grams can be taken apart (SECURITY.md).
+
+        Not those in a checkpoint, which stay until the run ends, because it may have to be resumed from them.
+        """
         for piece in pieces(self.vector):
             piece[:] = np.nan
 
