@@ -314,6 +314,11 @@ class Checkpoint:
         self._opening = OpenedSession(request=_fields(request), state=state, size=len(opening.words))
         self.save()
 
+    @property
+    def opening_session(self) -> str:
+        """The session of `saved_opening`, whose sum is not read; empty if there is none."""
+        return "" if self._opening is None else _open_sum(self._opening.request).session
+
     def saved_opening(self) -> tuple[OpenSum, Opening] | None:
         """The session that the owners were asked to open when an earlier start of this run ended."""
         if self._opening is None:
@@ -364,7 +369,11 @@ class Checkpoint:
             return zeros_in_memory(size)
         self._growing_file.unlink(missing_ok=True)
         with create(self._growing_file) as file:
-            take_room(file, size * WORD_BYTES)
+            try:
+                take_room(file, size * WORD_BYTES)
+            except OSError:  # a full disk gets back what there was of it
+                self._growing_file.unlink()
+                raise
         return np.memmap(self._growing_file, dtype="<u8", mode="r+", shape=(size,))
 
     @property

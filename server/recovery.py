@@ -24,8 +24,7 @@ def sessions_to_certify(pending: set[str], checkpoint: Checkpoint) -> list[str]:
 
     To an owner that dropped out before it could help to open a session, that session stays pending for good.
     """
-    saved = checkpoint.saved_opening()
-    reopening = set() if saved is None else {saved[0].session}
+    reopening = {checkpoint.opening_session}
     return sorted(pending - checkpoint.opened_sessions - reopening)  # check: opened-sessions-are-over
 
 

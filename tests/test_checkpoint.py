@@ -1,11 +1,12 @@
 """What the coordinator saves of a run: it reads back exactly, or is refused with one error that says what to do."""
 
+import errno
 import json
 import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ def test_a_checkpoint_reads_back_as_it_was_saved(checkpoint: Checkpoint) -> None
     opening = again.saved_opening()
     assert opening is not None
     assert opening[0] == REQUEST
+    assert again.opening_session == REQUEST.session
     assert opening[1].state == OPENING
     np.testing.assert_array_equal(opening[1].words, np.arange(7))
     kept = again.next_total(ROUND)
@@ -86,6 +88,7 @@ def test_a_saved_opening_ends_with_its_total(checkpoint: Checkpoint) -> None:
     checkpoint.save_total(TEST_ROUND, DIGEST, total(4.0))
     again = Checkpoint.open(checkpoint.folder, DIGEST)
     assert again.saved_opening() is None
+    assert again.opening_session == ""
     assert not (checkpoint.folder / "opening.bin").exists()
 
 
@@ -115,6 +118,18 @@ def test_a_sum_that_grew_when_the_coordinator_was_killed_is_forgotten(
     grown = Checkpoint(folder=tmp_path, agreement_digest=DIGEST).growing(7)
     assert not grown.any()
     assert stat.S_IMODE((tmp_path / "growing.bin").stat().st_mode) == 0o600
+
+
+def test_a_sum_for_which_the_disk_has_no_room_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(file: BinaryIO, num_bytes: int) -> NoReturn:
+        file.write(b"as much as there is room for")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 50)
+    monkeypatch.setattr(server.checkpoint, "take_room", fill)
+    with pytest.raises(OSError, match="No space left"):
+        Checkpoint(folder=tmp_path, agreement_digest=DIGEST).growing(7)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("version", [None, 1, 3, 4, 5, 6, 8, "7"])
