@@ -65,7 +65,7 @@ def lines(capsys: pytest.CaptureFixture[str], path: str) -> tuple[int, dict[str,
     return code, {line[:14].rstrip(): line[15:] for line in shown.out.splitlines()}, shown.err
 
 
-@pytest.mark.usefixtures("home", "own_log")
+@pytest.mark.usefixtures("home")
 def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, ".")
     assert code == 0
@@ -87,7 +87,6 @@ def test_a_folder_that_is_ready_says_what_a_merge_would_do(capsys: pytest.Captur
     assert errors == "ready; next: amalgram simulate .\n"
 
 
-@pytest.mark.usefixtures("own_log")
 def test_an_owner_whose_rows_are_too_few_for_a_gram_is_not_ready(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +102,6 @@ def test_an_owner_whose_rows_are_too_few_for_a_gram_is_not_ready(
     assert errors.endswith("not ready: 2 to correct\n")
 
 
-@pytest.mark.usefixtures("own_log")
 def test_an_owner_whose_rows_are_too_few_for_a_refit_is_not_ready(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +116,6 @@ def test_an_owner_whose_rows_are_too_few_for_a_refit_is_not_ready(
     assert "or agree on methods that leave the classifier as it was merged, unlike refit\n" in errors
 
 
-@pytest.mark.usefixtures("own_log")
 def test_an_owner_whose_texts_the_base_cannot_read_is_not_ready(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = home / "data" / "hotel" / "train.jsonl"
     rows = [json.loads(line) for line in train.read_text().splitlines()]
@@ -129,7 +126,6 @@ def test_an_owner_whose_texts_the_base_cannot_read_is_not_ready(home: Path, caps
     assert "mostly unknown or of one repeated token (100.0%, at most 5.0%); nothing has left\nhint: ask who" in errors
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_device_that_is_not_there_is_said(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +148,6 @@ def test_a_device_is_named_with_its_memory_and_the_cpu_with_what_is_there_too(mo
     assert cpu == 'cpu; cuda:0 (NVIDIA H100) is there too: device = "auto"'
 
 
-@pytest.mark.usefixtures("own_log")
 def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +166,6 @@ def test_everything_that_is_wrong_with_the_owners_is_said_at_once(
     assert errors.endswith("not ready: 3 to correct\n")
 
 
-@pytest.mark.usefixtures("own_log")
 def test_what_may_well_be_a_mistake_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((home / "base" / "config.json").read_text())
     shutil.copytree(home / "base", home / "model")
@@ -189,7 +183,6 @@ def test_what_may_well_be_a_mistake_is_said(home: Path, capsys: pytest.CaptureFi
     )
 
 
-@pytest.mark.usefixtures("own_log")
 def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     agreement = home / "agreement.toml"
     text = agreement.read_text().replace("max_tokens = 32 ", "max_tokens = 6 ")
@@ -204,7 +197,6 @@ def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureF
     assert "the longest has 8 tokens; 99% have at most 8" in found["lengths"]
 
 
-@pytest.mark.usefixtures("own_log")
 def test_texts_of_an_owner_with_a_base_of_its_own_are_cut_by_its_own_tokenizer(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,7 +216,6 @@ def test_texts_of_an_owner_with_a_base_of_its_own_are_cut_by_its_own_tokenizer(
     assert "cinema" not in found["lengths"]
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_model_with_another_tokenizer_is_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hotel = home / "hotel.toml"
     text = hotel.read_text()
@@ -255,7 +246,6 @@ def adapter(home: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("own_log")
 def test_an_adapter_that_fits_is_ready_and_what_is_left_to_a_simulation_is_said(
     adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +262,6 @@ def test_an_adapter_that_fits_is_ready_and_what_is_left_to_a_simulation_is_said(
     )
 
 
-@pytest.mark.usefixtures("own_log")
 @pytest.mark.parametrize(
     ("layer", "shape", "says"),
     [
@@ -297,7 +286,6 @@ def test_an_adapter_of_a_base_with_other_shapes_or_layers_is_not_ready(
     )
 
 
-@pytest.mark.usefixtures("own_log")
 def test_layers_that_only_an_adapter_has_are_refused_by_its_owner_s_name(adapter: Path, home: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     other = f"{PARAMETER_PREFIX}bert.encoder.layer.7.attention.self.query.lora_A.weight"
@@ -318,7 +306,7 @@ def test_layers_that_only_an_adapter_has_are_refused_by_its_owner_s_name(adapter
         draft_agreement(agreement, public, home / "agreed.toml", None, [adapter])
 
 
-@pytest.mark.usefixtures("home", "own_log")
+@pytest.mark.usefixtures("home")
 def test_a_draft_is_told_from_an_agreement(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, "agreement.toml")
     assert (code, list(found)) == (0, ["draft", "base"])
@@ -328,7 +316,6 @@ def test_a_draft_is_told_from_an_agreement(capsys: pytest.CaptureFixture[str]) -
     assert "agreement.toml: base_digest is missing: this is a draft\nhint: complete it: amalgram draft" in errors
 
 
-@pytest.mark.usefixtures("own_log")
 def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found, errors = lines(capsys, "agreed.toml")
     assert (code, list(found)) == (0, ["agreement", "base", "rounds"])
@@ -361,7 +348,6 @@ def test_every_party_of_a_network_can_check_its_own_part(network: Path, capsys: 
     assert errors == "ready; next: amalgram server coordinator.toml\n"
 
 
-@pytest.mark.usefixtures("own_log")
 def test_keys_that_others_may_read_and_keys_of_others_are_found(
     network: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,7 +362,6 @@ def test_keys_that_others_may_read_and_keys_of_others_are_found(
     assert "coordinator.key: is not the identity that the agreement names for the coordinator" in errors
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_server_that_cannot_be_reached_is_found(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = network / "hotel.toml"
     own.write_text(re.sub("localhost:[0-9]+", "localhost:1", own.read_text()))
@@ -385,13 +370,11 @@ def test_a_server_that_cannot_be_reached_is_found(network: Path, capsys: pytest.
     assert "nothing listens at localhost:1\nhint: ask the coordinator" in errors
 
 
-@pytest.mark.usefixtures("own_log")
 def test_after_consent_the_next_step_is_the_client(network: Path, capsys: pytest.CaptureFixture[str]) -> None:
     give_consent(Owner(network / "hotel.toml"))
     assert lines(capsys, "hotel.toml")[2] == "ready; next: amalgram client hotel.toml\n"
 
 
-@pytest.mark.usefixtures("own_log")
 def test_rows_that_were_contributed_before_are_said_and_the_ledger_stays(
     network: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,7 +399,6 @@ def test_rows_that_were_contributed_before_are_said_and_the_ledger_stays(
     assert check._repeats_in_words([], []) == "fewer than 10% of these rows were contributed under another agreement"
 
 
-@pytest.mark.usefixtures("own_log")
 def test_with_json_a_check_is_one_object(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer() -> tuple[int, dict[str, Any]]:
         code = cli(["check", "agreement.toml", "--json"], standalone_mode=False)

@@ -34,7 +34,6 @@ RUN = [each for each in DOCUMENTS if {language for language, _ in blocks(each)} 
 
 
 @pytest.mark.parametrize("document", RUN, ids=lambda path: path.stem)
-@pytest.mark.usefixtures("own_log")
 def test_what_a_document_shows_is_what_happens(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with patch.dict(METHODS):  # a document may add one

@@ -61,7 +61,6 @@ def test_two_folders_are_summed_plainly_and_that_is_said_loudly(
     assert capsys.readouterr().err.startswith("TWO OWNERS: THE SUM IS PLAIN, NOT MASKED.")
 
 
-@pytest.mark.usefixtures("own_log")
 def test_what_is_wrong_is_said_with_what_to_do(
     reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,6 @@ def test_an_invitation_needs_a_certificate_and_an_address(drafted: Path, tmp_pat
         run("draft", str(drafted / "short.toml"), *public, "--address", "https://x", "--out", str(tmp_path / "a.toml"))
 
 
-@pytest.mark.usefixtures("own_log")
 def test_whoever_joins_has_settings_to_fill_in(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     join(INVITATION, None, None, None, None)
     shown = capsys.readouterr()

@@ -112,7 +112,6 @@ def test_a_certificate_s_end_is_told_before_and_refused_after(
     monkeypatch.setattr(deploy.network_keys, "SERVER_DAYS", 29)
     write_certificate(tmp_path, ["localhost"])
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(logging.getLogger("amalgram"), "propagate", True)
     end = datetime.now(UTC) + timedelta(days=29)
     read_certificate(tmp_path / "server.pem")
     assert f"server.pem expires on {end:%Y-%m-%d}, in 28 days" in caplog.text

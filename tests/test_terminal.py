@@ -120,7 +120,6 @@ def _read(terminal_side: int) -> bytes:
         return b""
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_file_gets_one_plain_line_a_step_and_with_json_nothing_but_the_report(
     small_consortium: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,7 +224,6 @@ def test_nothing_is_drawn_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
 # --- from Python ---
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_script_that_merges_shows_nothing_or_one_bar(
     little_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,7 +318,6 @@ def test_every_command_can_answer_in_json(words: str, command: click.Command) ->
     assert any("--json" in parameter.opts for parameter in command.params), words
 
 
-@pytest.mark.usefixtures("own_log")
 def test_with_json_standard_output_is_one_object_and_nothing_else(
     reviews_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

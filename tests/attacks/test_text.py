@@ -203,7 +203,6 @@ def test_102_a_log_line_is_one_line(text: str) -> None:
     assert json.loads(line)["message"] == f"{text}; trying again"
 
 
-@pytest.mark.usefixtures("own_log")
 def test_102_a_server_s_error_text_forges_no_line_in_an_owner_s_log(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_output(as_json=False)
     logging.getLogger("amalgram.client").warning("%s; trying again", f"superlink ended: {FORGED}\nconsent stored\ud800")
@@ -219,7 +218,6 @@ def test_102_a_bundle_s_words_forge_no_second_line_of_a_launcher(tmp_path: Path)
     assert (tmp_path / TOLD).stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.usefixtures("own_log")
 def test_102_an_error_of_flower_s_forges_no_line_of_the_owner_s_client(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,6 @@ def test_the_watch_sees_files_and_sockets(tmp_path: Path) -> None:
     assert [event for event, _ in seen] == ["open", "socket.__new__"]
 
 
-@pytest.mark.usefixtures("own_log")
 def test_an_audit_sends_nothing_and_leaves_only_its_output(
     parties: Parties,
     trained_folder: Path,
@@ -58,7 +57,6 @@ def test_an_audit_sends_nothing_and_leaves_only_its_output(
     assert "http" not in page.replace("http://www.w3.org/", "")  # names of SVG, which nothing fetches
 
 
-@pytest.mark.usefixtures("own_log")
 def test_an_owner_without_a_model_has_it_made_for_the_audit_and_kept_by_nobody(
     parties_that_train: Parties, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

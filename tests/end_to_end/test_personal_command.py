@@ -17,7 +17,6 @@ from tests.support.parties import Parties
 from tests.support.watch import changed_paths, watched
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_personal_model_is_made_here_alone_and_says_that_it_must_stay(
     parties: Parties,
     trained_folder: Path,
@@ -46,7 +45,6 @@ def test_a_personal_model_is_made_here_alone_and_says_that_it_must_stay(
     assert {path.stat().st_mode & 0o077 for path in (new / "hotel", *(new / "hotel").iterdir())} == {0}
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_folder_that_is_there_is_refused_before_anything_is_computed(
     parties: Parties, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +85,6 @@ def test_a_full_disk_is_one_line(parties: Parties, trained_folder: Path, tmp_pat
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.usefixtures("own_log")
 def test_signed_receipts_say_how_the_merge_does_elsewhere_and_those_of_another_agreement_say_nothing(
     example_run: Path, parties: Parties, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,12 +34,12 @@ settings.register_profile("amalgram", deadline=None, max_examples=60)
 settings.load_profile("amalgram")
 
 
-@pytest.fixture
-def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that run commands in this process: what these do to the log is undone afterwards."""
+@pytest.fixture(autouse=True)
+def _log_as_at_the_start() -> None:
+    """What commands that run in this process do to the log, as --json does, changes no other test."""
     log = logging.getLogger("amalgram")
-    for name in ("handlers", "propagate", "level"):
-        monkeypatch.setattr(log, name, getattr(log, name))
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
