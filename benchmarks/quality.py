@@ -67,9 +67,12 @@ AIM_OF_ONE_ROUND = (0.45, 0.32)  # and in one round without labels
 AT_HOME = 1000  # rows that an owner's own classifier is fitted to
 WITH_BIAS = ("regmean", "regmean_plus_plus")
 RECIPE = Training(epochs=3, learning_rate=1e-4, batch_size=32)  # of the five models, without dropout
+BRIEF = ("crowdflower", "emoevent")  # owners who train less, where owners change unequally
+BRIEFLY = Training(epochs=1, learning_rate=2e-5, batch_size=32)
 
 Metrics = dict[str, dict[str, float]]  # domain -> accuracy, macro_f1
 Logits = Mapping[str, NDArray[np.float32]]  # domain -> (rows, labels)
+Deltas = Callable[[], dict[str, Tensor]]
 
 
 class Bench:
@@ -391,21 +394,42 @@ def run_draws(bench: Bench) -> dict[str, Any]:
 def run_without_rows(bench: Bench) -> dict[str, Any]:
     """Methods that read no row: the formulas alone. Each with its gain over data_free, as in `difference`."""
     models, shares, base = _owners(bench)
-    found: dict[str, Any] = {}
-    first: Logits = {}
-    for name, deltas in {
-        "data_free": partial(formulas.data_free_deltas, models, shares, base),
+    others = {
         **{f"isotropic@{scale}": partial(formulas.isotropic_deltas, models, base, scale) for scale in SCALES},
         "model_stock": partial(formulas.model_stock_deltas, models, base),
-        **{
-            f"data_free, {name}": partial(formulas.ace_deltas, models, shares, base, is_fair=fair, is_centred=centred)
-            for name, fair, centred in (
-                ("a fair ridge", True, False),
-                ("centred changes", False, True),
-                ("both (ACE)", True, True),
-            )
-        },
-    }.items():
+    }
+    return _beside_data_free(bench, models, others | _ace(models, shares, base))
+
+
+def run_unequal(bench: Bench) -> dict[str, Any]:
+    """What ACE is made for: owners who changed unequally. BRIEF owners are trained anew, by BRIEFLY; formulas alone."""
+    models, shares, base = _owners(bench)
+    for name in BRIEF:
+        models[name] = _fine_tuned(bench, base, name, 0, BRIEFLY)
+    norms = {name: sum(float(d.square().sum()) for d in _changes(model, base)) ** 0.5 for name, model in models.items()}
+    say(f"norms of the changes: {norms}")
+    own = {name: bench.judge(bench.logits(model))[name] for name, model in models.items()}
+    mean = partial(formulas.mean_deltas, models, shares, base)
+    found = _beside_data_free(bench, models, {"average": mean} | _ace(models, shares, base))
+    return {"own at home": _four(own), "norms": norms, "merges": found}
+
+
+def _ace(models: formulas.Models, shares: formulas.Shares, base: PreTrainedModel) -> dict[str, Deltas]:
+    return {
+        f"data_free, {name}": partial(formulas.ace_deltas, models, shares, base, is_fair=fair, is_centred=centred)
+        for name, fair, centred in (
+            ("a fair ridge", True, False),
+            ("centred changes", False, True),
+            ("both (ACE)", True, True),
+        )
+    }
+
+
+def _beside_data_free(bench: Bench, models: formulas.Models, others: Mapping[str, Deltas]) -> dict[str, Any]:
+    data_free = partial(formulas.data_free_deltas, models, _shares(bench), bench.load("base"))
+    found: dict[str, Any] = {}
+    first: Logits = {}
+    for name, deltas in ({"data_free": data_free} | dict(others)).items():
         logits = bench.logits(formulas.at_deltas(bench.load("base"), deltas()))
         first = first or logits
         found[name] = _judged(bench, name, logits, first)
@@ -583,13 +607,20 @@ def run_start(bench: Bench, seed: int) -> dict[str, Any]:
     return found
 
 
-def _fine_tuned(bench: Bench, base: PreTrainedModel, domain: str, seed: int) -> PreTrainedModel:
+def _changes(model: PreTrainedModel, base: PreTrainedModel) -> Iterator[Tensor]:
+    before = dict(base.named_parameters())
+    return (parameter.detach() - before[name].detach() for name, parameter in model.named_parameters())
+
+
+def _fine_tuned(
+    bench: Bench, base: PreTrainedModel, domain: str, seed: int, recipe: Training = RECIPE
+) -> PreTrainedModel:
     model = deepcopy(base)
     model.base_model.embeddings.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    fine_tune(model, bench.train_rows(domain), RECIPE, seed, domain)
+    fine_tune(model, bench.train_rows(domain), recipe, seed, domain)
     say(f"fine-tuned {domain} from start {seed}")
     return model
 
@@ -726,6 +757,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "pulls": run_pulls,
     "draws": run_draws,
     "without_rows": run_without_rows,
+    "unequal": run_unequal,
     "drawn": run_drawn,
     "one_row": run_one_row,
     "refits": run_refits,
@@ -793,7 +825,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         for name, draws in results["draws"].items():
             shown = name.replace("None", "mean")
             lines.append(f"| {shown} | " + " | ".join(map(spread, zip(*draws, strict=True))) + " |")
-    lines += drawn_as_markdown(results) + starts_as_markdown(results) + limits_as_markdown(results)
+    for part in (drawn_as_markdown, unequal_as_markdown, starts_as_markdown, limits_as_markdown):
+        lines += part(results)
     if "owners" in results:
         lines += ["", "The first N owners, on their own domains (macro F1):", ""]
         models = list(next(iter(results["owners"].values())))
@@ -852,11 +885,32 @@ def drawn_as_markdown(results: dict[str, Any]) -> list[str]:
         "| model | draws | macro F1 in | out | accuracy in | out | gain |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, draws in found.items():
-        *values, inside, outside = zip(*draws, strict=True)
-        gain = " / ".join("{:+.3f} ± {:.3f}".format(*np.mean(each, axis=0)) for each in (inside, outside))
-        lines.append(f"| {name} | {len(draws)} | " + " | ".join(map(spread, values)) + f" | {gain} |")
-    return lines
+    return lines + [_gained(name, draws) for name, draws in found.items()]
+
+
+def _gained(name: str, draws: list[list[Any]]) -> str:
+    """One row of a table: `draws` are those of `_judged`."""
+    *values, inside, outside = zip(*draws, strict=True)
+    gain = " / ".join("{:+.3f} ± {:.3f}".format(*np.mean(each, axis=0)) for each in (inside, outside))
+    return f"| {name} | {len(draws)} | " + " | ".join(map(spread, values)) + f" | {gain} |"
+
+
+def unequal_as_markdown(results: dict[str, Any]) -> list[str]:
+    """Owners who changed unequally."""
+    if "unequal" not in results:
+        return []
+    norms, (inside, _, accuracy, _) = results["unequal"]["norms"], results["unequal"]["own at home"]
+    return [
+        "",
+        f"The same five, but {' and '.join(BRIEF)} trained for {BRIEFLY.epochs} epoch at a learning rate of "
+        f"{BRIEFLY.learning_rate:g}, so that owners change unequally: norms of "
+        f"{', '.join(f'{norm:.1f} ({name})' for name, norm in norms.items())}. Own at home: {inside:.3f}, accuracy "
+        f"{accuracy:.3f}. From the formulas alone:",
+        "",
+        "| model | draws | macro F1 in | out | accuracy in | out | gain |",
+        "|---|---|---|---|---|---|---|",
+        *(_gained(name, [judged]) for name, judged in results["unequal"]["merges"].items()),
+    ]
 
 
 def starts_as_markdown(results: dict[str, Any]) -> list[str]:
