@@ -197,9 +197,9 @@ def test_texts_that_would_be_cut_are_counted(home: Path, capsys: pytest.CaptureF
     assert "the longest has 8 tokens; 99% have at most 8" in found["lengths"]
 
 
-def test_texts_of_an_owner_with_a_base_of_its_own_are_cut_by_its_own_tokenizer(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def own_base(home: Path) -> Path:
+    """The base of hotel alone, which gives predictions: the agreed one with a tokenizer of letters."""
     agreement, hotel = home / "agreement.toml", home / "hotel.toml"
     text = re.sub(r"\nmethod = .*\ncompare_with = .*", '\nmethod = "distill"', agreement.read_text())
     text = text.replace("# [verification]\n# required", "[verification]\nrequired")
@@ -209,11 +209,29 @@ def test_texts_of_an_owner_with_a_base_of_its_own_are_cut_by_its_own_tokenizer(
     shutil.copytree(home / "base", home / "other")
     tokenizer_of_letters().save_pretrained(home / "other")
     hotel.write_text(hotel.read_text().replace('name = "hotel"', 'name = "hotel"\nown_base = "other"', 1))
+    return home / "other"
+
+
+def test_texts_of_an_owner_with_a_base_of_its_own_are_cut_by_its_own_tokenizer(
+    own_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, found, errors = lines(capsys, ".")
     assert code == 0, errors
-    assert found["hotel"].startswith(f"trains its model from {home / 'other'}; rows: ")
+    assert found["hotel"].startswith(f"trains its model from {own_base}; rows: ")
     assert "hotel: " in found["lengths"]  # by letter, its texts do not fit; the others' still do
     assert "cinema" not in found["lengths"]
+
+
+def test_a_base_that_cannot_read_its_owner_s_rows_is_one_of_the_things_that_are_wrong(
+    own_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_base / "tokenizer.json").write_text("{}")
+    code, found, errors = lines(capsys, ".")
+    assert code == 1
+    assert "reading" not in found
+    assert errors.startswith(f"error: model {own_base}: its tokenizer cannot be loaded")
+    assert errors.splitlines()[1].startswith("hint: save the model again")
+    assert errors.splitlines()[2:] == ["not ready: 1 to correct"]  # though its texts' lengths need the tokenizer, too
 
 
 def test_a_model_with_another_tokenizer_is_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

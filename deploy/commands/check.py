@@ -94,6 +94,8 @@ class Checklist:
         try:
             yield item
         except AmalgramError as error:
+            if any(each.error and each.error.message == error.message for each in self.items):
+                return  # one fault, come upon twice
             item.error = error
         self.add(item)
 
