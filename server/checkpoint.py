@@ -19,7 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -219,9 +219,9 @@ class Checkpoint:
         self._replayed += 1
         return Total(layout=round.layout, vector=vector, owners=saved.owners, roster_size=saved.roster_size)
 
-    def save_total(self, round: Round, session: str, total: Total, uploads: UploadsOpened | None = None) -> Total:
-        """Save the total of a round; the session that gave it is open, and needs no help any more. Returns the total to
-        go on with: a large one is mapped from where it was saved, so the disk holds it once.
+    def save_total(self, round: Round, session: str, total: Total, uploads: UploadsOpened | None = None) -> None:
+        """Save the total of a round; the session that gave it is open, and needs no help any more. A large total stays
+        where it grew, and so is on the disk once: nobody may write to it any more.
 
         `uploads`: what all owners must still be given to open it themselves.
         """
@@ -229,7 +229,6 @@ class Checkpoint:
             _write_array(self._uploads_file(len(self.sums)), uploads.payload)
         if isinstance(total.vector, np.memmap):  # of what `growing` gave
             rename_whole(self._growing_file, self._total_file(len(self.sums)))
-            total = replace(total, vector=self._saved_total(len(self.sums), len(total.vector)))
         else:
             _write_array(self._total_file(len(self.sums)), total.vector)
         self.sums.append(
@@ -246,7 +245,6 @@ class Checkpoint:
         self._opening = None
         self.save()
         (self.folder / OPENING).unlink(missing_ok=True)
-        return total
 
     def uploads_to_relay(self) -> UploadsOpened | None:
         """What the owners must still be given to open the round that was come to last."""
@@ -323,8 +321,9 @@ class Checkpoint:
         """The session that the owners were asked to open when an earlier start of this run ended."""
         if self._opening is None:
             return None
+        self._check_size(self.folder / OPENING, self._opening.size)  # before the disk must have room for it again
         words = self.growing(self._opening.size)
-        self._read_into(words, self.folder / OPENING)
+        _read_into(words, self.folder / OPENING)
         return _open_sum(self._opening.request), Opening(
             saved_state.from_json(SavedOpening, self._opening.state), words
         )
@@ -367,7 +366,8 @@ class Checkpoint:
         """
         if size * WORD_BYTES <= MAX_BYTES_IN_MEMORY:
             return zeros_in_memory(size)
-        self._growing_file.unlink(missing_ok=True)
+        for left_over in (self._growing_file, self._total_file(len(self.sums))):  # by a start that was killed
+            left_over.unlink(missing_ok=True)
         with create(self._growing_file) as file:
             try:
                 take_room(file, size * WORD_BYTES)
@@ -387,28 +387,29 @@ class Checkpoint:
         return self.folder / f"open-{number}.bin"
 
     def _saved_total(self, number: int, size: int) -> NDArray[np.float64]:
-        """The vector of a saved total, (size,). Whoever overwrites it leaves the file as it is, from which the run may
-        have to resume. Raises SettingsError if it is incomplete.
+        """The vector of a saved total, (size,). Nobody may write to a large one, from whose file the run may have to
+        resume. Raises SettingsError if it is incomplete.
         """
         path = self._total_file(number)
+        self._check_size(path, size)
         if size * WORD_BYTES > MAX_BYTES_IN_MEMORY:
-            self._check_size(path, size)
-            return np.memmap(path, dtype="<f8", mode="c", shape=(size,))
+            # Shared with the file: a private mapping may not be larger than the machine's memory, written to or not.
+            return np.memmap(path, dtype="<f8", mode="r+", shape=(size,))
         vector = zeros_in_memory(size)
-        self._read_into(vector, path)
+        _read_into(vector, path)
         return vector.view("<f8")
 
-    def _read_into(self, vector: NDArray[np.uint64], path: Path) -> None:
-        """Fill a vector from a file. Raises SettingsError if the file is incomplete."""
-        self._check_size(path, len(vector))
-        with path.open("rb") as file:
-            for piece in pieces(vector):
-                file.readinto(piece.data.cast("B"))
-
     def _check_size(self, path: Path, size: int) -> None:
+        """Raise SettingsError if a saved vector is incomplete."""
         found = path.stat().st_size // WORD_BYTES if path.is_file() else 0
         if found != size:
             raise SettingsError(f"{path}: holds {found} of {size} numbers", hint=_start_anew(self.folder))
+
+
+def _read_into(vector: NDArray[np.uint64], path: Path) -> None:
+    with path.open("rb") as file:
+        for piece in pieces(vector):
+            file.readinto(piece.data.cast("B"))
 
 
 def _write_array(path: Path, array: NDArray) -> None:

@@ -275,7 +275,7 @@ class Coordinator:
             self._exclude_all(side.violations, exclude)
             certify_as_over(self.exchange, self.agreement, self.run, request.session)
             raise
-        total = self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
+        self.checkpoint.save_total(round, request.session, total, side.uploads_opened())
         self._exclude_all(side.violations, exclude)  # check: who-lied-is-left-out
         return total
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+import psutil
 import pytest
 
 import server.checkpoint
 from common.errors import SettingsError
+from common.mapped import PIECE_NUMBERS
 from common.messages import OpenSum
 from common.summation.protocol import Opening, SavedOpening, Total
+from common.tensor_layout import TensorEntry, TensorLayout
 from server.checkpoint import Checkpoint, OwnerCost, SavedDelivery, Step, is_checkpoint_of
 from tests.support.scripted_owners import LAYOUT, ROUND, TEST_ROUND
 
@@ -36,6 +39,10 @@ OPENING = SavedOpening(
 
 def total(value: float) -> Total:
     return Total(layout=LAYOUT, vector=np.full(7, value), owners=("ada", "cyd"), roster_size=3)
+
+
+def layout_of(size: int) -> TensorLayout:
+    return TensorLayout((TensorEntry(name="t", shape=(size,), bound=1.0),))
 
 
 @pytest.fixture
@@ -92,22 +99,52 @@ def test_a_saved_opening_ends_with_its_total(checkpoint: Checkpoint) -> None:
     assert not (checkpoint.folder / "opening.bin").exists()
 
 
-def test_a_large_total_is_saved_without_a_copy_and_whoever_destroys_it_leaves_the_file(
+def test_a_large_total_is_saved_without_a_copy_and_cannot_be_read_once_it_is_destroyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * PIECE_NUMBERS + 1  # more than what is kept in memory of a mapped file
+    round = replace(ROUND, layout=layout_of(size))
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 1_000_000)
+    checkpoint = Checkpoint(folder=tmp_path, agreement_digest=DIGEST)
+    words = checkpoint.growing(size)
+    words.view("<f8")[:] = 3.0
+    number = (tmp_path / "growing.bin").stat().st_ino
+    summed = replace(total(0.0), layout=round.layout, vector=words.view("<f8"))
+    checkpoint.save_total(round, HEX, summed)
+    assert (tmp_path / "sum-0.bin").stat().st_ino == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "sum-0.bin"]
+    read_again = Checkpoint.open(tmp_path, DIGEST).next_total(round)
+    assert read_again is not None
+    for each in (summed, read_again):
+        np.testing.assert_array_equal(each["t"], np.full(size, 3.0))
+        each.destroy()
+        assert np.isnan(each["t"]).all()
+    resumed = Checkpoint.open(tmp_path, DIGEST).next_total(round)
+    assert resumed is not None
+    np.testing.assert_array_equal(resumed["t"], np.full(size, 3.0))
+
+
+def test_a_total_may_be_larger_than_the_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private mapping of that size is refused: Linux counts it as memory that may be needed."""
+    size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total) // 8
+    round = replace(ROUND, layout=layout_of(size))
+    monkeypatch.setattr(server.checkpoint, "take_room", lambda file, num_bytes: file.truncate(num_bytes))  # but no disk
+    checkpoint = Checkpoint(folder=tmp_path, agreement_digest=DIGEST)
+    summed = replace(total(0.0), layout=round.layout, vector=checkpoint.growing(size).view("<f8"))
+    checkpoint.save_total(round, HEX, summed)
+    resumed = Checkpoint.open(tmp_path, DIGEST).next_total(round)
+    assert resumed is not None
+    assert resumed.some_of("t", slice(size - 3, size)).tolist() == [0.0, 0.0, 0.0]
+    resumed.destroy()
+
+
+def test_a_sum_that_was_named_when_the_coordinator_was_killed_makes_room_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 50)
-    checkpoint = Checkpoint(folder=tmp_path, agreement_digest=DIGEST)
-    words = checkpoint.growing(7)
-    words.view("<f8")[:] = 3.0
-    number = (tmp_path / "growing.bin").stat().st_ino
-    kept = checkpoint.save_total(ROUND, HEX, replace(total(0.0), vector=words.view("<f8")))
-    assert (tmp_path / "sum-0.bin").stat().st_ino == number
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "sum-0.bin"]
-    kept.destroy()
-    assert np.isnan(kept.vector).all()
-    again = Checkpoint.open(tmp_path, DIGEST).next_total(ROUND)
-    assert again is not None
-    np.testing.assert_array_equal(again.vector, np.full(7, 3.0))
+    (tmp_path / "sum-0.bin").write_bytes(b"\1" * 80)  # of which run.json does not know
+    Checkpoint(folder=tmp_path, agreement_digest=DIGEST).growing(7)
+    assert [path.name for path in tmp_path.iterdir()] == ["growing.bin"]
 
 
 def test_a_sum_that_grew_when_the_coordinator_was_killed_is_forgotten(

@@ -174,7 +174,7 @@ def test_the_page_says_which_total_was_not_destroyed() -> None:
     report["rounds"][0]["destroyed"] = False
     text = shown(report)
     assert "not destroyed" in text
-    assert "overwrote them after the solve" not in text
+    assert "overwrote what its memory held" not in text
 
 
 def test_metrics_that_an_owner_keeps_to_itself_are_not_shown_by_name() -> None:

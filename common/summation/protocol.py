@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import LocalProtocolError, RemoteProtocolError, TooFewOwners
 from common.identity import Identity
-from common.mapped import pieces, release
+from common.mapped import release
 from common.messages import MaskedPart, Message, OpenSum, SharesDisputed, UploadsOpened, VectorPart
 from common.saved_state import SavedState
 from common.summation import fixed_point
@@ -90,7 +90,7 @@ class SumTerms:
         return name_at(self.names, index)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Total:
     """The sum of the owners' vectors: all that a merge method ever sees."""
 
@@ -128,10 +128,13 @@ class Total:
     def destroy(self) -> None:
         """Overwrite the sums. With the individual models known, sums of Grams can be taken apart (SECURITY.md).
 
-        Not those in a checkpoint, which stay until the run ends, because it may have to be resumed from them.
+        A total that is mapped from a checkpoint is only let go of: its file stays until the run ends, because it may
+        have to be resumed from it.
         """
-        for piece in pieces(self.vector):
-            piece[:] = np.nan
+        if isinstance(self.vector, np.memmap):
+            self.vector = np.broadcast_to(np.nan, self.vector.shape)
+        else:
+            self.vector.fill(np.nan)
 
 
 # --- an owner's side ---

@@ -319,7 +319,10 @@ class Round(Table):
     owners: tuple[Line, ...] = Field(description="The owners whose numbers are in the total.")
     numbers: Count = Field(description="How many numbers each owner sent.")
     contents: tuple[Content, ...] = Field(description="What these numbers are.")
-    destroyed: bool = Field(description="Whether the coordinator's program overwrote the total.")
+    destroyed: bool = Field(
+        description="Whether the coordinator's program overwrote what its memory held of the total. What its disk held "
+        "is deleted with the run."
+    )
 
 
 class Delivery(Table):
