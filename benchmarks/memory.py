@@ -282,8 +282,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"## An owner alone, {owner['hidden']} dimensions",
         "",
-        f"Bound: fixed {owner_bound['fixed']:,.0f} + model {owner_bound['model']:,.0f} + {GRAMS} x the largest Gram "
-        f"{owner_bound['grams']:,.0f} + a part {owner_bound['part']:,.0f} = **{owner_bound['total']:,.0f}**. The "
+        f"Bound: fixed {owner_bound['fixed']:,.0f} + model {owner_bound['model']:,.0f} + Grams "
+        f"{owner_bound['grams']:,.0f} "
+        f"({GRAMS} x the largest) + a part {owner_bound['part']:,.0f} = **{owner_bound['total']:,.0f}**. The "
         f"vector that it measures has {owner['sum']:,.0f} and stays on the disk.",
         "",
         "| the owner's answer to | peak |",
@@ -294,7 +295,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"The model has {merge['model']:,.0f}, a sum {merge['sum']:,.0f}, the largest layer's Gram and products "
         f"{merge['layer']:,.0f}, a part of a message {merge['part']:,.0f}; the libraries take "
-        f"{next(iter(bounds.values()))['fixed']:,.0f}. The bound is the sum of these, with one part per owner.",
+        f"{next(iter(bounds.values()))['fixed']:,.0f}. The bound is that of libraries, sum, "
+        "largest layer and a part per owner.",
         "",
         "| owners | " + " | ".join(coordinator) + " |",
         "|---|" + "---:|" * len(coordinator),

@@ -879,7 +879,7 @@ def drawn_as_markdown(results: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"Other methods, from the formulas alone, on {MEASURED} rows of each owner, refits on {max(LIMITS)}: mean and "
-        "range over the draws of these rows, and the gain over data_free in macro F1, in / out, with its standard "
+        "range over the draws of these rows, and the gain over data_free in macro F1, in / out: mean and standard "
         "error over bootstraps of the test rows:",
         "",
         "| model | draws | macro F1 in | out | accuracy in | out | gain |",

@@ -125,7 +125,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines += ["    python -m benchmarks.search --data DATA --models MODELS", ""]
     lines += ["Macro F1: on validation rows, and on test rows of the owners' domains / of five others. Number 1 is"]
     lines += [
-        "`data_free` as it is. The gain is that on test rows, with its standard error over bootstraps of them.",
+        "`data_free` as it is. The gain is that on test rows: mean and standard error over bootstraps of them.",
         "",
     ]
     lines += ["| seed | chosen | validation, unsearched | searched | test, unsearched | searched | gain |"]
@@ -144,7 +144,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     mean = _pair(np.mean(gains, axis=0), signed=True)
     interval = f"{_pair(lowest, signed=True)} to {_pair(highest, signed=True)}"
     if len(gains) > 1:
-        lines += ["", f"Mean gain on test rows over {len(gains)} seeds: {mean}; from {interval}."]
+        lines += ["", f"Mean difference on test rows over {len(gains)} seeds: {mean}; from {interval}."]
     lines += [""]
     lines += ["Scales of what was chosen, in three groups of blocks and the classifier:", ""]
     for seed, found in results["seeds"].items():
