@@ -1,5 +1,7 @@
 """Multi-round methods: blocks run one after the other equal the whole model; every step against a slow oracle."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +124,25 @@ def test_a_model_run_block_by_block_feeds_its_blocks_what_it_feeds_them_in_one_g
     last.remove()
     for found, wanted in zip(seen[-len(batches) :], logits, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_was_run_block_by_block_leaves_the_disk_with_its_last_user(name: str, tmp_path: Path) -> None:
+    """Not only when the garbage collector finds it: in a simulation, other owners need that room meanwhile."""
+    model = DiskModel(made(name), tmp_path)
+    batches = batches_for(model.model)
+    stream = BlockStream(tmp_path / "stream", block_names(model.model))
+    gc.collect()
+    gc.disable()
+    try:
+        for block in range(len(stream.blocks)):
+            with stream.advancing(model.model, batches, block, keep=block) as run_batch:
+                run_batch(0)
+        mapped = [weakref.ref(parameter) for parameter in model.model.parameters()]
+        del model, run_batch
+        assert [each for each in mapped if each() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_models_that_are_not_a_single_chain_of_blocks_are_refused() -> None:
