@@ -12,7 +12,7 @@ import transformers
 def this_machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -17,7 +17,6 @@ benchmarks/results/masking.{json,md}.
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ import torch
 import transformers
 from flwr.common.secure_aggregation import secaggplus_utils as flwr_masks
 
+from benchmarks.machine import this_machine
 from benchmarks.published import publish, say
 from common.certificates import deliveries_digest
 from common.identity import Identity
@@ -79,7 +79,7 @@ def size(results: Mapping[str, Any]) -> dict[str, float]:
 def measure(numbers: int, most_owners: int, *, with_demo: bool) -> dict[str, Any]:
     openssl, ours = openssl_bytes_a_second(), mask_bytes_a_second(numbers)
     results: dict[str, Any] = {
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": this_machine(),
         "numbers": numbers,
     }
     measurements: dict[str, Callable[[], Any]] = {

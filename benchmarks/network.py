@@ -12,7 +12,6 @@ Writes benchmarks/results/network-HIDDEN.{json,md}.
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import sys
@@ -29,6 +28,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.machine import this_machine
 from benchmarks.published import publish
 from common.models.loading import load_base
 from common.models.plan import merge_plan
@@ -71,7 +71,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="amalgram-") as folder:
             runs.append(measure(Path(folder), arguments.hidden, count))
         results = {
-            "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+            "machine": this_machine(),
             "load_at_end": os.getloadavg()[0],
             "hidden": arguments.hidden,
             "runs": runs,
