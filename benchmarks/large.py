@@ -6,7 +6,7 @@ The base has the shape of Llama-3.2-1B, random weights and a classifier on top. 
 little. Layers with more than 2048 inputs are merged in blocks of that many (`regmean.largest_gram`), each seen with
 one or two token rows per input. All parties run in one process, one after the other, so the peak (VmHWM) is that of the
 largest. Beside it stands what the merge cannot do without: its matrix products, and what must be on the disk, at the
-speed of one large product and one large file, measured afterwards. The merge needs about 105 GB of disk, in FOLDER if
+speed of one large product and one large file, measured afterwards. The merge needs about 81 GB of disk, in FOLDER if
 it is given. Writes benchmarks/results/large.{json,md}.
 """
 
