@@ -96,7 +96,7 @@ def _encode_tensor(
             raise _out_of_bound(entry, chunk)
         scaled = chunk * unit  # exact, by a power of two
         signed[start : start + len(chunk)] = np.rint(scaled, out=scaled)
-    release(vector)
+        release(vector)
 
 
 def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num_summed: int) -> NDArray[np.float64]:
@@ -118,7 +118,7 @@ def decode(layout: TensorLayout, words: NDArray[np.uint64], num_owners: int, num
                     "at fault, run the same command again",
                 )
             decoded[start : start + len(chunk)] = chunk.astype(np.float64) * 0.5**bits
-        release(words)
+            release(words)
     return decoded
 
 
