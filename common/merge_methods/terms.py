@@ -329,10 +329,10 @@ def rounded(
     delta, beside, rest = dict[str, "Tensor"](), dict[str, "Tensor"](), dict[str, "Tensor"]()
     for name, tensor in _taken_out(exact) if isinstance(exact, dict) else exact:
         sent = tensor.float()
-        (delta if name in settings.plan.shapes else beside)[name] = sent
         if settings.has_floors:
             _subtract(sent, tensor)
             rest[name] = on_disk_if_large(tensor.float(), settings.scratch)
+        (delta if name in settings.plan.shapes else beside)[name] = on_disk_if_large(sent, settings.scratch)
     return MergedDelta(delta=delta, beside=beside, rest=rest, layers=layers, notes=notes)
 
 

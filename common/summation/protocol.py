@@ -112,7 +112,7 @@ class Total:
         """The rounding error of each number on the diagonal of a symmetric tensor, (d,). The error of number [j, k] is
         at most the geometric mean of errors j and k.
         """
-        return np.full(len(self[name]), self.rounding_error(name))
+        return np.full(self.layout.shape(name)[0], self.rounding_error(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self.layout
