@@ -477,9 +477,12 @@ def owner_bytes(work: Work) -> int:
 
 
 def coordinator_bytes(work: Work) -> int:
-    """The most memory that the coordinator needs. A large sum lies in a file, whose pages the system can reclaim."""
+    """The most memory that the coordinator needs: while it loads the base, or while it solves. A large sum lies in a
+    file, whose pages the system can reclaim, and so does what is solved.
+    """
     largest = max((each.inputs * (2 * each.inputs + 3 * each.outputs) for each in work.systems), default=0)
-    return FIXED_BYTES + min(8 * work.largest_sum, MAX_BYTES_IN_MEMORY) + 8 * largest + 2 * PART_BYTES
+    solving = min(8 * work.largest_sum, MAX_BYTES_IN_MEMORY) + 8 * largest + PART_BYTES
+    return FIXED_BYTES + max(4 * work.parameters, solving) + PART_BYTES
 
 
 def in_words(parts: dict[str, float]) -> str:

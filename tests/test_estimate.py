@@ -126,6 +126,12 @@ def test_a_pool_is_predicted_by_every_owner_and_trained_on_by_the_coordinator(wo
     assert estimate.owner_bytes(distilled) - estimate.owner_bytes(work) == 12_000_000
 
 
+def test_every_party_holds_one_whole_model_while_it_loads(work: Work) -> None:
+    large = replace(work, parameters=7_000_000_000)
+    assert estimate.owner_bytes(large) > 28_000_000_000
+    assert estimate.coordinator_bytes(large) > 28_000_000_000
+
+
 def test_an_owner_with_a_smaller_model_of_its_own_takes_less(work: Work) -> None:
     distilled = replace(work, pool_tokens=900)
     rows = OwnerRows(train=400, validation=10, test=20, epochs=2, own_cost=0.25)
