@@ -283,8 +283,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"## An owner alone, {owner['hidden']} dimensions",
         "",
         f"Bound: fixed {owner_bound['fixed']:,.0f} + model {owner_bound['model']:,.0f} + Grams "
-        f"{owner_bound['grams']:,.0f} "
-        f"({GRAMS} x the largest) + a part {owner_bound['part']:,.0f} = **{owner_bound['total']:,.0f}**. The "
+        f"{owner_bound['grams']:,.0f} ({GRAMS} x the largest) + a part {owner_bound['part']:,.0f} = "
+        f"**{owner_bound['total']:,.0f}**. The "
         f"vector that it measures has {owner['sum']:,.0f} and stays on the disk.",
         "",
         "| the owner's answer to | peak |",

@@ -53,11 +53,12 @@ from common.tensor_layout import TensorLayout, union
 LAYERS, EXAMPLES, ALPHA, TURNS = 4, 320, 0.9, 3
 SHAPE = SHAPES[0]
 ABOVE_THE_FLOOR = """\
-Little is left to gain. A pass is a forward pass and half of each product of inputs, in float32
-([gram.md](gram.md)). A solve with 3072 inputs takes 1.9 seconds: a Cholesky factor (0.5), two triangular solves (0.5),
-the residual (0.4) and the two solves of its refinement (0.5), where matrix products with as many operations would take
-1.3; an LU factor with its solves takes 1.1 before any refinement. Refinement is what lets the owners verify a merge to
-rounding. Products and solves stay in float64: in float32, no merge could be verified beyond seven digits.
+Little is left to gain. A pass is a forward pass and half of each product of inputs, in float32 ([gram.md](gram.md)). In
+a profile on the first processor, a solve with 3072 inputs took 1.9 seconds: a Cholesky factor (0.5), two triangular
+solves (0.5), the residual (0.4) and the two solves of its refinement (0.5), where matrix products with as many
+operations would take 1.3; an LU factor with its solves took 1.1 before any refinement. Refinement is what lets the
+owners verify a merge to rounding. Products and solves stay in float64: in float32, no merge could be verified beyond
+seven digits.
 
 Fewer token rows would not make it much faster. A tenth of the rows leaves 1.19 of 2.01 forward passes, because
 every example still needs one, and measuring fewer examples loses as little and saves all of it

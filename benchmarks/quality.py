@@ -406,9 +406,10 @@ def run_unequal(bench: Bench) -> dict[str, Any]:
     models, shares, base = _owners(bench)
     for name in BRIEF:
         models[name] = _fine_tuned(bench, base, name, 0, BRIEFLY)
-    norms = {name: sum(float(d.square().sum()) for d in _changes(model, base)) ** 0.5 for name, model in models.items()}
+    changes = [formulas.deltas_of(models, base, name) for name in dict(base.named_parameters())]
+    norms = {name: sum(float(each[name].square().sum()) for each in changes) ** 0.5 for name in models}
     say(f"norms of the changes: {norms}")
-    own = {name: bench.judge(bench.logits(model))[name] for name, model in models.items()}
+    own = bench.judge({name: predict_logits(model, bench.tests[name], BATCH) for name, model in models.items()})
     mean = partial(formulas.mean_deltas, models, shares, base)
     found = _beside_data_free(bench, models, {"average": mean} | _ace(models, shares, base))
     return {"own at home": _four(own), "norms": norms, "merges": found}
@@ -426,10 +427,12 @@ def _ace(models: formulas.Models, shares: formulas.Shares, base: PreTrainedModel
 
 
 def _beside_data_free(bench: Bench, models: formulas.Models, others: Mapping[str, Deltas]) -> dict[str, Any]:
+    """The data-free merge, and the others with their gain over it."""
     data_free = partial(formulas.data_free_deltas, models, _shares(bench), bench.load("base"))
+    merges: dict[str, Deltas] = {"data_free": data_free, **others}
     found: dict[str, Any] = {}
     first: Logits = {}
-    for name, deltas in ({"data_free": data_free} | dict(others)).items():
+    for name, deltas in merges.items():
         logits = bench.logits(formulas.at_deltas(bench.load("base"), deltas()))
         first = first or logits
         found[name] = _judged(bench, name, logits, first)
@@ -605,11 +608,6 @@ def run_start(bench: Bench, seed: int) -> dict[str, Any]:
     found["refit"] = _four(bench.judge(_fitted(*system, _features(bench, body, bench.tests))))
     say(f"start {seed}: {found}")
     return found
-
-
-def _changes(model: PreTrainedModel, base: PreTrainedModel) -> Iterator[Tensor]:
-    before = dict(base.named_parameters())
-    return (parameter.detach() - before[name].detach() for name, parameter in model.named_parameters())
 
 
 def _fine_tuned(

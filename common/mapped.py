@@ -15,8 +15,8 @@ SMALL_BYTES = 1 << 23  # a file that is not worth the time to read it again
 def release(array: NDArray) -> None:
     """Free the memory of the file that `array` is mapped from, unless it is small. What was written stays in the file.
 
-    Use it for mappings that are shared with the file (numpy.memmap's modes r, r+ and w+), and for those that nobody
-    writes to: a private mapping (mode c) loses what was written. An array in memory is left alone.
+    Use it only for mappings that are shared with the file (numpy.memmap's modes r, r+ and w+); a private mapping would
+    lose what was written. An array in memory is left alone.
     """
     owner = array
     while isinstance(owner, np.ndarray):

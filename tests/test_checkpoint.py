@@ -169,6 +169,17 @@ def test_a_sum_for_which_the_disk_has_no_room_takes_none(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_incomplete_opening_is_refused_before_it_takes_room(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.checkpoint, "MAX_BYTES_IN_MEMORY", 50)
+    path = checkpoint.folder / "opening.bin"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(SettingsError, match=r"opening\.bin: holds 6 of 7 numbers"):
+        Checkpoint.open(checkpoint.folder, DIGEST).saved_opening()
+    assert not (checkpoint.folder / "growing.bin").exists()
+
+
 @pytest.mark.parametrize("version", [None, 1, 3, 4, 5, 6, 8, "7"])
 def test_a_checkpoint_of_another_version_is_refused_and_stays(checkpoint: Checkpoint, version: int | None) -> None:
     """Version 1 did not say so."""
