@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoModel,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from client.measurement.gram import measure_grams
 from common import mapped
@@ -87,6 +94,32 @@ def test_half_precision_files_are_upcast_however_they_are_sharded(
         assert torch.equal(parameter, half.get_parameter(name).float())
     tuned = load_fine_tuned(tmp_path / "sharded", TASK, whole)
     assert all((tensor == 0).all() for tensor in delta_of(tuned, whole).values())
+
+
+def test_half_precision_is_not_held_beside_float32_while_a_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    """The kernel's own peak, of all threads and of what is mapped from files."""
+    config = tiny_bert().config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 768, 3072, 8
+    with torch.device("meta"):
+        model = BertForSequenceClassification(config)
+    model = model.bfloat16().to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.25)
+    model.save_pretrained(tmp_path / "large", max_shard_size="50MB")
+    load_tokenizer(folder).save_pretrained(tmp_path / "large")
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    del model
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_bytes()
+    loaded = load_base(tmp_path / "large", TASK, seed=0)
+    assert (loaded.classifier.weight == 0.25).all()
+    assert size < peak_bytes() - before < 1.25 * size  # with all of the files, it would be 1.5
+
+
+def peak_bytes() -> int:
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def test_a_model_of_half_precision_is_published_as_computed_in_float32(tmp_path: Path) -> None:

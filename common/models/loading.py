@@ -16,7 +16,8 @@ from functools import lru_cache
 from math import sqrt
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.agreement import Agreement, Task, TaskKind
 from common.errors import ModelError, first_line
@@ -27,6 +28,7 @@ from common.models.files import (
     DOWNLOAD_AGAIN,
     digest_of_file,
     read_json,
+    read_tensor,
     read_tensors,
     refused_as,
     tensor_names,
@@ -69,6 +71,7 @@ MOST_COPIES = 4  # of one parameter, before they are tied: of what encoder and d
 SPARE_BYTES = 1 << 28  # of masks and tables that a model makes by itself
 BELONG_TOGETHER = "check that config.json and the weights belong together"
 SMALL_BYTES = 32_000_000  # the weights of a model that is worth keeping in memory
+SMALL_TENSOR_BYTES = 1 << 20  # not worth the time to open its file again
 LOADABLE_TYPES = (*FLOAT_TYPES, "int64", "bool")  # counts and masks are buffers of some models
 AUTO_CLASSES: dict[TaskKind, str] = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -77,6 +80,8 @@ AUTO_CLASSES: dict[TaskKind, str] = {
     "sequence-to-sequence": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
 }
+
+Stored = TypeVar("Stored")
 
 
 def load_base(folder: Path, task: Task, seed: int) -> PreTrainedModel:
@@ -363,7 +368,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _built(folder: Path, task: Task, seed: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
     _check_fits_its_files(folder, task)  # before a configuration decides how much memory is taken
-    tensors = _unwrapped({name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path)})
+    tensors = _unwrapped({name: tensor for path in weight_files(folder) for name, tensor in _stored_tensors(path)})
     model, missing, mismatched = _from_tensors(folder, tensors, task, seed)
     for name in sorted(mismatched - set(private_head(model, task))):
         raise ModelError(
@@ -437,7 +442,27 @@ def _added_up(value: Any) -> int:
     return abs(value) if isinstance(value, int) else 0
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+class _Unread:
+    """A tensor to convert to float32, as transformers takes it: `[...]` maps it from its file while it is converted.
+
+    If all were mapped at once, a model would be held twice while it is loaded: as stored, and converted.
+    """
+
+    def __init__(self, path: Path, name: str, dtype: torch.dtype) -> None:
+        self.dtype, self._path, self._name = dtype, path, name
+
+    def __getitem__(self, whole: EllipsisType) -> Tensor:
+        return read_tensor(self._path, self._name, self.dtype)
+
+
+def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor | _Unread]]:
+    """The tensors of one file, by name. None of them is read yet."""
+    for name, tensor in read_tensors(path):
+        is_converted = tensor.dtype != torch.float32 and tensor.nbytes > SMALL_TENSOR_BYTES
+        yield name, _Unread(path, name, tensor.dtype) if is_converted else tensor
+
+
+def _unwrapped(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
     """The tensors by their names in the model, without what torch.compile and DataParallel put before every name."""
     for prefix in ("_orig_mod.", "module."):
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -446,7 +471,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _from_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], task: Task, seed: int
+    folder: Path, tensors: Mapping[str, Tensor | _Unread], task: Task, seed: int
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model that transformers makes of its configuration and tensors, then the parameters that are missing and
     those of another shape.
@@ -502,7 +527,7 @@ def _model_class(config: Any, task: Task) -> Any:
     return _get_model_class(config, getattr(transformers, AUTO_CLASSES[task.kind])._model_mapping)
 
 
-def _check_types(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _check_types(model: PreTrainedModel, tensors: Mapping[str, Tensor | _Unread], folder: Path) -> None:
     """Raise ModelError if a parameter is stored as integers: quantised weights mean nothing without their scales."""
     body = f"{model.base_model_prefix}."
     parameters = {name.removeprefix(body) for name in parameter_shapes(model)}
@@ -516,7 +541,7 @@ def _check_types(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: 
             )
 
 
-def _type_of(tensor: Tensor) -> str:
+def _type_of(tensor: Tensor | _Unread) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
