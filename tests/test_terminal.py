@@ -84,8 +84,9 @@ def test_another_package_of_the_same_name_is_named_in_two_lines(name: str, tmp_p
     ]
 
 
-def test_threads_of_torch_sleep_while_they_wait() -> None:
+def test_torch_is_told_to_wait_asleep_and_to_take_memory_in_large_pages() -> None:
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"  # set by `import amalgram`, as the command does
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 # --- progress ---
