@@ -125,12 +125,11 @@ def work_of(plan: MergePlan) -> Work:
 def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[str, Any]:
     """What an owner and the coordinator compute, send, keep on disk and hold in memory."""
     rows = OwnerRows(train=EXAMPLES, validation=0, test=TEST_EXAMPLES, tokens=TOKENS)
-    # The vector, kept until the merge is verified; the base, the owner's model and the one to publish; a candidate.
-    on_disk = work.sent_bytes + 3 * 4 * work.parameters + work.received_bytes
-    # The base and the published model; the sum as it is collected and unmasked, and as it was before it was unmasked.
-    sums = max(2 * work.sent_bytes, work.sent_bytes + 2 * work.received_bytes)  # later one, and a candidate
+    model = 4 * work.parameters
+    sizes = work.sent_bytes, work.received_bytes, model
+    written = work.sent_bytes + work.received_bytes + 2 * model  # the owner's model, and what would be published
     vector = work.sent_bytes * (1 / writing + 1 / reading)
-    owner = estimate.owner_seconds(work, rows, rates) | {"disk": on_disk / writing + on_disk / reading}
+    owner = estimate.owner_seconds(work, rows, rates) | {"disk": written / writing + written / reading}
     coordinator = estimate.coordinator_seconds(work, rates) | {"disk": work.owners * vector}
     return {
         "rates": asdict(rates),
@@ -139,8 +138,8 @@ def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[st
         "coordinator_seconds": coordinator,
         "owner_sends_bytes": work.sent_bytes,
         "owner_receives_bytes": work.received_bytes,
-        "owner_disk_bytes": on_disk,
-        "coordinator_disk_bytes": sums + 2 * 4 * work.parameters,
+        "owner_disk_bytes": estimate.disk_bytes(*sizes, owners=1, coordinates=False),
+        "coordinator_disk_bytes": estimate.disk_bytes(*sizes, owners=0, coordinates=True),
         "owner_memory_bytes": estimate.owner_bytes(work),
         "coordinator_memory_bytes": estimate.coordinator_bytes(work),
     }

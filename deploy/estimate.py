@@ -485,6 +485,21 @@ def coordinator_bytes(work: Work) -> int:
     return FIXED_BYTES + max(4 * work.parameters, solving) + PART_BYTES
 
 
+def disk_bytes(vector: int, candidate: int, model: int, *, owners: int, coordinates: bool) -> int:
+    """The least room that these parties need on one disk, which they share, beside their models and rows.
+
+    `vector`, `candidate`, `model`: bytes of what an owner sends, of a merged delta, and of a whole model in float32.
+    Owners keep their vectors, and candidates, until the merge is verified. At one time, only one of them has a copy of
+    its model or of what would be published.
+    """
+    summing = (owners + 2 * coordinates) * vector  # the masked sum, and what is unmasked
+    sending = (owners + coordinates) * vector + 3 * coordinates * candidate  # solved, what rounding took, and as sent
+    kept = owners * (vector + candidate)
+    judging = kept + coordinates * (vector + 2 * candidate) + bool(owners) * model
+    publishing = kept + coordinates * (vector + candidate + model)
+    return max(summing, sending, judging, publishing)
+
+
 def in_words(parts: dict[str, float]) -> str:
     """`about 12 min: scoring 9 min, Gram passes 3 min`, the longest first. What takes less than a minute is mostly what
     is not computed here.

@@ -52,6 +52,7 @@ from deploy.launch.processes import listens
 from deploy.network_keys import check_server_files
 from deploy.reach import check_reachable
 from deploy.terminal import about_bytes, answer, byte_count, show_error, shows_json
+from server.output_folder import CHECKPOINT
 from server.settings import read_coordinator_identity
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 FIRST_ROWS, FIRST_IMAGES = 2000, 200  # of each file, that are read as a run reads them
 LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
+BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 NOT_READY = 1
 
 
@@ -175,7 +177,10 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
     if checks.is_ready:
         _check_rows(checks, consortium.draft, consortium.base_folder, seen)
     if checks.is_ready and agreement and schedule:
-        _check_room(checks, folder, schedule, parties=len(seen))
+        from deploy.simulation.parties import PARTIES  # imports torch
+
+        output = folder / "output"
+        _check_room(checks, schedule, output / PARTIES, output / CHECKPOINT, owners=len(seen), coordinates=True)
         _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
     _say_what_is_left(checks, "amalgram simulate", consortium.draft.task, seen)
     return following
@@ -247,7 +252,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         for data in _check_rows(checks, agreement, base_folder, [seen]):
             _check_ledger(checks, owner, data)
     if checks.is_ready:
-        _check_room(checks, home / settings.state, schedule, parties=1)
+        _check_room(checks, schedule, home / settings.state, owners=1)
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
         _say_what_is_left(checks, "amalgram agree", agreement.task, [seen])
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
@@ -287,7 +292,7 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_solver(place.settings.device, str(path)))
     if checks.is_ready:
-        _check_room(checks, place.output, schedule, parties=len(place.agreement.owners))
+        _check_room(checks, schedule, place.output / CHECKPOINT, coordinates=True)
         _estimate(checks, place.agreement, base_folder, schedule, [], pool, coordinates=True)
     return f"amalgram {'merge' if is_running else 'server'} {path}"
 
@@ -417,23 +422,27 @@ def _check_lengths(checks: Checklist, task: Task, base_folder: Path, owners: Seq
         item.found = ". ".join(cut) or f"all texts looked at fit into max_tokens = {task.max_tokens}"
 
 
-def _check_room(checks: Checklist, folder: Path, schedule: Schedule, *, parties: int) -> None:
-    """Look whether the disk of a folder, which need not exist yet, has room for what a run keeps there."""
+def _check_room(
+    checks: Checklist, schedule: Schedule, *folders: Path, owners: int = 0, coordinates: bool = False
+) -> None:
+    """Look whether the disk of some folders, which need not exist yet, has room for what a run of these parties keeps
+    there. What an earlier start left in them counts as room: a run goes on with it, or replaces it.
+    """
+    from deploy.estimate import disk_bytes
+
     with checks.item("disk") as item:
-        existing = next(each for each in (folder.resolve(), *folder.resolve().parents) if each.exists())
-        free, needed = shutil.disk_usage(existing).free, parties * _kept_bytes(schedule)
+        existing = next(each for each in (folders[0].resolve(), *folders[0].resolve().parents) if each.exists())
+        left = sum(path.lstat().st_blocks * BLOCK_BYTES for each in folders for path in each.rglob("*"))
+        free = shutil.disk_usage(existing).free + left
+        vector = max(each.layout.num_bytes for each in schedule.rounds)
+        candidate = max((each.layout.size * 4 for each in schedule.of_kind("candidate")), default=0)
+        needed = disk_bytes(vector, candidate, candidate, owners=owners, coordinates=coordinates)
         item.found = f"{byte_count(free)} free in {existing}, a run keeps at least {byte_count(needed)}"
         if free < needed:
             raise SettingsError(
                 f"{existing}: {byte_count(free)} free, a run keeps at least {byte_count(needed)}",
                 hint="make room on this disk, or name another folder",
             )
-
-
-def _kept_bytes(schedule: Schedule) -> int:
-    """The least that an owner has on disk at once: its largest vector, its own model, the base and a merged one."""
-    models = [each.layout.size * 4 for each in schedule.of_kind("candidate")]
-    return max(each.layout.num_bytes for each in schedule.rounds) + 3 * max(models, default=0)
 
 
 def _estimate(
