@@ -1,8 +1,11 @@
 """Model folders: what is loaded, and what is refused and why."""
 
+import ctypes
+import gc
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,7 @@ def test_half_precision_files_are_upcast_however_they_are_sharded(
     assert all((tensor == 0).all() for tensor in delta_of(tuned, whole).values())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone forgets a peak")
 def test_half_precision_is_not_held_beside_float32_while_a_model_is_loaded(folder: Path, tmp_path: Path) -> None:
     """The kernel's own peak, of all threads and of what is mapped from files."""
     config = tiny_bert().config
@@ -110,6 +114,8 @@ def test_half_precision_is_not_held_beside_float32_while_a_model_is_loaded(folde
     load_tokenizer(folder).save_pretrained(tmp_path / "large")
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     del model
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be used again, and no peak be seen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_bytes()
     loaded = load_base(tmp_path / "large", TASK, seed=0)

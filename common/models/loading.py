@@ -27,6 +27,7 @@ from common.models.bounds import SPARE_NUMBERS, building_at_most
 from common.models.files import (
     DOWNLOAD_AGAIN,
     digest_of_file,
+    file_state,
     read_json,
     read_tensor,
     read_tensors,
@@ -443,23 +444,31 @@ def _added_up(value: Any) -> int:
 
 
 class _Unread:
-    """A tensor to convert to float32, as transformers takes it: `[...]` maps it from its file while it is converted.
+    """Stands in for a tensor that is not stored as float32. Transformers reads it with `[...]`, which maps it from its
+    file only until it is converted.
 
     If all were mapped at once, a model would be held twice while it is loaded: as stored, and converted.
     """
 
-    def __init__(self, path: Path, name: str, dtype: torch.dtype) -> None:
-        self.dtype, self._path, self._name = dtype, path, name
+    def __init__(self, path: Path, name: str, dtype: torch.dtype, state: tuple[int, ...]) -> None:
+        self.dtype, self._path, self._name, self._state = dtype, path, name, state
 
     def __getitem__(self, whole: EllipsisType) -> Tensor:
-        return read_tensor(self._path, self._name, self.dtype)
+        tensor = read_tensor(self._path, self._name, self.dtype)
+        if file_state(self._path) != self._state:  # check: a-model-is-loaded-from-one-version
+            raise ModelError(
+                f"model {self._path}: was changed while it was loaded",
+                hint="start again once nothing writes to this folder",
+            )
+        return tensor
 
 
 def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor | _Unread]]:
     """The tensors of one file, by name. None of them is read yet."""
+    state = file_state(path)
     for name, tensor in read_tensors(path):
         is_converted = tensor.dtype != torch.float32 and tensor.nbytes > SMALL_TENSOR_BYTES
-        yield name, _Unread(path, name, tensor.dtype) if is_converted else tensor
+        yield name, _Unread(path, name, tensor.dtype, state) if is_converted else tensor
 
 
 def _unwrapped(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
@@ -491,6 +500,8 @@ def _from_tensors(
                 output_loading_info=True,
                 ignore_mismatched_sizes=task.head == "private",  # an owner's head may have more labels than the base's
             )
+        except ModelError:
+            raise
         except Exception as error:  # a broken folder can make the loader raise anything
             reason, hint = first_line(error), DOWNLOAD_AGAIN
             if "ignore_mismatched_sizes" in reason:

@@ -3,24 +3,28 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from transformers import BertForSequenceClassification
 
 from client.measurement import stored_tensors
 from client.owner import Owner
 from client.settings import OwnerSettings
-from common.agreement import Agreement
+from common.agreement import Agreement, Task
 from common.errors import DataError, ModelError
+from common.models import loading
 from common.models.folders import base_model_folder, load_tokenizer
 from common.models.loading import check_base, load_base
 from common.models.manifest import check_manifest, manifest_of
 from common.settings_file import load_settings, write_settings
 from deploy.commands.agree import consent_text
 from tests.support.errors import in_two_lines
+from tests.support.models import tiny_bert
 from tests.support.owner_process import roll_call
 from tests.support.parties import Parties, parties_of
 
@@ -237,6 +241,26 @@ def test_59_an_owner_s_own_tokenizer_reads_no_row(parties: Parties, tmp_path: Pa
     owner.check()
     assert owner.workbench.data.tokenizer is not None
     assert owner.workbench.data.tokenizer(TEXT)["input_ids"] == token_ids(parties.base)
+
+
+def test_59_a_model_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors would be those of two models, and nobody has looked at the second one's types and sizes."""
+    config = tiny_bert().config
+    config.hidden_size, config.intermediate_size = 768, 3072  # large enough for its tensors to be read one by one
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        BertForSequenceClassification(config).bfloat16().save_pretrained(folder)
+    unwrapped = loading._unwrapped
+
+    def replace_file(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Once the file's header was read."""
+        os.replace(second / "model.safetensors", first / "model.safetensors")
+        return unwrapped(tensors)
+
+    monkeypatch.setattr(loading, "_unwrapped", replace_file)
+    with pytest.raises(ModelError) as caught:
+        load_base(first, Task(labels=("a", "b", "c")), seed=0)
+    assert f"model {first}/model.safetensors: was changed while it was loaded" in in_two_lines(caught.value)
 
 
 # --- where a copy came from ---

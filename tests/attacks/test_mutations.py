@@ -537,6 +537,7 @@ TABLE = [
     Mutation(BASE_FILES, "test_59_a_file or test_59_an_agreed", "base-files-are-the-agreed-ones"),
     Mutation(BASE_FILES, "test_59_a_configuration", "configurations-name-no-files", ""),
     Mutation(BASE_FILES, "test_59_the_base_s", "stored-tensors-are-those-checked"),
+    Mutation(BASE_FILES, "test_59_a_model_is_replaced", "a-model-is-loaded-from-one-version"),
     Mutation(BASE_FILES, "test_59_the_base_s", "changes-show", "return status.st_size, status.st_mtime_ns"),
     # 15-17, 39: both secrets
     Mutation(
