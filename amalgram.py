@@ -31,7 +31,7 @@ logging.getLogger("amalgram").addHandler(logging.NullHandler())  # whoever sets 
 # as long and more (benchmarks/threads.py). Torch reads these when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
-# Large tensors lie in pages of 2 MB, where the system offers them: it hands out 512 times fewer, each with some effort.
+# Torch takes memory for large tensors in pages of 2 MB if the kernel allows it: each page costs time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

@@ -126,7 +126,7 @@ def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[st
     """What an owner and the coordinator compute, send, keep on disk and hold in memory."""
     rows = OwnerRows(train=EXAMPLES, validation=0, test=TEST_EXAMPLES, tokens=TOKENS)
     model = 4 * work.parameters
-    sizes = work.sent_bytes, work.received_bytes, model
+    sizes = 8 * work.sent_numbers, [work.received_bytes], model, model
     written = work.sent_bytes + work.received_bytes + 2 * model  # the owner's model, and what would be published
     vector = work.sent_bytes * (1 / writing + 1 / reading)
     owner = estimate.owner_seconds(work, rows, rates) | {"disk": written / writing + written / reading}
@@ -138,8 +138,8 @@ def parties(work: Work, rates: Rates, writing: float, reading: float) -> dict[st
         "coordinator_seconds": coordinator,
         "owner_sends_bytes": work.sent_bytes,
         "owner_receives_bytes": work.received_bytes,
-        "owner_disk_bytes": estimate.disk_bytes(*sizes, owners=1, coordinates=False),
-        "coordinator_disk_bytes": estimate.disk_bytes(*sizes, owners=0, coordinates=True),
+        "owner_disk_bytes": estimate.disk_bytes(*sizes, owners=1),
+        "coordinator_disk_bytes": estimate.disk_bytes(*sizes, coordinates=True),
         "owner_memory_bytes": estimate.owner_bytes(work),
         "coordinator_memory_bytes": estimate.coordinator_bytes(work),
     }

@@ -485,19 +485,30 @@ def coordinator_bytes(work: Work) -> int:
     return FIXED_BYTES + max(4 * work.parameters, solving) + PART_BYTES
 
 
-def disk_bytes(vector: int, candidate: int, model: int, *, owners: int, coordinates: bool) -> int:
-    """The least room that these parties need on one disk, which they share, beside their models and rows.
+def disk_bytes(
+    vector: int,
+    candidates: Sequence[int],
+    model: int,
+    published: int,
+    *,
+    owners: int = 0,
+    trained: int = 0,
+    coordinates: bool = False,
+) -> int:
+    """The least room that these parties need on one disk, beside the models and rows that are there.
 
-    `vector`, `candidate`, `model`: bytes of what an owner sends, of a merged delta, and of a whole model in float32.
-    Owners keep their vectors, and candidates, until the merge is verified. At one time, only one of them has a copy of
-    its model or of what would be published.
+    `vector`: an owner's largest, with 8 bytes a number; `candidates`: merged models that are verified together;
+    `model`: a whole one in float32; `published`: what is published, a model or an adapter. `owners`: so many of the
+    parties, of whom `trained` have yet to make their models.
     """
+    received = sum(candidates)
+    measuring = (owners + coordinates) * vector + bool(owners) * model  # owners on one machine take turns
     summing = (owners + 2 * coordinates) * vector  # the masked sum, and what is unmasked
-    sending = (owners + coordinates) * vector + 3 * coordinates * candidate  # solved, what rounding took, and as sent
-    kept = owners * (vector + candidate)
-    judging = kept + coordinates * (vector + 2 * candidate) + bool(owners) * model
-    publishing = kept + coordinates * (vector + candidate + model)
-    return max(summing, sending, judging, publishing)
+    # The coordinator keeps each candidate as sent, and what rounding took from it; the last one also as it was solved.
+    sending = owners * vector + coordinates * (vector + 2 * received + max(candidates, default=0))
+    verifying = owners * (vector + received) + coordinates * (vector + 2 * received)
+    publishing = coordinates * (vector + max(candidates, default=0) + published)
+    return trained * model + max(measuring, summing, sending, verifying, publishing)
 
 
 def in_words(parts: dict[str, float]) -> str:

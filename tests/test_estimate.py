@@ -132,14 +132,16 @@ def test_every_party_holds_one_whole_model_while_it_loads(work: Work) -> None:
     assert estimate.coordinator_bytes(large) > 28_000_000_000
 
 
-def test_a_coordinator_s_disk_does_not_grow_with_the_owners() -> None:
-    sizes = 11_800, 4_900, 4_900
-    alone = estimate.disk_bytes(*sizes, owners=0, coordinates=True)
-    assert alone == 11_800 + 3 * 4_900
-    assert estimate.disk_bytes(*sizes, owners=1, coordinates=False) == 11_800 + 2 * 4_900
-    assert estimate.disk_bytes(*sizes, owners=3, coordinates=True) == 4 * 11_800 + 6 * 4_900
-    assert estimate.disk_bytes(100, 1, 1, owners=3, coordinates=True) == 500  # two sums are larger than any model
-    assert estimate.disk_bytes(10, 1, 90, owners=0, coordinates=True) == 101  # an adapter is published whole
+def test_a_disk_has_room_for_the_moment_that_needs_most() -> None:
+    vector, model = 11_800, 4_900
+    whole = [model], model, model  # one candidate, as large as a model, which is published
+    assert estimate.disk_bytes(vector, *whole, owners=1) == vector + model  # measuring, or verifying
+    assert estimate.disk_bytes(vector, *whole, coordinates=True) == vector + 3 * model  # sending
+    assert estimate.disk_bytes(vector, *whole, owners=3, coordinates=True) == 4 * vector + 5 * model  # verifying
+    assert estimate.disk_bytes(vector, [model] * 5, model, model, owners=1) == vector + 5 * model  # a sweep
+    assert estimate.disk_bytes(100, [1], 1, 1, owners=3, coordinates=True) == 500  # summing
+    assert estimate.disk_bytes(10, [1], 90, 90, coordinates=True) == 101  # publishing a model merged in part
+    assert estimate.disk_bytes(10, [1], 90, 90, owners=2, trained=2) == 20 + 90 + 2 * 90  # two models yet to be made
 
 
 def test_an_owner_with_a_smaller_model_of_its_own_takes_less(work: Work) -> None:

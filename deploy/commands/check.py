@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 FIRST_ROWS, FIRST_IMAGES = 2000, 200  # of each file, that are read as a run reads them
 LARGE_BASE_BYTES = 2_000_000_000  # a draft on a larger base is not completed for a check
-BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
+BLOCK_BYTES = 512  # what st_blocks counts, on every file system
 NOT_READY = 1
 
 
@@ -180,7 +180,8 @@ def _check_folder(checks: Checklist, folder: Path) -> str:
         from deploy.simulation.parties import PARTIES  # imports torch
 
         output = folder / "output"
-        _check_room(checks, schedule, output / PARTIES, output / CHECKPOINT, owners=len(seen), coordinates=True)
+        folders = output / PARTIES, output / CHECKPOINT
+        _check_room(checks, agreement, consortium.base_folder, schedule, *folders, owners=seen, coordinates=True)
         _estimate(checks, agreement, consortium.base_folder, schedule, seen, consortium.pool, coordinates=True)
     _say_what_is_left(checks, "amalgram simulate", consortium.draft.task, seen)
     return following
@@ -252,7 +253,7 @@ def _check_owner(checks: Checklist, path: Path) -> str:
         for data in _check_rows(checks, agreement, base_folder, [seen]):
             _check_ledger(checks, owner, data)
     if checks.is_ready:
-        _check_room(checks, schedule, home / settings.state, owners=1)
+        _check_room(checks, agreement, base_folder, schedule, home / settings.state, owners=[seen])
         _estimate(checks, agreement, base_folder, schedule, [seen], pool, coordinates=False)
         _say_what_is_left(checks, "amalgram agree", agreement.task, [seen])
         if (home / settings.state).is_dir() and agreement.digest() in owner.state.consents():
@@ -292,7 +293,7 @@ def _check_coordinator(checks: Checklist, path: Path) -> str:
         with checks.item("device") as item:
             item.found = _device_in_words(find_solver(place.settings.device, str(path)))
     if checks.is_ready:
-        _check_room(checks, schedule, place.output / CHECKPOINT, coordinates=True)
+        _check_room(checks, place.agreement, base_folder, schedule, place.output / CHECKPOINT, coordinates=True)
         _estimate(checks, place.agreement, base_folder, schedule, [], pool, coordinates=True)
     return f"amalgram {'merge' if is_running else 'server'} {path}"
 
@@ -423,26 +424,57 @@ def _check_lengths(checks: Checklist, task: Task, base_folder: Path, owners: Seq
 
 
 def _check_room(
-    checks: Checklist, schedule: Schedule, *folders: Path, owners: int = 0, coordinates: bool = False
+    checks: Checklist,
+    agreement: Agreement,
+    base_folder: Path,
+    schedule: Schedule,
+    *folders: Path,
+    owners: Sequence[Seen] = (),
+    coordinates: bool = False,
 ) -> None:
-    """Look whether the disk of some folders, which need not exist yet, has room for what a run of these parties keeps
-    there. What an earlier start left in them counts as room: a run goes on with it, or replaces it.
+    """Check that the disk has room for what a run of these parties keeps in `folders`, which need not exist yet.
+
+    What an earlier start left there counts as room: a run resumes from it, or replaces it.
     """
+    from common.models.loading import load_outline
     from deploy.estimate import disk_bytes
 
     with checks.item("disk") as item:
         existing = next(each for each in (folders[0].resolve(), *folders[0].resolve().parents) if each.exists())
-        left = sum(path.lstat().st_blocks * BLOCK_BYTES for each in folders for path in each.rglob("*"))
-        free = shutil.disk_usage(existing).free + left
-        vector = max(each.layout.num_bytes for each in schedule.rounds)
-        candidate = max((each.layout.size * 4 for each in schedule.of_kind("candidate")), default=0)
-        needed = disk_bytes(vector, candidate, candidate, owners=owners, coordinates=coordinates)
+        free = shutil.disk_usage(existing).free + sum(map(_taken_bytes, folders))
+        model = 4 * sum(each.numel() for each in load_outline(base_folder, agreement.task).parameters())
+        needed = disk_bytes(
+            max(8 * each.layout.size for each in schedule.rounds),
+            _verified_together(schedule),
+            model,
+            model if agreement.publish.adapter_rank is None else 0,
+            owners=len(owners),
+            trained=sum(each.settings.fine_tuned is None for each in owners),
+            coordinates=coordinates,
+        )
         item.found = f"{byte_count(free)} free in {existing}, a run keeps at least {byte_count(needed)}"
         if free < needed:
             raise SettingsError(
                 f"{existing}: {byte_count(free)} free, a run keeps at least {byte_count(needed)}",
                 hint="make room on this disk, or name another folder",
             )
+
+
+def _taken_bytes(folder: Path) -> int:
+    """What the files of a folder take. A party may be at work, so any of them may be gone by now."""
+    taken = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            taken += path.lstat().st_blocks * BLOCK_BYTES
+    return taken
+
+
+def _verified_together(schedule: Schedule) -> list[int]:
+    """Bytes of each merged model that is kept until a check of several, the largest one; of one if none is verified."""
+    sizes = {each.position: 4 * each.layout.size for each in schedule.events if isinstance(each, Delivery)}
+    checks = [[sizes[claim.delivery] for claim in each.claims] for each in schedule.of_kind("correction")]
+    candidates = [[sizes[each.position]] for each in schedule.of_kind("candidate")]
+    return max([*checks, *candidates], key=sum, default=[])
 
 
 def _estimate(
