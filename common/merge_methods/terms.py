@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -307,7 +308,7 @@ class MergedDelta:
         )
 
     def __post_init__(self) -> None:
-        for name, tensor in (*self.delta.items(), *self.beside.items(), *self.applied.items()):
+        for name, tensor in chain(self.delta.items(), self.beside.items(), self.applied.items()):  # one at a time
             if not is_finite(tensor):
                 raise NumericalError(
                     f"merge: the merged delta of {name} is not finite",
