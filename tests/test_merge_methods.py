@@ -2,12 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -245,6 +246,26 @@ def test_an_indefinite_sum_is_reported_and_gives_finite_weights() -> None:
 def test_a_merged_delta_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(NumericalError, match="the merged delta of w is not finite"):
         MergedDelta(delta={"w": torch.tensor([1.0, float("nan")])})
+
+
+def test_a_merged_delta_that_is_read_when_asked_for_is_never_whole_in_memory() -> None:
+    made: list[ref[Tensor]] = []
+
+    class Read(Mapping[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            tensor = torch.ones(3)
+            made.append(ref(tensor))
+            assert sum(each() is not None for each in made) <= 2  # the last one may still have a name
+            return tensor
+
+        def __iter__(self) -> Iterator[str]:
+            return iter("abcdefgh")
+
+        def __len__(self) -> int:
+            return 8
+
+    MergedDelta(delta=Read())
+    assert len(made) == 8
 
 
 def test_conditioning_and_rank_are_those_of_the_spectrum() -> None:
