@@ -498,8 +498,8 @@ def disk_bytes(
     """The least room that these parties need on one disk, beside the models and rows that are there.
 
     `vector`: an owner's largest, with 8 bytes a number; `candidates`: merged models that are verified together;
-    `model`: a whole one in float32; `published`: what is published, a model or an adapter. `owners`: so many of the
-    parties, of whom `trained` have yet to make their models.
+    `model`: a whole one in float32; `published`: what is published, a model or an adapter. `owners`: the number
+    of them, of whom `trained` have yet to make their models.
     """
     received = sum(candidates)
     measuring = (owners + coordinates) * vector + bool(owners) * model  # owners on one machine take turns
