@@ -494,19 +494,21 @@ def disk_bytes(
     owners: int = 0,
     trained: int = 0,
     coordinates: bool = False,
+    is_verified: bool = True,
 ) -> int:
     """The least room that these parties need on one disk, beside the models and rows that are there.
 
-    `vector`: an owner's largest, with 8 bytes a number; `candidates`: merged models that are verified together;
+    `vector`: an owner's largest, with 8 bytes a number; `candidates`: merged models that are kept together;
     `model`: a whole one in float32; `published`: what is published, a model or an adapter. `owners`: the number
     of them, of whom `trained` have yet to make their models.
     """
     received = sum(candidates)
     measuring = (owners + coordinates) * vector + bool(owners) * model  # owners on one machine take turns
     summing = (owners + 2 * coordinates) * vector  # the masked sum, and what is unmasked
-    # The coordinator keeps each candidate as sent, and what rounding took from it; the last one also as it was solved.
-    sending = owners * vector + coordinates * (vector + 2 * received + max(candidates, default=0))
-    verifying = owners * (vector + received) + coordinates * (vector + 2 * received)
+    # The coordinator keeps each candidate as sent, and until it is verified, what rounding took from it.
+    sent = vector + (1 + is_verified) * received
+    sending = owners * vector + coordinates * (sent + max(candidates, default=0))  # the last one also as it was solved
+    verifying = owners * (vector + received) + coordinates * sent
     publishing = coordinates * (vector + max(candidates, default=0) + published)
     return trained * model + max(measuring, summing, sending, verifying, publishing)
 

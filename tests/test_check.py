@@ -380,19 +380,23 @@ def test_keys_that_others_may_read_and_keys_of_others_are_found(
     assert "coordinator.key: is not the identity that the agreement names for the coordinator" in errors
 
 
-def test_what_an_earlier_start_left_on_a_disk_counts_as_room(
+def test_each_party_s_disk_has_room_for_it_alone_and_what_an_earlier_start_left_counts_as_room(
     network: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(network)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    needed: list[float] = []
     left_by = {"hotel.toml": network / "state-hotel", "coordinator.toml": network / "output" / "checkpoint"}
     for settings, folder in left_by.items():
         code, _, errors = lines(capsys, settings)
         assert code == 1
-        assert "1.0 MB free, a run keeps at least" in errors
+        (kept,) = re.findall(r"1\.0 MB free, a run keeps at least ([\d.]+) MB", errors)
+        needed.append(float(kept))
         folder.mkdir(parents=True)
         (folder / "sum").write_bytes(bytes(20_000_000))
         assert lines(capsys, settings)[1]["disk"].startswith("21.0 MB free in")
+    of_owner, of_coordinator = needed
+    assert of_owner < of_coordinator < 3 * of_owner  # the coordinator's is not that of all owners together
 
 
 def test_a_server_that_cannot_be_reached_is_found(network: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,7 @@ def test_a_disk_has_room_for_the_moment_that_needs_most() -> None:
     whole = [model], model, model  # one candidate, as large as a model, which is published
     assert estimate.disk_bytes(vector, *whole, owners=1) == vector + model  # measuring, or verifying
     assert estimate.disk_bytes(vector, *whole, coordinates=True) == vector + 3 * model  # sending
+    assert estimate.disk_bytes(100, *whole, coordinates=True, is_verified=False) == 100 + 2 * model  # no rest is kept
     assert estimate.disk_bytes(vector, *whole, owners=3, coordinates=True) == 4 * vector + 5 * model  # verifying
     assert estimate.disk_bytes(vector, [model] * 5, model, model, owners=1) == vector + 5 * model  # a sweep
     assert estimate.disk_bytes(100, [1], 1, 1, owners=3, coordinates=True) == 500  # summing

@@ -21,6 +21,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from benchmarks.memory import peak_megabytes
 from client.measurement.gram import measure_grams
 from common import mapped
 from common.agreement import Agreement, AgreementDraft, OwnerEntry, Task
@@ -112,20 +113,15 @@ def test_half_precision_is_not_held_beside_float32_while_a_model_is_loaded(folde
             parameter.fill_(0.25)
     model.save_pretrained(tmp_path / "large", max_shard_size="50MB")
     load_tokenizer(folder).save_pretrained(tmp_path / "large")
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    size = 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
     del model
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be used again, and no peak be seen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = peak_bytes()
+    before = peak_megabytes()
     loaded = load_base(tmp_path / "large", TASK, seed=0)
     assert (loaded.classifier.weight == 0.25).all()
-    assert size < peak_bytes() - before < 1.25 * size  # with all of the files, it would be 1.5
-
-
-def peak_bytes() -> int:
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    assert size < peak_megabytes() - before < 1.25 * size  # with all of the files, it would be 1.5
 
 
 def test_a_model_of_half_precision_is_published_as_computed_in_float32(tmp_path: Path) -> None:

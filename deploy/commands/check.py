@@ -443,14 +443,16 @@ def _check_room(
         existing = next(each for each in (folders[0].resolve(), *folders[0].resolve().parents) if each.exists())
         free = shutil.disk_usage(existing).free + sum(map(_taken_bytes, folders))
         model = 4 * sum(each.numel() for each in load_outline(base_folder, agreement.task).parameters())
+        on_base = [each for each in owners if each.settings.own_base is None]  # another base may be smaller
         needed = disk_bytes(
             max(8 * each.layout.size for each in schedule.rounds),
-            _verified_together(schedule),
-            model,
+            _kept_together(schedule),
+            model if on_base else 0,
             model if agreement.publish.adapter_rank is None else 0,
             owners=len(owners),
-            trained=sum(each.settings.fine_tuned is None for each in owners),
+            trained=sum(each.settings.fine_tuned is None for each in on_base),
             coordinates=coordinates,
+            is_verified=agreement.is_verified,
         )
         item.found = f"{byte_count(free)} free in {existing}, a run keeps at least {byte_count(needed)}"
         if free < needed:
@@ -469,8 +471,8 @@ def _taken_bytes(folder: Path) -> int:
     return taken
 
 
-def _verified_together(schedule: Schedule) -> list[int]:
-    """Bytes of each merged model that is kept until a check of several, the largest one; of one if none is verified."""
+def _kept_together(schedule: Schedule) -> list[int]:
+    """Bytes of each merged model that is kept for the largest check; of the largest one if none is verified."""
     sizes = {each.position: 4 * each.layout.size for each in schedule.events if isinstance(each, Delivery)}
     checks = [[sizes[claim.delivery] for claim in each.claims] for each in schedule.of_kind("correction")]
     candidates = [[sizes[each.position]] for each in schedule.of_kind("candidate")]
