@@ -224,7 +224,7 @@ def coordinate(folder: Path) -> None:
         fixed = in_a_process(load_only, folder)
         configs = [{"settings": str(path)} for path in sorted(folder.glob("owner*.toml"))]
         (folder / "output").mkdir()
-        run_in_process(app, ask_owners, configs, {"coordinator": str(folder / "coordinator.toml")})  # type: ignore[arg-type]
+        run_in_process(app, ask_owners, configs, {"coordinator": str(folder / "coordinator.toml")})
     print(json.dumps({"coordinator": peak_megabytes(), "fixed": fixed}))
 
 

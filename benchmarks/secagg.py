@@ -23,7 +23,7 @@ import logging
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -134,13 +134,11 @@ def by_flwr(numbers: int, owners: int) -> dict[str, float]:
     from flwr.server.strategy import FedAvg
     from flwr.server.workflow import SecAggPlusWorkflow
     from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
-    from flwr.supercore.task_identity import TaskIdentity
 
     from benchmarks.memory import peak_megabytes
     from deploy.simulation.in_process_grid import RUN_ID, SERVER_NODE_ID, InProcessGrid
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_NODE_ID
     vectors = vectors_of(numbers, owners)
     app = ClientApp(mods=[secaggplus_mod])
 
@@ -153,11 +151,15 @@ def by_flwr(numbers: int, owners: int) -> dict[str, float]:
     class Counted(InProcessGrid):
         num_bytes = 0
 
-        def _handle(self, message: Message) -> Message:
-            self.num_bytes += in_messages(message)
-            reply = super()._handle(message)
-            self.num_bytes += in_messages(reply)
-            return reply
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            sent = list(messages)
+            self.num_bytes += sum(map(in_messages, sent))
+            return super().push_messages(sent)
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            self.num_bytes += sum(map(in_messages, replies))
+            return replies
 
     class Proxy(ClientProxy):  # who is there; messages go through the grid
         def __init__(self, node_id: int) -> None:

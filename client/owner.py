@@ -51,7 +51,12 @@ from common.summation.fixed_point import check_layout
 from common.text import some_of
 
 FilesState = frozenset[tuple[Path, tuple[int, ...]]]
-_in_order: dict[Path, FilesState] = {}  # by settings file: what this process has checked
+_in_order: dict[Path, FilesState] = {}  # by settings file: what has been checked
+
+
+def remember_checked(checked: Mapping[Path, FilesState]) -> None:
+    """Let this process know what other processes on this machine have checked, by settings file."""
+    _in_order.update(checked)
 
 
 class Owner(OwnerContext):
@@ -66,13 +71,17 @@ class Owner(OwnerContext):
     def check(self) -> None:
         """Look at everything this owner brings. Raises the error that a run would meet; nothing is computed.
 
-        A simulation looks before its run, in the process that answers the roll call: what has not changed since is not
-        looked at again.
+        A simulation looks before its run: what has not changed since is not looked at again at the roll call.
         """
         found = self._files_as_they_are(self.look())
         if _in_order.get(self.settings_path) != found:
             self.workbench.check()
             _in_order[self.settings_path] = found
+
+    @property
+    def checked(self) -> FilesState:
+        """The files that this process checked last, as they were."""
+        return _in_order[self.settings_path]
 
     def _files_as_they_are(self, look: OwnerLook) -> FilesState:
         """The state of everything that a check reads, as far as it takes no reading."""

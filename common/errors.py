@@ -13,7 +13,8 @@
     │   └── FalseTotal           a total that honest owners cannot make                exit 5
     ├── WrongModel               what the coordinator sent is not what was verified     exit 6
     ├── EngineError              the Flower engine did not do its part                 exit 1
-    │   └── ServerAway           nothing answers where the coordinator's server was    exit 1
+    │   ├── ServerAway           nothing answers where the coordinator's server was    exit 1
+    │   └── HelperEnded          a process that helped a simulation was killed         exit 1
     └── OwnerRefused             an owner answered with one of the codes above         that code's exit
 
 An error has two parts. The message is one line: what is wrong, where, the value and the bound. The hint says what to do
@@ -106,6 +107,10 @@ class EngineError(AmalgramError):
 
 
 class ServerAway(EngineError):  # noqa: N818 - the name says it
+    pass
+
+
+class HelperEnded(EngineError):  # noqa: N818 - the name says it
     pass
 
 

@@ -32,6 +32,15 @@ class Consortium:
     settings: Mapping[str, OwnerSettings]
     adapters: Mapping[str, Path]  # of the base, by the owners that bring them
 
+    @property
+    def own_bases(self) -> list[Path]:
+        """Those of the owners that have a base of their own."""
+        return [
+            model_folder(settings.own_base, self.owner_files[name].parent)
+            for name, settings in self.settings.items()
+            if settings.own_base is not None
+        ]
+
     def look_at(self, owner: str) -> OwnerLook:
         """Look at an owner's model and files. Raises the AmalgramError that a run would meet."""
         home = self.owner_files[owner].parent

@@ -56,8 +56,9 @@ HASHES, COPIES = 3.0, 16.0  # of each byte of a vector: packed, sent, added up, 
 LOAD_HASHES, LOAD_COPIES = 1.0, 5.0  # of each byte of a large model that is loaded
 PIECE_BYTES = 1 << 25  # that is hashed and copied to see how fast that is
 PACKETS = 18  # to an owner, beside those that vectors and models fill
-SIMULATION_SECONDS = 5.0
+SIMULATION_SECONDS = 5.0  # of Python: to complete the agreement and to draw the page
 PACKET_SECONDS = 0.04  # of Python, for the settings, the agreement and the state
+PYTHON_TURNS, PYTHON_SECONDS = 300_000, 0.012  # of a loop, and what it took where the other seconds were found
 FIXED_BYTES = 500_000_000  # a process that has imported the libraries, loaded a model and released it
 NETWORKS = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}  # bytes a second
 
@@ -66,7 +67,8 @@ NETWORKS = {"100 Mbit/s": 100e6 / 8, "1 Gbit/s": 1e9 / 8}  # bytes a second
 class Rates:
     """What this machine takes, in seconds. An image counts as one token.
 
-    `times_alone`: how many times as long a token takes if its example is a batch of its own.
+    `times_alone`: how many times as long a token takes if its example is a batch of its own. `times_python`: how many
+    times as long Python takes as where PACKET_SECONDS and SIMULATION_SECONDS were found.
     """
 
     forward_of_token: float
@@ -80,6 +82,7 @@ class Rates:
     solve_of_flop: float
     spectrum_of_flop: float
     times_alone: float = 1.0
+    times_python: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +247,7 @@ def measure_rates(
         solve_of_flop=solve / square.solve_flops,
         spectrum_of_flop=eigenvalues / square.spectrum_flops,
         times_alone=times_alone(outline, plan, tokens) if work.are_apart else 1.0,
+        times_python=_seconds(lambda: sum(each * each for each in range(PYTHON_TURNS))) / PYTHON_SECONDS,
     )
 
 
@@ -440,7 +444,7 @@ def owner_seconds(work: Work, rows: OwnerRows, rates: Rates) -> dict[str, float]
         "loading models": loads * work.parameters * rates.loading_of_parameter,
         "masking": work.sent_numbers * (rates.encoding_of_number + work.masks * rates.mask_of_number),
         "packing and verifying": handling + products,
-        "messages": packets * PACKET_SECONDS,
+        "messages": packets * PACKET_SECONDS * rates.times_python,
     }
 
 
@@ -458,14 +462,20 @@ def coordinator_seconds(work: Work, rates: Rates) -> dict[str, float]:
     }
 
 
-def simulation_seconds(owners: Sequence[OwnerRows], rates: Rates) -> dict[str, float]:
-    """What a simulation does beside what its parties do: it completes the agreement, draws the page, and computes what
-    only somebody who holds all models and rows can know (deploy/simulation/references.py).
+def page_seconds(rates: Rates) -> dict[str, float]:
+    """What a simulation takes to complete the agreement and to draw the page."""
+    return {"agreement and report": SIMULATION_SECONDS * rates.times_python}
+
+
+def references_seconds(owners: Sequence[OwnerRows], rates: Rates, processes: int = 1) -> dict[str, float]:
+    """What a simulation computes that only somebody who holds all models and rows can know, shared out among so many
+    processes (deploy/simulation/references.py). Training on all rows is one process's.
     """
     one_pass = rates.forward_of_token
     own = sum(each.test * each.tokens for each in owners) * sum(each.own_cost for each in owners) * one_pass
     pooled = min((each.epochs for each in owners), default=0) * sum(each.train * each.tokens for each in owners)
-    return {"references": own + pooled * (1 + BACKWARDS) * one_pass, "agreement and report": SIMULATION_SECONDS}
+    training = pooled * (1 + BACKWARDS) * one_pass
+    return {"references": max(training, (own + training) / processes)}
 
 
 def owner_bytes(work: Work) -> int:
@@ -493,6 +503,7 @@ def disk_bytes(
     *,
     owners: int = 0,
     trained: int = 0,
+    at_once: int = 1,
     coordinates: bool = False,
     is_verified: bool = True,
 ) -> int:
@@ -500,10 +511,10 @@ def disk_bytes(
 
     `vector`: an owner's largest, with 8 bytes a number; `candidates`: merged models that are kept together;
     `model`: a whole one in float32; `published`: what is published, a model or an adapter. `owners`: the number
-    of them, of whom `trained` have yet to make their models.
+    of them, of whom `trained` have yet to make their models, and `at_once` compute at a time.
     """
     received = sum(candidates)
-    measuring = (owners + coordinates) * vector + bool(owners) * model  # owners on one machine take turns
+    measuring = (owners + coordinates) * vector + min(owners, at_once) * model
     summing = (owners + 2 * coordinates) * vector  # the masked sum, and what is unmasked
     # The coordinator keeps each candidate as sent, and until it is verified, what rounding took from it.
     sent = vector + (1 + is_verified) * received

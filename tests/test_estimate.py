@@ -110,12 +110,19 @@ def test_the_coordinator_solves_each_system_once_for_each_candidate(work: Work) 
 
 def test_a_simulation_judges_every_owner_s_model_on_all_rows_and_trains_one_on_all() -> None:
     owners = [OwnerRows(train=100, validation=10, test=test, epochs=2, tokens=5.0) for test in (20, 40)]
-    assert estimate.simulation_seconds(owners, RATES) == {
-        "references": 2 * (20 + 40) * 5 + 2 * 200 * 5 * 3,
-        "agreement and report": estimate.SIMULATION_SECONDS,
-    }
+    assert estimate.references_seconds(owners, RATES) == {"references": 2 * (20 + 40) * 5 + 2 * 200 * 5 * 3}
+    # Two processes judge side by side, but one of them trains.
+    assert estimate.references_seconds(owners, RATES, processes=2) == {"references": 2 * 200 * 5 * 3}
     brought = [replace(each, epochs=0) for each in owners]
-    assert estimate.simulation_seconds(brought, RATES)["references"] == 2 * (20 + 40) * 5
+    assert estimate.references_seconds(brought, RATES, processes=2) == {"references": (20 + 40) * 5}
+    assert estimate.references_seconds(brought, RATES)["references"] == 2 * (20 + 40) * 5
+
+
+def test_what_is_python_takes_longer_on_a_slower_machine(work: Work) -> None:
+    slow, rows = replace(RATES, times_python=3.0), OwnerRows(train=1, validation=1, test=1)
+    assert estimate.page_seconds(slow)["agreement and report"] == 3 * estimate.SIMULATION_SECONDS
+    taken = estimate.owner_seconds(work, rows, slow)["messages"]
+    assert taken == pytest.approx(3 * estimate.owner_seconds(work, rows, RATES)["messages"])
 
 
 def test_a_pool_is_predicted_by_every_owner_and_trained_on_by_the_coordinator(work: Work) -> None:
@@ -141,6 +148,7 @@ def test_a_disk_has_room_for_the_moment_that_needs_most() -> None:
     assert estimate.disk_bytes(vector, *whole, owners=3, coordinates=True) == 4 * vector + 5 * model  # verifying
     assert estimate.disk_bytes(vector, [model] * 5, model, model, owners=1) == vector + 5 * model  # a sweep
     assert estimate.disk_bytes(100, [1], 1, 1, owners=3, coordinates=True) == 500  # summing
+    assert estimate.disk_bytes(100, [1], 90, 1, owners=3, at_once=2) == 300 + 2 * 90  # two owners measure
     assert estimate.disk_bytes(10, [1], 90, 90, coordinates=True) == 101  # publishing a model merged in part
     assert estimate.disk_bytes(10, [1], 90, 90, owners=2, trained=2) == 20 + 90 + 2 * 90  # two models yet to be made
 
@@ -150,7 +158,7 @@ def test_an_owner_with_a_smaller_model_of_its_own_takes_less(work: Work) -> None
     rows = OwnerRows(train=400, validation=10, test=20, epochs=2, own_cost=0.25)
     assert estimate.owner_seconds(distilled, rows, RATES)["predicting the pool"] == 225
     assert estimate.owner_seconds(distilled, rows, RATES)["training"] == 2 * 400 * 3 / 4
-    assert estimate.simulation_seconds([rows, replace(rows, epochs=0, own_cost=1.0)], RATES)["references"] == 40 * 1.25
+    assert estimate.references_seconds([rows, replace(rows, epochs=0, own_cost=1.0)], RATES)["references"] == 40 * 1.25
     model, larger = tiny_bert(), tiny_bert()
     larger.bert.embeddings.word_embeddings = torch.nn.Embedding(8000, 16)  # looked up, which costs next to nothing
     assert estimate.cost_beside(model, larger) == 1.0

@@ -5,7 +5,7 @@ import pytest
 
 from common.agreement import Task
 from common.metrics import Score
-from deploy.simulation.references import _mean, _over_owners, _votes
+from deploy.simulation.references import _mean, _over_owners, _vote
 
 SEVERAL = Task(problem_type="multi_label_classification", labels=("a", "b"))
 NUMBER = Task(problem_type="regression", labels=("x",), target_range=(0.0, 1.0))
@@ -13,10 +13,10 @@ NUMBER = Task(problem_type="regression", labels=("x",), target_range=(0.0, 1.0))
 
 def test_an_ensemble_gives_a_label_whose_mean_probability_is_above_a_half_and_the_mean_number() -> None:
     logits = [np.array([[4.0, -1.0]], np.float32), np.array([[-1.0, -1.0]], np.float32)]
-    votes = sum(_votes(each, SEVERAL, 2) for each in logits)
+    votes = sum(_vote(each, SEVERAL, 2) for each in logits)
     probabilities = np.mean([1 / (1 + np.exp(-each)) for each in logits], axis=0)
     assert ((votes > 0) == (probabilities > 0.5)).all()
-    assert sum(_votes(each, NUMBER, 2) for each in logits).tolist() == [[1.5, -1.0]]
+    assert sum(_vote(each, NUMBER, 2) for each in logits).tolist() == [[1.5, -1.0]]
 
 
 def test_sums_of_owners_are_added_and_means_of_a_regression_are_over_all_rows() -> None:

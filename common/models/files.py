@@ -118,6 +118,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [inside(folder, name) for name in sorted(names)]
 
 
+def weight_bytes(*folders: Path) -> int:
+    """How large the weights in a folder are; of several folders, the largest. Raises ModelError."""
+    return max(sum(path.stat().st_size for path in weight_files(folder)) for folder in folders)
+
+
 def check_readable(folder: Path) -> None:
     """Raise ModelError unless the headers of a whole model's weights fit their files. No weight is read."""
     for path in weight_files(folder):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from common.errors import AmalgramError, DataError, SettingsError, first_line
 from common.identity import Identity, fingerprint
 from common.merge_methods.distill import DISTILL
 from common.models.adapter import changed_parameters, check_adapter, is_adapter, names_another_base
-from common.models.files import check_readable, weight_files
+from common.models.files import check_readable, weight_bytes
 from common.models.folders import (
     base_model_folder,
     check_same_architecture,
@@ -450,6 +450,7 @@ def _check_room(
             model if on_base else 0,
             model if agreement.publish.adapter_rank is None else 0,
             owners=len(owners),
+            at_once=_shares(base_folder, owners)[0] if coordinates else 1,
             trained=sum(each.settings.fine_tuned is None for each in on_base),
             coordinates=coordinates,
             is_verified=agreement.is_verified,
@@ -494,11 +495,16 @@ def _estimate(
     """
     from client.measurement.gram_stream import TRIAL_ERRORS
     from deploy import estimate
+    from deploy.simulation.crew import torch_threads
 
     with checks.item("time") as item:
         try:
             rows = [_owner_rows(agreement.task, base_folder, owner) for owner in owners]
-            work, parts = estimated_seconds(agreement, base_folder, schedule, rows, pool, coordinates=coordinates)
+            processes, threads = _shares(base_folder, owners if coordinates else ())
+            with torch_threads(threads):
+                work, parts = estimated_seconds(
+                    agreement, base_folder, schedule, rows, pool, coordinates=coordinates, processes=processes
+                )
         except TRIAL_ERRORS as error:
             item.found = f"unknown: the base cannot be timed without its weights ({first_line(error)})"
             return
@@ -510,6 +516,7 @@ def _estimate(
         return
     with checks.item("memory") as item:
         most = max(estimate.owner_bytes(work) if owners else 0, estimate.coordinator_bytes(work) if coordinates else 0)
+        most += (processes - 1) * estimate.owner_bytes(work)
         item.found = f"about {about_bytes(most)} at the most"
     if owners:
         _check_gram_rows(checks, agreement, base_folder, schedule, owners, rows)
@@ -558,10 +565,12 @@ def estimated_seconds(
     pool: Path | None,
     *,
     coordinates: bool,
+    processes: int = 1,
 ) -> "tuple[Work, dict[str, float]]":
-    """What a merge asks of one owner, and the processor seconds that it takes of all these parties together, by part.
+    """What a merge asks of one owner, and the seconds that it takes of all these parties together, by part.
 
-    Whatever the model's own code raises if it cannot run without its weights passes through.
+    `processes`: how many compute for the owners of a simulation. Whatever the model's own code raises if it cannot run
+    without its weights passes through.
     """
     from common.models.loading import agreed_plan, digest_of, load_base, load_outline
     from deploy import estimate
@@ -577,12 +586,28 @@ def estimated_seconds(
         outline, plan, tokens, work, load=lambda: digest_of(load_base(base_folder, task, agreement.seed), task)
     )
     found = [estimate.owner_seconds(work, each, rates) for each in rows]
+    if rows:
+        share = ceil(len(rows) / processes) / len(rows)  # of the owners, for the process that computes for most
+        found = [{name: share * seconds for name, seconds in each.items()} for each in found]
     if coordinates:
         found.append(estimate.coordinator_seconds(work, rates))
     if coordinates and rows:
         # Without a shared head, no model can be judged on another owner's rows: there are no references.
-        found.append(estimate.simulation_seconds([] if task.head == "private" else rows, rates))
+        judged = [] if task.head == "private" else rows
+        found.append(estimate.references_seconds(judged, rates, processes) | estimate.page_seconds(rates))
     return work, {name: sum(each.get(name, 0.0) for each in found) for name in chain.from_iterable(found)}
+
+
+def _shares(base_folder: Path, simulated: Sequence[Seen]) -> tuple[int, int]:
+    """How many processes compute for the owners of a simulation, if it is one, and the threads of each."""
+    import torch
+
+    from deploy.simulation.crew import shares
+
+    if not simulated:
+        return 1, torch.get_num_threads()
+    own = [each.look.own_base for each in simulated if each.look.own_base is not None]
+    return shares(len(simulated), weight_bytes(base_folder, *own))
 
 
 def _owner_rows(task: Task, base_folder: Path, owner: Seen) -> "OwnerRows":
@@ -627,7 +652,7 @@ def _schedule(agreement: Agreement, base_folder: Path) -> Schedule:
 
 def _simulated_agreement(consortium: Consortium) -> Agreement | None:
     """What a simulation would agree on; None if its base is too large to complete the draft for a check."""
-    if sum(path.stat().st_size for path in weight_files(consortium.base_folder)) > LARGE_BASE_BYTES:
+    if weight_bytes(consortium.base_folder) > LARGE_BASE_BYTES:
         return None
     from deploy.complete import complete_agreement
 
@@ -651,7 +676,7 @@ def _in_words(draft: AgreementDraft) -> str:
 
 def _task_in_words(draft: AgreementDraft, base_folder: Path) -> str:
     check_readable(base_folder)
-    size = byte_count(sum(path.stat().st_size for path in weight_files(base_folder)))
+    size = byte_count(weight_bytes(base_folder))
     task = draft.task
     problem = ", several labels a row" if task.has_several_labels else ", numbers" if task.is_regression else ""
     labels = f", {'targets' if task.is_regression else 'labels'} {', '.join(task.labels)}" if task.labels else ""

@@ -56,13 +56,9 @@ def simulate_demo(out: Path | None, seed: int, engine: Engine, references: bool)
     check_engine(engine)
     out = out or DEMO_OUTPUT
     claim_output(out)
-    import torch
-
     from deploy.commands.report import show_report
     from deploy.demo.run import run_demo
 
-    # The demo's models gain nothing from a second thread, and numbers repeat only with the same number of threads.
-    torch.set_num_threads(1)
     log.info("no FOLDER given: running the demo, into %s", out)
     with progress_below_log():
         report = run_demo(out, seed, engine=engine, with_references=references)

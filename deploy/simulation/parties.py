@@ -14,6 +14,7 @@ import torch
 from client.owner import Owner
 from client.settings import OwnerNetwork, OwnerSettings
 from common.agreement import COORDINATOR, Agreement, AgreementDraft
+from common.errors import HelperEnded
 from common.identity import Identity, read_identity, write_identity
 from common.models.folders import fine_tuned_folder, model_folder
 from common.private_file import read_secret, write_key
@@ -89,6 +90,8 @@ def set_up_parties(
             write_settings(party_files[-1], _placed(settings, path.parent, base_folder, port, pool))
             give_consent(Owner(party_files[-1]))
         yield coordinator_file, party_files
+    except HelperEnded:  # as if this process had been killed
+        raise
     except Exception:
         shutil.rmtree(parties, ignore_errors=True)
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -8,7 +8,9 @@ multi_task   the base fine-tuned on all owners' pooled rows: what pooling the da
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,62 +23,105 @@ from client.owner import Owner
 from common.agreement import Task
 from common.merge_methods.distill import DISTILL, LEAST_CLOSENESS
 from common.metrics import MeanScore, Score, Sums, regression_score
+from deploy.simulation.crew import Crew
 
 
-def reference_scores(owners: Sequence[Owner]) -> dict[str, MeanScore]:
-    """Scores by model. `ensemble` only of models with labels, whose probabilities fit in memory; `multi_task`
-    only where all owners make their models from one recipe; none of them where heads are private.
+def reference_scores(party_files: tuple[Path, ...], crew: Crew) -> dict[str, MeanScore]:
+    """Scores by model, of the owners with these settings. `ensemble` only of models with labels, whose probabilities
+    fit in memory; `multi_task` only where all owners make their models from one recipe; none of them where heads are
+    private.
     """
-    if owners[0].agreement.task.head == "private":
-        return {}  # no model has a head for another owner's rows
-    scores = _own_and_ensemble(owners)
-    recipes = {owner.settings.training for owner in owners}
-    if any(owner.settings.own_base is not None for owner in owners):
-        recipes.add(None)  # a recipe for another model
-    if len(recipes) == 1 and None not in recipes:
-        scores["multi_task"] = _multi_task(owners)
-    task = owners[0].agreement.task
+    try:
+        scores = _scores(party_files, crew)
+        task = _owners(party_files)[0].agreement.task
+    finally:
+        _owners.cache_clear()  # the next simulation may have other files of the same names
     return {model: _over_owners(by_owner, task) for model, by_owner in scores.items()}
 
 
-def _own_and_ensemble(owners: Sequence[Owner]) -> dict[str, dict[str, Score]]:
-    task = owners[0].agreement.task
-    tests = {owner.name: owner.workbench.data.test() for owner in owners}
-    labels = {owner.name: owner.workbench.data.label_set() for owner in owners}
-    own: dict[str, list[Score]] = {name: [] for name in tests}
+def _scores(party_files: tuple[Path, ...], crew: Crew) -> dict[str, dict[str, Score]]:
+    """By model and owner."""
+    owners = _owners(party_files)
+    if owners[0].agreement.task.head == "private":
+        return {}  # no model has a head for another owner's rows
+    recipes = {owner.settings.training for owner in owners}
+    if any(owner.settings.own_base is not None for owner in owners):
+        recipes.add(None)  # a recipe for another model
+    has_one_recipe = len(recipes) == 1 and None not in recipes
+    if has_one_recipe:
+        crew.add("multi_task", _multi_task, party_files)  # first, because it takes longest
+    scores = _own_and_ensemble(party_files, crew)
+    return scores | ({"multi_task": crew.result("multi_task")} if has_one_recipe else {})
+
+
+@lru_cache(maxsize=1)
+def _owners(party_files: tuple[Path, ...]) -> tuple[Owner, ...]:
+    """The owners, kept while their models are judged: so a process reads everybody's rows once."""
+    return tuple(Owner(path) for path in party_files)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What an owner's model makes of somebody's test rows. `vote`: of a model with labels, (predictions, labels)."""
+
+    score: Score
+    vote: NDArray[np.float32] | None = None
+
+
+def _judge_all(party_files: tuple[Path, ...], number: int) -> dict[str, _Judged]:
+    """What the model of one owner makes of every owner's test rows."""
+    owners = _owners(party_files)
+    task, bench = owners[number].agreement.task, owners[number].workbench
+    model = bench.own_model()
+    one_tokenizer = all(owner.settings.own_base is None for owner in owners)
+    judged = {}
+    for other in owners:
+        data, allowed = other.workbench.data, other.workbench.data.label_set()
+        rows = data.test() if one_tokenizer else other.workbench.read_by(bench).test()
+        if task.has_labels:
+            logits = bench.own_logits(model, rows)
+            score = score_logits(logits, rows, task, allowed)
+            judged[other.name] = _Judged(score, _vote(logits, task, len(owners)))
+        else:
+            judge = partial(evaluate, model, rows, task=task, allowed=allowed, passes=bench.passes)
+            judged[other.name] = _Judged(bench.in_batches(judge))
+    return judged
+
+
+def _own_and_ensemble(party_files: tuple[Path, ...], crew: Crew) -> dict[str, dict[str, Score]]:
+    owners = _owners(party_files)
+    task, names = owners[0].agreement.task, [owner.name for owner in owners]
+    own: dict[str, list[Score]] = {name: [] for name in names}
     votes: dict[str, NDArray[np.float32]] = {}
     close: dict[str, NDArray[np.float32]] = {}
     uneven = set[str]()  # owners on whose rows models make different numbers of predictions
     one_vote = not task.judges_tokens and not task.is_regression  # an example, whose weights need not add up to 1
     how_close = _closeness(owners) if DISTILL.name in owners[0].agreement.methods and one_vote else {}
-    one_tokenizer = all(owner.settings.own_base is None for owner in owners)
-    for owner in owners:
-        bench = owner.workbench
-        model = bench.own_model()
-        for other in owners:
-            name = other.name
-            rows = tests[name] if one_tokenizer else other.workbench.read_by(bench).test()
-            if task.has_labels:
-                logits = bench.own_logits(model, rows)
-                own[name].append(score_logits(logits, rows, task, labels[name]))
-                vote = _votes(logits, task, len(owners))
-                if len(vote) != len(votes.get(name, vote)):
-                    uneven.add(name)  # another tokenizer cut other words off
-                    continue
-                votes[name] = votes.get(name, 0) + vote
-                if owner.name in how_close:
-                    close[name] = close.get(name, 0) + how_close[owner.name][name] * vote
-            else:
-                judge = partial(evaluate, model, rows, task=task, allowed=labels[name], passes=bench.passes)
-                own[name].append(bench.in_batches(judge))
-    scores = {"own": {name: _mean(own[name], task) for name in tests}}
+    judged = crew.in_order(_judge_all, [(party_files, number) for number in range(len(owners))])
+    for owner, of_everybody in zip(names, judged, strict=True):
+        for name, each in of_everybody.items():
+            own[name].append(each.score)
+            if each.vote is None:
+                continue
+            if len(each.vote) != len(votes.get(name, each.vote)):
+                uneven.add(name)  # another tokenizer cut other words off
+                continue
+            votes[name] = votes.get(name, 0) + each.vote
+            if owner in how_close:
+                close[name] = close.get(name, 0) + how_close[owner][name] * each.vote
+    scores = {"own": {name: _mean(own[name], task) for name in names}}
     if votes and not uneven:
-        scores["ensemble"] = {name: score_logits(votes[name], rows, task, labels[name]) for name, rows in tests.items()}
+        scores["ensemble"] = _scored(votes, owners)
     if close:
-        scores["close_ensemble"] = {
-            name: score_logits(close[name], rows, task, labels[name]) for name, rows in tests.items()
-        }
+        scores["close_ensemble"] = _scored(close, owners)
     return scores
+
+
+def _scored(votes: Mapping[str, NDArray[np.float32]], owners: Sequence[Owner]) -> dict[str, Score]:
+    """What votes on every owner's test rows are worth, as `own` models read these rows."""
+    data = {owner.name: owner.workbench.data for owner in owners}
+    task = owners[0].agreement.task
+    return {name: score_logits(said, data[name].test(), task, data[name].label_set()) for name, said in votes.items()}
 
 
 def _closeness(owners: Sequence[Owner]) -> dict[str, dict[str, NDArray[np.float32]]]:
@@ -94,7 +139,7 @@ def _closeness(owners: Sequence[Owner]) -> dict[str, dict[str, NDArray[np.float3
     return found
 
 
-def _votes(logits: NDArray[np.float32], task: Task, models: int) -> NDArray[np.float32]:
+def _vote(logits: NDArray[np.float32], task: Task, models: int) -> NDArray[np.float32]:
     """What an ensemble adds up: probabilities, of several labels each less a half, so that 0 decides; or numbers."""
     if task.is_regression:
         return logits / np.float32(models)
@@ -147,7 +192,8 @@ def _added(scores: Collection[Score]) -> Sums:
     return tuple(tuple(map(float, row)) for row in np.atleast_2d(total)) if next(iter(scores)).sums else ()
 
 
-def _multi_task(owners: Sequence[Owner]) -> dict[str, Score]:
+def _multi_task(party_files: tuple[Path, ...]) -> dict[str, Score]:
+    owners = _owners(party_files)
     first = owners[0]
     training = first.settings.training
     assert training is not None  # the caller looked

@@ -1,5 +1,6 @@
 """What sums still reveal: each leak is shown to be real, and the rule that closes it is shown to close it."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations_with_replacement, product
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from client.app import app as client_app
@@ -82,23 +84,24 @@ def test_no_delta_leaves_an_owner_and_no_total_stays(parties: Parties, monkeypat
     """Everything that a real run hands to the coordinator's node, searched for single deltas; its totals afterwards."""
     totals: list[Total] = []
     arrived: list[tuple[int, bytes]] = []
-    coordinator_sum, handle = Coordinator.sum, InProcessGrid._handle
+    coordinator_sum, pull = Coordinator.sum, InProcessGrid.pull_messages
 
     def keep_total(self: Coordinator, *arguments: object) -> Total:
         totals.append(coordinator_sum(self, *arguments))  # type: ignore[arg-type]
         return totals[-1]
 
-    def keep_reply(self: InProcessGrid, message):  # type: ignore[no-untyped-def]
-        reply = handle(self, message)
+    def keep_replies(self: InProcessGrid, message_ids: Iterable[str]) -> list[Message]:
+        replies = pull(self, message_ids)
         arrived.extend(
-            (message.metadata.dst_node_id, array.data)
+            (reply.metadata.src_node_id, array.data)
+            for reply in replies
             for record in reply.content.array_records.values()
             for array in record.values()
         )
-        return reply
+        return replies
 
     monkeypatch.setattr(Coordinator, "sum", keep_total)
-    monkeypatch.setattr(InProcessGrid, "_handle", keep_reply)
+    monkeypatch.setattr(InProcessGrid, "pull_messages", keep_replies)
     (parties.output / ".amalgram").touch()
     node_configs = [{"settings": str(path)} for path in parties.files.values()]
     run_in_process(server_app, client_app, node_configs, {"coordinator": str(parties.coordinator)})
