@@ -1,19 +1,23 @@
 """What a whole masked merge costs with more owners, in the in-process engine.
 
-python -m benchmarks.scale [--json] [--owners 3 10 30 100 300 1000]
+python -m benchmarks.scale [--json] [--owners 3 10 30 100 300 1000] [--cores N]
 
 Every owner brings the same fine-tuned tiny BERT and the same 120 rows, so only the number of owners differs. Messages
-are really serialised and go through the real apps, one owner after the other. Each number of owners has its own
-process, whose peak is the kernel's VmHWM. The exponent b of cost ~ N^b is the slope of a least-squares line through the
-logarithms. It is fitted to the larger half of the numbers, where fixed costs no longer count. A tenth of the owners may
-collude, so above 150 owners each shares masks with only some of the others (Bell et al., CCS 2020). An agreement that
-does not name the number of colluders allows as many as possible. Then each owner shares masks with all, and time and
-memory grow faster. Writes benchmarks/results/scale.{json,md,svg}.
+are really serialised and go through the real apps. As many processes as cores share out the owners
+(deploy/simulation/crew.py); with one, owners answer one after the other. Each number of owners has its own processes.
+Their processor seconds are added up, with those of starting helpers; the peak is that of the larger process. The
+exponent b of cost ~ N^b is the slope of a least-squares line through the logarithms. It is fitted to the larger half of
+the numbers, where fixed costs no longer count. A tenth of the owners may collude, so above 150 owners each shares masks
+with only some of the others (Bell et al., CCS 2020). An agreement that does not name the number of colluders allows as
+many as possible. Then each owner shares masks with all, and time and memory grow faster. Writes
+benchmarks/results/scale.{json,md,svg}.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
+import resource
 import shutil
 import tempfile
 import time
@@ -25,6 +29,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 
 from benchmarks.machine import quiet_on_one_thread, this_machine
 from benchmarks.memory import peak_megabytes
@@ -50,15 +55,16 @@ COSTS = ("processor_seconds", "coordinator_megabytes_received", "peak_megabytes"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--owners", type=int, nargs="+", default=[3, 10, 30, 100, 300, 1000])
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory(prefix="amalgram-") as name:
         for count in arguments.owners:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                runs.append(process.submit(measure, Path(name), count).result())
+                runs.append(process.submit(measure, Path(name), count, arguments.cores).result())
             say(f"{count} owners: {runs[-1]['seconds']:.1f} s, peak {runs[-1]['peak_megabytes']:.0f} MB")
-    results = {"machine": this_machine(), "runs": runs, "exponents": exponents(runs)}
+    results = {"machine": this_machine(), "processes": arguments.cores, "runs": runs, "exponents": exponents(runs)}
     if publish("scale", results, as_markdown(results), size):
         draw(runs, RESULTS / "scale.svg")
     print(json.dumps(results, indent=2) if arguments.json else as_markdown(results))
@@ -68,22 +74,24 @@ def size(results: Mapping[str, Any]) -> dict[str, float]:
     return {"owners": max(run["owners"] for run in results["runs"]), "merges": len(results["runs"])}
 
 
-def measure(folder: Path, count: int) -> dict[str, float]:
+def measure(folder: Path, count: int, cores: int) -> dict[str, float]:
     """The costs of one merge of `count` owners."""
     from deploy.simulation.simulate import simulate
 
     quiet_on_one_thread()
+    torch.set_num_threads(cores)  # which a simulation shares out
     write_consortium(folder, count)
     started, started_process = time.perf_counter(), time.process_time()
     report = simulate(folder / "consortium", folder / "output", with_references=False)
     seconds, processor_seconds = time.perf_counter() - started, time.process_time() - started_process
+    helpers = resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.rmtree(folder / "output")
     return {
         "owners": count,
         "seconds": seconds,
-        "processor_seconds": processor_seconds,
+        "processor_seconds": processor_seconds + helpers.ru_utime + helpers.ru_stime,
         "coordinator_megabytes_received": sum(step.bytes_received for step in report.steps) / 1e6,
-        "peak_megabytes": peak_megabytes(),
+        "peak_megabytes": max(peak_megabytes(), helpers.ru_maxrss * 1024 / 1e6),
     }
 
 
@@ -123,11 +131,12 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# What a merge costs with more owners",
         "",
-        "All parties run in one process, one after the other. A tiny BERT, RegMean, masked; a tenth may collude. Up to "
+        f"Owners are shared out among {results['processes']} processes of one machine. A tiny BERT, RegMean, masked; a "
+        "tenth may collude. Up to "
         f"{MAX_COMPLETE} owners, all of them verify the merge. "
         f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch {machine['torch']}.",
         "",
-        "| owners | seconds | processor seconds | per owner | MB to the coordinator | peak of the process, MB |",
+        "| owners | seconds | processor seconds | per owner | MB to the coordinator | peak of a process, MB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for run in results["runs"]:
@@ -147,7 +156,7 @@ def draw(runs: list[dict[str, float]], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "amalgram"  # the same numbers give the same file
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     counts = [run["owners"] for run in runs]
-    for cost, label in zip(COSTS, ("time", "bytes to the coordinator", "memory of the process"), strict=True):
+    for cost, label in zip(COSTS, ("time", "bytes to the coordinator", "memory of a process"), strict=True):
         axes.loglog(counts, [run[cost] / runs[0][cost] for run in runs], marker="o", label=label)
     axes.loglog(counts, [count / counts[0] for count in counts], color="#888888", linestyle=":", label="proportional")
     axes.set(xlabel="owners", ylabel=f"cost relative to {counts[0]} owners")
