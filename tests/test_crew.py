@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -235,6 +236,30 @@ def test_an_owner_that_is_still_at_work_leaves_nothing_behind_when_another_refus
     assert not (tmp_path / "output" / "parties").exists()
     time.sleep(1)
     assert not (tmp_path / "output" / "parties").exists()
+
+
+def test_a_simulation_resumes_after_a_helper_was_killed_at_work(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(crews, "Crew", Ready)
+    monkeypatch.setattr(crews, "shares", lambda *_: (2, 1))
+    given: list[str] = []
+    give = crews._Helper.give
+
+    def give_and_kill(self: crews._Helper, name: str, *rest: Any) -> None:
+        given.append(name)
+        give(self, name, *rest)
+        if len(given) == 6:  # the checks and the roll call are over
+            self._process.kill()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(crews._Helper, "give", give_and_kill)
+        with pytest.raises(HelperEnded):
+            simulate(trained_folder, tmp_path / "output", with_references=False)
+    report = simulate(trained_folder, tmp_path / "output", with_references=False)
+    assert "resuming the interrupted run" in caplog.text
+    assert len(report.owners) == 3
 
 
 def test_a_simulation_makes_the_same_model_however_many_processes_share_it(
