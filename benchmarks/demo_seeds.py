@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)  # as the command does
+    torch.set_num_threads(1)  # as each process of the command
     runs: list[Seed] = []
     for seed in range(arguments.seeds):
         runs.append(run_seed(seed))

@@ -257,16 +257,19 @@ def test_a_simulation_resumes_after_a_helper_was_killed_at_work(
         patched.setattr(crews._Helper, "give", give_and_kill)
         with pytest.raises(HelperEnded):
             simulate(trained_folder, tmp_path / "output", with_references=False)
+    monkeypatch.setattr(crews, "shares", lambda *_: (1, 1))
     report = simulate(trained_folder, tmp_path / "output", with_references=False)
     assert "resuming the interrupted run" in caplog.text
     assert len(report.owners) == 3
 
 
 def test_a_simulation_makes_the_same_model_however_many_processes_share_it(
-    reviews_folder: Path, example_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crew: Crew, reviews_folder: Path, example_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = read_report(example_run)
-    monkeypatch.setattr(crews, "Crew", Ready)
+    ended: list[Crew] = []
+    monkeypatch.setattr(crews, "Crew", lambda *_: crew)
+    monkeypatch.setattr(crew, "end", lambda: ended.append(crew))
     monkeypatch.setattr(crews, "shares", lambda *_: (2, 1))
     given: list[str] = []
     give = crews._Helper.give
@@ -275,6 +278,9 @@ def test_a_simulation_makes_the_same_model_however_many_processes_share_it(
     assert shared.digests.model == alone.digests.model
     assert shared.evaluation == alone.evaluation  # references, too
     assert len(given) > 10
-    with sharing_cores(3, 0) as crew:  # it ends, whatever happens
-        helper = crew._helpers[0]._process
+    assert ended
+    monkeypatch.undo()
+    monkeypatch.setattr(crews, "shares", lambda *_: (2, 1))
+    with sharing_cores(3, 0) as another:  # it ends, whatever happens
+        helper = another._helpers[0]._process
     assert helper.poll() is not None

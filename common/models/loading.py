@@ -327,7 +327,7 @@ def _small_model(folder: Path, contents: tuple[str, ...], task: Task, seed: int)
 class _Copies:
     """Makes copies of a model that was built here, in a fifth of the time that copy.deepcopy takes.
 
-    Its modules are kept as a pickle, the only one that Amalgram ever loads: it was written here and is never stored.
+    Its modules are kept as a pickle that was written here and is never stored.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
