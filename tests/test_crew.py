@@ -122,6 +122,15 @@ def test_results_that_nobody_asked_for_yet_are_few(crew: Crew) -> None:
         assert len(crew._made) <= 2
 
 
+def test_helpers_do_not_run_far_ahead_of_a_slow_one() -> None:
+    with Ready(helpers=2) as crew:
+        crew.add("slow", process_id, 2.0)
+        for number in range(20):
+            crew.add(str(number), process_id)
+        crew.result("slow")
+        assert len(crew._made) <= 4
+
+
 def test_an_error_in_a_helper_is_raised_where_the_result_is_asked_for(crew: Crew) -> None:
     with pytest.raises(ModelError, match="no weights") as caught:
         in_helper(crew, fail, ModelError("no weights", hint="download it"))
@@ -167,6 +176,8 @@ def test_a_helper_that_dies_ends_the_run_with_advice() -> None:
     with pytest.raises(HelperEnded, match=r"has ended \(status 3\)") as caught:
         in_helper(crew, end_at_once)
     assert "resume" in caught.value.hint
+    with pytest.raises(HelperEnded):
+        crew._helpers[0].give("another", process_id, [])
     crew.end()
 
 
@@ -179,13 +190,23 @@ def test_a_helper_that_cannot_start_is_not_missed(python: str, monkeypatch: pyte
 
 
 def test_helpers_end_with_the_process_that_started_them_even_if_it_is_killed() -> None:
-    script = "import time\nfrom deploy.simulation.crew import Crew\ncrew = Crew(helpers=1)\n"
-    script += "print(crew._helpers[0]._process.pid, flush=True)\ntime.sleep(100)"
+    script = """
+import time
+from functools import partial
+from deploy.simulation.crew import Crew
+helper = Crew(helpers=1)._helpers[0]
+while not helper.is_ready:
+    helper.take()
+    time.sleep(0.1)
+helper.give("long", partial(time.sleep, 100), [])
+print(helper._process.pid, flush=True)
+time.sleep(100)
+"""
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         helper = psutil.Process(int(process.stdout.readline()))
         process.send_signal(signal.SIGKILL)
-    helper.wait(START_SECONDS)
+    helper.wait(20)  # less than what it was doing takes
 
 
 def test_processes_are_as_many_as_cores_owners_and_memory_allow(
@@ -229,10 +250,26 @@ def test_an_owner_that_is_still_at_work_leaves_nothing_behind_when_another_refus
                 raise DataError("no more rows")
             return super().answer(message)
 
-    here = os.getpid()
+    here, parties = os.getpid(), tmp_path / "output" / "parties"
+    started: list[subprocess.Popen[bytes]] = []
+    had_ended: list[bool] = []
+    start, remove = crews._Helper.__init__, shutil.rmtree
+
+    def start_one(self: crews._Helper, threads: int) -> None:
+        start(self, threads)
+        started.append(self._process)
+
+    def remove_all(path: Path, **options: Any) -> None:
+        if path == parties and started:
+            had_ended.append(started[0].poll() is not None)
+        remove(path, **options)
+
+    monkeypatch.setattr(crews._Helper, "__init__", start_one)
+    monkeypatch.setattr(shutil, "rmtree", remove_all)
     monkeypatch.setattr(client.app, "Owner", Refuses)
     with pytest.raises(AmalgramError, match="no more rows"):
         simulate(trained_folder, tmp_path / "output")
+    assert had_ended[-1]
     assert not (tmp_path / "output" / "parties").exists()
     time.sleep(1)
     assert not (tmp_path / "output" / "parties").exists()

@@ -7,23 +7,19 @@ Run as a process of its own, at the head of its process group: `python -m deploy
 flower-superexec's arguments.
 """
 
-import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
-import psutil
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.superlink.cli import flwr_serverapp
 from flwr.supernode.cli import flwr_clientapp
 
 from deploy.launch.fork_server import ForkServer
+from deploy.launch.processes import end_group_with
 
-POLL_SECONDS = 0.2
 APPS = {"flwr-clientapp": flwr_clientapp, "flwr-serverapp": flwr_serverapp}
 # What apps import, in the order in which they need it. Not pyarrow: it starts a thread.
 LIBRARIES = (
@@ -33,13 +29,6 @@ LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
 )
-
-
-def end_group_with(pid: int) -> None:
-    """Kill this process group, including this process, once process `pid` has ended."""
-    while psutil.pid_exists(pid):
-        time.sleep(POLL_SECONDS)
-    os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:

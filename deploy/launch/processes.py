@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import EngineError, SettingsError
 from common.private_file import locked
 
-START_SECONDS, STOP_SECONDS, POLL_SECONDS = 60.0, 20.0, 0.5
+START_SECONDS, STOP_SECONDS, POLL_SECONDS, PARENT_POLL_SECONDS = 60.0, 20.0, 0.5, 0.2
 Process = subprocess.Popen[bytes]
 
 
@@ -77,6 +77,15 @@ def stop_group(process: Process) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
+
+
+def end_group_with(pid: int) -> None:
+    """Kill this process group, including this process, once process `pid` has ended."""
+    import psutil  # not at the start of every command
+
+    while psutil.pid_exists(pid):
+        time.sleep(PARENT_POLL_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def free_port() -> int:

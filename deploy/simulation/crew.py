@@ -22,12 +22,12 @@ import psutil
 import torch
 
 from common.errors import HelperEnded
+from deploy.launch.processes import stop_group
 from deploy.simulation.helper import Done, Ready, Reply, Task
 
 LARGE_BYTES = 200_000_000  # of weights: passes of such a model keep all cores busy
 PROCESS_BYTES, MODEL_COPIES = 1_000_000_000, 4  # of memory, for each process
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
-STOP_SECONDS = 5.0
 
 
 def shares(owners: int, weight_bytes: int) -> tuple[int, int]:
@@ -70,12 +70,8 @@ def sharing_cores(
     """A crew for the owners of a simulation. `most_threads`: for a process, however many cores there are."""
     processes, threads = shares(owners, weight_bytes)
     threads = min(threads, most_threads or threads)
-    crew = Crew(processes - 1 if has_helpers else 0, threads)
-    try:
-        with torch_threads(threads):
-            yield crew
-    finally:
-        crew.end()
+    with Crew(processes - 1 if has_helpers else 0, threads) as crew, torch_threads(threads):
+        yield crew
 
 
 class Crew:
@@ -164,7 +160,7 @@ class _Helper:
     def __init__(self, threads: int) -> None:
         self.connection, theirs = Pipe()
         path = [each or os.getcwd() for each in sys.path]  # its modules are the same
-        program = f"from deploy.simulation.helper import main; main({theirs.fileno()}, {threads})"
+        program = f"from deploy.simulation.helper import main; main({theirs.fileno()}, {threads}, {os.getpid()})"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", program],
@@ -173,6 +169,7 @@ class _Helper:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the other
             )
         self.is_ready = self.has_failed = False
         self.doing: str | None = None
@@ -222,9 +219,4 @@ class _Helper:
 
     def end(self) -> None:
         self.connection.close()
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        stop_group(self._process)

@@ -5,11 +5,8 @@ what is logged. Everything travels as pickles, between these two processes only.
 """
 
 import logging
-import os
 import pickle
-import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,8 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from common.errors import AmalgramError
-
-POLL_SECONDS = 0.2
+from deploy.launch.processes import end_group_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +45,14 @@ class Failed:
 Reply = logging.LogRecord | Ready | Done | Failed
 
 
-def main(descriptor: int, threads: int) -> None:
-    """Help until the other process closes the connection, or ends. `threads`: of torch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the other one ends this one
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def main(descriptor: int, threads: int, helped: int) -> None:
+    """Help until process `helped` closes the connection, or ends. `threads`: of torch.
+
+    Must be run at the head of a process group of its own.
+    """
+    threading.Thread(target=end_group_with, args=(helped,), daemon=True).start()  # whatever this one is doing
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _help(Connection(descriptor), threads)
-
-
-def _end_with(process: int) -> None:
-    """End this process, whatever it is doing, once the one that started it has ended."""
-    while os.getppid() == process:
-        time.sleep(POLL_SECONDS)
-    os._exit(1)
 
 
 def _help(connection: Connection, threads: int) -> None:
